@@ -1,0 +1,40 @@
+# make demo: a fresh machine to a trained, tested and explained network. make test: every check of the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint clean help
+
+help:
+	@echo "make demo       install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
+	@echo "make test       install into .venv, run the tests"
+	@echo "make test-slow  the long tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove .venv and build"
+
+demo: $(READY)
+	$(BIN)/nin demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Editable, so that a change of a Python file counts at once; built again when the compiled part changes.
+# uv installs PyTorch's packages in seconds where pip takes minutes.
+$(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"nin needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 demo")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build

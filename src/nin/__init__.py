@@ -1,0 +1,69 @@
+"""nin: Network in Network, real. 1×1 convolutions to look at, train with, shrink networks with and run fast.
+
+The public names are loaded when they are first used, so that ``import nin`` and ``nin --help`` cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nin import data, models
+    from nin.costs import cost
+    from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
+    from nin.ops import backends, conv1x1, mlpconv
+    from nin.prediction import Classifier, load
+    from nin.recipe import TrainConfig
+    from nin.training import train
+
+_HOME = {
+    "Bottleneck": "nin.layers",
+    "Classifier": "nin.prediction",
+    "Conv1x1": "nin.layers",
+    "GlobalAveragePooling": "nin.layers",
+    "Inception": "nin.layers",
+    "MLPConv": "nin.layers",
+    "TrainConfig": "nin.recipe",
+    "backends": "nin.ops",
+    "conv1x1": "nin.ops",
+    "cost": "nin.costs",
+    "data": "nin",
+    "load": "nin.prediction",
+    "mlpconv": "nin.ops",
+    "models": "nin",
+    "train": "nin.training",
+}
+
+__all__ = [
+    "Bottleneck",
+    "Classifier",
+    "Conv1x1",
+    "GlobalAveragePooling",
+    "Inception",
+    "MLPConv",
+    "TrainConfig",
+    "backends",
+    "conv1x1",
+    "cost",
+    "data",
+    "load",
+    "mlpconv",
+    "models",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nin' has no attribute {name!r}")
+    if home == "nin":
+        return importlib.import_module(f"nin.{name}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

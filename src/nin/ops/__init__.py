@@ -1,0 +1,175 @@
+"""The operator: a k×k convolution, then any number of 1×1 convolutions, an activation after each, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nin.ops import cpu, schema  # noqa: F401  (schema registers the op)
+from nin.ops.reference import ACTIVATIONS
+
+__all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]
+
+Pair = int | tuple[int, int]
+
+
+def conv1x1(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Pair = 1, activation: str | None = None
+) -> Tensor:
+    """Apply a 1×1 convolution: one fully connected layer, the same at every pixel.
+
+    ``y[n, o, i, j] = activation(sum_c weight[o, c, 0, 0] * x[n, c, i * stride, j * stride] + bias[o])``
+
+    Args:
+        x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
+        weight: filters, (C_out, C_in, 1, 1), of the dtype of ``x``.
+        bias: (C_out,), or None.
+        stride: of the pixels that are looked at; one number, or (height, width).
+        activation: "none" (or None), "relu", "gelu" (exact) or "silu".
+
+    Returns:
+        (N, C_out, ceil(H / stride), ceil(W / stride)), in the layout of ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or activation does not fit; the message says what was expected and got.
+        TypeError: an argument is not a tensor.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.1 (equation 2).
+
+    Example:
+        >>> x = torch.arange(36.0).reshape(1, 1, 6, 6)
+        >>> bool((nin.conv1x1(x, torch.full((1, 1, 1, 1), 2.0)) == 2 * x).all())
+        True
+    """
+    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] != (1, 1):
+        raise ValueError(
+            f"weight must have shape (C_out, C_in, 1, 1), got {tuple(weight.shape)}: use nin.mlpconv for k×k"
+        )
+    return mlpconv(x, (weight,), (bias,), stride=stride, activation=activation)
+
+
+def mlpconv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    activation: str | Sequence[str | None] | None = "relu",
+) -> Tensor:
+    """Apply a mlpconv layer: a k×k convolution, then 1×1 convolutions, an activation after each.
+
+    ``h_1 = a_1(W_1 ∗ x + b_1)``, ``h_l = a_l(W_l h_{l-1} + b_l)`` at every pixel; the result is the last ``h``.
+
+    Args:
+        x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
+        weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1), of the dtype of ``x``.
+        biases: as many as weights, each (C_l,) or None.
+        stride: of the first convolution; one number, or (height, width), as the next two.
+        padding: zeros around the image, in pixels.
+        dilation: distance of the first convolution's taps, in pixels.
+        activation: "none" (or None), "relu", "gelu" (exact) or "silu": one for all layers, or one per layer.
+
+    Returns:
+        (N, C_last, H', W') with ``H' = floor((H + 2 padding - dilation (kH - 1) - 1) / stride) + 1``,
+        in the layout of ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or activation does not fit; the message says what was expected and got.
+        TypeError: an argument is not a tensor.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.1 (equation 2).
+
+    Example:
+        >>> x = torch.randn(2, 3, 32, 32)
+        >>> weights = torch.randn(192, 3, 5, 5), torch.randn(160, 192, 1, 1), torch.randn(96, 160, 1, 1)
+        >>> nin.mlpconv(x, weights, (None, None, None), padding=2).shape
+        torch.Size([2, 96, 32, 32])
+    """
+    weights, biases = list(weights), list(biases)
+    activations = _activations(activation, len(weights))
+    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    _check_tensors(x, weights, biases)
+    for d, side in enumerate(("height", "width")):
+        reach = dilation[d] * (weights[0].shape[2 + d] - 1) + 1
+        if x.shape[2 + d] + 2 * padding[d] < reach:
+            raise ValueError(
+                f"x must have a padded {side} of at least {reach} (the kernel's reach), "
+                f"got {x.shape[2 + d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
+            )
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
+    if trains and len(weights) > 1 and weights[0].shape[2:] != (1, 1):
+        # A backward pass computes the hidden layers again. That is cheap for a 1×1 chain and dear for a k×k
+        # convolution, so while training the k×k layer's result is kept: two calls, the same numbers.
+        x = torch.ops.nin.mlpconv(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
+        return torch.ops.nin.mlpconv(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
+    return torch.ops.nin.mlpconv(x, weights, biases, stride, padding, dilation, activations)
+
+
+def backends() -> dict[str, str]:
+    """Return which kernel serves ``nin::mlpconv`` on each kind of device, and why where it is the reference.
+
+    Example:
+        >>> sorted(nin.backends())
+        ['cpu', 'cuda']
+    """
+    return {"cpu": cpu.describe(), "cuda": "reference (PyTorch, cuDNN)"}
+
+
+def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:
+    given = [activation] * count if activation is None or isinstance(activation, str) else list(activation)
+    names = ["none" if name is None else name for name in given]
+    if len(names) != count:
+        raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")
+    for name in names:
+        if name not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return names
+
+
+def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
+        raise ValueError(f"{name} must be a whole number of at least {least}, or two of them, got {value!r}")
+    return pair
+
+
+def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+    """Raise unless the chain fits together; every message names the argument, what was expected and got."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be as many, and at least one, got {len(weights)} and {len(biases)}")
+    channels = x.shape[1]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        which = "" if len(weights) == 1 else f" {i}"
+        _check_like(f"weight{which}", weight, x)
+        fits = weight.dim() == 4 and weight.shape[1] == channels and (i == 0 or weight.shape[2:] == (1, 1))
+        if not fits or 0 in weight.shape:
+            shape = f"(C_out, {channels}, {'kH, kW' if i == 0 else '1, 1'})"
+            before = "the input has" if i == 0 else "the layer before gives"
+            raise ValueError(
+                f"weight{which} must have shape {shape}, got {tuple(weight.shape)}: {before} {channels} channels"
+            )
+        channels = weight.shape[0]
+        if bias is not None:
+            _check_like(f"bias{which}", bias, x)
+            if bias.shape != (channels,):
+                raise ValueError(f"bias{which} must have shape ({channels},), got {tuple(bias.shape)}")
+
+
+def _check_like(name: str, t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    # autocast brings all of them to one dtype
+    if t.device != x.device or (t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")

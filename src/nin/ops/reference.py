@@ -1,0 +1,137 @@
+"""The plain PyTorch kernels of ``nin::mlpconv``: the definition, the fallback, the oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Return ``activation(z)``; the GELU is the exact one (with erf)."""
+    match activation:
+        case "relu":
+            return F.relu(z)
+        case "gelu":
+            return F.gelu(z)
+        case "silu":
+            return F.silu(z)
+        case _:
+            return z
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the layout of the result for an input ``x``: channels_last where its channels lie side by side.
+
+    PyTorch's own rule looks at the weights too and is undecided for one channel; this one depends on ``x``
+    alone, so the fake kernel and every backend agree.
+    """
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def mlpconv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activations: Sequence[str],
+) -> Tensor:
+    """Compute the chain layer by layer, as ``torch.nn.functional.conv2d`` would."""
+    layout = memory_format(x)
+    y = x.contiguous(memory_format=layout)
+    for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
+        y = F.conv2d(y, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(y, weight, bias)
+        y = activate(y, activation)
+    return y.contiguous(memory_format=layout)
+
+
+def mlpconv_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activations: Sequence[str],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the gradients of ``x``, of each weight and of each bias.
+
+    The hidden layers are computed again from ``x``; ``y``, the result of the forward pass, spares the last
+    one where its activation can be undone from it (none, ReLU).
+
+    Args:
+        grad: gradient of the result, (N, C_out, H', W').
+        x: input of the forward pass, (N, C_in, H, W).
+        y: result of the forward pass, (N, C_out, H', W').
+        needs: which gradients are wanted: the input's, then each weight's, then each bias's. The others come
+            back empty (shape ``(0,)``).
+    """
+    count = len(weights)
+    geometry = [(stride, padding, dilation)] + [((1, 1), (0, 0), (1, 1))] * (count - 1)
+    inputs, before = _forward_again(x, y, weights, biases, geometry, activations)
+    grad_weights = [x.new_empty(0)] * count
+    grad_biases = [x.new_empty(0)] * count
+    g = grad
+    for i in reversed(range(count)):
+        g = _activation_backward(g, before[i], activations[i])
+        bias = biases[i]
+        go_on = any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i]) or needs[0]
+        need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
+        # the layers before may need nothing: then no gradient travels further down
+        mask = [go_on, need_weight, need_bias]
+        grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
+            g, inputs[i], weights[i], None if bias is None else bias.shape, *geometry[i], False, (0, 0), 1, mask
+        )
+        if need_weight:
+            grad_weights[i] = grad_w.contiguous()
+        if need_bias:
+            grad_biases[i] = grad_b
+        if not go_on:
+            break
+        g = grad_x
+    grad_input = g.contiguous(memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
+    return grad_input, grad_weights, grad_biases
+
+
+def _forward_again(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+    activations: Sequence[str],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return each layer's input and what its activation's derivative is taken from (see the next function)."""
+    inputs, before = [x.contiguous(memory_format=memory_format(x))], []
+    last = len(weights) - 1
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if i == last and activations[i] in ("none", "relu"):
+            before.append(y)
+            break
+        z = F.conv2d(inputs[i], weight, bias, *geometry[i])
+        before.append(z)
+        if i < last:
+            inputs.append(activate(z, activations[i]))
+    return inputs, before
+
+
+def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+    """Return the gradient before the activation; for ReLU, ``z`` may be its result as well as its argument."""
+    match activation:
+        case "relu":
+            return torch.ops.aten.threshold_backward(grad, z, 0)
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, z)
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, z)
+        case _:
+            return grad
