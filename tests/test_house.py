@@ -30,7 +30,9 @@ FLOORS = [
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
-MODULES = sorted(".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in FILES)
+MODULES = sorted(
+    ".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in FILES
+)
 
 
 def top_level(path):

@@ -117,7 +117,7 @@ def compare_bottleneck() -> list[dict[str, Any]]:
 
 def call(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs the network in evaluation mode on ``x``, its weights in channels_last."""
-    network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.eval().to(memory_format=torch.channels_last)
     return lambda: network(x)
 
 

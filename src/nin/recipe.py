@@ -87,7 +87,16 @@ class TrainConfig:
         batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
         model = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 96 else "nin_imagenet"
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        chosen = {"model": model, "epochs": epochs, "batch_size": batch_size, "flip": flip, "shift": shift}
+        # a step on such small images is shorter than what it takes two threads to wait for each other
+        threads = 1 if image_size <= 16 else None
+        chosen = {
+            "model": model,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "flip": flip,
+            "shift": shift,
+            "threads": threads,
+        }
         return ResolvedConfig(**values | {k: v for k, v in chosen.items() if values[k] is None})
 
 
