@@ -62,8 +62,7 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
         f"  nin train FOLDER --out RUN    your own images, one folder for each class\n"
         f"  nin predict {out} {out / 'samples'} --maps {out / 'maps'}\n"
         f"  nin cost nin_cifar            parameters and multiplications, layer by layer\n"
-        f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path.",
-        soft_wrap=True,
+        f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path."
     )
 
 
@@ -83,7 +82,7 @@ def clear(out: Path) -> None:
 
 def step(text: str) -> None:
     """Print a heading."""
-    terminal.words.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+    terminal.words.print(f"\n[bold]{text}[/bold]")
 
 
 def write_samples(images: Any, folder: Path) -> list[Path]:

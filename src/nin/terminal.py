@@ -21,7 +21,7 @@ from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
-words = Console(stderr=True, highlight=False)
+words = Console(stderr=True, highlight=False, soft_wrap=True)
 # a file or a pipe has no width: its lines are not broken
 results = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
