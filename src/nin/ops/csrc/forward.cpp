@@ -201,7 +201,7 @@ void Forward::run(int64_t task, char* scratch) const {
     p.finish.bias = layer.bias.empty() ? nullptr : layer.bias.data();
     p.finish.activation = layer.activation;
     p.finish.out_type = last ? type_ : k_.type;
-    p.finish.round = type_ == Type::bf16;
+    p.finish.round = type_ == Type::bf16 && p.finish.out_type == Type::f32;
     p.finish.whole = !last;
     Grid out = dense(hidden[i % 2], hidden_row_, t.columns);
     if (last) {
