@@ -58,6 +58,7 @@ class Forward {
   std::vector<Layer> layers_;
   Cut cut_;
   std::vector<int64_t> taps_;
+  std::vector<TapRange> ranges_;  // for each line of the result; empty where all taps count
   int64_t run_channels_ = 0;     // consecutive channels that one tap reads
   bool pointwise_ = false;       // a 1×1 convolution without padding
   bool direct_ = false;          // the products read x where it lies
@@ -134,6 +135,15 @@ void Forward::place_taps() {
       taps_.push_back((i * p_.dilation[0] * border_width_ + j * p_.dilation[1]) * in_row_);
     }
   }
+  if (pointwise_ || p_.padding[0] == 0) return;
+  const int64_t per_line = joined ? 1 : p_.kernel[1];
+  for (int64_t line = 0; line < p_.out_height; ++line) {
+    const int64_t top = line * p_.stride[0] - p_.padding[0], bottom = p_.height - top;
+    const int64_t first = std::clamp<int64_t>(divide_up(std::max<int64_t>(-top, 0), p_.dilation[0]), 0, p_.kernel[0]);
+    const int64_t last =
+        std::clamp<int64_t>(divide_up(std::max<int64_t>(bottom, 0), p_.dilation[0]), first, p_.kernel[0]);
+    ranges_.push_back({first * per_line, (last - first) * per_line});
+  }
 }
 
 // Pairs of bfloat16: what stands beside an odd last channel is multiplied with a zero, and must be a number.
@@ -207,7 +217,8 @@ void Forward::run(int64_t task, char* scratch) const {
     if (last) {
       out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
     }
-    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, Panels(k_, layer.channels, p.tap_count * p.steps));
+    const TapRange* ranges = i == 0 && !ranges_.empty() ? ranges_.data() + t.line : nullptr;
+    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, Panels(k_, layer.channels, p.tap_count * p.steps), ranges);
     a = out;
   }
   if (direct_out_) return;
