@@ -14,27 +14,6 @@ constexpr int64_t tile_pixels = 112;
 // Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
 constexpr int64_t tile_bytes = 512 << 10;
 
-struct Layer {
-  const void* weight;
-  std::vector<float> bias;  // padded with zeros to whole panels; empty where there is none
-  int64_t channels;
-  Activation activation;
-};
-
-std::vector<float> read_bias(const Kernels& k, const nin_layer& layer, Type type) {
-  if (!layer.bias) return {};
-  std::vector<float> bias(round_up(layer.channels, max_vectors * k.lanes));
-  for (int64_t c = 0; c < layer.channels; ++c) {
-    if (type == Type::f32) {
-      bias[c] = static_cast<const float*>(layer.bias)[c];
-    } else {
-      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(layer.bias)[c]) << 16;
-      std::memcpy(&bias[c], &bits, 4);
-    }
-  }
-  return bias;
-}
-
 class Forward {
  public:
   Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
@@ -75,10 +54,7 @@ Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* 
   const int64_t size = size_of(type_);
   x_ = images(x, problem.x_stride, size);
   y_ = images(y, problem.y_stride, size);
-  for (int64_t i = 0; i < problem.layers; ++i) {
-    layers_.push_back({layers[i].weight, read_bias(k, layers[i], type_), layers[i].channels,
-                       Activation(layers[i].activation)});
-  }
+  layers_ = read_layers(k, problem, layers);
   pointwise_ = p_.kernel[0] == 1 && p_.kernel[1] == 1 && p_.padding[0] == 0 && p_.padding[1] == 0;
   if (pointwise_ && p_.stride[0] == 1 && p_.stride[1] == 1) flatten();
   direct_ = pointwise_ && x_.c == size && type_ == k.type && padded_channels(k, p_.channels) == p_.channels &&
@@ -91,11 +67,11 @@ Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* 
 // Pixels of a 1×1 convolution know nothing of their neighbours: lines, and images where they follow each other,
 // become one long line.
 void Forward::flatten() {
-  if (p_.height == 1 || (x_.h == p_.width * x_.w && y_.h == p_.width * y_.w)) {
+  if (p_.height == 1 || (x_.lines_follow(p_.width) && y_.lines_follow(p_.width))) {
     p_.width *= p_.height;
     p_.height = 1;
   }
-  if (p_.height == 1 && (p_.batch == 1 || (x_.n == p_.width * x_.w && y_.n == p_.width * y_.w))) {
+  if (p_.height == 1 && (p_.batch == 1 || (x_.images_follow(p_.width) && y_.images_follow(p_.width)))) {
     p_.width *= p_.batch;
     p_.batch = 1;
   }

@@ -50,3 +50,20 @@ NIN_API int64_t nin_forward_scratch_bytes(const void* kernels, const nin_problem
                                           int64_t threads);
 NIN_API int32_t nin_forward(const void* kernels, const nin_problem* problem, const nin_layer* layers, const void* x,
                             void* y, const nin_pool* pool);
+
+// The gradients of a chain of 1×1 layers without padding. Null: not wanted.
+struct nin_layer_gradient {
+  const void* weight;   // packed by nin_pack with columns and channels exchanged; read where a layer before wants more
+  void* weight_grad;    // (channels out, channels in), contiguous
+  void* bias_grad;
+};
+struct nin_gradient {
+  int64_t grad_stride[4], x_grad_stride[4];
+};
+
+NIN_API int64_t nin_backward_scratch_bytes(const void* kernels, const nin_problem* problem, const nin_layer* layers,
+                                           const nin_gradient* gradient, const nin_layer_gradient* gradients);
+// Equal bits for any number of threads. `x_grad` is written at the pixels that the stride looks at.
+NIN_API int32_t nin_backward(const void* kernels, const nin_problem* problem, const nin_layer* layers,
+                             const nin_gradient* gradient, const nin_layer_gradient* gradients, const void* grad,
+                             const void* x, const void* y, void* x_grad, const nin_pool* pool);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernels.hpp"
@@ -33,12 +34,46 @@ struct Images {
   char* at;
   int64_t n, c, h, w;
 
+  // lines, and images, that follow each other at the distance of their pixels
+  bool lines_follow(int64_t width) const { return h == width * w; }
+  bool images_follow(int64_t pixels) const { return n == pixels * w; }
   char* pixel(int64_t image, int64_t row, int64_t column) const { return at + image * n + row * h + column * w; }
 };
 
 inline Images images(const void* at, const int64_t (&strides)[4], int64_t size) {
   return {static_cast<char*>(const_cast<void*>(at)), strides[0] * size, strides[1] * size, strides[2] * size,
           strides[3] * size};
+}
+
+// A layer as the kernels take it.
+struct Layer {
+  const void* weight;
+  std::vector<float> bias;  // padded with zeros to whole panels; empty where there is none
+  int64_t channels;
+  Activation activation;
+};
+
+inline std::vector<float> read_bias(const Kernels& k, const nin_layer& layer, Type type) {
+  if (!layer.bias) return {};
+  std::vector<float> bias(round_up(layer.channels, max_vectors * k.lanes));
+  for (int64_t c = 0; c < layer.channels; ++c) {
+    if (type == Type::f32) {
+      bias[c] = static_cast<const float*>(layer.bias)[c];
+    } else {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(layer.bias)[c]) << 16;
+      std::memcpy(&bias[c], &bits, 4);
+    }
+  }
+  return bias;
+}
+
+inline std::vector<Layer> read_layers(const Kernels& k, const nin_problem& problem, const nin_layer* layers) {
+  std::vector<Layer> read;
+  for (int64_t i = 0; i < problem.layers; ++i) {
+    read.push_back({layers[i].weight, read_bias(k, layers[i], Type(problem.type)), layers[i].channels,
+                    Activation(layers[i].activation)});
+  }
+  return read;
 }
 
 // The pixels of a result, cut into rectangles of lines × columns.
