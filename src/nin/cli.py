@@ -1,1 +1,188 @@
-def main(): pass
+"""The shell's verbs: arguments only. What they do is in the modules that they import when they run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from nin.errors import UserError
+from nin.recipe import TrainConfig
+
+app = App(
+    name="nin",
+    help="Network in Network, real: train on your images, see what the network looks at, count what it costs.",
+    version_flags=["--version"],
+    result_action="return_value",
+    default_parameter=Parameter(negative_iterable=""),
+)
+
+JsonFlag = Annotated[bool, Parameter(negative="")]
+
+
+@app.command
+def train(
+    data: str,
+    /,
+    *,
+    out: Path,
+    data_dir: Path | None = None,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    config: Annotated[TrainConfig | None, Parameter(name="*")] = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    strict: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train a Network in Network on images, test it, and write a run folder with a report.
+
+    Parameters
+    ----------
+    data
+        "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), or mnist, fashion-mnist,
+        cifar10, cifar100, svhn.
+    out
+        The run folder to make: model.safetensors, config.json, metrics.csv, report.html.
+    data_dir
+        Where the files of mnist to svhn lie; without it they are downloaded to ~/.cache/nin.
+    size
+        Height and width that images are brought to, in pixels. Chosen from the images if not given.
+    test_fraction
+        Share of each class that is held out for testing, where the data have no test images of their own.
+    config
+        The recipe.
+    resume
+        Go on with the training in the run folder that was interrupted.
+    strict
+        Stop at the first file that cannot be read, instead of leaving it out.
+    json
+        Print the result as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.train(
+        data,
+        out=out,
+        loading={"data_dir": data_dir, "size": size, "test_fraction": test_fraction, "strict": strict},
+        config=config or TrainConfig(),
+        resume=resume,
+        as_json=json,
+    )
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), json: JsonFlag = False) -> None:
+    """Do the main job on images that come along: train, test, look, predict, and time a bottleneck.
+
+    Parameters
+    ----------
+    out
+        The run folder to make; one that an earlier demo made is replaced.
+    json
+        Print the result as JSON on standard output.
+    """
+    from nin import demonstration
+
+    demonstration.run(out, as_json=json)
+
+
+@app.command
+def predict(
+    run: Path,
+    images: list[Path],
+    /,
+    *,
+    top: int = 3,
+    device: str = "cpu",
+    json: JsonFlag = False,
+    csv: Path | None = None,
+    maps: Path | None = None,
+) -> None:
+    """Classify images with a trained network.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` made.
+    images
+        Image files; a folder stands for all images in it.
+    top
+        How many classes to show for each image.
+    device
+        Where to compute: cpu, cuda, cuda:1, mps.
+    json
+        Print the predictions as JSON on standard output.
+    csv
+        Write the predictions, with the probability of every class, into this file.
+    maps
+        Write into this folder, for each image, where in it the evidence for its class lies.
+    """
+    from nin import terminal
+
+    terminal.predict(run, images, top=top, device=device, as_json=json, csv_path=csv, maps=maps)
+
+
+@app.command
+def cost(
+    model: str,
+    /,
+    *,
+    classes: int | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer.
+
+    Parameters
+    ----------
+    model
+        nin_cifar, nin_imagenet, nin_digits, googlenet, or a run folder.
+    classes
+        Number of classes. The network's usual one if not given.
+    size
+        Height and width of the image, in pixels. What the network is meant for if not given.
+    channels
+        1 for grey images, 3 for colour.
+    json
+        Print the figures as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.cost(model, classes=classes, size=size, channels=channels, as_json=json)
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write the report of a run folder again.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` made.
+    """
+    from nin import terminal
+
+    terminal.report(run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb and exit: 0 where the work was done, 2 for a wrong argument, 130 after Ctrl-C."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        _stop(f"{error}", 2)
+    except UserError as error:
+        _stop(f"{error}", 2)
+    except KeyboardInterrupt:
+        _stop("stopped", 130)
+    except OSError as error:
+        _stop(f"{error.filename}: {error.strerror}" if error.filename else f"{error}", 1)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    """Print one line to standard error and exit."""
+    print(f"nin: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

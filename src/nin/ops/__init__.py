@@ -133,7 +133,7 @@ def _activations(activation: str | Sequence[str | None] | None, count: int) -> l
 
 
 def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
         raise ValueError(f"{name} must be a whole number of at least {least}, or two of them, got {value!r}")
     return pair

@@ -33,6 +33,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
+def lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return ``t`` in that layout, in the strides that `memory_format` recognises, one channel included."""
+    t = t.contiguous(memory_format=layout)
+    # the strides of one channel count as either layout for contiguous(), not for to()
+    return t if memory_format(t) == layout else t.to(memory_format=layout)
+
+
 def mlpconv(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -48,7 +55,7 @@ def mlpconv(
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         y = F.conv2d(y, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(y, weight, bias)
         y = activate(y, activation)
-    return y.contiguous(memory_format=layout)
+    return lay_out(y, layout)
 
 
 def mlpconv_backward(
@@ -98,7 +105,7 @@ def mlpconv_backward(
         if not go_on:
             break
         g = grad_x
-    grad_input = g.contiguous(memory_format=memory_format(x)) if needs[0] else x.new_empty(0)
+    grad_input = lay_out(g, memory_format(x)) if needs[0] else x.new_empty(0)
     return grad_input, grad_weights, grad_biases
 
 
@@ -131,6 +138,10 @@ def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
             return torch.ops.aten.threshold_backward(grad, z, 0)
         case "gelu":
             return torch.ops.aten.gelu_backward(grad, z)
+        case "silu" if torch.is_grad_enabled():
+            # aten's kernel has no derivative of its own; this is the same from differentiable parts
+            gate = torch.sigmoid(z)
+            return grad * gate * (1 + z * (1 - gate))
         case "silu":
             return torch.ops.aten.silu_backward(grad, z)
         case _:

@@ -144,6 +144,8 @@ def _mlpconv_flop(x_shape: Any, weights: Any, *_: Any, out_shape: Any = None, **
 def _mlpconv_backward_flop(grad_shape: Any, x_shape: Any, y_shape: Any, weights: Any, *rest: Any, **__: Any) -> int:
     """The arithmetic of the gradients; what a kernel computes again to save memory is not counted."""
     needs = rest[-1]
-    return sum(
-        2 * chain_macs(grad_shape, [w]) * (int(needs[1 + i]) + int(i > 0 or needs[0])) for i, w in enumerate(weights)
-    )
+    count, flops = len(weights), 0
+    for i, weight in enumerate(weights):
+        below = needs[0] or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
+        flops += 2 * chain_macs(grad_shape, [weight]) * (int(needs[1 + i]) + int(below))
+    return flops

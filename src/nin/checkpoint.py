@@ -1,0 +1,269 @@
+"""Run folders: model files (safetensors + JSON), training state, and writes that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nin import models
+from nin.errors import UserError
+from nin.ops import backends
+
+# Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
+FORMAT_VERSION = 1
+
+MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE = (
+    "model.safetensors",
+    "config.json",
+    "state.safetensors",
+    "metrics.csv",
+)
+
+# A config.json holds names and numbers; one that is larger is not ours.
+LARGEST_CONFIG_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into the network's input.
+
+    Attributes:
+        size: height and width, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, for values from 0 to 1.
+        std: of each channel, for values from 0 to 1.
+    """
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """The contents of a run folder's ``config.json``.
+
+    Attributes:
+        model: the architecture: its factory's name and arguments, see `model_from_description`.
+        classes: their names, in the order of the scores.
+        preprocessing: from image to input.
+        recipe: the settings of the training.
+        data: what it was trained on: source, counts, images left out.
+        result: test accuracy and other figures; empty while training.
+        environment: versions and machine.
+    """
+
+    model: dict[str, Any]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    result: dict[str, Any]
+    environment: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the text of ``config.json``."""
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Return the plain data from which `model_from_description` builds the architecture again.
+
+    Raises:
+        TypeError: the model is none of `nin.models`.
+    """
+    if isinstance(model, models.NiN):
+        return {"kind": "nin", "config": model.config.to_dict()}
+    if isinstance(model, models.GoogLeNet):
+        return {"kind": "googlenet", "num_classes": model.num_classes, "in_channels": model.in_channels}
+    raise TypeError(f"model must be one of nin.models, got {type(model).__name__}")
+
+
+def model_from_description(description: Mapping[str, Any]) -> nn.Module:
+    """Return a new network of that architecture.
+
+    Raises:
+        ValueError, TypeError, KeyError: the description is not one that `describe_model` wrote.
+    """
+    match description["kind"]:
+        case "nin":
+            return models.NiN(models.NiNConfig.from_dict(description["config"]))
+        case "googlenet":
+            return models.googlenet(description["num_classes"], in_channels=description["in_channels"])
+        case kind:
+            raise ValueError(f"the model's kind must be 'nin' or 'googlenet', got {kind!r}")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that after a crash there is the old one or the new one, whole.
+
+    Raises:
+        OSError: with the file's name, the disk is full or the folder cannot be written; the old file stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
+    """Write ``model.safetensors`` and ``config.json`` into the run folder."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    write_atomically(folder / MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, info.to_json())
+
+
+def load_model(folder: Path) -> tuple[nn.Module, RunInfo]:
+    """Read a run folder.
+
+    Returns:
+        The network, in evaluation mode on the CPU, and what the folder says of it.
+
+    Raises:
+        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other.
+    """
+    folder = Path(folder)
+    info = load_info(folder)
+    path = folder / MODEL_FILE
+    try:
+        model = model_from_description(info.model)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: 'model' does not describe a network of nin: {error}") from error
+    tensors, _ = read_tensors(path)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != got:
+        wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))[0]
+        raise UserError(
+            f"{path} does not fit {CONFIG_FILE}: {wrong} must have shape {expected.get(wrong)}, got {got.get(wrong)}"
+        )
+    model.load_state_dict(tensors)
+    return model.eval(), info
+
+
+def load_info(folder: Path) -> RunInfo:
+    """Read a run folder's ``config.json``.
+
+    Raises:
+        UserError: the folder is no run folder, or the file is damaged or of a newer version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a run folder of nin: it has no {CONFIG_FILE}. Make one with: nin train DATA --out RUN"
+        )
+    if path.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise UserError(f"{path} is no {CONFIG_FILE} of nin: it is larger than {LARGEST_CONFIG_BYTES} bytes")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("format_version")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or no {CONFIG_FILE} of nin: {error}") from error
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this nin reads 1 to {FORMAT_VERSION}: update nin")
+    try:
+        p = values["preprocessing"]
+        preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]))
+        return RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or no {CONFIG_FILE} of nin: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file.
+
+    Returns:
+        Its tensors and its metadata.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write the training state: tensors, and what JSON can hold."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_atomically(folder / STATE_FILE, save(plain, metadata={"json": json.dumps(values)}))
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the training state that `save_state` wrote.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no unfinished training to resume: {STATE_FILE} is missing")
+    tensors, metadata = read_tensors(path)
+    try:
+        return tensors, json.loads(metadata["json"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def remove_state(folder: Path) -> None:
+    """Remove the training state of a run that has ended."""
+    with contextlib.suppress(FileNotFoundError):
+        (Path(folder) / STATE_FILE).unlink()
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine, for the record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": _processor_name(),
+        "threads": torch.get_num_threads(),
+        "backends": backends(),
+    }
+
+
+def _processor_name() -> str:
+    """Return the processor's name as Linux tells it, or what Python knows elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or "unknown"

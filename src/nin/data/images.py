@@ -1,0 +1,192 @@
+"""One image file becomes one tensor: upright, flattened to grey or RGB, resized, cropped."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from nin.errors import UserError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+# Only these are tried, whatever a file is called: Pillow would run Ghostscript on a PostScript file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# What Pillow raises on damaged or hostile bytes. DecompressionBombError guards memory; warnings come as
+# exceptions where the caller made them so.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    Warning,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before its pixels are read."""
+
+    width: int
+    height: int
+    grey: bool
+
+
+def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
+    """Reads one image.
+
+    EXIF orientation is applied. Transparent pixels are laid over white, the paper that viewers show behind
+    them; what colour a file stores under full transparency is arbitrary. 16-bit values are divided by 257,
+    so that 65535 becomes 255. CMYK and palettes become RGB. Of an animation the first frame is read. The
+    centre square is resized to `size` with an antialiased bicubic filter, which is the same as resizing the
+    shorter side and cropping.
+
+    Args:
+        source: a path, the bytes of an image file, or a Pillow image.
+        size: height and width of the result in pixels; None keeps the whole image as it is.
+        channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        uint8 (channels, size, size), or (channels, H, W) with size=None.
+
+    Raises:
+        UserError: the file cannot be read; the message names it and says why.
+        ValueError: channels is neither 1 nor 3, or size is below 1.
+    """
+    return torch.from_numpy(decode_pixels(source, size=size, channels=channels))
+
+
+def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pixels:
+    """Does the work of `decode` in NumPy: small tensor copies would start a thread pool in each worker."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    with _opened(source) as image:
+        if size is not None and not isinstance(source, Image.Image):
+            # Lets libjpeg decode at a fraction of the size, with twice what is needed left to the filter.
+            image.draft(None, (2 * size, 2 * size))
+        image.load()
+        turn = _TURNS.get(_orientation(image))  # after load(): for TIFF that has turned the image itself
+        flat = _flatten(image).convert("L" if channels == 1 else "RGB")
+        if turn is not None:
+            flat = flat.transpose(turn)
+        if size is not None:
+            flat = _centre_square(flat, size)
+        pixels = np.array(flat, dtype=np.uint8)
+    if channels == 1:
+        return pixels[None]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Reads the size and kind of an image file, not its pixels.
+
+    Raises:
+        UserError: the file is missing, empty or not an image.
+    """
+    with _opened(path) as image:
+        grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+        return Header(image.width, image.height, grey)
+
+
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Opens the source; an error of Pillow's inside the block becomes a UserError that names the file."""
+    if isinstance(source, Image.Image):
+        name = str(getattr(source, "filename", "") or "image")
+    else:
+        name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+        else:
+            file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+            with Image.open(file, formats=_FORMATS) as image:
+                yield image
+    except _DECODING_ERRORS as error:
+        raise UserError(f"{name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Says in a few words why an image cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "empty, not an image, or damaged at its start"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened ({error.strerror})"
+    words = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged or not supported ({words})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except _DECODING_ERRORS:
+        return 1
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Returns the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image
+
+
+def _to_bytes(values: NDArray[Any]) -> Pixels:
+    """Scales 16-bit integers (0..65535) or floats (0..1) to 0..255."""
+    top = 1 if values.dtype.kind == "f" else 65535
+    if values.size == 0 or not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(f"pixel values must be in 0..{top} for {values.dtype}")
+    scaled: Pixels = np.rint(values * (255 / top)).astype(np.uint8)
+    return scaled
+
+
+def _centre_square(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the largest centred square to size x size."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

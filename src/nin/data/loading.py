@@ -1,0 +1,106 @@
+"""`load`: the one way in, whatever the images come from."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from nin.data.arrays import load_arrays
+from nin.data.batching import usable_cores
+from nin.data.named import NAMES, load_named
+from nin.data.reading import Progress, ReadingOptions, read_folder
+from nin.data.sets import Data
+from nin.errors import UserError
+
+
+def load(
+    source: str | Path | Data | tuple[Any, Any],
+    *,
+    data_dir: str | Path | None = None,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
+    memory_limit_bytes: int = 2 << 30,
+    on_progress: Progress | None = None,
+) -> Data:
+    """Loads labelled images for training and testing.
+
+    Args:
+        source: one of
+            - a name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", "cifar100",
+              "svhn" (write "./digits" for a folder of that name);
+            - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
+              beside it. Where both are there, the test images are those of test, and val is not used;
+            - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
+              or tensors: images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in 0..1;
+            - Data, which is returned as it is.
+        data_dir: where the files of mnist to svhn lie. The default is ~/.cache/nin, to which they are
+            downloaded. A folder given here is only read.
+        size: height and width in pixels that the images of a folder are brought to. The default keeps
+            square images of one size up to 64, else takes 32, 64, 128 or 224 by the median shorter side.
+        test_fraction: share of each class that is held out where the source has no test set: 0.25 for
+            digits and 0.2 for all others by default.
+        seed: chooses which images are held out. The choice goes by name, not by position.
+        strict: stop at the first file that cannot be read, where it would else be listed in Data.skipped.
+        workers: threads that read files; the default is one for each usable core. The result is the same.
+        memory_limit_bytes: up to here a folder is held in memory, above it is decoded on demand.
+        on_progress: called with (what is being done, number done, number of all) while a folder is read.
+
+    Returns:
+        The data set. Its labels follow the natural order of the class names: "2" before "10".
+
+    Raises:
+        UserError: the source does not exist or does not have the form above; the message says what to do.
+
+    Example:
+        >>> data = load("digits")
+        >>> data.train.images.shape, len(data.test), data.classes[:3]
+        (torch.Size([1346, 1, 8, 8]), 451, ('0', '1', '2'))
+    """
+    if isinstance(source, Data):
+        return _fixed_size(source, size)
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
+    if size is not None and size < 1:
+        raise UserError(f"size: expected at least 1 pixel, got {size}")
+    if isinstance(source, tuple):
+        return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
+    if source in NAMES:
+        return _fixed_size(
+            load_named(
+                str(source),
+                data_dir=None if data_dir is None else Path(data_dir),
+                test_fraction=test_fraction or 0.25,
+                seed=seed,
+            ),
+            size,
+        )
+    _check_exists(source)
+    options = ReadingOptions(
+        size=size,
+        test_fraction=test_fraction or 0.2,
+        seed=seed,
+        strict=strict,
+        workers=usable_cores() if workers is None else workers,
+        memory_limit_bytes=memory_limit_bytes,
+        on_progress=on_progress,
+    )
+    return read_folder(Path(source), options)
+
+
+def _fixed_size(data: Data, size: int | None) -> Data:
+    if size is not None and size != data.size:
+        raise UserError(f"size: expected {data.size}, the size of {data.name}, got {size}; leave it out")
+    return data
+
+
+def _check_exists(source: str | Path) -> None:
+    """Says what a source that is neither a name nor a path may have meant."""
+    if Path(source).exists():
+        return
+    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), NAMES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "a name or an image folder is expected"
+    raise UserError(f"{source}: there is no such folder, and the names are {', '.join(NAMES)}; {hint}")

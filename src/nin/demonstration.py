@@ -1,0 +1,137 @@
+"""``nin demo``: the main job on images that come along, and what a bottleneck saves, measured here."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import nn
+
+from nin import checkpoint, costs, prediction, terminal
+from nin.errors import UserError
+from nin.layers import Bottleneck, MLPConv
+from nin.recipe import TrainConfig
+from nin.timing import compare
+
+SAMPLES = 6
+
+
+def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) -> None:
+    """Train on digits, test, write the report, predict a few images, and time the notes' bottleneck.
+
+    Args:
+        out: the run folder; one that an earlier run made is replaced.
+        as_json: print the figures as JSON on standard output in place of tables.
+        config: the recipe; the default one if None.
+    """
+    clear(out)
+    config = config or TrainConfig()
+    step("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
+    images = terminal.load_data("digits", seed=config.seed)
+    result = terminal.train_visibly(images, config, out=out)
+    if not as_json:
+        terminal.show_result(result)
+    step("2. Write what it learned into a report")
+    report = terminal.write_report(out, images)
+    step("3. Predict images that it has not seen")
+    paths = write_samples(images, out / "samples")
+    classifier = prediction.load(out)
+    predictions = classifier.predict(paths)
+    if not as_json:
+        terminal.results.print(terminal.predictions_table(classifier.classes, paths, predictions, 2))
+    step("4. Shrink channels with a 1×1 convolution: 256 → 64 → 4×4 → 256 beside 256 → 4×4 → 256, on 28×28 pixels")
+    rows = compare_bottleneck()
+    if as_json:
+        answers = [
+            terminal.prediction_dict(classifier.classes, *pair, 2) for pair in zip(paths, predictions, strict=True)
+        ]
+        terminal.print_json({"run": str(out), **result.info.result, "predictions": answers, "bottleneck": rows})
+    else:
+        terminal.results.print(bottleneck_table(rows))
+    terminal.words.print(
+        f"\nWhat is where\n"
+        f"  {report}  open it in a browser: accuracy, mistakes, and where the network looks\n"
+        f"  {out / checkpoint.MODEL_FILE}  the weights; {checkpoint.CONFIG_FILE} beside it says what they are\n"
+        f"  {out / 'samples'}  the images of step 3\n"
+        f"What to try next\n"
+        f"  nin train FOLDER --out RUN    your own images, one folder for each class\n"
+        f"  nin predict {out} {out / 'samples'} --maps {out / 'maps'}\n"
+        f"  nin cost nin_cifar            parameters and multiplications, layer by layer\n"
+        f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path.",
+        soft_wrap=True,
+    )
+
+
+def clear(out: Path) -> None:
+    """Remove the run of an earlier demo.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    ours = (out / checkpoint.CONFIG_FILE).exists() or (out / checkpoint.STATE_FILE).exists()
+    if not out.is_dir() or not ours:
+        raise UserError(f"{out} holds something that no demo made: give another --out")
+    shutil.rmtree(out)
+
+
+def step(text: str) -> None:
+    """Print a heading."""
+    terminal.words.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+
+
+def write_samples(images: Any, folder: Path) -> list[Path]:
+    """Write some test images as PNG files, named by their class, and return their paths."""
+    folder.mkdir()
+    chosen = torch.linspace(0, len(images.test) - 1, SAMPLES).long()
+    paths = []
+    for pixels, index in zip(images.test.fetch(chosen), chosen.tolist(), strict=True):
+        paths.append(folder / f"{index:03d}-is-a-{images.classes[int(images.test.labels[index])]}.png")
+        Image.fromarray(pixels[0].numpy()).save(paths[-1])
+    return paths
+
+
+def compare_bottleneck() -> list[dict[str, Any]]:
+    """Return MACs, parameters and measured milliseconds of the two forms of the notes, float32, channels_last."""
+    shape = (1, 256, 28, 28)
+    networks: dict[str, nn.Module] = {
+        "256 → 4×4 → 256": nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), MLPConv(256, (256,), kernel_size=4)),
+        "256 → 1×1 → 64 → 4×4 → 256": Bottleneck(256, 64, 256, kernel_size=4),
+    }
+    x = torch.randn(16, *shape[1:]).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        timings = compare({name: call(network, x) for name, network in networks.items()})
+    rows = []
+    for name, network in networks.items():
+        counted, timing = costs.cost(network, shape), timings[name]
+        figures = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
+        rows.append({"form": name, "macs": counted.macs, "parameters": counted.parameters, **figures})
+    return rows
+
+
+def call(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """Return a function that runs the network in evaluation mode on ``x``, its weights in channels_last."""
+    network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: network(x)
+
+
+def bottleneck_table(rows: list[dict[str, Any]]) -> Table:
+    """Return the comparison for the terminal, the last line with the ratios."""
+    table = Table(title=f"batch 16, float32, {torch.get_num_threads()} threads")
+    table.add_column("form")
+    for name in ("MACs per image", "parameters", "milliseconds (20th to 80th percentile)"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        spread = f"{row['median_ms']:.1f} ({row['low_ms']:.1f} to {row['high_ms']:.1f})"
+        table.add_row(row["form"], f"{row['macs']:,}", f"{row['parameters']:,}", spread)
+    table.add_section()
+    wide, narrow = rows
+    ratios = [f"{wide[key] / narrow[key]:.1f}× less" for key in ("macs", "parameters", "median_ms")]
+    table.add_row("the bottleneck", *ratios)
+    return table

@@ -1,0 +1,368 @@
+"""Layers made of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, Inception and the global-average-pooling head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nin.ops import Pair, conv1x1, mlpconv
+
+NORMALISATIONS = (None, "weight_standardisation")
+
+# Gain that keeps the variance through an activation of a standard normal input: 1 / std(activation(z)).
+# Source: Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without Normalization, 2021.
+VARIANCE_GAIN = {"none": 1.0, "relu": 1.7139, "gelu": 1.7015, "silu": 1.7872}
+
+
+class Conv1x1(nn.Module):
+    """A 1×1 convolution with an activation: a fully connected layer, the same at every pixel.
+
+    See `nin.conv1x1` for the equation.
+
+    Args:
+        in_channels: C_in, at least 1.
+        out_channels: C_out, at least 1.
+        stride: of the pixels that are looked at.
+        bias: whether to add one number to each output channel.
+        activation: "none" (or None), "relu", "gelu" or "silu".
+
+    Example:
+        >>> nin.Conv1x1(192, 32)(torch.randn(1, 192, 28, 28)).shape
+        torch.Size([1, 32, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: Pair = 1,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
+        _check_activation(activation or "none")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.stride, self.activation = stride, activation
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        _initialise(self.weight, activation or "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C_out, H', W') for ``x`` of shape (N, C_in, H, W)."""
+        return conv1x1(x, self.weight, self.bias, stride=self.stride, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows between the brackets."""
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, activation={self.activation!r}"
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution that uses its weights standardised, scaled and with a learned gain per output channel.
+
+    ``Ŵ = gain · c · (W - mean(W)) / sqrt(var(W) · fan_in + ε)``, mean and variance over each filter, ``c`` the
+    variance gain of the activation that follows. It touches the weights only, so a chain of convolutions stays in
+    one piece while training, where BatchNorm would cut it after every layer; `fold` leaves a plain convolution.
+
+    Args:
+        activation: the activation that follows; it decides ``c``.
+
+    The other arguments are those of ``torch.nn.Conv2d``.
+
+    Source:
+        Brock, De, Smith: Characterizing signal propagation to close the performance gap in unnormalized ResNets,
+        2021, arXiv 2101.08692, section 4.1 (scaled weight standardisation).
+    """
+
+    EPSILON = 1e-4
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Pair, *, activation: str = "relu", **options: object
+    ) -> None:
+        _check_activation(activation)
+        super().__init__(in_channels, out_channels, kernel_size, **options)  # type: ignore[arg-type]
+        self.gain = nn.Parameter(torch.ones(out_channels))
+        self.variance_gain = VARIANCE_GAIN[activation]
+        # The result does not depend on the length of a filter, but the step that the optimiser takes does: it is
+        # inversely proportional to the squared length, so filters start with length 1.
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight[0].numel()))
+
+    def standardised_weight(self) -> Tensor:
+        """Return Ŵ, of the shape of ``weight``."""
+        fan_in = self.weight[0].numel()
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        scale = torch.rsqrt(variance * fan_in + self.EPSILON) * (self.gain * self.variance_gain).view(-1, 1, 1, 1)
+        return (self.weight - mean) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``x`` with the standardised weight."""
+        return self._conv_forward(x, self.standardised_weight(), self.bias)
+
+    def fold(self) -> nn.Conv2d:
+        """Return a plain convolution with the same result."""
+        return _plain_conv(self, self.standardised_weight())
+
+
+class MLPConv(nn.Module):
+    """Network in Network's layer: a k×k convolution, then 1×1 convolutions, an activation after each.
+
+    See `nin.mlpconv` for the equation. The convolutions in ``convs`` hold the parameters; the layer runs them as
+    one operator.
+
+    Args:
+        in_channels: C_in.
+        channels: the width of each layer, at least one: the first is the k×k convolution's.
+        kernel_size: k of the first convolution; one number, or (height, width), as the next three.
+        stride: of the first convolution.
+        padding: zeros around the image, in pixels.
+        dilation: distance of the first convolution's taps, in pixels.
+        bias: whether each layer adds one number to each output channel.
+        activation: one name for all layers, or one per layer (see `nin.mlpconv`).
+        normalisation: None, or "weight_standardisation" (see `StandardisedConv2d`): one for all layers, or one
+            per layer.
+
+    Raises:
+        ValueError: a width is not positive, a name is unknown, or a sequence is not as long as ``channels``.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.1.
+
+    Example:
+        >>> nin.MLPConv(3, (192, 160, 96), kernel_size=5, padding=2)(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 96, 32, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        *,
+        kernel_size: Pair = 1,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        bias: bool = True,
+        activation: str | Sequence[str | None] | None = "relu",
+        normalisation: str | Sequence[str | None] | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *channels]
+        if len(widths) < 2:
+            raise ValueError("channels must hold at least one width, got none")
+        _check_positive(**{f"channels[{i - 1}]" if i else "in_channels": w for i, w in enumerate(widths)})
+        self.activations = [a or "none" for a in _per_layer("activation", activation, len(channels))]
+        for name in self.activations:
+            _check_activation(name)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.convs = nn.ModuleList()
+        for i, norm in enumerate(_per_layer("normalisation", normalisation, len(channels))):
+            geometry = {"stride": stride, "padding": padding, "dilation": dilation} if i == 0 else {}
+            size, name = kernel_size if i == 0 else 1, self.activations[i]
+            self.convs.append(_make_conv(widths[i], widths[i + 1], size, name, norm, {**geometry, "bias": bias}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, channels[-1], H', W') for ``x`` of shape (N, C_in, H, W)."""
+        convs = [cast(nn.Conv2d, conv) for conv in self.convs]
+        weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
+        return mlpconv(
+            x,
+            weights,
+            [conv.bias for conv in convs],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            activation=self.activations,
+        )
+
+    @torch.no_grad()
+    def fold(self) -> MLPConv:
+        """Replace standardised convolutions by plain ones with the same result, in place; returns the layer."""
+        for i, conv in enumerate(self.convs):
+            if isinstance(conv, StandardisedConv2d):
+                self.convs[i] = conv.fold()
+        return self
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows between the brackets."""
+        return f"activations={self.activations}"
+
+
+class Bottleneck(nn.Sequential):
+    """A k×k convolution between two changes of depth: 1×1 → k×k, on few channels, → as many as asked for.
+
+    ``256 → 1×1 → 64 → 4×4 → 256`` does the job of ``256 → 4×4 → 256`` with 3.8 times fewer multiplications.
+
+    Args:
+        in_channels: C_in.
+        mid_channels: the channels that the 1×1 convolution leaves for the k×k convolution to look at.
+        out_channels: C_out.
+        kernel_size: k; the image keeps its size (an even k pads one pixel more at the bottom and right).
+        expand: put a second 1×1 convolution after the k×k (ResNet's bottleneck): the k×k then maps
+            ``mid_channels`` to ``mid_channels``.
+        activation: after each convolution.
+
+    Source:
+        Szegedy et al.: Going Deeper with Convolutions, 2014, arXiv 1409.4842, section 4; He et al.: Deep Residual
+        Learning, 2015, arXiv 1512.03385, figure 5 (``expand=True``).
+
+    Example:
+        >>> nin.Bottleneck(256, 64, 256, kernel_size=4)(torch.randn(1, 256, 28, 28)).shape
+        torch.Size([1, 256, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        expand: bool = False,
+        activation: str | None = "relu",
+    ) -> None:
+        _check_positive(in_channels=in_channels, mid_channels=mid_channels, out_channels=out_channels)
+        _check_positive(kernel_size=kernel_size)
+        wide = (mid_channels, out_channels) if expand else (out_channels,)
+        total = kernel_size - 1
+        layers: list[nn.Module] = [Conv1x1(in_channels, mid_channels, activation=activation)]
+        if total % 2:
+            layers.append(nn.ZeroPad2d((total // 2, total - total // 2) * 2))
+        padding = 0 if total % 2 else total // 2
+        layers.append(MLPConv(mid_channels, wide, kernel_size=kernel_size, padding=padding, activation=activation))
+        super().__init__(*layers)
+
+
+class Inception(nn.Module):
+    """Four ways to look at the same input, side by side: 1×1; 1×1 → 3×3; 1×1 → 5×5; pool → 1×1.
+
+    Args:
+        in_channels: C_in.
+        ones: channels of the 1×1 branch.
+        reduce_threes: channels that a 1×1 leaves before the 3×3.
+        threes: channels of the 3×3 branch.
+        reduce_fives: channels that a 1×1 leaves before the 5×5.
+        fives: channels of the 5×5 branch.
+        pools: channels of the 1×1 after the 3×3 max pooling.
+        activation: after each convolution.
+
+    Source:
+        Szegedy et al.: Going Deeper with Convolutions, 2014, arXiv 1409.4842, figure 2(b) and table 1.
+
+    Example:
+        >>> nin.Inception(192, 64, 96, 128, 16, 32, 32)(torch.randn(1, 192, 28, 28)).shape
+        torch.Size([1, 256, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        ones: int,
+        reduce_threes: int,
+        threes: int,
+        reduce_fives: int,
+        fives: int,
+        pools: int,
+        *,
+        activation: str | None = "relu",
+    ) -> None:
+        super().__init__()
+        self.ones = Conv1x1(in_channels, ones, activation=activation)
+        self.threes = Bottleneck(in_channels, reduce_threes, threes, kernel_size=3, activation=activation)
+        self.fives = Bottleneck(in_channels, reduce_fives, fives, kernel_size=5, activation=activation)
+        self.pools = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), Conv1x1(in_channels, pools, activation=activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, ones + threes + fives + pools, H, W) for ``x`` of shape (N, C_in, H, W)."""
+        return torch.cat([self.ones(x), self.threes(x), self.fives(x), self.pools(x)], dim=1)
+
+
+class GlobalAveragePooling(nn.Module):
+    """Network in Network's head: the score of a class is the mean of its map.
+
+    ``score[n, c] = mean over i, j of maps[n, c, i, j]``. It has no parameters, and the maps show where in the
+    picture the evidence for each class lies.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.2.
+
+    Example:
+        >>> nin.GlobalAveragePooling()(torch.ones(2, 10, 7, 7)).shape
+        torch.Size([2, 10])
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return scores (N, C) for ``maps`` of shape (N, C, H, W)."""
+        return F.adaptive_avg_pool2d(maps, 1).flatten(1)
+
+
+def _make_conv(
+    in_channels: int, out_channels: int, size: Pair, activation: str, norm: str | None, options: dict[str, object]
+) -> nn.Conv2d:
+    if norm == "weight_standardisation":
+        conv: nn.Conv2d = StandardisedConv2d(in_channels, out_channels, size, activation=activation, **options)
+    elif norm is None:
+        conv = nn.Conv2d(in_channels, out_channels, size, **options)  # type: ignore[arg-type]
+        _initialise(conv.weight, activation)
+    else:
+        raise ValueError(f"normalisation must be one of {NORMALISATIONS}, got {norm!r}")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _initialise(weight: Tensor, activation: str) -> None:
+    """Draw the weights so that the size of the values stays the same from layer to layer.
+
+    ``std = sqrt(2 / fan_in)`` before a ReLU (GELU and SiLU are near enough), ``sqrt(1 / fan_in)`` before nothing.
+
+    Source:
+        He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015, arXiv 1502.01852, equation 10.
+    """
+    nn.init.normal_(weight, std=math.sqrt((1 if activation == "none" else 2) / weight[0].numel()))
+
+
+def _plain_conv(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
+    """Return an ``nn.Conv2d`` of the geometry and bias of ``conv`` with another weight."""
+    plain = nn.utils.skip_init(
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        bias=conv.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        plain.weight.copy_(weight)
+        if conv.bias is not None:
+            plain.bias.copy_(conv.bias)
+    return plain.train(conv.training)
+
+
+def _per_layer(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    values = [value] * count if value is None or isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{name} must be one value or one for each of the {count} layers, got {len(values)}")
+    return values
+
+
+def _check_positive(**channels: int) -> None:
+    for name, value in channels.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_activation(name: str) -> None:
+    if name not in VARIANCE_GAIN:
+        raise ValueError(f"activation must be one of {', '.join(VARIANCE_GAIN)}, got {name!r}")

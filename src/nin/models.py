@@ -1,0 +1,284 @@
+"""Whole networks: a configuration that can be written down as JSON, and the network that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from nin.errors import UserError
+from nin.layers import GlobalAveragePooling, Inception, MLPConv
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One mlpconv layer of a NiN and the pooling after it.
+
+    Attributes:
+        channels: the width of each of its layers, the k×k convolution's first.
+        kernel_size: k.
+        stride: of the k×k convolution.
+        padding: of the k×k convolution, in pixels.
+        pool: "max", "average" or None: 3×3 windows at stride 2, the size rounded up.
+        dropout: the share of values that training drops after the pooling.
+    """
+
+    channels: tuple[int, ...]
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    pool: str | None = None
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NiNConfig:
+    """Everything that a `NiN` is made from.
+
+    Attributes:
+        name: what people call it.
+        in_channels: of the images: 3 for colour, 1 for grey.
+        num_classes: the maps of the last layer.
+        image_size: height and width that it is meant for, in pixels (it takes others).
+        blocks: the mlpconv layers; the last one gives ``num_classes`` channels.
+        activation: after every layer but the last.
+        last_activation: after the last layer. The paper has "relu" there; it stops many runs at a loss of
+            ln(num_classes), so the default is "none".
+        normalisation: None or "weight_standardisation" (every layer but the last).
+    """
+
+    name: str
+    in_channels: int
+    num_classes: int
+    image_size: int
+    blocks: tuple[BlockConfig, ...]
+    activation: str = "relu"
+    last_activation: str = "none"
+    normalisation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, numbers and strings, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NiNConfig:
+        """Return the configuration that `to_dict` wrote.
+
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
+        """
+        blocks = tuple(BlockConfig(**{**b, "channels": tuple(b["channels"])}) for b in values["blocks"])
+        return cls(**{**values, "blocks": blocks})
+
+
+class NiN(nn.Module):
+    """A Network in Network: mlpconv layers, and global average pooling in place of dense layers.
+
+    Args:
+        config: its shape.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.3.
+
+    Example:
+        >>> nin.models.nin_cifar()(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, config: NiNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList()
+        channels = config.in_channels
+        for i, block in enumerate(config.blocks):
+            self.blocks.append(self._make_block(block, channels, last=i + 1 == len(config.blocks)))
+            channels = block.channels[-1]
+        if channels != config.num_classes:
+            raise ValueError(f"the last block must give num_classes={config.num_classes} channels, got {channels}")
+        self.head = GlobalAveragePooling()
+
+    def _make_block(self, block: BlockConfig, in_channels: int, *, last: bool) -> nn.Sequential:
+        config, count = self.config, len(block.channels)
+        layer = MLPConv(
+            in_channels,
+            block.channels,
+            kernel_size=block.kernel_size,
+            stride=block.stride,
+            padding=block.padding,
+            activation=[config.activation] * (count - 1) + [config.last_activation if last else config.activation],
+            normalisation=[config.normalisation] * (count - 1) + [None if last else config.normalisation],
+        )
+        parts: list[nn.Module] = [layer]
+        if block.pool == "max":
+            parts.append(nn.MaxPool2d(3, 2, ceil_mode=True))
+        elif block.pool == "average":
+            parts.append(nn.AvgPool2d(3, 2, ceil_mode=True))
+        elif block.pool is not None:
+            raise ValueError(f"pool must be 'max', 'average' or None, got {block.pool!r}")
+        if block.dropout:
+            parts.append(nn.Dropout(block.dropout))
+        return nn.Sequential(*parts)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Return the class maps (N, num_classes, h, w): the evidence for each class at each place of ``x``."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one score per class, (N, num_classes), for images ``x`` of shape (N, in_channels, H, W)."""
+        return self.head(self.maps(x))
+
+    def fold(self) -> NiN:
+        """Replace standardised convolutions by plain ones with the same result, in place; returns the network."""
+        for module in self.modules():
+            if isinstance(module, MLPConv):
+                module.fold()
+        self.config = dataclasses.replace(self.config, normalisation=None)
+        return self
+
+    @property
+    def smallest_input(self) -> int:
+        """The smallest height and width that leave at least one pixel for the last layer."""
+        size = 1
+        for block in reversed(self.config.blocks):
+            if block.pool:
+                size = 2 * size  # ceil((n - 3) / 2) + 1 reaches s from n = 2 s
+            size = max(1, (size - 1) * block.stride + block.kernel_size - 2 * block.padding)
+        return size
+
+
+def nin_digits(num_classes: int = 10, *, in_channels: int = 1, **options: Any) -> NiN:
+    """Return a small NiN for 8×8 images (scikit-learn's digits): 8 → 4 pixels, two mlpconv layers."""
+    blocks = (
+        BlockConfig((64, 64, 64), kernel_size=3, padding=1, pool="max", dropout=0.2),
+        BlockConfig((128, 128, num_classes), kernel_size=3, padding=1),
+    )
+    return NiN(NiNConfig("nin_digits", in_channels, num_classes, 8, blocks, **options))
+
+
+def nin_cifar(num_classes: int = 10, *, in_channels: int = 3, dropout: float = 0.5, **options: Any) -> NiN:
+    """Return the paper's network for 32×32 images: 966,986 parameters with 10 classes, 222.5 M MACs.
+
+    Args:
+        num_classes: of the last layer.
+        in_channels: of the images.
+        dropout: after each pooling; the paper has 0.5.
+        options: the other fields of `NiNConfig`; ``last_activation="relu"`` gives the paper's last layer.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 4.2, as in the authors' file for CIFAR-10.
+
+    Example:
+        >>> sum(p.numel() for p in nin.models.nin_cifar().parameters())
+        966986
+    """
+    blocks = (
+        BlockConfig((192, 160, 96), kernel_size=5, padding=2, pool="max", dropout=dropout),
+        BlockConfig((192, 192, 192), kernel_size=5, padding=2, pool="max", dropout=dropout),
+        BlockConfig((192, 192, num_classes), kernel_size=3, padding=1),
+    )
+    return NiN(NiNConfig("nin_cifar", in_channels, num_classes, 32, blocks, **options))
+
+
+def nin_imagenet(num_classes: int = 1000, *, in_channels: int = 3, dropout: float = 0.5, **options: Any) -> NiN:
+    """Return the authors' network for 224×224 images: 7,595,176 parameters with 1,000 classes, 1.10 G MACs.
+
+    Args:
+        num_classes: of the last layer.
+        in_channels: of the images.
+        dropout: before the last mlpconv layer.
+        options: the other fields of `NiNConfig`.
+
+    Example:
+        >>> sum(p.numel() for p in nin.models.nin_imagenet().parameters())
+        7595176
+    """
+    blocks = (
+        BlockConfig((96, 96, 96), kernel_size=11, stride=4, pool="max"),
+        BlockConfig((256, 256, 256), kernel_size=5, padding=2, pool="max"),
+        BlockConfig((384, 384, 384), kernel_size=3, padding=1, pool="max", dropout=dropout),
+        BlockConfig((1024, 1024, num_classes), kernel_size=3, padding=1),
+    )
+    return NiN(NiNConfig("nin_imagenet", in_channels, num_classes, 224, blocks, **options))
+
+
+class GoogLeNet(nn.Module):
+    """Nine Inception modules behind a convolutional stem, 1×1 convolutions in all of them.
+
+    Source:
+        Szegedy et al.: Going Deeper with Convolutions, 2014, arXiv 1409.4842, table 1 (without the auxiliary
+        classifiers and the local response normalisation, which Inception's later versions left out too).
+    """
+
+    # in_channels, 1×1, reduce 3×3, 3×3, reduce 5×5, 5×5, pool; None is a 3×3 max pooling at stride 2
+    INCEPTIONS = (
+        (192, 64, 96, 128, 16, 32, 32),
+        (256, 128, 128, 192, 32, 96, 64),
+        None,
+        (480, 192, 96, 208, 16, 48, 64),
+        (512, 160, 112, 224, 24, 64, 64),
+        (512, 128, 128, 256, 24, 64, 64),
+        (512, 112, 144, 288, 32, 64, 64),
+        (528, 256, 160, 320, 32, 128, 128),
+        None,
+        (832, 256, 160, 320, 32, 128, 128),
+        (832, 384, 192, 384, 48, 128, 128),
+    )
+
+    def __init__(self, num_classes: int = 1000, *, in_channels: int = 3, dropout: float = 0.4) -> None:
+        super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.stem = nn.Sequential(
+            MLPConv(in_channels, (64,), kernel_size=7, stride=2, padding=3),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+            MLPConv(64, (64,)),
+            MLPConv(64, (192,), kernel_size=3, padding=1),
+            nn.MaxPool2d(3, 2, ceil_mode=True),
+        )
+        self.inceptions = nn.Sequential(
+            *(
+                nn.MaxPool2d(3, 2, ceil_mode=True) if widths is None else Inception(*widths)
+                for widths in self.INCEPTIONS
+            )
+        )
+        self.pool, self.dropout = GlobalAveragePooling(), nn.Dropout(dropout)
+        self.classifier = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return one score per class, (N, num_classes), for images ``x`` of shape (N, in_channels, H, W)."""
+        return self.classifier(self.dropout(self.pool(self.inceptions(self.stem(x)))))
+
+
+def googlenet(num_classes: int = 1000, *, in_channels: int = 3, dropout: float = 0.4) -> GoogLeNet:
+    """Return GoogLeNet for 224×224 images: 6,998,552 parameters with 1,000 classes.
+
+    Example:
+        >>> sum(p.numel() for p in nin.models.googlenet().parameters())
+        6998552
+    """
+    return GoogLeNet(num_classes, in_channels=in_channels, dropout=dropout)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "nin_digits": nin_digits,
+    "nin_cifar": nin_cifar,
+    "nin_imagenet": nin_imagenet,
+    "googlenet": googlenet,
+}
+
+# height and width that each network is meant for, in pixels
+IMAGE_SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 224, "googlenet": 224}
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Return the network of that name.
+
+    Raises:
+        UserError: there is none; the message names those that there are.
+    """
+    if name not in MODELS:
+        raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](num_classes, **options)

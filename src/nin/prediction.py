@@ -1,0 +1,180 @@
+"""Using a trained network: load a run folder, predict, and see which places of a picture speak for which class."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from nin import checkpoint, data, models
+from nin.checkpoint import RunInfo
+
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the network says of one image.
+
+    Attributes:
+        label: the most probable class.
+        confidence: its probability.
+        probabilities: of every class, in the order of the network's classes; they add up to 1.
+    """
+
+    label: str
+    confidence: float
+    probabilities: tuple[float, ...]
+
+
+class Classifier:
+    """A trained network with all that it takes to use it: class names and preprocessing.
+
+    Args:
+        model: scores (N, classes) from images (N, C, H, W); standardised convolutions are folded.
+        info: what the run folder says.
+        device: where to compute.
+    """
+
+    def __init__(self, model: nn.Module, info: RunInfo, *, device: str | torch.device = "cpu") -> None:
+        model = model.fold() if isinstance(model, models.NiN) else model
+        self.model = model.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.info, self.device = info, torch.device(device)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the scores."""
+        return self.info.classes
+
+    def predict(self, images: Any) -> list[Prediction]:
+        """Classify images.
+
+        Args:
+            images: one image or a sequence of them. An image is a path, the bytes of a file, a Pillow image, or an
+                array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, or of floats from 0 to 1; an array or
+                tensor with one dimension more holds several.
+
+        Returns:
+            One prediction for each image, in their order.
+
+        Raises:
+            UserError: a file is no image or cannot be read; it is named.
+            ValueError: an array's shape or dtype is none of the above.
+        """
+        probabilities = self.scores(images).softmax(1)
+        return [self._prediction(row) for row in probabilities]
+
+    def _prediction(self, probabilities: Tensor) -> Prediction:
+        best = int(probabilities.argmax())
+        values = tuple(probabilities.tolist())
+        return Prediction(self.classes[best], values[best], values)
+
+    def scores(self, images: Any) -> Tensor:
+        """Return the scores before the softmax, (N, classes), float32. The arguments are those of `predict`."""
+        results = [self.model(x).float().cpu() for x in self._inputs(images)]
+        return torch.cat(results) if results else torch.empty(0, len(self.classes))
+
+    def confidence_maps(self, images: Any, *, size: int | None = None) -> Tensor:
+        """Return what each place of an image adds to each class: the last layer's maps.
+
+        The score of a class is the mean of its map (global average pooling), so the map is the explanation.
+
+        Args:
+            images: as for `predict`.
+            size: height and width of the maps, interpolated; None gives them as the network makes them.
+
+        Returns:
+            (N, classes, h, w), float32, in units of the scores.
+
+        Raises:
+            TypeError: the network has no such maps: it is not a `nin.models.NiN`.
+
+        Source:
+            Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 4.6.
+        """
+        if not isinstance(self.model, models.NiN):
+            raise TypeError(
+                f"confidence maps need a NiN, got {type(self.model).__name__}: its last layer makes no maps"
+            )
+        with torch.inference_mode():
+            batches = [self.model.maps(x).float().cpu() for x in self._inputs(images)]
+        maps = torch.cat(batches) if batches else torch.empty(0, len(self.classes), 1, 1)
+        if size is not None:
+            maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
+        return maps
+
+    def _inputs(self, images: Any) -> Iterator[Tensor]:
+        """Yield batches of the network's input."""
+        p = self.info.preprocessing
+        for batch in _batches_of_pixels(images, size=p.size, channels=p.channels):
+            with torch.inference_mode():
+                yield data.to_float(batch.to(self.device), p.mean, p.std)
+
+
+def load(run: str | Path, *, device: str = "cpu") -> Classifier:
+    """Load a run folder.
+
+    Args:
+        run: the folder that `nin.train` or ``nin train`` made.
+        device: where to compute.
+
+    Returns:
+        The classifier.
+
+    Raises:
+        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other.
+    """
+    model, info = checkpoint.load_model(Path(run))
+    return Classifier(model, info, device=device)
+
+
+def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Tensor]:
+    """Yield uint8 batches (B, channels, size, size)."""
+    items: Sequence[Any]
+    if isinstance(images, np.ndarray | Tensor):
+        items = _images_of_array(torch.as_tensor(images), channels)
+    elif isinstance(images, list | tuple):
+        items = images
+    else:
+        items = [images]
+    for start in range(0, len(items), BATCH):
+        yield torch.stack([_pixels(item, size=size, channels=channels) for item in items[start : start + BATCH]])
+
+
+def _images_of_array(array: Tensor, channels: int) -> list[Tensor]:
+    """Return the single images in an array: (H, W), (H, W, C), (C, H, W), or several of one of these."""
+    depths = (1, 2, 3, 4)
+    single = array.dim() == 2 or (array.dim() == 3 and (array.shape[0] in depths or array.shape[2] in depths))
+    return [array] if single else list(array)
+
+
+def _pixels(image: Any, *, size: int, channels: int) -> Tensor:
+    if isinstance(image, np.ndarray | Tensor):
+        image = _picture(torch.as_tensor(image))
+    if not isinstance(image, str | os.PathLike | bytes | Image.Image):
+        raise TypeError(
+            f"an image must be a path, bytes, a Pillow image, an array or a tensor, got {type(image).__name__}"
+        )
+    return data.decode(image, size=size, channels=channels)
+
+
+def _picture(array: Tensor) -> Image.Image:
+    """Return a Pillow image of an array (H, W), (H, W, C) or (C, H, W)."""
+    if array.dim() == 3 and array.shape[2] not in (1, 2, 3, 4):
+        array = array.permute(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    if array.dim() not in (2, 3) or (array.dim() == 3 and array.shape[2] not in (1, 2, 3, 4)):
+        raise ValueError(f"an image must have shape (H, W), (H, W, C) or (C, H, W), got {tuple(array.shape)}")
+    if array.is_floating_point():
+        array = (array.clamp(0, 1) * 255).round()
+    elif array.dtype != torch.uint8:
+        raise ValueError(f"an image must be of uint8, or of floats from 0 to 1, got {array.dtype}")
+    values = array.to("cpu", torch.uint8).numpy()
+    return Image.fromarray(values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values)

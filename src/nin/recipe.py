@@ -1,0 +1,102 @@
+"""The training recipe: every setting with its unit and its reason. Importing it does not import PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from nin.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How `nin.train` trains. What is None is chosen from the data by `resolve`, and recorded in the run folder.
+
+    Attributes:
+        model: a name of `nin.models.MODELS`; if not given, the one made for images of that size.
+        epochs: passes over the training images; if not given, 20, and more where there are few images.
+        batch_size: images per step; if not given, 128, and less where there are few images.
+        learning_rate: at the peak of the one-cycle schedule, with batches of 128.
+        warmup: share of all steps in which the learning rate rises from zero; it falls to zero in the rest.
+        momentum: of Nesterov's accelerated gradient.
+        weight_decay: per step, on convolution weights only (not on biases and gains).
+        label_smoothing: share of the target that is spread over all classes.
+        gradient_clip: largest norm of the gradient of all parameters together; longer ones are shortened.
+        ema: decay per step of the averaged weights, which are the ones that are tested and kept.
+        dropout: after each pooling. The paper's 0.5 is for hundreds of epochs.
+        normalisation: "weight_standardisation" keeps the 1×1 chains in one piece; "none" is the paper's network.
+        last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes).
+        flip: mirror half of the images; if not given, where the data allow it (digits and letters do not).
+        shift: largest random translation, in pixels; if not given, about a fifteenth of the image.
+        seed: of the weights, the order, the augmentation and the dropout. Two runs on one machine are equal.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+        precision: "auto" takes "bf16" where the processor multiplies in it, else "fp32".
+        threads: of the CPU; if not given, one for each core.
+    """
+
+    model: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 0.1
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    gradient_clip: float = 1.0
+    ema: float = 0.995
+    dropout: float = 0.0
+    normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
+    last_activation: Literal["none", "relu"] = "none"
+    flip: bool | None = None
+    shift: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges, so that a mistake shows before anything is loaded."""
+        for name in ("epochs", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup", "momentum", "label_smoothing", "ema", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "shift", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must be at least 0, got {value}")
+
+    def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> ResolvedConfig:
+        """Return the recipe with every None that the data decide filled in.
+
+        Args:
+            images: how many there are to train on.
+            image_size: their height and width, in pixels.
+            flip: whether a mirrored image keeps its label.
+            shift: a sensible translation, in pixels.
+        """
+        # about 400,000 images seen, at least 20 times each (60,000 images: 20 epochs; 1,347 digits: 100)
+        epochs = min(100, max(20, math.ceil(400_000 / images)))
+        # at least 20 steps an epoch, so that a few hundred images still make a thousand steps
+        batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
+        model = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 96 else "nin_imagenet"
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen = {"model": model, "epochs": epochs, "batch_size": batch_size, "flip": flip, "shift": shift}
+        return ResolvedConfig(**values | {k: v for k, v in chosen.items() if values[k] is None})
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A recipe in which everything that the data decide is decided; see `TrainConfig`."""
+
+    model: str = "nin_cifar"
+    epochs: int = 20
+    batch_size: int = 128
+    flip: bool = False
+    shift: int = 0

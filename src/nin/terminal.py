@@ -1,0 +1,295 @@
+"""What the shell's verbs do and show: progress and words on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nin import checkpoint, costs, data, models, prediction, training
+from nin import report as reports
+from nin.errors import UserError
+from nin.recipe import TrainConfig
+
+words = Console(stderr=True, highlight=False)
+results = Console(highlight=False, soft_wrap=True)
+
+# A log file gets a line about something that takes long no more often than this.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """A progress bar on a terminal; plain lines elsewhere, so that a log stays readable.
+
+    Args:
+        total: steps to be done; None where it is known later.
+        text: what is being done.
+    """
+
+    def __init__(self, text: str, total: int | None = None) -> None:
+        self.text, self.total, self.told = text, total, time.monotonic()
+        self.task: TaskID | None = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=words,
+            transient=True,
+        )
+
+    def __enter__(self) -> Bar:
+        """Start to show."""
+        if words.is_terminal:
+            self.progress.start()
+            self.task = self.progress.add_task(self.text, total=self.total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if self.task is not None:
+            self.progress.stop()
+
+    def update(self, done: int, total: int, text: str | None = None) -> None:
+        """Say that ``done`` of ``total`` steps are done."""
+        text = text or self.text
+        if self.task is not None:
+            self.progress.update(self.task, completed=done, total=total, description=text)
+        elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told = time.monotonic()
+            words.print(f"{text}: {done} of {total}")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.told = time.monotonic()
+        words.print(text)
+
+
+def train(source: str, *, out: Path, loading: dict[str, Any], config: TrainConfig, resume: bool, as_json: bool) -> None:
+    """Train, write the run folder and its report, and show the result."""
+    images = load_data(source, seed=config.seed, **loading)
+    result = train_visibly(images, config, out=out, resume=resume)
+    path = write_report(out, images)
+    if as_json:
+        print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
+        return
+    show_result(result)
+    words.print(f"Look at what it learned: {path}\nUse it:                  nin predict {out} IMAGE…")
+
+
+def load_data(source: str, **options: Any) -> data.Data:
+    """Load a data set, showing progress, and tell what was left out."""
+    with Bar(f"Reading {source}") as bar:
+        images = data.load(source, on_progress=lambda text, done, total: bar.update(done, total, text), **options)
+    for note in images.notes:
+        words.print(note)
+    for path, reason in images.skipped[:10]:
+        words.print(f"left out {path}: {reason}")
+    if len(images.skipped) > 10:
+        words.print(f"… and {len(images.skipped) - 10} more files, all listed in config.json")
+    size = f"{images.size}×{images.size} {'grey' if images.channels == 1 else 'colour'}"
+    words.print(
+        f"{images.name}: {len(images.train):,} images to train on, {len(images.test):,} to test, {size}, "
+        f"{len(images.classes)} classes"
+    )
+    return images
+
+
+def train_visibly(images: data.Data, config: TrainConfig, *, out: Path, resume: bool = False) -> training.TrainResult:
+    """Train, with a bar on a terminal and a line for every epoch."""
+    with Bar("Training") as bar:
+
+        def show(p: training.Progress) -> None:
+            bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
+            # a hundred short epochs get twenty lines
+            if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
+                bar.line(
+                    f"epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
+                    f"test accuracy {100 * p.row['test_accuracy']:.2f} %  {p.row['seconds']:.0f} s"
+                )
+
+        try:
+            return training.train(images, config, out=out, resume=resume, on_progress=show)
+        except KeyboardInterrupt:
+            kept = (out / checkpoint.STATE_FILE).exists()
+            bar.line(
+                f"Stopped. {f'Go on with the same command and --resume: {out}' if kept else 'Nothing was written.'}"
+            )
+            raise
+
+
+def show_result(result: training.TrainResult) -> None:
+    """Print the test accuracy with its interval, and what the network is."""
+    r, info = result.info.result, result.info
+    parameters = sum(p.numel() for p in result.model.parameters())
+    results.print(
+        f"test accuracy {percent(r['test_accuracy'], r['test_accuracy_interval'])}, {r['test_images']:,} images"
+    )
+    if "test_accuracy_flip" in r:
+        value = percent(r["test_accuracy_flip"], r["test_accuracy_flip_interval"])
+        results.print(f"  with a mirrored second view of each: {value}")
+    words.print(
+        f"{info.recipe['model']}, {parameters:,} parameters, {r['seconds'] / 60:.1f} minutes in {info.recipe['precision']}"
+    )
+
+
+def percent(value: float, interval: Sequence[float]) -> str:
+    """Return a share with its interval, in percent."""
+    return f"{100 * value:.2f} % (95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+
+
+def write_report(run: Path, images: data.Data | None) -> Path:
+    """Write the report, saying so: it predicts on all test images."""
+    with words.status("Writing the report") if words.is_terminal else contextlib.nullcontext():
+        return reports.write(run, images)
+
+
+def report(run: Path) -> None:
+    """Write the report of a run folder again."""
+    results.print(str(write_report(run, None)))
+
+
+def predict(
+    run: Path,
+    images: Sequence[Path],
+    *,
+    top: int,
+    device: str,
+    as_json: bool,
+    csv_path: Path | None,
+    maps: Path | None,
+) -> None:
+    """Classify images and show, write or draw the result."""
+    paths = list(find_images(images))
+    classifier = prediction.load(run, device=device)
+    predictions: list[prediction.Prediction] = []
+    with Bar("Predicting", len(paths)) as bar:
+        for start in range(0, len(paths), prediction.BATCH):
+            predictions += classifier.predict(paths[start : start + prediction.BATCH])
+            bar.update(len(predictions), len(paths))
+    if csv_path is not None:
+        checkpoint.write_atomically(csv_path, predictions_csv(classifier.classes, paths, predictions))
+    if maps is not None:
+        write_maps(classifier, paths, predictions, maps)
+    if as_json:
+        print_json([prediction_dict(classifier.classes, *pair, top) for pair in zip(paths, predictions, strict=True)])
+    else:
+        results.print(predictions_table(classifier.classes, paths, predictions, top))
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the image files: those named, and those in the folders named.
+
+    Raises:
+        UserError: a path is missing, or a folder holds no image.
+    """
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in data.EXTENSIONS and p.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no image: its files must end in {', '.join(sorted(data.EXTENSIONS))}")
+            yield from inside
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"{path} does not exist")
+
+
+def best(classes: Sequence[str], p: prediction.Prediction, top: int) -> list[tuple[str, float]]:
+    """Return the most probable classes with their probabilities."""
+    return sorted(zip(classes, p.probabilities, strict=True), key=lambda pair: -pair[1])[:top]
+
+
+def prediction_dict(classes: Sequence[str], path: Path, p: prediction.Prediction, top: int) -> dict[str, Any]:
+    """Return one prediction for JSON."""
+    ranked = [{"class": name, "confidence": value} for name, value in best(classes, p, top)]
+    return {"image": str(path), "label": p.label, "confidence": p.confidence, "top": ranked}
+
+
+def predictions_table(
+    classes: Sequence[str], paths: Sequence[Path], predictions: Sequence[prediction.Prediction], top: int
+) -> Table:
+    """Return the predictions for the terminal."""
+    table = Table("image", "class", "confidence", "then")
+    for path, p in zip(paths, predictions, strict=True):
+        others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best(classes, p, top)[1:])
+        table.add_row(str(path), p.label, f"{100 * p.confidence:.1f} %", others)
+    return table
+
+
+def predictions_csv(classes: Sequence[str], paths: Sequence[Path], predictions: Sequence[prediction.Prediction]) -> str:
+    """Return the predictions as CSV text, with a column for every class."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "confidence", *classes])
+    for path, p in zip(paths, predictions, strict=True):
+        writer.writerow([path, p.label, f"{p.confidence:.6f}", *(f"{value:.6f}" for value in p.probabilities)])
+    return text.getvalue()
+
+
+def write_maps(
+    classifier: prediction.Classifier,
+    paths: Sequence[Path],
+    predictions: Sequence[prediction.Prediction],
+    folder: Path,
+) -> None:
+    """Write one picture per image: where the evidence for its class lies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = classifier.info.preprocessing.size
+    for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
+        maps = classifier.confidence_maps(path)[0]
+        pixels = data.decode(path, size=size, channels=classifier.info.preprocessing.channels)
+        index = classifier.classes.index(p.label)
+        picture = reports.overlay(pixels, maps[index], limit=float(maps.abs().max()), size=max(256, size))
+        content = io.BytesIO()
+        picture.save(content, format="PNG")
+        # numbered, as two folders may hold files of one name
+        checkpoint.write_atomically(folder / f"{number:04d}-{path.stem}.png", content.getvalue())
+
+
+def cost(model: str, *, classes: int | None, size: int | None, channels: int | None, as_json: bool) -> None:
+    """Count what a network of ours, or of a run folder, costs."""
+    if model in models.MODELS:
+        default = 1 if model == "nin_digits" else 3
+        options = {} if channels is None else {"in_channels": channels}
+        usual = 10 if model in ("nin_digits", "nin_cifar") else 1000
+        network = models.create(model, classes or usual, **options)
+        shape = (1, channels or default, *(2 * (size or models.IMAGE_SIZES[model],)))
+    elif Path(model).is_dir():
+        network, info = checkpoint.load_model(Path(model))
+        p = info.preprocessing
+        shape = (1, p.channels, size or p.size, size or p.size)
+    else:
+        raise UserError(f"model must be one of {', '.join(models.MODELS)}, or a run folder, got {model!r}")
+    counted = costs.cost(network, shape)
+    if as_json:
+        print_json(counted.to_dict())
+        return
+    header, *rows = counted.rows()
+    table = Table(title=f"{model}, input {'×'.join(map(str, shape))}; 1 MAC = 2 floating-point operations")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 4 else "right")
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
+    results.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,65 @@
+"""Times calls side by side, so that what else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long a call took over several runs.
+
+    Attributes:
+        median_ms: half of the runs were faster, in milliseconds.
+        low_ms: the 20th percentile.
+        high_ms: the 80th percentile.
+        runs: how many were measured, the warm-up not among them.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+def compare(callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3) -> dict[str, Timing]:
+    """Time calls in turn: each round runs every one of them once.
+
+    A call that works on a GPU has to wait for it itself.
+
+    Args:
+        callables: what to call, by name.
+        runs: measured rounds, at least 2.
+        warmup: rounds before them that are not measured.
+
+    Returns:
+        The timing of each call, in the order given.
+
+    Raises:
+        ValueError: ``runs`` is less than 2 or ``warmup`` less than 0.
+
+    Example:
+        >>> nin.timing.compare({"sum": lambda: sum(range(1000))})["sum"].runs
+        15
+    """
+    if runs < 2:
+        raise ValueError(f"runs must be at least 2, got {runs}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    times_ms: dict[str, list[float]] = {name: [] for name in callables}
+    for turn in range(-warmup, runs):
+        for name, call in callables.items():
+            start = time.perf_counter_ns()
+            call()
+            elapsed_ms = (time.perf_counter_ns() - start) / 1e6
+            if turn >= 0:
+                times_ms[name].append(elapsed_ms)
+    return {name: _summary(values) for name, values in times_ms.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    low, _, _, high = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), low, high, len(values))

@@ -1,0 +1,139 @@
+"""Run folders: what is written is read back, and what is damaged or foreign gets one clear error."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+import nin
+from nin import checkpoint
+from nin.checkpoint import Preprocessing, RunInfo
+from nin.errors import UserError
+
+
+def info(model):
+    return RunInfo(
+        model=checkpoint.describe_model(model),
+        classes=("cat", "dög"),
+        preprocessing=Preprocessing(8, 1, (0.5,), (0.25,)),
+        recipe={},
+        data={"name": "x"},
+        result={},
+        environment={},
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    model = nin.models.nin_digits(2, normalisation="weight_standardisation")
+    checkpoint.save_model(tmp_path, model, info(model))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nin.models.nin_digits(2),
+        lambda: nin.models.nin_cifar(2, in_channels=1, dropout=0.1, last_activation="relu"),
+        lambda: nin.models.nin_imagenet(2, normalisation="weight_standardisation"),
+        lambda: nin.models.googlenet(2, in_channels=1),
+    ],
+)
+def test_every_model_comes_back(make, tmp_path):
+    model = make()
+    checkpoint.save_model(tmp_path, model, info(model))
+    again, read = checkpoint.load_model(tmp_path)
+    assert read.to_json() == info(model).to_json()
+    assert not again.training
+    assert type(again) is type(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_a_foreign_model_is_refused():
+    with pytest.raises(TypeError, match="got Linear"):
+        checkpoint.describe_model(torch.nn.Linear(1, 1))
+
+
+def test_state_comes_back(tmp_path):
+    tensors = {"a": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "b": torch.arange(3)}
+    checkpoint.save_state(tmp_path, tensors, {"epoch": 3, "metrics": [{"x": 0.1}]})
+    read, values = checkpoint.load_state(tmp_path)
+    assert values == {"epoch": 3, "metrics": [{"x": 0.1}]}
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_no_run_folder(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder of nin"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(UserError, match="is not a run folder of nin"):
+        nin.load(tmp_path / "none")
+
+
+def test_missing_weights(run):
+    (run / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        checkpoint.load_model(run)
+
+
+def edit(run, **changes):
+    path = run / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"format_version": "1"}, "format version 1"),
+        ({"classes": 3}, "damaged"),
+        ({"preprocessing": {}}, "damaged"),
+        ({"unknown": 1}, "damaged"),
+        ({"model": {"kind": "pickle"}}, "does not describe a network"),
+        ({"model": {"kind": "nin", "config": {"blocks": [{"channels": [-1]}]}}}, "does not describe a network"),
+        ({"model": None}, "does not describe a network"),
+    ],
+)
+def test_damaged_configurations(run, changes, message):
+    edit(run, **changes)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_model(run)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "\x00\xff"])
+def test_config_that_is_no_json_object(run, text):
+    (run / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        checkpoint.load_model(run)
+
+
+def test_a_huge_config_is_not_read(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGEST_CONFIG_BYTES", 10)
+    with pytest.raises(UserError, match="larger than 10 bytes"):
+        checkpoint.load_model(run)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "lie", "pickle"])
+def test_damaged_weights(run, damage):
+    path = run / "model.safetensors"
+    content = path.read_bytes()
+    damaged = {
+        "truncate": content[: len(content) // 2],
+        "flip": bytes([content[0] ^ 0xFF]) + content[1:],
+        "empty": b"",
+        "lie": struct.pack("<Q", 2**62) + content[8:],
+        "pickle": b"\x80\x04cos\nsystem\n(S'false'\ntR.",
+    }[damage]
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or no safetensors file"):
+        checkpoint.load_model(run)
+
+
+def test_weights_of_another_network(run, tmp_path_factory):
+    other = nin.models.nin_digits(3, normalisation="weight_standardisation")
+    folder = tmp_path_factory.mktemp("other")
+    checkpoint.save_model(folder, other, info(other))
+    (run / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"does not fit config\.json: .* must have shape \(2,\), got \(3,\)"):
+        checkpoint.load_model(run)

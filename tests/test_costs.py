@@ -1,0 +1,92 @@
+"""cost: counted by hand, by PyTorch's own counter, and printed."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import nin
+from nin.costs import format_bytes
+
+
+def test_known_values():
+    model = nn.Sequential(nn.Conv2d(192, 32, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 28 * 28, 10))
+    result = nin.cost(model, (1, 192, 28, 28))
+    conv, linear = result.layers
+    assert (conv.name, conv.kind, conv.kernel_size, conv.is_1x1) == ("0", "conv", (1, 1), True)
+    assert conv.macs == 28 * 28 * 192 * 32
+    assert conv.parameters == 192 * 32 + 32
+    assert conv.activation_bytes == 4 * 28 * 28 * 32
+    assert (linear.kind, linear.macs) == ("linear", 32 * 28 * 28 * 10)
+    assert result.macs == conv.macs + linear.macs
+    assert result.share_1x1 == 1
+
+
+@pytest.mark.parametrize("name", nin.models.MODELS)
+def test_equals_the_flop_counter(name):
+    model = nin.models.create(name, 10).eval()
+    shape = (2, 1 if name == "nin_digits" else 3, 32, 32) if name != "nin_imagenet" else (1, 3, 99, 99)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(shape))
+    assert 2 * nin.cost(model, shape).macs == counter.get_total_flops()
+
+
+def test_equals_the_flop_counter_with_groups_and_without_nin():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1, stride=2))
+    result = nin.cost(model, (3, 8, 9, 9))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(3, 8, 9, 9))
+    assert 2 * result.macs == counter.get_total_flops()
+    assert result.uncounted == ("1 BatchNorm2d",)
+    assert "not counted: 1 BatchNorm2d" in str(result)
+    assert result.share_1x1 == pytest.approx(16 * 25 / (16 * 25 + 9 * 81))
+
+
+def test_the_parameters_are_the_whole_model_and_shared_ones_once():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    model = nn.Sequential(first, second, nn.LayerNorm(4))
+    assert nin.cost(model, (1, 3, 4, 4)).parameters == 16 + 4 + 4 + 8
+    standardised = nin.MLPConv(3, (8, 6), kernel_size=3, normalisation="weight_standardisation")
+    assert nin.cost(standardised, (1, 3, 8, 8)).parameters == sum(p.numel() for p in standardised.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_model_is_left_as_it_was(dtype):
+    model = nin.models.nin_digits().to(dtype).train()
+    nin.cost(model, (1, 1, 8, 8))
+    assert model.training
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_to_dict_is_json_and_holds_the_totals():
+    result = nin.cost(nin.models.nin_cifar(), (1, 3, 32, 32))
+    values = json.loads(json.dumps(result.to_dict()))
+    assert values["macs"] == sum(layer["macs"] for layer in values["layers"]) == 222_486_528
+    assert values["parameters"] == 966_986
+
+
+def test_the_table():
+    result = nin.cost(nin.models.nin_cifar(), (1, 3, 32, 32))
+    lines = str(result).splitlines()
+    assert len(lines) == 11  # a header, nine convolutions, the totals
+    assert lines[1].split() == "blocks.0.0.convs.0 5×5 3 → 192 192×32×32 14,592 14,745,600 6.6 786.4 kB".split()
+    assert lines[-1].startswith("total")
+    assert "966,986" in lines[-1]
+    assert result._repr_html_().count("<tr>") == 11
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 3, 0, 32)])
+def test_wrong_shapes_are_named(shape):
+    with pytest.raises(ValueError, match="input_shape must be"):
+        nin.cost(nin.models.nin_cifar(), shape)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1_500_000, "1.5 MB"), (1e9, "1.0 GB"), (5e12, "5000.0 GB")]
+)
+def test_format_bytes(count, text):
+    assert format_bytes(count) == text

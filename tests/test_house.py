@@ -1,0 +1,96 @@
+"""The house: imports go down only, `import nin` is cheap, public names are documented and their examples run."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nin
+
+SOURCE = Path(nin.__file__).parent
+
+# from the ground up; a module imports from lower floors only (docs/design.md)
+FLOORS = [
+    {"errors"},
+    {"ops", "data", "recipe", "timing"},
+    {"layers"},
+    {"models"},
+    {"checkpoint", "costs", "fusion", "narrowing"},
+    {"training", "prediction", "exporting", "benchmark"},
+    {"report", "server", "estimator"},
+    {"terminal"},
+    {"demonstration"},
+    {"cli"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+MODULES = sorted(".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in FILES)
+
+
+def top_level(path):
+    """Return the module or package directly in nin that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Yield (line, module directly in nin) for each import of nin's in a file."""
+    package = ["nin", *path.relative_to(SOURCE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            home = ".".join(package[: len(package) - node.level + 1] if node.level else [])
+            start = ".".join(part for part in (home, node.module) if part)
+            names = [f"{start}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            root, _, rest = name.partition(".")
+            if root == "nin":
+                yield node.lineno, rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down(path):
+    home = top_level(path)
+    assert home in FLOOR, f"{home} has no floor: give it one in docs/design.md and here"
+    for line, target in imported(path):
+        assert target in FLOOR, f"{path}:{line} imports nin.{target}, which has no floor"
+        assert target == home or FLOOR[target] < FLOOR[home], f"{path}:{line} imports nin.{target} from {home}"
+
+
+def test_import_nin_does_not_import_torch():
+    code = "import sys, nin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", nin.__all__)
+def test_public_names_resolve_and_are_documented(name):
+    value = getattr(nin, name)
+    assert inspect.getdoc(value)
+    assert name in dir(nin)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="module 'nin' has no attribute 'conv3x3'"):
+        _ = nin.conv3x3
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for example in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"nin": nin, "torch": torch}):
+        runner.run(example)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_the_main_functions_have_examples():
+    for value in (nin.mlpconv, nin.conv1x1, nin.cost, nin.Conv1x1, nin.MLPConv, nin.Bottleneck, nin.Inception):
+        assert ">>>" in inspect.getdoc(value)

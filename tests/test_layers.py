@@ -1,0 +1,179 @@
+"""The layers against torch.nn, and the numbers that they promise."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nin
+from nin.layers import VARIANCE_GAIN, StandardisedConv2d
+
+
+def random_images(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+def test_conv1x1_is_conv2d(stride, bias):
+    layer = nin.Conv1x1(5, 7, stride=stride, bias=bias).double()
+    conv = nn.Conv2d(5, 7, 1, stride=stride, bias=bias).double()
+    conv.load_state_dict(layer.state_dict())  # the same names and shapes
+    x = random_images(2, 5, 6, 7)
+    torch.testing.assert_close(layer(x), conv(x))
+
+
+@pytest.mark.parametrize("normalisation", [None, "weight_standardisation"])
+@pytest.mark.parametrize(("activation", "module"), [("relu", nn.ReLU), ("gelu", nn.GELU), ("silu", nn.SiLU)])
+def test_mlpconv_is_a_sequence_of_convolutions(activation, module, normalisation):
+    layer = nin.MLPConv(
+        3, (8, 6, 4), kernel_size=3, stride=2, padding=1, activation=activation, normalisation=normalisation
+    ).double()
+    sequence = nn.Sequential(*itertools.chain.from_iterable((conv, module()) for conv in layer.convs))
+    x = random_images(2, 3, 9, 9).requires_grad_()
+    tensors = [x, *layer.parameters()]
+    result, expected = layer(x), sequence(x)
+    torch.testing.assert_close(result, expected)
+    grads, expected_grads = (torch.autograd.grad(y.square().sum(), tensors) for y in (result, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_mlpconv_takes_one_value_per_layer():
+    layer = nin.MLPConv(3, (8, 6), activation=("relu", None), normalisation=("weight_standardisation", None))
+    assert layer.activations == ["relu", "none"]
+    assert [type(conv) for conv in layer.convs] == [StandardisedConv2d, nn.Conv2d]
+    assert (layer(random_images(4, 3, 8, 8, dtype=torch.float32)) < 0).any()  # no ReLU at the end
+
+
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5])
+def test_bottleneck_keeps_the_size(kernel_size, expand):
+    layer = nin.Bottleneck(6, 2, 5, kernel_size=kernel_size, expand=expand)
+    assert layer(torch.randn(2, 6, 7, 9)).shape == (2, 5, 7, 9)
+
+
+def test_bottleneck_has_the_multiplications_of_the_notes():
+    narrow = nin.cost(nin.Bottleneck(256, 64, 256, kernel_size=4), (1, 256, 28, 28))
+    wide = nin.cost(nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(256, 256, 4)), (1, 256, 28, 28))
+    assert narrow.macs == 28 * 28 * (256 * 64 + 64 * 256 * 4 * 4)
+    assert wide.macs == 28 * 28 * 256 * 256 * 4 * 4
+    assert wide.macs / narrow.macs == pytest.approx(3.76, abs=0.01)
+
+
+def test_bottleneck_of_an_even_kernel_equals_conv2d():
+    layer = nin.Bottleneck(6, 3, 5, kernel_size=4, activation=None).double()
+    reduce, conv = layer[0], layer[-1].convs[0]
+    x = random_images(2, 6, 7, 7)
+    reduced = F.pad(F.conv2d(x, reduce.weight, reduce.bias), (1, 2, 1, 2))  # one more at the right and the bottom
+    expected = F.conv2d(reduced, conv.weight, conv.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_inception_puts_its_branches_side_by_side():
+    layer = nin.Inception(192, 64, 96, 128, 16, 32, 32)
+    x = torch.randn(2, 192, 6, 5)
+    y = layer(x)
+    assert y.shape == (2, 64 + 128 + 32 + 32, 6, 5)
+    for part, branch in zip(y.split((64, 128, 32, 32), 1), layer.children(), strict=True):
+        torch.testing.assert_close(part, branch(x))
+    # table 1 of Szegedy et al., row "inception (3a)": 159 K weights
+    assert sum(p.numel() for p in layer.parameters() if p.dim() == 4) == 163_328
+
+
+def test_global_average_pooling_is_the_mean_of_each_map():
+    maps = random_images(3, 4, 5, 6)
+    torch.testing.assert_close(nin.GlobalAveragePooling()(maps), maps.mean((2, 3)))
+
+
+# -- weight standardisation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", VARIANCE_GAIN)
+def test_standardised_weights_have_mean_0_and_the_variance_of_the_activation(activation):
+    conv = StandardisedConv2d(16, 8, 3, activation=activation).double()
+    nn.init.normal_(conv.weight, mean=3, std=5)  # whatever they are
+    weight = conv.standardised_weight().detach()
+    torch.testing.assert_close(weight.mean((1, 2, 3)), torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-12)
+    variance = weight.var((1, 2, 3), correction=0) * 16 * 9
+    torch.testing.assert_close(variance, torch.full_like(variance, VARIANCE_GAIN[activation] ** 2), rtol=1e-5, atol=0)
+    # the gain makes the variance after the activation that of a standard normal before it
+    after = nin.ops.reference.activate(torch.randn(1_000_000), activation).std() * VARIANCE_GAIN[activation]
+    assert after == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"groups": 2}, {"padding": 1, "padding_mode": "reflect"}])
+def test_folding_a_standardised_convolution(options):
+    conv = StandardisedConv2d(4, 6, 3, stride=2, **options)
+    with torch.no_grad():
+        conv.gain.uniform_(0.5, 2)
+    plain = conv.eval().fold()
+    assert type(plain) is nn.Conv2d
+    assert not plain.training
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(plain(x), conv(x), rtol=1e-6, atol=1e-6)
+
+
+def test_folding_a_layer_leaves_plain_convolutions():
+    layer = nin.MLPConv(3, (8, 6), kernel_size=3, normalisation="weight_standardisation")
+    x = torch.randn(2, 3, 9, 9)
+    before = layer(x)
+    assert layer.fold() is layer
+    assert [type(conv) for conv in layer.convs] == [nn.Conv2d, nn.Conv2d]
+    torch.testing.assert_close(layer(x), before, rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck_of_a_standardised_convolution():
+    conv = StandardisedConv2d(2, 3, 3).double()
+
+    def call(x, *parameters):
+        return torch.func.functional_call(conv, dict(zip(("weight", "bias", "gain"), parameters, strict=True)), (x,))
+
+    parameters = [conv.weight, conv.bias, conv.gain]
+    assert torch.autograd.gradcheck(call, (random_images(1, 2, 4, 4).requires_grad_(), *parameters), fast_mode=True)
+
+
+# -- keeping and checking -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nin.Conv1x1(3, 4),
+        lambda: nin.MLPConv(3, (4, 5), kernel_size=3),
+        lambda: nin.MLPConv(3, (4, 5), kernel_size=3, normalisation="weight_standardisation"),
+        lambda: nin.Bottleneck(3, 2, 4, kernel_size=4, expand=True),
+        lambda: nin.Inception(3, 1, 2, 3, 4, 5, 6),
+    ],
+    ids=["Conv1x1", "MLPConv", "MLPConv standardised", "Bottleneck", "Inception"],
+)
+def test_state_dict_round_trip(make):
+    first, second, x = make(), make(), torch.randn(2, 3, 8, 8)
+    assert not torch.equal(first(x), second(x))
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(first(x), second(x), rtol=0, atol=0)
+
+
+WRONG = [
+    (lambda: nin.Conv1x1(0, 4), "in_channels must be a whole number of at least 1, got 0"),
+    (lambda: nin.Conv1x1(3, 2.5), "out_channels must be a whole number of at least 1, got 2.5"),
+    (lambda: nin.Conv1x1(3, 4, activation="tanh"), "activation must be one of none, relu, gelu, silu, got 'tanh'"),
+    (lambda: nin.MLPConv(3, ()), "channels must hold at least one width, got none"),
+    (lambda: nin.MLPConv(3, (8, 0)), "channels[1] must be a whole number of at least 1, got 0"),
+    (lambda: nin.MLPConv(-3, (8,)), "in_channels must be a whole number of at least 1, got -3"),
+    (lambda: nin.MLPConv(3, (8, 4), activation="tanh"), "activation must be one of none, relu, gelu, silu"),
+    (lambda: nin.MLPConv(3, (8, 4), activation=["relu"]), "activation must be one value or one for each of the 2"),
+    (lambda: nin.MLPConv(3, (8, 4), normalisation="batch"), "normalisation must be one of (None, 'weight_standardis"),
+    (lambda: nin.MLPConv(3, (8, 4), normalisation=(None,)), "normalisation must be one value or one for each of the"),
+    (lambda: nin.Bottleneck(8, 0, 8), "mid_channels must be a whole number of at least 1, got 0"),
+    (lambda: nin.Bottleneck(8, 4, 8, kernel_size=0), "kernel_size must be a whole number of at least 1, got 0"),
+    (lambda: StandardisedConv2d(3, 4, 3, activation="tanh"), "activation must be one of none, relu, gelu, silu"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG, ids=[message[:50] for _, message in WRONG])
+def test_wrong_arguments_are_named(make, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
+        make()
+    assert message in str(caught.value)

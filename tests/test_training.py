@@ -1,0 +1,215 @@
+"""Training: it learns, it repeats, it resumes, and it says what is wrong."""
+
+import csv
+import dataclasses
+import errno
+import json
+
+import pytest
+import torch
+
+import nin
+from nin import checkpoint, data, training
+from nin.errors import UserError
+from nin.recipe import TrainConfig
+
+QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A quarter of the digits: enough to learn something in a second."""
+    images = data.load("digits")
+    keep = torch.arange(0, len(images.train), 4)
+    train = data.ImageSet(images.train.fetch(keep), images.train.labels[keep])
+    return dataclasses.replace(images, train=train)
+
+
+def weights(result):
+    return result.model.state_dict()
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_learns_and_writes_a_run(digits, tmp_path):
+    rows = []
+    result = training.train(
+        digits, dataclasses.replace(QUICK, epochs=12), out=tmp_path / "run", on_progress=lambda p: rows.append(p.row)
+    )
+    outcome = result.info.result
+    assert outcome["test_accuracy"] > 0.9
+    low, high = outcome["test_accuracy_interval"]
+    assert low < outcome["test_accuracy"] < high
+    assert result.metrics[-1]["train_loss"] < result.metrics[0]["train_loss"]
+    assert len([row for row in rows if row]) == 12
+    assert len([row for row in rows if row is None]) == result.metrics[-1]["step"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model.safetensors", "config.json", "metrics.csv"}
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in table] == list(range(1, 13))
+    model, info = checkpoint.load_model(tmp_path / "run")
+    assert_equal_weights(model.state_dict(), weights(result))
+    assert info.classes == digits.classes
+    assert info.result["test_accuracy"] == outcome["test_accuracy"]
+    assert info.environment["torch"] == torch.__version__
+
+
+def test_same_seed_same_weights_and_another_seed_others(digits):
+    first, again = training.train(digits, QUICK), training.train(digits, QUICK)
+    assert_equal_weights(weights(first), weights(again))
+    other = training.train(digits, dataclasses.replace(QUICK, seed=1))
+    assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(other).values())))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path):
+    config = dataclasses.replace(QUICK, flip=True, shift=1)
+    whole = training.train(digits, config)
+
+    def stop_in_the_second_epoch(progress):
+        if progress.epoch == 2 and progress.row is None:
+            raise Stop
+
+    with pytest.raises(Stop):
+        training.train(digits, config, out=tmp_path / "run", on_progress=stop_in_the_second_epoch)
+    assert (tmp_path / "run" / checkpoint.STATE_FILE).exists()
+    resumed = training.train(digits, config, out=tmp_path / "run", resume=True)
+    assert_equal_weights(weights(whole), weights(resumed))
+    columns = ("step", "train_loss", "test_accuracy")
+    assert [[row[c] for c in columns] for row in whole.metrics] == [
+        [row[c] for c in columns] for row in resumed.metrics
+    ]
+    assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
+
+
+def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
+    def stop(progress):
+        if progress.row:
+            raise Stop
+
+    with pytest.raises(Stop):
+        training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
+    with pytest.raises(UserError, match=r"learning_rate=0\.1, got learning_rate=0\.05"):
+        training.train(digits, dataclasses.replace(QUICK, learning_rate=0.05), out=tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="is missing"):
+        training.train(digits, QUICK, out=tmp_path / "none", resume=True)
+    with pytest.raises(UserError, match="--resume"):
+        training.train(digits, QUICK, out=tmp_path / "run")
+
+
+def test_interrupted_before_the_first_epoch_leaves_nothing(digits, tmp_path):
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refuses_a_folder_with_something_in_it(digits, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        training.train(digits, QUICK, out=tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "mine"
+
+
+def test_full_disk_keeps_the_old_file_and_names_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    checkpoint.write_atomically(path, "old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
+        checkpoint.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_path):
+    config = dataclasses.replace(QUICK, learning_rate=1e30, gradient_clip=1e30, normalisation="none")
+    with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\).*learning_rate"):
+        training.train(digits, config, out=tmp_path / "run")
+
+
+def test_too_small_images_are_refused_with_the_size(digits):
+    with pytest.raises(UserError, match="nin_imagenet needs images of at least 39×39 pixels, got 8×8"):
+        training.train(digits, dataclasses.replace(QUICK, model="nin_imagenet"))
+    with pytest.raises(UserError, match="model must be one of nin_digits"):
+        training.train(digits, dataclasses.replace(QUICK, model="resnet50"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+    ],
+)
+def test_recipe_checks_its_ranges(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+def test_recipe_is_chosen_from_the_data_and_never_over_what_was_asked_for():
+    chosen = TrainConfig().resolve(images=60_000, image_size=28, flip=True, shift=2)
+    assert (chosen.model, chosen.batch_size, chosen.flip, chosen.shift) == ("nin_cifar", 128, True, 2)
+    few = TrainConfig().resolve(images=500, image_size=224, flip=True, shift=14)
+    assert few.model == "nin_imagenet"
+    assert few.epochs > chosen.epochs
+    assert few.batch_size < chosen.batch_size
+    asked = TrainConfig(epochs=1, flip=False, shift=0).resolve(images=500, image_size=8, flip=True, shift=1)
+    assert (asked.epochs, asked.flip, asked.shift) == (1, False, 0)
+
+
+def test_learning_rate_rises_once_and_falls_to_zero():
+    rates = [training.learning_rate(step, 1000, TrainConfig()) for step in range(1000)]
+    top = rates.index(max(rates))
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert max(rates) == pytest.approx(0.1, rel=1e-2)
+    assert rates[-1] < 1e-5
+
+
+def test_wilson_interval_is_that_of_the_literature():
+    # Agresti, Coull (1998): 10 of 10 gives 0.722 to 1.0
+    low, high = training.wilson_interval(10, 10)
+    assert low == pytest.approx(0.7225, abs=1e-4)
+    assert high == pytest.approx(1.0)
+
+
+def test_weight_decay_spares_biases_and_gains():
+    model = nin.models.nin_digits(normalisation="weight_standardisation")
+    decayed, spared = training.make_optimizer(model, TrainConfig()).param_groups
+    assert all(p.dim() == 4 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in spared["params"])
+    assert spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_mirrored_view_is_the_mean_of_both(digits):
+    model = nin.models.nin_digits(normalisation="weight_standardisation").eval()
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    one, labels = training.evaluate(model, digits, device=cpu, dtype=fp32)
+    both, _ = training.evaluate(model, digits, device=cpu, dtype=fp32, flip=True)
+    mirrored = dataclasses.replace(digits, test=data.ImageSet(digits.test.images.flip(3), digits.test.labels))
+    other, _ = training.evaluate(model, mirrored, device=cpu, dtype=fp32)
+    torch.testing.assert_close(both, (one + other) / 2)
+    assert torch.equal(labels, digits.test.labels)
+
+
+def test_config_json_is_plain_json(digits, tmp_path):
+    training.train(digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert values["format_version"] == checkpoint.FORMAT_VERSION
+    assert values["classes"] == [str(i) for i in range(10)]
