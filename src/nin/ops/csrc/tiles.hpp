@@ -139,7 +139,7 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
                           const Grid& gate, int64_t lines, int64_t columns, const Panels& panels,
                           const TapRange* ranges = nullptr) {
   const auto follows = [columns](const Grid& g) { return !g.at || g.line == g.row * columns; };
-  if (follows(a) && follows(out) && follows(derivative) && follows(gate)) {
+  if (!ranges && follows(a) && follows(out) && follows(derivative) && follows(gate)) {
     columns *= lines;
     lines = 1;
   }
