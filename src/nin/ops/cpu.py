@@ -157,15 +157,16 @@ def mlpconv_backward(
     if not fits or not plain or grad.numel() == 0 or sum(w.numel() for w in weights) > MOST_BACKWARD_WEIGHTS:
         return reference.mlpconv_backward(grad, x, y, weights, biases, *geometry, needs)
     assert KERNELS is not None
-    count, handle, empty = len(weights), KERNELS.handles[x.dtype], x.new_empty(0)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=reference.memory_format(x)) if needs[0] else empty
+    count, handle = len(weights), KERNELS.handles[x.dtype]
+    layout = reference.memory_format(x)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=layout) if needs[0] else x.new_empty(0)
     if tuple(stride) != (1, 1):  # the pixels that it steps over
         grad_x.zero_()
-    grad_weights = [torch.empty(w.shape, dtype=x.dtype) if n else empty for w, n in zip(weights, needs[1:], strict=False)]
-    grad_biases = [
-        torch.empty(b.shape, dtype=x.dtype) if n and b is not None else empty
-        for b, n in zip(biases, needs[1 + count :], strict=True)
+    grads = [
+        torch.empty(p.shape if p is not None and needed else 0, dtype=x.dtype)
+        for p, needed in zip((*weights, *biases), needs[1:], strict=True)
     ]
+    grad_weights, grad_biases = grads[:count], grads[count:]
     packed = [packed_weight(handle, weight) for weight in weights]
     exchanged = [packed_weight(handle, weight, for_input_gradient=True) for weight in weights]
     problem = pack_problem(x, y, weights[0].shape, stride, padding, dilation, count)
@@ -204,9 +205,7 @@ def _empty_result(
     x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
     kernel = weights[0].shape[2:]
-    height, width = (
-        schema.output_size(x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1)
-    )
+    height, width = (schema.output_size(x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
     shape = (x.shape[0], weights[-1].shape[0], height, width)
     return torch.empty(shape, dtype=x.dtype, memory_format=reference.memory_format(x))
 
