@@ -56,6 +56,7 @@ def load_library() -> ctypes.CDLL | None:
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
     pointer, row, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
+    real = ctypes.c_double
     for name, result, arguments in (
         ("nin_find_kernels", pointer, [row, size]),
         ("nin_packed_bytes", size, [pointer, row]),
@@ -64,6 +65,8 @@ def load_library() -> ctypes.CDLL | None:
         ("nin_forward", ctypes.c_int32, [pointer, row, row, pointer, pointer, row]),
         ("nin_backward_scratch_bytes", size, [pointer, row, row, row, row]),
         ("nin_backward", ctypes.c_int32, [pointer, row, row, row, row, pointer, pointer, pointer, pointer, row]),
+        ("nin_peak_flops", real, [pointer, row, real]),
+        ("nin_copy_bytes_per_second", real, [row, pointer, pointer, size]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -238,6 +241,29 @@ def _pack_layers(
             address = alive[-1].data_ptr()
         values += (blob.data_ptr(), address, weight.shape[0], ACTIVATION_CODES[activation])
     return struct.pack(f"{len(values)}q", *values), alive
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------
+
+
+def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float | None:
+    """Return the FLOP/s of multiply-adds on registers with all threads; None where there is no compiled kernel.
+
+    One multiply-add is two FLOP. For bfloat16 it is the peak of what the kernels multiply with: pairs of bfloat16
+    where the machine has them, else float32.
+    """
+    if KERNELS is None:
+        return None
+    return float(_library().nin_peak_flops(KERNELS.handles[dtype], _pool(), seconds))
+
+
+def measure_copy_bandwidth(copied_bytes: int = 256 << 20, rounds: int = 5) -> float | None:
+    """Return the bytes/s, read and written, of the fastest of several copies with all threads; None as above."""
+    if KERNELS is None:
+        return None
+    source, target = torch.ones(copied_bytes, dtype=torch.uint8), torch.ones(copied_bytes, dtype=torch.uint8)
+    arguments = (_pool(), target.data_ptr(), source.data_ptr(), copied_bytes)
+    return max(float(_library().nin_copy_bytes_per_second(*arguments)) for _ in range(rounds))
 
 
 # ---- packed weights --------------------------------------------------------------------------------------------

@@ -67,3 +67,7 @@ NIN_API int64_t nin_backward_scratch_bytes(const void* kernels, const nin_proble
 NIN_API int32_t nin_backward(const void* kernels, const nin_problem* problem, const nin_layer* layers,
                              const nin_gradient* gradient, const nin_layer_gradient* gradients, const void* grad,
                              const void* x, const void* y, void* x_grad, const nin_pool* pool);
+
+// The machine's limits, for benchmarks: FLOP/s of multiply-adds on registers, and bytes/s (read and written) of a copy.
+NIN_API double nin_peak_flops(const void* kernels, const nin_pool* pool, double seconds);
+NIN_API double nin_copy_bytes_per_second(const nin_pool* pool, char* to, const char* from, int64_t bytes);
