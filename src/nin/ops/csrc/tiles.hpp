@@ -90,22 +90,34 @@ struct Tile {
   int64_t pixels() const { return lines * columns; }
 };
 
-// `pixels`: about how many a tile should have; `tiles`: how many there should be at least, to keep all cores busy.
-inline Cut cut(int64_t batch, int64_t height, int64_t width, int64_t pixels, int64_t tiles) {
-  const int64_t total = batch * height * width;
-  pixels = std::max<int64_t>(1, std::min(pixels, divide_up(total, std::max<int64_t>(1, tiles))));
-  const int64_t across = divide_up(width, std::min(width, pixels));
+// Few tiles are shared out evenly among the threads; among many it does not matter.
+constexpr int64_t many_tiles_per_thread = 8;
+
+// The least number of parts, at least `parts`, of which all images' tiles are a multiple of `threads`.
+inline int64_t even_parts(int64_t parts, int64_t size, int64_t others, int64_t threads) {
+  for (int64_t n = parts; n <= std::min(size, parts + threads); ++n) {
+    if (n * others % threads == 0 || n * others >= many_tiles_per_thread * threads) return n;
+  }
+  return parts;
+}
+
+// `pixels`: how many a tile has at most; `threads`: to keep busy, 1 where the cut must not depend on them.
+inline Cut cut(int64_t batch, int64_t height, int64_t width, int64_t pixels, int64_t threads) {
+  threads = std::max<int64_t>(1, threads);
+  pixels = std::max<int64_t>(1, std::min(pixels, divide_up(batch * height * width, threads)));
+  int64_t across = divide_up(width, pixels);
+  if (height == 1) across = even_parts(across, width, batch, threads);
   const int64_t columns = divide_up(width, across);
-  const int64_t down = divide_up(height, std::max<int64_t>(1, std::min(height, pixels / columns)));
-  const int64_t lines = divide_up(height, down);
-  return {batch, height, width, lines, columns, divide_up(height, lines), divide_up(width, columns)};
+  int64_t down = divide_up(height, std::max<int64_t>(1, pixels / columns));
+  if (height > 1) down = even_parts(down, height, batch * across, threads);
+  return {batch, height, width, divide_up(height, down), columns, down, across};
 }
 
 inline Tile tile_of(const Cut& cut, int64_t task) {
   const int64_t across = task % cut.across, down = task / cut.across % cut.down;
-  Tile t{task / cut.across / cut.down, down * cut.lines, across * cut.columns, 0, 0};
-  t.lines = std::min(cut.lines, cut.height - t.line);
-  t.columns = std::min(cut.columns, cut.width - t.column);
+  Tile t{task / cut.across / cut.down, cut.height * down / cut.down, cut.width * across / cut.across, 0, 0};
+  t.lines = cut.height * (down + 1) / cut.down - t.line;
+  t.columns = cut.width * (across + 1) / cut.across - t.column;
   return t;
 }
 
