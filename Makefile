@@ -32,8 +32,9 @@ lint: $(READY)
 $(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"nin needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 demo")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@echo "Installing into $(VENV). PyTorch for Linux is a download of about 2.5 GB: seconds to minutes, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 
 clean:

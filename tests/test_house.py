@@ -27,10 +27,15 @@ FLOORS = [
     {"terminal"},
     {"demonstration"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
-MODULES = sorted(".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in FILES)
+MODULES = sorted(
+    ".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in FILES
+    if path.stem != "__main__"  # importing it runs the shell
+)
 
 
 def top_level(path):

@@ -177,3 +177,8 @@ def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
         make()
     assert message in str(caught.value)
+
+
+def test_a_filter_of_one_weight_cannot_be_standardised():
+    with pytest.raises(ValueError, match="at least 2 weights in a filter, got 1"):
+        nin.MLPConv(1, (4, 4), normalisation="weight_standardisation")

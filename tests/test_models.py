@@ -75,11 +75,11 @@ def test_googlenet_runs():
 
 
 def digits_as_photos():
-    """Return 32 digits as (32, 3, 16, 16) with mean 0 and variance 1, and their classes."""
+    """Return 16 digits as (16, 3, 16, 16) with mean 0 and variance 1, and their classes."""
     pixels, classes = load_digits(return_X_y=True)
-    images = torch.tensor(pixels[:32], dtype=torch.float32).reshape(-1, 1, 8, 8)
+    images = torch.tensor(pixels[:16], dtype=torch.float32).reshape(-1, 1, 8, 8)
     images = F.interpolate((images - images.mean()) / images.std(), scale_factor=2).expand(-1, 3, -1, -1)
-    return images, torch.tensor(classes[:32])
+    return images, torch.tensor(classes[:16])
 
 
 def losses(model, images, classes, *, steps, learning_rate):
@@ -166,7 +166,7 @@ def test_config_of_other_fields(change):
 
 def test_wrong_arguments_are_named():
     config = models.nin_digits().config
-    with pytest.raises(UserError, match="model must be one of nin_digits, .*, got 'resnet'"):
+    with pytest.raises(UserError, match=r"model must be one of nin_digits, .*, got 'resnet'"):
         models.create("resnet", 10)
     with pytest.raises(ValueError, match="the last block must give num_classes=9 channels, got 10"):
         models.NiN(dataclasses.replace(config, num_classes=9))

@@ -443,9 +443,7 @@ def test_compile_with_inductor(layout):
 
 def test_export_keeps_the_op_and_a_free_batch():
     model = TwoChains()
-    exported = torch.export.export(
-        model, (torch.randn(2, 3, 7, 6),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    exported = torch.export.export(model, (torch.randn(2, 3, 7, 6),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     targets = [node.target for node in exported.graph.nodes]
     assert torch.ops.nin.mlpconv.default in targets
     assert not any("conv2d" in str(target) for target in targets)

@@ -65,7 +65,7 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
     assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(other).values())))
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     pass
 
 
@@ -75,26 +75,25 @@ def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path):
 
     def stop_in_the_second_epoch(progress):
         if progress.epoch == 2 and progress.row is None:
-            raise Stop
+            raise StopHereError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         training.train(digits, config, out=tmp_path / "run", on_progress=stop_in_the_second_epoch)
     assert (tmp_path / "run" / checkpoint.STATE_FILE).exists()
     resumed = training.train(digits, config, out=tmp_path / "run", resume=True)
     assert_equal_weights(weights(whole), weights(resumed))
     columns = ("step", "train_loss", "test_accuracy")
-    assert [[row[c] for c in columns] for row in whole.metrics] == [
-        [row[c] for c in columns] for row in resumed.metrics
-    ]
+    for before, after in zip(whole.metrics, resumed.metrics, strict=True):
+        assert [before[c] for c in columns] == [after[c] for c in columns]
     assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
 
 
 def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
     def stop(progress):
         if progress.row:
-            raise Stop
+            raise StopHereError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
     with pytest.raises(UserError, match=r"learning_rate=0\.1, got learning_rate=0\.05"):
         training.train(digits, dataclasses.replace(QUICK, learning_rate=0.05), out=tmp_path / "run", resume=True)

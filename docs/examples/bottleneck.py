@@ -34,7 +34,8 @@ def main(*, images: int = 4, runs: int = 15) -> tuple[dict[str, Cost], dict[str,
     with torch.inference_mode():
         timings = compare({name: lambda model=model: model(x) for name, model in models.items()}, runs=runs)
     print()
-    print(f"measured: {images} images, float32, channels_last, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    threads = torch.get_num_threads()
+    print(f"measured: {images} images, float32, channels_last, {threads} threads, torch {torch.__version__}")
     print("layers                        median ms   20th to 80th percentile")
     for name, timing in timings.items():
         print(f"{name:28} {timing.median_ms:10.2f}   {timing.low_ms:.2f} to {timing.high_ms:.2f} ({timing.runs} runs)")

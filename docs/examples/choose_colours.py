@@ -74,7 +74,8 @@ def main(out: Path | None = None) -> Result:
     influence = dict(zip(COLOURS, slope.sum((0, 2, 3)).div(slope.abs().sum()).tolist(), strict=True))
     accuracy = ((answer > 0.5) == (target > 0.5)).float().mean().item()
     parameters = sum(p.numel() for p in chain.parameters())
-    print(f"{parameters} parameters, {accuracy:.1%} of all pixels right ({(target == 0).float().mean():.1%} without looking)")
+    blind = 1 - target.mean().item()  # the accuracy of always answering "no flower"
+    print(f"{parameters} parameters, {accuracy:.1%} of all pixels right ({blind:.1%} without looking)")
     for colour, weight in influence.items():
         print(f"more {colour:5} speaks {'for' if weight > 0 else 'against'} the flower ({weight:+.2f})")
 

@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class RunInfo:
 
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
+        # ASCII, so that a class folder whose name is no valid Unicode can be written down too
+        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -248,6 +250,7 @@ def remove_state(folder: Path) -> None:
 def environment() -> dict[str, Any]:
     """Return the versions and the machine, for the record."""
     return {
+        "nin": version("nin"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),

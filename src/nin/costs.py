@@ -7,7 +7,7 @@ import dataclasses
 import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +169,12 @@ def _layer_costs(name: str, module: nn.Module, output: tuple[int, ...]) -> Itera
         macs = places * module.in_features * module.out_features
         yield _cost(name, "linear", (1, 1), module.in_features, module.out_features, output, module, macs)
     elif isinstance(module, MLPConv):
-        for i, conv in enumerate(module.convs):
+        for i, child in enumerate(module.convs):
+            conv = cast(nn.Conv2d, child)
             yield from _layer_costs(f"{name}.convs.{i}", conv, (output[0], conv.out_channels, *output[2:]))
     elif isinstance(module, nn.Conv2d | Conv1x1):
         kernel = (int(module.weight.shape[2]), int(module.weight.shape[3]))
-        macs = chain_macs(output, [module.weight.shape])
+        macs = chain_macs(output, [tuple(module.weight.shape)])
         yield _cost(name, "conv", kernel, module.in_channels, module.out_channels, output, module, macs)
 
 

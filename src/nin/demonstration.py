@@ -62,8 +62,7 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
         f"  nin train FOLDER --out RUN    your own images, one folder for each class\n"
         f"  nin predict {out} {out / 'samples'} --maps {out / 'maps'}\n"
         f"  nin cost nin_cifar            parameters and multiplications, layer by layer\n"
-        f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path.",
-        soft_wrap=True,
+        f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path."
     )
 
 
@@ -83,7 +82,7 @@ def clear(out: Path) -> None:
 
 def step(text: str) -> None:
     """Print a heading."""
-    terminal.words.print(f"\n[bold]{text}[/bold]", soft_wrap=True)
+    terminal.words.print(f"\n[bold]{text}[/bold]")
 
 
 def write_samples(images: Any, folder: Path) -> list[Path]:
@@ -117,7 +116,7 @@ def compare_bottleneck() -> list[dict[str, Any]]:
 
 def call(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     """Return a function that runs the network in evaluation mode on ``x``, its weights in channels_last."""
-    network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.eval().to(memory_format=torch.channels_last)
     return lambda: network(x)
 
 

@@ -87,6 +87,10 @@ class StandardisedConv2d(nn.Conv2d):
     ) -> None:
         _check_activation(activation)
         super().__init__(in_channels, out_channels, kernel_size, **options)  # type: ignore[arg-type]
+        if self.weight[0].numel() < 2:
+            raise ValueError(
+                "weight standardisation needs at least 2 weights in a filter, got 1: it would leave nothing of it"
+            )
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.variance_gain = VARIANCE_GAIN[activation]
         # The result does not depend on the length of a filter, but the step that the optimiser takes does: it is

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +21,9 @@ from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
-words = Console(stderr=True, highlight=False)
-results = Console(highlight=False, soft_wrap=True)
+words = Console(stderr=True, highlight=False, soft_wrap=True)
+# a file or a pipe has no width: its lines are not broken
+results = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 # A log file gets a line about something that takes long no more often than this.
 SECONDS_BETWEEN_LINES = 10.0
@@ -142,9 +143,9 @@ def show_result(result: training.TrainResult) -> None:
     if "test_accuracy_flip" in r:
         value = percent(r["test_accuracy_flip"], r["test_accuracy_flip_interval"])
         results.print(f"  with a mirrored second view of each: {value}")
-    words.print(
-        f"{info.recipe['model']}, {parameters:,} parameters, {r['seconds'] / 60:.1f} minutes in {info.recipe['precision']}"
-    )
+    seconds, recipe = r["seconds"], info.recipe
+    duration = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+    words.print(f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}")
 
 
 def percent(value: float, interval: Sequence[float]) -> str:
@@ -153,9 +154,9 @@ def percent(value: float, interval: Sequence[float]) -> str:
 
 
 def write_report(run: Path, images: data.Data | None) -> Path:
-    """Write the report, saying so: it predicts on all test images."""
-    with words.status("Writing the report") if words.is_terminal else contextlib.nullcontext():
-        return reports.write(run, images)
+    """Write the report, showing progress: it predicts on all test images."""
+    with Bar("Writing the report") as bar:
+        return reports.write(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
 
 
 def report(run: Path) -> None:
@@ -174,8 +175,8 @@ def predict(
     maps: Path | None,
 ) -> None:
     """Classify images and show, write or draw the result."""
-    paths = list(find_images(images))
     classifier = prediction.load(run, device=device)
+    paths = list(find_images(images))
     predictions: list[prediction.Prediction] = []
     with Bar("Predicting", len(paths)) as bar:
         for start in range(0, len(paths), prediction.BATCH):
@@ -251,10 +252,9 @@ def write_maps(
     folder.mkdir(parents=True, exist_ok=True)
     size = classifier.info.preprocessing.size
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
-        maps = classifier.confidence_maps(path)[0]
+        values = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)]
         pixels = data.decode(path, size=size, channels=classifier.info.preprocessing.channels)
-        index = classifier.classes.index(p.label)
-        picture = reports.overlay(pixels, maps[index], limit=float(maps.abs().max()), size=max(256, size))
+        picture = reports.overlay(pixels, values, limit=reports.symmetric_limit(values), size=max(256, size))
         content = io.BytesIO()
         picture.save(content, format="PNG")
         # numbered, as two folders may hold files of one name
@@ -263,6 +263,9 @@ def write_maps(
 
 def cost(model: str, *, classes: int | None, size: int | None, channels: int | None, as_json: bool) -> None:
     """Count what a network of ours, or of a run folder, costs."""
+    for name, value in (("classes", classes), ("size", size), ("channels", channels)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
     if model in models.MODELS:
         default = 1 if model == "nin_digits" else 3
         options = {} if channels is None else {"in_channels": channels}

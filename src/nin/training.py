@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import io
@@ -89,16 +90,24 @@ def train(
 
     Example:
         >>> nin.train("digits", nin.TrainConfig(epochs=1)).info.result["test_images"]
-        450
+        451
     """
     images = source if isinstance(source, data.Data) else data.load(source)
     recipe = (config or TrainConfig()).resolve(
         images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
     )
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     keep_freed_memory()
-    folder = None if out is None else Path(out)
+    with use_threads(recipe.threads):
+        return _train(images, recipe, None if out is None else Path(out), resume, on_progress)
+
+
+def _train(
+    images: data.Data,
+    recipe: ResolvedConfig,
+    folder: Path | None,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> TrainResult:
     run = _Run(images, recipe, folder)
     if folder is not None:
         prepare_folder(folder, resume=resume)
@@ -148,7 +157,7 @@ class _Run:
             if on_progress:
                 on_progress(Progress(step + 1, self.steps, self.epoch + 1, self.config.epochs, loss))
         trained = time.perf_counter() - started
-        test_loss, test_hits = self.test(flip=False)
+        test_loss, test_hits = self.test(dtype=self.dtype)
         self.epoch += 1
         self.seconds += time.perf_counter() - started
         row = {
@@ -219,9 +228,9 @@ class _Run:
         decay = min(self.config.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
-    def test(self, *, flip: bool) -> tuple[float, int]:
+    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int]:
         """Return the mean cross entropy and the number of right answers of the averaged weights on the test images."""
-        scores, labels = evaluate(self.average, self.images, device=self.device, dtype=self.dtype, flip=flip)
+        scores, labels = evaluate(self.average, self.images, device=self.device, dtype=dtype, flip=flip)
         return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum())
 
     def save(self, folder: Path) -> None:
@@ -272,20 +281,23 @@ class _Run:
         self.epoch, self.seconds, self.metrics = values["epoch"], values["seconds"], values["metrics"]
 
     def finish(self) -> TrainResult:
-        """Test once more, with a mirrored second view where mirroring is allowed, and write the result."""
-        row, count = self.metrics[-1], len(self.images.test)
-        hits = round(row["test_accuracy"] * count)
+        """Test in float32, as the network is used, and write the result.
+
+        Where mirroring is allowed, test with a mirrored second view as well.
+        """
+        count = len(self.images.test)
+        loss, hits = self.test(dtype=torch.float32)
         result: dict[str, Any] = {
             "test_accuracy": hits / count,
             "test_accuracy_interval": wilson_interval(hits, count),
             "test_images": count,
-            "test_loss": row["test_loss"],
+            "test_loss": loss,
             "seconds": self.seconds,
         }
         if self.config.flip:
-            flip_hits = self.test(flip=True)[1]
-            result["test_accuracy_flip"] = flip_hits / count
-            result["test_accuracy_flip_interval"] = wilson_interval(flip_hits, count)
+            _, hits = self.test(dtype=torch.float32, flip=True)
+            result["test_accuracy_flip"] = hits / count
+            result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
         info = self.info(result)
         if self.folder is not None:
             checkpoint.save_model(self.folder, self.average, info)
@@ -313,6 +325,8 @@ class _Run:
             "train_images": len(images.train),
             "test_images": len(images.test),
             "skipped": [list(pair) for pair in images.skipped],
+            "notes": list(images.notes),
+            **images.origin,
         }
 
 
@@ -420,6 +434,17 @@ def wilson_interval(hits: int, count: int) -> tuple[float, float]:
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return centre - half, centre + half
+
+
+@contextlib.contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Compute on that many threads, and on as many as before afterwards; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

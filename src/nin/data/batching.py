@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def batches(
-    dataset: ImageSet | FileSet, order: Tensor, batch_size: int, *, workers: int = 0
+    dataset: ImageSet | FileSet, order: Tensor, batch_size: int, *, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the samples of a set, in order, batch by batch.
 
@@ -25,8 +25,8 @@ def batches(
         dataset: where the samples come from.
         order: int64 (M,), indices into the set. Leave out the first ones to go on in the middle of an epoch.
         batch_size: samples in a batch. The last batch holds what is left.
-        workers: threads that decode a FileSet ahead of the caller; 0 decodes in the caller's thread. The
-            number changes the speed and nothing else.
+        workers: threads that decode a FileSet ahead of the caller, one for each usable core by default; 0
+            decodes in the caller's thread. The number changes the speed and nothing else.
 
     Yields:
         images, uint8 (B, C, H, W); labels, int64 (B,); indices, int64 (B,).
@@ -38,8 +38,8 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    threads = workers if isinstance(dataset, FileSet) else 0
-    images = in_order(dataset.fetch, pieces, workers=threads)
+    threads = usable_cores() if workers is None else workers
+    images = in_order(dataset.fetch, pieces, workers=threads if isinstance(dataset, FileSet) else 0)
     for piece, batch in zip(pieces, images, strict=True):
         yield batch, dataset.labels[piece], piece
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,12 @@ def load(
         raise UserError(f"size: expected at least 1 pixel, got {size}")
     if isinstance(source, tuple):
         return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
+    # absolute, so that a report can be made from another folder
+    folder = None if data_dir is None else Path(data_dir).resolve()
+    origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
     if source in NAMES:
-        return _fixed_size(
-            load_named(
-                str(source),
-                data_dir=None if data_dir is None else Path(data_dir),
-                test_fraction=test_fraction or 0.25,
-                seed=seed,
-            ),
-            size,
-        )
+        named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
+        return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
     _check_exists(source)
     options = ReadingOptions(
         size=size,
@@ -88,7 +85,8 @@ def load(
         memory_limit_bytes=memory_limit_bytes,
         on_progress=on_progress,
     )
-    return read_folder(Path(source), options)
+    images = read_folder(Path(source), options)
+    return dataclasses.replace(images, origin={"source": str(Path(source).resolve()), **origin})
 
 
 def _fixed_size(data: Data, size: int | None) -> Data:

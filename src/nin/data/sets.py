@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -122,6 +122,7 @@ class Data:
         shift: a sensible random translation, in pixels.
         skipped: (path, reason) of each file that could not be read.
         notes: what else was left out, in sentences for the user.
+        origin: the arguments of `load` that bring the same images again; empty for arrays.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Data:
     shift: int
     skipped: tuple[tuple[str, str], ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def statistics(dataset: ImageSet | FileSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,6 +2,8 @@
 
 from nin.report.collecting import collect
 from nin.report.contents import Report
+from nin.report.pictures import overlay, symmetric_limit
 from nin.report.rendering import render, write
+from nin.report.sheets import Panel, SheetRow, contact_sheet
 
-__all__ = ["Report", "collect", "render", "write"]
+__all__ = ["Panel", "Report", "SheetRow", "collect", "contact_sheet", "overlay", "render", "symmetric_limit", "write"]

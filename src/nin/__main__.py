@@ -1,0 +1,5 @@
+"""``python -m nin`` is the shell command ``nin``."""
+
+from nin.cli import main
+
+main()

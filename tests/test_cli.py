@@ -1,0 +1,212 @@
+"""The shell: what a person types, what they get, and one line for each mistake."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from nin import cli, demonstration, models, prediction, terminal
+from nin.recipe import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder made by the shell's own verb."""
+    out = tmp_path_factory.mktemp("shell") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+        cli_main("train", "digits", "--out", str(out), "--epochs", "3", "--batch-size", "128")
+    return out
+
+
+@pytest.fixture(scope="module")
+def pictures(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, shade in enumerate((0, 128)):
+        Image.new("L", (8, 8), shade).save(folder / f"{i}.png")
+    return folder
+
+
+def cli_main(*arguments):
+    cli.main(list(arguments))
+
+
+def fails(capsys, *arguments):
+    """Return the exit status and the one line of a verb that fails."""
+    with pytest.raises(SystemExit) as stop:
+        cli_main(*arguments)
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert printed.out == ""
+    assert lines[-1].startswith("nin: ")
+    return stop.value.code, lines[-1]
+
+
+def test_train_writes_a_run_and_says_how_good_it_is(run, capsys):
+    assert {"model.safetensors", "config.json", "metrics.csv", "report.html"} == {p.name for p in run.iterdir()}
+    # a run can be reported on again from what it recorded
+    (run / "report.html").unlink()
+    cli_main("report", str(run))
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert (run / "report.html").exists()
+
+
+def test_train_prints_json_on_standard_output_alone(tmp_path, capsys):
+    cli_main("train", "digits", "--out", str(tmp_path / "run"), "--epochs", "1", "--json")
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result["test_images"] == 451
+    assert 0 <= result["test_accuracy"] <= 1
+    assert "epoch   1/1" in printed.err
+
+
+def test_predict_shows_a_table(run, pictures, capsys):
+    cli_main("predict", str(run), str(pictures))
+    out = capsys.readouterr().out
+    assert "0.png" in out
+    assert "%" in out
+
+
+def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
+    paths = [str(pictures / "0.png"), str(pictures / "1.png")]
+    maps, table = tmp_path / "maps", tmp_path / "predictions.csv"
+    cli_main("predict", str(run), *paths, "--json", "--csv", str(table), "--maps", str(maps), "--top", "2")
+    answers = json.loads(capsys.readouterr().out)
+    expected = prediction.load(run).predict(paths)
+    assert [a["label"] for a in answers] == [p.label for p in expected]
+    assert [len(a["top"]) for a in answers] == [2, 2]
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == [p.label for p in expected]
+    assert [row["image"] for row in rows] == paths
+    assert sum(float(rows[0][str(digit)]) for digit in range(10)) == pytest.approx(1, abs=1e-4)
+    drawn = sorted(maps.iterdir())
+    assert len(drawn) == 2
+    with Image.open(drawn[0]) as picture:
+        assert picture.size == (256, 256)
+
+
+def test_cost_of_a_name_and_of_a_run(run, capsys):
+    cli_main("cost", "nin_cifar", "--json")
+    counted = json.loads(capsys.readouterr().out)
+    assert (counted["macs"], counted["parameters"]) == (222_486_528, 966_986)
+    cli_main("cost", str(run))
+    assert "blocks.0.0.convs.0" in capsys.readouterr().out
+    cli_main("cost", "nin_cifar", "--classes", "100", "--json")
+    assert json.loads(capsys.readouterr().out)["parameters"] == 984_356
+
+
+def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
+    out = tmp_path / "demo"
+    demonstration.run(out, as_json=True, config=TrainConfig(epochs=2))
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["predictions"]) == demonstration.SAMPLES
+    assert (out / "report.html").exists()
+    # a second one replaces the first, and nothing else
+    demonstration.clear(out)
+    assert not out.exists()
+
+
+def test_the_bottleneck_has_fewer_macs_and_both_are_timed():
+    wide, narrow = demonstration.compare_bottleneck()
+    assert wide["macs"] == 28 * 28 * 256 * 256 * 16
+    assert narrow["macs"] == 28 * 28 * (256 * 64 + 64 * 256 * 16)
+    assert wide["median_ms"] > 0
+    assert narrow["median_ms"] > 0
+
+
+MISTAKES = [
+    (["train"], "requires an argument"),
+    (["train", "digits"], "requires"),
+    (["trian"], 'Did you mean "train"'),
+    (["train", "digits", "--out", "{tmp}/run", "--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["train", "digits", "--out", "{tmp}/run", "--epochs", "many"], "--epochs"),
+    (["train", "{tmp}/none", "--out", "{tmp}/run"], "there is no such folder"),
+    (["train", "digitz", "--out", "{tmp}/run"], "did you mean digits"),
+    (["train", "{tmp}/empty", "--out", "{tmp}/run"], "{tmp}/empty"),
+    (["train", "{tmp}/texts", "--out", "{tmp}/run"], "{tmp}/texts"),
+    (["train", "{tmp}/one", "--out", "{tmp}/run"], "{tmp}/one"),
+    (["train", "digits", "--out", "{tmp}/texts"], "is not empty"),
+    (["train", "digits", "--out", "{tmp}/run", "--model", "resnet"], "model must be one of"),
+    (["train", "digits", "--out", "{tmp}/run", "--model", "nin_imagenet"], "at least 39×39 pixels, got 8×8"),
+    (["train", "digits", "--out", "{tmp}/run", "--device", "tpu"], "device must be"),
+    (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
+    (["cost", "nothing"], "model must be one of"),
+    (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
+    (["report", "{tmp}"], "is not a run folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_each_mistake_gets_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "notes.txt").write_text("words")
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / "one" / "cat" / f"{i}.png")
+    code, line = fails(capsys, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert code == 2
+    assert message.replace("{tmp}", str(tmp_path)) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_names_the_file_that_is_missing_or_broken(run, pictures, tmp_path, capsys):
+    code, line = fails(capsys, "predict", str(run), str(tmp_path / "none.png"))
+    assert (code, line) == (2, f"nin: {tmp_path / 'none.png'} does not exist")
+    whole = (pictures / "1.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    code, line = fails(capsys, "predict", str(run), str(tmp_path / "half.png"))
+    assert code == 2
+    assert "half.png" in line
+
+
+def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, line = fails(capsys, "train", "digits", "--out", str(tmp_path / "run"), "--epochs", "1")
+    assert code == 1
+    assert "No space left on device" in line
+    assert str(tmp_path / "run") in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_keeps_what_is_whole_and_resumes(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nin", "train", "digits", "--out", str(out), "--epochs", "60"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    assert (out / "state.safetensors").exists()
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from nin import cli; cli.app(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_every_model_has_an_image_size():
+    assert models.IMAGE_SIZES.keys() == models.MODELS.keys()
+    for name, size in models.IMAGE_SIZES.items():
+        model = models.create(name, 4).to("meta")
+        channels = 1 if name == "nin_digits" else 3
+        assert model(torch.empty(1, channels, size, size, device="meta")).shape == (1, 4)
