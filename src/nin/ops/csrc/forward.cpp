@@ -14,6 +14,31 @@ constexpr int64_t tile_pixels = 112;
 // Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
 constexpr int64_t tile_bytes = 512 << 10;
 
+// Lines that a tile must have for its edge columns to be taken one by one: fewer pixels at a time read the weights
+// too often.
+constexpr int64_t least_edge_lines = 4;
+
+// Consecutive taps along one side of the kernel.
+struct Range {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+  bool operator==(const Range&) const = default;
+};
+
+// The taps along one side (0: height, 1: width) that reach into the image; the others would only add zeros.
+std::vector<Range> inside(const nin_problem& p, int side, int64_t size, int64_t out_size) {
+  std::vector<Range> ranges;
+  const int64_t kernel = p.kernel[side], dilation = p.dilation[side];
+  for (int64_t i = 0; i < out_size; ++i) {
+    const int64_t start = i * p.stride[side] - p.padding[side];
+    const int64_t first = std::min(kernel, divide_up(std::max<int64_t>(-start, 0), dilation));
+    const int64_t last = std::min(kernel, divide_up(std::max<int64_t>(size - start, 0), dilation));
+    ranges.push_back({first, std::max(first, last)});
+  }
+  return ranges;
+}
+
 class Forward {
  public:
   Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
@@ -29,6 +54,7 @@ class Forward {
   Grid input(const Tile& t, char* scratch) const;
   Grid bordered_input(const Tile& t, char* scratch) const;
   void zero_odd_channel(char* at, int64_t row, int64_t pixels) const;
+  void multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const;
 
   const Kernels& k_;
   nin_problem p_;
@@ -37,7 +63,7 @@ class Forward {
   std::vector<Layer> layers_;
   Cut cut_;
   std::vector<int64_t> taps_;
-  std::vector<TapRange> ranges_;  // for each line of the result; empty where all taps count
+  std::vector<Range> line_ranges_, column_ranges_;  // the taps that reach into the image, for each of the result's
   int64_t run_channels_ = 0;     // consecutive channels that one tap reads
   bool pointwise_ = false;       // a 1×1 convolution without padding
   bool direct_ = false;          // the products read x where it lies
@@ -111,15 +137,10 @@ void Forward::place_taps() {
       taps_.push_back((i * p_.dilation[0] * border_width_ + j * p_.dilation[1]) * in_row_);
     }
   }
-  if (pointwise_ || p_.padding[0] == 0) return;
-  const int64_t per_line = joined ? 1 : p_.kernel[1];
-  for (int64_t line = 0; line < p_.out_height; ++line) {
-    const int64_t top = line * p_.stride[0] - p_.padding[0], bottom = p_.height - top;
-    const int64_t first = std::clamp<int64_t>(divide_up(std::max<int64_t>(-top, 0), p_.dilation[0]), 0, p_.kernel[0]);
-    const int64_t last =
-        std::clamp<int64_t>(divide_up(std::max<int64_t>(bottom, 0), p_.dilation[0]), first, p_.kernel[0]);
-    ranges_.push_back({first * per_line, (last - first) * per_line});
-  }
+  if (pointwise_) return;
+  line_ranges_ = inside(p_, 0, p_.height, p_.out_height);
+  column_ranges_ = inside(p_, 1, p_.width, p_.out_width);
+  if (!joined) column_ranges_.assign(size_t(p_.out_width), {0, p_.kernel[1]});
 }
 
 // Pairs of bfloat16: what stands beside an odd last channel is multiplied with a zero, and must be a number.
@@ -170,6 +191,54 @@ Grid Forward::bordered_input(const Tile& t, char* scratch) const {
   return {scratch, in_row_ * p_.stride[1], line_bytes * p_.stride[0]};
 }
 
+// The first layer where it has a border. Pixels beside each other share the taps of their line, pixels below each
+// other those of their column: the inner columns are taken line by line, those at the edges column by column.
+void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const {
+  const Range all{0, p_.kernel[1]};
+  int64_t inner = t.column, inner_end = t.column + t.columns;
+  if (t.lines >= least_edge_lines) {
+    while (inner < inner_end && column_ranges_[inner] != all) ++inner;
+    while (inner < inner_end && column_ranges_[inner_end - 1] != all) --inner_end;
+  }
+  const bool joined = int64_t(taps_.size()) == p_.kernel[0];
+  const int64_t taps_per_line = joined ? 1 : p_.kernel[1], steps_per_tap = steps_of(k_, run_channels_);
+  const int64_t out_size = size_of(p.finish.out_type);
+  const Product common = p;
+  for (int64_t j = 0; j < panels.count; ++j) {
+    const int64_t from = j * panels.width, step_bytes = panels.vectors(k_, j) * k_.lanes * 4;
+    const int64_t column_bytes = steps_per_tap / (joined ? p_.kernel[1] : 1) * step_bytes;
+    p.columns = panels.columns - from;
+    if (common.finish.bias) p.finish.bias = common.finish.bias + from;
+    const auto strip = [&](int64_t line, int64_t column, int64_t count, int64_t a_row, int64_t out_row, Range lines,
+                           Range columns) {
+      p.a_row = a_row, p.finish.out_row = out_row;
+      p.taps = taps_.data() + lines.first * taps_per_line;
+      p.tap_count = lines.count() * taps_per_line;
+      p.steps = steps_per_tap - (joined ? (p_.kernel[1] - columns.count()) * column_bytes / step_bytes : 0);
+      p.panel_skip = (steps_per_tap - p.steps) * step_bytes;
+      p.panel = static_cast<const char*>(common.panel) + j * panels.full_bytes +
+                lines.first * taps_per_line * steps_per_tap * step_bytes + columns.first * column_bytes;
+      const int64_t groups = divide_up(count, k_.rows);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = count * g / groups, rows = count * (g + 1) / groups - first;
+        p.a = a.at + line * a.line + column * a.row + first * a_row + columns.first * in_row_;
+        p.finish.out = out.at + line * out.line + column * out.row + first * out_row + from * out_size;
+        k_.multiply(p, int(rows), panels.vectors(k_, j));
+      }
+    };
+    for (int64_t line = 0; inner < inner_end && line < t.lines; ++line) {
+      strip(line, inner - t.column, inner_end - inner, a.row, out.row, line_ranges_[t.line + line], all);
+    }
+    // what any of the lines reaches: the lowest reaches furthest up, the topmost furthest down
+    const Range lines{line_ranges_[t.line + t.lines - 1].first, line_ranges_[t.line].last};
+    for (int64_t column = t.column; column < t.column + t.columns; ++column) {
+      if (column == inner) column = inner_end;
+      if (column == t.column + t.columns) break;
+      strip(0, column - t.column, t.lines, a.line, out.line, lines, column_ranges_[column]);
+    }
+  }
+}
+
 void Forward::run(int64_t task, char* scratch) const {
   const Tile t = tile_of(cut_, task);
   char* hidden[2] = {scratch + input_bytes_, scratch + input_bytes_ + hidden_bytes_};
@@ -193,8 +262,12 @@ void Forward::run(int64_t task, char* scratch) const {
     if (last) {
       out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
     }
-    const TapRange* ranges = i == 0 && !ranges_.empty() ? ranges_.data() + t.line : nullptr;
-    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, Panels(k_, layer.channels, p.tap_count * p.steps), ranges);
+    const Panels panels(k_, layer.channels, p.tap_count * p.steps);
+    if (i == 0 && !pointwise_) {
+      multiply_bordered(t, p, a, out, panels);
+    } else {
+      multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels);
+    }
     a = out;
   }
   if (direct_out_) return;

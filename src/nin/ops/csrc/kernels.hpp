@@ -35,6 +35,7 @@ struct Product {
   int64_t tap_count = 0;
   int64_t steps = 0;                     // of four bytes in one run
   const void* panel = nullptr;           // (tap_count * steps, vectors * lanes) of four bytes
+  int64_t panel_skip = 0;                // bytes of the panel to leave out after each run
   int64_t columns = 0;                   // of the panel that exist
   Finish finish;
 };

@@ -141,17 +141,11 @@ struct Panels {
   }
 };
 
-// The taps that reach into the image from one line of a tile; the others would only add zeros.
-struct TapRange {
-  int64_t first, count;
-};
-
-// A product over a tile: `p` says what is common to all its parts, `ranges` (or null) which taps each line takes.
+// A product over a tile: `p` says what is common to all its parts.
 inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid& out, const Grid& derivative,
-                          const Grid& gate, int64_t lines, int64_t columns, const Panels& panels,
-                          const TapRange* ranges = nullptr) {
+                          const Grid& gate, int64_t lines, int64_t columns, const Panels& panels) {
   const auto follows = [columns](const Grid& g) { return !g.at || g.line == g.row * columns; };
-  if (!ranges && follows(a) && follows(out) && follows(derivative) && follows(gate)) {
+  if (follows(a) && follows(out) && follows(derivative) && follows(gate)) {
     columns *= lines;
     lines = 1;
   }
@@ -159,22 +153,14 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
   const int64_t out_size = size_of(p.finish.out_type);
   const int64_t gate_size = p.finish.gate_is_result ? size_of(k.type) : 4;
   const char* panel = static_cast<const char*>(p.panel);
-  const int64_t* taps = p.taps;
   const float* bias = p.finish.bias;
   p.a_row = a.row, p.finish.out_row = out.row, p.finish.derivative_row = derivative.row, p.finish.gate_row = gate.row;
   for (int64_t j = 0; j < panels.count; ++j) {
     const int64_t from = j * panels.width;
-    const char* const this_panel = panel + j * panels.full_bytes;
-    const int64_t tap_bytes = p.steps * panels.vectors(k, j) * k.lanes * 4;
-    p.panel = this_panel;
+    p.panel = panel + j * panels.full_bytes;
     p.columns = panels.columns - from;
     if (bias) p.finish.bias = bias + from;
     for (int64_t line = 0; line < lines; ++line) {
-      if (ranges) {
-        p.taps = taps + ranges[line].first;
-        p.tap_count = ranges[line].count;
-        p.panel = this_panel + ranges[line].first * tap_bytes;
-      }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = columns * g / groups, rows = columns * (g + 1) / groups - first;
         const auto at = [&](const Grid& grid, int64_t size) {
