@@ -382,3 +382,27 @@ def test_no_byte_outside_is_touched(tmp_path):
     subprocess.run(["cmake", "--build", str(tmp_path), "--target", "guard_test"], check=True, capture_output=True)
     run = subprocess.run([str(tmp_path / "guard_test")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_with_the_kernel_and_with_the_reference_goes_the_same_way(monkeypatch, dtype):
+    def losses():
+        torch.manual_seed(0)
+        model = nin.models.nin_digits().eval()  # without dropout
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        images, target = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
+        found = []
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = F.cross_entropy(model(images), target)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    ours = losses()
+    monkeypatch.setattr(cpu, "KERNELS", None)
+    theirs = losses()
+    assert theirs[-1] < 0.8 * theirs[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if dtype == torch.float32 else 0.05, atol=1e-3)

@@ -10,7 +10,7 @@ namespace {
 
 // Pixels of a tile. Enough to use each panel of weights several times while it lies in the first cache, few
 // enough that the hidden layers stay in the second.
-constexpr int64_t tile_pixels = 112;
+constexpr int64_t tile_pixels = 128;
 // Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
 constexpr int64_t tile_bytes = 512 << 10;
 
