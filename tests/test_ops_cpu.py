@@ -289,6 +289,7 @@ def changes():
     yield "optimiser step", lambda w: torch.optim.SGD([w], lr=1.0).step()
     yield "copied into", lambda w: w.copy_(torch.ones_like(w))
     yield "a view of it", lambda w: w[0].zero_()
+    yield "in place, past the version counter", lambda w: w.data.mul_(2)
     yield "its data", lambda w: setattr(w, "data", torch.ones_like(w))
 
 

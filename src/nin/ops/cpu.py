@@ -60,6 +60,7 @@ def load_library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("nin_find_kernels", pointer, [row, size]),
         ("nin_packed_bytes", size, [pointer, row]),
+        ("nin_sample", ctypes.c_uint64, [pointer, size]),
         ("nin_pack", None, [pointer, row, pointer, pointer]),
         ("nin_forward_scratch_bytes", size, [pointer, row, row, size]),
         ("nin_forward", ctypes.c_int32, [pointer, row, row, pointer, pointer, row]),
@@ -283,12 +284,16 @@ def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False)
     """Return the weight in the kernels' order; packed again only after the weight has changed.
 
     A change is seen by the version counter that every in-place operation and optimiser step raises, and by the
-    address. The copy lives as long as the weight.
+    address. A change through ``weight.data`` or another library's view of the memory raises no counter: it is seen
+    where one of 64 values differs, as after scaling, averaging or copying. The copy lives as long as the weight.
     """
     if weight.is_inference():  # has no version counter
         return _pack(handle, weight, for_input_gradient)
     key = (id(weight), handle, for_input_gradient)
-    state = (weight._version, weight.data_ptr(), weight.shape, weight.stride())
+    address = weight.data_ptr()
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    sample = _library().nin_sample(address, weight.numel() * weight.element_size() if dense else 0)
+    state = (weight._version, sample, address, weight.shape, weight.stride())
     entry = _packed.get(key)
     if entry is not None and entry.weight() is weight and entry.state == state:
         return entry.packed

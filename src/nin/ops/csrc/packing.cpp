@@ -58,3 +58,15 @@ void nin_pack(const void* kernels, const nin_weight* weight, const void* data, v
   nin::pack(*static_cast<const nin::Kernels*>(kernels), *weight, static_cast<const char*>(data),
             static_cast<char*>(packed));
 }
+
+uint64_t nin_sample(const void* data, int64_t bytes) {
+  constexpr int64_t samples = 64;
+  const int64_t words = bytes / 4, count = std::min(words, samples);
+  uint64_t hash = 14695981039346656037u;  // FNV-1a's
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(data) + (words - 1) * i / std::max<int64_t>(1, count - 1) * 4, 4);
+    hash = (hash ^ word) * 1099511628211u;
+  }
+  return hash;
+}
