@@ -25,7 +25,9 @@ class Timing:
     runs: int
 
 
-def compare(callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3) -> dict[str, Timing]:
+def compare(
+    callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle: int = 0
+) -> dict[str, Timing]:
     """Time calls in turn: each round runs every one of them once.
 
     A call that works on a GPU has to wait for it itself.
@@ -34,6 +36,8 @@ def compare(callables: dict[str, Callable[[], object]], *, runs: int = 15, warmu
         callables: what to call, by name.
         runs: measured rounds, at least 2.
         warmup: rounds before them that are not measured.
+        settle: calls right before each measured one, until nothing is left of what another one left running or in
+            the caches (idle threads of another library spin for milliseconds).
 
     Returns:
         The timing of each call, in the order given.
@@ -52,6 +56,8 @@ def compare(callables: dict[str, Callable[[], object]], *, runs: int = 15, warmu
     times_ms: dict[str, list[float]] = {name: [] for name in callables}
     for turn in range(-warmup, runs):
         for name, call in callables.items():
+            for _ in range(settle):
+                call()
             start = time.perf_counter_ns()
             call()
             elapsed_ms = (time.perf_counter_ns() - start) / 1e6

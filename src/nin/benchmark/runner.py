@@ -1,0 +1,227 @@
+"""Runs the cases: every engine in turn, medians with percentiles, beside what the machine can do at most."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nin import timing
+from nin.benchmark.cases import CASES, Case
+from nin.benchmark.engines import ENGINES, Call, UnavailableError, prepare
+from nin.costs import cost
+from nin.ops import backends, cpu
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Time that all engines of a case share, after each has been called twice; at least 5 rounds.
+SECONDS_PER_CASE = 6.0
+# Calls of an engine before each measured one, see `nin.timing.compare`.
+SETTLE = 1
+VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and when: the processor, its measured limits, and the versions of all that ran.
+
+    Attributes:
+        peak_gflops: by dtype, of multiply-adds on registers with all threads; 1 multiply-add = 2 FLOP.
+        copy_gbytes_per_second: read and written, with all threads.
+        malloc: "tuned" where freed memory stays in the process (glibc's mallopt), else "default".
+    """
+
+    processor: str
+    threads: int
+    kernel: str
+    peak_gflops: dict[str, float | None]
+    copy_gbytes_per_second: float | None
+    malloc: str
+    versions: dict[str, str]
+    python: str
+    system: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One engine on one case, or why there is no time.
+
+    Attributes:
+        case: its name in `CASES`.
+        dtype: "float32" or "bfloat16".
+        engine: its name in `ENGINES`.
+        timing: the times, or None.
+        reason: why there are none, else empty.
+        share_of_limit: the least time that the machine's limits allow for the arithmetic or, where that is longer,
+            for reading the input and the weights and writing the result once, over the median.
+    """
+
+    case: str
+    dtype: str
+    engine: str
+    timing: timing.Timing | None
+    reason: str = ""
+    share_of_limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """The result of `run`."""
+
+    machine: Machine
+    measurements: list[Measurement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    def ratio(self, case: str, dtype: str) -> float | None:
+        """Return the fastest other engine's median over ``nin``'s; None where one of them is missing."""
+        times = {
+            m.engine: m.timing.median_ms for m in self.measurements if (m.case, m.dtype) == (case, dtype) and m.timing
+        }
+        others = [ms for engine, ms in times.items() if not engine.startswith("nin")]
+        return min(others) / times["nin"] if others and "nin" in times else None
+
+
+def run(
+    cases: Sequence[str] = tuple(CASES),
+    *,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    engines: Sequence[str] = tuple(ENGINES),
+    progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Benchmark:
+    """Time the cases with every engine, in turn within one case and dtype.
+
+    Args:
+        cases: names in `CASES`.
+        dtypes: "float32", "bfloat16".
+        engines: names in `nin.benchmark.engines.ENGINES`.
+        progress: is called with one line for each case.
+
+    Returns:
+        The machine and all measurements; an engine that is not installed has a reason instead of times.
+
+    Raises:
+        ValueError: a name is not known.
+
+    Example:
+        >>> nin.benchmark.run([], engines=["nin"]).measurements
+        []
+    """
+    for argument, given, known in (("cases", cases, CASES), ("dtypes", dtypes, DTYPES), ("engines", engines, ENGINES)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
+    machine = _machine(_tune_malloc())
+    measurements: list[Measurement] = []
+    for name in cases:
+        for dtype in dtypes:
+            found = _run_case(CASES[name], dtype, engines, machine)
+            measurements += found
+            times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in found if m.timing)
+            progress(f"{name} {dtype}, ms: {times}")
+    return Benchmark(machine, measurements)
+
+
+def _run_case(case: Case, dtype: str, engines: Sequence[str], machine: Machine) -> list[Measurement]:
+    calls: dict[str, Call] = {}
+    reasons: dict[str, str] = {}
+    slowest_s = 0.0
+    torch._dynamo.reset()
+    for engine in engines:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what exporters and compilers have to say is not the user's
+                call = prepare(engine, case, DTYPES[dtype])
+                call()
+                start = time.perf_counter()
+                call()
+                slowest_s += time.perf_counter() - start
+            calls[engine] = call
+        except UnavailableError as error:
+            reasons[engine] = str(error)
+    runs = int(min(200, max(5, SECONDS_PER_CASE / (1 + SETTLE) / max(slowest_s, 1e-6))))
+    timings = timing.compare(calls, runs=runs, warmup=1, settle=SETTLE)
+    least_ms = _least_ms(case, dtype, machine)
+    return [
+        Measurement(case.name, dtype, engine, None, reasons[engine])
+        if engine in reasons
+        else Measurement(
+            case.name,
+            dtype,
+            engine,
+            timings[engine],
+            share_of_limit=least_ms / timings[engine].median_ms if least_ms else None,
+        )
+        for engine in engines
+    ]
+
+
+def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
+    """Return the time below which no engine can be that does all the arithmetic (a training step: three times it)."""
+    peak, copy = machine.peak_gflops[dtype], machine.copy_gbytes_per_second
+    if peak is None or copy is None:
+        return None
+    model = case.model().eval()
+    macs = cost(model, case.input_shape).macs
+    with torch.no_grad():
+        result = model(torch.empty(case.input_shape))
+    values = torch.Size(case.input_shape).numel() + result.numel() + sum(p.numel() for p in model.parameters())
+    arithmetic_ms = 2 * macs * (3 if case.training else 1) / peak / 1e6
+    memory_ms = values * DTYPES[dtype].itemsize * (3 if case.training else 1) / copy / 1e6
+    return max(arithmetic_ms, memory_ms)
+
+
+def _tune_malloc() -> str:
+    """Keep freed memory in the process: every engine's, or its page faults would be timed; glibc only."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if platform.libc_ver()[0] != "glibc" or mallopt is None:
+        return "default"
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
+    limit = (1 << 31) - 1
+    done = mallopt(mmap_max, 0) and mallopt(trim_threshold, limit) and mallopt(top_pad, 256 << 20)
+    return "tuned" if done else "default"
+
+
+def _machine(malloc: str) -> Machine:
+    versions = {}
+    for package in VERSIONS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    peaks = {name: cpu.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = cpu.measure_copy_bandwidth()
+    return Machine(
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        kernel=backends()["cpu"],
+        peak_gflops={name: peak / 1e9 if peak else None for name, peak in peaks.items()},
+        copy_gbytes_per_second=copy / 1e9 if copy else None,
+        malloc=malloc,
+        versions=versions,
+        python=platform.python_version(),
+        system=platform.system(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
+        if (path.exists())
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()

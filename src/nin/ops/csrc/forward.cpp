@@ -1,0 +1,298 @@
+// The forward pass: each task takes a tile of pixels through all layers; hidden layers never leave the scratch.
+#include <cstring>
+#include <new>
+
+#include "parallel.hpp"
+#include "tiles.hpp"
+
+namespace nin {
+namespace {
+
+// Pixels of a tile. Enough to use each panel of weights several times while it lies in the first cache, few
+// enough that the hidden layers stay in the second.
+constexpr int64_t tile_pixels = 128;
+// Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
+constexpr int64_t tile_bytes = 512 << 10;
+
+// Lines that a tile must have for its edge columns to be taken one by one: fewer pixels at a time read the weights
+// too often.
+constexpr int64_t least_edge_lines = 4;
+
+// Consecutive taps along one side of the kernel.
+struct Range {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+  bool operator==(const Range&) const = default;
+};
+
+// The taps along one side (0: height, 1: width) that reach into the image; the others would only add zeros.
+std::vector<Range> inside(const nin_problem& p, int side, int64_t size, int64_t out_size) {
+  std::vector<Range> ranges;
+  const int64_t kernel = p.kernel[side], dilation = p.dilation[side];
+  for (int64_t i = 0; i < out_size; ++i) {
+    const int64_t start = i * p.stride[side] - p.padding[side];
+    const int64_t first = std::min(kernel, divide_up(std::max<int64_t>(-start, 0), dilation));
+    const int64_t last = std::min(kernel, divide_up(std::max<int64_t>(size - start, 0), dilation));
+    ranges.push_back({first, std::max(first, last)});
+  }
+  return ranges;
+}
+
+class Forward {
+ public:
+  Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
+          int64_t threads);
+  int64_t scratch_bytes() const { return input_bytes_ + 2 * hidden_bytes_ + out_bytes_; }
+  int64_t tiles() const { return cut_.tiles(); }
+  void run(int64_t task, char* scratch) const;
+
+ private:
+  void flatten();
+  void choose_tiles(int64_t threads);
+  void place_taps();
+  Grid input(const Tile& t, char* scratch) const;
+  Grid bordered_input(const Tile& t, char* scratch) const;
+  void zero_odd_channel(char* at, int64_t row, int64_t pixels) const;
+  void multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const;
+
+  const Kernels& k_;
+  nin_problem p_;
+  Type type_;
+  Images x_, y_;
+  std::vector<Layer> layers_;
+  Cut cut_;
+  std::vector<int64_t> taps_;
+  std::vector<Range> line_ranges_, column_ranges_;  // the taps that reach into the image, for each of the result's
+  int64_t run_channels_ = 0;     // consecutive channels that one tap reads
+  bool pointwise_ = false;       // a 1×1 convolution without padding
+  bool direct_ = false;          // the products read x where it lies
+  bool direct_out_ = false;      // and write y where it lies
+  int64_t in_row_ = 0;           // bytes from pixel to pixel of the input's copy
+  int64_t border_width_ = 0;     // pixels in a line of the bordered copy
+  int64_t hidden_row_ = 0, out_row_ = 0;
+  int64_t input_bytes_ = 0, hidden_bytes_ = 0, out_bytes_ = 0;
+};
+
+Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
+                 int64_t threads)
+    : k_(k), p_(problem), type_(Type(problem.type)) {
+  const int64_t size = size_of(type_);
+  x_ = images(x, problem.x_stride, size);
+  y_ = images(y, problem.y_stride, size);
+  layers_ = read_layers(k, problem, layers);
+  pointwise_ = p_.kernel[0] == 1 && p_.kernel[1] == 1 && p_.padding[0] == 0 && p_.padding[1] == 0;
+  if (pointwise_ && p_.stride[0] == 1 && p_.stride[1] == 1) flatten();
+  direct_ = pointwise_ && x_.c == size && type_ == k.type && padded_channels(k, p_.channels) == p_.channels &&
+            x_.w * p_.stride[1] % 4096 != 0;
+  direct_out_ = y_.c == size;
+  choose_tiles(threads);
+  place_taps();
+}
+
+// Pixels of a 1×1 convolution know nothing of their neighbours: lines, and images where they follow each other,
+// become one long line.
+void Forward::flatten() {
+  if (p_.height == 1 || (x_.lines_follow(p_.width) && y_.lines_follow(p_.width))) {
+    p_.width *= p_.height;
+    p_.height = 1;
+  }
+  if (p_.height == 1 && (p_.batch == 1 || (x_.images_follow(p_.width) && y_.images_follow(p_.width)))) {
+    p_.width *= p_.batch;
+    p_.batch = 1;
+  }
+  p_.out_height = p_.height;
+  p_.out_width = p_.width;
+}
+
+void Forward::choose_tiles(int64_t threads) {
+  in_row_ = pointwise_ ? tile_row(k_, p_.channels) : padded_channels(k_, p_.channels) * size_of(k_.type);
+  for (size_t i = 0; i + 1 < layers_.size(); ++i) {
+    hidden_row_ = std::max(hidden_row_, tile_row(k_, layers_[i].channels));
+  }
+  out_row_ = round_up(layers_.back().channels, max_vectors * k_.lanes) * size_of(type_);
+  const int64_t per_pixel = (direct_ ? 0 : in_row_) + 2 * hidden_row_ + (direct_out_ ? 0 : out_row_);
+  int64_t pixels = tile_pixels;
+  if (per_pixel > 0) pixels = std::max<int64_t>(k_.rows, std::min(pixels, tile_bytes / per_pixel));
+  cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, threads);
+  const int64_t most = cut_.lines * cut_.columns;
+  if (pointwise_) {
+    input_bytes_ = direct_ ? 0 : most * in_row_;
+  } else {
+    border_width_ = (cut_.columns - 1) * p_.stride[1] + p_.dilation[1] * (p_.kernel[1] - 1) + 1;
+    const int64_t lines = (cut_.lines - 1) * p_.stride[0] + p_.dilation[0] * (p_.kernel[0] - 1) + 1;
+    input_bytes_ = round_up(lines * border_width_ * in_row_ + 64, 64);
+  }
+  hidden_bytes_ = round_up(most * hidden_row_, 64);
+  out_bytes_ = direct_out_ ? 0 : round_up(most * out_row_, 64);
+}
+
+// Neighbours along a line lie side by side in the bordered copy, so undilated taps of a line are one run.
+void Forward::place_taps() {
+  const int64_t channels = padded_channels(k_, p_.channels);
+  const bool joined = !pointwise_ && p_.dilation[1] == 1;
+  run_channels_ = joined ? p_.kernel[1] * channels : channels;
+  for (int64_t i = 0; i < p_.kernel[0]; ++i) {
+    for (int64_t j = 0; j < (joined ? 1 : p_.kernel[1]); ++j) {
+      taps_.push_back((i * p_.dilation[0] * border_width_ + j * p_.dilation[1]) * in_row_);
+    }
+  }
+  if (pointwise_) return;
+  line_ranges_ = inside(p_, 0, p_.height, p_.out_height);
+  column_ranges_ = inside(p_, 1, p_.width, p_.out_width);
+  if (!joined) column_ranges_.assign(size_t(p_.out_width), {0, p_.kernel[1]});
+}
+
+// Pairs of bfloat16: what stands beside an odd last channel is multiplied with a zero, and must be a number.
+void Forward::zero_odd_channel(char* at, int64_t row, int64_t pixels) const {
+  if (padded_channels(k_, p_.channels) == p_.channels) return;
+  for (int64_t i = 0; i < pixels; ++i) std::memset(at + i * row + p_.channels * 2, 0, 2);
+}
+
+// What the first layer reads.
+Grid Forward::input(const Tile& t, char* scratch) const {
+  if (!pointwise_) return bordered_input(t, scratch);
+  const int64_t step = x_.w * p_.stride[1];
+  if (direct_) {
+    return {x_.pixel(t.image, t.line * p_.stride[0], t.column * p_.stride[1]), step, x_.h * p_.stride[0]};
+  }
+  const Grid grid = dense(scratch, in_row_, t.columns);
+  for (int64_t line = 0; line < t.lines; ++line) {
+    char* from = x_.pixel(t.image, (t.line + line) * p_.stride[0], t.column * p_.stride[1]);
+    k_.load({from, x_.c, step, type_, p_.channels, t.columns}, grid.at + line * grid.line, in_row_);
+  }
+  zero_odd_channel(grid.at, in_row_, t.pixels());
+  return grid;
+}
+
+// A copy of all that the tile's taps reach, with zeros where they reach past the image.
+Grid Forward::bordered_input(const Tile& t, char* scratch) const {
+  const int64_t top = t.line * p_.stride[0] - p_.padding[0], left = t.column * p_.stride[1] - p_.padding[1];
+  const int64_t lines = (t.lines - 1) * p_.stride[0] + p_.dilation[0] * (p_.kernel[0] - 1) + 1;
+  const int64_t columns = (t.columns - 1) * p_.stride[1] + p_.dilation[1] * (p_.kernel[1] - 1) + 1;
+  const int64_t line_bytes = border_width_ * in_row_;
+  const int64_t first = std::clamp<int64_t>(-left, 0, columns);
+  const int64_t last = std::clamp<int64_t>(p_.width - left, first, columns);
+  for (int64_t line = 0; line < lines; ++line) {
+    char* to = scratch + line * line_bytes;
+    const int64_t from_line = top + line;
+    if (from_line < 0 || from_line >= p_.height) {
+      std::memset(to, 0, line_bytes);
+      continue;
+    }
+    std::memset(to, 0, first * in_row_);
+    if (first < last) {
+      k_.load({x_.pixel(t.image, from_line, left + first), x_.c, x_.w, type_, p_.channels, last - first},
+              to + first * in_row_, in_row_);
+      zero_odd_channel(to + first * in_row_, in_row_, last - first);
+    }
+    std::memset(to + last * in_row_, 0, (columns - last) * in_row_);
+  }
+  return {scratch, in_row_ * p_.stride[1], line_bytes * p_.stride[0]};
+}
+
+// The first layer where it has a border. Pixels beside each other share the taps of their line, pixels below each
+// other those of their column: the inner columns are taken line by line, those at the edges column by column.
+void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const {
+  const Range all{0, p_.kernel[1]};
+  int64_t inner = t.column, inner_end = t.column + t.columns;
+  if (t.lines >= least_edge_lines) {
+    while (inner < inner_end && column_ranges_[inner] != all) ++inner;
+    while (inner < inner_end && column_ranges_[inner_end - 1] != all) --inner_end;
+  }
+  const bool joined = int64_t(taps_.size()) == p_.kernel[0];
+  const int64_t taps_per_line = joined ? 1 : p_.kernel[1], steps_per_tap = steps_of(k_, run_channels_);
+  const int64_t out_size = size_of(p.finish.out_type);
+  const Product common = p;
+  for (int64_t j = 0; j < panels.count; ++j) {
+    const int64_t from = j * panels.width, step_bytes = panels.vectors(k_, j) * k_.lanes * 4;
+    const int64_t column_bytes = steps_per_tap / (joined ? p_.kernel[1] : 1) * step_bytes;
+    p.columns = panels.columns - from;
+    if (common.finish.bias) p.finish.bias = common.finish.bias + from;
+    const auto strip = [&](int64_t line, int64_t column, int64_t count, int64_t a_row, int64_t out_row, Range lines,
+                           Range columns) {
+      p.a_row = a_row, p.finish.out_row = out_row;
+      p.taps = taps_.data() + lines.first * taps_per_line;
+      p.tap_count = lines.count() * taps_per_line;
+      p.steps = steps_per_tap - (joined ? (p_.kernel[1] - columns.count()) * column_bytes / step_bytes : 0);
+      p.panel_skip = (steps_per_tap - p.steps) * step_bytes;
+      p.panel = static_cast<const char*>(common.panel) + j * panels.full_bytes +
+                lines.first * taps_per_line * steps_per_tap * step_bytes + columns.first * column_bytes;
+      const int64_t groups = divide_up(count, k_.rows);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = count * g / groups, rows = count * (g + 1) / groups - first;
+        p.a = a.at + line * a.line + column * a.row + first * a_row + columns.first * in_row_;
+        p.finish.out = out.at + line * out.line + column * out.row + first * out_row + from * out_size;
+        k_.multiply(p, int(rows), panels.vectors(k_, j));
+      }
+    };
+    for (int64_t line = 0; inner < inner_end && line < t.lines; ++line) {
+      strip(line, inner - t.column, inner_end - inner, a.row, out.row, line_ranges_[t.line + line], all);
+    }
+    // what any of the lines reaches: the lowest reaches furthest up, the topmost furthest down
+    const Range lines{line_ranges_[t.line + t.lines - 1].first, line_ranges_[t.line].last};
+    for (int64_t column = t.column; column < t.column + t.columns; ++column) {
+      if (column == inner) column = inner_end;
+      if (column == t.column + t.columns) break;
+      strip(0, column - t.column, t.lines, a.line, out.line, lines, column_ranges_[column]);
+    }
+  }
+}
+
+void Forward::run(int64_t task, char* scratch) const {
+  const Tile t = tile_of(cut_, task);
+  char* hidden[2] = {scratch + input_bytes_, scratch + input_bytes_ + hidden_bytes_};
+  char* out_tile = hidden[1] + hidden_bytes_;
+  Grid a = input(t, scratch);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    const bool last = i + 1 == layers_.size();
+    static constexpr int64_t no_offset = 0;
+    Product p;
+    p.taps = i == 0 ? taps_.data() : &no_offset;
+    p.tap_count = i == 0 ? int64_t(taps_.size()) : 1;
+    p.steps = steps_of(k_, i == 0 ? run_channels_ : layers_[i - 1].channels);
+    p.panel = layer.weight;
+    p.finish.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+    p.finish.activation = layer.activation;
+    p.finish.out_type = last ? type_ : k_.type;
+    p.finish.round = type_ == Type::bf16 && p.finish.out_type == Type::f32;
+    p.finish.whole = !last;
+    Grid out = dense(hidden[i % 2], hidden_row_, t.columns);
+    if (last) {
+      out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
+    }
+    const Panels panels(k_, layer.channels, p.tap_count * p.steps);
+    if (i == 0 && !pointwise_) {
+      multiply_bordered(t, p, a, out, panels);
+    } else {
+      multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels);
+    }
+    a = out;
+  }
+  if (direct_out_) return;
+  for (int64_t line = 0; line < t.lines; ++line) {
+    k_.store({y_.pixel(t.image, t.line + line, t.column), y_.c, y_.w, type_, layers_.back().channels, t.columns},
+             out_tile + line * t.columns * out_row_, out_row_);
+  }
+}
+
+}  // namespace
+}  // namespace nin
+
+int64_t nin_forward_scratch_bytes(const void* kernels, const nin_problem* problem, const nin_layer* layers,
+                                  int64_t threads) {
+  const auto& k = *static_cast<const nin::Kernels*>(kernels);
+  return nin::Forward(k, *problem, layers, nullptr, nullptr, threads).scratch_bytes();
+}
+
+int32_t nin_forward(const void* kernels, const nin_problem* problem, const nin_layer* layers, const void* x, void* y,
+                    const nin_pool* pool) {
+  try {
+    const nin::Forward forward(*static_cast<const nin::Kernels*>(kernels), *problem, layers, x, y, pool->threads);
+    return nin::run_tasks(*pool, forward.tiles(), size_t(forward.scratch_bytes()),
+                          [&](int64_t task, char* scratch) { forward.run(task, scratch); });
+  } catch (const std::bad_alloc&) {
+    return nin_out_of_memory;
+  }
+}

@@ -1,0 +1,6 @@
+// AVX-512 (F, BW, DQ, VL): 14 × 2 sums, two columns and a pixel fill 31 of 32 registers.
+#define NIN_ISA avx512
+#define NIN_LANES 16
+#define NIN_ROWS 14
+#define NIN_DOT 0
+#include "kernels.inc"

@@ -1,0 +1,179 @@
+// The geometry of tiles: which pixels a task works on, where they lie, and one layer applied to them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.hpp"
+#include "library.hpp"
+
+namespace nin {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+inline int64_t size_of(Type type) { return type == Type::bf16 ? 2 : 4; }
+
+// Bytes from pixel to pixel of a tile: whole vectors, whole cache lines, and no multiple of 4096, at which the
+// rows of a product would all fall into one set of the first cache.
+inline int64_t tile_row(const Kernels& k, int64_t channels) {
+  const int64_t bytes = round_up(round_up(channels, k.lanes) * size_of(k.type), 64);
+  return bytes % 4096 == 0 ? bytes + 64 : bytes;
+}
+
+// Channels as a sum takes them: pairs of bfloat16 want an even number, the odd one out is a zero.
+inline int64_t padded_channels(const Kernels& k, int64_t channels) {
+  return k.type == Type::bf16 ? round_up(channels, 2) : channels;
+}
+inline int64_t steps_of(const Kernels& k, int64_t channels) {
+  return padded_channels(k, channels) * size_of(k.type) / 4;
+}
+
+// Images as bytes: where they start and how far apart neighbours lie.
+struct Images {
+  char* at;
+  int64_t n, c, h, w;
+
+  // lines, and images, that follow each other at the distance of their pixels
+  bool lines_follow(int64_t width) const { return h == width * w; }
+  bool images_follow(int64_t pixels) const { return n == pixels * w; }
+  char* pixel(int64_t image, int64_t row, int64_t column) const { return at + image * n + row * h + column * w; }
+};
+
+inline Images images(const void* at, const int64_t (&strides)[4], int64_t size) {
+  return {static_cast<char*>(const_cast<void*>(at)), strides[0] * size, strides[1] * size, strides[2] * size,
+          strides[3] * size};
+}
+
+// A layer as the kernels take it.
+struct Layer {
+  const void* weight;
+  std::vector<float> bias;  // padded with zeros to whole panels; empty where there is none
+  int64_t channels;
+  Activation activation;
+};
+
+inline std::vector<float> read_bias(const Kernels& k, const nin_layer& layer, Type type) {
+  if (!layer.bias) return {};
+  std::vector<float> bias(round_up(layer.channels, max_vectors * k.lanes));
+  for (int64_t c = 0; c < layer.channels; ++c) {
+    if (type == Type::f32) {
+      bias[c] = static_cast<const float*>(layer.bias)[c];
+    } else {
+      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(layer.bias)[c]) << 16;
+      std::memcpy(&bias[c], &bits, 4);
+    }
+  }
+  return bias;
+}
+
+inline std::vector<Layer> read_layers(const Kernels& k, const nin_problem& problem, const nin_layer* layers) {
+  std::vector<Layer> read;
+  for (int64_t i = 0; i < problem.layers; ++i) {
+    read.push_back({layers[i].weight, read_bias(k, layers[i], Type(problem.type)), layers[i].channels,
+                    Activation(layers[i].activation)});
+  }
+  return read;
+}
+
+// The pixels of a result, cut into rectangles of lines × columns.
+struct Cut {
+  int64_t batch, height, width;
+  int64_t lines, columns;            // of a tile, at most
+  int64_t down, across;              // tiles in an image
+
+  int64_t tiles() const { return batch * down * across; }
+};
+
+struct Tile {
+  int64_t image, line, column, lines, columns;
+  int64_t pixels() const { return lines * columns; }
+};
+
+// Few tiles are shared out evenly among the threads; among many it does not matter.
+constexpr int64_t many_tiles_per_thread = 8;
+
+// The least number of parts, at least `parts`, of which all images' tiles are a multiple of `threads`.
+inline int64_t even_parts(int64_t parts, int64_t size, int64_t others, int64_t threads) {
+  for (int64_t n = parts; n <= std::min(size, parts + threads); ++n) {
+    if (n * others % threads == 0 || n * others >= many_tiles_per_thread * threads) return n;
+  }
+  return parts;
+}
+
+// `pixels`: how many a tile has at most; `threads`: to keep busy, 1 where the cut must not depend on them.
+inline Cut cut(int64_t batch, int64_t height, int64_t width, int64_t pixels, int64_t threads) {
+  threads = std::max<int64_t>(1, threads);
+  pixels = std::max<int64_t>(1, std::min(pixels, divide_up(batch * height * width, threads)));
+  int64_t across = divide_up(width, pixels);
+  if (height == 1) across = even_parts(across, width, batch, threads);
+  const int64_t columns = divide_up(width, across);
+  int64_t down = divide_up(height, std::max<int64_t>(1, pixels / columns));
+  if (height > 1) down = even_parts(down, height, batch * across, threads);
+  return {batch, height, width, divide_up(height, down), columns, down, across};
+}
+
+inline Tile tile_of(const Cut& cut, int64_t task) {
+  const int64_t across = task % cut.across, down = task / cut.across % cut.down;
+  Tile t{task / cut.across / cut.down, cut.height * down / cut.down, cut.width * across / cut.across, 0, 0};
+  t.lines = cut.height * (down + 1) / cut.down - t.line;
+  t.columns = cut.width * (across + 1) / cut.across - t.column;
+  return t;
+}
+
+// Where a tile's values lie: `row` bytes from pixel to pixel, `line` from one line of pixels to the next.
+struct Grid {
+  char* at;
+  int64_t row, line;
+};
+
+inline Grid dense(char* at, int64_t row, int64_t columns) { return {at, row, row * columns}; }
+
+// The panels of a packed weight. All but the last are max_vectors wide.
+struct Panels {
+  int64_t columns, width, count, full_bytes;
+
+  Panels(const Kernels& k, int64_t columns, int64_t steps)
+      : columns(columns), width(max_vectors * k.lanes), count(divide_up(columns, width)),
+        full_bytes(steps * width * 4) {}
+  int vectors(const Kernels& k, int64_t panel) const {
+    return int(std::min<int64_t>(max_vectors, divide_up(columns - panel * width, k.lanes)));
+  }
+};
+
+// A product over a tile: `p` says what is common to all its parts.
+inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid& out, const Grid& derivative,
+                          const Grid& gate, int64_t lines, int64_t columns, const Panels& panels) {
+  const auto follows = [columns](const Grid& g) { return !g.at || g.line == g.row * columns; };
+  if (follows(a) && follows(out) && follows(derivative) && follows(gate)) {
+    columns *= lines;
+    lines = 1;
+  }
+  const int64_t groups = divide_up(columns, k.rows);
+  const int64_t out_size = size_of(p.finish.out_type);
+  const int64_t gate_size = p.finish.gate_is_result ? size_of(k.type) : 4;
+  const char* panel = static_cast<const char*>(p.panel);
+  const float* bias = p.finish.bias;
+  p.a_row = a.row, p.finish.out_row = out.row, p.finish.derivative_row = derivative.row, p.finish.gate_row = gate.row;
+  for (int64_t j = 0; j < panels.count; ++j) {
+    const int64_t from = j * panels.width;
+    p.panel = panel + j * panels.full_bytes;
+    p.columns = panels.columns - from;
+    if (bias) p.finish.bias = bias + from;
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = columns * g / groups, rows = columns * (g + 1) / groups - first;
+        const auto at = [&](const Grid& grid, int64_t size) {
+          return grid.at ? grid.at + line * grid.line + first * grid.row + from * size : nullptr;
+        };
+        p.a = a.at + line * a.line + first * a.row;
+        p.finish.out = at(out, out_size);
+        p.finish.derivative = reinterpret_cast<float*>(at(derivative, 4));
+        p.finish.gate = at(gate, gate_size);
+        k.multiply(p, int(rows), panels.vectors(k, j));
+      }
+    }
+  }
+}
+
+}  // namespace nin

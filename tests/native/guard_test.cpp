@@ -1,0 +1,204 @@
+// Runs the kernels on buffers that lie against a page which may not be touched, at their end and at their start, and
+// compares with plain loops. Built with AddressSanitizer, which watches the library's own memory.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "library.hpp"
+
+namespace {
+
+std::mt19937 random_numbers(0);
+
+float bf16_to_float(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Values of a dtype between guard pages.
+class Buffer {
+ public:
+  Buffer(int64_t count, int64_t type, bool at_end) : type_(type) {
+    const int64_t page = sysconf(_SC_PAGESIZE), bytes = count * size();
+    mapped_ = (bytes + page - 1) / page * page + 2 * page;
+    memory_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (memory_ == MAP_FAILED) std::abort();
+    mprotect(memory_, page, PROT_NONE);
+    mprotect(memory_ + mapped_ - page, page, PROT_NONE);
+    data = at_end ? memory_ + mapped_ - page - bytes : memory_ + page;
+  }
+  ~Buffer() { munmap(memory_, mapped_); }
+  Buffer(const Buffer&) = delete;
+
+  int64_t size() const { return type_ == 1 ? 2 : 4; }
+  double get(int64_t i) const {
+    return type_ == 1 ? bf16_to_float(reinterpret_cast<uint16_t*>(data)[i]) : reinterpret_cast<float*>(data)[i];
+  }
+  void set(int64_t i, double value) {
+    if (type_ == 1) {
+      reinterpret_cast<uint16_t*>(data)[i] = float_to_bf16(float(value));
+    } else {
+      reinterpret_cast<float*>(data)[i] = float(value);
+    }
+  }
+  void fill(int64_t count, double scale) {
+    std::uniform_real_distribution<double> values(-scale, scale);
+    for (int64_t i = 0; i < count; ++i) set(i, values(random_numbers));
+  }
+  char* data;
+
+ private:
+  int64_t type_, mapped_;
+  char* memory_;
+};
+
+struct Shape {
+  int64_t batch, channels, height, width, kernel, stride, padding, dilation;
+  int64_t out[2];
+};
+
+struct Case {
+  const char* isa;
+  int64_t type;
+  Shape shape;
+  bool channels_last, at_end;
+};
+
+void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t last[4] = {channels * height * width, 1, width * channels, channels};
+  const int64_t first[4] = {channels * height * width, height * width, width, 1};
+  std::memcpy(strides, channels_last ? last : first, sizeof strides);
+}
+
+bool close(const Case& c, const char* what, double got, double want, double size) {
+  const double tolerance = (c.type == 1 ? 0.05 : 1e-4) * (size + 1e-3);
+  if (std::abs(got - want) <= tolerance) return true;
+  std::printf("%s %s: %g instead of %g: type %ld, channels %ld, kernel %ld, channels_last %d\n", c.isa, what, got, want,
+              long(c.type), long(c.shape.channels), long(c.shape.kernel), c.channels_last);
+  return false;
+}
+
+// Two layers; the second's ReLU and bias; forward, and backward where the first is 1×1.
+bool run(const Case& c) {
+  const Shape& s = c.shape;
+  const void* kernels = nin_find_kernels(c.isa, c.type);
+  if (!kernels) return true;
+  nin_problem p{};
+  p.type = c.type, p.batch = s.batch, p.channels = s.channels, p.height = s.height, p.width = s.width, p.layers = 2;
+  for (int d = 0; d < 2; ++d) {
+    p.kernel[d] = s.kernel, p.stride[d] = s.stride, p.padding[d] = s.padding, p.dilation[d] = s.dilation;
+  }
+  p.out_height = (s.height + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+  p.out_width = (s.width + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+  set_strides(p.x_stride, s.channels, s.height, s.width, c.channels_last);
+  set_strides(p.y_stride, s.out[1], p.out_height, p.out_width, c.channels_last);
+  const int64_t in_count = s.batch * s.channels * s.height * s.width, pixels = s.batch * p.out_height * p.out_width;
+  const int64_t taps = s.kernel * s.kernel, fan[2] = {s.channels * taps, s.out[0]};
+  Buffer x(in_count, c.type, c.at_end), y(pixels * s.out[1], c.type, c.at_end);
+  Buffer weights[2] = {{s.out[0] * fan[0], c.type, c.at_end}, {s.out[1] * fan[1], c.type, c.at_end}};
+  Buffer biases[2] = {{s.out[0], c.type, c.at_end}, {s.out[1], c.type, c.at_end}};
+  x.fill(in_count, 1);
+  std::vector<char> packed[2], exchanged[2];
+  nin_layer layers[2];
+  for (int i = 0; i < 2; ++i) {
+    weights[i].fill(s.out[i] * fan[i], 1 / std::sqrt(double(fan[i])));
+    biases[i].fill(s.out[i], 1);
+    const int64_t k = i == 0 ? s.kernel : 1, channels = fan[i] / (k * k);
+    const nin_weight w{c.type, s.out[i], channels, k, k, fan[i], k * k, k, 1};
+    packed[i].resize(nin_packed_bytes(kernels, &w));
+    nin_pack(kernels, &w, weights[i].data, packed[i].data());
+    const nin_weight t{c.type, channels, s.out[i], 1, 1, 1, fan[i], 1, 1};
+    exchanged[i].resize(nin_packed_bytes(kernels, &t));
+    if (k == 1) nin_pack(kernels, &t, weights[i].data, exchanged[i].data());
+    layers[i] = {packed[i].data(), biases[i].data, s.out[i], 1};
+  }
+  const nin_pool pool{nullptr, 2};
+  if (nin_forward(kernels, &p, layers, x.data, y.data, &pool) != 0) return false;
+
+  bool good = true;
+  for (int64_t i = 0; i < pixels; i += 1 + pixels / 16) {  // some pixels are enough to see a wrong tail
+    const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+    std::vector<double> hidden(s.out[0]);
+    for (int64_t o = 0; o < s.out[0]; ++o) {
+      double sum = biases[0].get(o);
+      for (int64_t ch = 0; ch < s.channels; ++ch) {
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t h = row * s.stride - s.padding + t / s.kernel * s.dilation;
+          const int64_t w = column * s.stride - s.padding + t % s.kernel * s.dilation;
+          if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+          const int64_t at = n * p.x_stride[0] + ch * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3];
+          sum += weights[0].get(o * fan[0] + ch * taps + t) * x.get(at);
+        }
+      }
+      hidden[o] = std::max(0.0, sum);
+    }
+    for (int64_t o = 0; o < s.out[1]; ++o) {
+      double sum = biases[1].get(o), size = std::abs(sum);
+      for (int64_t h = 0; h < s.out[0]; ++h) {
+        const double part = weights[1].get(o * s.out[0] + h) * hidden[h];
+        sum += part, size += std::abs(part);
+      }
+      const int64_t at = n * p.y_stride[0] + o * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+      good = good && close(c, "forward", y.get(at), std::max(0.0, sum), size);
+    }
+  }
+  if (s.kernel > 1 || s.padding > 0) return good;
+
+  Buffer grad(pixels * s.out[1], c.type, c.at_end), x_grad(in_count, c.type, c.at_end);
+  Buffer weight_grads[2] = {{s.out[0] * fan[0], c.type, c.at_end}, {s.out[1] * fan[1], c.type, c.at_end}};
+  Buffer bias_grads[2] = {{s.out[0], c.type, c.at_end}, {s.out[1], c.type, c.at_end}};
+  grad.fill(pixels * s.out[1], 1);
+  nin_gradient g;
+  std::memcpy(g.grad_stride, p.y_stride, sizeof g.grad_stride);
+  std::memcpy(g.x_grad_stride, p.x_stride, sizeof g.x_grad_stride);
+  const nin_layer_gradient gradients[2] = {{exchanged[0].data(), weight_grads[0].data, bias_grads[0].data},
+                                           {exchanged[1].data(), weight_grads[1].data, bias_grads[1].data}};
+  if (nin_backward(kernels, &p, layers, &g, gradients, grad.data, x.data, y.data, x_grad.data, &pool) != 0) return false;
+  for (int64_t o = 0; o < s.out[1]; ++o) {
+    double sum = 0, size = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+      const int64_t at = n * p.y_stride[0] + o * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+      if (y.get(at) <= 0) continue;
+      sum += grad.get(at), size += std::abs(grad.get(at));
+    }
+    good = good && close(c, "gradient of the bias", bias_grads[1].get(o), sum, size);
+  }
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  const Shape shapes[] = {
+      {2, 1, 1, 1, 1, 1, 0, 1, {1, 1}},   {1, 3, 5, 7, 1, 1, 0, 1, {5, 2}},     {2, 17, 3, 9, 1, 1, 0, 1, {33, 18}},
+      {1, 18, 6, 5, 1, 2, 0, 1, {7, 15}}, {1, 64, 4, 4, 1, 1, 0, 1, {64, 32}},  {3, 31, 1, 13, 1, 1, 0, 1, {32, 1}},
+      {1, 3, 9, 8, 5, 1, 2, 1, {20, 9}},  {2, 5, 7, 11, 3, 2, 1, 2, {17, 33}},  {1, 34, 6, 6, 3, 1, 1, 1, {48, 10}},
+      {1, 1, 4, 4, 2, 1, 3, 1, {3, 3}},   {2, 192, 5, 5, 1, 1, 0, 1, {160, 96}}, {1, 3, 23, 23, 11, 4, 0, 1, {24, 24}},
+  };
+  int runs = 0;
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+    for (int64_t type : {0, 1}) {
+      for (const Shape& shape : shapes) {
+        for (int variant = 0; variant < 4; ++variant, ++runs) {
+          if (!run({isa, type, shape, (variant & 1) != 0, (variant & 2) != 0})) return 1;
+        }
+      }
+    }
+  }
+  std::printf("%d runs\n", runs);
+  return 0;
+}

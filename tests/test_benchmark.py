@@ -1,0 +1,100 @@
+"""The benchmark: the same numbers from every engine, results that say what ran, a table and a chart of them."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import nin
+from nin import benchmark
+from nin.benchmark import engines
+from nin.benchmark.cases import CASES, Case
+from nin.timing import Timing
+
+SMALL = Case("small", lambda: nin.MLPConv(3, (8, 5), kernel_size=3, padding=1), (2, 3, 8, 8))
+SMALL_NETWORK = Case("small-network", lambda: nin.models.nin_digits().fold(), (2, 1, 8, 8), True, True)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(CASES, "small", SMALL)
+    monkeypatch.setitem(CASES, "small-network", SMALL_NETWORK)
+    monkeypatch.setattr("nin.benchmark.runner.SECONDS_PER_CASE", 0.01)
+    monkeypatch.setattr("nin.benchmark.runner._tune_malloc", lambda: "default")  # of this process, for good
+
+
+@pytest.mark.parametrize("make", [SMALL.model, lambda: nin.Inception(8, 4, 4, 4, 2, 3, 5), SMALL_NETWORK.model])
+def test_the_plain_model_computes_the_same(make):
+    model = make().eval()
+    plain = engines.plain(model)
+    assert not any(isinstance(m, (nin.MLPConv, nin.Conv1x1)) for m in plain.modules())
+    x = torch.randn(2, next(model.parameters()).shape[1], 8, 8)
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_cases_are_what_the_names_say():
+    assert CASES["chain-192-160-96"].input_shape == (64, 192, 32, 32)
+    for case in CASES.values():
+        with torch.device("meta"):
+            model = case.model()
+        assert isinstance(model, nn.Module)
+
+
+def test_a_run_says_what_ran(small):
+    lines = []
+    result = benchmark.run(["small", "small-network"], engines=["nin", "eager"], progress=lines.append)
+    assert [(m.case, m.dtype, m.engine) for m in result.measurements[:4]] == [
+        ("small", "float32", "nin"),
+        ("small", "float32", "eager"),
+        ("small", "bfloat16", "nin"),
+        ("small", "bfloat16", "eager"),
+    ]
+    assert len(lines) == 4
+    assert all(m.timing.runs >= 5 and m.timing.median_ms > 0 for m in result.measurements)
+    assert result.machine.kernel == nin.backends()["cpu"]
+    assert result.ratio("small", "float32") > 0
+    assert result.ratio("small", "float16") is None
+    assert json.loads(json.dumps(result.to_dict()))["measurements"][0]["engine"] == "nin"
+
+
+def test_engines_that_are_missing_are_listed(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    result = benchmark.run(["small"], dtypes=["float32"], engines=["nin", "OpenVINO", "ONNX Runtime"])
+    assert [m.reason for m in result.measurements][1] == "not installed (openvino; pip install 'nin[bench]')"
+    assert "not installed (openvino" in shown(result)
+    assert "not installed (onnxruntime" in benchmark.chart(result)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"cases must be among chain-192-160-96, .+ got '2x2'"):
+        benchmark.run(["2x2"])
+    with pytest.raises(ValueError, match=r"dtypes must be among float32, bfloat16, got 'int8'"):
+        benchmark.run(dtypes=["int8"])
+
+
+def shown(result):
+    console = Console(width=200, file=io.StringIO())
+    console.print(benchmark.table(result))
+    return console.file.getvalue()
+
+
+def test_the_table_and_the_chart_hold_the_numbers():
+    machine = benchmark.Machine("A <chip>", 2, "nin", {"float32": 470.0}, 27.0, "tuned", {"torch": "2"}, "3", "L", "d")
+    rows = [
+        benchmark.Measurement("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), share_of_limit=0.5),
+        benchmark.Measurement("c", "float32", "eager", Timing(5.0, 4.0, 6.0, 9)),
+    ]
+    result = benchmark.Benchmark(machine, rows)
+    assert result.ratio("c", "float32") == 2.5
+    assert all(text in shown(result) for text in ("2.000", "50%", "2.50", "470 GFLOP/s"))
+    page = benchmark.chart(result)
+    assert "A &lt;chip&gt;" in page
+    assert page.count("<rect") == 2
+    assert "http" not in page
+    assert dataclasses.asdict(result)["measurements"][1]["timing"]["runs"] == 9

@@ -1,0 +1,409 @@
+"""The compiled CPU kernels: every instruction set, every tail, threads, memory, the cache of packed weights."""
+
+import ctypes
+import gc
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nin
+from nin.ops import ACTIVATIONS, cpu, reference
+from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
+
+ROOT = Path(__file__).parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="nin was installed without a C++ compiler")
+each_layout = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=LAYOUTS)
+each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
+
+
+@pytest.fixture(params=cpu.INSTRUCTION_SETS)
+def isa(request, monkeypatch):
+    """Run the test with each instruction set that this machine has."""
+    kernels = cpu.find_kernels(cpu.LIBRARY, request.param)
+    if kernels.name != request.param:
+        pytest.skip(f"this machine lacks {request.param}")
+    monkeypatch.setattr(cpu, "KERNELS", kernels)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def assert_within_bound(x, weights, biases, activation, geometry):
+    """Compare with the chain in float64; the bound follows from the length of the sums."""
+    result = nin.mlpconv(x, weights, biases, activation=activation, **geometry)
+    exact = x.double(), [w.double() for w in weights], [None if b is None else b.double() for b in biases]
+    names = [activation] * len(weights)
+    error = (result.double() - conv_chain(*exact, names, geometry)).abs()
+    assert (error <= error_bound(*exact, names, geometry, x.dtype)).all()
+    assert result.is_contiguous(memory_format=reference.memory_format(x))
+
+
+def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
+    """Return the result and all gradients, of the compiled kernel or of the reference in the given dtype."""
+    names, count = [activation] * len(weights), len(weights)
+    options = [(value, value) if isinstance(value, int) else value for value in geometry.values()]
+    ops = torch.ops.nin if kernel == "compiled" else reference
+    y = ops.mlpconv(x, weights, biases, *options, names)
+    needs = [True] * (1 + count) + [b is not None for b in biases]
+    grad_x, grad_weights, grad_biases = ops.mlpconv_backward(grad, x, y, weights, biases, *options, names, needs)
+    return [grad_x, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
+
+
+def assert_gradients_agree(x, weights, biases, activation, geometry):
+    """Compare with the float64 reference, as far from it as PyTorch's layer by layer backward at most (and a bit)."""
+    plain = [torch.randn_like(nin.mlpconv(x, weights, biases, activation=activation, **geometry))]
+    ours = gradients(x, weights, biases, activation, geometry, *plain, kernel="compiled")
+    theirs = gradients(x, weights, biases, activation, geometry, *plain, kernel="reference")
+    exact = gradients(
+        x.double(),
+        [w.double() for w in weights],
+        [None if b is None else b.double() for b in biases],
+        activation,
+        geometry,
+        plain[0].double(),
+        kernel="reference",
+    )
+    for got, other, want in zip(ours, theirs, exact, strict=True):
+        assert got.shape == want.shape
+        size = want.norm() + torch.finfo(x.dtype).tiny
+        noise = 4 * torch.finfo(x.dtype).eps * (1 + want.numel() ** 0.5 / size)
+        assert (got.double() - want).norm() / size <= 2 * (other.double() - want).norm() / size + noise
+
+
+PLAIN_GEOMETRY = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+CHAINS = {
+    "tails everywhere": Chain((19, 33, 7, 21)),
+    "whole vectors": Chain((64, 96, 32)),
+    "one channel": Chain((1, 1)),
+    "wide": Chain((300, 17, 130)),
+    "3 channels 5x5": Chain((3, 50, 33), (5, 5), padding=(2, 2)),
+    "odd 3x3 dilated strided": Chain((5, 18, 3), (3, 3), (2, 1), (2, 3), (2, 2)),
+    "24 channels 3x3": Chain((24, 40), (3, 3), padding=(1, 1), bias=False),
+    "11x11 stride 4": Chain((3, 20, 20), (11, 11), (4, 4)),
+    "1x1 strided": Chain((18, 15), stride=(3, 2)),
+    "all taps in the padding": Chain((4, 6), (1, 1), (1, 1), (3, 3)),
+}
+each_chain = pytest.mark.parametrize("chain", list(CHAINS.values()), ids=CHAINS)
+
+
+# -- values -----------------------------------------------------------------------------------------------------
+
+
+@each_chain
+@each_layout
+@each_dtype
+def test_values(isa, chain, layout, dtype):
+    for activation in ("relu", "gelu"):
+        assert_within_bound(*chain.tensors(dtype, layout, size=(13, 17)), activation, chain.geometry)
+
+
+@each_chain
+@each_layout
+@each_dtype
+def test_gradients(isa, chain, layout, dtype):
+    for activation in ("relu", "silu"):
+        assert_gradients_agree(*chain.tensors(dtype, layout, size=(13, 17)), activation, chain.geometry)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_derivatives(isa, activation):
+    z = torch.cat((torch.linspace(-12, 12, 4001), torch.linspace(-0.01, 0.01, 999), torch.tensor([-100.0, 100.0])))
+    x = z.reshape(1, 1, 1, -1)
+    one = [torch.ones(1, 1, 1, 1)]
+    result = nin.mlpconv(x, one, [None], activation=activation)
+    exact = x.double().requires_grad_()
+    want = PLAIN[activation](exact)
+    # 1 + erf(z) loses the digits of a large negative z, here as in PyTorch
+    assert ((result - want).abs() <= 3e-7 * (1 + exact.abs())).all()
+    (grad,) = torch.autograd.grad(want.sum(), exact)
+    ours = gradients(x, one, [None], activation, PLAIN_GEOMETRY, torch.ones_like(x), kernel="compiled")[0]
+    assert ((ours - grad).abs() <= 1e-6 * (1 + exact.abs())).all()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_random_shapes(data):
+    widths = tuple(data.draw(st.lists(st.integers(1, 300), min_size=2, max_size=5), "widths"))
+    kernel_size = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "kernel size")
+    stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "stride")
+    padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)), "padding")
+    size = data.draw(st.tuples(st.integers(4, 19), st.integers(4, 19)), "size")
+    chain = Chain(widths, kernel_size, stride, padding, bias=data.draw(st.booleans(), "bias"))
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())), "dtype")
+    layout = data.draw(st.sampled_from(list(LAYOUTS.values())), "layout")
+    tensors = chain.tensors(dtype, layout, images=data.draw(st.integers(1, 3), "images"), size=size)
+    assert_within_bound(*tensors, "relu", chain.geometry)
+    assert_gradients_agree(*tensors, "gelu", chain.geometry)
+
+
+@each_dtype
+def test_4097_channels(isa, dtype):
+    x, weights, biases = Chain((4097, 3, 4097)).tensors(dtype, size=(1, 2))
+    assert_within_bound(x, weights, biases, "relu", PLAIN_GEOMETRY)
+    assert_gradients_agree(x, weights, biases, "relu", PLAIN_GEOMETRY)
+
+
+@each_dtype
+def test_no_images(dtype):
+    x, weights, biases = Chain((3, 4)).tensors(dtype, images=0)
+    assert nin.mlpconv(x, weights, biases).shape == (0, 4, 9, 8)
+    grads = gradients(x, weights, biases, "relu", PLAIN_GEOMETRY, x.new_empty(0, 4, 9, 8), kernel="compiled")
+    assert all((g == 0).all() for g in grads)
+
+
+VIEWS = {
+    "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "transposed": lambda x: x.transpose(2, 3),
+    "every second": lambda x: x[:, :, ::2, 1::2],
+    "some channels": lambda x: x[:, 3:16],
+    "some channels, NHWC": lambda x: x.contiguous(memory_format=torch.channels_last)[:, 3:16],
+    "expanded": lambda x: x[:1, :, :1].expand(4, -1, 7, -1),
+    "N last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "turned over": lambda x: x.flip(2),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("view", list(VIEWS.values()), ids=VIEWS)
+def test_views(isa, view, dtype):
+    x = view(torch.randn(4, 20, 12, 12).to(dtype))
+    _, weights, biases = Chain((x.shape[1], 9, 18)).tensors(dtype)
+    assert_within_bound(x, weights, biases, "relu", PLAIN_GEOMETRY)
+    assert_gradients_agree(x, weights, biases, "relu", PLAIN_GEOMETRY)
+    _, weights, biases = Chain((x.shape[1], 9, 18), (3, 3)).tensors(dtype)
+    assert_within_bound(x, weights, biases, "relu", PLAIN_GEOMETRY | {"padding": (1, 1)})
+
+
+def test_past_2_to_the_31_elements():
+    # only the pixels that are looked at are ever touched, the rest stays an untouched mapping
+    width = (1 << 31) + 64
+    x = torch.empty(1, 2, 1, width, dtype=torch.bfloat16)
+    x[..., 0], x[..., (width - 64) // 2], x[..., width - 64] = 1.0, 2.0, 3.0
+    weight = torch.tensor([[1.0, 10.0]], dtype=torch.bfloat16).reshape(1, 2, 1, 1)
+    result = nin.conv1x1(x[..., : width - 63], weight, stride=(1, (width - 64) // 2))
+    assert result.flatten().tolist() == [11.0, 22.0, 33.0]
+
+
+# -- NaN and infinity --------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@each_layout
+@pytest.mark.parametrize("width", [5, 16, 33])
+def test_nan_and_infinity_stay_where_they_belong(isa, dtype, layout, width):
+    x, weights, biases = Chain((width, width, width)).tensors(dtype, layout)
+    x[0, 1, 2, 3], x[1, 0, 4, 4] = float("nan"), float("inf")
+    result = nin.mlpconv(x, weights, biases)
+    # PyTorch's own bfloat16 convolution makes a NaN of infinity at odd numbers of channels; float64 does not
+    exact = x.double(), [w.double() for w in weights], [b.double() for b in biases]
+    expected = conv_chain(*exact, ["relu", "relu"], {})
+    assert result[0, :, 2, 3].isnan().all()
+    assert (result.isnan() == expected.isnan()).all()
+    assert (result.isinf() == expected.isinf()).all()
+
+
+def test_nan_of_a_neighbour_stays_outside(isa):
+    for dtype in DTYPES.values():
+        x, weights, biases = Chain((3, 4), (3, 3), padding=(1, 1)).tensors(dtype)
+        x[0, 2, 4, 4] = float("nan")
+        result = nin.mlpconv(x, weights, biases, padding=1, activation=None)
+        touched = torch.zeros(9, 8, dtype=torch.bool)
+        touched[3:6, 3:6] = True
+        assert (result[0].isnan().all(0) == touched).all()
+        assert not result[1].isnan().any()
+
+
+# -- threads and memory ------------------------------------------------------------------------------------------
+
+
+def test_equal_bits_for_any_number_of_threads(threads):
+    for dtype in DTYPES.values():
+        for shape in (Chain((40, 33, 50)), Chain((3, 20, 30), (5, 5), padding=(2, 2))):
+            torch.manual_seed(0)
+            x, weights, biases = shape.tensors(dtype, images=5, size=(23, 19))
+            torch.set_num_threads(1)
+            expected = nin.mlpconv(x, weights, biases, **shape.geometry)
+            grad = torch.randn_like(expected)
+            wanted = gradients(x, weights, biases, "relu", shape.geometry, grad, kernel="compiled")
+            torch.set_num_threads(threads)
+            assert torch.equal(nin.mlpconv(x, weights, biases, **shape.geometry), expected)
+            if shape.kernel_size == (1, 1):  # a k×k backward is PyTorch's own
+                got = gradients(x, weights, biases, "relu", shape.geometry, grad, kernel="compiled")
+                assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_threads_of_its_own_where_pytorch_has_none(monkeypatch):
+    monkeypatch.setattr(cpu, "PARALLEL_FOR", 0)
+    x, weights, biases = Chain((40, 33, 50)).tensors(torch.float32, images=5)
+    torch.set_num_threads(3)
+    try:
+        result = nin.mlpconv(x, weights, biases)
+    finally:
+        torch.set_num_threads(1)
+    monkeypatch.undo()
+    assert torch.equal(result, nin.mlpconv(x, weights, biases))
+
+
+@each_dtype
+def test_scratch_does_not_grow_with_the_images(dtype):
+    def scratch_bytes(images, size):
+        x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
+        y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
+        problem = cpu.pack_problem(x, y, (192, 192, 1, 1), (1, 1), (0, 0), (1, 1), 2)
+        layers = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
+        return cpu.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, layers, 2)
+
+    assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
+
+
+def test_failures_of_the_library_are_exceptions():
+    cpu._check(0)
+    with pytest.raises(MemoryError):
+        cpu._check(1)
+    with pytest.raises(RuntimeError, match="thread pool"):
+        cpu._check(2)
+
+
+# -- packed weights ----------------------------------------------------------------------------------------------
+
+
+def changes():
+    yield "in place", lambda w: w.mul_(2)
+    yield "optimiser step", lambda w: torch.optim.SGD([w], lr=1.0).step()
+    yield "copied into", lambda w: w.copy_(torch.ones_like(w))
+    yield "a view of it", lambda w: w[0].zero_()
+    yield "in place, past the version counter", lambda w: w.data.mul_(2)
+    yield "its data", lambda w: setattr(w, "data", torch.ones_like(w))
+
+
+@pytest.mark.parametrize("change", [c for _, c in changes()], ids=[name for name, _ in changes()])
+def test_a_changed_weight_is_packed_again(change):
+    weight = torch.nn.Parameter(torch.randn(8, 6, 1, 1))
+    weight.grad = torch.ones_like(weight)
+    x = torch.randn(1, 6, 5, 5)
+    with torch.no_grad():
+        before = nin.conv1x1(x, weight)
+        assert torch.equal(before, nin.conv1x1(x, weight))
+        change(weight)
+        torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight))
+
+
+def test_packed_weights_are_kept_and_die_with_the_weight():
+    weight = torch.randn(8, 6, 1, 1)
+    handle = cpu.KERNELS.handles[torch.float32]
+    packed = cpu.packed_weight(handle, weight)
+    assert cpu.packed_weight(handle, weight) is packed
+    entries = len(cpu._packed)
+    del weight
+    gc.collect()
+    assert len(cpu._packed) == entries - 1
+
+
+def test_weights_made_in_inference_mode_are_not_kept():
+    with torch.inference_mode():
+        weight, x = torch.randn(8, 6, 1, 1), torch.randn(1, 6, 5, 5)
+        nin.conv1x1(x, weight)
+        weight.mul_(2)
+        torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight))
+
+
+# -- which kernels -----------------------------------------------------------------------------------------------
+
+
+def backends_in_a_process(value):
+    code = "import nin; print(nin.backends()['cpu'])"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {cpu.ISA_VARIABLE: value}, capture_output=True, text=True
+    )
+
+
+def test_the_environment_forces_an_instruction_set():
+    names = {name: backends_in_a_process(name).stdout for name in ("portable", "avx512_bf16", "reference")}
+    assert names["portable"].startswith("nin portable (compiled")
+    # one that the machine lacks gives way to the next one down
+    assert names["avx512_bf16"].startswith(f"nin {cpu.find_kernels(cpu.LIBRARY, 'avx512_bf16').name} (compiled")
+    assert names["reference"].startswith("reference (PyTorch): NIN_CPU_ISA=reference")
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    run = backends_in_a_process("avx1024")
+    assert run.returncode != 0
+    assert "NIN_CPU_ISA must be one of avx512_bf16, avx512, avx2, portable, reference, got 'avx1024'" in run.stderr
+
+
+def test_other_dtypes_stay_with_the_reference(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the compiled kernel was called")
+
+    monkeypatch.setattr(cpu, "_pool", refuse)
+    for dtype in (torch.float64, torch.float16):
+        x, weights, biases = Chain((5, 6)).tensors(dtype)
+        torch.testing.assert_close(nin.mlpconv(x, weights, biases), F.conv2d(x, *weights, *biases).relu())
+
+
+def test_the_library_exports_nothing_but_its_interface():
+    library = ctypes.CDLL(str(cpu.find_library()))
+    with pytest.raises(AttributeError):
+        _ = library.portable_kernels
+
+
+def test_mismatched_tensors_of_a_direct_call_are_an_error():
+    x, weights, biases = Chain((5, 6)).tensors(torch.float32)
+    with pytest.raises(RuntimeError):
+        torch.ops.nin.mlpconv(x[:, :4], weights, biases, (1, 1), (0, 0), (1, 1), ["relu"])
+
+
+# -- memory errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_byte_outside_is_touched(tmp_path):
+    """AddressSanitizer, and buffers that end at a page which may not be read, on every instruction set."""
+    if shutil.which("g++") is None or shutil.which("cmake") is None:
+        pytest.skip("needs g++ and cmake")
+    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DNIN_NATIVE_TESTS=ON"]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path), "--target", "guard_test"], check=True, capture_output=True)
+    run = subprocess.run([str(tmp_path / "guard_test")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_with_the_kernel_and_with_the_reference_goes_the_same_way(monkeypatch, dtype):
+    def losses():
+        torch.manual_seed(0)
+        model = nin.models.nin_digits().eval()  # without dropout
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        images, target = torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))
+        found = []
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = F.cross_entropy(model(images), target)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    ours = losses()
+    monkeypatch.setattr(cpu, "KERNELS", None)
+    theirs = losses()
+    assert theirs[-1] < 0.8 * theirs[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if dtype == torch.float32 else 0.05, atol=1e-3)
