@@ -105,6 +105,17 @@ def test_cost_of_a_name_and_of_a_run(run, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 984_356
 
 
+def test_bench_lists_measures_and_draws(tmp_path, capsys):
+    cli_main("bench", "list")
+    names = capsys.readouterr().out.split("\n")
+    assert any("192→32" in name or "192" in name for name in names)
+    chart = tmp_path / "chart.html"
+    cli_main("bench", names[0], "--dtype", "float32", "--engine", "nin", "--html", str(chart), "--json")
+    measured = json.loads(capsys.readouterr().out)
+    assert [m["engine"] for m in measured["measurements"]] == ["nin"]
+    assert chart.exists()
+
+
 def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
     out = tmp_path / "demo"
@@ -144,6 +155,7 @@ MISTAKES = [
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
     (["report", "{tmp}"], "is not a run folder"),
+    (["bench", "nothing"], "cases must be among"),
 ]
 
 

@@ -166,6 +166,36 @@ def cost(
 
 
 @app.command
+def bench(
+    cases: list[str] | None = None,
+    /,
+    *,
+    dtype: list[str] | None = None,
+    engine: list[str] | None = None,
+    html: Path | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Time the operator and whole networks beside other engines, in turn in one run, against this machine's limits.
+
+    Parameters
+    ----------
+    cases
+        Which to time; all if not given. `nin bench list` names them.
+    dtype
+        float32 or bfloat16; both if not given. May be given several times, as may the next.
+    engine
+        nin, eager NCHW, … ; all that are installed if not given.
+    html
+        Write a chart into this file.
+    json
+        Print the measurements as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], html=html, as_json=json)
+
+
+@app.command
 def report(run: Path, /) -> None:
     """Write the report of a run folder again.
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import checkpoint, costs, data, models, prediction, training
+from nin import benchmark, checkpoint, costs, data, models, prediction, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -324,6 +324,26 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
     table.add_section()
     table.add_row(*rows[-1])
     results.print(table)
+
+
+def bench(
+    cases: Sequence[str], *, dtypes: Sequence[str], engines: Sequence[str], html: Path | None, as_json: bool
+) -> None:
+    """Time cases and engines in turn, and show the table."""
+    if list(cases) == ["list"]:
+        results.print("\n".join(benchmark.CASES))
+        return
+    chosen = {"cases": cases, "dtypes": dtypes, "engines": engines}
+    try:
+        measured = benchmark.run(**{k: v for k, v in chosen.items() if v}, progress=words.print)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if html is not None:
+        checkpoint.write_atomically(html, benchmark.chart(measured))
+    if as_json:
+        print_json(measured.to_dict())
+    else:
+        results.print(benchmark.table(measured))
 
 
 def print_json(value: Any) -> None:
