@@ -21,7 +21,7 @@ FLOORS = [
     {"ops", "data", "recipe", "timing", "machine"},
     {"layers"},
     {"models"},
-    {"checkpoint", "costs", "learner", "fusion", "narrowing"},
+    {"checkpoint", "costs", "learner", "evaluation", "fusion", "narrowing"},
     {"training", "prediction", "exporting", "benchmark"},
     {"report", "server", "estimator"},
     {"terminal"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nin
-from nin import checkpoint, data, learner, recipe, training
+from nin import checkpoint, data, evaluation, learner, recipe, training
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -237,7 +237,7 @@ def test_learning_rate_rises_once_and_falls_to_zero():
 
 def test_wilson_interval_is_that_of_the_literature():
     # Agresti, Coull (1998): 10 of 10 gives 0.722 to 1.0
-    low, high = training.wilson_interval(10, 10)
+    low, high = evaluation.wilson_interval(10, 10)
     assert low == pytest.approx(0.7225, abs=1e-4)
     assert high == pytest.approx(1.0)
 
@@ -254,10 +254,10 @@ def test_weight_decay_spares_biases_and_gains():
 def test_mirrored_view_is_the_mean_of_both(digits):
     model = nin.models.nin_digits(normalisation="weight_standardisation").eval()
     cpu, fp32 = torch.device("cpu"), torch.float32
-    one, labels = training.evaluate(model, digits, device=cpu, dtype=fp32)
-    both, _ = training.evaluate(model, digits, device=cpu, dtype=fp32, flip=True)
+    one, labels = evaluation.evaluate(model, digits, device=cpu, dtype=fp32)
+    both, _ = evaluation.evaluate(model, digits, device=cpu, dtype=fp32, flip=True)
     mirrored = dataclasses.replace(digits, test=data.ImageSet(digits.test.images.flip(3), digits.test.labels))
-    other, _ = training.evaluate(model, mirrored, device=cpu, dtype=fp32)
+    other, _ = evaluation.evaluate(model, mirrored, device=cpu, dtype=fp32)
     torch.testing.assert_close(both, (one + other) / 2)
     assert torch.equal(labels, digits.test.labels)
 

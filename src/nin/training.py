@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from nin import checkpoint, data, machine
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
+from nin.evaluation import evaluate, wilson_interval
 from nin.learner import Learner
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
-
-TEST_BATCH = 250
 
 # Of each epoch's row, what metrics.csv holds: it is the same for every run with the same settings. What the clock
 # decides is in timings.csv.
@@ -352,38 +351,6 @@ class _Run:
             "notes": list(images.notes),
             **images.origin,
         }
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, images: data.Data, *, device: torch.device, dtype: torch.dtype, flip: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
-
-    With ``flip``, the scores are the mean over each image and its mirror image.
-    """
-    scores, labels = [], []
-    for pixels, batch_labels, _ in data.batches(images.test, torch.arange(len(images.test)), TEST_BATCH):
-        x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            y = model(x).float()
-            if flip:
-                y = (y + model(x.flip(3)).float()) / 2
-        scores.append(y.cpu())
-        labels.append(batch_labels)
-    return torch.cat(scores), torch.cat(labels)
-
-
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion.
-
-    Source:
-        Wilson: Probable inference, the law of succession, and statistical inference, 1927.
-    """
-    z, p = 1.959964, hits / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
 
 
 def prepare_folder(out: Path, *, resume: bool) -> None:
