@@ -249,6 +249,18 @@ def test_equal_bits_for_any_number_of_threads(threads):
                 assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_few_pixels_and_many_weights_are_shared_out_by_columns(isa, threads):
+    for dtype in DTYPES.values():
+        for chain, size in (Chain((640, 801, 640)), (5, 5)), (Chain((130, 700, 33), (3, 3), padding=(1, 1)), (6, 4)):
+            for layout in LAYOUTS.values():
+                x, weights, biases = chain.tensors(dtype, layout, images=1, size=size)
+                assert_within_bound(x, weights, biases, "relu", chain.geometry)
+                result = nin.mlpconv(x, weights, biases, **chain.geometry)
+                torch.set_num_threads(1)
+                assert torch.equal(nin.mlpconv(x, weights, biases, **chain.geometry), result)
+                torch.set_num_threads(threads)
+
+
 def test_threads_of_its_own_where_pytorch_has_none(monkeypatch):
     monkeypatch.setattr(cpu, "PARALLEL_FOR", 0)
     x, weights, biases = Chain((40, 33, 50)).tensors(torch.float32, images=5)

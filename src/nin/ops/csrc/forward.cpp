@@ -14,6 +14,10 @@ constexpr int64_t tile_pixels = 128;
 // Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
 constexpr int64_t tile_bytes = 512 << 10;
 
+// Weights from which on a single tile's layers are shared out by columns, so that each thread reads only its part of
+// them: they do not fit a second cache, and would come from further away once for each thread.
+constexpr int64_t shared_weights_bytes = 1 << 20;
+
 // Lines that a tile must have for its edge columns to be taken one by one: fewer pixels at a time read the weights
 // too often.
 constexpr int64_t least_edge_lines = 4;
@@ -44,13 +48,18 @@ class Forward {
   Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
           int64_t threads);
   int64_t scratch_bytes() const { return input_bytes_ + 2 * hidden_bytes_ + out_bytes_; }
-  int64_t tiles() const { return cut_.tiles(); }
-  void run(int64_t task, char* scratch) const;
+  nin_status run(const nin_pool& pool) const;
 
  private:
   void flatten();
   void choose_tiles(int64_t threads);
   void place_taps();
+  void run_tile(int64_t task, char* scratch) const;
+  Grid apply(size_t layer, const Tile& t, const Grid& a, char* tiles, const Panels& panels) const;
+  Panels panels(size_t layer) const;
+  Grid hidden(size_t layer, const Tile& t, char* tiles) const {
+    return dense(tiles + layer % 2 * hidden_bytes_, hidden_row_, t.columns);
+  }
   Grid input(const Tile& t, char* scratch) const;
   Grid bordered_input(const Tile& t, char* scratch) const;
   void zero_odd_channel(char* at, int64_t row, int64_t pixels) const;
@@ -68,6 +77,7 @@ class Forward {
   bool pointwise_ = false;       // a 1×1 convolution without padding
   bool direct_ = false;          // the products read x where it lies
   bool direct_out_ = false;      // and write y where it lies
+  bool by_columns_ = false;      // one tile, whose layers are shared out by panels of their weights
   int64_t in_row_ = 0;           // bytes from pixel to pixel of the input's copy
   int64_t border_width_ = 0;     // pixels in a line of the bordered copy
   int64_t hidden_row_ = 0, out_row_ = 0;
@@ -114,7 +124,11 @@ void Forward::choose_tiles(int64_t threads) {
   const int64_t per_pixel = (direct_ ? 0 : in_row_) + 2 * hidden_row_ + (direct_out_ ? 0 : out_row_);
   int64_t pixels = tile_pixels;
   if (per_pixel > 0) pixels = std::max<int64_t>(k_.rows, std::min(pixels, tile_bytes / per_pixel));
-  cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, threads);
+  int64_t weights = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) weights += panels(i).count * panels(i).full_bytes;
+  cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, 1);
+  by_columns_ = threads > 1 && cut_.tiles() == 1 && weights >= shared_weights_bytes;
+  if (!by_columns_) cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, threads);
   const int64_t most = cut_.lines * cut_.columns;
   if (pointwise_) {
     input_bytes_ = direct_ ? 0 : most * in_row_;
@@ -204,7 +218,7 @@ void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const G
   const int64_t taps_per_line = joined ? 1 : p_.kernel[1], steps_per_tap = steps_of(k_, run_channels_);
   const int64_t out_size = size_of(p.finish.out_type);
   const Product common = p;
-  for (int64_t j = 0; j < panels.count; ++j) {
+  for (int64_t j = panels.begin; j < panels.end; ++j) {
     const int64_t from = j * panels.width, step_bytes = panels.vectors(k_, j) * k_.lanes * 4;
     const int64_t column_bytes = steps_per_tap / (joined ? p_.kernel[1] : 1) * step_bytes;
     p.columns = panels.columns - from;
@@ -239,42 +253,73 @@ void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const G
   }
 }
 
-void Forward::run(int64_t task, char* scratch) const {
-  const Tile t = tile_of(cut_, task);
-  char* hidden[2] = {scratch + input_bytes_, scratch + input_bytes_ + hidden_bytes_};
-  char* out_tile = hidden[1] + hidden_bytes_;
-  Grid a = input(t, scratch);
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& layer = layers_[i];
-    const bool last = i + 1 == layers_.size();
-    static constexpr int64_t no_offset = 0;
-    Product p;
-    p.taps = i == 0 ? taps_.data() : &no_offset;
-    p.tap_count = i == 0 ? int64_t(taps_.size()) : 1;
-    p.steps = steps_of(k_, i == 0 ? run_channels_ : layers_[i - 1].channels);
-    p.panel = layer.weight;
-    p.finish.bias = layer.bias.empty() ? nullptr : layer.bias.data();
-    p.finish.activation = layer.activation;
-    p.finish.out_type = last ? type_ : k_.type;
-    p.finish.round = type_ == Type::bf16 && p.finish.out_type == Type::f32;
-    p.finish.whole = !last;
-    Grid out = dense(hidden[i % 2], hidden_row_, t.columns);
-    if (last) {
-      out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
-    }
-    const Panels panels(k_, layer.channels, p.tap_count * p.steps);
-    if (i == 0 && !pointwise_) {
-      multiply_bordered(t, p, a, out, panels);
-    } else {
-      multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels);
-    }
-    a = out;
+Panels Forward::panels(size_t layer) const {
+  const int64_t steps = layer == 0 ? p_.kernel[0] * p_.kernel[1] * steps_of(k_, p_.channels)
+                                   : steps_of(k_, layers_[layer - 1].channels);
+  return Panels(k_, layers_[layer].channels, steps);
+}
+
+// One layer, or some panels of it. `tiles` holds the hidden layers and the result where y cannot be written directly.
+Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const Panels& panels) const {
+  static constexpr int64_t no_offset = 0;
+  const Layer& layer = layers_[i];
+  const bool last = i + 1 == layers_.size();
+  Product p;
+  p.taps = i == 0 ? taps_.data() : &no_offset;
+  p.tap_count = i == 0 ? int64_t(taps_.size()) : 1;
+  p.steps = steps_of(k_, i == 0 ? run_channels_ : layers_[i - 1].channels);
+  p.panel = layer.weight;
+  p.finish.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+  p.finish.activation = layer.activation;
+  p.finish.out_type = last ? type_ : k_.type;
+  p.finish.round = type_ == Type::bf16 && p.finish.out_type == Type::f32;
+  p.finish.whole = !last;
+  char* out_tile = tiles + 2 * hidden_bytes_;
+  Grid out = hidden(i, t, tiles);
+  if (last) {
+    out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
   }
-  if (direct_out_) return;
+  if (i == 0 && !pointwise_) {
+    multiply_bordered(t, p, a, out, panels);
+  } else {
+    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels);
+  }
+  if (!last || direct_out_) return out;
+  const int64_t from = panels.begin * panels.width, to = std::min(panels.columns, panels.end * panels.width);
   for (int64_t line = 0; line < t.lines; ++line) {
-    k_.store({y_.pixel(t.image, t.line + line, t.column), y_.c, y_.w, type_, layers_.back().channels, t.columns},
-             out_tile + line * t.columns * out_row_, out_row_);
+    k_.store({y_.pixel(t.image, t.line + line, t.column) + from * y_.c, y_.c, y_.w, type_, to - from, t.columns},
+             out.at + line * out.line + from * size_of(type_), out_row_);
   }
+  return out;
+}
+
+// A tile through all layers.
+void Forward::run_tile(int64_t task, char* scratch) const {
+  const Tile t = tile_of(cut_, task);
+  Grid a = input(t, scratch);
+  for (size_t i = 0; i < layers_.size(); ++i) a = apply(i, t, a, scratch + input_bytes_, panels(i));
+}
+
+nin_status Forward::run(const nin_pool& pool) const {
+  if (!by_columns_) {
+    return run_tasks(pool, cut_.tiles(), size_t(scratch_bytes()),
+                     [&](int64_t task, char* scratch) { run_tile(task, scratch); });
+  }
+  char* shared = shared_scratch.reserve(size_t(2 * hidden_bytes_ + out_bytes_ + 64));
+  if (!shared) return nin_out_of_memory;
+  const Tile t = tile_of(cut_, 0);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const int64_t parts = std::min(pool.threads, panels(i).count);
+    const nin_status status = run_tasks(pool, parts, size_t(input_bytes_), [&](int64_t part, char* scratch) {
+      Panels some = panels(i);
+      const int64_t count = some.count;
+      some.begin = count * part / parts, some.end = count * (part + 1) / parts;
+      apply(i, t, i == 0 ? input(t, scratch) : hidden(i - 1, t, shared), shared, some);
+    });
+    if (status != nin_ok) return status;
+  }
+  shared_scratch.trim();
+  return nin_ok;
 }
 
 }  // namespace
@@ -289,9 +334,8 @@ int64_t nin_forward_scratch_bytes(const void* kernels, const nin_problem* proble
 int32_t nin_forward(const void* kernels, const nin_problem* problem, const nin_layer* layers, const void* x, void* y,
                     const nin_pool* pool) {
   try {
-    const nin::Forward forward(*static_cast<const nin::Kernels*>(kernels), *problem, layers, x, y, pool->threads);
-    return nin::run_tasks(*pool, forward.tiles(), size_t(forward.scratch_bytes()),
-                          [&](int64_t task, char* scratch) { forward.run(task, scratch); });
+    const auto& k = *static_cast<const nin::Kernels*>(kernels);
+    return nin::Forward(k, *problem, layers, x, y, pool->threads).run(*pool);
   } catch (const std::bad_alloc&) {
     return nin_out_of_memory;
   }

@@ -42,6 +42,8 @@ class Scratch {
 };
 
 inline thread_local Scratch thread_scratch;
+// What the threads of one call work on together; its owner is the thread that made the call.
+inline thread_local Scratch shared_scratch;
 
 // Calls run(task, scratch) for every task in [0, count); a thread takes the next one when it is done with its last.
 template <typename Run>

@@ -129,9 +129,10 @@ struct Grid {
 
 inline Grid dense(char* at, int64_t row, int64_t columns) { return {at, row, row * columns}; }
 
-// The panels of a packed weight. All but the last are max_vectors wide.
+// The panels of a packed weight, of which a product takes those in [begin, end). All but the last are max_vectors wide.
 struct Panels {
   int64_t columns, width, count, full_bytes;
+  int64_t begin = 0, end = count;
 
   Panels(const Kernels& k, int64_t columns, int64_t steps)
       : columns(columns), width(max_vectors * k.lanes), count(divide_up(columns, width)),
@@ -155,7 +156,7 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
   const char* panel = static_cast<const char*>(p.panel);
   const float* bias = p.finish.bias;
   p.a_row = a.row, p.finish.out_row = out.row, p.finish.derivative_row = derivative.row, p.finish.gate_row = gate.row;
-  for (int64_t j = 0; j < panels.count; ++j) {
+  for (int64_t j = panels.begin; j < panels.end; ++j) {
     const int64_t from = j * panels.width;
     p.panel = panel + j * panels.full_bytes;
     p.columns = panels.columns - from;
