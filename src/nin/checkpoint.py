@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nin import models
+from nin import machine, models
 from nin.errors import UserError
 from nin.ops import backends
 
@@ -281,19 +281,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": _processor_name(),
+        "processor": machine.processor_name(),
         "threads": torch.get_num_threads(),
         "backends": backends(),
     }
-
-
-def _processor_name() -> str:
-    """Return the processor's name as Linux tells it, or what Python knows elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or "unknown"
