@@ -37,7 +37,7 @@ def rows(run: Path, folder: Path, classes: list[str]) -> list[SheetRow]:
 
 if __name__ == "__main__":
     run, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    sheet = contact_sheet(rows(run, folder, ["airplane", "bird", "cat", "horse", "ship"]), size=160)
+    sheet = contact_sheet(rows(run, folder, ["airplane", "cat", "horse"]), size=200)
     path = Path(__file__).parent / "confidence-maps.png"
     sheet.save(path)
     print(path, sheet.size)
