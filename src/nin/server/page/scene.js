@@ -6,7 +6,7 @@ export const SIDE = 6;
 export const CHANNELS = 32;
 export const MOST_FILTERS = 64;
 
-export const scene = { row: 2, column: 3, filters: 8, filter: 0, seed: 0, input: null, weight: null, output: null, sums: null };
+export const scene = { row: 2, column: 3, filters: 8, filter: 7, seed: 0, input: null, weight: null, output: null, sums: null };
 const listeners = [];
 
 // Calls back now, and after each change with what has changed.

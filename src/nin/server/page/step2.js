@@ -7,7 +7,7 @@ import { volume } from "./volume.js";
 
 export function manyChannels(figure) {
   const select = (row, column) => change({ row, column });
-  const block = { rows: SIDE, columns: SIDE, cell: 30, step: 2.4, onSelect: select };
+  const block = { rows: SIDE, columns: SIDE, cell: 27, step: 1.7, onSelect: select };
   const input = volume({ ...block, depth: CHANNELS, label: "input, 6×6×32" });
   const output = volume({ ...block, depth: scene.filters, width: MOST_FILTERS, label: "output" });
   const caption = element("figcaption", {});
@@ -97,8 +97,7 @@ function makeStrip() {
     announce(`Pixel in row ${scene.row + 1}, column ${scene.column + 1}, filter ${scene.filter + 1}: the sum is ${format(z, 3)}, after the ReLU ${format(Math.max(0, z), 3)}.`);
   }
   look(0);
-  const table = element("table", { class: "strip", "data-strip": "" },
-    element("caption", { class: "unseen" }, "The chosen pixel's 32 values, the filter's weights, their products, and the sum so far"),
+  const table = element("table", { class: "strip", "data-strip": "", "aria-label": "The chosen pixel's 32 values, the filter's weights, their products, and the sum so far" },
     element("tbody", {}, ...rows.map(({ line }) => line)));
   const sums = element("p", { class: "sum" }, "all 32 added up: ", result.sum, " → ReLU → ", result.relu, where);
   return { element: element("div", {}, table, sums, element("div", { class: "row" }, channels.element, said)), update };

@@ -16,10 +16,9 @@ export function dense(figure) {
   const drawing = svg("svg", { class: "net", viewBox: `0 0 ${WIDE} ${HIGH}`, width: WIDE, height: HIGH, role: "img", "aria-label": "32 inputs, each joined to every output" }, edges, nodes);
   const said = element("p", { class: "said" });
   const code = element("p", { class: "quiet" });
-  const buttons = element("fieldset", { class: "choices" });
   figure.append(
     element("div", { class: "chain" },
-      element("div", {}, element("p", { class: "caption" }, "the pixel"), grid.element, element("br"), said, code),
+      element("div", { class: "beside" }, element("p", { class: "caption" }, "the pixel"), grid.element, element("br"), said, code),
       element("div", {}, drawing)));
   const shown = { filters: -1 };
   let outs = [];
@@ -55,7 +54,7 @@ export function dense(figure) {
         const chosen = f === scene.filter;
         const line = svg("line", {
           class: "edge", x1: 19, y1: yIn(c), x2: WIDE - 100, y2: yOut(f, count),
-          stroke: tint(weight, limits[2], chosen ? 1 : 0.12), "stroke-width": chosen ? 0.6 + 3 * (Math.abs(weight) / limits[2]) : 1,
+          stroke: tint(weight, limits[2], chosen ? 1 : 0.2), "stroke-width": chosen ? 0.6 + 3 * (Math.abs(weight) / limits[2]) : 1,
         });
         (chosen ? strong : faint).push(line);
       }
@@ -70,7 +69,6 @@ export function dense(figure) {
     const strongest = w.map((weight, c) => weight * x[c]).reduce((best, product, c, all) => (Math.abs(product) > Math.abs(all[best]) ? c : best), 0);
     said.textContent = `Output ${scene.filter + 1} is ${format(y[scene.filter], 3)}. Channel ${strongest + 1} counts most: ${format(x[strongest], 2)} × ${format(w[strongest], 2)}.`;
     code.textContent = `torch.nn.Linear(32, ${scene.filters})` + (scene.filters > SHOWN ? ` The first ${SHOWN} outputs are drawn.` : "");
-    buttons.replaceChildren();
     announce(said.textContent);
   });
 }

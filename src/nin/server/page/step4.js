@@ -15,7 +15,6 @@ export function shrinking(figure) {
   const after = volume({ ...block, depth: 32, label: "output" });
   const caption = element("figcaption");
   const cells = Object.fromEntries(["depth", "macs", "parameters"].map((name) => [name, element("data")]));
-  const bar = element("i");
   const row = (name, now, full) => element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, now), element("td", {}, full));
   const control = slider({ label: "filters:", min: 32, max: DEPTH, step: 1, value: 32, onInput: update });
 
@@ -27,7 +26,6 @@ export function shrinking(figure) {
       cells[name].value = String(value);
       cells[name].textContent = count(value);
     }
-    bar.style.width = `${(100 * filters) / DEPTH}%`;
     announce(`${filters} filters: ${count(multiplications(filters))} multiplications, ${count(parameters(filters))} parameters.`);
   }
 
@@ -42,7 +40,6 @@ export function shrinking(figure) {
       element("tbody", {},
         row("multiplications, 28·28·192·F", cells.macs, count(multiplications(DEPTH))),
         row("parameters, 192·F + F", cells.parameters, count(parameters(DEPTH))),
-        row("numbers in the output", cells.depth, count(SIDE * SIDE * DEPTH)))),
-    element("div", { class: "bar", "aria-hidden": "true" }, bar));
+        row("numbers in the output", cells.depth, count(SIDE * SIDE * DEPTH)))));
   update(32);
 }

@@ -27,7 +27,7 @@ export async function network(figure) {
   };
   const input = pixelGrid({ rows: SIDE, columns: SIDE, kind: "digit", label: "the image, 8×8: choose a pixel", onSelect: select });
   const widths = layers.map(({ bias }) => bias.length);
-  const stacks = widths.map((count) => Array.from({ length: count }, () => element("i")));
+  const stacks = widths.map((count) => Array.from({ length: count }, (_, c) => element("i", {}, count === 10 ? String(c) : "")));
   const names = ["5×5, ReLU", "1×1, ReLU", "1×1: classes"];
   const columns = element("div", { class: "columns", role: "img" }, ...stacks.map((cells, i) =>
     element("div", {}, element("p", { class: "caption" }, names[i]), element("div", { class: "column" }, ...cells))));
