@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from torch import Tensor
@@ -53,14 +52,17 @@ def decode(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits)
 
 def _decode(file: bytes, place: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of oddities that it reads all the same
-            header = read_header(file)
-            if header.width * header.height > limits.pixels:
-                size = f"{header.width}×{header.height}"
-                raise RefusedError(413, f"image {place} must have at most {limits.pixels} pixels, got {size}")
-            return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
+        header = read_header(file)
+        if header.width * header.height > limits.pixels:
+            size = f"{header.width}×{header.height}"
+            raise RefusedError(413, f"image {place} must have at most {limits.pixels} pixels, got {size}")
+        return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
     except UserError as error:
-        unknown = isinstance(error.__cause__, UnidentifiedImageError)
         reason = str(error).removeprefix("image bytes: ")
-        raise RefusedError(415 if unknown else 422, f"image {place}: {reason}; expected {FORMATS}") from error
+        raise RefusedError(_status(error.__cause__), f"image {place}: {reason}; expected {FORMATS}") from error
+
+
+def _status(cause: BaseException | None) -> int:
+    if isinstance(cause, UnidentifiedImageError):
+        return 415
+    return 413 if isinstance(cause, Image.DecompressionBombError | Image.DecompressionBombWarning) else 422

@@ -13,14 +13,18 @@ export function svg(tag, attributes = {}, ...children) {
 function fill(made, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name.startsWith("aria-")) made.setAttribute(name, String(value));
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value === true ? "" : value);
   }
   made.append(...children.filter((child) => child !== null && child !== undefined));
   return made;
 }
 
+const formats = [0, 1, 2, 3].map((digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+
+// With up to three digits after the point.
 export function format(value, digits = 2) {
-  const text = Math.abs(value).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const text = formats[digits].format(Math.abs(value));
   return value < 0 && Number(text.replaceAll(",", "")) !== 0 ? `−${text}` : text;
 }
 
@@ -58,9 +62,9 @@ export function announce(text) {
   }, 400);
 }
 
-export function slider({ label, min, max, step = 1, value, show = (v) => v, onInput, id = null }) {
+export function slider({ label, min, max, step = 1, value, show = (v) => v, onInput }) {
   const output = element("output", {}, String(show(value)));
-  const input = element("input", { type: "range", min, max, step, value, id, "aria-label": label });
+  const input = element("input", { type: "range", min, max, step, value, "aria-label": label });
   const update = () => {
     output.textContent = show(Number(input.value));
     input.setAttribute("aria-valuetext", output.textContent);

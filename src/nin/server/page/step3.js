@@ -20,7 +20,7 @@ export function dense(figure) {
     element("div", { class: "chain" },
       element("div", { class: "beside" }, element("p", { class: "caption" }, "the pixel"), grid.element, element("br"), said, code),
       element("div", {}, drawing)));
-  const shown = { filters: -1 };
+  const drawn = { filters: -1, filter: -1, seed: -1 };
   let outs = [];
 
   const ins = Array.from({ length: CHANNELS }, (_, c) => svg("circle", { cx: 12, cy: yIn(c), r: 6.5 }));
@@ -36,30 +36,16 @@ export function dense(figure) {
       nodes.append(group);
       return { circle, text, group };
     });
-    Object.assign(shown, { filters: scene.filters });
   }
 
   watch(() => {
-    if (shown.filters !== scene.filters) redraw();
+    if (drawn.filters !== scene.filters) redraw();
     const [x, y, w] = [values(), outputs(), weights()];
     const limits = [largest(scene.input), largest(scene.output), largest(scene.weight)];
-    grid.show(scene.input.subarray(0, SIDE * SIDE), limits[0]);
+    if (drawn.seed !== scene.seed || drawn.filters !== scene.filters || drawn.filter !== scene.filter) drawEdges(edges, limits[2]);
+    if (drawn.seed !== scene.seed) grid.show(scene.input.subarray(0, SIDE * SIDE), limits[0]);
+    Object.assign(drawn, scene);
     grid.choose(scene.row, scene.column);
-    const count = outs.length;
-    const faint = [];
-    const strong = [];
-    for (let f = 0; f < count; f++) {
-      for (let c = 0; c < CHANNELS; c++) {
-        const weight = scene.weight[f * CHANNELS + c];
-        const chosen = f === scene.filter;
-        const line = svg("line", {
-          class: "edge", x1: 19, y1: yIn(c), x2: WIDE - 100, y2: yOut(f, count),
-          stroke: tint(weight, limits[2], chosen ? 1 : 0.2), "stroke-width": chosen ? 0.6 + 3 * (Math.abs(weight) / limits[2]) : 1,
-        });
-        (chosen ? strong : faint).push(line);
-      }
-    }
-    edges.replaceChildren(...faint, ...strong);
     ins.forEach((circle, c) => circle.setAttribute("fill", paint(x[c], limits[0])));
     outs.forEach(({ circle, text }, f) => {
       circle.setAttribute("fill", paint(y[f], limits[1]));
@@ -71,6 +57,25 @@ export function dense(figure) {
     code.textContent = `torch.nn.Linear(32, ${scene.filters})` + (scene.filters > SHOWN ? ` The first ${SHOWN} outputs are drawn.` : "");
     announce(said.textContent);
   });
+}
+
+// The weights as lines: those of the chosen output strong, the others faint.
+function drawEdges(group, limit) {
+  const count = Math.min(scene.filters, SHOWN);
+  const faint = [];
+  const strong = [];
+  for (let f = 0; f < count; f++) {
+    for (let c = 0; c < CHANNELS; c++) {
+      const weight = scene.weight[f * CHANNELS + c];
+      const chosen = f === scene.filter;
+      const line = svg("line", {
+        class: "edge", x1: 19, y1: yIn(c), x2: WIDE - 100, y2: yOut(f, count),
+        stroke: tint(weight, limit, chosen ? 1 : 0.2), "stroke-width": chosen ? 0.6 + 3 * (Math.abs(weight) / limit) : 1,
+      });
+      (chosen ? strong : faint).push(line);
+    }
+  }
+  group.replaceChildren(...faint, ...strong);
 }
 
 const yIn = (c) => 10 + (c * (HIGH - 20)) / (CHANNELS - 1);
