@@ -11,7 +11,6 @@ import argparse
 import io
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -99,7 +98,7 @@ def main(run: Path, clients: int, seconds: float) -> dict[str, object]:
         process.wait(timeout=30)
     after = in_python(classifier, files, seconds / 6)
     times = sorted(t for found, _ in results for t in found)
-    served, alone = len(times) / seconds, statistics.mean([before, after])
+    served, alone = len(times) / seconds, max(before, after)
     return {
         "model": classifier.info.recipe.get("model"),
         "clients": clients,
