@@ -156,6 +156,8 @@ MISTAKES = [
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
     (["report", "{tmp}"], "is not a run folder"),
     (["bench", "nothing"], "cases must be among"),
+    (["serve", "{tmp}", "--no-browser"], "is not a run folder"),
+    (["serve", "--no-browser", "--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
 ]
 
 
@@ -216,7 +218,9 @@ def test_ctrl_c_and_sigterm_keep_the_steps_done_and_resume(number, status, tmp_p
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from nin import cli; cli.app(['--help']); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from nin import cli; cli.app(['--help']); sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout

@@ -209,6 +209,36 @@ def report(run: Path, /) -> None:
     terminal.report(run)
 
 
+@app.command
+def serve(
+    run: Path | None = None,
+    /,
+    *,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    browser: bool = True,
+    device: str = "cpu",
+) -> None:
+    """Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` made. Without it there is the lesson alone.
+    port
+        To listen on. 8646, or the next one that is free, if not given; 0 takes any.
+    host
+        The address to listen on. The default is reached from this machine only.
+    browser
+        Open the page in the browser.
+    device
+        Where to compute: cpu, cuda, cuda:1, mps.
+    """
+    from nin import terminal
+
+    terminal.serve(run, port=port, host=host, browser=browser, device=device)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0 where the work was done, 2 for a wrong argument, 130 after Ctrl-C."""
     try:

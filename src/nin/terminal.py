@@ -197,6 +197,17 @@ def report(run: Path) -> None:
     results.print(str(write_report(run, None)))
 
 
+def serve(run: Path | None, *, port: int | None, host: str, browser: bool, device: str) -> None:
+    """Serve the page until Ctrl-C."""
+    from nin import server  # no other verb needs a web server
+
+    def show(address: str) -> None:
+        what = "the lesson" if run is None else f"the lesson, and {run} to look inside"
+        words.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.", soft_wrap=True)
+
+    server.serve(run, port=port, host=host, browser=browser, device=device, on_start=show)
+
+
 def predict(
     run: Path,
     images: Sequence[Path],

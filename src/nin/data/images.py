@@ -115,13 +115,13 @@ def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pi
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(source: ImageSource) -> Header:
     """Reads the size and kind of an image file, not its pixels.
 
     Raises:
         UserError: the file is missing, empty or not an image.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
         return Header(image.width, image.height, grey)
 

@@ -91,7 +91,7 @@ def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
     """
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"data_dir: expected a folder, got {data_dir}, which is none")
-    folder = data_dir if data_dir is not None else _cache_folder()
+    folder = data_dir if data_dir is not None else cache_folder()
     try:
         return _read(name, folder)
     except FileNotFoundError as missing:
@@ -110,7 +110,8 @@ def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
         ) from error
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Returns where the files of the named sets lie unless a folder is given."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nin"
 
 

@@ -1,0 +1,7 @@
+"""``nin serve``: a web application that predicts for programs, and its page, where people look inside."""
+
+from nin.server.application import create_app
+from nin.server.guarding import Limits
+from nin.server.serving import serve
+
+__all__ = ["Limits", "create_app", "serve"]

@@ -1,0 +1,144 @@
+// One image: choosing it, what the network says of it, and where the evidence for each class lies.
+
+import { drawMap, pixelAt } from "./contributions.js";
+import { announce, element, format, number, setNumber } from "./elements.js";
+import { largest } from "./maths.js";
+import { picture } from "./photo.js";
+import * as server from "./server.js";
+
+const TOP = 4; // classes listed
+
+export class Look {
+  // onChange() after another image was chosen, onPlace(place) when another pixel is looked at.
+  constructor(model, name, samples, { onChange, onPlace }) {
+    Object.assign(this, { model, name, onChange, image: null, layers: new Map(), answer: null, label: null, place: [0.5, 0.5] });
+    this.view = picture({ label: `image ${name}, as the network sees it`, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
+    this.overlay = picture({ label: `map of a class over image ${name}`, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
+    this.overlay.canvas.classList.add("under");
+    this.map = element("canvas", { class: "over" });
+    this.overlay.canvas.after(this.map);
+    this.classes = element("select", { "aria-label": "class of the map" }, ...model.classes.map((label, i) => element("option", { value: i }, label)));
+    this.classes.addEventListener("change", () => this.drawClass());
+    this.value = number(0, 3, { "data-map-value": "" });
+    this.list = element("dl", { class: "answer" });
+    this.problem = element("p", { class: "problem", role: "alert", hidden: true });
+    this.truth = element("p", { class: "quiet" });
+    this.element = element("div", { class: "look" }, this.chooser(samples), this.problem, this.body());
+  }
+
+  chooser(samples) {
+    const file = element("input", { type: "file", accept: "image/*" });
+    file.addEventListener("change", () => file.files.length && this.open(file.files[0]));
+    const drop = element("div", { class: "drop row" }, element("label", { class: "button" }, file, `Open image ${this.name}`), element("span", { class: "quiet" }, "or drop one here"));
+    const over = (on) => (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", on);
+    };
+    drop.addEventListener("dragover", over(true));
+    drop.addEventListener("dragleave", over(false));
+    drop.addEventListener("drop", (event) => {
+      over(false)(event);
+      if (event.dataTransfer.files.length) this.open(event.dataTransfer.files[0]);
+    });
+    this.samples = samples.map(({ label, image }, i) => element("button", {
+      type: "button", class: "choice", "aria-pressed": "false", "aria-label": `test image ${i + 1}, a ${label}`,
+      onclick: () => this.openSample(samples, i),
+    }, element("img", { src: image, alt: "" })));
+    const choices = element("fieldset", { class: "choices" }, element("legend", {}, "test images"), ...this.samples);
+    return element("div", {}, drop, samples.length ? choices : null);
+  }
+
+  body() {
+    const caption = element("div", { class: "row" }, element("label", { class: "quiet" }, "evidence for ", this.classes), element("span", { class: "quiet" }, "here: ", this.value));
+    const maps = this.model.has_maps ? element("div", { class: "part" }, this.overlay.element, caption) : null;
+    this.shown = element("div", { hidden: true }, element("div", { class: "photos" }, element("div", { class: "part" }, this.view.element, this.truth), maps), this.list);
+    return this.shown;
+  }
+
+  async openSample(samples, index) {
+    const bytes = Uint8Array.from(atob(samples[index].image.split(",")[1]), (letter) => letter.charCodeAt(0));
+    await this.open(new Blob([bytes], { type: "image/png" }), samples[index].label, index);
+  }
+
+  async open(image, label = null, index = -1) {
+    try {
+      const answer = await server.predict(image, this.model.has_maps);
+      Object.assign(this, { image, answer, label, layers: new Map() });
+    } catch (error) {
+      this.problem.textContent = `This image could not be read: ${error.message}`;
+      this.problem.hidden = false;
+      return;
+    }
+    this.problem.hidden = true;
+    this.shown.hidden = false;
+    this.samples.forEach((button, i) => button.setAttribute("aria-pressed", i === index));
+    this.truth.textContent = label === null ? "an image of yours" : `it is: ${label}`;
+    this.showAnswer();
+    if (this.model.has_maps) await this.showPicture();
+    announce(`Image ${this.name}: ${answer_words(this.answer)}`);
+    this.onChange();
+  }
+
+  // What a layer makes of the image, asked for once.
+  layer(index) {
+    if (!this.layers.has(index)) this.layers.set(index, server.activations(this.image, index));
+    return this.layers.get(index);
+  }
+
+  showAnswer() {
+    const ranked = Object.entries(this.answer.probabilities).sort(([, a], [, b]) => b - a).slice(0, TOP);
+    this.list.replaceChildren(...ranked.flatMap(([label, share], i) => {
+      const bar = element("i");
+      bar.style.width = `${100 * share}%`;
+      return [
+        element("dt", { class: i ? "" : "first" }, label),
+        element("dd", { class: "bar", "aria-hidden": "true" }, bar),
+        element("dd", {}, number(100 * share, 1, { "data-confidence": label }), " %"),
+      ];
+    }));
+    this.classes.value = String(this.model.classes.indexOf(this.answer.label));
+  }
+
+  async showPicture() {
+    const { shape: [channels, height, width], values } = await this.layer(0);
+    const image = new ImageData(width, height);
+    const { mean, std } = this.model;
+    for (let p = 0; p < height * width; p++) {
+      for (let c = 0; c < 3; c++) {
+        const from = Math.min(c, channels - 1);
+        image.data[4 * p + c] = Math.round(255 * (values[from * height * width + p] * std[from] + mean[from]));
+      }
+      image.data[4 * p + 3] = 255;
+    }
+    for (const view of [this.view, this.overlay]) {
+      view.draw(image);
+      view.canvas.classList.toggle("pixelated", width <= 64);
+    }
+    this.drawClass();
+    this.show(this.place);
+  }
+
+  drawClass() {
+    const maps = this.answer.maps;
+    const map = maps[Number(this.classes.value)];
+    drawMap(this.map, map.flat(), map.length, map[0].length, largest(maps.flat(2)));
+    this.show(this.place);
+  }
+
+  point(row, column, onPlace) {
+    onPlace([(row + 0.5) / this.view.canvas.height, (column + 0.5) / this.view.canvas.width]);
+  }
+
+  show(place) {
+    this.place = place;
+    if (!this.answer?.maps) return;
+    const [row, column] = pixelAt({ shape: [0, this.view.canvas.height, this.view.canvas.width] }, place);
+    this.view.mark(row, column);
+    this.overlay.mark(row, column);
+    const map = this.answer.maps[Number(this.classes.value)];
+    const [r, c] = pixelAt({ shape: [0, map.length, map[0].length] }, place);
+    setNumber(this.value, map[r][c], 3);
+  }
+}
+
+const answer_words = ({ label, confidence }) => `${label}, ${format(100 * confidence, 1)} % sure`;

@@ -1,0 +1,67 @@
+// One channel at one pixel: what its filter takes from each input channel, and the numbers through the whole block.
+
+import { channel, contributions, drawMap, pixelAt } from "./contributions.js";
+import { announce, element, format, number } from "./elements.js";
+import { largest } from "./maths.js";
+import * as server from "./server.js";
+
+const LISTED = 8; // input channels with the largest share
+const cache = new Map();
+
+function weightsOf(index) {
+  if (!cache.has(index)) cache.set(index, server.weights(index));
+  return cache.get(index);
+}
+
+// The path of the numbers as an element, for the look's image.
+export async function tracePath(model, look, index, filter, place) {
+  const layer = model.layers[index];
+  const output = await look.layer(index);
+  const [row, column] = pixelAt(output, place);
+  const value = channel(output, filter)[row * output.shape[2] + column];
+  const name = index === model.layers.length - 1 ? `class ${model.classes[filter]}` : `channel ${filter + 1}`;
+  const where = `row ${row + 1}, column ${column + 1}`;
+  if (layer.kind !== "convolution") return element("p", {}, `Image ${look.name}, ${where}: `, number(value, 3, { "data-value": "" }));
+  const [input, { weight, bias }] = await Promise.all([look.layer(index - 1), weightsOf(index)]);
+  const taken = contributions(input, weight, layer, filter, row, column);
+  const added = bias ? bias.values[filter] : 0;
+  const sum = taken.reduce((a, b) => a + b, added);
+  announce(`Image ${look.name}, ${where}: the sum is ${format(sum, 3)}, ${name} gives ${format(value, 3)}`);
+  return element("div", {},
+    element("h3", {}, `Image ${look.name}: ${name} at ${where}`),
+    listed(taken, input, weight, filter, row, column),
+    element("p", { class: "sum" }, "all of them + bias ", number(added, 3), " = ", number(sum, 3, { "data-sum": "" }),
+      layer.activation === "none" ? "" : ` → ${layer.activation} → `,
+      layer.activation === "none" ? null : number(value, 3, { "data-value": "" })),
+    await strips(model, look, layer.block, index, place));
+}
+
+function listed(taken, input, weight, filter, row, column) {
+  const order = [...taken.keys()].sort((a, b) => Math.abs(taken[b]) - Math.abs(taken[a])).slice(0, LISTED);
+  const limit = largest(taken);
+  const [, height, width] = input.shape;
+  const single = weight.shape[2] === 1;
+  const lines = order.flatMap((c) => {
+    const bar = element("i");
+    bar.style.width = `${(100 * Math.abs(taken[c])) / limit}%`;
+    bar.style.backgroundColor = taken[c] > 0 ? "var(--plus)" : "var(--minus)";
+    const factors = single ? `${format(input.values[(c * height + row) * width + column], 2)} × ${format(weight.values[filter * weight.shape[1] + c], 2)} = ` : "";
+    return [element("dt", {}, `from channel ${c + 1}`), element("dd", { class: "bar", "aria-hidden": "true" }, bar), element("dd", {}, factors, number(taken[c], 3))];
+  });
+  const rest = taken.length - order.length;
+  return element("div", {}, element("dl", { class: "answer taken" }, ...lines), rest > 0 ? element("p", { class: "quiet" }, `and ${rest} smaller ones`) : null);
+}
+
+// Every layer of the block at this pixel: one strip each, a cell for each channel.
+async function strips(model, look, block, index, place) {
+  const inBlock = model.layers.map((layer, i) => [layer, i]).filter(([layer]) => layer.block === block);
+  const drawn = await Promise.all(inBlock.map(async ([layer, i]) => {
+    const values = await look.layer(i);
+    const [row, column] = pixelAt(values, place);
+    const at = Float32Array.from({ length: values.shape[0] }, (_, c) => channel(values, c)[row * values.shape[2] + column]);
+    const canvas = element("canvas", { class: "pixel-strip", role: "img", "aria-label": `${layer.name}: ${at.filter((v) => v !== 0).length} of ${at.length} channels are not zero here` });
+    drawMap(canvas, at, 1, at.length, largest(at));
+    return element("div", {}, element("p", { class: "caption" }, `${layer.name}, ${at.length} channels${i === index ? " (this one)" : ""}`), canvas);
+  }));
+  return element("div", {}, element("p", { class: "quiet" }, "The whole block at this pixel, from its first layer to its last:"), ...drawn);
+}

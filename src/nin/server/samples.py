@@ -1,0 +1,103 @@
+"""Test images of the run's own data, where they lie on this machine, for people to look at."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import threading
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nin import data
+from nin.checkpoint import RunInfo
+from nin.data.named import cache_folder
+from nin.errors import UserError
+
+SHOWN = 24
+# Images on which a channel has to be silent to be called dead.
+LOOKED_AT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One test image: its true class, and a PNG that decodes to the very pixels that the network was tested on."""
+
+    label: str
+    png: bytes
+
+    @property
+    def uri(self) -> str:
+        """Return it as a ``data:`` address."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+class Samples:
+    """The test images of a run, read in the background: a folder of many files takes its time.
+
+    Attributes:
+        state: "reading", "ready" or "none".
+        reason: why there are none.
+        shown: a few of each class.
+        pixels: uint8 (N, C, H, W), evenly from the whole test set; None until it is read.
+    """
+
+    def __init__(self, info: RunInfo | None) -> None:
+        self.state, self.reason = "none", ""
+        self.shown: list[Sample] = []
+        self.pixels: Tensor | None = None
+        self.thread: threading.Thread | None = None
+        if info is not None:
+            self.state = "reading"
+            self.thread = threading.Thread(target=self._read, args=(info,), daemon=True, name="nin-samples")
+            self.thread.start()
+
+    def _read(self, info: RunInfo) -> None:
+        try:
+            images = _load(info)
+            self.shown = _choose(images)
+            evenly = torch.linspace(0, len(images.test) - 1, min(LOOKED_AT, len(images.test))).long()
+            self.pixels = images.test.fetch(evenly)
+        except (UserError, OSError) as error:
+            self.reason, self.state = f"the test images are not here: {error}", "none"
+        else:
+            self.state = "ready"
+
+
+def _load(info: RunInfo) -> data.Data:
+    """Return the run's data; nothing is downloaded."""
+    source = info.data.get("source", info.data.get("name"))
+    if "source" not in info.data and source not in data.NAMES:
+        raise UserError("the run does not record where they lie")
+    options = {name: info.data[name] for name in ("data_dir", "size", "test_fraction", "seed") if name in info.data}
+    if source in data.NAMES and source != "digits" and not options.get("data_dir"):
+        options["data_dir"] = cache_folder()
+    images = data.load(str(source), **options)
+    p = info.preprocessing
+    if tuple(images.classes) != info.classes or (images.channels, images.size) != (p.channels, p.size):
+        raise UserError("the images found there are not those that the run was trained on")
+    if not len(images.test):
+        raise UserError("the data have no test images")
+    return images
+
+
+def _choose(images: data.Data) -> list[Sample]:
+    """Return test images of all classes in turn, the first of each class first."""
+    labels = images.test.labels
+    places = [(labels == label).nonzero().flatten().tolist() for label in range(len(images.classes))]
+    rounds = max(map(len, places))
+    order = [of_class[turn] for turn in range(min(rounds, SHOWN)) for of_class in places if turn < len(of_class)]
+    chosen = torch.tensor(order[:SHOWN], dtype=torch.int64)
+    return [
+        Sample(images.classes[int(labels[index])], _png(pixels))
+        for index, pixels in zip(chosen.tolist(), images.test.fetch(chosen), strict=True)
+    ]
+
+
+def _png(pixels: Tensor) -> bytes:
+    array = pixels.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
+    file = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,68 @@
+"""From the body of a request to pixels: what is no image, too large or too many is refused with a clear answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+from torch import Tensor
+
+from nin import data
+from nin.checkpoint import Preprocessing
+from nin.data.images import read_header
+from nin.errors import UserError
+from nin.server.guarding import Limits, RefusedError
+
+FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+
+async def read_files(request: Request, limits: Limits) -> list[bytes]:
+    """Return the image files in a request: its multipart parts, or its body as one file.
+
+    Raises:
+        RefusedError: there is none, there are too many, or the content type is no image's.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=limits.images, max_fields=0) as form:
+            parts = [part for _, part in form.multi_items()]
+            files = [await part.read() for part in parts if isinstance(part, UploadFile)]
+        if not files:
+            raise RefusedError(400, "the form must hold at least one file, got none")
+        return files
+    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+        raise RefusedError(415, f"the body must be an image or multipart/form-data with images, got {kind!r}")
+    body = await request.body()
+    if not body:
+        raise RefusedError(400, "the body must be an image, got nothing")
+    return [body]
+
+
+def decode(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits) -> Tensor:
+    """Return the files' pixels as the network takes them, uint8 (N, C, size, size).
+
+    Raises:
+        RefusedError: a file is no image, damaged, or has too many pixels; the answer says which.
+    """
+    return torch.stack([_decode(file, i, preprocessing, limits) for i, file in enumerate(files)])
+
+
+def _decode(file: bytes, place: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
+    try:
+        header = read_header(file)
+        if header.width * header.height > limits.pixels:
+            size = f"{header.width}×{header.height}"
+            raise RefusedError(413, f"image {place} must have at most {limits.pixels} pixels, got {size}")
+        return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
+    except UserError as error:
+        reason = str(error).removeprefix("image bytes: ")
+        raise RefusedError(_status(error.__cause__), f"image {place}: {reason}; expected {FORMATS}") from error
+
+
+def _status(cause: BaseException | None) -> int:
+    if isinstance(cause, UnidentifiedImageError):
+        return 415
+    return 413 if isinstance(cause, Image.DecompressionBombError | Image.DecompressionBombWarning) else 422
