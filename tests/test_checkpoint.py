@@ -64,6 +64,25 @@ def test_state_comes_back(tmp_path):
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
+def test_a_state_with_a_flipped_bit_is_refused(tmp_path):
+    checkpoint.save_state(tmp_path, {"a": torch.zeros(100)}, {"epoch": 3})
+    path = tmp_path / checkpoint.STATE_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its checksum does not fit"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_a_disk_that_gives_back_something_else_keeps_the_old_state(tmp_path, monkeypatch):
+    checkpoint.save_state(tmp_path, {}, {"epoch": 3})
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: b"else")
+    with pytest.raises(OSError, match="reads back differently"):
+        checkpoint.save_state(tmp_path, {}, {"epoch": 4})
+    monkeypatch.undo()
+    assert checkpoint.load_state(tmp_path)[1] == {"epoch": 3}
+
+
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="is not a run folder of nin"):
         checkpoint.load_model(tmp_path)

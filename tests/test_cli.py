@@ -50,7 +50,9 @@ def fails(capsys, *arguments):
 
 
 def test_train_writes_a_run_and_says_how_good_it_is(run, capsys):
-    assert {"model.safetensors", "config.json", "metrics.csv", "report.html"} == {p.name for p in run.iterdir()}
+    assert {"model.safetensors", "config.json", "metrics.csv", "timings.csv", "report.html"} == {
+        p.name for p in run.iterdir()
+    }
     # a run can be reported on again from what it recorded
     (run / "report.html").unlink()
     cli_main("report", str(run))
@@ -103,6 +105,17 @@ def test_cost_of_a_name_and_of_a_run(run, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 984_356
 
 
+def test_bench_lists_measures_and_draws(tmp_path, capsys):
+    cli_main("bench", "list")
+    names = capsys.readouterr().out.split("\n")
+    assert any("192→32" in name or "192" in name for name in names)
+    chart = tmp_path / "chart.html"
+    cli_main("bench", names[0], "--dtype", "float32", "--engine", "nin", "--html", str(chart), "--json")
+    measured = json.loads(capsys.readouterr().out)
+    assert [m["engine"] for m in measured["measurements"]] == ["nin"]
+    assert chart.exists()
+
+
 def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
     out = tmp_path / "demo"
@@ -142,6 +155,7 @@ MISTAKES = [
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
     (["report", "{tmp}"], "is not a run folder"),
+    (["bench", "nothing"], "cases must be among"),
 ]
 
 
@@ -181,20 +195,24 @@ def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_keeps_what_is_whole_and_resumes(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_keep_the_steps_done_and_resume(number, status, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "nin", "train", "digits", "--out", str(out), "--epochs", "60"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "nin", "train", "digits", "--out", str(out), "--epochs", "6"]
+    process = subprocess.Popen([*command, "--checkpoint-steps", "1"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (out / "metrics.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    while not (out / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert "--resume" in errors
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
-    assert (out / "state.safetensors").exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    cli_main("train", "digits", "--out", str(tmp_path / "whole"), "--epochs", "6")
+    for name in ("model.safetensors", "metrics.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_help_does_not_import_torch():

@@ -18,10 +18,10 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors"},
-    {"ops", "data", "recipe", "timing"},
+    {"ops", "data", "recipe", "timing", "machine"},
     {"layers"},
     {"models"},
-    {"checkpoint", "costs", "fusion", "narrowing"},
+    {"checkpoint", "costs", "learner", "evaluation", "fusion", "narrowing"},
     {"training", "prediction", "exporting", "benchmark"},
     {"report", "server", "estimator"},
     {"terminal"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nin
-from nin import checkpoint, data, training
+from nin import checkpoint, data, evaluation, learner, recipe, training
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -47,7 +47,12 @@ def test_learns_and_writes_a_run(digits, tmp_path):
     assert result.metrics[-1]["train_loss"] < result.metrics[0]["train_loss"]
     assert len([row for row in rows if row]) == 12
     assert len([row for row in rows if row is None]) == result.metrics[-1]["step"]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model.safetensors", "config.json", "metrics.csv"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "metrics.csv",
+        "timings.csv",
+    }
     with open(tmp_path / "run" / "metrics.csv") as file:
         table = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in table] == list(range(1, 13))
@@ -65,27 +70,72 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
     assert not torch.equal(next(iter(weights(first).values())), next(iter(weights(other).values())))
 
 
+FILES = ("model.safetensors", "metrics.csv")
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 8, 10, 13], ids=lambda step: f"step{step}")
+def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path, stop_at):
+    # five steps an epoch: stopped in the middle of an epoch, at its end, and twice
+    config = dataclasses.replace(QUICK, flip=True, shift=1, dropout=0.1)
+    training.train(digits, config, out=tmp_path / "whole")
+    steps = []
+
+    def stop():
+        steps.append(1)
+        return len(steps) == stop_at
+
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            training.train(digits, config, out=tmp_path / "run", keeping=training.Keeping(resume=resume, stop=stop))
+        steps.clear()
+        if stop_at > 7:  # the second time there are fewer steps left than that
+            break
+    assert (tmp_path / "run" / checkpoint.STATE_FILE).exists()
+    training.train(digits, config, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    for name in FILES:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
+
+
+def test_state_is_written_by_steps_and_by_time(digits, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint, "save_state", lambda folder, tensors, values: written.append(values["position"]))
+    training.train(digits, QUICK, out=tmp_path / "a", keeping=training.Keeping(steps=2))
+    assert [(p["epoch"], p["step"]) for p in written] == [
+        *((0, 2), (0, 4), (1, 0)),
+        *((1, 1), (1, 3), (2, 0)),
+        *((2, 2), (2, 4), (3, 0)),
+    ]
+    written.clear()
+    training.train(digits, QUICK, out=tmp_path / "b", keeping=training.Keeping(minutes=1e-9))
+    assert len(written) == 15
+
+
+def test_override_goes_on_and_is_recorded(digits, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(stop=lambda: True))
+    other = dataclasses.replace(QUICK, learning_rate=0.05)
+    keeping = training.Keeping(resume=True, override=True)
+    result = training.train(digits, other, out=tmp_path / "run", keeping=keeping)
+    assert result.info.recipe["overridden"] == ["learning_rate=0.1, now learning_rate=0.05"]
+
+
+def test_resuming_what_is_finished_says_so(digits, tmp_path):
+    training.train(digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path / "run")
+    with pytest.raises(UserError, match="is finished"):
+        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+
+
+def test_leftovers_of_a_killed_write_are_removed(digits, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(stop=lambda: True))
+    (tmp_path / "run" / ".state.safetensors.abc").write_bytes(b"half")
+    training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
 class StopHereError(Exception):
     pass
-
-
-def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path):
-    config = dataclasses.replace(QUICK, flip=True, shift=1)
-    whole = training.train(digits, config)
-
-    def stop_in_the_second_epoch(progress):
-        if progress.epoch == 2 and progress.row is None:
-            raise StopHereError
-
-    with pytest.raises(StopHereError):
-        training.train(digits, config, out=tmp_path / "run", on_progress=stop_in_the_second_epoch)
-    assert (tmp_path / "run" / checkpoint.STATE_FILE).exists()
-    resumed = training.train(digits, config, out=tmp_path / "run", resume=True)
-    assert_equal_weights(weights(whole), weights(resumed))
-    columns = ("step", "train_loss", "test_accuracy")
-    for before, after in zip(whole.metrics, resumed.metrics, strict=True):
-        assert [before[c] for c in columns] == [after[c] for c in columns]
-    assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
 
 
 def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
@@ -95,10 +145,15 @@ def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
 
     with pytest.raises(StopHereError):
         training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
-    with pytest.raises(UserError, match=r"learning_rate=0\.1, got learning_rate=0\.05"):
-        training.train(digits, dataclasses.replace(QUICK, learning_rate=0.05), out=tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match="is missing"):
-        training.train(digits, QUICK, out=tmp_path / "none", resume=True)
+    with pytest.raises(UserError, match=r"learning_rate=0\.1, now learning_rate=0\.05"):
+        training.train(
+            digits,
+            dataclasses.replace(QUICK, learning_rate=0.05),
+            out=tmp_path / "run",
+            keeping=training.Keeping(resume=True),
+        )
+    with pytest.raises(UserError, match="holds no unfinished training"):
+        training.train(digits, QUICK, out=tmp_path / "none", keeping=training.Keeping(resume=True))
     with pytest.raises(UserError, match="--resume"):
         training.train(digits, QUICK, out=tmp_path / "run")
 
@@ -172,7 +227,7 @@ def test_recipe_is_chosen_from_the_data_and_never_over_what_was_asked_for():
 
 
 def test_learning_rate_rises_once_and_falls_to_zero():
-    rates = [training.learning_rate(step, 1000, TrainConfig()) for step in range(1000)]
+    rates = [recipe.learning_rate(step, 1000, TrainConfig()) for step in range(1000)]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
@@ -182,14 +237,14 @@ def test_learning_rate_rises_once_and_falls_to_zero():
 
 def test_wilson_interval_is_that_of_the_literature():
     # Agresti, Coull (1998): 10 of 10 gives 0.722 to 1.0
-    low, high = training.wilson_interval(10, 10)
+    low, high = evaluation.wilson_interval(10, 10)
     assert low == pytest.approx(0.7225, abs=1e-4)
     assert high == pytest.approx(1.0)
 
 
 def test_weight_decay_spares_biases_and_gains():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
-    decayed, spared = training.make_optimizer(model, TrainConfig()).param_groups
+    decayed, spared = learner.make_optimizer(model, TrainConfig()).param_groups
     assert all(p.dim() == 4 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])
     assert spared["weight_decay"] == 0
@@ -199,10 +254,10 @@ def test_weight_decay_spares_biases_and_gains():
 def test_mirrored_view_is_the_mean_of_both(digits):
     model = nin.models.nin_digits(normalisation="weight_standardisation").eval()
     cpu, fp32 = torch.device("cpu"), torch.float32
-    one, labels = training.evaluate(model, digits, device=cpu, dtype=fp32)
-    both, _ = training.evaluate(model, digits, device=cpu, dtype=fp32, flip=True)
+    one, labels = evaluation.evaluate(model, digits, device=cpu, dtype=fp32)
+    both, _ = evaluation.evaluate(model, digits, device=cpu, dtype=fp32, flip=True)
     mirrored = dataclasses.replace(digits, test=data.ImageSet(digits.test.images.flip(3), digits.test.labels))
-    other, _ = training.evaluate(model, mirrored, device=cpu, dtype=fp32)
+    other, _ = evaluation.evaluate(model, mirrored, device=cpu, dtype=fp32)
     torch.testing.assert_close(both, (one + other) / 2)
     assert torch.equal(labels, digits.test.labels)
 

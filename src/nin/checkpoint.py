@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import platform
@@ -18,19 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nin import models
+from nin import machine, models
 from nin.errors import UserError
 from nin.ops import backends
 
 # Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
 FORMAT_VERSION = 1
 
-MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE = (
-    "model.safetensors",
-    "config.json",
-    "state.safetensors",
-    "metrics.csv",
-)
+MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
+METRICS_FILE, TIMINGS_FILE = "metrics.csv", "timings.csv"
 
 # A config.json holds names and numbers; one that is larger is not ours.
 LARGEST_CONFIG_BYTES = 16 * 2**20
@@ -109,8 +107,13 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"the model's kind must be 'nin' or 'googlenet', got {kind!r}")
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:
     """Write a file so that after a crash there is the old one or the new one, whole.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        read_back: compare what was written before it takes the old file's place.
 
     Raises:
         OSError: with the file's name, the disk is full or the folder cannot be written; the old file stays.
@@ -123,6 +126,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if read_back and Path(name).read_bytes() != data:
+                raise OSError(errno.EIO, "what was written reads back differently")
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
@@ -220,9 +225,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write the training state: tensors, and what JSON can hold."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    write_atomically(folder / STATE_FILE, save(plain, metadata={"json": json.dumps(values)}))
+    """Write the training state: tensors, and what JSON can hold, with a checksum over both.
+
+    The file is read back before it takes the place of the one before.
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written, or the disk gives back something else.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = json.dumps(values)
+    content = save(plain, metadata={"json": text, "sha256": _digest(plain, text)})
+    write_atomically(folder / STATE_FILE, content, read_back=True)
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -232,13 +245,27 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: there is none, or it is damaged.
     """
     path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no unfinished training to resume: {STATE_FILE} is missing")
     tensors, metadata = read_tensors(path)
-    try:
-        return tensors, json.loads(metadata["json"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    text = metadata.get("json", "")
+    if metadata.get("sha256") != _digest(tensors, text):
+        raise UserError(f"{path} is damaged: its checksum does not fit what it holds")
+    return tensors, json.loads(text)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return the SHA-256 of names, shapes, values and text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a write that was killed left beside its file."""
+    for name in (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE):
+        for leftover in Path(folder).glob(f".{name}.*"):
+            leftover.unlink()
 
 
 def remove_state(folder: Path) -> None:
@@ -254,19 +281,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": _processor_name(),
+        "processor": machine.processor_name(),
         "threads": torch.get_num_threads(),
         "backends": backends(),
     }
-
-
-def _processor_name() -> str:
-    """Return the processor's name as Linux tells it, or what Python knows elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or "unknown"

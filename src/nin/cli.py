@@ -33,6 +33,9 @@ def train(
     test_fraction: float | None = None,
     config: Annotated[TrainConfig | None, Parameter(name="*")] = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    override: Annotated[bool, Parameter(negative="")] = False,
+    checkpoint_minutes: float = 5.0,
+    checkpoint_steps: int | None = None,
     strict: Annotated[bool, Parameter(negative="")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -44,7 +47,7 @@ def train(
         "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), or mnist, fashion-mnist,
         cifar10, cifar100, svhn.
     out
-        The run folder to make: model.safetensors, config.json, metrics.csv, report.html.
+        The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
     data_dir
         Where the files of mnist to svhn lie; without it they are downloaded to ~/.cache/nin.
     size
@@ -54,20 +57,28 @@ def train(
     config
         The recipe.
     resume
-        Go on with the training in the run folder that was interrupted.
+        Go on with the training in the run folder that was interrupted; the result is that of one never stopped.
+    override
+        Resume although settings or data are not those of the run; what differs is recorded in config.json.
+    checkpoint_minutes
+        Write the state at least this often.
+    checkpoint_steps
+        Write the state after every so many steps, too.
     strict
         Stop at the first file that cannot be read, instead of leaving it out.
     json
         Print the result as JSON on standard output.
     """
-    from nin import terminal
+    from nin import terminal, training
 
+    if checkpoint_minutes <= 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
+        raise UserError("checkpoint_minutes must be above 0 and checkpoint_steps at least 1")
     terminal.train(
         data,
         out=out,
         loading={"data_dir": data_dir, "size": size, "test_fraction": test_fraction, "strict": strict},
         config=config or TrainConfig(),
-        resume=resume,
+        keeping=training.Keeping(resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps),
         as_json=json,
     )
 
@@ -152,6 +163,36 @@ def cost(
     from nin import terminal
 
     terminal.cost(model, classes=classes, size=size, channels=channels, as_json=json)
+
+
+@app.command
+def bench(
+    cases: list[str] | None = None,
+    /,
+    *,
+    dtype: list[str] | None = None,
+    engine: list[str] | None = None,
+    html: Path | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Time the operator and whole networks beside other engines, in turn in one run, against this machine's limits.
+
+    Parameters
+    ----------
+    cases
+        Which to time; all if not given. `nin bench list` names them.
+    dtype
+        float32 or bfloat16; both if not given. May be given several times, as may the next.
+    engine
+        nin, eager NCHW, … ; all that are installed if not given.
+    html
+        Write a chart into this file.
+    json
+        Print the measurements as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], html=html, as_json=json)
 
 
 @app.command

@@ -109,3 +109,16 @@ class ResolvedConfig(TrainConfig):
     batch_size: int = 128
     flip: bool = False
     shift: int = 0
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Return the one-cycle schedule: up in a straight line, down along a cosine.
+
+    Source:
+        Smith, Topin: Super-Convergence, 2017, arXiv 1708.07120.
+    """
+    rise = max(1.0, config.warmup * steps)
+    if step < rise:
+        return config.learning_rate * (step + 1) / (rise + 1)
+    progress = (step - rise) / max(1.0, steps - rise)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import dataclasses
 import io
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import checkpoint, costs, data, models, prediction, training
+from nin import benchmark, checkpoint, costs, data, models, prediction, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -80,10 +83,18 @@ class Bar:
         words.print(text)
 
 
-def train(source: str, *, out: Path, loading: dict[str, Any], config: TrainConfig, resume: bool, as_json: bool) -> None:
+def train(
+    source: str,
+    *,
+    out: Path,
+    loading: dict[str, Any],
+    config: TrainConfig,
+    keeping: training.Keeping,
+    as_json: bool,
+) -> None:
     """Train, write the run folder and its report, and show the result."""
     images = load_data(source, seed=config.seed, **loading)
-    result = train_visibly(images, config, out=out, resume=resume)
+    result = train_visibly(images, config, out=out, keeping=keeping)
     path = write_report(out, images)
     if as_json:
         print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
@@ -110,9 +121,11 @@ def load_data(source: str, **options: Any) -> data.Data:
     return images
 
 
-def train_visibly(images: data.Data, config: TrainConfig, *, out: Path, resume: bool = False) -> training.TrainResult:
-    """Train, with a bar on a terminal and a line for every epoch."""
-    with Bar("Training") as bar:
+def train_visibly(
+    images: data.Data, config: TrainConfig, *, out: Path, keeping: training.Keeping | None = None
+) -> training.TrainResult:
+    """Train, with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM end it after the step."""
+    with Bar("Training") as bar, stop_requests() as stopped:
 
         def show(p: training.Progress) -> None:
             bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
@@ -123,14 +136,34 @@ def train_visibly(images: data.Data, config: TrainConfig, *, out: Path, resume: 
                     f"test accuracy {100 * p.row['test_accuracy']:.2f} %  {p.row['seconds']:.0f} s"
                 )
 
+        keeping = dataclasses.replace(keeping or training.Keeping(), stop=lambda: bool(stopped))
         try:
-            return training.train(images, config, out=out, resume=resume, on_progress=show)
+            return training.train(images, config, out=out, keeping=keeping, on_progress=show)
         except KeyboardInterrupt:
             kept = (out / checkpoint.STATE_FILE).exists()
-            bar.line(
-                f"Stopped. {f'Go on with the same command and --resume: {out}' if kept else 'Nothing was written.'}"
-            )
+            bar.line(f"Go on with the same command and --resume: {out}" if kept else "Nothing was written.")
+            if stopped[:1] == [signal.SIGTERM]:
+                sys.exit(128 + signal.SIGTERM)
             raise
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that a step is not torn; a second one ends the program at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show_result(result: training.TrainResult) -> None:
@@ -291,6 +324,26 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
     table.add_section()
     table.add_row(*rows[-1])
     results.print(table)
+
+
+def bench(
+    cases: Sequence[str], *, dtypes: Sequence[str], engines: Sequence[str], html: Path | None, as_json: bool
+) -> None:
+    """Time cases and engines in turn, and show the table."""
+    if list(cases) == ["list"]:
+        results.print("\n".join(benchmark.CASES))
+        return
+    chosen = {"cases": cases, "dtypes": dtypes, "engines": engines}
+    try:
+        measured = benchmark.run(**{k: v for k, v in chosen.items() if v}, progress=words.print)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if html is not None:
+        checkpoint.write_atomically(html, benchmark.chart(measured))
+    if as_json:
+        print_json(measured.to_dict())
+    else:
+        results.print(benchmark.table(measured))
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import datetime
 import importlib.metadata
@@ -11,7 +10,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from nin import timing
 from nin.benchmark.cases import CASES, Case
 from nin.benchmark.engines import ENGINES, Call, UnavailableError, prepare
 from nin.costs import cost
+from nin.machine import keep_freed_memory, processor_name
 from nin.ops import backends, cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,7 +122,8 @@ def run(
         for name in given:
             if name not in known:
                 raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
-    machine = _machine(_tune_malloc())
+    # every engine's: its page faults would be timed in place of its arithmetic
+    machine = _machine("tuned" if keep_freed_memory() else "default")
     measurements: list[Measurement] = []
     for name in cases:
         for dtype in dtypes:
@@ -184,17 +184,6 @@ def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
     return max(arithmetic_ms, memory_ms)
 
 
-def _tune_malloc() -> str:
-    """Keep freed memory in the process: every engine's, or its page faults would be timed; glibc only."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if platform.libc_ver()[0] != "glibc" or mallopt is None:
-        return "default"
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
-    limit = (1 << 31) - 1
-    done = mallopt(mmap_max, 0) and mallopt(trim_threshold, limit) and mallopt(top_pad, 256 << 20)
-    return "tuned" if done else "default"
-
-
 def _machine(malloc: str) -> Machine:
     versions = {}
     for package in VERSIONS:
@@ -205,7 +194,7 @@ def _machine(malloc: str) -> Machine:
     peaks = {name: cpu.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
     copy = cpu.measure_copy_bandwidth()
     return Machine(
-        processor=_processor(),
+        processor=processor_name(),
         threads=torch.get_num_threads(),
         kernel=backends()["cpu"],
         peak_gflops={name: peak / 1e9 if peak else None for name, peak in peaks.items()},
@@ -216,13 +205,3 @@ def _machine(malloc: str) -> Machine:
         system=platform.system(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
-        if (path.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nin import checkpoint, costs, data, models, prediction
 from nin.errors import UserError
+from nin.evaluation import wilson_interval
 from nin.report.contents import Answer, ClassFigures, ClassMap, Confusion, Headline, Report
-from nin.training import wilson_interval
 
 BATCH = 64
 

@@ -1,0 +1,44 @@
+"""Testing: the scores of a network on test images, and how sure an accuracy is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nin import data
+
+TEST_BATCH = 250
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: data.Data, *, device: torch.device, dtype: torch.dtype, flip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
+
+    With ``flip``, the scores are the mean over each image and its mirror image.
+    """
+    scores, labels = [], []
+    for pixels, batch_labels, _ in data.batches(images.test, torch.arange(len(images.test)), TEST_BATCH):
+        x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            y = model(x).float()
+            if flip:
+                y = (y + model(x.flip(3)).float()) / 2
+        scores.append(y.cpu())
+        labels.append(batch_labels)
+    return torch.cat(scores), torch.cat(labels)
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a proportion.
+
+    Source:
+        Wilson: Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    z, p = 1.959964, hits / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return centre - half, centre + half
