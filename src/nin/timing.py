@@ -26,7 +26,7 @@ class Timing:
 
 
 def compare(
-    callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle: int = 0
+    callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle_ms: float = 0.0
 ) -> dict[str, Timing]:
     """Time calls in turn: each round runs every one of them once.
 
@@ -36,8 +36,8 @@ def compare(
         callables: what to call, by name.
         runs: measured rounds, at least 2.
         warmup: rounds before them that are not measured.
-        settle: calls right before each measured one, until nothing is left of what another one left running or in
-            the caches (idle threads of another library spin for milliseconds).
+        settle_ms: for how long a call is repeated right before it is measured, until nothing is left of what another
+            one left running or in the caches: idle threads of some libraries spin for milliseconds.
 
     Returns:
         The timing of each call, in the order given.
@@ -56,7 +56,8 @@ def compare(
     times_ms: dict[str, list[float]] = {name: [] for name in callables}
     for turn in range(-warmup, runs):
         for name, call in callables.items():
-            for _ in range(settle):
+            settled_ns = time.perf_counter_ns() + settle_ms * 1e6
+            while settle_ms > 0 and time.perf_counter_ns() < settled_ns:
                 call()
             start = time.perf_counter_ns()
             call()

@@ -22,10 +22,10 @@ from nin.machine import keep_freed_memory, processor_name
 from nin.ops import backends, cpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Time that all engines of a case share, after each has been called twice; at least 5 rounds.
+# Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
 SECONDS_PER_CASE = 6.0
-# Calls of an engine before each measured one, see `nin.timing.compare`.
-SETTLE = 1
+# For how long an engine is called before each measured call, see `nin.timing.compare`.
+SETTLE_MS = 8.0
 VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
 
 
@@ -137,7 +137,7 @@ def run(
 def _run_case(case: Case, dtype: str, engines: Sequence[str], machine: Machine) -> list[Measurement]:
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
-    slowest_s = 0.0
+    round_s = 0.0
     torch._dynamo.reset()
     for engine in engines:
         try:
@@ -147,12 +147,13 @@ def _run_case(case: Case, dtype: str, engines: Sequence[str], machine: Machine) 
                 call()
                 start = time.perf_counter()
                 call()
-                slowest_s += time.perf_counter() - start
+                elapsed_s = time.perf_counter() - start
+                round_s += elapsed_s + max(elapsed_s, SETTLE_MS / 1e3)
             calls[engine] = call
         except UnavailableError as error:
             reasons[engine] = str(error)
-    runs = int(min(200, max(5, SECONDS_PER_CASE / (1 + SETTLE) / max(slowest_s, 1e-6))))
-    timings = timing.compare(calls, runs=runs, warmup=1, settle=SETTLE)
+    runs = int(min(200, max(5, SECONDS_PER_CASE / max(round_s, 1e-6))))
+    timings = timing.compare(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
     least_ms = _least_ms(case, dtype, machine)
     return [
         Measurement(case.name, dtype, engine, None, reasons[engine])

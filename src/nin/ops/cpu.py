@@ -153,10 +153,10 @@ def mlpconv_backward(
     """Compute the gradients of a 1×1 chain tile by tile; see ``reference.mlpconv_backward``.
 
     A k×k convolution stays with PyTorch: oneDNN's backward runs at the limit of the machine where this was measured
-    (5×5, 96 to 192 channels: 287 of 267 GFLOP/s on one core, because it leaves the zero border out).
+    (5×5, 96 to 192 channels, float32: the input's gradient takes 52.6 ms on one core, our forward 50.2).
     """
     geometry = (stride, padding, dilation, activations)
-    fits = KERNELS is not None and _serves(x, weights, biases) and grad.dtype == y.dtype == x.dtype
+    fits = KERNELS is not None and _serves(x, weights, biases) and (grad.shape, grad.dtype) == (y.shape, x.dtype)
     plain = tuple(weights[0].shape[2:]) == (1, 1) and tuple(padding) == (0, 0)
     if not fits or not plain or grad.numel() == 0 or sum(w.numel() for w in weights) > MOST_BACKWARD_WEIGHTS:
         return reference.mlpconv_backward(grad, x, y, weights, biases, *geometry, needs)

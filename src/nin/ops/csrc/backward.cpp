@@ -14,8 +14,9 @@ namespace {
 // More pixels than forward: the sums of a weight's gradient are read and written once for all pixels of a tile.
 constexpr int64_t tile_pixels = 128;
 constexpr int64_t tile_bytes = 768 << 10;
-// Slices keep the cores busy; each costs the memory of all weights in float.
-constexpr int64_t most_slices = 32;
+// Slices keep the cores busy; each costs the memory of all weights in float, which is cleared and added up at the end:
+// as much time as a quarter to a half of a tile. So few tiles make few slices.
+constexpr int64_t most_slices = 32, few_slices = 8, tiles_per_slice = 4;
 constexpr int64_t slices_bytes = 64 << 20;
 
 struct Memory {
@@ -322,7 +323,8 @@ void Backward::reduce(size_t layer, int64_t channel, const float* sums, int64_t 
 
 nin_status Backward::run(const nin_pool& pool) const {
   const int64_t tiles = cut_.tiles();
-  const int64_t allowed = sums_ == 0 ? tiles : std::clamp<int64_t>(slices_bytes / (sums_ * 4), 1, most_slices);
+  const int64_t wanted = std::clamp<int64_t>(tiles / tiles_per_slice, few_slices, most_slices);
+  const int64_t allowed = sums_ == 0 ? tiles : std::clamp<int64_t>(slices_bytes / (sums_ * 4), 1, wanted);
   const int64_t slices = std::min(tiles, allowed);
   const std::unique_ptr<float, decltype(&std::free)> sums(
       static_cast<float*>(std::aligned_alloc(64, size_t(std::max<int64_t>(64, round_up(slices * sums_ * 4, 64))))),
