@@ -24,7 +24,7 @@ FLOORS = [
     {"narrowing"},
     {"checkpoint", "costs", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator"},
+    {"report", "server", "estimator", "slimming"},
     {"terminal"},
     {"demonstration"},
     {"cli"},

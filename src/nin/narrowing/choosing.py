@@ -26,7 +26,7 @@ class Choice:
         forms: by layer.
         widths: channels left, by the number of the edge; edges that are not there keep all.
         cost: of all layers, in units of the budget.
-        loss: expected increase of the divergence, in nats.
+        loss: sum over the layers of the share of variance that each loses.
     """
 
     forms: dict[str, Form]

@@ -26,7 +26,7 @@ class LayerReport:
         macs_after: the same of what took its place.
         parameters_before: weights and biases.
         parameters_after: the same of what took its place.
-        latency_ms_before: of the layer alone, or None where it was not measured.
+        latency_ms_before: of the layer alone (20th percentile), or None where it was not measured.
         latency_ms_after: the same of what took its place.
         predicted_error: share of its variance, weighted by what it matters, that the plan expected to lose.
         measured_error: the same once fitted, with the errors that come in from the layers before it; None where
@@ -59,7 +59,7 @@ class NarrowReport:
         file_bytes: of its ``state_dict``, before and after.
         latency: for each batch size measured, the timing before and after.
         accuracy: what ``evaluate`` gave for "original", "raw", "corrected" and "finetuned", where there was one.
-        predicted_loss: Kullback–Leibler divergence that the plan expected, in nats.
+        predicted_loss: sum over the layers of their predicted errors.
         calibration_error: squared distance from the original's results as a share of their variance; None in a dry
             run.
         notes: sentences about what was done or left.

@@ -15,15 +15,16 @@ from nin.narrowing.structure import LayerShape, inputs_of
 
 # Scores are divided by this before the softmax: a network that is sure of its answers still has gradients, and
 # what it says of the wrong classes counts, as in distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
-TEMPERATURE = 4.0
+# A CIFAR ResNet-20 kept 73.5, 74.3 and 75.3 % of right answers with 1, 4 and 10.
+TEMPERATURE = 10.0
 
 
 def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches: list[Any]) -> dict[str, Tensor]:
     """Return G = E[∂ℓ/∂y ∂ℓ/∂yᵀ] of every layer, over images and places: float64 (groups, C / groups, C / groups).
 
-    ℓ is the cross entropy with a class drawn from the model's own answer, so that ``½ · places · tr(G Cov(y - ŷ))``
-    is, to second order, what an error in y costs in Kullback–Leibler divergence (G is the Fisher information). Where
-    the result is no table of scores, ℓ is its product with normal noise, in units of its spread.
+    ℓ is the cross entropy with a class drawn from the model's own answer: G is the Fisher information, and
+    ``tr(G Cov(y - ŷ))`` says which errors in y change the answer. Where the result is no table of scores, ℓ is its
+    product with normal noise, in units of its spread.
 
     Args:
         model: in evaluation mode.

@@ -113,7 +113,7 @@ def patches(x: Tensor, shape: LayerShape, places: Tensor) -> Tensor:
     index = (taps[:, None] + starts).flatten().to(x.device)
     values = x.flatten(2).index_select(2, index)  # (N, C, k² · places)
     values = values.view(n, shape.groups, c // shape.groups, len(taps), len(places))
-    return values.permute(1, 2, 3, 0, 4).reshape(shape.groups, c // shape.groups * len(taps), -1)
+    return values.permute(1, 2, 3, 0, 4).flatten(3).flatten(1, 2)
 
 
 def padded(x: Tensor, shape: LayerShape) -> Tensor:
@@ -136,8 +136,8 @@ def results(y: Tensor, shape: LayerShape, places: Tensor) -> Tensor:
         return y.reshape(-1, shape.places, y.shape[-1])[:, places].reshape(1, -1, y.shape[-1]).mT
     y = y if y.dim() == 4 else y[None]
     values = y.flatten(2)[:, :, places.to(y.device)]  # (N, C_out, places)
-    values = values.view(len(values), shape.groups, -1, len(places))
-    return values.permute(1, 2, 0, 3).reshape(shape.groups, values.shape[2], -1)
+    values = values.view(len(values), shape.groups, values.shape[1] // shape.groups, len(places))
+    return values.permute(1, 2, 0, 3).flatten(2)
 
 
 def measure_shapes(model: nn.Module, layers: dict[str, nn.Module], batches: list[Any]) -> dict[str, LayerShape]:

@@ -122,10 +122,9 @@ def _measure(
     _warn_of_few_samples(able, moments)
     sensitivities = measure_sensitivity(model, able, _few(batches))
     forms: dict[str, tuple[Form, ...]] = {}
-    energies: dict[str, float] = {}
     for done, (name, shape) in enumerate(able.items()):
         weight = model.get_submodule(name).get_parameter("weight").detach().flatten(1)
-        forms[name], energies[name] = find_forms(shape, weight, moments[name], sensitivities[name])
+        forms[name] = find_forms(shape, weight, moments[name], sensitivities[name])
         tell("Weighing the forms")(done + 1, len(able))
     widths = {}
     for done, edge in enumerate(edges):
@@ -135,7 +134,7 @@ def _measure(
                 edge, able[edge.consumer], weight, moments[edge.consumer], sensitivities[edge.consumer]
             )
         tell("Weighing the channels")(done + 1, len(edges))
-    return Candidates(forms, widths, energies), sensitivities
+    return Candidates(forms, widths), sensitivities
 
 
 def _warn_of_few_samples(able: dict[str, LayerShape], moments: dict[str, Moments]) -> None:
@@ -167,7 +166,7 @@ def _without(candidates: Candidates, reasons: dict[str, str]) -> Candidates:
     """Return the choices without those of layers that are left alone."""
     forms = {name: value for name, value in candidates.forms.items() if name not in reasons}
     widths = {edge: value for edge, value in candidates.widths.items() if edge[1] not in reasons}
-    return Candidates(forms, widths, candidates.energies)
+    return Candidates(forms, widths)
 
 
 def fingerprint(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:

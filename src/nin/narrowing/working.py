@@ -324,13 +324,11 @@ class _Job:
         for name, form in choice.forms.items():
             p, shape = planned[name], self.known.shapes[name]
             chain = factors(shape, p.form, p.rank_in, p.rank_out, inputs=p.inputs, outputs=p.outputs)
-            energy = self.known.candidates.energies.get(name, 0.0)
-            lost = form.loss + sum(
+            predicted[name] = form.loss + sum(
                 self.known.candidates.widths[t.producer, t.consumer][t.channels]
                 for t in plan.thinned
                 if t.consumer == name
             )
-            predicted[name] = lost / energy if energy else 0.0
             if self.options.measure_latency and chain != (shape,):
                 latency[name] = self.table((shape,)), self.table(chain)
         rows = layer_reports(self.known.shapes, plan, self.known.reasons, predicted, errors, latency)
