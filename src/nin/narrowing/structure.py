@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.errors import UserError
-from nin.layers import Conv1x1, MLPConv, StandardisedConv2d
+from nin.layers import Conv1x1, MLPConv
 from nin.models import NiN
 
 
@@ -217,7 +218,7 @@ def _why_not(module: nn.Module, owners: dict[int, int]) -> str | None:
         return "a transposed convolution"
     if isinstance(module, nn.Conv1d | nn.Conv3d):
         return f"a convolution in {1 if isinstance(module, nn.Conv1d) else 3} dimensions"
-    if type(module) not in (nn.Conv2d, nn.Linear) or isinstance(module, StandardisedConv2d):
+    if type(module) not in (nn.Conv2d, nn.Linear):
         return f"a {type(module).__name__}, whose forward may differ"
     if module._forward_pre_hooks:
         return "something else sets its weight before each call"
@@ -231,8 +232,6 @@ def _why_not(module: nn.Module, owners: dict[int, int]) -> str | None:
 
 
 def _match(names: list[str], patterns: tuple[str, ...]) -> set[str]:
-    import fnmatch
-
     found: set[str] = set()
     for pattern in patterns:
         matched = {n for n in names if fnmatch.fnmatchcase(n, pattern) or n.startswith(f"{pattern}.")}
