@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nin import data, models
     from nin.costs import cost
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
+    from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, mlpconv
     from nin.prediction import Classifier, load
     from nin.recipe import TrainConfig
@@ -24,7 +25,9 @@ _HOME = {
     "GlobalAveragePooling": "nin.layers",
     "Inception": "nin.layers",
     "MLPConv": "nin.layers",
+    "NarrowOptions": "nin.narrowing",
     "TrainConfig": "nin.recipe",
+    "apply_plan": "nin.narrowing",
     "backends": "nin.ops",
     "conv1x1": "nin.ops",
     "cost": "nin.costs",
@@ -32,6 +35,7 @@ _HOME = {
     "load": "nin.prediction",
     "mlpconv": "nin.ops",
     "models": "nin",
+    "narrow": "nin.narrowing",
     "train": "nin.training",
 }
 
@@ -42,7 +46,9 @@ __all__ = [
     "GlobalAveragePooling",
     "Inception",
     "MLPConv",
+    "NarrowOptions",
     "TrainConfig",
+    "apply_plan",
     "backends",
     "conv1x1",
     "cost",
@@ -50,6 +56,7 @@ __all__ = [
     "load",
     "mlpconv",
     "models",
+    "narrow",
     "train",
 ]
 

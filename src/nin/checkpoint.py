@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nin import machine, models
 from nin.errors import UserError
+from nin.narrowing import Plan, apply_plan
 from nin.ops import backends
 
 # Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
@@ -92,6 +93,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     raise TypeError(f"model must be one of nin.models, got {type(model).__name__}")
 
 
+def describe_narrowed(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the description of a narrowed network: that of the network it was made from, and the plan."""
+    return {"kind": "narrowed", "base": dict(base), "plan": plan.to_dict()}
+
+
 def model_from_description(description: Mapping[str, Any]) -> nn.Module:
     """Return a new network of that architecture.
 
@@ -103,8 +109,10 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
             return models.NiN(models.NiNConfig.from_dict(description["config"]))
         case "googlenet":
             return models.googlenet(description["num_classes"], in_channels=description["in_channels"])
+        case "narrowed":
+            return apply_plan(model_from_description(description["base"]), description["plan"])
         case kind:
-            raise ValueError(f"the model's kind must be 'nin' or 'googlenet', got {kind!r}")
+            raise ValueError(f"the model's kind must be 'nin', 'googlenet' or 'narrowed', got {kind!r}")
 
 
 def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:

@@ -58,6 +58,14 @@ class Conv1x1(nn.Module):
         """Return (N, C_out, H', W') for ``x`` of shape (N, C_in, H, W)."""
         return conv1x1(x, self.weight, self.bias, stride=self.stride, activation=self.activation)
 
+    def to_sequential(self) -> nn.Sequential:
+        """Return the same layer as plain PyTorch: ``nn.Conv2d``, then the activation; it shares the parameters."""
+        conv = nn.utils.skip_init(
+            nn.Conv2d, self.in_channels, self.out_channels, 1, stride=self.stride, bias=self.bias is not None
+        )
+        conv.weight, conv.bias = self.weight, self.bias
+        return nn.Sequential(conv, *_activation_modules(self.activation or "none")).train(self.training)
+
     def extra_repr(self) -> str:
         """Return what ``print`` shows between the brackets."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, activation={self.activation!r}"
@@ -191,6 +199,17 @@ class MLPConv(nn.Module):
             if isinstance(conv, StandardisedConv2d):
                 self.convs[i] = conv.fold()
         return self
+
+    def to_sequential(self) -> nn.Sequential:
+        """Return the same layer as plain PyTorch: each ``nn.Conv2d``, then its activation; standardised ones folded.
+
+        Plain convolutions are shared with this layer, not copied.
+        """
+        modules: list[nn.Module] = []
+        for conv, activation in zip(self.convs, self.activations, strict=True):
+            modules.append(conv.fold() if isinstance(conv, StandardisedConv2d) else conv)
+            modules += _activation_modules(activation)
+        return nn.Sequential(*modules).train(self.training)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows between the brackets."""
@@ -329,6 +348,19 @@ def _initialise(weight: Tensor, activation: str) -> None:
         He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015, arXiv 1502.01852, equation 10.
     """
     nn.init.normal_(weight, std=math.sqrt((1 if activation == "none" else 2) / weight[0].numel()))
+
+
+def _activation_modules(name: str) -> list[nn.Module]:
+    """Return the activation of that name as modules; none for "none"."""
+    match name:
+        case "none":
+            return []
+        case "relu":
+            return [nn.ReLU()]
+        case "gelu":
+            return [nn.GELU()]
+        case _:
+            return [nn.SiLU()]
 
 
 def _plain_conv(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, models, prediction, training
+from nin import benchmark, checkpoint, costs, data, models, prediction, slimming, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -355,6 +355,36 @@ def bench(
         print_json(measured.to_dict())
     else:
         results.print(benchmark.table(measured))
+
+
+def narrow(run: Path, source: str, *, loading: dict[str, Any], config: Any, out: Path | None, as_json: bool) -> None:
+    """Narrow the network of a run folder, write the new one with its reports, and show what it cost."""
+    if out is None and not config.dry_run:
+        raise UserError("--out must name the run folder to make, or give --dry-run to see the plan only")
+    images = load_data(source, **loading)
+    with Bar("Narrowing") as bar:
+        result = slimming.slim(
+            run, images, config, out=out, on_progress=lambda text, done, total: bar.update(done, total, text)
+        )
+    if out is not None and not config.dry_run:
+        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
+        checkpoint.write_atomically(out / "narrowing.html", page)
+        write_report(out, images)
+    if as_json:
+        print_json({"run": None if out is None else str(out), **slimming.headline(result.report)})
+        return
+    for title, rows in (
+        ("The whole", [("", "before", "after", "share"), *result.report.summary()]),
+        ("Each layer", result.report.rows()),
+    ):
+        table = Table(*rows[0], title=title)
+        for row in rows[1:]:
+            table.add_row(*row)
+        results.print(table)
+    for note in result.report.notes:
+        words.print(note)
+    if out is not None and not config.dry_run:
+        words.print(f"What it cost: {out / 'narrowing.html'}\nUse it:       nin predict {out} IMAGE…")
 
 
 def print_json(value: Any) -> None:

@@ -1,0 +1,406 @@
+"""Narrowing whole networks: full rank changes nothing, budgets are kept, and every mistake is one line."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nin
+from nin.errors import UserError
+from nin.narrowing import LayerPlan, NarrowOptions, Plan, Thinning, structure
+from nin.narrowing.refining import Material, refine
+from nin.narrowing.studying import study
+
+QUIET = NarrowOptions(measure_latency=False, revert_slower=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def chain():
+    """Return a small network of all that thinning goes through."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(24),
+        nn.SiLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24),
+        nn.ReLU(),
+        nn.Conv2d(24, 16, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+class Residual(nn.Module):
+    """A block with a shortcut, run as Python code."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x
+        return self.head(F.relu(y).mean((2, 3)))
+
+
+def images(*shape, count=4):
+    """Return batches of smooth images, whose neighbouring pixels resemble each other."""
+    return [F.avg_pool2d(torch.randn(*shape[:2], *(n + 2 for n in shape[2:])), 3, 1) * 2 for _ in range(count)]
+
+
+def outputs(model, batches):
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        return torch.cat([model(x) for x in batches])
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def realise(model, batches, forms=None, thinned=()):
+    """Fit a plan made by hand."""
+    original = structure.expand(model).eval()
+    known = study(original, batches, skip=(), cache=None)
+    layers = []
+    for name, shape in known.shapes.items():
+        form = (forms or {}).get(name, ("keep", None, None))
+        inputs, outs = shape.in_channels, shape.out_channels
+        for t in thinned:
+            inputs = t.channels if name in (t.consumer, *t.between) else inputs
+            outs = t.channels if name in (t.producer, *t.between) else outs
+        layers.append(LayerPlan(name, *form, inputs, outs))
+    plan = Plan(tuple(layers), tuple(thinned), "macs", 0.5)
+    material = Material(original, plan, known.shapes, known.sensitivities, known.shortcuts, batches)
+    new, errors = refine(material, passes=8)
+    rebuilt = nin.apply_plan(model, Plan.from_json(plan.to_json()))
+    rebuilt.load_state_dict(new.state_dict())
+    torch.testing.assert_close(outputs(rebuilt, batches), outputs(new, batches))
+    return new, errors
+
+
+CONVOLUTIONS = {
+    "plain": {"padding": 1},
+    "no bias": {"padding": 1, "bias": False},
+    "stride": {"stride": 2, "padding": 1},
+    "dilation": {"dilation": 2, "padding": 2},
+    "same": {"padding": "same", "dilation": 2},
+    "valid": {"padding": "valid"},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "circular": {"padding": (2, 1), "padding_mode": "circular"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+@pytest.mark.parametrize("form", ["output", "input", "tucker"])
+def test_full_rank_changes_nothing(options, form):
+    conv = nn.Conv2d(6, 8, 3, **options)
+    ranks = {"output": (None, 8), "input": (6, None), "tucker": (6, 8)}[form]
+    model, batches = nn.Sequential(conv, nn.Flatten()), images(8, 6, 9, 10)
+    new, errors = realise(model, batches, {"0": (form, *ranks)})
+    assert relative(outputs(new, batches), outputs(model, batches)) < 1e-4
+    assert errors["0"] < 1e-8
+    made = new[0]
+    assert [type(part) for part in made] == [nn.Conv2d] * len(made)
+    wide = made[0] if form == "output" else made[1]
+    for name in ("kernel_size", "stride", "dilation", "padding", "padding_mode"):
+        assert getattr(wide, name) == getattr(conv, name)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_are_narrowed_one_by_one(groups):
+    model, batches = nn.Sequential(nn.Conv2d(8, 16, 3, groups=groups), nn.Flatten()), images(16, 8, 8, 8)
+    new, _ = realise(model, batches, {"0": ("output", None, 16 // groups)})
+    assert relative(outputs(new, batches), outputs(model, batches)) < 1e-4
+    assert [part.groups for part in new[0]] == [groups, groups]
+
+
+def test_linear_layers_on_any_number_of_dimensions():
+    model, batches = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), [torch.randn(32, 7, 12)]
+    new, _ = realise(model, batches, {"0": ("output", None, 12), "2": ("output", None, 12)})
+    assert relative(outputs(new, batches), outputs(model, batches)) < 1e-4
+
+
+def test_shared_modules_are_narrowed_once_and_everywhere():
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    model, batches = nn.Sequential(shared, nn.ReLU(), shared, nn.Flatten()), images(16, 8, 6, 6)
+    new, _ = realise(model, batches, {"0": ("tucker", 8, 8)})
+    assert new[0] is new[2]
+    assert relative(outputs(new, batches), outputs(model, batches)) < 1e-3
+
+
+def test_thinning_refits_and_is_better_than_dropping():
+    model, batches = chain(), images(16, 3, 16, 16)
+    new, errors = realise(model, batches, thinned=[Thinning("0", "3", ("1",), 10, 16)])
+    assert (new[0].out_channels, new[1].num_features, new[3].in_channels) == (10, 10, 10)
+    reference = outputs(model, batches)
+    weights = model[3].weight.abs().sum((0, 2, 3))
+    dropped = copy.deepcopy(model)
+    with torch.no_grad():
+        dropped[3].weight[:, weights.topk(6, largest=False).indices] = 0
+    assert relative(outputs(new, batches), reference) < 0.7 * relative(outputs(dropped, batches), reference)
+    assert 0 < errors["3"] < 0.5
+
+
+def test_thinning_goes_through_depthwise_layers_and_flattening():
+    model, batches = chain(), images(16, 3, 16, 16)
+    thinned = [Thinning("3", "9", ("4", "7"), 20, 24), Thinning("9", "13", (), 12, 16)]
+    new, _ = realise(model, batches, thinned=thinned)
+    assert (new[7].groups, new[9].in_channels, new[13].in_features) == (20, 20, 12)
+    assert outputs(new, batches).shape == (64, 10)
+    assert relative(outputs(new, batches), outputs(model, batches)) < 0.2
+
+
+def test_the_bias_is_exact():
+    model, batches = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten()), [x + 3 for x in images(8, 6, 8, 8)]
+    new, _ = realise(model, batches, {"0": ("output", None, 2)})
+    gap = (outputs(new, batches) - outputs(model, batches)).view(-1, 8, 6, 6)
+    assert gap.mean((0, 2, 3)).abs().max() < 1e-5
+    assert gap.abs().max() > 1e-3
+
+
+def test_a_shortcut_mends_what_came_before():
+    model, batches = Residual().eval(), images(32, 3, 10, 10)
+    plain, _ = realise(model, batches, {"stem": ("output", None, 6)})
+    mended, _ = realise(model, batches, {"stem": ("output", None, 6), "conv2": ("output", None, 16)})
+    reference = outputs(model, batches)
+    assert relative(outputs(mended, batches), reference) < relative(outputs(plain, batches), reference)
+
+
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+def test_budgets_are_kept_and_more_of_it_is_better(budget):
+    model, batches = chain(), images(16, 3, 16, 16)
+    before = copy.deepcopy(model.state_dict())
+    used, errors = [], []
+    for share in (0.9, 0.6, 0.4):
+        result = nin.narrow(model, batches, **{budget: share}, options=QUIET)
+        whole, left = getattr(result.report, budget)
+        assert left <= share * whole
+        used.append(left)
+        errors.append(result.report.calibration_error)
+    assert used == sorted(used, reverse=True)
+    assert errors == sorted(errors)
+    assert errors[0] < 0.05
+    assert result.report.macs[0] == nin.cost(model, (1, 3, 16, 16)).macs
+    assert result.report.macs[1] == nin.cost(result.model, (1, 3, 16, 16)).macs
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_the_model_is_plain_and_loads_again(tmp_path):
+    model, batches = nn.Sequential(Residual()).train(), images(32, 3, 10, 10)
+    result = nin.narrow(model, batches, macs=0.5, options=QUIET)
+    assert result.model.training
+    assert {type(m).__module__.split(".")[0] for m in result.model.modules()} <= {"torch", __name__.split(".")[0]}
+    torch.save(result.model.state_dict(), tmp_path / "weights.pt")
+    plan = Plan.from_dict(json.loads(json.dumps(result.plan.to_dict())))
+    assert plan == result.plan
+    again = nin.apply_plan(nn.Sequential(Residual()), plan)
+    again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    torch.testing.assert_close(outputs(again, batches), outputs(result.model, batches))
+
+
+def test_torch_export_agrees():
+    model, batches = Residual(), images(32, 3, 10, 10)
+    new = nin.narrow(model, batches, macs=0.5, options=QUIET).model.eval()
+    exported = torch.export.export(new, (batches[0],)).module()
+    torch.testing.assert_close(exported(batches[0]), new(batches[0]))
+
+
+def test_our_own_networks_become_plain():
+    model = nin.models.nin_digits(normalisation="weight_standardisation")
+    batches = images(32, 1, 8, 8)
+    torch.testing.assert_close(outputs(structure.expand(model), batches), outputs(model, batches))
+    result = nin.narrow(model, batches, macs=0.6, options=QUIET)
+    assert result.report.macs[1] <= 0.6 * result.report.macs[0]
+    assert not any(isinstance(m, nin.MLPConv) for m in result.model.modules())
+    assert result.model.maps(batches[0]).shape == (32, 10, 4, 4)
+    again = nin.apply_plan(nin.models.nin_digits(), result.plan)
+    again.load_state_dict(result.model.state_dict())
+    assert nin.Conv1x1(4, 6, activation="silu", bias=False).to_sequential()(torch.ones(1, 4, 2, 2)).shape == (
+        1,
+        6,
+        2,
+        2,
+    )
+
+
+class Branching(nn.Module):
+    """Control flow that cannot be traced, a layer that is never called, and layers of other kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3)
+        self.unused, self.up = nn.Conv2d(12, 12, 3), nn.ConvTranspose2d(12, 3, 2)
+        self.line, self.tied, self.twin = nn.Conv1d(3, 3, 1), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.twin.weight = self.tied.weight
+        self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+    def forward(self, image, gain=1.0):
+        y = self.b(self.a(image).relu_())
+        if y.sum() > -1e9:
+            y = self.deep(y)
+        y = y + self.twin(self.tied(y.mT.flip(-1)[..., :1].expand(-1, -1, -1, 12)))[..., :1].mT.sum()
+        return {"scores": self.line(self.up(y).flatten(2)) * gain}
+
+
+def test_what_cannot_be_narrowed_is_left_with_a_reason():
+    batches = [{"image": x, "gain": 2.0} for x in images(8, 3, 12, 12)]
+    result = nin.narrow(Branching(), batches, macs=0.8, options=QUIET)
+    reasons = {layer.name: layer.reason for layer in result.report.layers}
+    assert reasons["unused"] == "never called"
+    assert reasons["up"] == "a transposed convolution"
+    assert reasons["line"] == "a convolution in 1 dimensions"
+    assert reasons["deep"].startswith("depthwise")
+    assert reasons["tied"] == reasons["twin"] == "it shares its weight with another layer"
+    assert "cannot be traced" in result.report.notes[0]
+    assert result.model(**batches[0])["scores"].shape == (8, 3, 81)
+    assert not result.plan.thinned
+
+
+@pytest.mark.parametrize(
+    "pack", [lambda x: x, lambda x: (x, torch.zeros(len(x))), lambda x: [x], lambda x: {"input": x}]
+)
+def test_batches_of_any_form(pack):
+    model, batches = chain(), images(8, 3, 16, 16, count=2)
+    plain = nin.narrow(model, batches, macs=0.7, options=QUIET)
+    packed = nin.narrow(model, (pack(x) for x in batches), macs=0.7, options=QUIET)
+    assert packed.plan == plain.plan
+
+
+def test_skipped_layers_stay(tmp_path):
+    options = dataclasses.replace(QUIET, cache=tmp_path / "cache.safetensors")
+    model, batches = chain(), images(16, 3, 16, 16)
+    for _ in range(2):  # the second time from the cache
+        result = nin.narrow(model, batches, macs=0.8, skip=["3", "1?"], options=options)
+        torch.testing.assert_close(result.model[3].weight, model[3].weight)
+        assert result.model[13].weight.shape == (10, 16)
+    assert (tmp_path / "cache.safetensors").exists()
+    # other weights: what was found before does not count
+    other = nin.narrow(chain(), batches, macs=0.8, skip=["3", "1?"], options=options)
+    assert other.report.calibration_error < 1
+
+
+def test_the_cache_gives_the_same_plan(tmp_path):
+    options = dataclasses.replace(QUIET, cache=tmp_path / "cache.safetensors")
+    model, batches = chain(), images(16, 3, 16, 16)
+    first = nin.narrow(model, batches, macs=0.6, options=options)
+    second = nin.narrow(model, batches, macs=0.6, options=options)
+    assert first.plan == second.plan
+    (tmp_path / "cache.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"cache.safetensors is damaged .* remove it"):
+        nin.narrow(model, batches, macs=0.6, options=options)
+
+
+def test_a_dry_run_plans_only():
+    seen = []
+    options = dataclasses.replace(QUIET, dry_run=True, on_progress=lambda what, done, total: seen.append(what))
+    result = nin.narrow(chain(), images(8, 3, 16, 16), macs=0.5, options=options)
+    assert result.report.macs[1] <= 0.5 * result.report.macs[0]
+    assert result.report.calibration_error is None
+    assert "Fitting the layers" not in seen
+    assert "MACs" in str(result.report)
+
+
+def test_latency_is_measured_and_reached():
+    model = nn.Sequential(nn.Conv2d(32, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.Flatten())
+    result = nin.narrow(model, images(8, 32, 16, 16, count=2), latency=0.6, options=NarrowOptions(batch=4))
+    before, after = result.report.latency[4]
+    assert after.median_ms < before.median_ms
+    assert set(result.report.latency) == {1, 4}
+    assert any(layer.latency_ms_after for layer in result.report.layers)
+
+
+def test_accuracy_is_reported_at_every_stage():
+    result = nin.narrow(chain(), images(8, 3, 16, 16), macs=0.6, evaluate=lambda m: 0.5, options=QUIET)
+    assert result.report.accuracy == {"original": 0.5, "raw": 0.5, "corrected": 0.5}
+    json.dumps(result.report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "give exactly one of macs, latency and parameters, got none"),
+        ({"macs": 0.5, "latency": 0.5}, "give exactly one of macs, latency and parameters, got macs=0.5, latency=0.5"),
+        ({"macs": 1.0}, "macs must be a share of the original's, above 0 and below 1, got 1.0"),
+        ({"parameters": True}, "parameters must be a share .* got True"),
+    ],
+)
+def test_wrong_budgets_are_one_line(budget, message):
+    with pytest.raises(ValueError, match=message):
+        nin.narrow(chain(), images(8, 3, 16, 16), **budget)
+
+
+def test_mistakes_are_one_line():
+    model, batches = chain(), images(8, 3, 16, 16)
+    with pytest.raises(UserError, match=r"must have a convolution or fully connected layer to narrow, got one without"):
+        nin.narrow(nn.ReLU(), batches, macs=0.5)
+    with pytest.raises(UserError, match=r"got 1 that cannot be \(0: a convolution in 1 dimensions\)"):
+        nin.narrow(nn.Sequential(nn.Conv1d(3, 3, 1)), [torch.randn(2, 3, 4)], macs=0.5)
+    with pytest.raises(UserError, match=r"must be at least 0\.\d+ of the original, got 0\.001"):
+        nin.narrow(model, batches, macs=0.001, options=QUIET)
+    with pytest.raises(UserError, match="batches must hold at least one batch"):
+        nin.narrow(model, [], macs=0.5)
+    with pytest.raises(UserError, match="a batch must be a tensor"):
+        nin.narrow(model, ["image.png"], macs=0.5)
+    with pytest.raises(UserError, match=r"skip must match a layer's name, got 'layer9\.\*'; layers are 0, 3, 7, 9, 13"):
+        nin.narrow(model, batches, macs=0.5, skip=["layer9.*"])
+    with pytest.raises(ValueError, match="layout must be 'contiguous' or 'channels_last', got 'NHWC'"):
+        NarrowOptions(layout="NHWC")
+
+
+def test_values_that_are_not_finite_name_the_layer():
+    model = chain()
+    with torch.no_grad():
+        model[3].weight[0] = float("nan")
+    with pytest.raises(UserError, match="the result of 3 must be finite, got NaN or infinity"):
+        nin.narrow(model, images(8, 3, 16, 16), macs=0.5)
+
+
+def test_few_images_are_warned_of():
+    with pytest.warns(UserWarning, match=r"see fewer samples than values: \d+ \d+ samples of \d+ values"):
+        result = nin.narrow(chain(), [torch.randn(4, 3, 16, 16)], macs=0.7, options=QUIET)
+    assert torch.isfinite(outputs(result.model, images(4, 3, 16, 16))).all()
+
+
+def test_plans_that_do_not_fit_are_refused():
+    result = nin.narrow(chain(), images(8, 3, 16, 16), macs=0.6, options=QUIET)
+    with pytest.raises(ValueError, match="plan does not fit the model: it has no layer 3"):
+        nin.apply_plan(chain()[:2], result.plan)
+    with pytest.raises(ValueError, match="format_version must be 1, got 9: update nin"):
+        nin.apply_plan(chain(), {**result.plan.to_dict(), "format_version": 9})
+    with pytest.raises(ValueError, match=r"plan must be what Plan\.to_dict wrote"):
+        nin.apply_plan(chain(), {"format_version": 1})
+    values = result.plan.to_dict()
+    values["layers"][0]["form"] = "cube"
+    with pytest.raises(ValueError, match="the form of 0 must be one of keep, output, input, tucker, got 'cube'"):
+        nin.apply_plan(chain(), values)
