@@ -25,7 +25,7 @@ def small(monkeypatch):
     monkeypatch.setitem(CASES, "small", SMALL)
     monkeypatch.setitem(CASES, "small-network", SMALL_NETWORK)
     monkeypatch.setattr("nin.benchmark.runner.SECONDS_PER_CASE", 0.01)
-    monkeypatch.setattr("nin.benchmark.runner._tune_malloc", lambda: "default")  # of this process, for good
+    monkeypatch.setattr("nin.benchmark.runner.keep_freed_memory", lambda: False)  # of this process, for good
 
 
 @pytest.mark.parametrize("make", [SMALL.model, lambda: nin.Inception(8, 4, 4, 4, 2, 3, 5), SMALL_NETWORK.model])
