@@ -100,10 +100,9 @@ _TRACING_ERRORS = (
     fx.proxy.TraceError,
     TypeError,
     ValueError,
-    RuntimeError,
+    RuntimeError,  # NotImplementedError is one
     AttributeError,
     NameError,
-    NotImplementedError,
     AssertionError,
     LookupError,
 )
