@@ -252,7 +252,7 @@ def narrow(
 
 
 @app.command
-def report(run: Path, /, *, page: Path | None = None) -> None:
+def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
     """Write the report of a run folder again.
 
     Parameters
@@ -262,10 +262,14 @@ def report(run: Path, /, *, page: Path | None = None) -> None:
     page
         Write into this folder instead a copy of the page of `nin serve`, with some of the run's test images: it opens
         from the disk, or from any web host.
+    beside
+        With --page: another run folder to look at beside it, as for `nin serve`.
     """
     from nin import terminal
 
-    terminal.report(run, page=page)
+    if beside is not None and page is None:
+        raise UserError("--beside is for the page: nin report RUN --page DIR --beside RUN")
+    terminal.report(run, page=page, beside=beside)
 
 
 @app.command

@@ -192,7 +192,7 @@ def write_report(run: Path, images: data.Data | None) -> Path:
         return reports.write(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
 
 
-def report(run: Path, *, page: Path | None) -> None:
+def report(run: Path, *, page: Path | None, beside: Path | None) -> None:
     """Write the report of a run folder again, or a copy of the page."""
     if page is None:
         results.print(str(write_report(run, None)))
@@ -200,8 +200,12 @@ def report(run: Path, *, page: Path | None) -> None:
     from nin import server  # no other verb needs a web server
 
     with Bar("Writing the page") as bar:
-        index = server.write_copy(run, page, on_progress=lambda text, done, total: bar.update(done, total, text))
-    results.print(str(index))
+        index = server.write_copy(
+            run, page, beside=beside, on_progress=lambda text, done, total: bar.update(done, total, text)
+        )
+    size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
+    words.print(f"{size / 2**20:.1f} MiB: open index.html in a browser, or put the folder on any web host.")
+    results.print(str(index), soft_wrap=True)
 
 
 def serve(run: Path | None, *, beside: Path | None, port: int | None, host: str, browser: bool, device: str) -> None:

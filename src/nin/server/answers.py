@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,11 @@ class Health(BaseModel):
     model: bool = Field(description="whether a run was given")
     beside: bool = Field(description="whether a second run was given, to look at beside the first")
     version: str
+
+    @classmethod
+    def of(cls, runs: int) -> Health:
+        """Return the answer where that many runs are served."""
+        return cls(model=runs > 0, beside=runs > 1, version=version("nin"))
 
 
 class Problem(BaseModel):

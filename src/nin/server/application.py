@@ -77,7 +77,7 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
     @app.get("/api/health")
     async def health() -> answers.Health:
         """Say that the server answers."""
-        return answers.Health(model=bool(service.runs), beside=len(service.runs) > 1, version=version("nin"))
+        return answers.Health.of(len(service.runs))
 
     @app.get("/api/model")
     async def model(number: RunNumber = 0) -> answers.Model:

@@ -120,7 +120,7 @@ class Batcher:
         try:
             self.batches += 1
             parts = [cast(Tensor, job.work) for job in jobs]
-            answer = _classify(classifier, torch.cat(parts))
+            answer = classify(classifier, torch.cat(parts))
             start = 0
             for job, part in zip(jobs, parts, strict=True):
                 rows = slice(start, start + len(part))
@@ -133,7 +133,7 @@ class Batcher:
 
 
 @torch.inference_mode()
-def _classify(classifier: Classifier, pixels: Tensor) -> Answer:
+def classify(classifier: Classifier, pixels: Tensor) -> Answer:
     """Return the answers for images, BATCH at a time."""
     p = classifier.info.preprocessing
     network = cast(Network, classifier.model)

@@ -64,7 +64,7 @@ def activations(model: Network, x: Tensor, index: int, *, sums: bool = False) ->
     find(model, index)
     steps = walk(model)[: index + 1]
     if sums:
-        steps[-1] = dataclasses.replace(steps[-1], layer=dataclasses.replace(steps[-1].layer, activation="none"))
+        steps[-1] = without_activation(steps[-1])
     *_, (_, last) = outputs(steps, x)
     return last.float().cpu()
 
@@ -105,6 +105,11 @@ def outputs(
         for source in (*step.layer.inputs, index):
             if needed.get(source, -1) <= index:
                 del kept[source]
+
+
+def without_activation(step: Step) -> Step:
+    """Return the step that leaves its sums as they are."""
+    return dataclasses.replace(step, layer=dataclasses.replace(step.layer, activation="none"))
 
 
 def apply(step: Step, given: list[Tensor]) -> Tensor:

@@ -34,9 +34,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
     async def dead(number: RunNumber = 0) -> answers.DeadChannels:
         """Name the channels that say nothing on any of the run's test images looked at."""
         run = service.run(number)
-        x, _ = run.looked_at()
-        found = await service.compute(lambda: inspection.dead_channels(run.network, x))
-        return answers.DeadChannels(images=len(x), channels=found)
+        return await service.compute(lambda: dead_channels(run))
 
     @app.post("/api/bottleneck")
     async def bottleneck(
@@ -91,6 +89,12 @@ def sample_images(run: ServedRun) -> answers.SampleImages:
     """Return what the page shows of a run's test images."""
     shown = [answers.SampleImage(label=sample.label, image=sample.uri) for sample in run.samples.shown]
     return answers.SampleImages(state=run.samples.state, reason=run.samples.reason, samples=shown)
+
+
+def dead_channels(run: ServedRun) -> answers.DeadChannels:
+    """Return the channels that are silent on all test images looked at."""
+    x, _ = run.looked_at()
+    return answers.DeadChannels(images=len(x), channels=inspection.dead_channels(run.network, x))
 
 
 def count_right(run: ServedRun, index: int, rank: int) -> answers.Narrowed:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nin.ops import mlpconv
-from nin.server.inspection import AT_ONCE, Network, find, outputs
+from nin.server.inspection import AT_ONCE, Network, find, outputs, without_activation
 from nin.server.layers import walk
 
 # Directions of a layer that are computed: more channels than this make the covariance dear.
@@ -57,7 +57,7 @@ def spectrum(model: Network, x: Tensor, index: int) -> Spectrum:
     if layer.kind != "convolution" or layer.channels > MOST_CHANNELS:
         raise LookupError(f"layer {index}, {layer.name}, is no convolution of at most {MOST_CHANNELS} channels")
     steps = walk(model)[: index + 1]
-    steps[-1] = dataclasses.replace(steps[-1], layer=dataclasses.replace(layer, activation="none"))
+    steps[-1] = without_activation(steps[-1])
     total = torch.zeros(layer.channels, dtype=torch.float64)
     products = torch.zeros(layer.channels, layer.channels, dtype=torch.float64)
     count = pixels = 0
@@ -94,7 +94,7 @@ def narrowed_scores(model: Network, x: Tensor, index: int, found: Spectrum, rank
     """
     steps = walk(model)
     layer = steps[index].layer
-    steps[index] = dataclasses.replace(steps[index], layer=dataclasses.replace(layer, activation="none"))
+    steps[index] = without_activation(steps[index])
 
     def change(place: int, output: Tensor) -> Tensor:
         return rebuild(output, found, rank, layer.activation) if place == index else output

@@ -18,16 +18,18 @@ from nin.errors import UserError
 from nin.server.guarding import Limits, RefusedError
 
 # an image file as the whole body, or several in a form
+_FILE = {"type": "string", "format": "binary"}
 IMAGE_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "image/*": {"schema": _FILE},
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
                     "required": ["images"],
-                    "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "additionalProperties": False,
+                    "properties": {"images": {"type": "array", "minItems": 1, "items": _FILE}},
                 }
             },
         },

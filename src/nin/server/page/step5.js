@@ -1,18 +1,19 @@
 // The bottleneck: 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256, counted, and measured by the server on request.
 
 import { announce, count, element, format, slider, svg } from "./elements.js";
+import * as service from "./server.js";
 import { volume } from "./volume.js";
 
 const PIXELS = 28 * 28;
 const [LEFT, RIGHT, TOP, BOTTOM] = [52, 560, 14, 230];
-const MEASURED = [16, 48, 96, 144, 192, 224, 256];
+const MEASURED = [16, 48, 64, 96, 144, 192, 224, 256];
 
 export const WIDE_MACS = PIXELS * 256 * 256 * 16;
 export const narrowMacs = (r) => PIXELS * (256 * r + r * 256 * 16);
 // 256·r·17 < 256·256·16
 export const STOPS_PAYING = Math.ceil((256 * 16) / 17);
 
-export function bottleneck(figure, { server }) {
+export function bottleneck(figure, { health }) {
   let r = 64;
   const measured = new Map(); // r -> the server's measurement
   const middle = volume({ rows: 14, columns: 14, cell: 6, step: 0.34, cells: false, width: 256, depth: r, label: "r channels" });
@@ -25,7 +26,8 @@ export function bottleneck(figure, { server }) {
   const note = element("p", { class: "quiet" });
   const control = slider({ label: "r:", min: 8, max: 256, step: 1, value: r, onInput: (value) => { r = value; update(); } });
   const one = element("button", { type: "button", class: "main", onclick: () => measure([r]) }, "Measure this r here");
-  const all = element("button", { type: "button", onclick: () => measure(MEASURED) }, "Measure the curve");
+  const all = element("button", { type: "button", onclick: () => measure(MEASURED) }, service.LIVE ? "Measure the curve" : "Show what was measured");
+  const buttons = service.LIVE ? [one, all] : [all];
   const rows = [
     ["form", "multiplications", "milliseconds"],
     [element("span", {}, caption), data.macs, ms.narrow],
@@ -37,14 +39,13 @@ export function bottleneck(figure, { server }) {
     for (const value of values) {
       note.textContent = `measuring r = ${value} …`;
       try {
-        const answer = await fetch(`api/bottleneck?r=${value}`, { method: "POST" });
-        if (!answer.ok) throw new Error((await answer.json()).detail);
-        measured.set(value, await answer.json());
+        measured.set(value, await service.bottleneck(value));
       } catch (error) {
         note.textContent = `This could not be measured: ${error.message}`;
         break;
       }
       update();
+      note.textContent = conditions(measured.get(value));
     }
     one.disabled = all.disabled = false;
   }
@@ -64,16 +65,15 @@ export function bottleneck(figure, { server }) {
     if (here) {
       const faster = here.wide.median_ms / here.narrow.median_ms;
       said.textContent += ` Measured: ${format(faster, 2)} times ${faster > 1 ? "as fast" : "as fast, so it is slower"}.`;
-      note.textContent = `median (20th to 80th percentile) of ${here.narrow.runs} runs in turn, ${here.shape.join("×")}, ${here.dtype}, ${here.memory_format}, ${here.threads} threads, PyTorch ${here.torch}, ${here.device}`;
     }
     const crossing = crossed(measured);
-    if (crossing) said.textContent += ` On this machine it stops paying near r = ${crossing}.`;
+    if (crossing) said.textContent += ` ${service.LIVE ? "On this machine" : "On that machine"} it stops paying near r = ${crossing}.`;
     drawChart(chart, r, measured);
     announce(said.textContent);
   }
 
   figure.append(
-    element("div", { class: "controls" }, control.element, ...(server ? [one, all] : [])),
+    element("div", { class: "controls" }, control.element, ...(health ? buttons : [])),
     element("div", { class: "volumes" },
       element("figure", { class: "part" }, element("figcaption", {}, "256"), end()),
       element("span", { class: "sign" }, "1×1"),
@@ -93,6 +93,10 @@ function table(rows) {
 }
 
 const milliseconds = (timing) => `${format(timing.median_ms, 1)} (${format(timing.low_ms, 1)} to ${format(timing.high_ms, 1)})`;
+
+const conditions = ({ narrow, shape, dtype, memory_format: order, threads, torch, processor }) =>
+  `Milliseconds: median (20th to 80th percentile) of ${narrow.runs} runs in turn, ${shape.join("×")}, ${dtype}, ${order}, ${threads} threads, PyTorch ${torch}, ${processor}`
+  + (service.LIVE ? "." : ", when this copy was written. Measuring on your machine needs nin serve.");
 
 // The first r at which the measured bottleneck is no longer faster, between two measurements; null where it always is.
 export function crossed(measured) {

@@ -3,6 +3,7 @@
 import { announce, calm, element, format, shade, slider } from "./elements.js";
 import { HIDDEN, Learner } from "./learner.js";
 import { loadPhoto, picture } from "./photo.js";
+import { asset } from "./server.js";
 
 const STEPS = 400;
 const RADIUS = 1 / 16; // of the longer side: the circle that is told to be wanted
@@ -107,7 +108,7 @@ export async function colours(figure) {
     state.running = requestAnimationFrame(frame);
   }
 
-  await open(await (await fetch("flower.jpg")).blob());
+  await open(await asset("flower.jpg"));
 }
 
 // The hidden layer: for each of the 8 units its weights for red, green and blue; returns what updates them.
