@@ -419,6 +419,8 @@ def test_the_description_lists_every_operation(client):
         "/api/samples",
         "/api/layers/{index}/weights",
         "/api/layers/{index}/activations",
+        "/api/layers/{index}/spectrum",
+        "/api/layers/{index}/narrowed",
         "/api/dead",
         "/api/bottleneck",
     }

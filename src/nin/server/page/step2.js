@@ -1,6 +1,6 @@
 // Many channels: 6×6×32 ∗ 1×1×32×F, one pixel and one filter spelled out.
 
-import { announce, element, format, number, setNumber, shade, slider } from "./elements.js";
+import { announce, element, format, narrow, number, setNumber, shade, slider } from "./elements.js";
 import { largest } from "./maths.js";
 import { CHANNELS, MOST_FILTERS, SIDE, change, outputs, scene, sum, values, watch, weights } from "./scene.js";
 import { volume } from "./volume.js";
@@ -9,7 +9,7 @@ export function manyChannels(figure) {
   const select = (row, column) => change({ row, column });
   const block = { rows: SIDE, columns: SIDE, cell: 27, step: 1.7, onSelect: select };
   const input = volume({ ...block, depth: CHANNELS, label: "input, 6×6×32" });
-  const output = volume({ ...block, depth: scene.filters, width: MOST_FILTERS, label: "output" });
+  const output = volume({ ...block, depth: scene.filters, room: narrow() ? null : MOST_FILTERS, label: "output" });
   const caption = element("figcaption", {});
   const drawn = { filters: 0, seed: -1, filter: -1 };
   const strip = makeStrip();
@@ -22,9 +22,9 @@ export function manyChannels(figure) {
   figure.append(
     element("div", { class: "controls" }, filters.element, filter.element, again),
     element("div", { class: "volumes" },
-      element("figure", { class: "part" }, element("figcaption", {}, "image 6×6×32"), input.element),
+      element("figure", { class: "part" }, input.element, element("figcaption", {}, "image 6×6×32")),
       element("span", { class: "sign" }, "∗ 1×1×32 ="),
-      element("figure", { class: "part" }, caption, output.element)),
+      element("figure", { class: "part" }, output.element, caption)),
     strip.element);
 
   watch(() => {

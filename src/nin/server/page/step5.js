@@ -5,7 +5,7 @@ import * as service from "./server.js";
 import { volume } from "./volume.js";
 
 const PIXELS = 28 * 28;
-const [LEFT, RIGHT, TOP, BOTTOM] = [52, 560, 14, 230];
+const [LEFT, RIGHT, TOP, BOTTOM] = [68, 576, 14, 230];
 const MEASURED = [16, 48, 64, 96, 144, 192, 224, 256];
 
 export const WIDE_MACS = PIXELS * 256 * 256 * 16;
@@ -16,10 +16,11 @@ export const STOPS_PAYING = Math.ceil((256 * 16) / 17);
 export function bottleneck(figure, { health }) {
   let r = 64;
   const measured = new Map(); // r -> the server's measurement
-  const middle = volume({ rows: 14, columns: 14, cell: 6, step: 0.34, cells: false, width: 256, depth: r, label: "r channels" });
+  const middle = volume({ rows: 14, columns: 14, cell: 6, step: 0.34, cells: false, room: 256, depth: r, label: "r channels" });
   const end = () => volume({ rows: 14, columns: 14, cell: 6, step: 0.34, cells: false, depth: 256, label: "256 channels" }).element;
-  const caption = element("figcaption");
-  const data = { macs: element("data"), saved: element("span") };
+  const form = element("span");
+  const width = element("figcaption");
+  const data = { macs: element("data") };
   const ms = { narrow: element("span", {}, "–"), wide: element("span", {}, "–") };
   const chart = svg("svg", { class: "chart", viewBox: "0 0 640 270", width: 640, height: 270, role: "img" });
   const said = element("p", { class: "said" });
@@ -30,7 +31,7 @@ export function bottleneck(figure, { health }) {
   const buttons = service.LIVE ? [one, all] : [all];
   const rows = [
     ["form", "multiplications", "milliseconds"],
-    [element("span", {}, caption), data.macs, ms.narrow],
+    [form, data.macs, ms.narrow],
     ["256 → 4×4 → 256", count(WIDE_MACS), ms.wide],
   ];
 
@@ -52,7 +53,8 @@ export function bottleneck(figure, { health }) {
 
   function update() {
     middle.setDepth(r);
-    caption.textContent = `256 → 1×1 → ${r} → 4×4 → 256`;
+    width.textContent = `r = ${r}`;
+    form.textContent = `256 → 1×1 → ${r} → 4×4 → 256`;
     data.macs.value = String(narrowMacs(r));
     data.macs.textContent = count(narrowMacs(r));
     const ratio = WIDE_MACS / narrowMacs(r);
@@ -75,11 +77,11 @@ export function bottleneck(figure, { health }) {
   figure.append(
     element("div", { class: "controls" }, control.element, ...(health ? buttons : [])),
     element("div", { class: "volumes" },
-      element("figure", { class: "part" }, element("figcaption", {}, "256"), end()),
+      element("figure", { class: "part" }, end(), element("figcaption", {}, "256")),
       element("span", { class: "sign" }, "1×1"),
-      element("figure", { class: "part" }, element("figcaption", {}, "r"), middle.element),
+      element("figure", { class: "part" }, middle.element, width),
       element("span", { class: "sign" }, "4×4"),
-      element("figure", { class: "part" }, element("figcaption", {}, "256"), end())),
+      element("figure", { class: "part" }, end(), element("figcaption", {}, "256"))),
     table(rows), said, chart, note);
   update();
 }
