@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nin import data, models
     from nin.costs import cost
+    from nin.exporting import export
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, mlpconv
@@ -32,6 +33,7 @@ _HOME = {
     "conv1x1": "nin.ops",
     "cost": "nin.costs",
     "data": "nin",
+    "export": "nin.exporting",
     "load": "nin.prediction",
     "mlpconv": "nin.ops",
     "models": "nin",
@@ -53,6 +55,7 @@ __all__ = [
     "conv1x1",
     "cost",
     "data",
+    "export",
     "load",
     "mlpconv",
     "models",
