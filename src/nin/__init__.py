@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nin import data, models
     from nin.costs import cost
+    from nin.estimator import NiNClassifier
     from nin.exporting import export
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
@@ -27,6 +28,7 @@ _HOME = {
     "Inception": "nin.layers",
     "MLPConv": "nin.layers",
     "NarrowOptions": "nin.narrowing",
+    "NiNClassifier": "nin.estimator",
     "TrainConfig": "nin.recipe",
     "apply_plan": "nin.narrowing",
     "backends": "nin.ops",
@@ -49,6 +51,7 @@ __all__ = [
     "Inception",
     "MLPConv",
     "NarrowOptions",
+    "NiNClassifier",
     "TrainConfig",
     "apply_plan",
     "backends",
