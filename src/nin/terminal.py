@@ -94,6 +94,8 @@ def train(
 ) -> None:
     """Train, write the run folder and its report, and show the result."""
     images = load_data(source, seed=config.seed, **loading)
+    if keeping.resume and training.is_finished(out):
+        words.print(f"{out} is finished; this is its result.")
     result = train_visibly(images, config, out=out, keeping=keeping)
     path = write_report(out, images)
     if as_json:
