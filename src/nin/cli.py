@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -285,6 +285,36 @@ def narrow(
     budget = {name: value for name, value in given.items() if value is not None}
     config = SlimmingConfig(budget, skip, images=images, finetune=finetune, dry_run=dry_run)
     terminal.narrow(run, data, loading={"data_dir": data_dir}, config=config, out=out, as_json=json)
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` or `nin narrow` made.
+    format
+        onnx; pt2, for torch.export.load; or openvino.
+    out
+        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+    preprocessing
+        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+    json
+        Print what was written as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
 
 
 @app.command

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, models, prediction, slimming, training
+from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, slimming, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -248,6 +248,18 @@ def write_report(run: Path, images: data.Data | None) -> Path:
 def report(run: Path) -> None:
     """Write the report of a run folder again."""
     results.print(str(write_report(run, None)))
+
+
+def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_json: bool) -> None:
+    """Write a file for other programs, and say how it was checked."""
+    path = out or run / f"model{exporting.SUFFIXES[format]}"
+    exported = exporting.export(run, path, format=format, preprocessing=preprocessing)
+    if as_json:
+        print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
+        return
+    results.print(str(exported))
+    for key, value in exported.metadata.items():
+        words.print(f"  {key}: {value}")
 
 
 def serve(run: Path | None, *, port: int | None, host: str, browser: bool, device: str) -> None:

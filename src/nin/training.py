@@ -17,7 +17,7 @@ from nin import checkpoint, data, machine, metrics
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
-from nin.learner import Learner
+from nin.learner import Learner, make_model
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
@@ -156,7 +156,8 @@ class _Run:
     ) -> None:
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        self.learner = Learner(images, config)
+        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        self.learner = Learner(lambda: make_model(config, **sizes), config)
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()

@@ -8,7 +8,7 @@ from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load
 from nin.data.named import NAMES
 from nin.data.randomness import epoch_order
-from nin.data.sets import Data, FileSet, Finding, ImageSet
+from nin.data.sets import Data, FileSet, Finding, ImageSet, sensible_shift
 
 __all__ = [
     "EXTENSIONS",
@@ -26,5 +26,6 @@ __all__ = [
     "epoch_order",
     "findings_csv",
     "load",
+    "sensible_shift",
     "to_float",
 ]
