@@ -13,7 +13,12 @@ def draw(mode: str, size: tuple[int, int], kind: str) -> bytes:
     return file.getvalue()
 
 
-IMAGES = [draw("L", (8, 8), "PNG"), draw("RGB", (40, 30), "JPEG"), draw("RGB", (1, 300), "BMP"), draw("L", (9, 9), "TIFF")]
+IMAGES = [
+    draw("L", (8, 8), "PNG"),
+    draw("RGB", (40, 30), "JPEG"),
+    draw("RGB", (1, 300), "BMP"),
+    draw("L", (9, 9), "TIFF"),
+]
 
 schemathesis.openapi.format("binary", st.sampled_from(IMAGES))
 schemathesis.openapi.media_type("image/*", st.sampled_from(IMAGES))

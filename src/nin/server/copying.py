@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel
 
 from nin import data
-from nin.checkpoint import write_atomically
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.ops.reference import activate
 from nin.server import answers, inspection, measuring
 from nin.server.application import predictions
