@@ -84,6 +84,42 @@ def train(
 
 
 @app.command
+def check(
+    data: str,
+    /,
+    *,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    strict: Annotated[bool, Parameter(negative="")] = False,
+    csv: Path | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.
+
+    Parameters
+    ----------
+    data
+        An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+    size
+        Height and width that images would be brought to, in pixels. Chosen from the images if not given.
+    test_fraction
+        Share of each class that would be held out, where the folder has no test images of its own.
+    seed
+        Chooses which.
+    strict
+        Exit with status 1 if an image cannot be read or a training would not begin.
+    csv
+        Write what was found into this file: path, kind, detail.
+    json
+        Print what was found as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.check(data, as_json=json, strict=strict, csv_path=csv, size=size, test_fraction=test_fraction, seed=seed)
+
+
+@app.command
 def demo(*, out: Path = Path("runs/demo"), json: JsonFlag = False) -> None:
     """Do the main job on images that come along: train, test, look, predict, and time a bottleneck.
 
