@@ -1,6 +1,7 @@
 """Looking inside on the page: two runs beside each other, layers narrowed, GoogLeNet, and the copy on a disk."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -247,8 +248,8 @@ def test_inception_modules_are_looked_into(browser, googlenet_run):  # noqa: F81
     x = run.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
     layers = inspection.layers(run.network)
     total = float(inside.locator("[data-paths] [data-sum]").get_attribute("value"))
-    channel = 0
     maps = inspection.activations(run.network, x, len(layers) - 1)[0]
+    channel = int(maps.mean((1, 2)).argmax())  # that of the answer is shown first
     assert total == pytest.approx(maps[channel, maps.shape[1] // 2, maps.shape[2] // 2].item(), abs=1e-4)
     inside.get_by_role("button", name="inception 3a, joined").click()
     inside.locator('[data-channel="17"]').click()
@@ -352,6 +353,22 @@ def test_saved_and_server_offer_the_same():
     }
     names = [set(bundling.exports(files[name])) for name in ("server.js", "saved.js")]
     assert names[0] == names[1]
+
+
+def test_no_module_imports_or_exports_what_nobody_uses():
+    files = {a.strip("/"): c.decode() for a, (_, c) in server.pages.read_page().items() if a.endswith(".js")}
+    imported = set()
+    for name, text in files.items():
+        for found in bundling.IMPORT.finditer(text):
+            names = [part.split(" as ") for part in (found["names"] or "").strip().split(", ") if part]
+            imported |= {(found["module"], first) for first, *_ in names}
+            for local in [found["whole"]] if found["whole"] else [names[-1] for names in names]:
+                assert len(re.findall(rf"\b{local}\b", text)) > 1, f"{name} does not use {local}"
+                if found["whole"]:
+                    imported |= {(found["module"], one) for one in re.findall(rf"\b{local}\.(\w+)", text)}
+    for name, text in files.items():
+        unused = {one for one in bundling.exports(text) if (name, one) not in imported}
+        assert unused == set() or name == "saved.js", f"{name} exports {unused} to nobody"
 
 
 def test_bundling_keeps_names_and_order():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-_IMPORT = re.compile(
+IMPORT = re.compile(
     r'^import (?:\{(?P<names>[^}]*)\}|\* as (?P<whole>\w+)) from "\./(?P<module>[\w.-]+)";\n', re.MULTILINE
 )
 _EXPORT = re.compile(r"^export (?=(?:async function|function|class|const) (\w+))", re.MULTILINE)
@@ -35,7 +35,7 @@ def bundle(start: str, read: Callable[[str], str], instead: Mapping[str, str] | 
         if name in done:
             return
         text = read(name)
-        for found in _IMPORT.finditer(text):
+        for found in IMPORT.finditer(text):
             add(_instead(found["module"], instead), (*above, name))
         done.add(name)
         written.append(_module(name, text, instead))
@@ -53,7 +53,7 @@ def _module(name: str, text: str, instead: Mapping[str, str] | None) -> str:
             return f"const {found['whole']} = {source};\n"
         return f"const {{{found['names'].replace(' as ', ': ')}}} = {source};\n"
 
-    body = _EXPORT.sub("", _IMPORT.sub(bind, text))
+    body = _EXPORT.sub("", IMPORT.sub(bind, text))
     if left := _LEFT.search(body):
         raise ValueError(f"{name}: this cannot be bundled: {left[0]}")
     return f"// {name}\nconst {_identifier(name)} = (() => {{\n{body}return {{ {', '.join(exports(text))} }};\n}})();\n"

@@ -23,6 +23,7 @@ from nin.server.guarding import Limits
 from nin.server.layers import walk
 from nin.server.looking import dead_channels, sample_images
 from nin.server.pages import read_page
+from nin.server.samples import NOT_HERE
 from nin.server.service import ServedRun, Service
 
 # Of the files with what the layers make of the images; at least one image is written.
@@ -87,7 +88,8 @@ def _wait_for_images(service: Service) -> None:
     for run in service.runs:
         run.samples.thread.join()
         if run.samples.state != "ready":
-            raise UserError(f"a copy of the page needs the test images of {run.description.run}: {run.samples.reason}")
+            reason = run.samples.reason.removeprefix(NOT_HERE)
+            raise UserError(f"a copy of the page needs the test images of {run.description.run}: {reason}")
 
 
 def _page_files() -> Iterator[tuple[str, str | bytes]]:

@@ -17,6 +17,7 @@ from nin.data.named import cache_folder
 from nin.errors import UserError
 
 SHOWN = 24
+NOT_HERE = "the test images are not here: "
 # Images that statistics are made of, such as which channels are dead; fewer where images are large.
 MOST_LOOKED_AT, FEWEST_LOOKED_AT = 256, 32
 
@@ -60,7 +61,7 @@ class Samples:
             evenly = torch.linspace(0, len(images.test) - 1, looked_at(images)).long()
             self.labels, self.pixels = images.test.labels[evenly], images.test.fetch(evenly)
         except (UserError, OSError) as error:
-            self.reason, self.state = f"the test images are not here: {error}", "none"
+            self.reason, self.state = f"{NOT_HERE}{error}", "none"
         else:
             self.state = "ready"
 

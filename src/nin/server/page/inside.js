@@ -78,6 +78,7 @@ class Inside {
   // The second look follows the first where two runs are beside each other.
   async opened(look) {
     const [first, second] = this.looks;
+    if (this.block.hidden) this.channel = this.network.model.classes.indexOf(look.answer.label); // the map that counts most
     if (this.beside && look === first) await second.open(first.image);
     else await this.update();
   }

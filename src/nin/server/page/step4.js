@@ -6,8 +6,8 @@ import { volume } from "./volume.js";
 const SIDE = 28;
 const DEPTH = 192;
 
-export const multiplications = (filters) => SIDE * SIDE * DEPTH * filters;
-export const parameters = (filters) => DEPTH * filters + filters;
+const multiplications = (filters) => SIDE * SIDE * DEPTH * filters;
+const parameters = (filters) => DEPTH * filters + filters;
 
 export function shrinking(figure) {
   const block = { rows: SIDE, columns: SIDE, cell: 5.2, step: 0.72, cells: false, room: DEPTH };

@@ -9,7 +9,7 @@ const SIDE = 8;
 const KERNEL = 5;
 
 // All layers of the little network for an image of 64 numbers from 0 to 1.
-export function forward(layers, image) {
+function forward(layers, image) {
   const [first, second, last] = layers.map(({ weight, bias }) => ({ weight: weight.flat(), bias }));
   const seen = convolve(image, SIDE, SIDE, first.weight, first.bias, KERNEL);
   const thought = conv1x1(seen, first.bias.length, second.weight, second.bias);

@@ -4,6 +4,22 @@ import { moved, svg, tint } from "./elements.js";
 
 const path = (points) => `M${points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`;
 
+// Top, side and front, and the edges of the channels between.
+function drawFaces(wide, high, depth, step) {
+  const back = depth * step;
+  const drawn = [
+    svg("path", { class: "face", d: path([[0, 0], [back, -back], [wide + back, -back], [wide, 0]]) }),
+    svg("path", { class: "face", d: path([[wide, 0], [wide + back, -back], [wide + back, high - back], [wide, high]]) }),
+    svg("path", { class: "face", d: path([[0, 0], [wide, 0], [wide, high], [0, high]]) }),
+  ];
+  const every = Math.max(1, Math.ceil(2.2 / step)); // edges nearer than this run together
+  for (let i = every; i < depth; i += every) {
+    const b = i * step;
+    drawn.push(svg("polyline", { class: "layer", fill: "none", points: `${b},${-b} ${wide + b},${-b} ${wide + b},${high - b}` }));
+  }
+  return drawn;
+}
+
 // cell: side of a pixel, step: how far back a channel lies, both in the drawing's units. room: the depth that the drawing
 // leaves room for; without it the drawing grows with the block.
 export function volume({ rows, columns, depth, cell, step, label, cells = true, onSelect = null, room = null }) {
@@ -37,18 +53,7 @@ export function volume({ rows, columns, depth, cell, step, label, cells = true, 
   };
   const setDepth = (value) => {
     depth = value;
-    const back = depth * step;
-    const drawn = [
-      svg("path", { class: "face", d: path([[0, 0], [back, -back], [wide + back, -back], [wide, 0]]) }),
-      svg("path", { class: "face", d: path([[wide, 0], [wide + back, -back], [wide + back, high - back], [wide, high]]) }),
-      svg("path", { class: "face", d: path([[0, 0], [wide, 0], [wide, high], [0, high]]) }),
-    ];
-    const every = Math.max(1, Math.ceil(2.2 / step));
-    for (let i = every; i < depth; i += every) {
-      const b = i * step;
-      drawn.push(svg("polyline", { class: "layer", fill: "none", points: `${b},${-b} ${wide + b},${-b} ${wide + b},${high - b}` }));
-    }
-    faces.replaceChildren(...drawn);
+    faces.replaceChildren(...drawFaces(wide, high, depth, step));
     size();
   };
   // Draws the column of a pixel through the block, or the part of it from one channel to another.
