@@ -70,7 +70,9 @@ class Preprocessing:
             raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {self.size}, {self.channels}")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std must have {self.channels} numbers, got {self.mean} and {self.std}")
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not all(n > 0 for n in self.std):
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not all(
+            n > 0 for n in self.std
+        ):
             raise ValueError(f"mean and std must be finite and std positive, got {self.mean} and {self.std}")
 
 

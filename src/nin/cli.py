@@ -44,8 +44,8 @@ def train(
     Parameters
     ----------
     data
-        "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), or mnist, fashion-mnist,
-        cifar10, cifar100, svhn.
+        "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), WebDataset shards (a folder
+        or a pattern of tar files), or mnist, fashion-mnist, cifar10, cifar100, svhn.
     out
         The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
     data_dir
@@ -117,6 +117,40 @@ def check(
     from nin import terminal
 
     terminal.check(data, as_json=json, strict=strict, csv_path=csv, size=size, test_fraction=test_fraction, seed=seed)
+
+
+@app.command
+def shards(
+    data: str,
+    /,
+    *,
+    out: Path,
+    images_per_shard: int = 10_000,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.
+
+    Parameters
+    ----------
+    data
+        An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+    out
+        The folder to make: train-000000.tar, …, test-000000.tar, …, and nin-shards.json with the classes.
+    images_per_shard
+        At most so many images in a shard.
+    test_fraction
+        Share of each class for the test shards, where the folder has no test images of its own.
+    seed
+        Of the order of the images, and of what is held out.
+    json
+        Print the names of the shards as JSON on standard output.
+    """
+    from nin import terminal
+
+    options = {"images_per_shard": images_per_shard, "test_fraction": test_fraction, "seed": seed}
+    terminal.shards(data, out, as_json=json, **options)
 
 
 @app.command

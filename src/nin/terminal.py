@@ -174,6 +174,18 @@ def show_check(found: data.Check) -> None:
         words.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
 
 
+def shards(source: str, out: Path, *, as_json: bool, **options: Any) -> None:
+    """Write an image folder as shards."""
+    with Bar(f"Reading {source}") as bar:
+        written = data.write_shards(
+            source, out, on_progress=lambda text, done, total: bar.update(done, total, text), **options
+        )
+    if as_json:
+        print_json({"shards": [str(path) for path in written]})
+    else:
+        words.print(f"{len(written):,} shards in {out}\nUse them:  nin train {out} --out RUN")
+
+
 def train_visibly(
     images: data.Data, config: TrainConfig, *, out: Path, keeping: training.Keeping | None = None
 ) -> training.TrainResult:

@@ -8,7 +8,9 @@ from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load
 from nin.data.named import NAMES
 from nin.data.randomness import epoch_order
-from nin.data.sets import Data, FileSet, Finding, ImageSet, sensible_shift
+from nin.data.sets import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, sensible_shift
+from nin.data.sharding import write_shards
+from nin.data.shards import ShardSet, is_shards, open_shards
 
 __all__ = [
     "EXTENSIONS",
@@ -16,16 +18,22 @@ __all__ = [
     "NAMES",
     "Check",
     "Data",
+    "DecodedSet",
     "FileSet",
     "Finding",
     "ImageSet",
+    "PathList",
+    "ShardSet",
     "augment",
     "batches",
     "check",
     "decode",
     "epoch_order",
     "findings_csv",
+    "is_shards",
     "load",
+    "open_shards",
     "sensible_shift",
     "to_float",
+    "write_shards",
 ]
