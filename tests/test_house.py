@@ -24,7 +24,7 @@ FLOORS = [
     {"narrowing"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "slimming"},
+    {"report", "server", "estimator", "slimming", "tabulation"},
     {"terminal"},
     {"demonstration"},
     {"cli"},

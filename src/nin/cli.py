@@ -179,6 +179,8 @@ def predict(
     device: str = "cpu",
     json: JsonFlag = False,
     csv: Path | None = None,
+    parquet: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
     maps: Path | None = None,
 ) -> None:
     """Classify images with a trained network.
@@ -188,7 +190,7 @@ def predict(
     run
         The folder that `nin train` made.
     images
-        Image files; a folder stands for all images in it.
+        Image files; a folder stands for all images in it. Or one folder, pattern or URL of WebDataset shards.
     top
         How many classes to show for each image.
     device
@@ -196,13 +198,24 @@ def predict(
     json
         Print the predictions as JSON on standard output.
     csv
-        Write the predictions, with the probability of every class, into this file.
+        Write the predictions, with the probability of every class, into this file, however many there are.
+    parquet
+        The same as a Parquet file.
+    resume
+        Go on with the file where an interrupted command stopped.
     maps
         Write into this folder, for each image, where in it the evidence for its class lies.
     """
     from nin import terminal
 
-    terminal.predict(run, images, top=top, device=device, as_json=json, csv_path=csv, maps=maps)
+    if csv is not None and parquet is not None:
+        raise UserError("give --csv or --parquet, not both")
+    if resume and csv is None and parquet is None:
+        raise UserError("--resume goes on with a file: give --csv FILE or --parquet FILE")
+    if parquet is not None and parquet.suffix != ".parquet":
+        raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
+    table = csv or parquet
+    terminal.predict(run, images, top=top, device=device, as_json=json, table=table, resume=resume, maps=maps)
 
 
 @app.command

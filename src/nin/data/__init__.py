@@ -4,6 +4,7 @@ from nin.data.augmentation import augment, to_float
 from nin.data.batching import batches
 from nin.data.checking import Check, check
 from nin.data.findings import MEANINGS, findings_csv
+from nin.data.folder import images_below
 from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load
 from nin.data.named import NAMES
@@ -30,6 +31,7 @@ __all__ = [
     "decode",
     "epoch_order",
     "findings_csv",
+    "images_below",
     "is_shards",
     "load",
     "open_shards",
