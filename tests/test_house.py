@@ -25,7 +25,7 @@ FLOORS = [
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
     {"report", "server", "estimator", "slimming"},
-    {"terminal"},
+    {"terminal", "hub"},
     {"demonstration"},
     {"cli"},
     {"__main__"},
