@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
+from nin.tables import html_table
 
 BATCH = 64
+
+# A notebook shows so many classes of a prediction.
+SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +32,18 @@ class Prediction:
         label: the most probable class.
         confidence: its probability.
         probabilities: of every class, in the order of the network's classes; they add up to 1.
+        classes: the names of the classes, in that order.
     """
 
     label: str
     confidence: float
     probabilities: tuple[float, ...]
+    classes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        named = zip(self.probabilities, self.classes, strict=True) if self.classes else [(self.confidence, self.label)]
+        best = sorted(named, reverse=True)[:SHOWN]
+        return html_table([("class", "probability"), *((name, f"{100 * share:.1f} %") for share, name in best)])
 
 
 class Classifier:
@@ -75,7 +86,7 @@ class Classifier:
     def _prediction(self, probabilities: Tensor) -> Prediction:
         best = int(probabilities.argmax())
         values = tuple(probabilities.tolist())
-        return Prediction(self.classes[best], values[best], values)
+        return Prediction(self.classes[best], values[best], values, self.classes)
 
     def scores(self, images: Any) -> Tensor:
         """Return the scores before the softmax, (N, classes), float32. The arguments are those of `predict`."""
