@@ -24,7 +24,7 @@ FLOORS = [
     {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "slimming"},
+    {"report", "server", "estimator", "slimming", "tabulation"},
     {"terminal", "hub"},
     {"demonstration"},
     {"cli"},

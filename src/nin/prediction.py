@@ -122,12 +122,21 @@ class Classifier:
             maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
         return maps
 
+    def score_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the scores, (N, classes), of decoded images: uint8 (N, channels, size, size) of the preprocessing."""
+        with torch.inference_mode():
+            return self.model(self._input(pixels)).float().cpu()
+
     def _inputs(self, images: Any) -> Iterator[Tensor]:
         """Yield batches of the network's input."""
         p = self.info.preprocessing
         for batch in _batches_of_pixels(images, size=p.size, channels=p.channels):
             with torch.inference_mode():
-                yield data.to_float(batch.to(self.device), p.mean, p.std)
+                yield self._input(batch)
+
+    def _input(self, pixels: Tensor) -> Tensor:
+        p = self.info.preprocessing
+        return data.to_float(pixels.to(self.device), p.mean, p.std)
 
 
 def load(run: str | Path, *, device: str = "cpu") -> Classifier:
