@@ -105,7 +105,7 @@ Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* 
   direct_out_ = y_.c == size;
   choose_tiles(threads);
   place_taps();
-  streams_ = direct_out_ && writes_past_caches();
+  streams_ = direct_out_ && !by_columns_ && writes_past_caches();
 }
 
 bool Forward::writes_past_caches() const {
@@ -320,6 +320,9 @@ void Forward::run_tile(int64_t task, char* scratch) const {
   const Tile t = tile_of(cut_, task);
   Grid a = input(t, scratch);
   for (size_t i = 0; i < layers_.size(); ++i) a = apply(i, t, a, scratch + input_bytes_, panels(i));
+#if NIN_X86
+  if (streams_) __builtin_ia32_sfence();  // before another thread reads what was written past the caches
+#endif
 }
 
 nin_status Forward::run(const nin_pool& pool) const {
