@@ -1,6 +1,6 @@
 """Train with the compiled kernel and with the reference from the same seed: ``python curves.py DATA_DIR``.
 
-DATA_DIR holds FashionMNIST/raw. 10,000 of its images, two epochs, batches of 128, the default recipe, one thread, in
+DATA_DIR holds FashionMNIST/raw. 4,000 of its images, two epochs, batches of 128, the default recipe, one thread, in
 float32 and in bf16; each training is a process of its own, because the instruction set is chosen when nin is imported.
 Writes curves.json (the loss of every step, and the accuracy on 2,000 test images) and curves.png beside this file.
 """
@@ -22,7 +22,7 @@ from nin import data
 from nin.machine import processor_name
 
 FOLDER = Path(__file__).parent
-IMAGES, TEST_IMAGES = 10_000, 2_000
+IMAGES, TEST_IMAGES = 4_000, 2_000
 KERNELS = {"kernel": "", "reference": "reference"}  # NIN_CPU_ISA
 
 
