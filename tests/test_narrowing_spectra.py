@@ -33,12 +33,13 @@ def test_output_form_is_the_best_of_its_rank():
     x, xx, weight = problem()
     y = weight @ x
     form = spectra.output_form(weight @ xx @ weight.T, plain_roots(6))
+    losses = spectra.output_losses(weight @ xx @ weight.T, plain_roots(6)[0])
     left, strengths, right = torch.linalg.svd(y, full_matrices=False)
     for rank in range(1, 7):
         u, v = form.bases(rank, plain_roots(6)[0])
         best = left[:, :rank] * strengths[:rank] @ right[:rank]  # Eckart, Young: nothing of this rank is nearer
         torch.testing.assert_close(mean_error(y, u @ v @ y), mean_error(y, best), atol=1e-10, rtol=1e-8)
-        torch.testing.assert_close(form.losses()[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(losses[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
 
 
 def test_weighted_output_form_is_the_best_in_its_own_measure():
@@ -66,9 +67,11 @@ def test_fit_is_least_squares_and_the_weight_where_nothing_changed():
 def input_error(x, xx, weight, rank, roots=None):
     roots = roots or plain_roots(len(weight))
     directions = spectra.input_directions(weight, xx, 4, roots[0])
-    form = spectra.input_form(weight, xx, 4, directions, rank)
-    seen = torch.einsum("ri,itm->rtm", form.projection, x.view(-1, 4, x.shape[1])).flatten(0, 1)
-    return mean_error(weight @ x, form.core @ seen), form
+    form = spectra.InputForm(weight, xx, 4, directions)
+    projection, core = form.layers(rank)
+    y = core @ torch.einsum("ri,itm->rtm", projection, x.view(-1, 4, x.shape[1])).flatten(0, 1)
+    torch.testing.assert_close(form.fitted(rank), y @ y.T / x.shape[1])
+    return mean_error(weight @ x, y), form
 
 
 def test_input_form_loses_less_with_every_rank_and_nothing_at_full_rank():

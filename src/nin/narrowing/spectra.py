@@ -30,7 +30,7 @@ def fit(weight: Tensor, xx: Tensor, yx: Tensor, ridge: float = RIDGE) -> Tensor:
     ``A = W + (Cov(y, x) - W C) (C + εI)⁻¹``; W where y is exactly W x.
     """
     missing = yx - weight @ xx
-    return weight + torch.linalg.solve(with_ridge(xx, ridge), missing.mT).mT
+    return weight + torch.cholesky_solve(missing.mT, cholesky(xx, ridge)).mT
 
 
 def root(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +47,7 @@ class OutputForm:
     """The spectrum of a layer's weighted result; see `output_form`."""
 
     vectors: Tensor  # (C_out, C_out), the strongest direction first
-    values: Tensor  # (C_out,)
     unweighted: Tensor  # the inverse root of G
-
-    def losses(self) -> Tensor:
-        """Return what is lost by keeping 0, 1, … C_out directions: (C_out + 1,)."""
-        tail = self.values.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
 
     def bases(self, rank: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (U, V) of shapes (C_out, rank) and (rank, C_out): ``ŷ = U V y``."""
@@ -68,21 +62,23 @@ def output_form(yy: Tensor, roots: tuple[Tensor, Tensor]) -> OutputForm:
         yy: Cov(y), (C_out, C_out).
         roots: the root of G and its inverse.
     """
-    values, vectors = torch.linalg.eigh(roots[0] @ yy @ roots[0])
-    return OutputForm(vectors.flip(1), values.flip(0).clamp_min(0), roots[1])
+    _, vectors = torch.linalg.eigh(roots[0] @ yy @ roots[0])
+    return OutputForm(vectors.flip(1), roots[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class InputForm:
-    """The layer that is left behind a 1×1 convolution; see `input_form`."""
+def output_losses(yy: Tensor, weights: Tensor) -> Tensor:
+    """Return what `output_form` loses by keeping 0, 1, … C_out directions: (C_out + 1,).
 
-    projection: Tensor  # P (rank, C_in)
-    core: Tensor  # Â (C_out, rank · k²)
-    fitted: Tensor  # Cov(Â q), (C_out, C_out)
+    Args:
+        yy: Cov(y), (C_out, C_out).
+        weights: the root of G.
+    """
+    values = torch.linalg.eigvalsh(weights @ yy @ weights).clamp_min(0)  # ascending
+    return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
 
 
 def input_directions(weight: Tensor, xx: Tensor, taps: int, weights: Tensor) -> Tensor:
-    """Return directions of the input channels, the most useful first, orthonormal rows after a cut by `input_form`.
+    """Return directions of the input channels, the most useful first, for `InputForm`.
 
     ``V`` = left singular vectors of ``Σ^½ W₍I₎``, with Σ the covariance of the channels and W₍I₎ (C_in, C_out · k²);
     the rows of ``Vᵀ Σ^-½``.
@@ -97,18 +93,48 @@ def input_directions(weight: Tensor, xx: Tensor, taps: int, weights: Tensor) -> 
     return left.flip(1).mT @ (vectors * values.rsqrt()) @ vectors.mT
 
 
-def input_form(weight: Tensor, xx: Tensor, taps: int, directions: Tensor, rank: int) -> InputForm:
-    """Return the best layer behind a 1×1 convolution to ``rank`` channels.
+class InputForm:
+    """The best layers behind a 1×1 convolution, for every number of channels that it may leave.
 
-    On ``q = P ∗ x``: ``Q = Cov(q)``, ``T = Cov(y, q)``, ``Â = T Q⁻¹``.
+    On ``q = P ∗ x``: ``Q = Cov(q)``, ``T = Cov(y, q)``, ``Â = T Q⁻¹``. The rows of P are orthonormal, and those of a
+    lower rank come first, so that one Cholesky decomposition ``Q = L Lᵀ`` serves all ranks: with ``Z = L⁻¹ Tᵀ``,
+    ``Cov(Â q)`` is the product of Z's first ``rank · k²`` rows with themselves.
+
+    Args:
+        weight: (C_out, C_in · k²).
+        xx: covariance of the patches.
+        taps: k².
+        directions: from `input_directions`.
     """
-    channels = xx.shape[0] // taps
-    projection = torch.linalg.qr(directions[:rank].mT).Q.mT  # only the space that the rows span matters
-    px = torch.einsum("ri,iad->rad", projection, xx.view(channels, taps, -1)).reshape(rank * taps, -1)
-    pxp = torch.einsum("dia,ri->dra", px.view(rank * taps, channels, taps), projection).reshape(rank * taps, -1)
-    cross = weight @ px.mT  # T (C_out, rank · k²)
-    core = torch.linalg.solve(with_ridge(pxp, 1e-9), cross.mT).mT
-    return InputForm(projection, core, core @ pxp @ core.mT)
+
+    def __init__(self, weight: Tensor, xx: Tensor, taps: int, directions: Tensor) -> None:
+        channels = xx.shape[0] // taps
+        self.taps = taps
+        self.directions = torch.linalg.qr(directions.mT).Q.mT  # only the space that the rows span matters
+        px = (self.directions @ xx.view(channels, -1)).view(channels * taps, -1)
+        q = (self.directions @ px.mT.reshape(channels, -1)).view(channels * taps, -1)
+        self.lower = cholesky((q + q.mT) / 2, 1e-9)
+        self.solved = torch.linalg.solve_triangular(self.lower, px @ weight.mT, upper=False)  # Z (C_in · k², C_out)
+
+    def fitted(self, rank: int) -> Tensor:
+        """Return ``Cov(Â q)``, (C_out, C_out), behind ``rank`` channels."""
+        z = self.solved[: rank * self.taps]
+        return z.mT @ z
+
+    def layers(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return P (rank, C_in) and Â (C_out, rank · k²)."""
+        size = rank * self.taps
+        core = torch.linalg.solve_triangular(self.lower[:size, :size].mT, self.solved[:size], upper=True)
+        return self.directions[:rank], core.mT
+
+
+def cholesky(covariance: Tensor, ridge: float) -> Tensor:
+    """Return L of ``C + εI = L Lᵀ``: ε is ``ridge`` times the mean variance, or ten times as much until it succeeds."""
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(with_ridge(covariance, ridge))
+        if not int(failed):
+            return lower
+        ridge *= 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +173,7 @@ def eliminate(weight: Tensor, xx: Tensor, taps: int, weights: Tensor, least: int
         The step is that of optimal brain surgeon, with one layer's exact quadratic error: Hassibi, Stork, Wolff:
         Optimal brain surgeon and general network pruning, 1993.
     """
-    inverse = torch.linalg.inv(with_ridge(xx))
+    inverse = torch.cholesky_inverse(cholesky(xx, RIDGE))
     coefficients = weights @ weight
     alive = list(range(xx.shape[0] // taps))
     chunk = max(1, len(alive) // 64 if len(alive) > 128 else 1)
