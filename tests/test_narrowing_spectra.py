@@ -123,3 +123,16 @@ def test_elimination_in_chunks_is_near_the_exact_one(monkeypatch):
     assert len(path.order) == 180
     assert len(path.losses) == 181
     assert list(path.losses) == sorted(path.losses)
+
+
+def test_balancing_keeps_what_a_chain_gives_and_evens_the_scales():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 1e-6
+    core = torch.randn(4, 3 * 9, generator=generator, dtype=torch.float64) * 1e3
+    last = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    before = torch.einsum("ps,srt,ri->pit", last, core.view(4, 3, 9), first)
+    one, two, three = spectra.balance([first, core, last])
+    torch.testing.assert_close(torch.einsum("ps,srt,ri->pit", three, two.view(4, 3, 9), one), before)
+    torch.testing.assert_close(two.norm(dim=1), three.norm(dim=0))
+    assert 0.1 < float(one.norm() / two.norm()) < 10
+    assert spectra.balance([first * 0, core])[0].isfinite().all()  # a channel that is never used

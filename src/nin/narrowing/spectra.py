@@ -93,6 +93,23 @@ def input_directions(weight: Tensor, xx: Tensor, taps: int, weights: Tensor) -> 
     return left.flip(1).mT @ (vectors * values.rsqrt()) @ vectors.mT
 
 
+def balance(matrices: list[Tensor]) -> list[Tensor]:
+    """Return the matrices of a chain of layers with the channels between two of them at the same scale on both sides.
+
+    The first is (r₁, C_in), each following one (rₙ₊₁, rₙ · taps). What a chain gives stays; without it G's scale
+    would be in one layer and its inverse in the next, and no learning rate would suit both.
+    """
+    matrices = list(matrices)
+    for i in [*range(len(matrices) - 1)] * 3:  # what balances one pair disturbs the next a little
+        rank = len(matrices[i])
+        after = matrices[i + 1].view(len(matrices[i + 1]), rank, -1)
+        scale = (after.norm(dim=(0, 2)) / matrices[i].norm(dim=1).clamp_min(1e-300)).sqrt()
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+        matrices[i] = matrices[i] * scale[:, None]
+        matrices[i + 1] = (after / scale[None, :, None]).reshape(len(after), -1)
+    return matrices
+
+
 class InputForm:
     """The best layers behind a 1×1 convolution, for every number of channels that it may leave.
 
@@ -175,26 +192,44 @@ def eliminate(weight: Tensor, xx: Tensor, taps: int, weights: Tensor, least: int
     """
     inverse = torch.cholesky_inverse(cholesky(xx, RIDGE))
     coefficients = weights @ weight
-    alive = list(range(xx.shape[0] // taps))
-    chunk = max(1, len(alive) // 64 if len(alive) > 128 else 1)
+    alive = torch.arange(xx.shape[0] // taps, device=xx.device)
+    left = torch.ones_like(alive, dtype=torch.bool)  # those that are gone stay as zeros until it pays to move the rest
+    remaining, chunk = len(alive), _chunk(len(alive), taps)
     order: list[int] = []
     losses = [0.0]
-    while len(alive) > least:
-        count = len(alive)
-        blocks = inverse.view(count, taps, count, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, k², k²)
-        parts = coefficients.view(-1, count, taps).permute(1, 2, 0)  # (count, k², C_out)
-        scores = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
-        going = scores.topk(min(chunk, count - least), largest=False).indices
+    while remaining > least:
+        going = _least_missed(inverse, coefficients, left, taps, min(chunk, remaining - least))
         gone = (going[:, None] * taps + torch.arange(taps, device=going.device)).flatten()
-        mask = torch.ones(count * taps, dtype=torch.bool, device=going.device)
-        mask[gone] = False
-        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, mask])  # (gone, rest)
-        lost = coefficients[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], coefficients[:, gone].mT)
-        coefficients = coefficients[:, mask] - coefficients[:, gone] @ solved
-        inverse = inverse[mask][:, mask] - inverse[mask][:, gone] @ solved
+        block, taken = inverse[gone][:, gone], coefficients[:, gone]
+        lost = taken @ torch.linalg.solve(block, taken.mT)
+        solved = torch.linalg.solve(block, inverse[gone])  # (gone, all)
+        coefficients.addmm_(taken, solved, alpha=-1)
+        inverse.addmm_(inverse[:, gone], solved, alpha=-1)
+        coefficients[:, gone] = inverse[:, gone] = inverse[gone] = 0
+        inverse[gone, gone] = 1
+        left[going], remaining = False, remaining - len(going)
         before, after = losses[-1], losses[-1] + float(lost.trace())
         # within a chunk the loss is laid out evenly
         losses += [before + (after - before) * (i + 1) / len(going) for i in range(len(going))]
-        order += [alive[i] for i in going.tolist()]
-        alive = [c for i, c in enumerate(alive) if i not in set(going.tolist())]
+        order += alive[going].tolist()
+        if remaining <= 0.75 * len(left):
+            values = left.repeat_interleave(taps)
+            inverse, coefficients = inverse[values][:, values], coefficients[:, values]
+            alive, left = alive[left], left[left]
     return Elimination(tuple(order), tuple(losses))
+
+
+def _chunk(channels: int, taps: int) -> int:
+    """Return how many channels go at a time."""
+    if channels <= 128:
+        return 1
+    return max(1, channels // (32 if channels * taps > 2000 else 64))
+
+
+def _least_missed(inverse: Tensor, coefficients: Tensor, left: Tensor, taps: int, count: int) -> Tensor:
+    """Return the positions of the channels whose loss the others make up for best."""
+    total = len(left)
+    blocks = inverse.view(total, taps, total, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (total, k², k²)
+    parts = coefficients.view(-1, total, taps).permute(1, 2, 0)  # (total, k², C_out)
+    scores = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return scores.masked_fill(~left, torch.inf).topk(count, largest=False).indices
