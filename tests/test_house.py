@@ -18,7 +18,7 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors"},
-    {"ops", "data", "recipe", "timing", "machine"},
+    {"ops", "data", "descent", "recipe", "timing", "machine"},
     {"layers"},
     {"models"},
     {"narrowing"},

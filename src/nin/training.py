@@ -17,8 +17,8 @@ from nin import checkpoint, data, machine
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
-from nin.learner import Learner
-from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
+from nin.learner import Learner, Network
+from nin.recipe import TrainConfig, learning_rate
 
 # Of each epoch's row, what metrics.csv holds: it is the same for every run with the same settings. What the clock
 # decides is in timings.csv.
@@ -90,6 +90,7 @@ def train(
     *,
     out: str | Path | None = None,
     keeping: Keeping | None = None,
+    network: Network | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
@@ -100,6 +101,7 @@ def train(
         out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
             None writes nothing.
         keeping: how often the state is written, and whether to resume.
+        network: makes the network from the images and the recipe; if not given, the one that the recipe names.
         on_progress: called after every step and every epoch.
 
     Returns:
@@ -121,7 +123,8 @@ def train(
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
     with machine.use_threads(recipe.threads):
-        run = _Run(images, recipe, folder, keeping or Keeping(), on_progress or (lambda progress: None))
+        learner = Learner(images, recipe, network)
+        run = _Run(images, learner, folder, keeping or Keeping(), on_progress or (lambda progress: None))
         if folder is None:
             return run.train()
         prepare_folder(folder, resume=run.keeping.resume)
@@ -151,14 +154,15 @@ class _Run:
     def __init__(
         self,
         images: data.Data,
-        config: ResolvedConfig,
+        learner: Learner,
         folder: Path | None,
         keeping: Keeping,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        config = learner.config
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        self.learner = Learner(images, config)
+        self.learner = learner
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()
