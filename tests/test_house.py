@@ -18,13 +18,13 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors"},
-    {"ops", "data", "descent", "recipe", "timing", "machine"},
+    {"ops", "data", "descent", "recipe", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
     {"narrowing"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "slimming"},
+    {"report", "server", "estimator", "shrinking"},
     {"terminal"},
     {"demonstration"},
     {"cli"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nin
-from nin import checkpoint, data, evaluation, learner, recipe, training
+from nin import checkpoint, data, descent, evaluation, recipe, training
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -120,10 +120,21 @@ def test_override_goes_on_and_is_recorded(digits, tmp_path):
     assert result.info.recipe["overridden"] == ["learning_rate=0.1, now learning_rate=0.05"]
 
 
-def test_resuming_what_is_finished_says_so(digits, tmp_path):
-    training.train(digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path / "run")
-    with pytest.raises(UserError, match="is finished"):
-        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
+    out, resume = tmp_path / "run", training.Keeping(resume=True)
+    before = training.train(digits, QUICK, out=out)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / ".report.html.abc").write_bytes(b"half")  # killed while the report was written
+    after = training.train(digits, QUICK, out=out, keeping=resume)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+    assert after.info.result == json.loads(json.dumps(before.info.result))
+    assert [row["epoch"] for row in after.metrics] == [1, 2, 3]
+    assert after.metrics[-1]["test_loss"] == pytest.approx(before.metrics[-1]["test_loss"], rel=1e-5)
+    assert after.metrics[-1]["seconds"] == pytest.approx(before.metrics[-1]["seconds"], rel=1e-5)
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], tensor)
+    with pytest.raises(UserError, match=r"finished, with epochs=3, now epochs=4: give another --out"):
+        training.train(digits, dataclasses.replace(QUICK, epochs=4), out=out, keeping=resume)
 
 
 def test_leftovers_of_a_killed_write_are_removed(digits, tmp_path):
@@ -244,7 +255,10 @@ def test_wilson_interval_is_that_of_the_literature():
 
 def test_weight_decay_spares_biases_and_gains():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
-    decayed, spared = learner.make_optimizer(model, TrainConfig()).param_groups
+    other = nin.models.nin_digits(normalisation="weight_standardisation")
+    made = descent.Descent(model, other, learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
+    decayed, spared = made.optimizer.param_groups
+    assert decayed["weight_decay"] == 5e-4
     assert all(p.dim() == 4 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])
     assert spared["weight_decay"] == 0

@@ -29,7 +29,7 @@ from nin.ops import backends
 FORMAT_VERSION = 1
 
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
-METRICS_FILE, TIMINGS_FILE = "metrics.csv", "timings.csv"
+METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
 
 # A config.json holds names and numbers; one that is larger is not ours.
 LARGEST_CONFIG_BYTES = 16 * 2**20
@@ -271,7 +271,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a write that was killed left beside its file."""
-    for name in (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE):
+    for name in (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE):
         for leftover in Path(folder).glob(f".{name}.*"):
             leftover.unlink()
 

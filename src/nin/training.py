@@ -13,17 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import checkpoint, data, machine
+from nin import checkpoint, data, machine, metrics
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
-from nin.learner import Learner, Network
+from nin.learner import Learner, make_model
 from nin.recipe import TrainConfig, learning_rate
-
-# Of each epoch's row, what metrics.csv holds: it is the same for every run with the same settings. What the clock
-# decides is in timings.csv.
-METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-TIMINGS = ("epoch", "seconds", "images_per_second")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Progress:
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
         loss: of the last step.
-        row: the figures of the epoch where one has just ended (see `METRICS` and `TIMINGS`), else None.
+        row: the figures of the epoch where one has just ended (see `nin.metrics`), else None.
     """
 
     step: int
@@ -90,7 +85,7 @@ def train(
     *,
     out: str | Path | None = None,
     keeping: Keeping | None = None,
-    network: Network | None = None,
+    network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
@@ -101,7 +96,7 @@ def train(
         out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
             None writes nothing.
         keeping: how often the state is written, and whether to resume.
-        network: makes the network from the images and the recipe; if not given, the one that the recipe names.
+        network: makes the network, the same after the same seed; if not given, the one that the recipe names.
         on_progress: called after every step and every epoch.
 
     Returns:
@@ -123,7 +118,8 @@ def train(
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
     with machine.use_threads(recipe.threads):
-        learner = Learner(images, recipe, network)
+        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        learner = Learner(network or (lambda: make_model(recipe, **sizes)), recipe)
         run = _Run(images, learner, folder, keeping or Keeping(), on_progress or (lambda progress: None))
         if folder is None:
             return run.train()
@@ -173,7 +169,10 @@ class _Run:
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
         if self.keeping.resume:
-            self.load_state()
+            assert self.folder is not None
+            if is_finished(self.folder):
+                return self.load_result(self.folder)
+            self.load_state(self.folder)
         while self.position.epoch < self.config.epochs:
             self.train_epoch()
         return self.finish()
@@ -280,24 +279,41 @@ class _Run:
         """Return what must be the same when the training is resumed."""
         return {"recipe": dataclasses.asdict(self.config), "data": self.data_info()}
 
-    def load_state(self) -> None:
+    def load_state(self, folder: Path) -> None:
         """Go back to the last state that was written to the folder.
 
         Raises:
-            UserError: there is none, or it belongs to other settings or data and nobody said to override.
+            UserError: it is damaged, or belongs to other settings or data and nobody said to override.
         """
-        assert self.folder is not None
-        tensors, values = checkpoint.load_state(self.folder)
-        now = {**self.settings()["recipe"], **self.settings()["data"]}
-        before = {**values["recipe"], **values["data"]}
-        differing = [f"{k}={before.get(k)}, now {k}={v}" for k, v in now.items() if before.get(k) != v]
+        tensors, values = checkpoint.load_state(folder)
+        differing = self.differing({**values["recipe"], **values["data"]})
         if differing and not self.keeping.override:
             raise UserError(
-                f"{self.folder} was begun with {'; '.join(differing)}: give the same, or --override to go on anyway"
+                f"{folder} was begun with {'; '.join(differing)}: give the same, or --override to go on anyway"
             )
         self.overridden = [*values["overridden"], *differing]
         self.learner.load(tensors)
         self.position, self.metrics = _Position(**values["position"]), values["metrics"]
+
+    def load_result(self, folder: Path) -> TrainResult:
+        """Return what the training that has ended in the folder left.
+
+        Raises:
+            UserError: it was trained with other settings or data.
+        """
+        model, info = checkpoint.load_model(folder)
+        differing = self.differing({**info.recipe, **info.data})
+        if differing:
+            raise UserError(f"{folder} is finished, with {'; '.join(differing)}: give another --out")
+        figures = metrics.read_csv(folder / checkpoint.METRICS_FILE)
+        timings = metrics.read_csv(folder / checkpoint.TIMINGS_FILE)
+        rows = [figure | timing for figure, timing in zip(figures, timings, strict=True)]
+        return TrainResult(model, info, rows, folder)
+
+    def differing(self, before: dict[str, Any]) -> list[str]:
+        """Return which settings and data are not those of before."""
+        now = {**self.settings()["recipe"], **self.settings()["data"]}
+        return [f"{k}={before.get(k)}, now {k}={value}" for k, value in now.items() if before.get(k) != value]
 
     def finish(self) -> TrainResult:
         """Test in float32, as the network is used, and write the result.
@@ -326,8 +342,8 @@ class _Run:
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
         checkpoint.save_model(folder, self.learner.average, info)
-        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, csv_text(self.metrics, METRICS))
-        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, csv_text(self.metrics, TIMINGS))
+        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
+        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
 
     def info(self, result: dict[str, Any]) -> RunInfo:
         """Return what ``config.json`` says."""
@@ -366,9 +382,7 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     """
     unfinished = (out / checkpoint.STATE_FILE).exists()
     if resume:
-        if not unfinished and (out / checkpoint.CONFIG_FILE).exists():
-            raise UserError(f"{out} is finished: there is nothing to resume")
-        if not unfinished:
+        if not unfinished and not is_finished(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
         checkpoint.remove_leftovers(out)
         return
@@ -381,7 +395,6 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def csv_text(rows: list[dict[str, float]], columns: tuple[str, ...]) -> str:
-    """Return the columns of the rows as CSV text with a header line."""
-    lines = [[f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
-    return "".join(",".join(line) + "\n" for line in [list(columns), *lines])
+def is_finished(folder: Path) -> bool:
+    """Return whether a training has ended in the folder: it has its result and no state to go on from."""
+    return (folder / checkpoint.CONFIG_FILE).exists() and not (folder / checkpoint.STATE_FILE).exists()

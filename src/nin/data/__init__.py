@@ -6,7 +6,7 @@ from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load
 from nin.data.named import NAMES
 from nin.data.randomness import epoch_order
-from nin.data.sets import Data, FileSet, ImageSet
+from nin.data.sets import Data, FileSet, ImageSet, sensible_shift
 
 __all__ = [
     "EXTENSIONS",
@@ -19,5 +19,6 @@ __all__ = [
     "decode",
     "epoch_order",
     "load",
+    "sensible_shift",
     "to_float",
 ]
