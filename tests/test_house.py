@@ -17,15 +17,15 @@ SOURCE = Path(nin.__file__).parent
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
-    {"errors"},
+    {"errors", "files", "tables"},
     {"ops", "data", "descent", "recipe", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
-    {"narrowing"},
+    {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "shrinking"},
-    {"terminal"},
+    {"report", "server", "estimator", "shrinking", "tabulation"},
+    {"terminal", "hub"},
     {"demonstration"},
     {"cli"},
     {"__main__"},

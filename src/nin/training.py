@@ -20,6 +20,9 @@ from nin.evaluation import evaluate, wilson_interval
 from nin.learner import Learner, make_model
 from nin.recipe import TrainConfig, learning_rate
 
+# So many files may vanish while a training runs, or a hundredth of all, before it stops.
+MOST_LOST_FILES = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -164,6 +167,7 @@ class _Run:
         self.position = _Position()
         self.metrics: list[dict[str, float]] = []
         self.overridden: list[str] = []
+        self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
 
     def train(self) -> TrainResult:
@@ -217,7 +221,7 @@ class _Run:
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
         p, testing = self.position, time.perf_counter()
-        test_loss, test_hits = self.test(dtype=self.learner.dtype)
+        test_loss, test_hits, tested = self.test(dtype=self.learner.dtype)
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
@@ -225,7 +229,7 @@ class _Run:
             "train_loss": p.loss_sum / p.seen,
             "train_accuracy": p.hits / p.seen,
             "test_loss": test_loss,
-            "test_accuracy": test_hits / len(self.images.test),
+            "test_accuracy": test_hits / tested,
             "seconds": p.seconds + p.epoch_seconds + time.perf_counter() - testing,
             "images_per_second": p.seen / p.epoch_seconds,
         }
@@ -236,7 +240,7 @@ class _Run:
         order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
         # The rest that fills no batch is left out: another one in every epoch.
         order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        for pixels, labels, indices in data.batches(images.train, order, config.batch_size):
+        for pixels, labels, indices in data.batches(images.train, order, config.batch_size, on_lost=self.lose):
             pixels = data.augment(
                 pixels.to(self.learner.device),
                 indices.to(self.learner.device),
@@ -248,11 +252,26 @@ class _Run:
             x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
             yield x, labels.to(self.learner.device)
 
-    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int]:
-        """Return the mean cross entropy and the number of right answers of the averaged weights on the test images."""
-        learner = self.learner
-        scores, labels = evaluate(learner.average, self.images, device=learner.device, dtype=dtype, flip=flip)
-        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum())
+    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
+        """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
+        learner, images = self.learner, self.images
+        scores, labels = evaluate(
+            learner.average, images, device=learner.device, dtype=dtype, flip=flip, on_lost=self.lose
+        )
+        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum()), len(labels)
+
+    def lose(self, path: str, reason: str) -> None:
+        """Go on without a file that was readable when the training began, but not without many.
+
+        Raises:
+            UserError: so many are lost that something else must be wrong.
+        """
+        self.lost[path] = reason
+        if len(self.lost) > max(MOST_LOST_FILES, (len(self.images.train) + len(self.images.test)) // 100):
+            raise UserError(
+                f"{len(self.lost)} images cannot be read any more, the last one is {path}: {reason}; bring them back "
+                "and go on with --resume"
+            )
 
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
@@ -270,6 +289,7 @@ class _Run:
             "position": dataclasses.asdict(self.position),
             "metrics": self.metrics,
             "overridden": self.overridden,
+            "lost": self.lost,
             **self.settings(),
         }
         checkpoint.save_state(folder, self.learner.tensors(), values)
@@ -286,12 +306,14 @@ class _Run:
             UserError: it is damaged, or belongs to other settings or data and nobody said to override.
         """
         tensors, values = checkpoint.load_state(folder)
-        differing = self.differing({**values["recipe"], **values["data"]})
+        now = {**self.settings()["recipe"], **self.settings()["data"]}
+        differing = list_differing(now, {**values["recipe"], **values["data"]})
         if differing and not self.keeping.override:
             raise UserError(
                 f"{folder} was begun with {'; '.join(differing)}: give the same, or --override to go on anyway"
             )
         self.overridden = [*values["overridden"], *differing]
+        self.lost = dict(values["lost"])
         self.learner.load(tensors)
         self.position, self.metrics = _Position(**values["position"]), values["metrics"]
 
@@ -302,7 +324,8 @@ class _Run:
             UserError: it was trained with other settings or data.
         """
         model, info = checkpoint.load_model(folder)
-        differing = self.differing({**info.recipe, **info.data})
+        here = self.info({})  # where the recipe says "auto", both say what became of it
+        differing = list_differing({**here.recipe, **here.data}, {**info.recipe, **info.data})
         if differing:
             raise UserError(f"{folder} is finished, with {'; '.join(differing)}: give another --out")
         figures = metrics.read_csv(folder / checkpoint.METRICS_FILE)
@@ -310,18 +333,12 @@ class _Run:
         rows = [figure | timing for figure, timing in zip(figures, timings, strict=True)]
         return TrainResult(model, info, rows, folder)
 
-    def differing(self, before: dict[str, Any]) -> list[str]:
-        """Return which settings and data are not those of before."""
-        now = {**self.settings()["recipe"], **self.settings()["data"]}
-        return [f"{k}={before.get(k)}, now {k}={value}" for k, value in now.items() if before.get(k) != value]
-
     def finish(self) -> TrainResult:
         """Test in float32, as the network is used, and write the result.
 
         Where mirroring is allowed, test with a mirrored second view as well.
         """
-        count = len(self.images.test)
-        loss, hits = self.test(dtype=torch.float32)
+        loss, hits, count = self.test(dtype=torch.float32)
         result: dict[str, Any] = {
             "test_accuracy": hits / count,
             "test_accuracy_interval": wilson_interval(hits, count),
@@ -330,7 +347,7 @@ class _Run:
             "seconds": self.position.seconds,
         }
         if self.config.flip:
-            _, hits = self.test(dtype=torch.float32, flip=True)
+            _, hits, count = self.test(dtype=torch.float32, flip=True)
             result["test_accuracy_flip"] = hits / count
             result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
         info = self.info(result)
@@ -341,6 +358,8 @@ class _Run:
 
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
+        if self.images.findings:
+            checkpoint.write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
         checkpoint.save_model(folder, self.learner.average, info)
         checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
         checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
@@ -350,12 +369,13 @@ class _Run:
         images = self.images
         precision = "fp32" if self.learner.dtype == torch.float32 else "bf16"
         overridden = {"overridden": self.overridden} if self.overridden else {}
+        lost = {"lost": list(self.lost.items())} if self.lost else {}
         return RunInfo(
             model=checkpoint.describe_model(self.learner.average),
             classes=images.classes,
             preprocessing=Preprocessing(images.size, images.channels, images.mean, images.std),
             recipe={**dataclasses.asdict(self.config), "precision": precision, **overridden},
-            data=self.data_info(),
+            data={**self.data_info(), **lost},
             result=result,
             environment={**checkpoint.environment(), "device": str(self.learner.device)},
         )
@@ -398,3 +418,8 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
 def is_finished(folder: Path) -> bool:
     """Return whether a training has ended in the folder: it has its result and no state to go on from."""
     return (folder / checkpoint.CONFIG_FILE).exists() and not (folder / checkpoint.STATE_FILE).exists()
+
+
+def list_differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return which settings are not what they were before, in words."""
+    return [f"{k}={before.get(k)}, now {k}={value}" for k, value in now.items() if before.get(k) != value]

@@ -9,9 +9,12 @@ from typing import Any
 
 from nin.data.arrays import load_arrays
 from nin.data.batching import usable_cores
+from nin.data.examining import Progress, ReadingOptions
 from nin.data.named import NAMES, load_named
-from nin.data.reading import Progress, ReadingOptions, read_folder
+from nin.data.reading import read_folder
 from nin.data.sets import Data
+from nin.data.sharding import read_shards
+from nin.data.shards import is_shards, is_url
 from nin.errors import UserError
 
 
@@ -35,6 +38,8 @@ def load(
               "svhn" (write "./digits" for a folder of that name);
             - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
               beside it. Where both are there, the test images are those of test, and val is not used;
+            - WebDataset shards: a folder of tar files, one of them, a pattern such as "DIR/train-{000..009}.tar", or
+              a URL that the webdataset package reads;
             - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
               or tensors: images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in 0..1;
             - Data, which is returned as it is.
@@ -63,10 +68,15 @@ def load(
     """
     if isinstance(source, Data):
         return _fixed_size(source, size)
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
-    if size is not None and size < 1:
-        raise UserError(f"size: expected at least 1 pixel, got {size}")
+    options = ReadingOptions(
+        size=size,
+        test_fraction=test_fraction,
+        seed=seed,
+        strict=strict,
+        workers=usable_cores() if workers is None else workers,
+        memory_limit_bytes=memory_limit_bytes,
+        on_progress=on_progress,
+    )
     if isinstance(source, tuple):
         return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
     # absolute, so that a report can be made from another folder
@@ -75,18 +85,17 @@ def load(
     if source in NAMES:
         named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
         return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
-    _check_exists(source)
-    options = ReadingOptions(
-        size=size,
-        test_fraction=test_fraction or 0.2,
-        seed=seed,
-        strict=strict,
-        workers=usable_cores() if workers is None else workers,
-        memory_limit_bytes=memory_limit_bytes,
-        on_progress=on_progress,
-    )
-    images = read_folder(Path(source), options)
-    return dataclasses.replace(images, origin={"source": str(Path(source).resolve()), **origin})
+    if is_shards(source):
+        images = read_shards(str(source), options)
+    else:
+        _check_exists(source)
+        images = read_folder(Path(source), options)
+    return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
+
+
+def _absolute(source: str) -> str:
+    """A path from the root, so that a report can be made from another folder; a URL stays."""
+    return source if is_url(source) else str(Path(source).resolve())
 
 
 def _fixed_size(data: Data, size: int | None) -> Data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from nin.narrowing.plan import Plan
 from nin.narrowing.rebuilding import chain_of
 from nin.narrowing.structure import LayerShape
+from nin.tables import html_table
 from nin.timing import Timing
 
 
@@ -229,6 +231,12 @@ class NarrowReport:
         header = ("", "before", "after", "share")
         tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
         return "\n\n".join([*(_text(table) for table in tables if table), "\n".join(self.notes)]).rstrip()
+
+    def _repr_html_(self) -> str:
+        header = ("", "before", "after", "share")
+        tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return "".join(html_table(table) for table in tables if table) + notes
 
 
 def _milliseconds(t: Timing) -> str:
