@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard, hub_mixin
-from nin.shrinking import ShrinkingConfig, shrink
 from PIL import Image
 
 import nin
 from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE, HubClassifier
+from nin.shrinking import ShrinkingConfig, shrink
 
 
 @pytest.fixture(autouse=True)
