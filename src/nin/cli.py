@@ -365,17 +365,24 @@ def export(
 
 
 @app.command
-def report(run: Path, /) -> None:
+def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
     """Write the report of a run folder again.
 
     Parameters
     ----------
     run
         The folder that `nin train` made.
+    page
+        Write into this folder instead a copy of the page of `nin serve`, with some of the run's test images: it opens
+        from the disk, or from any web host.
+    beside
+        With --page: another run folder to look at beside it, as for `nin serve`.
     """
     from nin import terminal
 
-    terminal.report(run)
+    if beside is not None and page is None:
+        raise UserError("--beside is for the page: nin report RUN --page DIR --beside RUN")
+    terminal.report(run, page=page, beside=beside)
 
 
 @app.command
@@ -383,6 +390,7 @@ def serve(
     run: Path | None = None,
     /,
     *,
+    beside: Path | None = None,
     port: int | None = None,
     host: str = "127.0.0.1",
     browser: bool = True,
@@ -394,6 +402,8 @@ def serve(
     ----------
     run
         The folder that `nin train` made. Without it there is the lesson alone.
+    beside
+        Another run folder of the same classes, such as the one that `nin narrow` made, to look at side by side.
     port
         To listen on. 8646, or the next one that is free, if not given; 0 takes any.
     host
@@ -405,7 +415,9 @@ def serve(
     """
     from nin import terminal
 
-    terminal.serve(run, port=port, host=host, browser=browser, device=device)
+    if beside is not None and run is None:
+        raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
+    terminal.serve(run, beside=beside, port=port, host=host, browser=browser, device=device)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -256,9 +256,20 @@ def write_report(run: Path, images: data.Data | None) -> Path:
         return reports.write(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
 
 
-def report(run: Path) -> None:
-    """Write the report of a run folder again."""
-    results.print(str(write_report(run, None)))
+def report(run: Path, *, page: Path | None, beside: Path | None) -> None:
+    """Write the report of a run folder again, or a copy of the page."""
+    if page is None:
+        results.print(str(write_report(run, None)))
+        return
+    from nin import server  # no other verb needs a web server
+
+    with Bar("Writing the page") as bar:
+        index = server.write_copy(
+            run, page, beside=beside, on_progress=lambda text, done, total: bar.update(done, total, text)
+        )
+    size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
+    words.print(f"{size / 2**20:.1f} MiB: open index.html in a browser, or put the folder on any web host.")
+    results.print(str(index), soft_wrap=True)
 
 
 def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_json: bool) -> None:
@@ -273,15 +284,16 @@ def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_
         words.print(f"  {key}: {value}")
 
 
-def serve(run: Path | None, *, port: int | None, host: str, browser: bool, device: str) -> None:
+def serve(run: Path | None, *, beside: Path | None, port: int | None, host: str, browser: bool, device: str) -> None:
     """Serve the page until Ctrl-C."""
     from nin import server  # no other verb needs a web server
 
     def show(address: str) -> None:
-        what = "the lesson" if run is None else f"the lesson, and {run} to look inside"
+        runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
+        what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
         words.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.", soft_wrap=True)
 
-    server.serve(run, port=port, host=host, browser=browser, device=device, on_start=show)
+    server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show)
 
 
 def predict(
