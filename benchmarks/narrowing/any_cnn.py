@@ -33,8 +33,9 @@ NAMES = (
     *("timm/ghostnet_050", "timm/hardcorenas_a", "timm/mnasnet_small", "timm/fbnetc_100", "timm/convnext_atto"),
 )
 
-# largest distance from eager that is taken for rounding, as a share of the largest value
-TOLERANCE = 1e-4
+# largest distance from eager that is taken for rounding, as a share of the largest value; ONNX Runtime adds in
+# another order, and networks with random weights end in differences of large values
+TOLERANCES = {"torch.export differs by": 1e-4, "full rank differs by": 1e-4, "ONNX Runtime differs by": 1e-3}
 
 
 def create(name: str) -> nn.Module:
@@ -131,7 +132,7 @@ def check(name: str, size: int, *, timings: bool) -> dict[str, object]:
         "slower layers": slower if timings else "not measured",
     }
     right = found["shape and dtype kept"] and found["loads again"] and not (timings and slower)
-    near = all(float(str(found[key])) < TOLERANCE for key in found if key.endswith("differs by"))
+    near = all(float(str(found[key])) < tolerance for key, tolerance in TOLERANCES.items())
     return {
         "model": name,
         "passes": bool(
