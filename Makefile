@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint clean help
+.PHONY: demo test test-slow docs lint clean help
 
 help:
 	@echo "make demo       install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
 	@echo "make test       install into .venv, run the tests"
 	@echo "make test-slow  the long tests"
+	@echo "make docs       build the documentation site into build/site"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove .venv and build"
 
@@ -21,6 +22,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+docs: $(READY)
+	$(BIN)/python docs/build_site.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

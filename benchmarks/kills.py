@@ -1,12 +1,13 @@
 """Kills a training at random moments, resumes it, and compares the result bit for bit with one never killed.
 
-    python benchmarks/kills.py [--kills 200] [--inside 50]
+    OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 200] [--inside 50]
 
-A training of the digits writes its state after every third step. It gets SIGKILL at a random moment, or as soon as
-a file is being written (`--inside` counts those), and is resumed; when it is through, its weights, averages of
-them, metrics and result are compared with those of the training that nobody killed, and the next training begins.
-The state before each resume must be whole: a damaged one would end the resumed training with an error, which counts
-as lost. Writes `results/kills.json`.
+A training of the digits writes its state after every third step. It gets SIGKILL at a random moment, or while a file
+is being written (`--inside` counts those), and is resumed until it is through; then the next one begins. Compared
+with the training that nobody killed are the files that a run leaves (averaged weights, metrics) and its last state
+(weights, averages, the optimiser's momenta, the position in the order of the images). The state before each resume
+must be whole: a damaged one would end the resumed training with an error, which counts as lost.
+Writes `results/kills.json`.
 """
 
 from __future__ import annotations
@@ -14,53 +15,71 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
+import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from nin import checkpoint
+import torch
+
+from nin import checkpoint, cli, data, terminal
 
 RESULTS = Path(__file__).parent / "results"
 FILES = (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE)
+SETTINGS = ("--epochs", "5", "--dropout", "0.1", "--flip", "--threads", "1", "--checkpoint-steps", "3")
+KILLED = -signal.SIGKILL
 
 
-def command(out: Path, *more: str) -> list[str]:
-    """Return the shell command of the training."""
-    settings = ("--epochs", "5", "--dropout", "0.1", "--flip", "--checkpoint-steps", "3")
-    return [sys.executable, "-m", "nin", "train", "digits", "--out", str(out), *settings, *more]
+def train(out: Path, *more: str) -> None:
+    """Do what `nin train` does, and keep the last state where a finished run removes it."""
+    with out.with_suffix(".errors").open("w") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+
+    def keep_state(folder: Path) -> None:
+        shutil.copy(folder / checkpoint.STATE_FILE, out.with_suffix(".last"))
+        remove(folder)
+
+    remove, checkpoint.remove_state = checkpoint.remove_state, keep_state
+    cli.main(["train", "digits", "--out", str(out), *SETTINGS, *more])
+
+
+def start(out: Path, *more: str) -> multiprocessing.Process:
+    """Start a training in a process of its own; forked, because importing PyTorch takes seconds."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=(out, *more))
+    process.start()
+    return process
+
+
+def run_and_kill(out: Path, *, resume: bool, inside: bool, chance: random.Random) -> tuple[int, bool]:
+    """Start or resume the training and kill it.
+
+    Returns:
+        The exit status, `KILLED` or of a training that ended before; and whether it was killed in a write.
+    """
+    process = start(out, *(("--resume",) if resume else ()))
+    # The steps are what is to be killed. A state that changes says that they have begun.
+    before = state_time(out)
+    while process.is_alive() and state_time(out) == before:
+        time.sleep(0.0005)
+    deadline = time.monotonic() + chance.uniform(0, 1.0)
+    while process.is_alive() and (time.monotonic() < deadline or (inside and not is_writing(out))):
+        time.sleep(0 if inside else 0.0005)
+    if inside:
+        time.sleep(chance.uniform(0, 0.01))  # a write takes about so long: its start, middle and end are hit
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, is_writing(out)  # what was being written is still there: it was not renamed yet
 
 
 def is_writing(out: Path) -> bool:
     """Return whether a file of the run is being written at this moment."""
     return out.is_dir() and any(path.name.startswith(".") for path in out.iterdir())
-
-
-def run_and_kill(out: Path, *, resume: bool, inside: bool, chance: random.Random) -> tuple[str, bool]:
-    """Start or resume the training and kill it.
-
-    Returns:
-        "killed", "done", or the error of a training that could not go on; and whether it was killed in a write.
-    """
-    more = ("--resume",) if resume else ()
-    process = subprocess.Popen(command(out, *more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    # Importing takes seconds; the steps are what is to be killed. A state that changes says that they have begun.
-    before = state_time(out)
-    while process.poll() is None and state_time(out) == before:
-        time.sleep(0.0005)
-    deadline = time.monotonic() + chance.uniform(0, 1.0)
-    while process.poll() is None and (time.monotonic() < deadline or (inside and not is_writing(out))):
-        if inside and time.monotonic() >= deadline and is_writing(out):
-            break
-        time.sleep(0 if inside else 0.0005)
-    process.kill()
-    errors = process.communicate()[1]
-    if process.returncode == 0:
-        return "done", False
-    written = is_writing(out)  # what was being written is still there: the kill came before it was renamed
-    return ("killed" if process.returncode < 0 else errors.strip().splitlines()[-1]), written
 
 
 def state_time(out: Path) -> int:
@@ -71,6 +90,28 @@ def state_time(out: Path) -> int:
         return 0
 
 
+def is_equal(a: Path, b: Path) -> bool:
+    """Return whether two trainings left the same, bit for bit, but for what the clock decides."""
+    if any((a / name).read_bytes() != (b / name).read_bytes() for name in FILES):
+        return False
+    (tensors, values), (others, other_values) = (last_state(run) for run in (a, b))
+    same = tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    return same and values == other_values
+
+
+def last_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return tensors and values of the last state, without times."""
+    folder = run.with_suffix(".state")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(run.with_suffix(".last"), folder / checkpoint.STATE_FILE)
+    tensors, values = checkpoint.load_state(folder)
+    for rows in ([values["position"]], values["metrics"]):
+        for row in rows:
+            for clock in ("seconds", "epoch_seconds", "images_per_second"):
+                row.pop(clock, None)
+    return tensors, values
+
+
 def main() -> None:
     """Kill, resume and compare until there were enough kills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,26 +119,28 @@ def main() -> None:
     parser.add_argument("--inside", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    terminal.words.quiet = terminal.results.quiet = True
+    data.load("digits")  # imports here what every training would import again
     chance, counts = random.Random(arguments.seed), {"kills": 0, "inside_a_write": 0, "trainings": 0, "equal": 0}
     lost: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
-        subprocess.run(command(whole), check=True, capture_output=True)
+        start(whole).join()
         while counts["kills"] < arguments.kills or counts["inside_a_write"] < arguments.inside:
-            out, resume, state = Path(folder) / f"run{counts['trainings']}", False, "killed"
-            while state == "killed":
+            out, resume, status = Path(folder) / f"run{counts['trainings']}", False, KILLED
+            while status == KILLED:
                 inside = counts["inside_a_write"] < arguments.inside
-                state, written = run_and_kill(out, resume=resume, inside=inside, chance=chance)
-                if state == "killed":
+                status, written = run_and_kill(out, resume=resume, inside=inside, chance=chance)
+                if status == KILLED:
                     counts["kills"] += 1
                     counts["inside_a_write"] += written
-                    resume = (out / checkpoint.STATE_FILE).exists()
-                print(counts, state, flush=True)
+                    resume = (out / checkpoint.CONFIG_FILE).exists() or (out / checkpoint.STATE_FILE).exists()
             counts["trainings"] += 1
-            same = state == "done" and all((out / f).read_bytes() == (whole / f).read_bytes() for f in FILES)
-            counts["equal"] += same
-            if not same:
-                lost.append(state)
+            if status == 0 and is_equal(out, whole):
+                counts["equal"] += 1
+            else:
+                lost.append(f"{out.name}: status {status} {out.with_suffix('.errors').read_text().strip()}")
+            print(counts, lost, flush=True)
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({**header, **counts, "lost": lost}, indent=1) + "\n"

@@ -303,7 +303,7 @@ def test_a_size_can_be_asked_for(animals):
 def test_progress_is_reported(animals):
     calls = []
     load(animals, on_progress=lambda *call: calls.append(call))
-    assert calls == [("reading headers", 15, 15), ("reading images", 15, 15)]
+    assert calls == [("looking at files", 15, 15), ("reading images", 15, 15)]
 
 
 def test_bad_folders_are_told_in_one_line(tmp_path):

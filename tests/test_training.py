@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import nin
 from nin import checkpoint, data, evaluation, learner, recipe, training
@@ -120,10 +121,73 @@ def test_override_goes_on_and_is_recorded(digits, tmp_path):
     assert result.info.recipe["overridden"] == ["learning_rate=0.1, now learning_rate=0.05"]
 
 
-def test_resuming_what_is_finished_says_so(digits, tmp_path):
-    training.train(digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path / "run")
-    with pytest.raises(UserError, match="is finished"):
-        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
+    out, resume = tmp_path / "run", training.Keeping(resume=True)
+    auto = dataclasses.replace(QUICK, precision="auto")
+    before = training.train(digits, auto, out=out)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / ".report.html.abc").write_bytes(b"half")  # killed while the report was written
+    after = training.train(digits, auto, out=out, keeping=resume)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+    assert after.info.result == json.loads(json.dumps(before.info.result))
+    assert [row["epoch"] for row in after.metrics] == [1, 2, 3]
+    assert after.metrics[-1]["test_loss"] == pytest.approx(before.metrics[-1]["test_loss"], rel=1e-5)
+    assert after.metrics[-1]["seconds"] == pytest.approx(before.metrics[-1]["seconds"], rel=1e-5)
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], tensor)
+    with pytest.raises(UserError, match=r"finished, with epochs=3, now epochs=4: give another --out"):
+        training.train(digits, dataclasses.replace(auto, epochs=4), out=out, keeping=resume)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 64 small images in two classes, read from files."""
+    for number in range(64):
+        path = tmp_path / "photos" / ("dark", "light")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), (40, 200)[number % 2] + number // 2).save(path)
+    return data.load(tmp_path / "photos", memory_limit_bytes=0)
+
+
+def test_files_that_vanish_are_left_out_and_listed(photos, tmp_path):
+    gone = [photos.train.names[3], photos.test.names[0]]
+
+    def remove(progress):
+        for name in gone:
+            (photos.train.root / name).unlink(missing_ok=True)
+
+    config = dataclasses.replace(QUICK, batch_size=8)
+    result = training.train(photos, config, out=tmp_path / "run", on_progress=remove)
+    assert result.info.result["test_images"] == len(photos.test) - 1
+    assert sorted(result.info.data["lost"]) == sorted((name, "there is no such file") for name in gone)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["lost"]
+    assert sorted(map(tuple, written)) == sorted(result.info.data["lost"])
+
+
+def test_too_many_vanished_files_stop_the_training_and_it_can_go_on(photos, tmp_path):
+    keeping = training.Keeping(steps=1)
+    moved = tmp_path / "moved"
+
+    def remove(progress):
+        if progress.step == 2:
+            (photos.train.root / "dark").rename(moved)
+
+    config = dataclasses.replace(QUICK, batch_size=8)
+    with pytest.raises(UserError, match=r"11 images cannot be read any more.*there is no such file.*--resume"):
+        training.train(photos, config, out=tmp_path / "run", keeping=keeping, on_progress=remove)
+    moved.rename(photos.train.root / "dark")
+    resume = dataclasses.replace(keeping, resume=True)
+    training.train(photos, config, out=tmp_path / "run", keeping=resume)
+    training.train(photos, config, out=tmp_path / "whole")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_findings_are_listed_in_the_run_folder(photos, tmp_path):
+    (photos.train.root / "dark" / "broken.png").write_text("no image")
+    images = data.load(photos.train.root)
+    training.train(images, dataclasses.replace(QUICK, batch_size=8), out=tmp_path / "run")
+    lines = (tmp_path / "run" / "findings.csv").read_text().splitlines()
+    assert lines == ["path,kind,detail", 'dark/broken.png,unreadable,"empty, not an image, or damaged at its start"']
 
 
 def test_leftovers_of_a_killed_write_are_removed(digits, tmp_path):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nin import data, models
     from nin.costs import cost
+    from nin.estimator import NiNClassifier
+    from nin.exporting import export
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, mlpconv
@@ -26,12 +28,14 @@ _HOME = {
     "Inception": "nin.layers",
     "MLPConv": "nin.layers",
     "NarrowOptions": "nin.narrowing",
+    "NiNClassifier": "nin.estimator",
     "TrainConfig": "nin.recipe",
     "apply_plan": "nin.narrowing",
     "backends": "nin.ops",
     "conv1x1": "nin.ops",
     "cost": "nin.costs",
     "data": "nin",
+    "export": "nin.exporting",
     "load": "nin.prediction",
     "mlpconv": "nin.ops",
     "models": "nin",
@@ -47,12 +51,14 @@ __all__ = [
     "Inception",
     "MLPConv",
     "NarrowOptions",
+    "NiNClassifier",
     "TrainConfig",
     "apply_plan",
     "backends",
     "conv1x1",
     "cost",
     "data",
+    "export",
     "load",
     "mlpconv",
     "models",

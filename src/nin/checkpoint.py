@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from nin import machine, models
 from nin.errors import UserError
+from nin.files import write_atomically as write_atomically
 from nin.narrowing import Plan, apply_plan
 from nin.ops import backends
 
@@ -29,7 +27,9 @@ from nin.ops import backends
 FORMAT_VERSION = 1
 
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
-METRICS_FILE, TIMINGS_FILE = "metrics.csv", "timings.csv"
+METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
+FINDINGS_FILE = "findings.csv"
+FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE)
 
 # A config.json holds names and numbers; one that is larger is not ours.
 LARGEST_CONFIG_BYTES = 16 * 2**20
@@ -113,42 +113,6 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
             return apply_plan(model_from_description(description["base"]), description["plan"])
         case kind:
             raise ValueError(f"the model's kind must be 'nin', 'googlenet' or 'narrowed', got {kind!r}")
-
-
-def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:
-    """Write a file so that after a crash there is the old one or the new one, whole.
-
-    Args:
-        path: of the file.
-        content: of the file.
-        read_back: compare what was written before it takes the old file's place.
-
-    Raises:
-        OSError: with the file's name, the disk is full or the folder cannot be written; the old file stays.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if read_back and Path(name).read_bytes() != data:
-                raise OSError(errno.EIO, "what was written reads back differently")
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
@@ -271,7 +235,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a write that was killed left beside its file."""
-    for name in (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE):
+    for name in FILES:
         for leftover in Path(folder).glob(f".{name}.*"):
             leftover.unlink()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -81,6 +81,42 @@ def train(
         keeping=training.Keeping(resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps),
         as_json=json,
     )
+
+
+@app.command
+def check(
+    data: str,
+    /,
+    *,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    strict: Annotated[bool, Parameter(negative="")] = False,
+    csv: Path | None = None,
+    json: JsonFlag = False,
+) -> None:
+    """Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.
+
+    Parameters
+    ----------
+    data
+        An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+    size
+        Height and width that images would be brought to, in pixels. Chosen from the images if not given.
+    test_fraction
+        Share of each class that would be held out, where the folder has no test images of its own.
+    seed
+        Chooses which.
+    strict
+        Exit with status 1 if an image cannot be read or a training would not begin.
+    csv
+        Write what was found into this file: path, kind, detail.
+    json
+        Print what was found as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.check(data, as_json=json, strict=strict, csv_path=csv, size=size, test_fraction=test_fraction, seed=seed)
 
 
 @app.command
@@ -249,6 +285,36 @@ def narrow(
     budget = {name: value for name, value in given.items() if value is not None}
     config = SlimmingConfig(budget, skip, images=images, finetune=finetune, dry_run=dry_run)
     terminal.narrow(run, data, loading={"data_dir": data_dir}, config=config, out=out, as_json=json)
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` or `nin narrow` made.
+    format
+        onnx; pt2, for torch.export.load; or openvino.
+    out
+        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+    preprocessing
+        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+    json
+        Print what was written as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
 
 
 @app.command

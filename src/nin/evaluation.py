@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,22 @@ TEST_BATCH = 250
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: data.Data, *, device: torch.device, dtype: torch.dtype, flip: bool = False
+    model: nn.Module,
+    images: data.Data,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    flip: bool = False,
+    on_lost: Callable[[str, str], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
 
-    With ``flip``, the scores are the mean over each image and its mirror image.
+    With ``flip``, the scores are the mean over each image and its mirror image. Files that cannot be read any more
+    are left out where ``on_lost`` is there to be told of them, see `nin.data.batches`.
     """
     scores, labels = [], []
-    for pixels, batch_labels, _ in data.batches(images.test, torch.arange(len(images.test)), TEST_BATCH):
+    order = torch.arange(len(images.test))
+    for pixels, batch_labels, _ in data.batches(images.test, order, TEST_BATCH, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             y = model(x).float()

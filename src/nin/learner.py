@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import data, machine, models
+from nin import machine, models
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
@@ -18,21 +18,21 @@ class Learner:
     """The network and all that a step changes; `tensors` and `load` carry it over an interruption, bit for bit.
 
     Args:
-        images: what it will learn from; decides the network's channels and classes.
+        make: builds the network, the same each time it is called after the same seed.
         config: the recipe.
 
     Raises:
-        UserError: the model or the device is unknown, or the model needs larger images.
+        UserError: the device is unknown.
     """
 
-    def __init__(self, images: data.Data, config: ResolvedConfig) -> None:
+    def __init__(self, make: Callable[[], nn.Module], config: ResolvedConfig) -> None:
         self.config = config
         self.device = machine.choose_device(config.device)
         self.dtype = machine.choose_dtype(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.model = self.place(make_model(images, config))
+        self.model = self.place(make())
         # The average lives in a second network, so that testing it needs no swapping of weights.
-        self.average = self.place(make_model(images, config)).eval()
+        self.average = self.place(make()).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = make_optimizer(self.model, config)
 
@@ -93,23 +93,23 @@ class Learner:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
 
 
-def make_model(images: data.Data, config: ResolvedConfig) -> nn.Module:
-    """Return a fresh network for these images.
+def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:
+    """Return a fresh network for images of so many channels, classes, and pixels in height and width.
 
     Raises:
         UserError: the model is unknown, or needs larger images.
     """
-    options: dict[str, Any] = {"in_channels": images.channels}
+    options: dict[str, Any] = {"in_channels": channels}
     if config.model.startswith("nin_"):
         options["normalisation"] = None if config.normalisation == "none" else config.normalisation
         options["last_activation"] = config.last_activation
     if config.model != "nin_digits":
         options["dropout"] = config.dropout
-    model = models.create(config.model, len(images.classes), **options)
+    model = models.create(config.model, classes, **options)
     least = getattr(model, "smallest_input", 1)
-    if images.size < least:
+    if size < least:
         raise UserError(
-            f"{config.model} needs images of at least {least}×{least} pixels, got {images.size}×{images.size}: "
+            f"{config.model} needs images of at least {least}×{least} pixels, got {size}×{size}: "
             f"give a larger --size, or another --model ({', '.join(models.MODELS)})"
         )
     return model

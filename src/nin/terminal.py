@@ -10,16 +10,18 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, models, prediction, slimming, training
+from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, slimming, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -30,6 +32,9 @@ results = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 # A log file gets a line about something that takes long no more often than this.
 SECONDS_BETWEEN_LINES = 10.0
+
+# A table of more classes is not read.
+MOST_CLASSES = 40
 
 
 class Bar:
@@ -94,6 +99,8 @@ def train(
 ) -> None:
     """Train, write the run folder and its report, and show the result."""
     images = load_data(source, seed=config.seed, **loading)
+    if keeping.resume and training.is_finished(out):
+        words.print(f"{out} is finished; this is its result.")
     result = train_visibly(images, config, out=out, keeping=keeping)
     path = write_report(out, images)
     if as_json:
@@ -109,16 +116,62 @@ def load_data(source: str, **options: Any) -> data.Data:
         images = data.load(source, on_progress=lambda text, done, total: bar.update(done, total, text), **options)
     for note in images.notes:
         words.print(note)
-    for path, reason in images.skipped[:10]:
-        words.print(f"left out {path}: {reason}")
-    if len(images.skipped) > 10:
-        words.print(f"… and {len(images.skipped) - 10} more files, all listed in config.json")
+    show_findings(images.findings)
     size = f"{images.size}×{images.size} {'grey' if images.channels == 1 else 'colour'}"
     words.print(
         f"{images.name}: {len(images.train):,} images to train on, {len(images.test):,} to test, {size}, "
         f"{len(images.classes)} classes"
     )
     return images
+
+
+def show_findings(findings: Sequence[data.Finding], *, most: int = 3) -> None:
+    """Tell of each kind of finding how many there are, and the first ones."""
+    kinds = Counter(finding.kind for finding in findings)
+    for kind, count in kinds.items():
+        words.print(f"{kind}, {count:,} {'file' if count == 1 else 'files'}: {data.MEANINGS[kind]}", style="bold")
+        for finding in [finding for finding in findings if finding.kind == kind][:most]:
+            words.print(f"  {finding.path}: {finding.detail}", markup=False)
+        if count > most:
+            words.print(f"  … and {count - most:,} more")
+
+
+def check(source: str, *, as_json: bool, strict: bool, csv_path: Path | None, **options: Any) -> None:
+    """Look at every image of a folder and show what was found.
+
+    Raises:
+        SystemExit: with status 1, strict and an image cannot be read or a training would not begin.
+    """
+    with Bar(f"Reading {source}") as bar:
+        found = data.check(source, on_progress=lambda text, done, total: bar.update(done, total, text), **options)
+    if csv_path is not None:
+        checkpoint.write_atomically(csv_path, data.findings_csv(found.findings))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show_check(found)
+    bad = found.refusal is not None or any(finding.kind == "unreadable" for finding in found.findings)
+    if strict and bad:
+        sys.exit(1)
+
+
+def show_check(found: data.Check) -> None:
+    """Show the classes, and what is odd."""
+    table = Table()
+    for heading in ("class", "to train on", "to test"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for name, train_count, test_count in found.classes[:MOST_CLASSES]:
+        table.add_row(escape(name), f"{train_count:,}", f"{test_count:,}")
+    if len(found.classes) > MOST_CLASSES:
+        table.add_row(f"… and {len(found.classes) - MOST_CLASSES} more", "", "")
+    results.print(table)
+    for note in found.notes:
+        words.print(note, markup=False)
+    show_findings(found.findings, most=10)
+    if found.refusal is not None:
+        words.print(f"Nobody can train on this: {found.refusal}", markup=False)
+    elif not found.findings:
+        words.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
 
 
 def train_visibly(
@@ -195,6 +248,18 @@ def write_report(run: Path, images: data.Data | None) -> Path:
 def report(run: Path) -> None:
     """Write the report of a run folder again."""
     results.print(str(write_report(run, None)))
+
+
+def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_json: bool) -> None:
+    """Write a file for other programs, and say how it was checked."""
+    path = out or run / f"model{exporting.SUFFIXES[format]}"
+    exported = exporting.export(run, path, format=format, preprocessing=preprocessing)
+    if as_json:
+        print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
+        return
+    results.print(str(exported))
+    for key, value in exported.metadata.items():
+        words.print(f"  {key}: {value}")
 
 
 def serve(run: Path | None, *, port: int | None, host: str, browser: bool, device: str) -> None:

@@ -13,17 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import checkpoint, data, machine
+from nin import checkpoint, data, machine, metrics
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
-from nin.learner import Learner
+from nin.learner import Learner, make_model
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
-# Of each epoch's row, what metrics.csv holds: it is the same for every run with the same settings. What the clock
-# decides is in timings.csv.
-METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-TIMINGS = ("epoch", "seconds", "images_per_second")
+# So many files may vanish while a training runs, or a hundredth of all, before it stops.
+MOST_LOST_FILES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Progress:
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
         loss: of the last step.
-        row: the figures of the epoch where one has just ended (see `METRICS` and `TIMINGS`), else None.
+        row: the figures of the epoch where one has just ended (see `nin.metrics`), else None.
     """
 
     step: int
@@ -158,18 +156,23 @@ class _Run:
     ) -> None:
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        self.learner = Learner(images, config)
+        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        self.learner = Learner(lambda: make_model(config, **sizes), config)
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()
         self.metrics: list[dict[str, float]] = []
         self.overridden: list[str] = []
+        self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
 
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
         if self.keeping.resume:
-            self.load_state()
+            assert self.folder is not None
+            if is_finished(self.folder):
+                return self.load_result(self.folder)
+            self.load_state(self.folder)
         while self.position.epoch < self.config.epochs:
             self.train_epoch()
         return self.finish()
@@ -214,7 +217,7 @@ class _Run:
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
         p, testing = self.position, time.perf_counter()
-        test_loss, test_hits = self.test(dtype=self.learner.dtype)
+        test_loss, test_hits, tested = self.test(dtype=self.learner.dtype)
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
@@ -222,7 +225,7 @@ class _Run:
             "train_loss": p.loss_sum / p.seen,
             "train_accuracy": p.hits / p.seen,
             "test_loss": test_loss,
-            "test_accuracy": test_hits / len(self.images.test),
+            "test_accuracy": test_hits / tested,
             "seconds": p.seconds + p.epoch_seconds + time.perf_counter() - testing,
             "images_per_second": p.seen / p.epoch_seconds,
         }
@@ -233,7 +236,7 @@ class _Run:
         order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
         # The rest that fills no batch is left out: another one in every epoch.
         order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        for pixels, labels, indices in data.batches(images.train, order, config.batch_size):
+        for pixels, labels, indices in data.batches(images.train, order, config.batch_size, on_lost=self.lose):
             pixels = data.augment(
                 pixels.to(self.learner.device),
                 indices.to(self.learner.device),
@@ -245,11 +248,26 @@ class _Run:
             x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
             yield x, labels.to(self.learner.device)
 
-    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int]:
-        """Return the mean cross entropy and the number of right answers of the averaged weights on the test images."""
-        learner = self.learner
-        scores, labels = evaluate(learner.average, self.images, device=learner.device, dtype=dtype, flip=flip)
-        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum())
+    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
+        """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
+        learner, images = self.learner, self.images
+        scores, labels = evaluate(
+            learner.average, images, device=learner.device, dtype=dtype, flip=flip, on_lost=self.lose
+        )
+        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum()), len(labels)
+
+    def lose(self, path: str, reason: str) -> None:
+        """Go on without a file that was readable when the training began, but not without many.
+
+        Raises:
+            UserError: so many are lost that something else must be wrong.
+        """
+        self.lost[path] = reason
+        if len(self.lost) > max(MOST_LOST_FILES, (len(self.images.train) + len(self.images.test)) // 100):
+            raise UserError(
+                f"{len(self.lost)} images cannot be read any more, the last one is {path}: {reason}; bring them back "
+                "and go on with --resume"
+            )
 
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
@@ -267,6 +285,7 @@ class _Run:
             "position": dataclasses.asdict(self.position),
             "metrics": self.metrics,
             "overridden": self.overridden,
+            "lost": self.lost,
             **self.settings(),
         }
         checkpoint.save_state(folder, self.learner.tensors(), values)
@@ -276,32 +295,46 @@ class _Run:
         """Return what must be the same when the training is resumed."""
         return {"recipe": dataclasses.asdict(self.config), "data": self.data_info()}
 
-    def load_state(self) -> None:
+    def load_state(self, folder: Path) -> None:
         """Go back to the last state that was written to the folder.
 
         Raises:
-            UserError: there is none, or it belongs to other settings or data and nobody said to override.
+            UserError: it is damaged, or belongs to other settings or data and nobody said to override.
         """
-        assert self.folder is not None
-        tensors, values = checkpoint.load_state(self.folder)
+        tensors, values = checkpoint.load_state(folder)
         now = {**self.settings()["recipe"], **self.settings()["data"]}
-        before = {**values["recipe"], **values["data"]}
-        differing = [f"{k}={before.get(k)}, now {k}={v}" for k, v in now.items() if before.get(k) != v]
+        differing = list_differing(now, {**values["recipe"], **values["data"]})
         if differing and not self.keeping.override:
             raise UserError(
-                f"{self.folder} was begun with {'; '.join(differing)}: give the same, or --override to go on anyway"
+                f"{folder} was begun with {'; '.join(differing)}: give the same, or --override to go on anyway"
             )
         self.overridden = [*values["overridden"], *differing]
+        self.lost = dict(values["lost"])
         self.learner.load(tensors)
         self.position, self.metrics = _Position(**values["position"]), values["metrics"]
+
+    def load_result(self, folder: Path) -> TrainResult:
+        """Return what the training that has ended in the folder left.
+
+        Raises:
+            UserError: it was trained with other settings or data.
+        """
+        model, info = checkpoint.load_model(folder)
+        here = self.info({})  # where the recipe says "auto", both say what became of it
+        differing = list_differing({**here.recipe, **here.data}, {**info.recipe, **info.data})
+        if differing:
+            raise UserError(f"{folder} is finished, with {'; '.join(differing)}: give another --out")
+        figures = metrics.read_csv(folder / checkpoint.METRICS_FILE)
+        timings = metrics.read_csv(folder / checkpoint.TIMINGS_FILE)
+        rows = [figure | timing for figure, timing in zip(figures, timings, strict=True)]
+        return TrainResult(model, info, rows, folder)
 
     def finish(self) -> TrainResult:
         """Test in float32, as the network is used, and write the result.
 
         Where mirroring is allowed, test with a mirrored second view as well.
         """
-        count = len(self.images.test)
-        loss, hits = self.test(dtype=torch.float32)
+        loss, hits, count = self.test(dtype=torch.float32)
         result: dict[str, Any] = {
             "test_accuracy": hits / count,
             "test_accuracy_interval": wilson_interval(hits, count),
@@ -310,7 +343,7 @@ class _Run:
             "seconds": self.position.seconds,
         }
         if self.config.flip:
-            _, hits = self.test(dtype=torch.float32, flip=True)
+            _, hits, count = self.test(dtype=torch.float32, flip=True)
             result["test_accuracy_flip"] = hits / count
             result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
         info = self.info(result)
@@ -321,21 +354,24 @@ class _Run:
 
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
+        if self.images.findings:
+            checkpoint.write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
         checkpoint.save_model(folder, self.learner.average, info)
-        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, csv_text(self.metrics, METRICS))
-        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, csv_text(self.metrics, TIMINGS))
+        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
+        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
 
     def info(self, result: dict[str, Any]) -> RunInfo:
         """Return what ``config.json`` says."""
         images = self.images
         precision = "fp32" if self.learner.dtype == torch.float32 else "bf16"
         overridden = {"overridden": self.overridden} if self.overridden else {}
+        lost = {"lost": list(self.lost.items())} if self.lost else {}
         return RunInfo(
             model=checkpoint.describe_model(self.learner.average),
             classes=images.classes,
             preprocessing=Preprocessing(images.size, images.channels, images.mean, images.std),
             recipe={**dataclasses.asdict(self.config), "precision": precision, **overridden},
-            data=self.data_info(),
+            data={**self.data_info(), **lost},
             result=result,
             environment={**checkpoint.environment(), "device": str(self.learner.device)},
         )
@@ -362,9 +398,7 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     """
     unfinished = (out / checkpoint.STATE_FILE).exists()
     if resume:
-        if not unfinished and (out / checkpoint.CONFIG_FILE).exists():
-            raise UserError(f"{out} is finished: there is nothing to resume")
-        if not unfinished:
+        if not unfinished and not is_finished(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
         checkpoint.remove_leftovers(out)
         return
@@ -377,7 +411,11 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def csv_text(rows: list[dict[str, float]], columns: tuple[str, ...]) -> str:
-    """Return the columns of the rows as CSV text with a header line."""
-    lines = [[f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
-    return "".join(",".join(line) + "\n" for line in [list(columns), *lines])
+def is_finished(folder: Path) -> bool:
+    """Return whether a training has ended in the folder: it has its result and no state to go on from."""
+    return (folder / checkpoint.CONFIG_FILE).exists() and not (folder / checkpoint.STATE_FILE).exists()
+
+
+def list_differing(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return which settings are not what they were before, in words."""
+    return [f"{k}={before.get(k)}, now {k}={value}" for k, value in now.items() if before.get(k) != value]

@@ -17,7 +17,12 @@ R = TypeVar("R")
 
 
 def batches(
-    dataset: ImageSet | FileSet, order: Tensor, batch_size: int, *, workers: int | None = None
+    dataset: ImageSet | FileSet,
+    order: Tensor,
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    on_lost: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the samples of a set, in order, batch by batch.
 
@@ -27,6 +32,8 @@ def batches(
         batch_size: samples in a batch. The last batch holds what is left.
         workers: threads that decode a FileSet ahead of the caller, one for each usable core by default; 0
             decodes in the caller's thread. The number changes the speed and nothing else.
+        on_lost: called with (path, reason) for each file that cannot be read any more; its batch comes without it.
+            None raises.
 
     Yields:
         images, uint8 (B, C, H, W); labels, int64 (B,); indices, int64 (B,).
@@ -39,9 +46,18 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     threads = usable_cores() if workers is None else workers
-    images = in_order(dataset.fetch, pieces, workers=threads if isinstance(dataset, FileSet) else 0)
-    for piece, batch in zip(pieces, images, strict=True):
-        yield batch, dataset.labels[piece], piece
+
+    def fetch(piece: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        if on_lost is None or isinstance(dataset, ImageSet):
+            return dataset.fetch(piece), piece, []
+        return dataset.fetch_readable(piece)
+
+    for images, kept, lost in in_order(fetch, pieces, workers=threads if isinstance(dataset, FileSet) else 0):
+        for path, reason in lost:
+            assert on_lost is not None
+            on_lost(path, reason)
+        if len(kept):
+            yield images, dataset.labels[kept], kept
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:

@@ -23,7 +23,7 @@ from nin.errors import UserError
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 # Only these are tried, whatever a file is called: Pillow would run Ghostscript on a PostScript file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 # What Pillow raises on damaged or hostile bytes. DecompressionBombError guards memory; warnings come as
 # exceptions where the caller made them so.
@@ -61,11 +61,21 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself before its pixels are read."""
+    """What an image file says of itself before its pixels are read.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        grey: it has no colours.
+        format: one of `FORMATS`, or "MPO", a JPEG with more pictures behind the first.
+        frames: whether there are more than one; the first is read.
+    """
 
     width: int
     height: int
     grey: bool
+    format: str
+    frames: bool
 
 
 def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
@@ -123,7 +133,15 @@ def read_header(source: ImageSource) -> Header:
     """
     with _opened(source) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-        return Header(image.width, image.height, grey)
+        return Header(image.width, image.height, grey, image.format or "", _has_frames(image))
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether a second frame follows. What is damaged behind the first does not concern us."""
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _DECODING_ERRORS:
+        return False
 
 
 @contextmanager
@@ -138,13 +156,13 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
             yield source
         else:
             file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-            with Image.open(file, formats=_FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 yield image
     except _DECODING_ERRORS as error:
-        raise UserError(f"{name}: {_reason(error)}") from error
+        raise UserError(f"{name}: {why(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     """Says in a few words why an image cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"

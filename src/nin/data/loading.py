@@ -9,8 +9,9 @@ from typing import Any
 
 from nin.data.arrays import load_arrays
 from nin.data.batching import usable_cores
+from nin.data.examining import Progress, ReadingOptions
 from nin.data.named import NAMES, load_named
-from nin.data.reading import Progress, ReadingOptions, read_folder
+from nin.data.reading import read_folder
 from nin.data.sets import Data
 from nin.errors import UserError
 
@@ -63,10 +64,15 @@ def load(
     """
     if isinstance(source, Data):
         return _fixed_size(source, size)
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise UserError(f"test_fraction: expected a number between 0 and 1, got {test_fraction}")
-    if size is not None and size < 1:
-        raise UserError(f"size: expected at least 1 pixel, got {size}")
+    options = ReadingOptions(
+        size=size,
+        test_fraction=test_fraction,
+        seed=seed,
+        strict=strict,
+        workers=usable_cores() if workers is None else workers,
+        memory_limit_bytes=memory_limit_bytes,
+        on_progress=on_progress,
+    )
     if isinstance(source, tuple):
         return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
     # absolute, so that a report can be made from another folder
@@ -76,15 +82,6 @@ def load(
         named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
         return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
     _check_exists(source)
-    options = ReadingOptions(
-        size=size,
-        test_fraction=test_fraction or 0.2,
-        seed=seed,
-        strict=strict,
-        workers=usable_cores() if workers is None else workers,
-        memory_limit_bytes=memory_limit_bytes,
-        on_progress=on_progress,
-    )
     images = read_folder(Path(source), options)
     return dataclasses.replace(images, origin={"source": str(Path(source).resolve()), **origin})
 

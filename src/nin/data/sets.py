@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nin.data.images import decode_pixels
+from nin.errors import UserError
 
 # mean and std of a FileSet are those of this many images, evenly spaced: the standard error of the mean is
 # then about 1/60 of the spread between images.
@@ -104,6 +105,41 @@ class FileSet:
             image[:] = decode_pixels(path, size=self.size, channels=self.channels)
         return torch.from_numpy(images)
 
+    def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        """Decodes those of the images that can still be read.
+
+        Returns:
+            uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
+        """
+        try:
+            return self.fetch(indices), indices, []
+        except UserError:
+            pass  # one by one, to find out which
+        images, kept, lost = [self.fetch(indices[:0])], [], []
+        for index in indices:
+            try:
+                images.append(self.fetch(index[None]))
+                kept.append(index)
+            except UserError as error:
+                name = self.names[int(index)]
+                lost.append((name, str(error).removeprefix(f"{os.path.join(self.root, name)}: ")))
+        return torch.cat(images), torch.stack(kept) if kept else indices[:0], lost
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one file.
+
+    Attributes:
+        path: of the file, relative to its folder.
+        kind: one of the kinds of `nin.data.findings`.
+        detail: the rest of the sentence.
+    """
+
+    path: str
+    kind: str
+    detail: str
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -122,6 +158,7 @@ class Data:
         shift: a sensible random translation, in pixels.
         skipped: (path, reason) of each file that could not be read.
         notes: what else was left out, in sentences for the user.
+        findings: what a person should know about single files, the skipped ones among them.
         origin: the arguments of `load` that bring the same images again; empty for arrays.
     """
 
@@ -137,6 +174,7 @@ class Data:
     shift: int
     skipped: tuple[tuple[str, str], ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    findings: tuple[Finding, ...] = field(default=())
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 

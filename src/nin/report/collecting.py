@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nin import checkpoint, costs, data, models, prediction
+from nin import checkpoint, costs, data, metrics, models, prediction
 from nin.errors import UserError
 from nin.evaluation import wilson_interval
 from nin.report.contents import Answer, ClassFigures, ClassMap, Confusion, Headline, Report
@@ -58,7 +57,7 @@ def collect(
     info = classifier.info
     images = _reload(run, info) if images is None else images
     _check_fits(run, images, info)
-    curves = read_metrics(run / checkpoint.METRICS_FILE)
+    curves = metrics.read_csv(run / checkpoint.METRICS_FILE)
     probabilities = _probabilities(classifier, images, on_progress)
     labels, answers = images.test.labels, probabilities.argmax(1)
     confusion = _confusion(labels, answers, len(images.classes))
@@ -85,22 +84,6 @@ def collect(
         preprocessing=dataclasses.asdict(info.preprocessing),
         environment=info.environment,
     )
-
-
-def read_metrics(path: Path) -> tuple[dict[str, float], ...]:
-    """Read ``metrics.csv``; a run without one has no rows.
-
-    Raises:
-        UserError: a line has other columns than the first one, or holds something else than numbers.
-    """
-    if not path.is_file():
-        return ()
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            rows = list(csv.DictReader(file, strict=True))
-            return tuple({str(name): float(value) for name, value in row.items()} for row in rows)
-        except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"{path} is damaged: every line must hold one number for each column ({error})") from error
 
 
 def _reload(run: Path, info: checkpoint.RunInfo) -> data.Data:

@@ -18,8 +18,6 @@ from nin.report import charts, pictures
 from nin.report.collecting import Progress, collect
 from nin.report.contents import Answer, Confusion, Report
 
-REPORT_FILE = "report.html"
-
 # A confusion matrix of more classes is no longer read, and its page no longer fits.
 LARGEST_MATRIX = 30
 
@@ -47,7 +45,7 @@ def write(
         UserError: as `collect`.
         OSError: the file cannot be written; it is named.
     """
-    path = Path(run) / REPORT_FILE
+    path = Path(run) / checkpoint.REPORT_FILE
     checkpoint.write_atomically(path, render(collect(run, images, device=device, on_progress=on_progress)))
     return path
 

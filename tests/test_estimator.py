@@ -1,0 +1,179 @@
+"""NiNClassifier: scikit-learn's own checks, the perceptron that it is on tables, images, and pickles without code."""
+
+import pickle
+import pickletools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits, load_iris
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
+
+from nin import NiNClassifier
+from nin.errors import UserError
+
+SMALL = {"hidden_channels": (16,), "epochs": 25, "batch_size": 16, "random_state": 0}
+
+
+@parametrize_with_checks([NiNClassifier(**SMALL)])
+def test_scikit_learn_checks(estimator, check):
+    # None is excepted. Two skip themselves: without pandas, and the one for other array libraries (SCIPY_ARRAY_API).
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return load_iris(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    some = np.random.default_rng(0).permutation(len(labels))[:600]  # they lie in the order of those who wrote them
+    return pixels.reshape(-1, 8, 8)[some] / 16, labels[some]
+
+
+def perceptron_of(estimator):
+    """Return PyTorch's own multilayer perceptron with the estimator's weights, in float64."""
+    convs = estimator.learner_.average.blocks[0][0].convs
+    layers = []
+    for conv in convs:
+        linear = nn.Linear(conv.in_channels, conv.out_channels)
+        with torch.no_grad():
+            linear.weight.copy_(conv.weight[:, :, 0, 0])
+            linear.bias.copy_(conv.bias)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def test_on_a_table_it_is_a_multilayer_perceptron(table):
+    X, y = table
+    estimator = NiNClassifier(hidden_channels=(16, 8), epochs=3, random_state=0).fit(X, y)
+    perceptron = perceptron_of(estimator)
+    z = torch.from_numpy((X - X.mean(0)) / X.std(0))
+    labels = torch.from_numpy(y)
+    network = estimator.learner_.average.double().requires_grad_()
+    scores, expected = network(z[:, :, None, None]), perceptron(z)
+    torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
+    # and it learns as one: the gradients are the same
+    nn.functional.cross_entropy(scores, labels).backward()
+    nn.functional.cross_entropy(expected, labels).backward()
+    for conv, linear in zip(network.blocks[0][0].convs, perceptron[::2], strict=True):
+        torch.testing.assert_close(conv.weight.grad[:, :, 0, 0], linear.weight.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(conv.bias.grad, linear.bias.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_probabilities_are_those_of_the_perceptron(table):
+    X, y = table
+    estimator = NiNClassifier(**SMALL).fit(X, y)
+    z = torch.from_numpy((X - X.mean(0)) / X.std(0))
+    expected = perceptron_of(estimator)(z).softmax(1).detach().numpy()
+    np.testing.assert_allclose(estimator.predict_proba(X), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: x, lambda x: x[:, None], lambda x: x[..., None], lambda x: (x * 255).astype(np.uint8), lambda x: 40 * x],
+    ids=["NHW", "NCHW", "NHWC", "uint8", "other units"],
+)
+def test_images_in_every_form(form, digits):
+    images, labels = digits
+    estimator = NiNClassifier(epochs=12, random_state=0).fit(form(images[:400]), labels[:400])
+    assert estimator.sample_shape_ == (1, 8, 8)
+    assert estimator.score(form(images[400:]), labels[400:]) > 0.9
+
+
+def test_colour_images_channels_first_and_last_are_the_same(digits):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8), np.arange(40) % 2
+    settings = {"model": "nin_digits", "epochs": 1, "random_state": 0}
+    first = NiNClassifier(**settings).fit(images, labels)
+    last = NiNClassifier(**settings).fit(images.transpose(0, 2, 3, 1), labels)
+    np.testing.assert_array_equal(first.predict_proba(images), last.predict_proba(images.transpose(0, 2, 3, 1)))
+
+
+def test_pipeline_and_grid_search(table):
+    X, y = table
+    names = np.array(["setosa", "versicolor", "virginica"])[y]
+    pipeline = make_pipeline(StandardScaler(), NiNClassifier(**SMALL))
+    assert cross_val_score(pipeline, X, names, cv=3).mean() > 0.85
+    search = GridSearchCV(NiNClassifier(**SMALL), {"hidden_channels": [(4,), (16,)], "epochs": [2, 25]}, cv=2)
+    search.fit(X, names)
+    assert search.best_params_["epochs"] == 25
+    assert set(search.predict(X)) <= set(names)
+
+
+def test_a_pickle_holds_plain_data_and_goes_on_learning(table):
+    X, y = table
+    estimator = NiNClassifier(**SMALL).partial_fit(X, y, classes=[0, 1, 2])
+    text = pickle.dumps(estimator)
+    loaded = {argument for opcode, argument, _ in pickletools.genops(text) if isinstance(argument, str)}
+    assert not any(name.startswith("torch") for name in loaded), sorted(n for n in loaded if "torch" in n)
+    again = pickle.loads(text)
+    np.testing.assert_array_equal(again.predict_proba(X), estimator.predict_proba(X))
+    # momentum, averages and the number of steps came along: the next steps are the same, bit for bit
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            again.partial_fit(X, y).predict_proba(X), estimator.partial_fit(X, y).predict_proba(X)
+        )
+
+
+def test_a_pickle_of_what_is_not_fitted():
+    assert pickle.loads(pickle.dumps(NiNClassifier(epochs=7))).epochs == 7
+
+
+def test_a_pickle_does_not_follow_set_params(table):
+    X, y = table
+    estimator = NiNClassifier(**SMALL).fit(X, y).set_params(hidden_channels=(3, 3))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(estimator)).predict(X), estimator.predict(X))
+
+
+def test_partial_fit_learns(table):
+    X, y = table
+    order = np.random.default_rng(0).permutation(len(X))
+    estimator = NiNClassifier(batch_size=10, learning_rate=0.05, random_state=0)
+    for start in range(0, 30 * len(X), 50):
+        some = np.take(order, range(start, start + 50), mode="wrap")
+        estimator.partial_fit(X[some], y[some], classes=[0, 1, 2])
+    assert estimator.n_steps_ == 450
+    assert estimator.score(X, y) > 0.9
+
+
+def test_the_same_seed_gives_the_same_numbers_and_leaves_torch_alone(digits):
+    images, labels = digits
+    torch.manual_seed(3)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    settings = {"epochs": 1, "flip": True, "random_state": 5}
+    a, b = (NiNClassifier(**settings).fit(images[:64], labels[:64]).predict_proba(images[:9]) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    other = clone(NiNClassifier(**settings)).set_params(random_state=6).fit(images[:64], labels[:64])
+    assert not np.array_equal(other.predict_proba(images[:9]), a)
+
+
+def test_mistakes_are_named(table, digits):
+    X, y = table
+    images, labels = digits
+    with pytest.raises(ValueError, match="classes must be given in the first call of partial_fit"):
+        NiNClassifier().partial_fit(X, y)
+    started = NiNClassifier(epochs=1).fit(X, y)
+    with pytest.raises(ValueError, match="y must hold classes of"):
+        started.partial_fit(X, y + 1)
+    with pytest.raises(ValueError, match="classes must be those of the first call"):
+        started.partial_fit(X, y, classes=[0, 1])
+    with pytest.raises(ValueError, match=r"X must hold samples \(C, H, W\) of \(1, 8, 8\), got \(1, 7, 7\)"):
+        NiNClassifier(epochs=1).fit(images[:20], labels[:20]).predict(np.zeros((2, 8, 7, 7))[:, :1].repeat(8, 1)[:, 0])
+    with pytest.raises(ValueError, match="X must hold square images"):
+        NiNClassifier().fit(images[:20, :6], labels[:20])
+    with pytest.raises(UserError, match=r"model is for images; a table takes hidden_channels, got model='nin_cifar'"):
+        NiNClassifier(model="nin_cifar").fit(X, y)
+    with pytest.raises(UserError, match="learning_rate must be above 0"):
+        NiNClassifier(learning_rate=0).fit(X, y)
+    with pytest.raises(ValueError, match=r"the loss became .*: learning_rate must be lower than 1e\+30"):
+        NiNClassifier(learning_rate=1e30, epochs=5).fit(X, y)
