@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nin import machine, models
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
+from nin.replaying import Replay
 
 
 class Learner:
@@ -35,6 +36,14 @@ class Learner:
         self.average = self.place(make()).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = make_optimizer(self.model, config)
+        # Numbers that change from step to step lie on a GPU, where the graph of a step finds them.
+        self.blend = torch.zeros((), device=self.device)
+        if self.device.type == "cuda":
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=self.device)
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
+        self._take_step = Replay(self._plain_step) if replays else self._plain_step
 
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
@@ -50,30 +59,50 @@ class Learner:
             steps: in the whole training.
 
         Returns:
-            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed.
+            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed on a CPU;
+            a GPU is not waited for to ask, so there the weights are lost, and what was saved before is not.
         """
+        loss, scores = self.advance(x, labels, step, steps)
+        return loss.item(), scores
+
+    def advance(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Take a step as `step` does, without waiting for the device: the loss is still a tensor."""
         config = self.config
         self.model.train()
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, as a function of (seed, step)
+        rate, decay = learning_rate(step, steps, config), min(config.ema, (1 + step) / (10 + step))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.blend.fill_(1 - decay)
+        loss, scores = self._take_step(x, labels)
+        return loss, scores
+
+    def _plain_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             scores = self.model(x)
         scores = scores.float()
-        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
-        if torch.isfinite(loss):
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.config.label_smoothing)
+        if self.device.type == "cuda" or torch.isfinite(loss):
             self.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
             self.optimizer.step()
-            self._update_average(step)
-        return loss.item(), scores.detach()
+            self._update_average()
+        return loss.detach(), scores.detach()
 
     @torch.no_grad()
-    def _update_average(self, step: int) -> None:
+    def _update_average(self) -> None:
         """Move the averaged weights towards the current ones; quickly in the first steps."""
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        if self.device.type == "cuda":
+            for average, current in pairs:
+                average.lerp_(current, self.blend)
+        else:
+            averages, currents = zip(*pairs, strict=True)
+            torch._foreach_lerp_(averages, currents, self.blend.item())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""
