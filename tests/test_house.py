@@ -21,7 +21,7 @@ FLOORS = [
     {"ops", "data", "recipe", "replaying", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
-    {"narrowing"},
+    {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
     {"report", "server", "estimator", "slimming"},

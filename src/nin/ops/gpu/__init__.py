@@ -6,8 +6,9 @@ chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,32 @@ def plan(
     shape = launching.result_shape(x, weights, stride, padding, dilation)
     problem = launching.describe(x, shape, weights, padding, activations)
     make = choosing.plan_backward if backward else choosing.plan_forward
-    return make(problem, launching.device_of(x), engine)
+    steps = make(problem, launching.device_of(x), engine)
+    for seen in _watched:
+        seen.extend(steps)
+    return steps
+
+
+_watched: list[list[choosing.Step]] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[choosing.Step]]:
+    """Collect the steps that are chosen meanwhile; none where the reference takes all of a call."""
+    steps: list[choosing.Step] = []
+    _watched.append(steps)
+    try:
+        yield steps
+    finally:
+        _watched.remove(steps)
+
+
+def summarise(steps: Sequence[choosing.Step]) -> str:
+    """Return in a few words which engines ran: "Triton 2 layers, cuDNN 1"."""
+    counts = {"Triton": 0, "cuDNN": 0}
+    for step in steps:
+        counts["Triton" if step.fused else "cuDNN"] += step.count
+    return ", ".join(f"{name} {count} layers" for name, count in counts.items() if count) or "reference (cuDNN)"
 
 
 def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -140,4 +166,4 @@ torch.library.register_torch_dispatch(
     "nin::mlpconv_backward", FunctionalTensorMode, _look_through(mlpconv_backward, 1), lib=schema.library
 )
 
-__all__ = ["describe", "mlpconv", "mlpconv_backward", "plan", "tiles"]
+__all__ = ["describe", "mlpconv", "mlpconv_backward", "plan", "summarise", "tiles", "watch"]
