@@ -12,6 +12,7 @@ from PIL import Image
 
 import nin
 from nin import checkpoint, data, evaluation, learner, recipe, training
+from nin.data.sets import PathList
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -400,18 +401,18 @@ def test_the_triangle_falls_in_a_straight_line():
 
 def test_held_files_are_the_files(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    for split, name in itertools.product(("train", "test"), ("a", "b")):
-        (tmp_path / split / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = torch.randint(0, 256, (9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
-            Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-    files = data.load(tmp_path)
-    assert isinstance(files.train, data.FileSet)
-    held = training.hold_images(files, SPEED.resolve(images=6, image_size=9, flip=False, shift=0))
-    assert torch.equal(held.train.images, files.train.fetch(torch.arange(6)))
-    assert torch.equal(held.train.labels, files.train.labels)
-    assert list(held.train.names) == list(files.train.names)
-    assert training.hold_images(files, QUICK.resolve(images=6, image_size=9, flip=False, shift=0)) is files
+    for i in range(6):
+        pixels = torch.randint(0, 256, (9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    names = PathList(f"{i}.png" for i in range(6))
+    files = data.FileSet(tmp_path, torch.arange(6) % 2, names, channels=3, size=9)
+    images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
+    sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
+    held = training.hold_images(images, SPEED.resolve(**sizes))
+    assert torch.equal(held.train.images, files.fetch(torch.arange(6)))
+    assert torch.equal(held.train.labels, files.labels)
+    assert list(held.train.names) == list(names)
+    assert training.hold_images(images, QUICK.resolve(**sizes)) is images
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

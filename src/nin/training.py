@@ -304,9 +304,11 @@ class _Run:
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
         keeping, stop = self.keeping, self.keeping.stop()
-        if self.folder is not None and self.position.step < self.steps_per_epoch:  # the epoch's end writes it anyway
+        if self.folder is not None:
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
-            if stop or by_steps or time.monotonic() - self.saved > 60 * keeping.minutes:
+            due = by_steps or time.monotonic() - self.saved > 60 * keeping.minutes
+            ends = self.position.step == self.steps_per_epoch  # the epoch's end writes it anyway
+            if stop or (due and not ends):
                 self.save_state(self.folder)
         if stop:
             raise KeyboardInterrupt

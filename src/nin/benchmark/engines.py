@@ -128,7 +128,7 @@ def prepare(engine: str, case: Case, dtype: torch.dtype, device: torch.device = 
     if not (case.training and case.network):  # a network trains in float32 under autocast
         model = model.to(dtype)
     x = torch.randn(case.input_shape).to(device, next(model.parameters()).dtype)
-    model = model.to(device=device, memory_format=layout)
+    model = model.to(device).to(memory_format=layout)
     call = make(case, model, x.contiguous(memory_format=layout), dtype)
     if device.type != "cuda":
         return call
