@@ -19,7 +19,7 @@ from nin.benchmark.cases import CASES, Case
 from nin.benchmark.engines import ENGINES, Call, UnavailableError, prepare
 from nin.costs import cost
 from nin.machine import choose_device, keep_freed_memory, processor_name
-from nin.ops import backends, cpu, gpu
+from nin.ops import backends, gpu, limits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
@@ -205,8 +205,8 @@ def _machine(malloc: str, device: torch.device) -> Machine:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     on_gpu = device.type == "cuda"
-    peaks = {name: None if on_gpu else cpu.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
-    copy = None if on_gpu else cpu.measure_copy_bandwidth()
+    peaks = {name: None if on_gpu else limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = None if on_gpu else limits.measure_copy_bandwidth()
     return Machine(
         processor=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         threads=torch.get_num_threads(),
