@@ -69,7 +69,8 @@ class Descent:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip)
         self.optimizer.step()
-        averages, currents = list(self.average.parameters()), list(self.model.parameters())
+        averages: list[Tensor] = list(self.average.parameters())
+        currents: list[Tensor] = list(self.model.parameters())
         with torch.no_grad():
             if isinstance(self.blend, Tensor):
                 for average, current in zip(averages, currents, strict=True):

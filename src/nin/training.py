@@ -18,7 +18,7 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
 from nin.learner import Learner, make_model
-from nin.recipe import TrainConfig, learning_rate
+from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
