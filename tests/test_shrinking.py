@@ -104,7 +104,7 @@ class Stopper:
         self.seen += what.startswith(self.during)
 
     def stop(self):
-        return self.seen == 2
+        return self.seen == (1 if self.during == "Fitting" else 2)  # one layer may be all that is fitted
 
     def arguments(self):
         return {"keeping": Keeping(stop=self.stop), "on_progress": self.on_progress}
