@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.narrowing.plan import LayerPlan, Plan
-from nin.narrowing.structure import expand, factors, make_layer, set_module, shape_of
+from nin.narrowing.structure import LayerShape, expand, factors, make_layer, set_module, shape_of
 
 
 def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module:
@@ -39,8 +39,12 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         plan = Plan.from_dict(plan)
     new = expand(model)
     for layer in plan.layers:
-        if is_changed(layer, get_layer(new, layer.name)):
-            set_module(new, layer.name, build_layer(layer, get_layer(new, layer.name)))
+        module = get_layer(new, layer.name)
+        if is_changed(layer, module):
+            if type(module) not in (nn.Conv2d, nn.Linear):
+                kind = type(module).__name__
+                raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
+            set_module(new, layer.name, build_layer(layer, module))
     for thinning in plan.thinned:
         kept = torch.arange(thinning.channels)
         for name in thinning.between:
@@ -66,21 +70,26 @@ def is_changed(layer: LayerPlan, module: nn.Module) -> bool:
 def build_layer(layer: LayerPlan, module: nn.Module) -> nn.Module:
     """Return the new layer, or the chain of layers, that a plan asks for, with fresh weights."""
     shape = shape_of(layer.name, module)
-    pieces = factors(shape, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs)
+    pieces = chain_of(shape, layer)
     weight = module.weight
     assert isinstance(weight, Tensor)
     made = [make_layer(piece, weight) for piece in pieces]
     return made[0] if len(made) == 1 else nn.Sequential(*made)
 
 
+def chain_of(shape: LayerShape, layer: LayerPlan) -> tuple[LayerShape, ...]:
+    """Return the layers that a plan puts in the place of one."""
+    return factors(shape, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs)
+
+
 def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer of that name.
+    """Return the layer of that name; it may be of a subclass, which is left as it is.
 
     Raises:
         ValueError: there is none.
     """
     module = get_module(model, name)
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if not isinstance(module, nn.Conv2d | nn.Linear):
         raise ValueError(f"plan does not fit the model: {name} must be a Conv2d or Linear, got {type(module).__name__}")
     return module
 
