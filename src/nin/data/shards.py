@@ -191,7 +191,7 @@ def _local(url: str) -> Path:
         with gopen(url) as source, partial.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         os.replace(partial, path)
-    except Exception as error:  # of whatever library reads this kind of URL
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{url}: cannot be fetched ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
