@@ -7,7 +7,7 @@ is being written (`--inside` counts those), and is resumed until it is through; 
 with the training that nobody killed are the files that a run leaves (averaged weights, metrics) and its last state
 (weights, averages, the optimiser's momenta, the position in the order of the images). The state before each resume
 must be whole: a damaged one would end the resumed training with an error, which counts as lost.
-Writes `results/kills.json`.
+Adds to `results/kills.json`, a run for each `--seed`.
 """
 
 from __future__ import annotations
@@ -112,6 +112,18 @@ def last_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     return tensors, values
 
 
+def keep(counts: dict[str, int], lost: list[str], seed: int) -> None:
+    """Write the figures so far; those of other seeds stay."""
+    path = RESULTS / "kills.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else {}
+    runs[f"seed {seed}"] = {"date": datetime.date.today().isoformat(), **counts, "lost": lost}
+    names = ("kills", "inside_a_write", "trainings", "equal")
+    together = {name: sum(run[name] for run in runs.values()) for name in names}
+    RESULTS.mkdir(exist_ok=True)
+    values = {"machine": checkpoint.environment(), "together": together, "runs": runs}
+    checkpoint.write_atomically(path, json.dumps(values, indent=1) + "\n")
+
+
 def main() -> None:
     """Kill, resume and compare until there were enough kills."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,10 +153,7 @@ def main() -> None:
             else:
                 lost.append(f"{out.name}: status {status} {out.with_suffix('.errors').read_text().strip()}")
             print(counts, lost, flush=True)
-    header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({**header, **counts, "lost": lost}, indent=1) + "\n"
-    checkpoint.write_atomically(RESULTS / "kills.json", text)
+            keep(counts, lost, arguments.seed)
     print(f"{counts['equal']} of {counts['trainings']} trainings equal after {counts['kills']} kills; lost: {lost}")
     sys.exit(bool(lost))
 
