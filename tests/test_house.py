@@ -18,7 +18,8 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors", "files"},
-    {"ops", "data", "recipe", "timing", "machine", "metrics"},
+    {"ops", "processes"},
+    {"data", "recipe", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
     {"narrowing"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -377,5 +378,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _stop(message: str, status: int) -> NoReturn:
     """Print one line to standard error and exit."""
-    print(f"nin: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"nin: {'' if rank == '0' else f'process {rank}: '}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import machine, models
+from nin import machine, models, processes
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
@@ -35,6 +35,20 @@ class Learner:
         self.average = self.place(make()).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = make_optimizer(self.model, config)
+        self.network: nn.Module = self.model  # what a step calls
+
+    def join(self, batch_size: int) -> None:
+        """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
+
+        Args:
+            batch_size: images in the batch of all processes together.
+        """
+        if processes.count() > 1:
+            share_dropout(self.model, batch_size)
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=devices, gradient_as_bucket_view=True
+            )
 
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
@@ -44,13 +58,14 @@ class Learner:
         """Take one step of the optimiser.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W); of this process, where several share the batch. It may be none then.
             labels: int64 (B,).
             step: which one it is, from 0.
             steps: in the whole training.
 
         Returns:
-            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed.
+            The loss over the batch of all processes, and the scores (B, classes). Where the loss is no finite
+            number, nothing has changed.
         """
         config = self.config
         self.model.train()
@@ -58,16 +73,32 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            scores = self.model(x)
+            scores = self.network(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
         scores = scores.float()
-        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
+        loss, share = self._loss(scores, labels)
         if torch.isfinite(loss):
             self.optimizer.zero_grad()
-            loss.backward()
+            share.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
             self.optimizer.step()
             self._update_average(step)
         return loss.item(), scores.detach()
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean cross entropy over the batch of all processes, and what this one differentiates.
+
+        DDP takes the mean of the processes' gradients. Their parts of a batch may differ in size, so each
+        differentiates its sum divided by the size of the whole batch, times the number of processes: the mean of
+        those gradients is that of the whole batch.
+        """
+        smoothing, size = self.config.label_smoothing, processes.count()
+        if size == 1:
+            loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+            return loss, loss
+        part = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
+        whole = processes.total(torch.stack([part.detach(), part.new_tensor(len(labels))]))
+        images = whole[1].clamp(min=1)
+        return whole[0] / images, part * (size / images)
 
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
@@ -91,6 +122,34 @@ class Learner:
         for name, p in self.model.named_parameters():
             if f"momentum.{name}" in tensors:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+
+
+class SharedDropout(nn.Dropout):
+    """Drops what one process would drop from the whole batch, where each of several holds every n-th image of it.
+
+    Each process draws for the whole batch: that is what makes their losses those of one process.
+    """
+
+    def __init__(self, p: float, batch_size: int) -> None:
+        super().__init__(p)
+        self.batch_size = batch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, some values of which are zero while training and the others larger by 1 / (1 - p)."""
+        if not self.training or self.p == 0:
+            return x
+        layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
+        ones = torch.ones((self.batch_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        kept = F.dropout(ones.contiguous(memory_format=layout), self.p)
+        return x * kept[processes.rank() :: processes.count()][: len(x)]
+
+
+def share_dropout(model: nn.Module, batch_size: int) -> None:
+    """Put `SharedDropout` in the place of every dropout of a network."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(parent, name, SharedDropout(child.p, batch_size))
 
 
 def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nin import processes
 from nin.errors import UserError
 
 
@@ -20,7 +21,9 @@ def choose_device(name: str) -> torch.device:
         UserError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.count() > 1:  # each process of a job has a GPU of its own
+        name = f"cuda:{processes.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

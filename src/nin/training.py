@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import checkpoint, data, machine, metrics
+from nin import checkpoint, data, machine, metrics, processes
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
@@ -116,15 +117,19 @@ def train(
     recipe = (config or TrainConfig()).resolve(
         images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
     )
+    check_share(recipe, len(images.train))
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
+    keeping = keeping or Keeping()
+    if folder is not None and processes.is_restarted() and has_begun(folder):
+        keeping = dataclasses.replace(keeping, resume=True)
     with machine.use_threads(recipe.threads):
-        run = _Run(images, recipe, folder, keeping or Keeping(), on_progress or (lambda progress: None))
-        if folder is None:
-            return run.train()
-        prepare_folder(folder, resume=run.keeping.resume)
+        run = _Run(images, recipe, folder, keeping, on_progress or (lambda progress: None))
+        if folder is None or not processes.is_first():
+            return run.train_together()
+        prepare_folder(folder, resume=keeping.resume)
         try:
-            return run.train()
+            return run.train_together()
         finally:
             if not any(folder.iterdir()):  # stopped before anything was written
                 folder.rmdir()
@@ -166,6 +171,11 @@ class _Run:
         self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
 
+    def train_together(self) -> TrainResult:
+        """Train with the other processes of the job, where there are others."""
+        with processes.together(self.learner.device):
+            return self.train()
+
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
         if self.keeping.resume:
@@ -173,6 +183,7 @@ class _Run:
             if is_finished(self.folder):
                 return self.load_result(self.folder)
             self.load_state(self.folder)
+        self.learner.join(min(self.config.batch_size, len(self.images.train)))
         while self.position.epoch < self.config.epochs:
             self.train_epoch()
         return self.finish()
@@ -182,14 +193,15 @@ class _Run:
         p, epochs = self.position, self.config.epochs
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in self.batches():
-            loss = self.train_step(x, labels)
+            loss, stop = self.train_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
             self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, loss))
-            self.keep()
+            self.keep(stop)
         row = self.end_epoch()
         self.metrics.append(row)
         self.position = _Position(epoch=p.epoch + 1, seconds=row["seconds"])
-        if self.folder is not None:
+        if self.writes:
+            assert self.folder is not None
             self.save_state(self.folder)
             self.save_model(self.folder, self.info({}))
         self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
@@ -199,8 +211,13 @@ class _Run:
         """Steps done since the beginning."""
         return self.position.epoch * self.steps_per_epoch + self.position.step
 
-    def train_step(self, x: Tensor, labels: Tensor) -> float:
-        """Take one step and count it; return its loss."""
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run folder: one does."""
+        return self.folder is not None and processes.is_first()
+
+    def train_step(self, x: Tensor, labels: Tensor) -> tuple[float, bool]:
+        """Take one step and count it; return its loss, and whether somebody asked one of the processes to stop."""
         loss, scores = self.learner.step(x, labels, self.step, self.steps)
         p = self.position
         if not math.isfinite(loss):
@@ -208,16 +225,21 @@ class _Run:
                 f"the loss became {loss} at step {self.step + 1} (epoch {p.epoch + 1}); what was written before is "
                 f"kept. Try a lower learning_rate than {self.config.learning_rate}"
             )
+        right = int((scores.argmax(1) == labels).sum())
+        counts = torch.tensor([right, len(labels), self.keeping.stop()], device=self.learner.device)
+        hits, seen, stop = processes.total(counts).tolist()
         p.step += 1
-        p.loss_sum += loss * len(labels)
-        p.hits += int((scores.argmax(1) == labels).sum())
-        p.seen += len(labels)
-        return loss
+        p.loss_sum += loss * seen
+        p.hits += hits
+        p.seen += seen
+        return loss, stop > 0
 
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
         p, testing = self.position, time.perf_counter()
         test_loss, test_hits, tested = self.test(dtype=self.learner.dtype)
+        for text in processes.gather_text(json.dumps(self.lost)):
+            self.lost |= json.loads(text)
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
@@ -236,7 +258,9 @@ class _Run:
         order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
         # The rest that fills no batch is left out: another one in every epoch.
         order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        for pixels, labels, indices in data.batches(images.train, order, config.batch_size, on_lost=self.lose):
+        order, size = processes.share(order, config.batch_size)
+        empty = processes.count() > 1
+        for pixels, labels, indices in data.batches(images.train, order, size, on_lost=self.lose, empty=empty):
             pixels = data.augment(
                 pixels.to(self.learner.device),
                 indices.to(self.learner.device),
@@ -254,7 +278,13 @@ class _Run:
         scores, labels = evaluate(
             learner.average, images, device=learner.device, dtype=dtype, flip=flip, on_lost=self.lose
         )
-        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum()), len(labels)
+        hits = int((scores.argmax(1) == labels).sum())
+        if processes.count() == 1:
+            return F.cross_entropy(scores, labels).item(), hits, len(labels)
+        loss = F.cross_entropy(scores, labels, reduction="sum").item()
+        sums = torch.tensor([loss, hits, len(labels)], dtype=torch.float64, device=learner.device)
+        loss, all_hits, count = processes.total(sums).tolist()
+        return loss / count, int(all_hits), int(count)
 
     def lose(self, path: str, reason: str) -> None:
         """Go on without a file that was readable when the training began, but not without many.
@@ -269,12 +299,13 @@ class _Run:
                 "and go on with --resume"
             )
 
-    def keep(self) -> None:
+    def keep(self, stop: bool) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
-        keeping, stop = self.keeping, self.keeping.stop()
-        if self.folder is not None and self.position.step < self.steps_per_epoch:  # the epoch's end writes it anyway
+        keeping = self.keeping
+        if self.writes and self.position.step < self.steps_per_epoch:  # the epoch's end writes it anyway
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
             if stop or by_steps or time.monotonic() - self.saved > 60 * keeping.minutes:
+                assert self.folder is not None
                 self.save_state(self.folder)
         if stop:
             raise KeyboardInterrupt
@@ -347,7 +378,8 @@ class _Run:
             result["test_accuracy_flip"] = hits / count
             result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
         info = self.info(result)
-        if self.folder is not None:
+        if self.writes:
+            assert self.folder is not None
             self.save_model(self.folder, info)
             checkpoint.remove_state(self.folder)
         return TrainResult(self.learner.average, info, self.metrics, self.folder)
@@ -373,7 +405,11 @@ class _Run:
             recipe={**dataclasses.asdict(self.config), "precision": precision, **overridden},
             data={**self.data_info(), **lost},
             result=result,
-            environment={**checkpoint.environment(), "device": str(self.learner.device)},
+            environment={
+                **checkpoint.environment(),
+                "device": str(self.learner.device),
+                "processes": processes.count(),
+            },
         )
 
     def data_info(self) -> dict[str, Any]:
@@ -389,6 +425,20 @@ class _Run:
         }
 
 
+def check_share(config: ResolvedConfig, images: int) -> None:
+    """Check that each process of the job gets images of every batch.
+
+    Raises:
+        UserError: there are more processes than images in a batch.
+    """
+    least = min(config.batch_size, images)
+    if processes.count() > least:
+        raise UserError(
+            f"batch_size is that of all processes together: {processes.count()} processes cannot share {least} images; "
+            "give a larger --batch-size or start fewer"
+        )
+
+
 def prepare_folder(out: Path, *, resume: bool) -> None:
     """Make the run folder, or clean up after what was interrupted in it.
 
@@ -398,7 +448,7 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     """
     unfinished = (out / checkpoint.STATE_FILE).exists()
     if resume:
-        if not unfinished and not is_finished(out):
+        if not has_begun(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
         checkpoint.remove_leftovers(out)
         return
@@ -409,6 +459,11 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether there is something to resume in the folder, or a result."""
+    return (folder / checkpoint.STATE_FILE).exists() or is_finished(folder)
 
 
 def is_finished(folder: Path) -> bool:
