@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow docs lint clean help
+.PHONY: demo test test-slow wheel smoke docs lint clean help
 
 help:
 	@echo "make demo       install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
 	@echo "make test       install into .venv, run the tests"
 	@echo "make test-slow  the long tests"
+	@echo "make wheel      build dist/: a manylinux wheel for all Python versions, and the source distribution"
+	@echo "make smoke      the wheel in an empty environment of each Python that is found"
 	@echo "make docs       build the documentation site into build/site"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove .venv and build"
@@ -22,6 +24,17 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# Through the source distribution, so that both are known to be whole. The library in the wheel has a plain C
+# interface: one wheel serves every Python version, and auditwheel names the oldest glibc that it runs with.
+wheel: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+
+smoke: wheel
+	$(BIN)/python packaging/smoke.py
 
 docs: $(READY)
 	$(BIN)/python docs/build_site.py

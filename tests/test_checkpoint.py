@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from nin.errors import UserError
 
 
 def info(model):
+    shape = getattr(model, "config", model)
+    size = getattr(shape, "image_size", 224)
+    channels = shape.in_channels
     return RunInfo(
         model=checkpoint.describe_model(model),
         classes=("cat", "dög"),
-        preprocessing=Preprocessing(8, 1, (0.5,), (0.25,)),
+        preprocessing=Preprocessing(size, channels, (0.5,) * channels, (0.25,) * channels),
         recipe={},
         data={"name": "x"},
         result={},
@@ -111,7 +115,13 @@ def edit(run, **changes):
         ({"unknown": 1}, "damaged"),
         ({"model": {"kind": "pickle"}}, "does not describe a network"),
         ({"model": {"kind": "nin", "config": {"blocks": [{"channels": [-1]}]}}}, "does not describe a network"),
-        ({"model": None}, "does not describe a network"),
+        ({"model": None}, "model must be an object"),
+        ({"model": {"kind": None}}, "does not describe a network"),
+        ({"classes": ["a", "b", "c"]}, r"has \(classes, channels\) \(2, 1\), the rest of the file \(3, 1\)"),
+        ({"preprocessing": {"size": 10**12, "channels": 1, "mean": [0.0], "std": [1.0]}}, "size must be 1 to 16384"),
+        ({"preprocessing": {"size": 1, "channels": 1, "mean": [0.0], "std": [1.0]}}, "must have 2 pixels a side"),
+        ({"preprocessing": {"size": 8, "channels": 1, "mean": [0.0, 0.0], "std": [1.0]}}, "must have 1 numbers"),
+        ({"preprocessing": {"size": 8, "channels": 1, "mean": [0.0], "std": [0.0]}}, "std positive"),
     ],
 )
 def test_damaged_configurations(run, changes, message):
@@ -156,3 +166,15 @@ def test_weights_of_another_network(run, tmp_path_factory):
     (run / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"does not fit config\.json: .* must have shape \(2,\), got \(3,\)"):
         checkpoint.load_model(run)
+
+
+def test_a_description_that_asks_for_everything_takes_no_memory(run):
+    """10^12 weights would be 4 TB: the sizes are compared with the file's before anything is made."""
+    description = nin.models.nin_digits(2).config.to_dict()
+    description["blocks"][0]["channels"] = [10**6, 10**6, 64]
+    edit(run, model={"kind": "nin", "config": description})
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"does not fit config\.json"):
+        checkpoint.load_model(run)
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()

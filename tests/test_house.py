@@ -17,16 +17,15 @@ SOURCE = Path(nin.__file__).parent
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
-    {"errors", "files"},
-    {"ops", "processes"},
-    {"data", "recipe", "timing", "machine", "metrics"},
+    {"errors", "files", "tables"},
+    {"ops", "data", "processes", "recipe", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
-    {"narrowing"},
+    {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "slimming"},
-    {"terminal"},
+    {"report", "server", "estimator", "slimming", "tabulation"},
+    {"terminal", "hub"},
     {"demonstration"},
     {"cli"},
     {"__main__"},

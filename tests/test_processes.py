@@ -95,4 +95,6 @@ def test_processes_share_the_cores(monkeypatch):
 
 def test_an_error_of_its_own_is_no_lost_process():
     assert not processes._tells_of_a_lost_process(RuntimeError("shapes cannot be multiplied"))
-    assert processes._tells_of_a_lost_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert processes._tells_of_a_lost_process(
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nin import machine, models
 from nin.errors import UserError
@@ -30,6 +32,12 @@ MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state
 METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
 FINDINGS_FILE = "findings.csv"
 FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE)
+
+# What building a network from a description that is not ours may raise.
+DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+
+# Height and width of the largest images that a network may ask for: 800 MB of uint8.
+LARGEST_SIZE = 16_384
 
 # A config.json holds names and numbers; one that is larger is not ours.
 LARGEST_CONFIG_BYTES = 16 * 2**20
@@ -50,6 +58,22 @@ class Preprocessing:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def check(self) -> None:
+        """Refuse what no image can be brought to.
+
+        Raises:
+            ValueError: a field is out of its range.
+        """
+        numbers = (*self.mean, *self.std)
+        if not 1 <= self.size <= LARGEST_SIZE or self.channels not in (1, 3):
+            raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {self.size}, {self.channels}")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std must have {self.channels} numbers, got {self.mean} and {self.std}")
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not all(
+            n > 0 for n in self.std
+        ):
+            raise ValueError(f"mean and std must be finite and std positive, got {self.mean} and {self.std}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +159,34 @@ def load_model(folder: Path) -> tuple[nn.Module, RunInfo]:
     info = load_info(folder)
     path = folder / MODEL_FILE
     try:
-        model = model_from_description(info.model)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        with torch.device("meta"), _Uninitialised():  # takes no memory, whatever sizes the file asks for
+            empty = model_from_description(info.model)
+        _check_fits(empty, info)
+        expected = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
+    except DESCRIPTION_ERRORS as error:
         raise UserError(f"{folder / CONFIG_FILE}: 'model' does not describe a network of nin: {error}") from error
     tensors, _ = read_tensors(path)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != got:
         wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))[0]
         raise UserError(
             f"{path} does not fit {CONFIG_FILE}: {wrong} must have shape {expected.get(wrong)}, got {got.get(wrong)}"
         )
+    model = model_from_description(info.model)
     model.load_state_dict(tensors)
     return model.eval(), info
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out the initialisation of weights: without memory there is nothing to fill."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def load_info(folder: Path) -> RunInfo:
@@ -173,9 +212,32 @@ def load_info(folder: Path) -> RunInfo:
     try:
         p = values["preprocessing"]
         preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]))
-        return RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
-    except (ValueError, KeyError, TypeError) as error:
+        preprocessing.check()
+        info = RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
+        _check_fields(info)
+        return info
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged or no {CONFIG_FILE} of nin: {error}") from error
+
+
+def _check_fields(info: RunInfo) -> None:
+    """Refuse what is not of the type that `RunInfo` says."""
+    for field in ("model", "recipe", "data", "result", "environment"):
+        if not isinstance(getattr(info, field), dict):
+            raise TypeError(f"{field} must be an object")
+    if not info.classes or not all(isinstance(name, str) for name in info.classes):
+        raise TypeError("classes must be a list of names")
+
+
+def _check_fits(model: nn.Module, info: RunInfo) -> None:
+    """Refuse a network that does not take the images or answer with the classes of the same file."""
+    shape = model.config if isinstance(model, models.NiN) else model
+    wanted = (len(info.classes), info.preprocessing.channels)
+    got = (getattr(shape, "num_classes", None), getattr(shape, "in_channels", None))
+    if got != wanted:
+        raise ValueError(f"it has (classes, channels) {got}, the rest of the file {wanted}")
+    if isinstance(model, models.NiN) and model.smallest_input > info.preprocessing.size:
+        raise ValueError(f"images must have {model.smallest_input} pixels a side, got {info.preprocessing.size}")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -45,8 +45,8 @@ def train(
     Parameters
     ----------
     data
-        "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), or mnist, fashion-mnist,
-        cifar10, cifar100, svhn.
+        "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), WebDataset shards (a folder
+        or a pattern of tar files), or mnist, fashion-mnist, cifar10, cifar100, svhn.
     out
         The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
     data_dir
@@ -121,6 +121,40 @@ def check(
 
 
 @app.command
+def shards(
+    data: str,
+    /,
+    *,
+    out: Path,
+    images_per_shard: int = 10_000,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.
+
+    Parameters
+    ----------
+    data
+        An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+    out
+        The folder to make: train-000000.tar, …, test-000000.tar, …, and nin-shards.json with the classes.
+    images_per_shard
+        At most so many images in a shard.
+    test_fraction
+        Share of each class for the test shards, where the folder has no test images of its own.
+    seed
+        Of the order of the images, and of what is held out.
+    json
+        Print the names of the shards as JSON on standard output.
+    """
+    from nin import terminal
+
+    options = {"images_per_shard": images_per_shard, "test_fraction": test_fraction, "seed": seed}
+    terminal.shards(data, out, as_json=json, **options)
+
+
+@app.command
 def demo(*, out: Path = Path("runs/demo"), json: JsonFlag = False) -> None:
     """Do the main job on images that come along: train, test, look, predict, and time a bottleneck.
 
@@ -146,6 +180,8 @@ def predict(
     device: str = "cpu",
     json: JsonFlag = False,
     csv: Path | None = None,
+    parquet: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
     maps: Path | None = None,
 ) -> None:
     """Classify images with a trained network.
@@ -155,7 +191,7 @@ def predict(
     run
         The folder that `nin train` made.
     images
-        Image files; a folder stands for all images in it.
+        Image files; a folder stands for all images in it. Or one folder, pattern or URL of WebDataset shards.
     top
         How many classes to show for each image.
     device
@@ -163,13 +199,24 @@ def predict(
     json
         Print the predictions as JSON on standard output.
     csv
-        Write the predictions, with the probability of every class, into this file.
+        Write the predictions, with the probability of every class, into this file, however many there are.
+    parquet
+        The same as a Parquet file.
+    resume
+        Go on with the file where an interrupted command stopped.
     maps
         Write into this folder, for each image, where in it the evidence for its class lies.
     """
     from nin import terminal
 
-    terminal.predict(run, images, top=top, device=device, as_json=json, csv_path=csv, maps=maps)
+    if csv is not None and parquet is not None:
+        raise UserError("give --csv or --parquet, not both")
+    if resume and csv is None and parquet is None:
+        raise UserError("--resume goes on with a file: give --csv FILE or --parquet FILE")
+    if parquet is not None and parquet.suffix != ".parquet":
+        raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
+    table = csv or parquet
+    terminal.predict(run, images, top=top, device=device, as_json=json, table=table, resume=resume, maps=maps)
 
 
 @app.command

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from nin.layers import Conv1x1, MLPConv
 from nin.ops.schema import chain_macs
+from nin.tables import html_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,7 @@ class Cost:
         return "\n".join(line.rstrip() for line in lines)
 
     def _repr_html_(self) -> str:
-        head, *rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows()]
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><tr>{head.replace('td>', 'th>')}</tr>{body}</table>"
+        return html_table(self.rows())
 
 
 def cost(model: nn.Module, input_shape: Sequence[int]) -> Cost:

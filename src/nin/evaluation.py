@@ -25,8 +25,9 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
 
-    Where several processes share the work, each gets its part. With ``flip``, the scores are the mean over each image and its mirror image. Files that cannot be read any more
-    are left out where ``on_lost`` is there to be told of them, see `nin.data.batches`.
+    Where several processes share the work, each gets its part. With ``flip``, the scores are the mean over each image
+    and its mirror image. Files that cannot be read any more are left out where ``on_lost`` is there to be told of
+    them, see `nin.data.batches`.
     """
     scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
     order = torch.arange(len(images.test))[processes.rank() :: processes.count()]

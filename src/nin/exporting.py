@@ -24,6 +24,7 @@ from nin import checkpoint, models
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.costs import format_bytes
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.layers import MLPConv
 from nin.ops.reference import activate
 
@@ -150,7 +151,7 @@ def export(
     if max(differences.values()) > TOLERANCE:
         raise UserError(f"{path} was not written: its scores differ from the network's, relative {differences}")
     for suffix, content in contents.items():
-        checkpoint.write_atomically(path.with_suffix(suffix or path.suffix), content)
+        write_atomically(path.with_suffix(suffix or path.suffix), content)
     return Exported(path, format, sum(map(len, contents.values())), differences, metadata)
 
 

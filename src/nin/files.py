@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:
@@ -21,25 +23,43 @@ def write_atomically(path: Path, content: bytes | str, *, read_back: bool = Fals
         OSError: with the file's name, the disk is full or the folder cannot be written; the old file stays.
     """
     data = content.encode() if isinstance(content, str) else content
+    with open_atomically(path) as file:
+        file.write(data)
+        file.flush()
+        if read_back and Path(file.name).read_bytes() != data:
+            raise OSError(errno.EIO, "what was written reads back differently", str(path))
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place when the block ends well, and else is not there.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            os.close(handle)
+            with open(name, "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if read_back and Path(name).read_bytes() != data:
-                raise OSError(errno.EIO, "what was written reads back differently")
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

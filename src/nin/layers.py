@@ -180,7 +180,15 @@ class MLPConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, channels[-1], H', W') for ``x`` of shape (N, C_in, H, W)."""
-        convs = [cast(nn.Conv2d, conv) for conv in self.convs]
+        return self._run(x, len(self.convs))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return what the last 1×1 layer looks at, (N, channels[-2], H', W')."""
+        return self._run(x, len(self.convs) - 1)
+
+    def _run(self, x: Tensor, count: int) -> Tensor:
+        """Run the first ``count`` layers as one operator."""
+        convs = [cast(nn.Conv2d, conv) for conv in self.convs[:count]]
         weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
         return mlpconv(
             x,
@@ -189,7 +197,7 @@ class MLPConv(nn.Module):
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
-            activation=self.activations,
+            activation=self.activations[:count],
         )
 
     @torch.no_grad()

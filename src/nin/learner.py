@@ -27,7 +27,9 @@ class Learner:
 
     def __init__(self, make: Callable[[], nn.Module], config: ResolvedConfig) -> None:
         self.config = config
-        self.device = machine.choose_device(config.device)
+        self.device = machine.choose_device(
+            config.device, gpu=processes.local_rank() if processes.count() > 1 else None
+        )
         self.dtype = machine.choose_dtype(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = self.place(make())

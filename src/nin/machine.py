@@ -10,20 +10,23 @@ from pathlib import Path
 
 import torch
 
-from nin import processes
 from nin.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, gpu: int | None = None) -> torch.device:
     """Return the device of that name; "auto" is a GPU where there is one.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1, mps.
+        gpu: which GPU "auto" and "cuda" are, where each process of a job has its own.
 
     Raises:
         UserError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.count() > 1:  # each process of a job has a GPU of its own
-        name = f"cuda:{processes.local_rank()}"
+    if name == "cuda" and gpu is not None:
+        name = f"cuda:{gpu}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

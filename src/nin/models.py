@@ -101,6 +101,8 @@ class NiN(nn.Module):
 
     def _make_block(self, block: BlockConfig, in_channels: int, *, last: bool) -> nn.Sequential:
         config, count = self.config, len(block.channels)
+        if not 0 <= block.padding < block.kernel_size:
+            raise ValueError(f"padding must be below kernel_size={block.kernel_size}, got {block.padding}")
         layer = MLPConv(
             in_channels,
             block.channels,

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
+from nin.tables import html_table
 
 BATCH = 64
+
+# A notebook shows so many classes of a prediction.
+SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +32,18 @@ class Prediction:
         label: the most probable class.
         confidence: its probability.
         probabilities: of every class, in the order of the network's classes; they add up to 1.
+        classes: the names of the classes, in that order.
     """
 
     label: str
     confidence: float
     probabilities: tuple[float, ...]
+    classes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def _repr_html_(self) -> str:
+        named = zip(self.probabilities, self.classes, strict=True) if self.classes else [(self.confidence, self.label)]
+        best = sorted(named, reverse=True)[:SHOWN]
+        return html_table([("class", "probability"), *((name, f"{100 * share:.1f} %") for share, name in best)])
 
 
 class Classifier:
@@ -75,7 +86,7 @@ class Classifier:
     def _prediction(self, probabilities: Tensor) -> Prediction:
         best = int(probabilities.argmax())
         values = tuple(probabilities.tolist())
-        return Prediction(self.classes[best], values[best], values)
+        return Prediction(self.classes[best], values[best], values, self.classes)
 
     def scores(self, images: Any) -> Tensor:
         """Return the scores before the softmax, (N, classes), float32. The arguments are those of `predict`."""
@@ -111,12 +122,21 @@ class Classifier:
             maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
         return maps
 
+    def score_pixels(self, pixels: Tensor) -> Tensor:
+        """Return the scores, (N, classes), of decoded images: uint8 (N, channels, size, size) of the preprocessing."""
+        with torch.inference_mode():
+            return self.model(self._input(pixels)).float().cpu()
+
     def _inputs(self, images: Any) -> Iterator[Tensor]:
         """Yield batches of the network's input."""
         p = self.info.preprocessing
         for batch in _batches_of_pixels(images, size=p.size, channels=p.channels):
             with torch.inference_mode():
-                yield data.to_float(batch.to(self.device), p.mean, p.std)
+                yield self._input(batch)
+
+    def _input(self, pixels: Tensor) -> Tensor:
+        p = self.info.preprocessing
+        return data.to_float(pixels.to(self.device), p.mean, p.std)
 
 
 def load(run: str | Path, *, device: str = "cpu") -> Classifier:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import io
 import json
@@ -21,7 +20,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, processes, slimming, training
+from nin import (
+    benchmark,
+    checkpoint,
+    costs,
+    data,
+    exporting,
+    models,
+    prediction,
+    processes,
+    slimming,
+    tabulation,
+    training,
+)
 from nin import report as reports
 from nin.errors import UserError
 from nin.recipe import TrainConfig
@@ -183,6 +194,18 @@ def show_check(found: data.Check) -> None:
         words.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
 
 
+def shards(source: str, out: Path, *, as_json: bool, **options: Any) -> None:
+    """Write an image folder as shards."""
+    with Bar(f"Reading {source}") as bar:
+        written = data.write_shards(
+            source, out, on_progress=lambda text, done, total: bar.update(done, total, text), **options
+        )
+    if as_json:
+        print_json({"shards": [str(path) for path in written]})
+    else:
+        words.print(f"{len(written):,} shards in {out}\nUse them:  nin train {out} --out RUN")
+
+
 def train_visibly(
     images: data.Data, config: TrainConfig, *, out: Path, keeping: training.Keeping | None = None
 ) -> training.TrainResult:
@@ -294,19 +317,28 @@ def predict(
     top: int,
     device: str,
     as_json: bool,
-    csv_path: Path | None,
+    table: Path | None,
+    resume: bool,
     maps: Path | None,
 ) -> None:
     """Classify images and show, write or draw the result."""
     classifier = prediction.load(run, device=device)
-    paths = list(find_images(images))
+    source = find_shards(images) or data.PathList(find_images(images))
+    if table is not None:
+        tabulate(classifier, source, table, resume=resume)
+    if table is not None and not as_json and maps is None:
+        return
+    if isinstance(source, data.ShardSet):
+        raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE")
+    named = {str(path) for path in images}
+    paths: list[Path] = []
     predictions: list[prediction.Prediction] = []
-    with Bar("Predicting", len(paths)) as bar:
-        for start in range(0, len(paths), prediction.BATCH):
-            predictions += classifier.predict(paths[start : start + prediction.BATCH])
-            bar.update(len(predictions), len(paths))
-    if csv_path is not None:
-        checkpoint.write_atomically(csv_path, predictions_csv(classifier.classes, paths, predictions))
+    with Bar("Predicting", len(source)) as bar:
+        for start in range(0, len(source), prediction.BATCH):
+            readable = keep_readable(classifier, source[start : start + prediction.BATCH], named)
+            predictions += classifier.predict([image for _, image in readable])
+            paths += [path for path, _ in readable]
+            bar.update(start + len(readable), len(source))
     if maps is not None:
         write_maps(classifier, paths, predictions, maps)
     if as_json:
@@ -315,7 +347,41 @@ def predict(
         results.print(predictions_table(classifier.classes, paths, predictions, top))
 
 
-def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+def keep_readable(classifier: prediction.Classifier, paths: Sequence[str], named: set[str]) -> list[tuple[Path, Any]]:
+    """Decode images; one that cannot be read is told of and left out, unless somebody asked for just this one."""
+    p = classifier.info.preprocessing
+    readable = []
+    for path in paths:
+        try:
+            readable.append((Path(path), data.decode(path, size=p.size, channels=p.channels)))
+        except UserError as error:
+            if path in named:
+                raise
+            words.print(f"left out {error}", markup=False)
+    return readable
+
+
+def tabulate(
+    classifier: prediction.Classifier, source: data.ShardSet | data.PathList, table: Path, *, resume: bool
+) -> None:
+    """Write the predictions into a file."""
+    share, started = tabulation.Share.of_environment(), time.monotonic()
+    with Bar("Predicting", len(source)) as bar:
+        done = tabulation.tabulate(classifier, source, table, resume=resume, share=share, on_progress=bar.update)
+    if share.rank:
+        return
+    new, seconds = done.images - done.before, time.monotonic() - started
+    words.print(f"{len(source):,} images in {table}, {new:,} of them now, {new / seconds:,.0f} per second")
+    if done.unreadable:
+        words.print(f"{done.unreadable:,} cannot be read: their rows have a problem instead of a label")
+
+
+def find_shards(paths: Sequence[Path]) -> data.ShardSet | None:
+    """Return the shards if that is what is to be classified: one source of them."""
+    return data.open_shards(paths[0]) if len(paths) == 1 and data.is_shards(paths[0]) else None
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[str]:
     """Yield the image files: those named, and those in the folders named.
 
     Raises:
@@ -323,12 +389,12 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in data.EXTENSIONS and p.is_file())
+            inside = sorted(data.images_below(path))
             if not inside:
                 raise UserError(f"{path} holds no image: its files must end in {', '.join(sorted(data.EXTENSIONS))}")
             yield from inside
         elif path.exists():
-            yield path
+            yield str(path)
         else:
             raise UserError(f"{path} does not exist")
 
@@ -353,16 +419,6 @@ def predictions_table(
         others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best(classes, p, top)[1:])
         table.add_row(str(path), p.label, f"{100 * p.confidence:.1f} %", others)
     return table
-
-
-def predictions_csv(classes: Sequence[str], paths: Sequence[Path], predictions: Sequence[prediction.Prediction]) -> str:
-    """Return the predictions as CSV text, with a column for every class."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "confidence", *classes])
-    for path, p in zip(paths, predictions, strict=True):
-        writer.writerow([path, p.label, f"{p.confidence:.6f}", *(f"{value:.6f}" for value in p.probabilities)])
-    return text.getvalue()
 
 
 def write_maps(

@@ -24,6 +24,9 @@ from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
 
+# So many places of an epoch's order are held at a time.
+ORDER_PART = 2**24
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -255,12 +258,7 @@ class _Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rest of this epoch: augmented images (B, C, H, W), as the network takes them, and labels (B,)."""
         config, images, p = self.config, self.images, self.position
-        order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
-        # The rest that fills no batch is left out: another one in every epoch.
-        order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        order, size = processes.share(order, config.batch_size)
-        empty = processes.count() > 1
-        for pixels, labels, indices in data.batches(images.train, order, size, on_lost=self.lose, empty=empty):
+        for pixels, labels, indices in self.stored_batches():
             pixels = data.augment(
                 pixels.to(self.learner.device),
                 indices.to(self.learner.device),
@@ -271,6 +269,24 @@ class _Run:
             )
             x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
             yield x, labels.to(self.learner.device)
+
+    def stored_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield this process's part of the rest of this epoch's batches: pixels, labels, indices."""
+        config, images = self.config, self.images
+        # The rest that fills no batch is left out: another one in every epoch.
+        start, last = self.position.step * config.batch_size, self.steps_per_epoch * config.batch_size
+        part = ORDER_PART // config.batch_size * config.batch_size or config.batch_size
+        for begin in range(start, last, part):
+            order = data.epoch_order(
+                len(images.train),
+                seed=config.seed,
+                epoch=self.position.epoch,
+                start=begin,
+                stop=min(begin + part, last),
+            )
+            order, size = processes.share(order, config.batch_size)
+            several = processes.count() > 1
+            yield from data.batches(images.train, order, size, on_lost=self.lose, empty=several)
 
     def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
         """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""

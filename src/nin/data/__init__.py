@@ -4,11 +4,14 @@ from nin.data.augmentation import augment, to_float
 from nin.data.batching import batches
 from nin.data.checking import Check, check
 from nin.data.findings import MEANINGS, findings_csv
+from nin.data.folder import images_below
 from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load
 from nin.data.named import NAMES
 from nin.data.randomness import epoch_order
-from nin.data.sets import Data, FileSet, Finding, ImageSet, sensible_shift
+from nin.data.sets import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, sensible_shift
+from nin.data.sharding import write_shards
+from nin.data.shards import ShardSet, is_shards, open_shards
 
 __all__ = [
     "EXTENSIONS",
@@ -16,16 +19,23 @@ __all__ = [
     "NAMES",
     "Check",
     "Data",
+    "DecodedSet",
     "FileSet",
     "Finding",
     "ImageSet",
+    "PathList",
+    "ShardSet",
     "augment",
     "batches",
     "check",
     "decode",
     "epoch_order",
     "findings_csv",
+    "images_below",
+    "is_shards",
     "load",
+    "open_shards",
     "sensible_shift",
     "to_float",
+    "write_shards",
 ]

@@ -10,14 +10,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from nin.data.sets import FileSet, ImageSet
+from nin.data.sets import DecodedSet, ImageSet
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def batches(
-    dataset: ImageSet | FileSet,
+    dataset: ImageSet | DecodedSet,
     order: Tensor,
     batch_size: int,
     *,
@@ -31,7 +31,7 @@ def batches(
         dataset: where the samples come from.
         order: int64 (M,), indices into the set. Leave out the first ones to go on in the middle of an epoch.
         batch_size: samples in a batch. The last batch holds what is left.
-        workers: threads that decode a FileSet ahead of the caller, one for each usable core by default; 0
+        workers: threads that decode images ahead of the caller, one for each usable core by default; 0
             decodes in the caller's thread. The number changes the speed and nothing else.
         on_lost: called with (path, reason) for each file that cannot be read any more; its batch comes without it.
             None raises.
@@ -55,12 +55,12 @@ def batches(
             return dataset.fetch(piece), piece, []
         return dataset.fetch_readable(piece)
 
-    for images, kept, lost in in_order(fetch, pieces, workers=threads if isinstance(dataset, FileSet) else 0):
+    for images, kept, lost in in_order(fetch, pieces, workers=threads if isinstance(dataset, DecodedSet) else 0):
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
         if len(kept) or empty:
-            yield images, dataset.labels[kept].long(), kept
+            yield images, dataset.labels[kept], kept
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:

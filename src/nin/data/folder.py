@@ -135,12 +135,12 @@ def _class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields each class name with its sorted image paths relative to root."""
     merged: dict[str, list[str]] = {}
     for subfolder in _subfolders(folder):
-        merged.setdefault(_class_name(subfolder), []).extend(_images_below(subfolder))
+        merged.setdefault(_class_name(subfolder), []).extend(images_below(subfolder))
     for name, paths in merged.items():
         yield name, sorted(Path(path).relative_to(root).as_posix() for path in paths)
 
 
-def _images_below(folder: Path) -> Iterator[str]:
+def images_below(folder: Path) -> Iterator[str]:
     """Yields the image files of a folder and the folders in it; enters each real folder once.
 
     A link to where we came from would lead round for ever, or into the other classes, so those folders

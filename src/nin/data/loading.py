@@ -13,6 +13,8 @@ from nin.data.examining import Progress, ReadingOptions
 from nin.data.named import NAMES, load_named
 from nin.data.reading import read_folder
 from nin.data.sets import Data
+from nin.data.sharding import read_shards
+from nin.data.shards import is_shards, is_url
 from nin.errors import UserError
 
 
@@ -36,6 +38,8 @@ def load(
               "svhn" (write "./digits" for a folder of that name);
             - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
               beside it. Where both are there, the test images are those of test, and val is not used;
+            - WebDataset shards: a folder of tar files, one of them, a pattern such as "DIR/train-{000..009}.tar", or
+              a URL that the webdataset package reads;
             - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
               or tensors: images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in 0..1;
             - Data, which is returned as it is.
@@ -81,9 +85,17 @@ def load(
     if source in NAMES:
         named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
         return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
-    _check_exists(source)
-    images = read_folder(Path(source), options)
-    return dataclasses.replace(images, origin={"source": str(Path(source).resolve()), **origin})
+    if is_shards(source):
+        images = read_shards(str(source), options)
+    else:
+        _check_exists(source)
+        images = read_folder(Path(source), options)
+    return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
+
+
+def _absolute(source: str) -> str:
+    """A path from the root, so that a report can be made from another folder; a URL stays."""
+    return source if is_url(source) else str(Path(source).resolve())
 
 
 def _fixed_size(data: Data, size: int | None) -> Data:

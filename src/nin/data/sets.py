@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nin.data.images import decode_pixels
 from nin.errors import UserError
 
-# mean and std of a FileSet are those of this many images, evenly spaced: the standard error of the mean is
-# then about 1/60 of the spread between images.
+# Where images are not in memory, mean and std are those of this many, evenly spaced: the standard error of the mean
+# is then about 1/60 of the spread between images.
 _STATISTICS_SAMPLE = 4096
 
 
@@ -72,9 +74,64 @@ class ImageSet:
         return self.images[indices]
 
 
+class DecodedSet(ABC):
+    """Labelled images that are decoded each time they are asked for; a subclass says where their bytes lie.
+
+    Attributes:
+        labels: int64 (N,).
+        names: of each image.
+        channels: 1 or 3, of the decoded images.
+        size: height and width of the decoded images in pixels.
+    """
+
+    labels: Tensor
+    names: PathList
+    channels: int
+    size: int
+
+    @abstractmethod
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Decodes one image: (channels, size, size).
+
+        Raises:
+            UserError: it cannot be read; the message begins with its path.
+        """
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Decodes the images at the indices: uint8 (B, C, size, size).
+
+        Raises:
+            UserError: one cannot be read (it was readable when the set was made).
+        """
+        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
+        for image, index in zip(images, indices.tolist(), strict=True):
+            image[:] = self.pixels(index)
+        return torch.from_numpy(images)
+
+    def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        """Decodes those of the images that can still be read.
+
+        Returns:
+            uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
+        """
+        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
+        kept: list[int] = []
+        lost: list[tuple[str, str]] = []
+        for index in indices.tolist():
+            try:
+                images[len(kept)] = self.pixels(index)
+                kept.append(index)
+            except UserError as error:
+                lost.append((self.names[index], str(error).rpartition(f"{self.names[index]}: ")[2]))
+        return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), lost
+
+
 @dataclass(frozen=True, eq=False)
-class FileSet:
-    """Labelled images in files, decoded each time they are asked for.
+class FileSet(DecodedSet):
+    """Labelled images in files.
 
     Attributes:
         root: the folder that the names are relative to.
@@ -90,40 +147,9 @@ class FileSet:
     channels: int
     size: int
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        """Decodes the images at the indices: uint8 (B, C, size, size).
-
-        Raises:
-            UserError: a file cannot be read (it was readable when the set was made).
-        """
-        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
-        for image, index in zip(images, indices.tolist(), strict=True):
-            path = os.path.join(self.root, self.names[index])
-            image[:] = decode_pixels(path, size=self.size, channels=self.channels)
-        return torch.from_numpy(images)
-
-    def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-        """Decodes those of the images that can still be read.
-
-        Returns:
-            uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
-        """
-        try:
-            return self.fetch(indices), indices, []
-        except UserError:
-            pass  # one by one, to find out which
-        images, kept, lost = [self.fetch(indices[:0])], [], []
-        for index in indices:
-            try:
-                images.append(self.fetch(index[None]))
-                kept.append(index)
-            except UserError as error:
-                name = self.names[int(index)]
-                lost.append((name, str(error).removeprefix(f"{os.path.join(self.root, name)}: ")))
-        return torch.cat(images), torch.stack(kept) if kept else indices[:0], lost
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Decodes one image: (channels, size, size)."""
+        return decode_pixels(os.path.join(self.root, self.names[index]), size=self.size, channels=self.channels)
 
 
 @dataclass(frozen=True)
@@ -163,8 +189,8 @@ class Data:
     """
 
     name: str
-    train: ImageSet | FileSet
-    test: ImageSet | FileSet
+    train: ImageSet | DecodedSet
+    test: ImageSet | DecodedSet
     classes: tuple[str, ...]
     channels: int
     size: int
@@ -178,7 +204,7 @@ class Data:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
-def statistics(dataset: ImageSet | FileSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation of each channel, in units of 0..1.
 
     They come from a histogram of the 256 values, so they are exact and the same on every machine. A channel

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from typing import Any
+
+from nin.tables import html_table
 
 FORMAT_VERSION = 1
 FORMS = ("keep", "output", "input", "tucker")
@@ -102,6 +105,22 @@ class Plan:
             if layer.form not in FORMS:
                 raise ValueError(f"the form of {layer.name} must be one of {', '.join(FORMS)}, got {layer.form!r}")
         return plan
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table of the layers, a header first."""
+        rows: list[tuple[str, ...]] = [("layer", "form", "channels", "ranks", "note")]
+        for layer in self.layers:
+            ranks = ", ".join(str(rank) for rank in (layer.rank_in, layer.rank_out) if rank is not None)
+            rows.append((layer.name, layer.form, f"{layer.inputs} → {layer.outputs}", ranks, layer.reason))
+        return rows
+
+    def _repr_html_(self) -> str:
+        thinned = [
+            ("thinned from", "to", "channels"),
+            *((t.producer, t.consumer, f"{t.before} → {t.channels}") for t in self.thinned),
+        ]
+        text = f"<p>{self.share:g} of the original's {html.escape(self.budget)}</p>"
+        return text + html_table(self.rows()) + (html_table(thinned) if self.thinned else "")
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from nin.narrowing.plan import Plan
 from nin.narrowing.structure import LayerShape, factors
+from nin.tables import html_table
 from nin.timing import Timing
 
 
@@ -124,6 +126,10 @@ class NarrowReport:
         header = ("", "before", "after", "share")
         parts = [_text([header, *self.summary()]), _text(self.rows())]
         return "\n\n".join([*parts, "\n".join(self.notes)]).rstrip()
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return html_table([("", "before", "after", "share"), *self.summary()]) + html_table(self.rows()) + notes
 
 
 def _text(rows: list[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from nin.report.collecting import collect
 from nin.report.contents import Report
+from nin.report.examples import example_rows
 from nin.report.narrowing_page import render_narrowing
 from nin.report.pictures import overlay, symmetric_limit
 from nin.report.rendering import render, write
@@ -13,6 +14,7 @@ __all__ = [
     "SheetRow",
     "collect",
     "contact_sheet",
+    "example_rows",
     "overlay",
     "render",
     "render_narrowing",

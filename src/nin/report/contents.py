@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,13 @@ class Report:
     recipe: dict[str, Any]
     preprocessing: dict[str, Any]
     environment: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame of its own: neither its styles nor its policy touch the notebook."""
+        from nin.report.rendering import render  # which imports this module
+
+        page = html.escape(render(self), quote=True)
+        return f'<iframe srcdoc="{page}" sandbox="" width="100%" height="800" style="border: 0"></iframe>'
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; arrays as {"shape", "dtype", "base64"}, in C order."""

@@ -1,0 +1,202 @@
+"""Classifiers on the Hugging Face Hub: a run folder with a model card, saved, loaded and pushed.
+
+Importing this module imports ``huggingface_hub`` (``pip install 'nin[hub]'``); nothing else of nin does, and nothing
+here needs the network but loading from the Hub and pushing to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from PIL import Image
+from torch import nn
+
+from nin import checkpoint, data, models
+from nin.checkpoint import RunInfo
+from nin.costs import Cost, cost, format_bytes
+from nin.files import write_atomically
+from nin.prediction import Classifier, load
+from nin.report import contact_sheet, example_rows
+
+PICTURE = "confidence-maps.png"
+CLASSES_SHOWN = 4
+
+
+class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=["network-in-network"]):
+    """A `nin.Classifier` with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    What it saves is a run folder (`nin.load`, ``nin predict`` and ``nin serve`` take it) with a model card.
+
+    Args:
+        model: as for `nin.Classifier`.
+        info: as for `nin.Classifier`.
+        device: where to compute.
+        picture: some images with their confidence maps, for the model card.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = nin.train("digits", nin.TrainConfig(epochs=1), out=f"{folder}/run")
+        ...     _ = HubClassifier.from_run(f"{folder}/run").save_pretrained(f"{folder}/digits")
+        ...     HubClassifier.from_pretrained(f"{folder}/digits").classes[:3]
+        ('0', '1', '2')
+    """
+
+    def __init__(
+        self, model: nn.Module, info: RunInfo, *, device: str = "cpu", picture: Image.Image | None = None
+    ) -> None:
+        super().__init__(model, info, device=device)
+        self.picture = picture
+
+    @classmethod
+    def from_run(cls, run: str | Path, *, images: Any = None, device: str = "cpu") -> Self:
+        """Return the classifier of a run folder.
+
+        Args:
+            run: the folder that `nin.train` made.
+            images: what it was trained on, as for `nin.data.load`: its test images make the card's picture.
+            device: where to compute.
+
+        Raises:
+            UserError: the folder or the images cannot be read.
+        """
+        model, info = checkpoint.load_model(Path(run))
+        picture = None
+        if images is not None and isinstance(model, models.NiN):
+            rows = example_rows(load(run), data.load(images), info.classes[:CLASSES_SHOWN])
+            picture = contact_sheet(rows, size=160) if rows else None
+        return cls(model, info, device=device, picture=picture)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the model card: data, recipe, accuracy with its interval, costs, picture."""
+        return ModelCard(card_text(self.info, self._cost(), picture=self.picture is not None))
+
+    def _cost(self) -> Cost:
+        p = self.info.preprocessing
+        return cost(self.model, (1, p.channels, p.size, p.size))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        info = self.info
+        if info.model["kind"] == "nin":  # its weight standardisation is folded by now
+            info = dataclasses.replace(info, model=checkpoint.describe_model(self.model))
+        checkpoint.save_model(save_directory, self.model, info)
+        if self.picture is not None:
+            content = io.BytesIO()
+            self.picture.save(content, "PNG", optimize=True)
+            write_atomically(save_directory / PICTURE, content.getvalue())
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        device: str = "cpu",
+        **_: Any,  # the fields of config.json, which the mixin hands over as well
+    ) -> Self:
+        folder = Path(model_id)
+        if not folder.is_dir():
+            options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+            options |= {"local_files_only": local_files_only, "token": token}
+            files = (checkpoint.CONFIG_FILE, checkpoint.MODEL_FILE)
+            folder = [Path(hf_hub_download(model_id, name, **options)).parent for name in files][-1]
+        model, info = checkpoint.load_model(folder)
+        return cls(model, info, device=device)
+
+
+def card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
+    """Return the model card of a run as Markdown with its YAML head."""
+    result, recipe, trained_on = info.result, info.recipe, info.data
+    name, source = _plain(recipe.get("model", "network")), _plain(trained_on.get("name", "images"))
+    size = f"{info.preprocessing.size}×{info.preprocessing.size}"
+    colour = "grey" if info.preprocessing.channels == 1 else "colour"
+    parts = [
+        f"---\n{_head(info)}\n---\n\n# {name}, trained on {source}",
+        f"Sorts {colour} images of {size} pixels into {len(info.classes)} classes: {_listed(info.classes)}. A Network "
+        f"in Network of {cost.parameters:,} parameters and {cost.macs:,} multiply-accumulates an image.",
+    ]
+    if picture:
+        parts.append(
+            f"![Test images beside the maps of the answer and of the runner-up]({PICTURE})\n\nThe score of a class is "
+            "the mean of its map: orange speaks for the class, blue against it."
+        )
+    parts += [
+        "## How good",
+        _accuracy(info) if "test_accuracy" in result else "It was not tested.",
+        "## Use it",
+        "```python\nfrom nin.hub import HubClassifier\n\n"
+        'classifier = HubClassifier.from_pretrained("REPOSITORY OR FOLDER")\n'
+        'classifier.predict("new.png")\nclassifier.confidence_maps("new.png")\n```',
+        "It names one of its classes for every image, also where the image shows none of them. How sure it is "
+        "(`confidence`) was not calibrated.",
+        "## Trained on",
+        f"{source}: {trained_on.get('train_images', 0):,} images to train on, {trained_on.get('test_images', 0):,} to "
+        f"test, {len(trained_on.get('skipped', []))} left out because they could not be read.",
+        "## Recipe",
+        _table([("setting", "value"), *((k, str(v)) for k, v in recipe.items())]),
+        "## Costs",
+        f"For one image; one MAC is two floating-point operations. Activations {format_bytes(cost.activation_bytes)}.",
+        _table(cost.rows()),
+        "## Made with",
+        _table([("what", "version"), *((k, str(v)) for k, v in info.environment.items())]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(info: RunInfo) -> str:
+    """Return the metadata that the Hub reads, as YAML."""
+    results = None
+    if "test_accuracy" in info.result:
+        dataset = str(info.data.get("name", "images"))
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type="accuracy",
+                metric_value=info.result["test_accuracy"],
+            )
+        ]
+    card = ModelCardData(
+        library_name="nin",
+        pipeline_tag="image-classification",
+        tags=["network-in-network", "pytorch_model_hub_mixin", "model_hub_mixin"],
+        model_name=str(info.recipe.get("model", "network")) if results else None,
+        eval_results=results,
+    )
+    return card.to_yaml()
+
+
+def _accuracy(info: RunInfo) -> str:
+    rows = [("test images", "accuracy", "95 % interval")]
+    for key, what in (("test_accuracy", ""), ("test_accuracy_flip", ", and their mirror images")):
+        if key in info.result:
+            low, high = info.result[f"{key}_interval"]
+            interval = f"{100 * low:.2f} to {100 * high:.2f} %"
+            rows.append((f"{info.result['test_images']:,}{what}", f"{100 * info.result[key]:.2f} %", interval))
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def _listed(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(_plain(name) for name in classes[:20])
+    return shown if len(classes) <= 20 else f"{shown} and {len(classes) - 20} more"
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is: a class may be called anything."""
+    visible = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#|!&~$" else c for c in visible)

@@ -1,0 +1,45 @@
+"""What is shipped: one wheel for every Python, with the compiled library and the page in it, and a whole sdist."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Return the wheel and the source distribution, the one made from the other."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+@pytest.mark.slow
+def test_the_wheel_is_for_every_python_and_holds_what_is_needed(built):
+    wheel, _ = built
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"nin/py.typed", "nin/ops/libnin_cpu.so", "nin/report/template.html", "nin/server/page/index.html"} <= names
+    assert not any("csrc" in name or name.startswith("tests/") for name in names)
+
+
+@pytest.mark.slow
+def test_the_library_runs_with_an_old_glibc(built):
+    report = subprocess.run(["auditwheel", "show", built[0]], check=True, capture_output=True, text=True).stdout
+    version = report.split('"manylinux_2_')[1].partition("_")[0]
+    assert int(version) <= 28, report  # PyTorch's own wheels are manylinux_2_28
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_the_sources_and_the_licence(built):
+    with tarfile.open(built[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "CMakeLists.txt", "src/nin/ops/csrc/kernels.inc", "src/nin/__init__.py"} <= names
+    assert not any(name.startswith((".venv", "build", "dist", "runs")) for name in names)
