@@ -56,6 +56,15 @@ def test_the_scores_are_the_means_of_the_maps():
     torch.testing.assert_close(model(x), model.maps(x).mean((2, 3)))
 
 
+def test_on_the_cpu_a_network_computes_in_channels_last():
+    model, x = models.nin_digits().eval(), torch.randn(2, 1, 8, 8)
+    maps = model.maps(x)
+    assert maps.stride(1) == 1
+    torch.testing.assert_close(maps, model.maps(x.to(memory_format=torch.channels_last)), rtol=0, atol=0)
+    nodes = torch.export.export(model, (x,)).graph.nodes
+    assert not any("memory_format" in node.kwargs for node in nodes)  # what is exported runs elsewhere
+
+
 @pytest.mark.parametrize("name", ["nin_digits", "nin_cifar", "nin_imagenet"])
 def test_smallest_input(name):
     model = models.create(name, 5).eval()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
-from nin.ops import ACTIVATIONS, cpu
+from nin.ops import ACTIVATIONS, compiled
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -419,26 +419,35 @@ class TwoChains(nn.Module):
         return self.last(self.chain(x)).mean((2, 3))
 
 
-def check_compiled(backend, layout):
-    model = TwoChains().double()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+def check_compiled(backend, layout, dtype):
+    torch._dynamo.reset()  # there is a limit to how often the same lines are compiled anew
+    model = TwoChains().to(dtype)
+    compiled_model = torch.compile(model, fullgraph=True, backend=backend)
     for images in (2, 5):
-        x = torch.randn(images, 3, 7, 6, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        x = torch.randn(images, 3, 7, 6).to(dtype).contiguous(memory_format=layout).requires_grad_()
         tensors = [x, *model.parameters()]
-        expected, result = model(x), compiled(x)
+        expected, result = model(x), compiled_model(x)
         torch.testing.assert_close(result, expected)
         torch.testing.assert_close(random_grads(tensors, result), random_grads(tensors, expected))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled_model(x), expected)
+
+
+# float64 runs the reference, the others the kernels of the device
+each_kernel = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 
 
 @each_layout
-def test_compile_in_one_graph(layout):
-    check_compiled("aot_eager", layout)
+@each_kernel
+def test_compile_in_one_graph(layout, dtype):
+    check_compiled("aot_eager", layout, dtype)
 
 
 @pytest.mark.slow
 @each_layout
-def test_compile_with_inductor(layout):
-    check_compiled("inductor", layout)
+@each_kernel
+def test_compile_with_inductor(layout, dtype):
+    check_compiled("inductor", layout, dtype)
 
 
 def test_export_keeps_the_op_and_a_free_batch():
@@ -548,12 +557,12 @@ def test_a_right_call_is_not_refused():
 def test_backends_say_which_kernels_are_there(monkeypatch):
     assert set(nin.backends()) == {"cpu", "cuda"}
     assert all(isinstance(line, str) and line for line in nin.backends().values())
-    monkeypatch.setattr(cpu, "LIBRARY", None)
+    monkeypatch.setattr(compiled, "LIBRARY", None)
     assert "without a C++ compiler" in nin.backends()["cpu"]
 
 
 def test_a_broken_library_is_an_error_and_not_a_fallback(monkeypatch, tmp_path):
-    (tmp_path / cpu.LIBRARY_NAME).write_bytes(b"no library")
-    monkeypatch.setattr(cpu, "find_library", lambda: tmp_path / cpu.LIBRARY_NAME)
+    (tmp_path / compiled.LIBRARY_NAME).write_bytes(b"no library")
+    monkeypatch.setattr(compiled, "find_library", lambda: tmp_path / compiled.LIBRARY_NAME)
     with pytest.raises(ImportError, match="cannot be loaded"):
-        cpu.load_library()
+        compiled.load_library()

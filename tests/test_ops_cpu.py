@@ -16,25 +16,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nin
-from nin.ops import ACTIVATIONS, cpu, reference
+from nin.ops import ACTIVATIONS, compiled, cpu, packing, reference
 from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="nin was installed without a C++ compiler")
+pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="nin was installed without a C++ compiler")
 each_layout = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=LAYOUTS)
 each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
 
 
-@pytest.fixture(params=cpu.INSTRUCTION_SETS)
+@pytest.fixture(params=compiled.INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     """Run the test with each instruction set that this machine has."""
-    kernels = cpu.find_kernels(cpu.LIBRARY, request.param)
+    kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
     if kernels.name != request.param:
         pytest.skip(f"this machine lacks {request.param}")
     monkeypatch.setattr(cpu, "KERNELS", kernels)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def all_to_the_kernel(monkeypatch, request):
+    """Compute small layers with the compiled kernel too, but where the rule itself is tested."""
+    if "rule" not in request.node.name:
+        monkeypatch.setattr(cpu, "is_faster_in_pytorch", lambda *_: False)
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -261,8 +268,19 @@ def test_few_pixels_and_many_weights_are_shared_out_by_columns(isa, threads):
                 torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("columns", [64, 40], ids=["whole lines", "tails"])
+@each_dtype
+def test_a_large_result_is_written_past_the_caches(isa, threads, dtype, columns):
+    x, weights, biases = Chain((3, columns)).tensors(dtype, torch.channels_last, images=1, size=(700, 301))
+    result = nin.mlpconv(x, weights, biases)
+    assert result.numel() * result.element_size() >= 16 << 20
+    torch.testing.assert_close(
+        result, F.conv2d(x, *weights, *biases).relu(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
+
+
 def test_threads_of_its_own_where_pytorch_has_none(monkeypatch):
-    monkeypatch.setattr(cpu, "PARALLEL_FOR", 0)
+    monkeypatch.setattr(compiled, "PARALLEL_FOR", 0)
     x, weights, biases = Chain((40, 33, 50)).tensors(torch.float32, images=5)
     torch.set_num_threads(3)
     try:
@@ -280,17 +298,40 @@ def test_scratch_does_not_grow_with_the_images(dtype):
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
         problem = cpu.pack_problem(x, y, (192, 192, 1, 1), (1, 1), (0, 0), (1, 1), 2)
         layers = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
-        return cpu.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, layers, 2)
+        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, layers, 2)
 
     assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
 
 
 def test_failures_of_the_library_are_exceptions():
-    cpu._check(0)
+    compiled.check(0)
     with pytest.raises(MemoryError):
-        cpu._check(1)
+        compiled.check(1)
     with pytest.raises(RuntimeError, match="thread pool"):
-        cpu._check(2)
+        compiled.check(2)
+
+
+OUT_OF_MEMORY = """
+import resource, torch, nin
+torch.set_num_threads(1)
+width = 1 << 20
+weights = torch.ones(width, 1, 1, 1), torch.ones(1, width, 1, 1)
+x = torch.ones(1, 1, 1, 64)
+packed = nin.mlpconv(x[..., :1], weights, (None, None))
+with open("/proc/self/statm") as pages:
+    used = int(pages.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))
+try:
+    nin.mlpconv(x, weights, (None, None))  # 14 pixels of the hidden layer are 56 MB
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory as Linux does")
+def test_out_of_memory_is_an_exception():
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert run.stdout == "nin's CPU kernel: not enough memory for its scratch\n", run.stderr
 
 
 # -- packed weights ----------------------------------------------------------------------------------------------
@@ -320,12 +361,12 @@ def test_a_changed_weight_is_packed_again(change):
 def test_packed_weights_are_kept_and_die_with_the_weight():
     weight = torch.randn(8, 6, 1, 1)
     handle = cpu.KERNELS.handles[torch.float32]
-    packed = cpu.packed_weight(handle, weight)
-    assert cpu.packed_weight(handle, weight) is packed
-    entries = len(cpu._packed)
+    packed = packing.packed_weight(handle, weight)
+    assert packing.packed_weight(handle, weight) is packed
+    entries = len(packing._packed)
     del weight
     gc.collect()
-    assert len(cpu._packed) == entries - 1
+    assert len(packing._packed) == entries - 1
 
 
 def test_weights_made_in_inference_mode_are_not_kept():
@@ -342,7 +383,7 @@ def test_weights_made_in_inference_mode_are_not_kept():
 def backends_in_a_process(value):
     code = "import nin; print(nin.backends()['cpu'])"
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {cpu.ISA_VARIABLE: value}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=os.environ | {compiled.ISA_VARIABLE: value}, capture_output=True, text=True
     )
 
 
@@ -350,7 +391,8 @@ def test_the_environment_forces_an_instruction_set():
     names = {name: backends_in_a_process(name).stdout for name in ("portable", "avx512_bf16", "reference")}
     assert names["portable"].startswith("nin portable (compiled")
     # one that the machine lacks gives way to the next one down
-    assert names["avx512_bf16"].startswith(f"nin {cpu.find_kernels(cpu.LIBRARY, 'avx512_bf16').name} (compiled")
+    best = compiled.find_kernels(compiled.LIBRARY, "avx512_bf16").name
+    assert names["avx512_bf16"].startswith(f"nin {best} (compiled")
     assert names["reference"].startswith("reference (PyTorch): NIN_CPU_ISA=reference")
 
 
@@ -364,14 +406,40 @@ def test_other_dtypes_stay_with_the_reference(monkeypatch):
     def refuse(*_):
         raise AssertionError("the compiled kernel was called")
 
-    monkeypatch.setattr(cpu, "_pool", refuse)
+    monkeypatch.setattr(compiled, "pool", refuse)
     for dtype in (torch.float64, torch.float16):
         x, weights, biases = Chain((5, 6)).tensors(dtype)
         torch.testing.assert_close(nin.mlpconv(x, weights, biases), F.conv2d(x, *weights, *biases).relu())
 
 
+@pytest.mark.parametrize(
+    ("widths", "kernel_size", "size", "dtype", "layout", "kernel"),
+    [
+        ((8, 8), 1, 7, "float32", "nhwc", "reference"),  # 3,136 multiply-accumulates
+        ((8, 8), 3, 7, "float32", "nhwc", "reference"),
+        ((64, 64), 1, 7, "float32", "nhwc", "compiled"),
+        ((8, 8), 1, 7, "bfloat16", "nhwc", "compiled"),
+        ((8, 8, 8), 1, 7, "float32", "nhwc", "compiled"),
+        ((3, 8), 1, 64, "float32", "nchw", "reference"),
+        ((3, 8), 1, 64, "float32", "nhwc", "compiled"),
+        ((3, 16), 1, 64, "float32", "nchw", "compiled"),
+        ((17, 8), 1, 64, "float32", "nchw", "compiled"),
+        ((3, 8), 1, 64, "bfloat16", "nchw", "compiled"),
+        ((3, 8), 1, 64, "float64", "nchw", "reference"),
+    ],
+)
+def test_the_rule_sends_to_pytorch_what_it_computes_faster(widths, kernel_size, size, dtype, layout, kernel):
+    chain = Chain(widths, (kernel_size, kernel_size))
+    x, weights, biases = chain.tensors(getattr(torch, dtype), LAYOUTS[layout], images=1, size=(size, size))
+    name = cpu.serving_kernel(x, weights, biases)
+    assert name == ("reference" if kernel == "reference" else cpu.KERNELS.name)
+    if kernel == "reference":
+        expected = reference.mlpconv(x, weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
+        assert torch.equal(nin.mlpconv(x, weights, biases), expected)
+
+
 def test_the_library_exports_nothing_but_its_interface():
-    library = ctypes.CDLL(str(cpu.find_library()))
+    library = ctypes.CDLL(str(compiled.find_library()))
     with pytest.raises(AttributeError):
         _ = library.portable_kernels
 

@@ -19,7 +19,7 @@ from nin.benchmark.cases import CASES, Case
 from nin.benchmark.engines import ENGINES, Call, UnavailableError, prepare
 from nin.costs import cost
 from nin.machine import keep_freed_memory, processor_name
-from nin.ops import backends, cpu
+from nin.ops import backends, limits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
@@ -191,8 +191,8 @@ def _machine(malloc: str) -> Machine:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    peaks = {name: cpu.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
-    copy = cpu.measure_copy_bandwidth()
+    peaks = {name: limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = limits.measure_copy_bandwidth()
     return Machine(
         processor=processor_name(),
         threads=torch.get_num_threads(),

@@ -102,13 +102,17 @@ def mlpconv(
                 f"x must have a padded {side} of at least {reach} (the kernel's reach), "
                 f"got {x.shape[2 + d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
             )
+    op = torch.ops.nin.mlpconv.default
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if trains and len(weights) > 1 and weights[0].shape[2:] != (1, 1):
         # A backward pass computes the hidden layers again. That is cheap for a 1×1 chain and dear for a k×k
         # convolution, so while training the k×k layer's result is kept: two calls, the same numbers.
-        x = torch.ops.nin.mlpconv(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
-        return torch.ops.nin.mlpconv(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
-    return torch.ops.nin.mlpconv(x, weights, biases, stride, padding, dilation, activations)
+        x = op(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
+        return op(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
+    if trains or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return op(x, weights, biases, stride, padding, dilation, activations)
+    with torch._C._AutoDispatchBelowAutograd():  # nothing to derive: a third less time where an image is small
+        return op(x, weights, biases, stride, padding, dilation, activations)
 
 
 def backends() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of ``nin::mlpconv``: loads the library, keeps packed weights, registers over the reference.
+"""The compiled CPU kernels of ``nin::mlpconv``, registered over the reference.
 
 ``NIN_CPU_ISA`` forces an instruction set (for tests and comparisons): one of ``avx512_bf16``, ``avx512``, ``avx2``,
 ``portable``, or ``reference`` for plain PyTorch. One that the machine lacks gives way to the next one down.
@@ -6,108 +6,37 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
-import sys
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nin.ops import reference, schema
+from nin.ops import compiled, packing, reference, schema
 
-LIBRARY_NAME = "libnin_cpu.so"
-ISA_VARIABLE = "NIN_CPU_ISA"
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
-def find_library() -> Path | None:
-    """Return the compiled library's path, or None where the package was installed without a compiler."""
-    # An editable installation has two folders: the sources, and the one that the build installed into.
-    folders = [Path(folder) for folder in sys.modules[__package__].__path__]
-    return next((folder / LIBRARY_NAME for folder in folders if (folder / LIBRARY_NAME).exists()), None)
-
-
-def load_library() -> ctypes.CDLL | None:
-    """Load the compiled library.
-
-    Returns:
-        The library, or None where there is none.
-
-    Raises:
-        ImportError: the library is there and cannot be loaded, or belongs to another version of the package.
-    """
-    path = find_library()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ImportError(f"nin's compiled CPU library {path} cannot be loaded: {error}") from error
-    library.nin_version.restype = ctypes.c_char_p
-    built, expected = library.nin_version().decode(), version("nin")
-    if built != expected:
-        raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
-    pointer, row, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
-    real = ctypes.c_double
-    for name, result, arguments in (
-        ("nin_find_kernels", pointer, [row, size]),
-        ("nin_packed_bytes", size, [pointer, row]),
-        ("nin_sample", ctypes.c_uint64, [pointer, size]),
-        ("nin_pack", None, [pointer, row, pointer, pointer]),
-        ("nin_forward_scratch_bytes", size, [pointer, row, row, size]),
-        ("nin_forward", ctypes.c_int32, [pointer, row, row, pointer, pointer, row]),
-        ("nin_backward_scratch_bytes", size, [pointer, row, row, row, row]),
-        ("nin_backward", ctypes.c_int32, [pointer, row, row, row, row, pointer, pointer, pointer, pointer, row]),
-        ("nin_peak_flops", real, [pointer, row, real]),
-        ("nin_copy_bytes_per_second", real, [row, pointer, pointer, size]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The kernels of one instruction set: the library's handle for each dtype."""
-
-    name: str
-    handles: dict[torch.dtype, int]
-
-
-def find_kernels(library: ctypes.CDLL, wanted: str | None = None) -> Kernels:
-    """Return the kernels of ``wanted``, or of the best instruction set below it that the machine has."""
-    start = INSTRUCTION_SETS.index(wanted) if wanted else 0
-    for name in INSTRUCTION_SETS[start:]:
-        handles = {dtype: library.nin_find_kernels(name.encode(), code) for dtype, code in DTYPES.items()}
-        if all(handles.values()):
-            return Kernels(name, handles)
-    raise ImportError("nin's compiled CPU library holds no kernels: install nin again")
-
-
-def choose_kernels(library: ctypes.CDLL | None) -> Kernels | None:
+def choose_kernels() -> compiled.Kernels | None:
     """Return the kernels that ``NIN_CPU_ISA`` and the machine allow; None for the reference."""
-    wanted = os.environ.get(ISA_VARIABLE) or None
-    if wanted not in (None, "reference", *INSTRUCTION_SETS):
-        raise ValueError(f"{ISA_VARIABLE} must be one of {', '.join(INSTRUCTION_SETS)}, reference, got {wanted!r}")
-    return None if library is None or wanted == "reference" else find_kernels(library, wanted)
+    wanted = os.environ.get(compiled.ISA_VARIABLE) or None
+    if wanted not in (None, "reference", *compiled.INSTRUCTION_SETS):
+        known = ", ".join((*compiled.INSTRUCTION_SETS, "reference"))
+        raise ValueError(f"{compiled.ISA_VARIABLE} must be one of {known}, got {wanted!r}")
+    absent = compiled.LIBRARY is None or wanted == "reference"
+    return None if absent else compiled.find_kernels(compiled.loaded(), wanted)
 
 
 def describe() -> str:
     """Return one line for ``nin.backends()``."""
-    if LIBRARY is None:
+    if compiled.LIBRARY is None:
         return "reference (PyTorch): installed without a C++ compiler, there is no compiled library"
     if KERNELS is None:
-        return f"reference (PyTorch): {ISA_VARIABLE}=reference"
-    built = LIBRARY.nin_version().decode()
-    return f"nin {KERNELS.name} (compiled {built}), float32 and bfloat16; other dtypes: reference"
+        return f"reference (PyTorch): {compiled.ISA_VARIABLE}=reference"
+    built = compiled.loaded().nin_version().decode()
+    line = f"nin {KERNELS.name} (compiled {built}), float32 and bfloat16"
+    return f"{line}; other dtypes, and single small float32 layers: reference"
 
 
 def mlpconv(
@@ -120,17 +49,58 @@ def mlpconv(
     activations: Sequence[str],
 ) -> Tensor:
     """Compute the chain tile by tile; the hidden layers stay in the cache."""
-    if KERNELS is None or not _serves(x, weights, biases):
+    if KERNELS is None or not _serves(x, weights, biases) or is_faster_in_pytorch(x, weights, stride, padding):
         return reference.mlpconv(x, weights, biases, stride, padding, dilation, activations)
     y = _empty_result(x, weights, stride, padding, dilation)
     if y.numel() > 0:
         handle = KERNELS.handles[x.dtype]
-        packed = [packed_weight(handle, weight) for weight in weights]
+        packed = [packing.packed_weight(handle, weight) for weight in weights]
         problem = pack_problem(x, y, weights[0].shape, stride, padding, dilation, len(weights))
         layers, alive = _pack_layers(packed, weights, biases, activations)
-        _check(_library().nin_forward(handle, problem, layers, x.data_ptr(), y.data_ptr(), _pool()))
+        forward = compiled.loaded().nin_forward
+        compiled.check(forward(handle, problem, layers, x.data_ptr(), y.data_ptr(), compiled.pool()))
         del alive
     return y
+
+
+# The two kinds of call in which PyTorch's own convolution was measured faster (docs/kernels.md has the table). Such a
+# layer gains nothing from the fused pass; it is float32 and alone.
+FEW_MACS, FEW_PIXELS = 150_000, 512  # calls of 20 µs, of which PyTorch's take 2 to 4 µs less
+FEW_CHANNELS_IN, FEW_CHANNELS_OUT, MANY_PIXELS = 16, 15, 2048  # NCHW: turning the tiles over takes most of the time
+
+
+def is_faster_in_pytorch(x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    """Return whether the forward pass goes to the reference although the compiled kernel could do it."""
+    if len(weights) > 1 or x.dtype != torch.float32:
+        return False
+    channels, in_channels, kernel_height, kernel_width = weights[0].shape
+    images, _, height, width = x.shape
+    taps = kernel_height * kernel_width
+    pixels = images * height * width // (stride[0] * stride[1])
+    if pixels <= FEW_PIXELS and pixels * channels * in_channels * taps < FEW_MACS:
+        return True
+    plain = taps == 1 and stride[0] == stride[1] == 1 and padding[0] == padding[1] == 0
+    few = in_channels <= FEW_CHANNELS_IN and channels <= FEW_CHANNELS_OUT
+    return plain and few and height * width >= MANY_PIXELS and x.is_contiguous()
+
+
+def serving_kernel(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+) -> str:
+    """Return what computes a forward pass on the CPU: the name of an instruction set, or "reference".
+
+    Example:
+        >>> x, weight = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(4, 3, 1, 1, dtype=torch.float64)
+        >>> nin.ops.cpu.serving_kernel(x, [weight], [None])
+        'reference'
+    """
+    if KERNELS is None or not _serves(x, weights, biases) or is_faster_in_pytorch(x, weights, stride, padding):
+        return "reference"
+    return KERNELS.name
 
 
 # Weights up to which the backward kernel keeps float sums for several slices of the pixels at once; beyond, PyTorch's
@@ -171,8 +141,8 @@ def mlpconv_backward(
         for p, needed in zip((*weights, *biases), needs[1:], strict=True)
     ]
     grad_weights, grad_biases = grads[:count], grads[count:]
-    packed = [packed_weight(handle, weight) for weight in weights]
-    exchanged = [packed_weight(handle, weight, for_input_gradient=True) for weight in weights]
+    packed = [packing.packed_weight(handle, weight) for weight in weights]
+    exchanged = [packing.packed_weight(handle, weight, for_input_gradient=True) for weight in weights]
     problem = pack_problem(x, y, weights[0].shape, stride, padding, dilation, count)
     layers, alive = _pack_layers(packed, weights, biases, activations)
     gradient = struct.pack("8q", *grad.stride(), *(grad_x.stride() if needs[0] else (0, 0, 0, 0)))
@@ -183,14 +153,15 @@ def mlpconv_backward(
     ]
     gradients = struct.pack(f"{len(pointers)}q", *pointers)
     addresses = grad.data_ptr(), x.data_ptr(), y.data_ptr(), grad_x.data_ptr() if needs[0] else 0
-    _check(_library().nin_backward(handle, problem, layers, gradient, gradients, *addresses, _pool()))
+    backward = compiled.loaded().nin_backward
+    compiled.check(backward(handle, problem, layers, gradient, gradients, *addresses, compiled.pool()))
     del alive
     return grad_x, grad_weights, grad_biases
 
 
 def _serves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     """Return whether the tensors fit together; what does not goes to the reference, whose error says why."""
-    if x.dtype not in DTYPES or x.dim() != 4 or 0 in x.shape[1:]:
+    if x.dtype not in compiled.DTYPES or x.dim() != 4 or 0 in x.shape[1:]:
         return False
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -208,10 +179,15 @@ def _serves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
 def _empty_result(
     x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    kernel = weights[0].shape[2:]
-    height, width = (schema.output_size(x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
-    shape = (x.shape[0], weights[-1].shape[0], height, width)
+    kernel_height, kernel_width = weights[0].shape[2:]
+    images, _, height, width = x.shape
+    height = schema.output_size(height, kernel_height, stride[0], padding[0], dilation[0])
+    width = schema.output_size(width, kernel_width, stride[1], padding[1], dilation[1])
+    shape = (images, weights[-1].shape[0], height, width)
     return torch.empty(shape, dtype=x.dtype, memory_format=reference.memory_format(x))
+
+
+_PROBLEM = struct.Struct("24q")
 
 
 def pack_problem(
@@ -225,8 +201,8 @@ def pack_problem(
 ) -> bytes:
     """Return the library's ``nin_problem``: 24 numbers of eight bytes."""
     shape, out = x.shape, y.shape
-    values = (DTYPES[x.dtype], *shape, out[2], out[3], *weight_shape[2:], *stride, *padding, *dilation)
-    return struct.pack("24q", *values, *x.stride(), *y.stride(), layers)
+    values = (compiled.DTYPES[x.dtype], *shape, out[2], out[3], *weight_shape[2:], *stride, *padding, *dilation)
+    return _PROBLEM.pack(*values, *x.stride(), *y.stride(), layers)
 
 
 def _pack_layers(
@@ -244,117 +220,7 @@ def _pack_layers(
     return struct.pack(f"{len(values)}q", *values), alive
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------
-
-
-def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float | None:
-    """Return the FLOP/s of multiply-adds on registers with all threads; None where there is no compiled kernel.
-
-    One multiply-add is two FLOP. For bfloat16 it is the peak of what the kernels multiply with: pairs of bfloat16
-    where the machine has them, else float32.
-    """
-    if KERNELS is None:
-        return None
-    return float(_library().nin_peak_flops(KERNELS.handles[dtype], _pool(), seconds))
-
-
-def measure_copy_bandwidth(copied_bytes: int = 256 << 20, rounds: int = 5) -> float | None:
-    """Return the bytes/s, read and written, of the fastest of several copies with all threads; None as above."""
-    if KERNELS is None:
-        return None
-    source, target = torch.ones(copied_bytes, dtype=torch.uint8), torch.ones(copied_bytes, dtype=torch.uint8)
-    arguments = (_pool(), target.data_ptr(), source.data_ptr(), copied_bytes)
-    return max(float(_library().nin_copy_bytes_per_second(*arguments)) for _ in range(rounds))
-
-
-# ---- packed weights --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Entry:
-    weight: weakref.ref[Tensor]
-    state: tuple[object, ...]
-    packed: Tensor
-
-
-_packed: dict[tuple[int, int, bool], _Entry] = {}
-
-
-def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False) -> Tensor:
-    """Return the weight in the kernels' order; packed again only after the weight has changed.
-
-    A change is seen by the version counter that every in-place operation and optimiser step raises, and by the
-    address. A change through ``weight.data`` or another library's view of the memory raises no counter: it is seen
-    where one of 64 values differs, as after scaling, averaging or copying. The copy lives as long as the weight.
-    """
-    if weight.is_inference():  # has no version counter
-        return _pack(handle, weight, for_input_gradient)
-    key = (id(weight), handle, for_input_gradient)
-    address = weight.data_ptr()
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    sample = _library().nin_sample(address, weight.numel() * weight.element_size() if dense else 0)
-    state = (weight._version, sample, address, weight.shape, weight.stride())
-    entry = _packed.get(key)
-    if entry is not None and entry.weight() is weight and entry.state == state:
-        return entry.packed
-
-    def forget(dead: weakref.ref[Tensor]) -> None:
-        last = _packed.get(key)
-        if last is not None and last.weight is dead:  # the id may serve another weight by now
-            del _packed[key]
-
-    packed = _pack(handle, weight, for_input_gradient)
-    _packed[key] = _Entry(weakref.ref(weight, forget), state, packed)
-    return packed
-
-
-def _pack(handle: int, weight: Tensor, for_input_gradient: bool) -> Tensor:
-    """Copy a weight into panels; for the input's gradient with its channels exchanged and its taps turned over."""
-    columns, channels, height, width = weight.shape
-    column_stride, channel_stride, height_stride, width_stride = weight.stride()
-    address = weight.data_ptr()
-    if for_input_gradient:
-        address += ((height - 1) * height_stride + (width - 1) * width_stride) * weight.element_size()
-        columns, channels, column_stride, channel_stride = channels, columns, channel_stride, column_stride
-        height_stride, width_stride = -height_stride, -width_stride
-    strides = (column_stride, channel_stride, height_stride, width_stride)
-    row = struct.pack("9q", DTYPES[weight.dtype], columns, channels, height, width, *strides)
-    packed = torch.empty(_library().nin_packed_bytes(handle, row), dtype=torch.uint8)
-    _library().nin_pack(handle, row, address, packed.data_ptr())
-    return packed
-
-
-# ---- the library -----------------------------------------------------------------------------------------------
-
-
-def _library() -> ctypes.CDLL:
-    assert LIBRARY is not None
-    return LIBRARY
-
-
-def _find_parallel_for() -> int:
-    """Return the address of PyTorch's ``torch_parallel_for``; 0 where it has none (the library starts threads)."""
-    try:
-        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
-    except AttributeError:
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def _pool() -> bytes:
-    return struct.pack("2q", PARALLEL_FOR, torch.get_num_threads())
-
-
-def _check(status: int) -> None:
-    if status == 1:
-        raise MemoryError("nin's CPU kernel: not enough memory for its scratch")
-    if status != 0:
-        raise RuntimeError("nin's CPU kernel: PyTorch's thread pool failed")
-
-
-LIBRARY = load_library()
-KERNELS = choose_kernels(LIBRARY)
-PARALLEL_FOR = _find_parallel_for()
+KERNELS = choose_kernels()
 
 if KERNELS is not None:
     schema.library.impl("mlpconv", mlpconv, "CPU")

@@ -11,12 +11,17 @@ namespace {
 // Pixels of a tile. Enough to use each panel of weights several times while it lies in the first cache, few
 // enough that the hidden layers stay in the second.
 constexpr int64_t tile_pixels = 128;
-// Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache.
-constexpr int64_t tile_bytes = 512 << 10;
+// Bytes of scratch that a tile may take before it is made smaller: half of the smallest usual second cache. Weights
+// that do not fit there are read once for each tile: then a larger tile costs less than reading them more often.
+constexpr int64_t tile_bytes = 512 << 10, wide_tile_bytes = 2 << 20;
 
-// Weights from which on a single tile's layers are shared out by columns, so that each thread reads only its part of
-// them: they do not fit a second cache, and would come from further away once for each thread.
-constexpr int64_t shared_weights_bytes = 1 << 20;
+// Weights that do not fit a second cache. A single tile's layers are then shared out by columns, so that each thread
+// reads only its part of them.
+constexpr int64_t large_weights_bytes = 1 << 20;
+
+// A result that no cache holds is written past them where few products make a number: with 64 channels in and 256 out
+// that takes 5 % off the time, with 192 in and 192 out nothing.
+constexpr int64_t streamed_bytes = 16 << 20, streamed_products = 128;
 
 // Lines that a tile must have for its edge columns to be taken one by one: fewer pixels at a time read the weights
 // too often.
@@ -47,18 +52,19 @@ class Forward {
  public:
   Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
           int64_t threads);
-  int64_t scratch_bytes() const { return input_bytes_ + 2 * hidden_bytes_ + out_bytes_; }
+  int64_t scratch_bytes() const { return input_bytes_ + hidden_count_ * hidden_bytes_ + out_bytes_; }
   nin_status run(const nin_pool& pool) const;
 
  private:
   void flatten();
   void choose_tiles(int64_t threads);
   void place_taps();
+  bool writes_past_caches() const;
   void run_tile(int64_t task, char* scratch) const;
   Grid apply(size_t layer, const Tile& t, const Grid& a, char* tiles, const Panels& panels) const;
   Panels panels(size_t layer) const;
   Grid hidden(size_t layer, const Tile& t, char* tiles) const {
-    return dense(tiles + layer % 2 * hidden_bytes_, hidden_row_, t.columns);
+    return dense(tiles + layer % hidden_count_ * hidden_bytes_, hidden_row_, t.columns);
   }
   Grid input(const Tile& t, char* scratch) const;
   Grid bordered_input(const Tile& t, char* scratch) const;
@@ -77,10 +83,11 @@ class Forward {
   bool pointwise_ = false;       // a 1×1 convolution without padding
   bool direct_ = false;          // the products read x where it lies
   bool direct_out_ = false;      // and write y where it lies
+  bool streams_ = false;         // past the caches
   bool by_columns_ = false;      // one tile, whose layers are shared out by panels of their weights
   int64_t in_row_ = 0;           // bytes from pixel to pixel of the input's copy
   int64_t border_width_ = 0;     // pixels in a line of the bordered copy
-  int64_t hidden_row_ = 0, out_row_ = 0;
+  int64_t hidden_row_ = 0, hidden_count_ = 0, out_row_ = 0;
   int64_t input_bytes_ = 0, hidden_bytes_ = 0, out_bytes_ = 0;
 };
 
@@ -98,6 +105,16 @@ Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* 
   direct_out_ = y_.c == size;
   choose_tiles(threads);
   place_taps();
+  streams_ = direct_out_ && !by_columns_ && writes_past_caches();
+}
+
+bool Forward::writes_past_caches() const {
+  const int64_t channels = layers_.back().channels;
+  int64_t products = p_.kernel[0] * p_.kernel[1] * p_.channels * layers_[0].channels;
+  for (size_t i = 1; i < layers_.size(); ++i) products += layers_[i - 1].channels * layers_[i].channels;
+  const bool aligned = (reinterpret_cast<uintptr_t>(y_.at) | uintptr_t(y_.n | y_.h | y_.w)) % 64 == 0;
+  return aligned && p_.batch * p_.out_height * p_.out_width * channels * size_of(type_) >= streamed_bytes &&
+         products <= streamed_products * channels;
 }
 
 // Pixels of a 1×1 convolution know nothing of their neighbours: lines, and images where they follow each other,
@@ -121,13 +138,17 @@ void Forward::choose_tiles(int64_t threads) {
     hidden_row_ = std::max(hidden_row_, tile_row(k_, layers_[i].channels));
   }
   out_row_ = round_up(layers_.back().channels, max_vectors * k_.lanes) * size_of(type_);
-  const int64_t per_pixel = (direct_ ? 0 : in_row_) + 2 * hidden_row_ + (direct_out_ ? 0 : out_row_);
-  int64_t pixels = tile_pixels;
-  if (per_pixel > 0) pixels = std::max<int64_t>(k_.rows, std::min(pixels, tile_bytes / per_pixel));
+  hidden_count_ = std::clamp<int64_t>(int64_t(layers_.size()) - 1, 1, 2);
+  const int64_t per_pixel = (direct_ ? 0 : in_row_) + hidden_count_ * hidden_row_ + (direct_out_ ? 0 : out_row_);
   int64_t weights = 0;
   for (size_t i = 0; i < layers_.size(); ++i) weights += panels(i).count * panels(i).full_bytes;
+  const bool large = weights >= large_weights_bytes;
+  int64_t pixels = tile_pixels;
+  if (per_pixel > 0) {
+    pixels = std::max<int64_t>(k_.rows, std::min(pixels, (large ? wide_tile_bytes : tile_bytes) / per_pixel));
+  }
   cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, 1);
-  by_columns_ = threads > 1 && cut_.tiles() == 1 && weights >= shared_weights_bytes;
+  by_columns_ = threads > 1 && cut_.tiles() == 1 && large;
   if (!by_columns_) cut_ = cut(p_.batch, p_.out_height, p_.out_width, pixels, threads);
   const int64_t most = cut_.lines * cut_.columns;
   if (pointwise_) {
@@ -274,7 +295,8 @@ Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const P
   p.finish.out_type = last ? type_ : k_.type;
   p.finish.round = type_ == Type::bf16 && p.finish.out_type == Type::f32;
   p.finish.whole = !last;
-  char* out_tile = tiles + 2 * hidden_bytes_;
+  p.finish.stream = last && streams_;
+  char* out_tile = tiles + hidden_count_ * hidden_bytes_;
   Grid out = hidden(i, t, tiles);
   if (last) {
     out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
@@ -298,6 +320,9 @@ void Forward::run_tile(int64_t task, char* scratch) const {
   const Tile t = tile_of(cut_, task);
   Grid a = input(t, scratch);
   for (size_t i = 0; i < layers_.size(); ++i) a = apply(i, t, a, scratch + input_bytes_, panels(i));
+#if NIN_X86
+  if (streams_) __builtin_ia32_sfence();  // before another thread reads what was written past the caches
+#endif
 }
 
 nin_status Forward::run(const nin_pool& pool) const {
@@ -305,7 +330,7 @@ nin_status Forward::run(const nin_pool& pool) const {
     return run_tasks(pool, cut_.tiles(), size_t(scratch_bytes()),
                      [&](int64_t task, char* scratch) { run_tile(task, scratch); });
   }
-  char* shared = shared_scratch.reserve(size_t(2 * hidden_bytes_ + out_bytes_ + 64));
+  char* shared = shared_scratch.reserve(size_t(hidden_count_ * hidden_bytes_ + out_bytes_ + 64));
   if (!shared) return nin_out_of_memory;
   const Tile t = tile_of(cut_, 0);
   for (size_t i = 0; i < layers_.size(); ++i) {

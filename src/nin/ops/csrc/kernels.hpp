@@ -19,6 +19,7 @@ struct Finish {
   int64_t out_row = 0;                   // bytes from pixel to pixel, as all "row" values here
   Type out_type = Type::f32;
   bool round = false;                    // floats are rounded to bfloat16 values
+  bool stream = false;                   // past the caches; `out` and its rows are aligned by 64 bytes
   bool whole = false;                    // `out` is scratch: columns past the last become zero
   float* derivative = nullptr;           // the activation's derivative is written here, or null
   int64_t derivative_row = 0;
@@ -36,6 +37,8 @@ struct Product {
   int64_t steps = 0;                     // of four bytes in one run
   const void* panel = nullptr;           // (tap_count * steps, vectors * lanes) of four bytes
   int64_t panel_skip = 0;                // bytes of the panel to leave out after each run
+  const void* next = nullptr;            // comes into the second cache meanwhile, so many bytes a step
+  int64_t next_step = 0;
   int64_t columns = 0;                   // of the panel that exist
   Finish finish;
 };

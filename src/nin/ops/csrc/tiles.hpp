@@ -142,6 +142,26 @@ struct Panels {
   }
 };
 
+// Weights from which on a panel is fetched ahead: they do not stay in the second cache beside a tile.
+constexpr int64_t fetched_weights_bytes = 512 << 10;
+
+// Shares out the fetching of a panel among products of `steps` steps, of which pixel `first` of `pixels` is the next.
+class NextPanel {
+ public:
+  NextPanel(const Panels& panels, const char* weight, int64_t j, int64_t pixels)
+      : at_(weight + (j + 1 < panels.end ? j + 1 : panels.begin) * panels.full_bytes),
+        per_pixel_(panels.count * panels.full_bytes < fetched_weights_bytes ? 0 : panels.full_bytes / pixels) {}
+  // products of `rows` pixels from now on; a step fetches that many bytes
+  void share(Product& p, int64_t rows) const {
+    p.next_step = per_pixel_ == 0 ? 0 : per_pixel_ * rows / std::max<int64_t>(1, p.steps * p.tap_count);
+  }
+  void place(Product& p, int64_t pixel) const { p.next = at_ + per_pixel_ * pixel; }
+
+ private:
+  const char* at_;
+  int64_t per_pixel_;
+};
+
 // A product over a tile: `p` says what is common to all its parts.
 inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid& out, const Grid& derivative,
                           const Grid& gate, int64_t lines, int64_t columns, const Panels& panels) {
@@ -161,6 +181,8 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
     p.panel = panel + j * panels.full_bytes;
     p.columns = panels.columns - from;
     if (bias) p.finish.bias = bias + from;
+    const NextPanel next(panels, panel, j, lines * columns);
+    next.share(p, divide_up(columns, groups));
     for (int64_t line = 0; line < lines; ++line) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = columns * g / groups, rows = columns * (g + 1) / groups - first;
@@ -171,6 +193,7 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
         p.finish.out = at(out, out_size);
         p.finish.derivative = reinterpret_cast<float*>(at(derivative, 4));
         p.finish.gate = at(gate, gate_size);
+        next.place(p, line * columns + first);
         k.multiply(p, int(rows), panels.vectors(k, j));
       }
     }
