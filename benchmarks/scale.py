@@ -1,6 +1,6 @@
 """What 10⁹ images ask of the sampler and of the split over machines, run at that size.
 
-    python benchmarks/scale.py [--images 1000000000] [--processes 64] [--batch 8192]
+    python benchmarks/scale.py [--images 1000000000] [--walk IMAGES] [--processes 64] [--batch 8192]
 
 Computes the whole order of an epoch in the parts in which a training does, marks each sample and counts those
 that are missing, and so come twice; deals parts of it to the processes as a training does; and splits the images for
@@ -72,6 +72,7 @@ def main() -> None:
     """Run all of it and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10**9)
+    parser.add_argument("--walk", type=int, help="walk the whole order of so many images only; all if not given")
     parser.add_argument("--processes", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8192)
     arguments = parser.parse_args()
@@ -84,7 +85,7 @@ def main() -> None:
         "images": count,
         "processes": world,
         "batch": arguments.batch,
-        "order": walk_order(count),
+        "order": {"images": arguments.walk or count, **walk_order(arguments.walk or count)},
         "order_of_a_batch_seconds": time_order(count, arguments.batch),
         "every_sample_of_a_step_in_one_process": deal(count, world, arguments.batch),
         "shares_of_predict_without_gap": split(count, world),

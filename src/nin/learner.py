@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ class Learner:
         """
         if processes.count() > 1:
             share_dropout(self.model, batch_size)
+            # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             devices = [self.device.index] if self.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=devices, gradient_as_bucket_view=True
