@@ -12,7 +12,6 @@ import html
 import logging
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -58,12 +57,11 @@ def main() -> int:
 def stage() -> None:
     """Copy what the site is made of, as it lies in the repository."""
     shutil.rmtree(SOURCE, ignore_errors=True)
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md", "LICENSE", "docs", "benchmarks"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if (ROOT / name).is_file():
-            (SOURCE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, SOURCE / name)
+    unwanted = shutil.ignore_patterns(".*", "__pycache__")
+    for folder in ("docs", "benchmarks"):
+        shutil.copytree(ROOT / folder, SOURCE / folder, ignore=unwanted)
+    for path in (*ROOT.glob("*.md"), ROOT / "LICENSE"):
+        shutil.copy(path, SOURCE)
 
 
 def navigation() -> list[Any]:

@@ -146,6 +146,13 @@ def test_a_file_tells_nothing_of_this_machine(format, run, tmp_path):
             assert str(folder).encode() not in file.read_bytes()
 
 
+def test_what_a_training_returns(tmp_path):
+    result = nin.train("digits", nin.TrainConfig(epochs=1))
+    exported = nin.export(result, tmp_path / "model.pt2")
+    assert exported.metadata["classes"] == list(result.info.classes)
+    assert exported.metadata["input"]["shape"] == ["batch", 1, 8, 8]
+
+
 def test_onnx_carries_classes_and_preprocessing(run, tmp_path):
     nin.export(run, tmp_path / "model.onnx")
     session, info = session_of(tmp_path / "model.onnx"), nin.load(run).info

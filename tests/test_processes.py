@@ -39,7 +39,7 @@ def work(images, out, *, die_at=None, stop_at=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def stop():
-        return processes.rank() == 1 and len(losses) + 1 == stop_at
+        return processes.rank() == 1 and len(losses) == stop_at
 
     keeping = training.Keeping(steps=3, stop=stop)
     try:

@@ -48,7 +48,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         weight_decay: per step, on weights only.
         label_smoothing: share of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
             `predict_proba` honest.
-        dropout: after each pooling, for images.
+        dropout: after each pooling, for images; ``nin_digits`` keeps its own.
         flip: mirror half of the images.
         shift: largest random translation, in pixels; by the size of the images if not given.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import machine, models, processes
+from nin.descent import Descent, averaging
 from nin.errors import UserError
-from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
+from nin.recipe import ResolvedConfig, learning_rate
+from nin.replaying import Replay
 
 
 class Learner:
@@ -35,10 +37,18 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = self.place(make())
         # The average lives in a second network, so that testing it needs no swapping of weights.
-        self.average = self.place(make()).eval()
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = make_optimizer(self.model, config)
+        self.average = self.place(make())
         self.network: nn.Module = self.model  # what a step calls
+        self.descent = Descent(
+            self.model,
+            self.average,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
+        self._take_step = Replay(self._plain_step) if replays else self._plain_step
 
     def join(self, batch_size: int) -> None:
         """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
@@ -51,6 +61,7 @@ class Learner:
             # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             devices = [self.device.index] if self.device.type == "cuda" else None
+            self._take_step = self._plain_step
             self.network = nn.parallel.DistributedDataParallel(
                 self.model, device_ids=devices, gradient_as_bucket_view=True
             )
@@ -69,25 +80,29 @@ class Learner:
             steps: in the whole training.
 
         Returns:
-            The loss over the batch of all processes, and the scores (B, classes). Where the loss is no finite
-            number, nothing has changed.
+            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed on a CPU;
+            a GPU is not waited for to ask, so there the weights are lost, and what was saved before is not.
         """
+        loss, scores = self.advance(x, labels, step, steps)
+        return loss.item(), scores
+
+    def advance(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Take a step as `step` does, without waiting for the device: the loss is still a tensor."""
         config = self.config
         self.model.train()
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, as a function of (seed, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
+        self.descent.prepare(learning_rate=learning_rate(step, steps, config), decay=averaging(config.ema, step))
+        loss, scores = self._take_step(x, labels)
+        return loss, scores
+
+    def _plain_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             scores = self.network(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
         scores = scores.float()
         loss, share = self._loss(scores, labels)
-        if torch.isfinite(loss):
-            self.optimizer.zero_grad()
-            share.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-            self.optimizer.step()
-            self._update_average(step)
-        return loss.item(), scores.detach()
+        if self.device.type == "cuda" or torch.isfinite(loss):
+            self.descent.follow(share, gradient_clip=self.config.gradient_clip)
+        return loss.detach(), scores.detach()
 
     def _loss(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean cross entropy over the batch of all processes, and what this one differentiates.
@@ -105,28 +120,13 @@ class Learner:
         images = whole[1].clamp(min=1)
         return whole[0] / images, part * (size / images)
 
-    @torch.no_grad()
-    def _update_average(self, step: int) -> None:
-        """Move the averaged weights towards the current ones; quickly in the first steps."""
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            if "momentum_buffer" in self.optimizer.state[p]:
-                tensors[f"momentum.{name}"] = self.optimizer.state[p]["momentum_buffer"]
-        return tensors
+        return self.descent.tensors()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to the state that `tensors` returned."""
-        for network, prefix in ((self.model, "model."), (self.average, "average.")):
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+        self.descent.load(tensors)
 
 
 class SharedDropout(nn.Dropout):
@@ -177,12 +177,3 @@ def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int
             f"give a larger --size, or another --model ({', '.join(models.MODELS)})"
         )
     return model
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum; weight decay on the weights, not on biases and gains (one-dimensional)."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    nesterov = config.momentum > 0
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=nesterov, fused=True)

@@ -25,7 +25,10 @@ from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 MOST_LOST_FILES = 10
 
 # So many places of an epoch's order are held at a time.
-ORDER_PART = 2**24
+ORDER_PIECE = 2**24
+
+# On a GPU: steps between two looks at the loss, images that are augmented together, bytes of images that it holds.
+READ_EVERY, AUGMENTED_TOGETHER, MOST_HELD_BYTES = 50, 8192, 4 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,7 @@ def train(
     *,
     out: str | Path | None = None,
     keeping: Keeping | None = None,
+    network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
@@ -102,6 +106,7 @@ def train(
         out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
             None writes nothing.
         keeping: how often the state is written, and whether to resume.
+        network: makes the network, the same after the same seed; if not given, the one that the recipe names.
         on_progress: called after every step and every epoch.
 
     Returns:
@@ -127,10 +132,12 @@ def train(
     if folder is not None and processes.is_restarted() and has_begun(folder):
         keeping = dataclasses.replace(keeping, resume=True)
     with machine.use_threads(recipe.threads):
-        run = _Run(images, recipe, folder, keeping, on_progress or (lambda progress: None))
+        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        learner = Learner(network or (lambda: make_model(recipe, **sizes)), recipe)
+        run = _Run(images, learner, folder, keeping, on_progress or (lambda progress: None))
         if folder is None or not processes.is_first():
             return run.train_together()
-        prepare_folder(folder, resume=keeping.resume)
+        prepare_folder(folder, resume=run.keeping.resume)
         try:
             return run.train_together()
         finally:
@@ -157,15 +164,16 @@ class _Run:
     def __init__(
         self,
         images: data.Data,
-        config: ResolvedConfig,
+        learner: Learner,
         folder: Path | None,
         keeping: Keeping,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        config = learner.config
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
-        self.learner = Learner(lambda: make_model(config, **sizes), config)
+        self.images = hold_images(images, config)
+        self.learner = learner
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()
@@ -173,6 +181,10 @@ class _Run:
         self.overridden: list[str] = []
         self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
+        # A GPU is waited for after so many steps only; what they gave is read together.
+        self.read_every = READ_EVERY if runs_ahead(self.learner.device) else 1
+        self.unread: list[tuple[Tensor, Tensor, int]] = []
+        self.last_loss = math.nan
 
     def train_together(self) -> TrainResult:
         """Train with the other processes of the job, where there are others."""
@@ -196,10 +208,12 @@ class _Run:
         p, epochs = self.position, self.config.epochs
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in self.batches():
-            loss, stop = self.train_step(x, labels)
+            loss = self.train_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
             self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, loss))
-            self.keep(stop)
+            self.keep()
+        self.read()
+        p.epoch_seconds = before + time.perf_counter() - started
         row = self.end_epoch()
         self.metrics.append(row)
         self.position = _Position(epoch=p.epoch + 1, seconds=row["seconds"])
@@ -210,32 +224,49 @@ class _Run:
         self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
 
     @property
-    def step(self) -> int:
-        """Steps done since the beginning."""
-        return self.position.epoch * self.steps_per_epoch + self.position.step
-
-    @property
     def writes(self) -> bool:
         """Whether this process writes the run folder: one does."""
         return self.folder is not None and processes.is_first()
 
-    def train_step(self, x: Tensor, labels: Tensor) -> tuple[float, bool]:
-        """Take one step and count it; return its loss, and whether somebody asked one of the processes to stop."""
-        loss, scores = self.learner.step(x, labels, self.step, self.steps)
-        p = self.position
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {self.step + 1} (epoch {p.epoch + 1}); what was written before is "
-                f"kept. Try a lower learning_rate than {self.config.learning_rate}"
-            )
-        right = int((scores.argmax(1) == labels).sum())
-        counts = torch.tensor([right, len(labels), self.keeping.stop()], device=self.learner.device)
-        hits, seen, stop = processes.total(counts).tolist()
-        p.step += 1
-        p.loss_sum += loss * seen
-        p.hits += hits
-        p.seen += seen
-        return loss, stop > 0
+    @property
+    def step(self) -> int:
+        """Steps done since the beginning."""
+        return self.position.epoch * self.steps_per_epoch + self.position.step
+
+    def train_step(self, x: Tensor, labels: Tensor) -> float:
+        """Take one step and count it; return the last loss that is known."""
+        loss, scores = self.learner.advance(x, labels, self.step, self.steps)
+        hits, count = (scores.argmax(1) == labels).sum(), len(labels)
+        if processes.count() > 1:
+            hits, images = processes.total(torch.stack([hits, hits.new_tensor(count)]))
+            count = int(images)
+        self.unread.append((loss, hits, count))
+        self.position.step += 1
+        if len(self.unread) >= self.read_every:
+            self.read()
+        return self.last_loss
+
+    def read(self) -> None:
+        """Wait for the steps that were taken, and count what they gave.
+
+        Raises:
+            UserError: a loss is no finite number.
+        """
+        p, unread = self.position, self.unread
+        self.unread = []
+        if not unread:
+            return
+        rows = torch.stack([torch.stack((loss.double(), hits.double())) for loss, hits, _ in unread]).tolist()
+        for i, ((loss, hits), (_, _, count)) in enumerate(zip(rows, unread, strict=True)):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} at step {self.step - len(unread) + i + 1} (epoch {p.epoch + 1}); what was "
+                    f"written before is kept. Try a lower learning_rate than {self.config.learning_rate}"
+                )
+            p.loss_sum += loss * count
+            p.hits += int(hits)
+            p.seen += count
+            self.last_loss = loss
 
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
@@ -258,35 +289,35 @@ class _Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rest of this epoch: augmented images (B, C, H, W), as the network takes them, and labels (B,)."""
         config, images, p = self.config, self.images, self.position
-        for pixels, labels, indices in self.stored_batches():
-            pixels = data.augment(
-                pixels.to(self.learner.device),
-                indices.to(self.learner.device),
-                seed=config.seed,
-                epoch=p.epoch,
-                flip=config.flip,
-                shift=config.shift,
-            )
-            x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
-            yield x, labels.to(self.learner.device)
+        several = processes.count() > 1
+        # A GPU augments many batches at once: what an image becomes does not depend on the batch it is in.
+        together = AUGMENTED_TOGETHER // config.batch_size if runs_ahead(self.learner.device) and not several else 1
+        for order, size in self.orders():
+            stored = data.batches(images.train, order, size * max(1, together), on_lost=self.lose, empty=several)
+            for pixels, labels, indices in stored:
+                pixels = data.augment(
+                    pixels.to(self.learner.device),
+                    indices.to(self.learner.device),
+                    seed=config.seed,
+                    epoch=p.epoch,
+                    flip=config.flip,
+                    shift=config.shift,
+                )
+                x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
+                labels = labels.to(self.learner.device)
+                yield from zip(x.split(size), labels.split(size), strict=True)
 
-    def stored_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield this process's part of the rest of this epoch's batches: pixels, labels, indices."""
-        config, images = self.config, self.images
+    def orders(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield this process's part of the rest of this epoch's order, in long pieces, and its part of a batch."""
+        config, images, epoch = self.config, self.images, self.position.epoch
         # The rest that fills no batch is left out: another one in every epoch.
         start, last = self.position.step * config.batch_size, self.steps_per_epoch * config.batch_size
-        part = ORDER_PART // config.batch_size * config.batch_size or config.batch_size
-        for begin in range(start, last, part):
-            order = data.epoch_order(
-                len(images.train),
-                seed=config.seed,
-                epoch=self.position.epoch,
-                start=begin,
-                stop=min(begin + part, last),
-            )
+        piece = max(1, ORDER_PIECE // config.batch_size) * config.batch_size
+        for begin in range(start, last, piece):
+            stop = min(begin + piece, last)
+            order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch, start=begin, stop=stop)
             order, size = processes.share(order, config.batch_size)
-            several = processes.count() > 1
-            yield from data.batches(images.train, order, size, on_lost=self.lose, empty=several)
+            yield order.to(images.train.labels.device), size
 
     def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
         """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
@@ -315,19 +346,24 @@ class _Run:
                 "and go on with --resume"
             )
 
-    def keep(self, stop: bool) -> None:
+    def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
         keeping = self.keeping
-        if self.writes and self.position.step < self.steps_per_epoch:  # the epoch's end writes it anyway
+        # one of the processes may have been asked: all end after the same step
+        stop = bool(processes.total(torch.tensor(int(keeping.stop()), device=self.learner.device)))
+        if self.writes:
+            assert self.folder is not None
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
-            if stop or by_steps or time.monotonic() - self.saved > 60 * keeping.minutes:
-                assert self.folder is not None
+            due = by_steps or time.monotonic() - self.saved > 60 * keeping.minutes
+            ends = self.position.step == self.steps_per_epoch  # the epoch's end writes it anyway
+            if stop or (due and not ends):
                 self.save_state(self.folder)
         if stop:
             raise KeyboardInterrupt
 
     def save_state(self, folder: Path) -> None:
         """Write all that resuming needs."""
+        self.read()
         values = {
             "position": dataclasses.asdict(self.position),
             "metrics": self.metrics,
@@ -439,6 +475,24 @@ class _Run:
             "notes": list(images.notes),
             **images.origin,
         }
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether the device works on its own while the next steps are prepared, so that waiting for it is dear."""
+    return device.type == "cuda"
+
+
+def hold_images(images: data.Data, config: ResolvedConfig) -> data.Data:
+    """Return the images as bytes on the device that trains, where that is worth it and they fit; else as they are.
+
+    On a GPU reading them from elsewhere would take longer than training; the speed recipe decodes files once on any
+    device. What a step is given stays the same.
+    """
+    device = machine.choose_device(config.device)
+    total = (len(images.train) + len(images.test)) * images.channels * images.size**2
+    if total > MOST_HELD_BYTES or (device.type != "cuda" and config.recipe != "speed"):
+        return images
+    return dataclasses.replace(images, train=data.hold(images.train, device), test=data.hold(images.test, device))
 
 
 def check_share(config: ResolvedConfig, images: int) -> None:
