@@ -18,13 +18,13 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors", "files", "tables"},
-    {"ops", "data", "recipe", "timing", "machine", "metrics"},
+    {"ops", "data", "descent", "recipe", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
     {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},
-    {"report", "server", "estimator", "slimming", "tabulation"},
+    {"report", "server", "estimator", "shrinking", "tabulation"},
     {"terminal", "hub"},
     {"demonstration"},
     {"cli"},

@@ -11,7 +11,7 @@ import nin
 from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE, HubClassifier
-from nin.slimming import SlimmingConfig, slim
+from nin.shrinking import ShrinkingConfig, shrink
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_without_images_there_is_no_picture(run, tmp_path):
 
 
 def test_a_narrowed_network(run, tmp_path):
-    slim(run, nin.data.load("digits"), SlimmingConfig({"macs": 0.7}, images=64), out=tmp_path / "narrow")
+    shrink(run, nin.data.load("digits"), ShrinkingConfig({"macs": 0.7}, images=64), out=tmp_path / "narrow")
     HubClassifier.from_run(tmp_path / "narrow", images="digits").save_pretrained(tmp_path / "saved")
     x = torch.randint(0, 256, (2, 8, 8), dtype=torch.uint8)
     again = HubClassifier.from_pretrained(tmp_path / "saved")

@@ -33,12 +33,13 @@ def test_output_form_is_the_best_of_its_rank():
     x, xx, weight = problem()
     y = weight @ x
     form = spectra.output_form(weight @ xx @ weight.T, plain_roots(6))
+    losses = spectra.output_losses(weight @ xx @ weight.T, plain_roots(6)[0])
     left, strengths, right = torch.linalg.svd(y, full_matrices=False)
     for rank in range(1, 7):
         u, v = form.bases(rank, plain_roots(6)[0])
         best = left[:, :rank] * strengths[:rank] @ right[:rank]  # Eckart, Young: nothing of this rank is nearer
         torch.testing.assert_close(mean_error(y, u @ v @ y), mean_error(y, best), atol=1e-10, rtol=1e-8)
-        torch.testing.assert_close(form.losses()[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(losses[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
 
 
 def test_weighted_output_form_is_the_best_in_its_own_measure():
@@ -66,9 +67,11 @@ def test_fit_is_least_squares_and_the_weight_where_nothing_changed():
 def input_error(x, xx, weight, rank, roots=None):
     roots = roots or plain_roots(len(weight))
     directions = spectra.input_directions(weight, xx, 4, roots[0])
-    form = spectra.input_form(weight, xx, 4, directions, rank)
-    seen = torch.einsum("ri,itm->rtm", form.projection, x.view(-1, 4, x.shape[1])).flatten(0, 1)
-    return mean_error(weight @ x, form.core @ seen), form
+    form = spectra.InputForm(weight, xx, 4, directions)
+    projection, core = form.layers(rank)
+    y = core @ torch.einsum("ri,itm->rtm", projection, x.view(-1, 4, x.shape[1])).flatten(0, 1)
+    torch.testing.assert_close(form.fitted(rank), y @ y.T / x.shape[1])
+    return mean_error(weight @ x, y), form
 
 
 def test_input_form_loses_less_with_every_rank_and_nothing_at_full_rank():
@@ -120,3 +123,16 @@ def test_elimination_in_chunks_is_near_the_exact_one(monkeypatch):
     assert len(path.order) == 180
     assert len(path.losses) == 181
     assert list(path.losses) == sorted(path.losses)
+
+
+def test_balancing_keeps_what_a_chain_gives_and_evens_the_scales():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 1e-6
+    core = torch.randn(4, 3 * 9, generator=generator, dtype=torch.float64) * 1e3
+    last = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    before = torch.einsum("ps,srt,ri->pit", last, core.view(4, 3, 9), first)
+    one, two, three = spectra.balance([first, core, last])
+    torch.testing.assert_close(torch.einsum("ps,srt,ri->pit", three, two.view(4, 3, 9), one), before)
+    torch.testing.assert_close(two.norm(dim=1), three.norm(dim=0))
+    assert 0.1 < float(one.norm() / two.norm()) < 10
+    assert spectra.balance([first * 0, core])[0].isfinite().all()  # a channel that is never used

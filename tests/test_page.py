@@ -81,7 +81,7 @@ def visit(browser, lesson):
 
 @pytest.fixture
 def look(browser, running):
-    running.app.state.service.samples.thread.join(timeout=60)
+    running.app.state.service.runs[0].samples.thread.join(timeout=60)
     made = Visit(browser, running)
     yield made.page
     made.close()
@@ -295,8 +295,8 @@ def test_the_little_network_is_pytorchs(visit):
 def test_look_inside_follows_an_image_through_the_network(look, running):
     inside = look.locator("#inside")
     expect(inside.locator("[data-paths] [data-sum]")).to_have_count(1)
-    classifier = running.app.state.service.classifier
-    images = running.app.state.service.samples.shown
+    classifier = running.app.state.service.runs[0].classifier
+    images = running.app.state.service.runs[0].samples.shown
     (expected,) = classifier.predict(images[0].png)
     shown = inside.locator(f'[data-confidence="{expected.label}"]').first
     assert float(shown.get_attribute("value")) == pytest.approx(100 * expected.confidence, abs=1e-3)
@@ -325,7 +325,7 @@ def test_the_pixel_is_chosen_by_pointer_and_keyboard(look, running):
     for _ in range(7):
         look.keyboard.press("ArrowDown")
     expect(inside.locator("[data-paths] h3")).to_contain_text("row 4, column 4")
-    classifier, images = running.app.state.service.classifier, running.app.state.service.samples.shown
+    classifier, images = running.app.state.service.runs[0].classifier, running.app.state.service.runs[0].samples.shown
     (maps,), (expected,) = classifier.confidence_maps(images[0].png), classifier.predict(images[0].png)
     here = float(inside.locator("[data-map-value]").get_attribute("value"))
     assert here == pytest.approx(maps[classifier.classes.index(expected.label), 3, 3].item(), abs=1e-5)

@@ -363,7 +363,7 @@ def test_layers_one_by_one_are_the_network(client, run):
         before = values[None]
     torch.testing.assert_close(before, nin.load(run).confidence_maps(file), atol=1e-5, rtol=1e-5)
     assert post(client, file, path=path.format(99)).status_code == 404
-    assert post(client, file, path=path.format(-1)).status_code == 404
+    assert post(client, file, path=path.format(-1)).status_code == 422
     assert client.get("/api/layers/0/weights").status_code == 404
     assert client.get("/api/layers/4/weights").status_code == 404  # pooling
 
@@ -378,7 +378,7 @@ def test_dead_channels_are_found():
 
 
 def test_samples_decode_to_the_test_images(client, running):
-    running.app.state.service.samples.thread.join(timeout=60)
+    running.app.state.service.runs[0].samples.thread.join(timeout=60)
     answer = client.get("/api/samples").json()
     assert answer["state"] == "ready"
     assert [sample["label"] for sample in answer["samples"][:3]] == ["0", "1", "2"]
@@ -391,7 +391,7 @@ def test_samples_decode_to_the_test_images(client, running):
 
 def test_a_run_whose_images_are_gone_says_so(tmp_path):
     served = Running(server.create_app(make_run(tmp_path / "run", source=str(tmp_path / "gone"))))
-    served.app.state.service.samples.thread.join(timeout=60)
+    served.app.state.service.runs[0].samples.thread.join(timeout=60)
     with served.client() as client:
         answer = client.get("/api/samples").json()
         assert (answer["state"], "not here" in answer["reason"]) == ("none", True)
@@ -419,6 +419,8 @@ def test_the_description_lists_every_operation(client):
         "/api/samples",
         "/api/layers/{index}/weights",
         "/api/layers/{index}/activations",
+        "/api/layers/{index}/spectrum",
+        "/api/layers/{index}/narrowed",
         "/api/dead",
         "/api/bottleneck",
     }
@@ -426,7 +428,7 @@ def test_the_description_lists_every_operation(client):
 
 
 def test_an_error_while_computing_reaches_those_who_wait_and_no_one_else():
-    batcher = batching.Batcher(None, waiting=4)
+    batcher = batching.Batcher(waiting=4)
     with pytest.raises(ZeroDivisionError):
         batcher.compute(lambda: 1 // 0).result(timeout=10)
     assert batcher.compute(lambda: 7).result(timeout=10) == 7

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nin.costs import cost
     from nin.estimator import NiNClassifier
     from nin.exporting import export
+    from nin.fusion import fuse
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, mlpconv
@@ -36,6 +37,7 @@ _HOME = {
     "cost": "nin.costs",
     "data": "nin",
     "export": "nin.exporting",
+    "fuse": "nin.fusion",
     "load": "nin.prediction",
     "mlpconv": "nin.ops",
     "models": "nin",
@@ -59,6 +61,7 @@ __all__ = [
     "cost",
     "data",
     "export",
+    "fuse",
     "load",
     "mlpconv",
     "models",

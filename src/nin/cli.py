@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -280,7 +280,7 @@ def bench(
 
 @app.command
 def narrow(
-    run: Path,
+    run: Path | None = None,
     /,
     *,
     data: str,
@@ -288,36 +288,64 @@ def narrow(
     latency: float | None = None,
     macs: float | None = None,
     parameters: float | None = None,
+    budgets: str | None = None,
     finetune: int = 0,
+    control: Annotated[bool, Parameter(negative="")] = False,
     skip: tuple[str, ...] = (),
     images: int = 512,
+    channels_last: Annotated[bool, Parameter(negative="")] = False,
+    model: str | None = None,
+    weights: Path | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
     data_dir: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: JsonFlag = False,
 ) -> None:
     """Make a trained network narrower, and so faster: fewer channels where they are missed least.
 
+    Stopped with Ctrl-C, the same command goes on.
+
     Parameters
     ----------
     run
-        The folder that `nin train` or `nin narrow` made.
+        The folder that `nin train` or `nin narrow` made; or give --model and --weights.
     data
         What it was trained on, as for `nin train`. Some training images without their labels are looked at; the
         test images measure what was lost.
     out
-        The run folder to make; predict, report and narrow take it like any other.
+        The folder to make. That of a run is a run: predict, report and narrow take it like any other. That of
+        --model holds model.safetensors, plan.json, report.json and report.html.
     latency
         Time to be left, as a share of the original's, measured on this machine.
     macs
         Multiply-accumulates to be left, as a share of the original's.
     parameters
         Parameters to be left, as a share of the original's.
+    budgets
+        More shares, such as 0.8,0.6,0.45: accuracy against latency at each of them, in the report.
     finetune
         Epochs of training afterwards, by the original network's answers and the labels.
+    control
+        Train a uniformly thinner network for as many epochs as the original and the narrowed one together, and show
+        it beside.
     skip
         Layers to leave alone: names, or patterns such as "blocks.0.*".
     images
         Training images to look at.
+    channels_last
+        Keep the weights with the channels side by side in memory, which is often faster, and measure that.
+    model
+        Anybody's network: package.module:function that makes it, called without arguments.
+    weights
+        Its weights: model.safetensors, or a state_dict that torch.save wrote (read without running code).
+    size
+        With --model: height and width that images are brought to, in pixels; 224 for a folder of images.
+    mean
+        With --model: the channels' mean, such as 0.485,0.456,0.406; ImageNet's if not given.
+    std
+        With --model: the channels' standard deviation; ImageNet's if not given.
     data_dir
         Where the files of mnist to svhn lie.
     dry_run
@@ -326,56 +354,69 @@ def narrow(
         Print the figures as JSON on standard output.
     """
     from nin import terminal
-    from nin.slimming import SlimmingConfig
+    from nin.data import NAMES
+    from nin.shrinking import Preparation, ShrinkingConfig
 
     given = {"latency": latency, "macs": macs, "parameters": parameters}
-    budget = {name: value for name, value in given.items() if value is not None}
-    config = SlimmingConfig(budget, skip, images=images, finetune=finetune, dry_run=dry_run)
-    terminal.narrow(run, data, loading={"data_dir": data_dir}, config=config, out=out, as_json=json)
+    config = ShrinkingConfig(
+        {name: value for name, value in given.items() if value is not None},
+        _numbers("budgets", budgets),
+        skip,
+        images=images,
+        finetune=finetune,
+        control=control,
+        channels_last=channels_last,
+        dry_run=dry_run,
+    )
+    if (run is None) == (model is None) or (model is None) != (weights is None):
+        raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
+    if run is not None:
+        if size is not None or mean is not None or std is not None:
+            raise UserError("--size, --mean and --std go with --model: a run folder knows its own")
+        terminal.narrow(data, loading={"data_dir": data_dir}, config=config, out=out, run=run, as_json=json)
+        return
+    assert model is not None
+    assert weights is not None
+    size = size or (None if data in NAMES else 224)
+    terminal.narrow_network(
+        data,
+        loading={"data_dir": data_dir, "size": size},
+        config=config,
+        out=out,
+        factory=model,
+        weights=weights,
+        preparation=Preparation(_numbers("mean", mean), _numbers("std", std)),
+        as_json=json,
+    )
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...]:
+    """Return numbers that are written with commas between them."""
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"{name} must be numbers with commas between them, such as 0.8,0.6, got {text!r}") from error
 
 
 @app.command
-def export(
-    run: Path,
-    /,
-    *,
-    format: Literal["onnx", "pt2", "openvino"] = "onnx",
-    out: Path | None = None,
-    preprocessing: Annotated[bool, Parameter(negative="")] = False,
-    json: JsonFlag = False,
-) -> None:
-    """Write a trained network into a file that runs where nin is not installed, and check it.
-
-    Parameters
-    ----------
-    run
-        The folder that `nin train` or `nin narrow` made.
-    format
-        onnx; pt2, for torch.export.load; or openvino.
-    out
-        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
-    preprocessing
-        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
-    json
-        Print what was written as JSON on standard output.
-    """
-    from nin import terminal
-
-    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
-
-
-@app.command
-def report(run: Path, /) -> None:
+def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
     """Write the report of a run folder again.
 
     Parameters
     ----------
     run
         The folder that `nin train` made.
+    page
+        Write into this folder instead a copy of the page of `nin serve`, with some of the run's test images: it opens
+        from the disk, or from any web host.
+    beside
+        With --page: another run folder to look at beside it, as for `nin serve`.
     """
     from nin import terminal
 
-    terminal.report(run)
+    if beside is not None and page is None:
+        raise UserError("--beside is for the page: nin report RUN --page DIR --beside RUN")
+    terminal.report(run, page=page, beside=beside)
 
 
 @app.command
@@ -383,6 +424,7 @@ def serve(
     run: Path | None = None,
     /,
     *,
+    beside: Path | None = None,
     port: int | None = None,
     host: str = "127.0.0.1",
     browser: bool = True,
@@ -394,6 +436,8 @@ def serve(
     ----------
     run
         The folder that `nin train` made. Without it there is the lesson alone.
+    beside
+        Another run folder of the same classes, such as the one that `nin narrow` made, to look at side by side.
     port
         To listen on. 8646, or the next one that is free, if not given; 0 takes any.
     host
@@ -405,7 +449,9 @@ def serve(
     """
     from nin import terminal
 
-    terminal.serve(run, port=port, host=host, browser=browser, device=device)
+    if beside is not None and run is None:
+        raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
+    terminal.serve(run, beside=beside, port=port, host=host, browser=browser, device=device)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import machine, models
+from nin.descent import Descent, averaging
 from nin.errors import UserError
-from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
+from nin.recipe import ResolvedConfig, learning_rate
 
 
 class Learner:
@@ -32,9 +33,14 @@ class Learner:
         torch.manual_seed(config.seed)
         self.model = self.place(make())
         # The average lives in a second network, so that testing it needs no swapping of weights.
-        self.average = self.place(make()).eval()
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = make_optimizer(self.model, config)
+        self.average = self.place(make())
+        self.descent = Descent(
+            self.model,
+            self.average,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
@@ -55,42 +61,26 @@ class Learner:
         config = self.config
         self.model.train()
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, as a function of (seed, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             scores = self.model(x)
         scores = scores.float()
         loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
         if torch.isfinite(loss):
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-            self.optimizer.step()
-            self._update_average(step)
+            self.descent.step(
+                loss,
+                learning_rate=learning_rate(step, steps, config),
+                gradient_clip=config.gradient_clip,
+                decay=averaging(config.ema, step),
+            )
         return loss.item(), scores.detach()
-
-    @torch.no_grad()
-    def _update_average(self, step: int) -> None:
-        """Move the averaged weights towards the current ones; quickly in the first steps."""
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            if "momentum_buffer" in self.optimizer.state[p]:
-                tensors[f"momentum.{name}"] = self.optimizer.state[p]["momentum_buffer"]
-        return tensors
+        return self.descent.tensors()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to the state that `tensors` returned."""
-        for network, prefix in ((self.model, "model."), (self.average, "average.")):
-            network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+        self.descent.load(tensors)
 
 
 def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:
@@ -113,12 +103,3 @@ def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int
             f"give a larger --size, or another --model ({', '.join(models.MODELS)})"
         )
     return model
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Return SGD with Nesterov momentum; weight decay on the weights, not on biases and gains (one-dimensional)."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    nesterov = config.momentum > 0
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=nesterov, fused=True)

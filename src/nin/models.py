@@ -263,6 +263,17 @@ class GoogLeNet(nn.Module):
         self.pool, self.dropout = GlobalAveragePooling(), nn.Dropout(dropout)
         self.classifier = nn.Linear(1024, num_classes)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """Return the class maps (N, num_classes, h, w), whose means are the scores, without dropout.
+
+        The dense layer is linear, so it may come before the mean over all places as well as after it: it is a 1×1
+        convolution then, and shows what each place adds to each class.
+
+        Source:
+            Zhou et al.: Learning Deep Features for Discriminative Localization, 2015, arXiv 1512.04150, section 2.
+        """
+        return self.classifier(self.inceptions(self.stem(x)).movedim(1, -1)).movedim(-1, 1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return one score per class, (N, num_classes), for images ``x`` of shape (N, in_channels, H, W)."""
         return self.classifier(self.dropout(self.pool(self.inceptions(self.stem(fastest_layout(x))))))

@@ -20,9 +20,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, slimming, tabulation, training
+from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, shrinking, tabulation, training
 from nin import report as reports
 from nin.errors import UserError
+from nin.narrowing import NarrowReport
 from nin.recipe import TrainConfig
 
 words = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -256,9 +257,20 @@ def write_report(run: Path, images: data.Data | None) -> Path:
         return reports.write(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
 
 
-def report(run: Path) -> None:
-    """Write the report of a run folder again."""
-    results.print(str(write_report(run, None)))
+def report(run: Path, *, page: Path | None, beside: Path | None) -> None:
+    """Write the report of a run folder again, or a copy of the page."""
+    if page is None:
+        results.print(str(write_report(run, None)))
+        return
+    from nin import server  # no other verb needs a web server
+
+    with Bar("Writing the page") as bar:
+        index = server.write_copy(
+            run, page, beside=beside, on_progress=lambda text, done, total: bar.update(done, total, text)
+        )
+    size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
+    words.print(f"{size / 2**20:.1f} MiB: open index.html in a browser, or put the folder on any web host.")
+    results.print(str(index), soft_wrap=True)
 
 
 def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_json: bool) -> None:
@@ -273,15 +285,16 @@ def export(run: Path, *, format: str, out: Path | None, preprocessing: bool, as_
         words.print(f"  {key}: {value}")
 
 
-def serve(run: Path | None, *, port: int | None, host: str, browser: bool, device: str) -> None:
+def serve(run: Path | None, *, beside: Path | None, port: int | None, host: str, browser: bool, device: str) -> None:
     """Serve the page until Ctrl-C."""
     from nin import server  # no other verb needs a web server
 
     def show(address: str) -> None:
-        what = "the lesson" if run is None else f"the lesson, and {run} to look inside"
+        runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
+        what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
         words.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.", soft_wrap=True)
 
-    server.serve(run, port=port, host=host, browser=browser, device=device, on_start=show)
+    server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show)
 
 
 def predict(
@@ -466,34 +479,100 @@ def bench(
         results.print(benchmark.table(measured))
 
 
-def narrow(run: Path, source: str, *, loading: dict[str, Any], config: Any, out: Path | None, as_json: bool) -> None:
+def narrow(
+    source: str,
+    *,
+    loading: dict[str, Any],
+    config: shrinking.ShrinkingConfig,
+    out: Path | None,
+    run: Path,
+    as_json: bool,
+) -> None:
     """Narrow the network of a run folder, write the new one with its reports, and show what it cost."""
-    if out is None and not config.dry_run:
-        raise UserError("--out must name the run folder to make, or give --dry-run to see the plan only")
+    check_out(out, config)
     images = load_data(source, **loading)
-    with Bar("Narrowing") as bar:
-        result = slimming.slim(
-            run, images, config, out=out, on_progress=lambda text, done, total: bar.update(done, total, text)
-        )
+    with narrowing_visibly() as how:
+        result = shrinking.shrink(run, images, config, out=out, **how)
     if out is not None and not config.dry_run:
         page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
         checkpoint.write_atomically(out / "narrowing.html", page)
         write_report(out, images)
-    if as_json:
-        print_json({"run": None if out is None else str(out), **slimming.headline(result.report)})
-        return
-    for title, rows in (
-        ("The whole", [("", "before", "after", "share"), *result.report.summary()]),
-        ("Each layer", result.report.rows()),
-    ):
-        table = Table(*rows[0], title=title)
-        for row in rows[1:]:
-            table.add_row(*row)
-        results.print(table)
-    for note in result.report.notes:
-        words.print(note)
+    show_narrowing(result.report, out, as_json)
     if out is not None and not config.dry_run:
         words.print(f"What it cost: {out / 'narrowing.html'}\nUse it:       nin predict {out} IMAGE…")
+
+
+def narrow_network(
+    source: str,
+    *,
+    loading: dict[str, Any],
+    config: shrinking.ShrinkingConfig,
+    out: Path | None,
+    factory: str,
+    weights: Path,
+    preparation: shrinking.Preparation,
+    as_json: bool,
+) -> None:
+    """Narrow somebody's network, write the new one with its plan and its report, and show what it cost."""
+    check_out(out, config)
+    model = shrinking.load_network(factory, weights)
+    images = load_data(source, **loading)
+    cache = weights.with_suffix(".narrowing.safetensors")
+    with narrowing_visibly() as how:
+        result = shrinking.shrink_network(model, images, preparation, config, out=out, cache=cache, **how)
+    if out is not None and not config.dry_run:
+        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {factory}")
+        checkpoint.write_atomically(out / "report.html", page)
+    show_narrowing(result.report, out, as_json)
+    if out is not None and not config.dry_run:
+        words.print(f"What it cost: {out / 'report.html'}\nUse it, in Python, with nin or, once it is loaded, without:")
+        module, _, name = factory.partition(":")
+        words.print(
+            f'  model = nin.apply_plan({module}.{name}(), open("{out / "plan.json"}").read())\n'
+            f'  model.load_state_dict(safetensors.torch.load_file("{out / "model.safetensors"}"))'
+        )
+
+
+def check_out(out: Path | None, config: shrinking.ShrinkingConfig) -> None:
+    """Stop where it is not said where the result goes."""
+    if out is None and not config.dry_run:
+        raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
+
+
+@contextlib.contextmanager
+def narrowing_visibly() -> Iterator[dict[str, Any]]:
+    """Show how far a narrowing is; Ctrl-C and SIGTERM end it where it can go on."""
+    with Bar("Narrowing") as bar, stop_requests() as stopped:
+        try:
+            yield {
+                "keeping": training.Keeping(stop=lambda: bool(stopped)),
+                "on_progress": lambda text, done, total: bar.update(done, total, text),
+            }
+        except KeyboardInterrupt:
+            bar.line("What was found is kept: the same command goes on.")
+            if stopped[:1] == [signal.SIGTERM]:
+                sys.exit(128 + signal.SIGTERM)
+            raise
+
+
+def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> None:
+    """Print what a narrowing cost."""
+    if as_json:
+        print_json({"run": None if out is None else str(out), **report.to_dict()})
+        return
+    for title, rows in (
+        ("The whole", [("", "before", "after", "share"), *report.summary()]),
+        ("Several budgets", report.curve_rows()),
+        ("Beside the control", report.control_rows()),
+        ("Each layer", report.rows()),
+    ):
+        if rows:
+            table = Table(*rows[0], title=title)
+            for row in rows[1:]:
+                table.add_row(*row)
+            results.print(table)
+    for note in report.notes:
+        words.print(note)
 
 
 def print_json(value: Any) -> None:

@@ -18,7 +18,7 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
 from nin.learner import Learner, make_model
-from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
+from nin.recipe import TrainConfig, learning_rate
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
@@ -88,6 +88,7 @@ def train(
     *,
     out: str | Path | None = None,
     keeping: Keeping | None = None,
+    network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
@@ -98,6 +99,7 @@ def train(
         out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
             None writes nothing.
         keeping: how often the state is written, and whether to resume.
+        network: makes the network, the same after the same seed; if not given, the one that the recipe names.
         on_progress: called after every step and every epoch.
 
     Returns:
@@ -119,7 +121,9 @@ def train(
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
     with machine.use_threads(recipe.threads):
-        run = _Run(images, recipe, folder, keeping or Keeping(), on_progress or (lambda progress: None))
+        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        learner = Learner(network or (lambda: make_model(recipe, **sizes)), recipe)
+        run = _Run(images, learner, folder, keeping or Keeping(), on_progress or (lambda progress: None))
         if folder is None:
             return run.train()
         prepare_folder(folder, resume=run.keeping.resume)
@@ -149,15 +153,15 @@ class _Run:
     def __init__(
         self,
         images: data.Data,
-        config: ResolvedConfig,
+        learner: Learner,
         folder: Path | None,
         keeping: Keeping,
         on_progress: Callable[[Progress], None],
     ) -> None:
+        config = learner.config
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
-        self.learner = Learner(lambda: make_model(config, **sizes), config)
+        self.learner = learner
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()

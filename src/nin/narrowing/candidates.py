@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nin.narrowing.graph import Edge
-from nin.narrowing.spectra import eliminate, input_directions, input_form, output_form, root
+from nin.narrowing.spectra import InputForm, eliminate, input_directions, output_losses, root
 from nin.narrowing.statistics import Moments
 from nin.narrowing.structure import LayerShape, factors
 
@@ -106,7 +106,7 @@ def find_forms(shape: LayerShape, weight: Tensor, moments: Moments, sensitivity:
     roots = [root(sensitivity[g]) for g in range(groups)]
     whole = sum(float((roots[g][0] @ yy[g] @ roots[g][0]).trace()) for g in range(groups)) or 1.0
     found = [Form()]
-    spectra = [output_form(yy[g], roots[g]).losses() for g in range(groups)]
+    spectra = [output_losses(yy[g], roots[g][0]) for g in range(groups)]
     lost = torch.stack(spectra).sum(0)
     found += [Form("output", None, r, float(lost[r]) / whole) for r in counts(min(width, shape.patch))]
     if xx is not None and groups == 1 and shape.taps > 1:
@@ -118,13 +118,12 @@ def _input_forms(
     shape: LayerShape, weight: Tensor, xx: Tensor, roots: tuple[Tensor, Tensor], whole: float
 ) -> list[Form]:
     """Return the forms that begin with a 1×1 convolution."""
-    directions = input_directions(weight, xx, shape.taps, roots[0])
+    behind = InputForm(weight, xx, shape.taps, input_directions(weight, xx, shape.taps, roots[0]))
     found = []
     tried = counts(shape.in_channels)
     for rank in tried[:: max(1, len(tried) // 8)]:
-        behind = input_form(weight, xx, shape.taps, directions, rank)
-        kept = output_form(behind.fitted, roots)
-        lost = (whole - kept.values.sum() + kept.losses()).clamp_min(0)
+        kept = output_losses(behind.fitted(rank), roots[0])
+        lost = (whole - kept[0] + kept).clamp_min(0)
         found.append(Form("input", rank, None, float(lost[-1]) / whole))
         found += [
             Form("tucker", rank, r, float(lost[r]) / whole) for r in counts(min(shape.out_channels, rank * shape.taps))

@@ -156,7 +156,8 @@ def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int], l
             flat = flat or step == "flatten"
             continue
         name, module = str(node.target), modules[str(node.target)]
-        if calls[id(module)] > 1:
+        # an activation without parameters may serve many places, as in torchvision's ResNets
+        if calls[id(module)] > 1 and next(module.parameters(), None) is not None:
             return None
         if _passes(module, is_map and not flat):
             if isinstance(module, nn.Conv2d) and name not in layers:

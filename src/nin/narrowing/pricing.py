@@ -1,15 +1,21 @@
-"""What layers cost: multiply-accumulates, parameters, or milliseconds measured on this device."""
+"""What layers and models cost: multiply-accumulates, parameters, or milliseconds measured on this device."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from nin import timing
-from nin.narrowing.structure import LayerShape, make_layer
+from nin import machine, timing
+from nin.narrowing.rebuilding import to_layout
+from nin.narrowing.structure import LayerShape, inputs_of, make_layer
 
 # The price of a chain of layers that runs one after the other.
 Price = Callable[[tuple[LayerShape, ...]], float]
@@ -33,18 +39,27 @@ class LatencyTable:
         batch: images at a time.
         layout: "contiguous" or "channels_last".
         runs: timings of which the 20th percentile counts: what else the machine does makes them longer only.
+        cache: a JSON file that `save` keeps them in. Those of another machine, PyTorch, number of threads, batch,
+            dtype or layout are kept beside and not used.
     """
 
-    def __init__(self, like: Tensor, batch: int, layout: str = "contiguous", *, runs: int = 7) -> None:
-        self.like, self.batch, self.layout, self.runs = like, batch, layout, runs
-        self.known: dict[tuple[LayerShape, ...], float] = {}
+    def __init__(
+        self, like: Tensor, batch: int, layout: str = "contiguous", *, runs: int = 7, cache: Path | None = None
+    ) -> None:
+        self.like, self.batch, self.layout, self.runs, self.cache = like, batch, layout, runs, cache
+        name = torch.cuda.get_device_name(like.device) if like.is_cuda else machine.processor_name()
+        words = (name, like.device, torch.__version__, torch.get_num_threads(), like.dtype, batch, layout)
+        self.setting = " · ".join(map(str, words))
+        self.others = _read(cache)
+        self.known = self.others.pop(self.setting, {})
 
     def __call__(self, chain: tuple[LayerShape, ...]) -> float:
         """Return the milliseconds of a chain, for as many calls as the model makes."""
         # the name and the parameters' values do not matter: equal geometries are measured once
-        key = tuple(dataclasses.replace(shape, name="", calls=1) for shape in chain)
+        same = tuple(dataclasses.replace(shape, name="", calls=1) for shape in chain)
+        key = json.dumps([dataclasses.astuple(shape) for shape in same])
         if key not in self.known:
-            self.known[key] = self.measure(key)
+            self.known[key] = self.measure(same)
         return chain[0].calls * self.known[key]
 
     def measure(self, chain: tuple[LayerShape, ...]) -> float:
@@ -66,6 +81,71 @@ class LatencyTable:
 
         with torch.inference_mode():
             return timing.compare({"chain": run}, runs=self.runs, warmup=2)["chain"].low_ms
+
+    def save(self) -> None:
+        """Write what was measured into the cache, if there is one."""
+        if self.cache is None or not self.known:
+            return
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.cache.with_name(f".{self.cache.name}.new")
+        temporary.write_text(json.dumps({**self.others, self.setting: self.known}))
+        temporary.replace(self.cache)
+
+
+def _read(cache: Path | None) -> dict[str, dict[str, float]]:
+    """Return the tables in the cache by setting; they can be measured again, so a damaged file is an empty one."""
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        tables = json.loads(cache.read_text())
+        return {str(name): {str(k): float(v) for k, v in table.items()} for name, table in tables.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+class Stopwatch:
+    """Times a model and its narrowed form side by side on images of the calibration.
+
+    Args:
+        original: the model before, in evaluation mode.
+        batches: images; the first batch is repeated as needed.
+        layout: "contiguous" or "channels_last".
+    """
+
+    def __init__(self, original: nn.Module, batches: list[Any], layout: str) -> None:
+        self.original, self.batches, self.layout = original, batches, layout
+        self.device = next(original.parameters()).device
+
+    def compare(self, narrowed: nn.Module, batch: int) -> tuple[timing.Timing, timing.Timing]:
+        """Return the timings before and after, with that many images at a time."""
+        args, kwargs = pytree.tree_map(lambda t: _resized(t, batch), next(inputs_of(self.batches)))
+        if self.layout == "channels_last":
+            args, kwargs = pytree.tree_map(_channels_last, (args, kwargs))
+
+        def call(model: nn.Module) -> Callable[[], None]:
+            def run() -> None:
+                model(*args, **kwargs)
+                wait_for(self.device)
+
+            return run
+
+        narrowed = to_layout(copy.deepcopy(narrowed), self.layout).eval()
+        with torch.inference_mode():
+            times = timing.compare({"before": call(self.original), "after": call(narrowed)}, runs=9, warmup=2)
+        return times["before"], times["after"]
+
+
+def _resized(value: Any, batch: int) -> Any:
+    """Return a tensor with that many rows, its own repeated as needed."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return value[torch.arange(batch) % len(value)]
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
 
 
 def wait_for(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.narrowing.plan import LayerPlan, Plan
-from nin.narrowing.structure import expand, factors, make_layer, set_module, shape_of
+from nin.narrowing.structure import LayerShape, expand, factors, make_layer, set_module, shape_of
 
 
 def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module:
@@ -66,11 +66,16 @@ def is_changed(layer: LayerPlan, module: nn.Module) -> bool:
 def build_layer(layer: LayerPlan, module: nn.Module) -> nn.Module:
     """Return the new layer, or the chain of layers, that a plan asks for, with fresh weights."""
     shape = shape_of(layer.name, module)
-    pieces = factors(shape, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs)
+    pieces = chain_of(shape, layer)
     weight = module.weight
     assert isinstance(weight, Tensor)
     made = [make_layer(piece, weight) for piece in pieces]
     return made[0] if len(made) == 1 else nn.Sequential(*made)
+
+
+def chain_of(shape: LayerShape, layer: LayerPlan) -> tuple[LayerShape, ...]:
+    """Return the layers that a plan puts in the place of one."""
+    return factors(shape, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs)
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nin.narrowing.graph import Shortcut
 from nin.narrowing.plan import LayerPlan, Plan, Thinning
 from nin.narrowing.rebuilding import build_layer, select_channels, select_outputs
-from nin.narrowing.spectra import eliminate, fit, input_directions, input_form, output_form, root
+from nin.narrowing.spectra import InputForm, balance, eliminate, fit, input_directions, output_form, root
 from nin.narrowing.statistics import Moments, check_finite, make_moments, observed_places, patches, results, watch
 from nin.narrowing.structure import LayerShape, inputs_of, set_module
 
@@ -247,19 +247,18 @@ def _solve(
         assert layer.rank_out is not None
         spectrum = output_form(yy, roots)
         u, v = spectrum.bases(layer.rank_out, roots[0])
-        return [v @ weight, u], u @ v @ weight
+        return balance([v @ weight, u]), u @ v @ weight
     assert xx is not None
     assert layer.rank_in is not None
     taps = weight.shape[1] // layer.inputs
-    directions = input_directions(weight, xx, taps, roots[0])
-    behind = input_form(weight, xx, taps, directions, layer.rank_in)
-    core, projection = behind.core, behind.projection
+    behind = InputForm(weight, xx, taps, input_directions(weight, xx, taps, roots[0]))
+    projection, core = behind.layers(layer.rank_in)
     matrices, final = [projection, core], core
     if layer.rank_out is not None:
-        u, v = output_form(behind.fitted, roots).bases(layer.rank_out, roots[0])
+        u, v = output_form(behind.fitted(layer.rank_in), roots).bases(layer.rank_out, roots[0])
         matrices, final = [projection, v @ core, u], u @ v @ core
     effective = torch.einsum("ort,ri->oit", final.view(-1, layer.rank_in, taps), projection).flatten(1)
-    return matrices, effective
+    return balance(matrices), effective
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from nin.narrowing.plan import Plan
-from nin.narrowing.structure import LayerShape, factors
+from nin.narrowing.rebuilding import chain_of
+from nin.narrowing.structure import LayerShape
 from nin.tables import html_table
 from nin.timing import Timing
 
@@ -51,6 +52,48 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """What one budget of several cost.
+
+    Attributes:
+        share: of the budget.
+        macs: multiply-accumulates that are left, for one image.
+        parameters: that are left.
+        latency: for each batch size measured, the timing before and after.
+        accuracy: as in `NarrowReport`.
+        calibration_error: as in `NarrowReport`.
+    """
+
+    share: float
+    macs: int
+    parameters: int
+    latency: dict[int, tuple[Timing, Timing]]
+    accuracy: dict[str, float]
+    calibration_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A uniformly thinner network that was trained from the beginning, for comparison.
+
+    Attributes:
+        ratio: of its channels, hidden ones, to the original's.
+        epochs: that it was trained for.
+        macs: multiply-accumulates for one image.
+        parameters: weights and biases.
+        latency: for each batch size measured, the timing of the original and of it.
+        accuracy: share of right answers.
+    """
+
+    ratio: float
+    epochs: int
+    macs: int
+    parameters: int
+    latency: dict[int, tuple[Timing, Timing]]
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
 class NarrowReport:
     """The whole before and after.
 
@@ -65,6 +108,9 @@ class NarrowReport:
         calibration_error: squared distance from the original's results as a share of their variance; None in a dry
             run.
         notes: sentences about what was done or left.
+        environment: versions, threads and what was measured on.
+        curve: the budgets, largest first, where there were several.
+        control: a uniformly thinner network, where one was trained.
     """
 
     layers: tuple[LayerReport, ...]
@@ -76,10 +122,67 @@ class NarrowReport:
     predicted_loss: float
     calibration_error: float | None
     notes: tuple[str, ...]
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
+    control: Control | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NarrowReport:
+        """Return the report that `to_dict` wrote, before or after JSON."""
+        control = values["control"]
+        return cls(
+            **{
+                **values,
+                "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
+                **{name: tuple(values[name]) for name in ("macs", "parameters", "file_bytes", "notes")},
+                "latency": _timings(values["latency"]),
+                "curve": tuple(CurvePoint(**{**p, "latency": _timings(p["latency"])}) for p in values["curve"]),
+                "control": control and Control(**{**control, "latency": _timings(control["latency"])}),
+            }
+        )
+
+    def curve_rows(self) -> list[tuple[str, ...]]:
+        """Return the table of the budgets, a header first; empty where there was one budget."""
+        if not self.curve:
+            return []
+        sizes = list(self.latency)
+        rows: list[tuple[str, ...]] = [("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error")]
+        first = self.accuracy.get("original")
+        before = [_milliseconds(self.latency[n][0]) for n in sizes]
+        rows.append(("1", f"{self.macs[0]:,}", *before, "" if first is None else f"{first:.4f}", "0"))
+        for p in self.curve:
+            value = p.accuracy.get("corrected")
+            rows.append(
+                (
+                    f"{p.share:g}",
+                    f"{p.macs:,}",
+                    *(_milliseconds(p.latency[n][1]) for n in sizes),
+                    "" if value is None else f"{value:.4f}",
+                    "" if p.calibration_error is None else f"{p.calibration_error:.3g}",
+                )
+            )
+        return rows
+
+    def control_rows(self) -> list[tuple[str, ...]]:
+        """Return the narrowed network beside the control, a header first; empty where there is no control."""
+        c = self.control
+        if c is None:
+            return []
+        sizes = [n for n in self.latency if n in c.latency]
+        best = self.accuracy.get("finetuned", self.accuracy.get("corrected"))
+        header = ("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy")
+        narrowed = (f"{self.macs[1]:,}", f"{self.parameters[1]:,}", *(_milliseconds(self.latency[n][1]) for n in sizes))
+        control = (f"{c.macs:,}", f"{c.parameters:,}", *(_milliseconds(c.latency[n][1]) for n in sizes))
+        name = f"control: {c.ratio:.2f} of the channels, trained {c.epochs} epochs"
+        return [
+            header,
+            ("narrowed", *narrowed, "" if best is None else f"{best:.4f}"),
+            (name, *control, f"{c.accuracy:.4f}"),
+        ]
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the layers' table, a header first."""
@@ -110,8 +213,8 @@ class NarrowReport:
             rows.append(
                 (
                     f"ms, batch {batch}",
-                    f"{before.median_ms:.2f} ({before.low_ms:.2f} to {before.high_ms:.2f})",
-                    f"{after.median_ms:.2f} ({after.low_ms:.2f} to {after.high_ms:.2f})",
+                    _milliseconds(before),
+                    _milliseconds(after),
                     f"{after.median_ms / before.median_ms:.3f}",
                 )
             )
@@ -119,17 +222,34 @@ class NarrowReport:
         for name, value in self.accuracy.items():
             if name != "original" and original is not None:
                 rows.append((f"accuracy, {name}", f"{original:.4f}", f"{value:.4f}", f"{value - original:+.4f}"))
+        if self.calibration_error is not None:
+            rows.append(("error of the result", "0", f"{self.calibration_error:.3g}", "of its variance"))
         return rows
 
     def __str__(self) -> str:
         """Return the tables as text."""
         header = ("", "before", "after", "share")
-        parts = [_text([header, *self.summary()]), _text(self.rows())]
-        return "\n\n".join([*parts, "\n".join(self.notes)]).rstrip()
+        tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
+        return "\n\n".join([*(_text(table) for table in tables if table), "\n".join(self.notes)]).rstrip()
 
     def _repr_html_(self) -> str:
+        header = ("", "before", "after", "share")
+        tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return html_table([("", "before", "after", "share"), *self.summary()]) + html_table(self.rows()) + notes
+        return "".join(html_table(table) for table in tables if table) + notes
+
+
+def _milliseconds(t: Timing) -> str:
+    return f"{t.median_ms:.2f} ({t.low_ms:.2f} to {t.high_ms:.2f})"
+
+
+def _timings(values: dict[Any, Any]) -> dict[int, tuple[Timing, Timing]]:
+    """Return timings by batch size; JSON makes the sizes text and the timings mappings."""
+
+    def timing(value: Any) -> Timing:
+        return value if isinstance(value, Timing) else Timing(**value)
+
+    return {int(size): (timing(a), timing(b)) for size, (a, b) in values.items()}
 
 
 def _text(rows: list[Any]) -> str:
@@ -160,8 +280,7 @@ def layer_reports(
     for name, shape in shapes.items():
         before = after = (shape,)
         if name in planned:
-            p = planned[name]
-            after = factors(shape, p.form, p.rank_in, p.rank_out, inputs=p.inputs, outputs=p.outputs)  # type: ignore[assignment]
+            after = chain_of(shape, planned[name])  # type: ignore[assignment]
         changed = after != before
         ms_before, ms_after = latency.get(name, (None, None))
         rows.append(

@@ -30,7 +30,7 @@ def fit(weight: Tensor, xx: Tensor, yx: Tensor, ridge: float = RIDGE) -> Tensor:
     ``A = W + (Cov(y, x) - W C) (C + εI)⁻¹``; W where y is exactly W x.
     """
     missing = yx - weight @ xx
-    return weight + torch.linalg.solve(with_ridge(xx, ridge), missing.mT).mT
+    return weight + torch.cholesky_solve(missing.mT, cholesky(xx, ridge)).mT
 
 
 def root(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +47,7 @@ class OutputForm:
     """The spectrum of a layer's weighted result; see `output_form`."""
 
     vectors: Tensor  # (C_out, C_out), the strongest direction first
-    values: Tensor  # (C_out,)
     unweighted: Tensor  # the inverse root of G
-
-    def losses(self) -> Tensor:
-        """Return what is lost by keeping 0, 1, … C_out directions: (C_out + 1,)."""
-        tail = self.values.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
 
     def bases(self, rank: int, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (U, V) of shapes (C_out, rank) and (rank, C_out): ``ŷ = U V y``."""
@@ -68,21 +62,23 @@ def output_form(yy: Tensor, roots: tuple[Tensor, Tensor]) -> OutputForm:
         yy: Cov(y), (C_out, C_out).
         roots: the root of G and its inverse.
     """
-    values, vectors = torch.linalg.eigh(roots[0] @ yy @ roots[0])
-    return OutputForm(vectors.flip(1), values.flip(0).clamp_min(0), roots[1])
+    _, vectors = torch.linalg.eigh(roots[0] @ yy @ roots[0])
+    return OutputForm(vectors.flip(1), roots[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class InputForm:
-    """The layer that is left behind a 1×1 convolution; see `input_form`."""
+def output_losses(yy: Tensor, weights: Tensor) -> Tensor:
+    """Return what `output_form` loses by keeping 0, 1, … C_out directions: (C_out + 1,).
 
-    projection: Tensor  # P (rank, C_in)
-    core: Tensor  # Â (C_out, rank · k²)
-    fitted: Tensor  # Cov(Â q), (C_out, C_out)
+    Args:
+        yy: Cov(y), (C_out, C_out).
+        weights: the root of G.
+    """
+    values = torch.linalg.eigvalsh(weights @ yy @ weights).clamp_min(0)  # ascending
+    return torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
 
 
 def input_directions(weight: Tensor, xx: Tensor, taps: int, weights: Tensor) -> Tensor:
-    """Return directions of the input channels, the most useful first, orthonormal rows after a cut by `input_form`.
+    """Return directions of the input channels, the most useful first, for `InputForm`.
 
     ``V`` = left singular vectors of ``Σ^½ W₍I₎``, with Σ the covariance of the channels and W₍I₎ (C_in, C_out · k²);
     the rows of ``Vᵀ Σ^-½``.
@@ -97,18 +93,65 @@ def input_directions(weight: Tensor, xx: Tensor, taps: int, weights: Tensor) -> 
     return left.flip(1).mT @ (vectors * values.rsqrt()) @ vectors.mT
 
 
-def input_form(weight: Tensor, xx: Tensor, taps: int, directions: Tensor, rank: int) -> InputForm:
-    """Return the best layer behind a 1×1 convolution to ``rank`` channels.
+def balance(matrices: list[Tensor]) -> list[Tensor]:
+    """Return the matrices of a chain of layers with the channels between two of them at the same scale on both sides.
 
-    On ``q = P ∗ x``: ``Q = Cov(q)``, ``T = Cov(y, q)``, ``Â = T Q⁻¹``.
+    The first is (r₁, C_in), each following one (rₙ₊₁, rₙ · taps). What a chain gives stays; without it G's scale
+    would be in one layer and its inverse in the next, and no learning rate would suit both.
     """
-    channels = xx.shape[0] // taps
-    projection = torch.linalg.qr(directions[:rank].mT).Q.mT  # only the space that the rows span matters
-    px = torch.einsum("ri,iad->rad", projection, xx.view(channels, taps, -1)).reshape(rank * taps, -1)
-    pxp = torch.einsum("dia,ri->dra", px.view(rank * taps, channels, taps), projection).reshape(rank * taps, -1)
-    cross = weight @ px.mT  # T (C_out, rank · k²)
-    core = torch.linalg.solve(with_ridge(pxp, 1e-9), cross.mT).mT
-    return InputForm(projection, core, core @ pxp @ core.mT)
+    matrices = list(matrices)
+    for i in [*range(len(matrices) - 1)] * 3:  # what balances one pair disturbs the next a little
+        rank = len(matrices[i])
+        after = matrices[i + 1].view(len(matrices[i + 1]), rank, -1)
+        scale = (after.norm(dim=(0, 2)) / matrices[i].norm(dim=1).clamp_min(1e-300)).sqrt()
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+        matrices[i] = matrices[i] * scale[:, None]
+        matrices[i + 1] = (after / scale[None, :, None]).reshape(len(after), -1)
+    return matrices
+
+
+class InputForm:
+    """The best layers behind a 1×1 convolution, for every number of channels that it may leave.
+
+    On ``q = P ∗ x``: ``Q = Cov(q)``, ``T = Cov(y, q)``, ``Â = T Q⁻¹``. The rows of P are orthonormal, and those of a
+    lower rank come first, so that one Cholesky decomposition ``Q = L Lᵀ`` serves all ranks: with ``Z = L⁻¹ Tᵀ``,
+    ``Cov(Â q)`` is the product of Z's first ``rank · k²`` rows with themselves.
+
+    Args:
+        weight: (C_out, C_in · k²).
+        xx: covariance of the patches.
+        taps: k².
+        directions: from `input_directions`.
+    """
+
+    def __init__(self, weight: Tensor, xx: Tensor, taps: int, directions: Tensor) -> None:
+        channels = xx.shape[0] // taps
+        self.taps = taps
+        self.directions = torch.linalg.qr(directions.mT).Q.mT  # only the space that the rows span matters
+        px = (self.directions @ xx.view(channels, -1)).view(channels * taps, -1)
+        q = (self.directions @ px.mT.reshape(channels, -1)).view(channels * taps, -1)
+        self.lower = cholesky((q + q.mT) / 2, 1e-9)
+        self.solved = torch.linalg.solve_triangular(self.lower, px @ weight.mT, upper=False)  # Z (C_in · k², C_out)
+
+    def fitted(self, rank: int) -> Tensor:
+        """Return ``Cov(Â q)``, (C_out, C_out), behind ``rank`` channels."""
+        z = self.solved[: rank * self.taps]
+        return z.mT @ z
+
+    def layers(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return P (rank, C_in) and Â (C_out, rank · k²)."""
+        size = rank * self.taps
+        core = torch.linalg.solve_triangular(self.lower[:size, :size].mT, self.solved[:size], upper=True)
+        return self.directions[:rank], core.mT
+
+
+def cholesky(covariance: Tensor, ridge: float) -> Tensor:
+    """Return L of ``C + εI = L Lᵀ``: ε is ``ridge`` times the mean variance, or ten times as much until it succeeds."""
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(with_ridge(covariance, ridge))
+        if not int(failed):
+            return lower
+        ridge *= 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,28 +190,46 @@ def eliminate(weight: Tensor, xx: Tensor, taps: int, weights: Tensor, least: int
         The step is that of optimal brain surgeon, with one layer's exact quadratic error: Hassibi, Stork, Wolff:
         Optimal brain surgeon and general network pruning, 1993.
     """
-    inverse = torch.linalg.inv(with_ridge(xx))
+    inverse = torch.cholesky_inverse(cholesky(xx, RIDGE))
     coefficients = weights @ weight
-    alive = list(range(xx.shape[0] // taps))
-    chunk = max(1, len(alive) // 64 if len(alive) > 128 else 1)
+    alive = torch.arange(xx.shape[0] // taps, device=xx.device)
+    left = torch.ones_like(alive, dtype=torch.bool)  # those that are gone stay as zeros until it pays to move the rest
+    remaining, chunk = len(alive), _chunk(len(alive), taps)
     order: list[int] = []
     losses = [0.0]
-    while len(alive) > least:
-        count = len(alive)
-        blocks = inverse.view(count, taps, count, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, k², k²)
-        parts = coefficients.view(-1, count, taps).permute(1, 2, 0)  # (count, k², C_out)
-        scores = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
-        going = scores.topk(min(chunk, count - least), largest=False).indices
+    while remaining > least:
+        going = _least_missed(inverse, coefficients, left, taps, min(chunk, remaining - least))
         gone = (going[:, None] * taps + torch.arange(taps, device=going.device)).flatten()
-        mask = torch.ones(count * taps, dtype=torch.bool, device=going.device)
-        mask[gone] = False
-        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, mask])  # (gone, rest)
-        lost = coefficients[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], coefficients[:, gone].mT)
-        coefficients = coefficients[:, mask] - coefficients[:, gone] @ solved
-        inverse = inverse[mask][:, mask] - inverse[mask][:, gone] @ solved
+        block, taken = inverse[gone][:, gone], coefficients[:, gone]
+        lost = taken @ torch.linalg.solve(block, taken.mT)
+        solved = torch.linalg.solve(block, inverse[gone])  # (gone, all)
+        coefficients.addmm_(taken, solved, alpha=-1)
+        inverse.addmm_(inverse[:, gone], solved, alpha=-1)
+        coefficients[:, gone] = inverse[:, gone] = inverse[gone] = 0
+        inverse[gone, gone] = 1
+        left[going], remaining = False, remaining - len(going)
         before, after = losses[-1], losses[-1] + float(lost.trace())
         # within a chunk the loss is laid out evenly
         losses += [before + (after - before) * (i + 1) / len(going) for i in range(len(going))]
-        order += [alive[i] for i in going.tolist()]
-        alive = [c for i, c in enumerate(alive) if i not in set(going.tolist())]
+        order += alive[going].tolist()
+        if remaining <= 0.75 * len(left):
+            values = left.repeat_interleave(taps)
+            inverse, coefficients = inverse[values][:, values], coefficients[:, values]
+            alive, left = alive[left], left[left]
     return Elimination(tuple(order), tuple(losses))
+
+
+def _chunk(channels: int, taps: int) -> int:
+    """Return how many channels go at a time."""
+    if channels <= 128:
+        return 1
+    return max(1, channels // (32 if channels * taps > 2000 else 64))
+
+
+def _least_missed(inverse: Tensor, coefficients: Tensor, left: Tensor, taps: int, count: int) -> Tensor:
+    """Return the positions of the channels whose loss the others make up for best."""
+    total = len(left)
+    blocks = inverse.view(total, taps, total, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (total, k², k²)
+    parts = coefficients.view(-1, total, taps).permute(1, 2, 0)  # (total, k², C_out)
+    scores = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    return scores.masked_fill(~left, torch.inf).topk(count, largest=False).indices

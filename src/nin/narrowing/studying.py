@@ -82,12 +82,15 @@ def study(
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
     wiring = trace(model, {name for name in shapes if name in layers})
     key = fingerprint(model, batches, skip)
-    known = _read_cache(cache, key)
-    if known is None:
-        known = _measure(model, able, wiring.edges, batches, on_progress)
-        if cache is not None:
-            _write_cache(cache, key, *known)
-    candidates, sensitivities = known
+    found = _read_cache(cache, key) or _Findings({}, {}, {})
+    missing = {name: shape for name, shape in able.items() if name not in found.forms}
+    if missing:
+        try:
+            _measure(model, missing, wiring.edges, batches, found, on_progress)
+        finally:  # what is known already need not be found again after an interruption
+            if cache is not None and found.forms:
+                _write_cache(cache, key, found)
+    candidates, sensitivities = Candidates(found.forms, found.widths), found.sensitivities
     for name in able:
         if not bool(sensitivities[name].any()):
             reasons[name] = "the model's result does not depend on it"
@@ -106,35 +109,40 @@ def _notes(wiring: Wiring) -> tuple[str, ...]:
     return (f"Channels are not left out between layers: {wiring.problem}.",) if wiring.problem else ()
 
 
+@dataclasses.dataclass
+class _Findings:
+    """What the images tell; it grows layer by layer, and a layer with forms is finished."""
+
+    forms: dict[str, tuple[Form, ...]]
+    widths: dict[tuple[str, str], dict[int, float]]
+    sensitivities: dict[str, Tensor]
+
+
 def _measure(
     model: nn.Module,
-    able: dict[str, LayerShape],
+    layers: dict[str, LayerShape],
     edges: tuple[Edge, ...],
     batches: list[Any],
+    found: _Findings,
     on_progress: Callable[[str, int, int], None] | None,
-) -> tuple[Candidates, dict[str, Tensor]]:
-    """Run the images through the network, forwards and backwards, and work out the candidates."""
+) -> None:
+    """Run the images through the network, forwards and backwards, and work out what could be done to each layer."""
 
     def tell(what: str) -> Callable[[int, int], None]:
         return lambda done, total: on_progress(what, done, total) if on_progress else None
 
-    moments = observe(model, able, batches, tell("Looking at the layers"))
-    _warn_of_few_samples(able, moments)
-    sensitivities = measure_sensitivity(model, able, _few(batches))
-    forms: dict[str, tuple[Form, ...]] = {}
-    for done, (name, shape) in enumerate(able.items()):
+    moments = observe(model, layers, batches, tell("Looking at the layers"))
+    _warn_of_few_samples(layers, moments)
+    sensitivities = measure_sensitivity(model, layers, _few(batches))
+    for done, (name, shape) in enumerate(layers.items()):
         weight = model.get_submodule(name).get_parameter("weight").detach().flatten(1)
-        forms[name] = find_forms(shape, weight, moments[name], sensitivities[name])
-        tell("Weighing the forms")(done + 1, len(able))
-    widths = {}
-    for done, edge in enumerate(edges):
-        if edge.consumer in able:
-            weight = model.get_submodule(edge.consumer).get_parameter("weight").detach().flatten(1)
-            widths[edge.producer, edge.consumer] = find_widths(
-                edge, able[edge.consumer], weight, moments[edge.consumer], sensitivities[edge.consumer]
-            )
-        tell("Weighing the channels")(done + 1, len(edges))
-    return Candidates(forms, widths), sensitivities
+        seen, matters = moments.pop(name), sensitivities[name]
+        for edge in edges:
+            if edge.consumer == name:
+                found.widths[edge.producer, name] = find_widths(edge, shape, weight, seen, matters)
+        found.sensitivities[name] = matters
+        found.forms[name] = find_forms(shape, weight, seen, matters)
+        tell("Weighing the choices")(done + 1, len(layers))
 
 
 def _warn_of_few_samples(able: dict[str, LayerShape], moments: dict[str, Moments]) -> None:
@@ -180,7 +188,7 @@ def fingerprint(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> 
     return digest.hexdigest()
 
 
-def _read_cache(path: Path | None, key: str) -> tuple[Candidates, dict[str, Tensor]] | None:
+def _read_cache(path: Path | None, key: str) -> _Findings | None:
     """Return what was found before of the same network and images, or None."""
     if path is None or not path.is_file():
         return None
@@ -190,14 +198,16 @@ def _read_cache(path: Path | None, key: str) -> tuple[Candidates, dict[str, Tens
             if metadata.get("key") != key:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Candidates.from_json(metadata["candidates"]), tensors
+            candidates = Candidates.from_json(metadata["candidates"])
+            return _Findings(dict(candidates.forms), dict(candidates.widths), tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or no cache of nin: {error}; remove it") from error
 
 
-def _write_cache(path: Path, key: str, candidates: Candidates, sensitivities: dict[str, Tensor]) -> None:
+def _write_cache(path: Path, key: str, found: _Findings) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in sensitivities.items()}
+    tensors = {name: value.cpu().contiguous() for name, value in found.sensitivities.items()}
     temporary = path.with_name(f".{path.name}.new")
-    save_file(tensors, temporary, metadata={"key": key, "candidates": candidates.to_json()})
+    candidates = Candidates(found.forms, found.widths).to_json()
+    save_file(tensors, temporary, metadata={"key": key, "candidates": candidates})
     temporary.replace(path)

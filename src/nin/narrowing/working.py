@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin import timing
 from nin.errors import UserError
-from nin.narrowing import pricing
-from nin.narrowing.candidates import Candidates
-from nin.narrowing.choosing import Choice, Knapsack
-from nin.narrowing.plan import LayerPlan, Plan, Thinning
+from nin.narrowing.options import NarrowOptions, check_share
+from nin.narrowing.plan import Plan
+from nin.narrowing.planning import Decision, Planner, count_parameters, first_parameter
+from nin.narrowing.pricing import LatencyTable, Stopwatch
 from nin.narrowing.rebuilding import apply_plan, to_layout
 from nin.narrowing.recovering import calibration_error, correct
 from nin.narrowing.refining import Material, refine
-from nin.narrowing.reporting import NarrowReport, file_bytes, layer_reports
-from nin.narrowing.structure import expand, factors, inputs_of
+from nin.narrowing.reporting import CurvePoint, NarrowReport, file_bytes, layer_reports
+from nin.narrowing.structure import expand
 from nin.narrowing.studying import Study, study
-
-# The whole model is measured after each plan for a latency; so many plans are made at most.
-LATENCY_PLANS = 4
-
-# A plan whose whole model is this near to the latency asked for is good enough.
-LATENCY_TOLERANCE = 1.02
-
-
-@dataclasses.dataclass(frozen=True)
-class NarrowOptions:
-    """How `nin.narrow` works, beside what is asked for.
-
-    Attributes:
-        thin: leave out channels between layers, where the traced graph shows that one layer alone looks at them.
-        factorise: replace layers by two or three with fewer channels between them.
-        passes: times that the images are run through both networks while fitting, at most.
-        renormalise: measure BatchNorm statistics again, and keep them where the result comes nearer to the original's.
-        revert_slower: keep layers that were measured slower than before, where the budget allows it.
-        measure_latency: time the whole model before and after.
-        batch: images at a time when measuring; that of the first batch if not given.
-        layout: of the weights: "contiguous", or "channels_last", which is often faster.
-        cache: a file that keeps what was found of the network, so that another budget takes less time.
-        dry_run: make the plan only; the result's ``model`` has fresh weights where the plan changes it.
-        on_progress: called with what is being done, the number done, and the number of all.
-    """
-
-    thin: bool = True
-    factorise: bool = True
-    passes: int = 32
-    renormalise: bool = True
-    revert_slower: bool = True
-    measure_latency: bool = True
-    batch: int | None = None
-    layout: str = "contiguous"
-    cache: Path | None = None
-    dry_run: bool = False
-    on_progress: Callable[[str, int, int], None] | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.layout not in ("contiguous", "channels_last"):
-            raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
-        for name in ("passes", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,26 +91,15 @@ def narrow(
         raise UserError("batches must hold at least one batch of images, got none")
     original = to_layout(expand(model).eval(), options.layout)
     known = study(original, images, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress)
-    job = _Job(original, images, known, kind, share, options)
-    plan, choice, notes = job.make_plan()
-    errors: dict[str, float] = {}
-    accuracy: dict[str, float] = {}
-    if options.dry_run:
-        narrowed, correction = apply_plan(original, plan), None
-    else:
-        narrowed, errors = job.refine(plan)
-        if evaluate is not None:
-            accuracy = {"original": evaluate(original), "raw": evaluate(narrowed)}
-        if options.renormalise:
-            narrowed, correction, changed = correct(narrowed, original, images)
-            notes += ("BatchNorm statistics were measured again.",) if changed else ()
-        else:
-            correction = calibration_error(narrowed, original, images)
-        if evaluate is not None:
-            accuracy["corrected"] = evaluate(narrowed)
-    narrowed = to_layout(narrowed, options.layout)
-    report = job.report(narrowed, plan, choice, errors, accuracy, correction, notes)
-    return NarrowResult(narrowed.train(model.training), plan, report)
+    job = _Job(original, images, known, kind, evaluate, options)
+    try:
+        points = [job.narrow(other).point() for other in options.budgets if other != share]
+        outcome = job.narrow(share)
+        curve = sorted([*points, outcome.point()], key=lambda p: -p.share) if points else []
+        report = dataclasses.replace(outcome.report, curve=tuple(curve))
+    finally:
+        job.table.save()
+    return NarrowResult(outcome.model.train(model.training), report=report, plan=outcome.plan)
 
 
 def _budget(**shares: float | None) -> tuple[str, float]:
@@ -169,103 +109,67 @@ def _budget(**shares: float | None) -> tuple[str, float]:
         got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
         raise ValueError(f"give exactly one of macs, latency and parameters, got {got}")
     name, share = next(iter(given.items()))
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(f"{name} must be a share of the original's, above 0 and below 1, got {share!r}")
-    return name, float(share)
+    return name, check_share(name, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """A network narrowed to one budget."""
+
+    model: nn.Module
+    plan: Plan
+    report: NarrowReport
+
+    def point(self) -> CurvePoint:
+        """Return what the curve shows of it."""
+        r = self.report
+        return CurvePoint(self.plan.share, r.macs[1], r.parameters[1], r.latency, r.accuracy, r.calibration_error)
 
 
 class _Job:
-    """One narrowing: what all of its steps look at."""
+    """The narrowings of one network: what all of their steps look at."""
 
     def __init__(
-        self, original: nn.Module, images: list[Any], known: Study, kind: str, share: float, options: NarrowOptions
+        self,
+        original: nn.Module,
+        images: list[Any],
+        known: Study,
+        kind: str,
+        evaluate: Callable[[nn.Module], float] | None,
+        options: NarrowOptions,
     ) -> None:
         self.original, self.images, self.known = original, images, known
-        self.kind, self.share, self.options = kind, share, options
-        self.like = next(p for p in original.parameters() if p.is_floating_point())
+        self.evaluate, self.options = evaluate, options
         leaf = next(t for t in pytree.tree_leaves(images[0]) if isinstance(t, Tensor))
-        self.batch = options.batch or len(leaf)
-        self.table = pricing.LatencyTable(self.like, self.batch, options.layout)
+        cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
+        batch = options.batch or len(leaf)
+        self.table = LatencyTable(first_parameter(original), batch, options.layout, cache=cache)
+        self.stopwatch = Stopwatch(original, images, options.layout)
+        self.planner = Planner(original, known, kind, self.table, self.stopwatch, options)
+        self.accuracy: dict[str, float] = {}  # of the original, once it is known
 
-    def make_plan(self) -> tuple[Plan, Choice, tuple[str, ...]]:
-        """Return the plan for the budget, the choice behind it, and notes."""
-        candidates = self.known.candidates
-        if not self.options.factorise:
-            kept = {name: forms[:1] for name, forms in candidates.forms.items()}
-            candidates = dataclasses.replace(candidates, forms=kept)
-        edges = self.known.edges if self.options.thin else ()
-        if self.kind == "latency":
-            return self._plan_for_latency(candidates, edges)
-        price = pricing.macs if self.kind == "macs" else pricing.parameters
-        knapsack = Knapsack(self.known.shapes, candidates, edges, price)
-        whole = knapsack.everything().cost
-        budget = self.share * whole
-        if self.kind == "parameters":  # those of BatchNorm and others stay
-            budget -= (1 - self.share) * (_parameters(self.original) - whole)
-        choice = knapsack.choose(budget)
-        notes = self.known.notes
-        if self.options.revert_slower and self.options.factorise:
-            choice, more = self._revert_slower(knapsack, candidates, choice, budget)
-            notes += more
-        return self.plan(knapsack, choice), choice, notes
-
-    def _revert_slower(
-        self, knapsack: Knapsack, candidates: Candidates, choice: Choice, budget: float
-    ) -> tuple[Choice, tuple[str, ...]]:
-        """Return a choice without factorised layers that were measured slower, where there is one."""
-        notes: tuple[str, ...] = ()
-        for _ in range(3):
-            slower = [name for name, ms in self.latency(knapsack, choice).items() if ms[1] > ms[0]]
-            slower = [name for name in slower if choice.forms[name].form != "keep"]
-            if not slower:
-                break
-            forms = {name: v[:1] if name in slower else v for name, v in candidates.forms.items()}
-            candidates = dataclasses.replace(candidates, forms=forms)
-            again = Knapsack(self.known.shapes, candidates, tuple(knapsack.edges), knapsack.price)
-            try:
-                choice = again.choose(budget)
-            except UserError:
-                return choice, (*notes, f"Slower than before, but the budget needs them: {', '.join(slower)}.")
-            notes += (f"Not factorised, as that was measured slower: {', '.join(slower)}.",)
-        return choice, notes
-
-    def _plan_for_latency(self, candidates: Candidates, edges: Any) -> tuple[Plan, Choice, tuple[str, ...]]:
-        """Plan over the measured table, measure the whole model, and plan again until it is fast enough."""
-        knapsack = Knapsack(self.known.shapes, candidates, edges, self.table)
-        budget = self.share * knapsack.everything().cost
-        best: tuple[float, Plan, Choice] | None = None
-        for _ in range(LATENCY_PLANS):
-            choice = knapsack.choose(budget)
-            plan = self.plan(knapsack, choice)
-            before, after = self.time(apply_plan(self.original, plan), self.batch)
-            reached = after.median_ms / before.median_ms
-            if best is None or (reached < best[0] if best[0] > self.share * LATENCY_TOLERANCE else False):
-                best = reached, plan, choice
-            if reached <= self.share * LATENCY_TOLERANCE:
-                break
-            budget *= self.share / reached * 0.98
-        assert best is not None
-        notes = self.known.notes
-        if best[0] > self.share * LATENCY_TOLERANCE:
-            notes += (f"The latency asked for, {self.share:.2f} of the original's, was not reached: {best[0]:.2f}.",)
-        return best[1], best[2], notes
-
-    def plan(self, knapsack: Knapsack, choice: Choice) -> Plan:
-        """Return a choice as a plan."""
-        layers = []
-        for name, form in choice.forms.items():
-            inputs = knapsack.width(name, choice.widths, before=True)
-            outputs = knapsack.width(name, choice.widths, before=False)
-            dtype = str(self.original.get_submodule(name).get_parameter("weight").dtype).removeprefix("torch.")
-            ranks = form.form, form.rank_in, form.rank_out
-            layers.append(LayerPlan(name, *ranks, inputs, outputs, dtype, self.known.reasons.get(name, "")))
-        thinned = []
-        for number, edge in enumerate(knapsack.edges):
-            full = self.known.shapes[edge.consumer].in_channels
-            left = choice.widths.get(number, full)
-            if left < full:
-                thinned.append(Thinning(edge.producer, edge.consumer, edge.between, left, full))
-        return Plan(tuple(layers), tuple(thinned), self.kind, self.share, self.options.layout)
+    def narrow(self, share: float) -> _Outcome:
+        """Return the network narrowed to a share."""
+        decision = self.planner.decide(share)
+        if self.options.dry_run:
+            narrowed = to_layout(apply_plan(self.original, decision.plan), self.options.layout)
+            return _Outcome(narrowed, decision.plan, self.report(narrowed, decision, {}, {}, None))
+        narrowed, errors = self.refine(decision.plan)
+        if self.evaluate is not None and not self.accuracy:
+            self.accuracy = {"original": self.evaluate(self.original)}
+        accuracy = {**self.accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
+        changed = False
+        if self.options.renormalise:
+            narrowed, correction, changed = correct(narrowed, self.original, self.images)
+        else:
+            correction = calibration_error(narrowed, self.original, self.images)
+        if self.evaluate is not None:
+            accuracy["corrected"] = self.evaluate(narrowed) if changed else accuracy["raw"]
+        if changed:
+            notes = (*decision.notes, "BatchNorm statistics were measured again.")
+            decision = dataclasses.replace(decision, notes=notes)
+        narrowed = to_layout(narrowed, self.options.layout)
+        return _Outcome(narrowed, decision.plan, self.report(narrowed, decision, errors, accuracy, correction))
 
     def refine(self, plan: Plan) -> tuple[nn.Module, dict[str, float]]:
         """Return the fitted network and the error of each layer."""
@@ -277,87 +181,27 @@ class _Job:
             on_progress=None if tell is None else lambda done, total: tell("Fitting the layers", done, total),
         )
 
-    def latency(self, knapsack: Knapsack, choice: Choice) -> dict[str, tuple[float, float]]:
-        """Return the milliseconds before and after of each layer that is factorised."""
-        found = {}
-        for name, form in choice.forms.items():
-            if form.form == "keep":
-                continue
-            inputs = knapsack.width(name, choice.widths, before=True)
-            outputs = knapsack.width(name, choice.widths, before=False)
-            shape = self.known.shapes[name]
-            chain = factors(shape, form.form, form.rank_in, form.rank_out, inputs=inputs, outputs=outputs)
-            found[name] = self.table((shape,)), self.table(chain)
-        return found
-
-    def time(self, narrowed: nn.Module, batch: int) -> tuple[timing.Timing, timing.Timing]:
-        """Time the original and the narrowed model side by side."""
-        args, kwargs = pytree.tree_map(lambda t: _resized(t, batch), next(inputs_of(self.images)))
-        if self.options.layout == "channels_last":
-            args, kwargs = pytree.tree_map(_channels_last, (args, kwargs))
-
-        def call(model: nn.Module) -> Callable[[], None]:
-            def run() -> None:
-                model(*args, **kwargs)
-                pricing.wait_for(self.like.device)
-
-            return run
-
-        narrowed = to_layout(copy.deepcopy(narrowed), self.options.layout).eval()
-        with torch.inference_mode():
-            times = timing.compare({"before": call(self.original), "after": call(narrowed)}, runs=9, warmup=2)
-        return times["before"], times["after"]
-
     def report(
         self,
         narrowed: nn.Module,
-        plan: Plan,
-        choice: Choice,
+        decision: Decision,
         errors: dict[str, float],
         accuracy: dict[str, float],
         error: float | None,
-        notes: tuple[str, ...],
     ) -> NarrowReport:
         """Return what was done and what it cost."""
-        planned = {layer.name: layer for layer in plan.layers}
-        latency, predicted = {}, {}
-        for name, form in choice.forms.items():
-            p, shape = planned[name], self.known.shapes[name]
-            chain = factors(shape, p.form, p.rank_in, p.rank_out, inputs=p.inputs, outputs=p.outputs)
-            predicted[name] = form.loss + sum(
-                self.known.candidates.widths[t.producer, t.consumer][t.channels]
-                for t in plan.thinned
-                if t.consumer == name
-            )
-            if self.options.measure_latency and chain != (shape,):
-                latency[name] = self.table((shape,)), self.table(chain)
-        rows = layer_reports(self.known.shapes, plan, self.known.reasons, predicted, errors, latency)
-        sizes = sorted({1, self.batch}) if self.options.measure_latency else []
+        known = self.known
+        rows = layer_reports(known.shapes, decision.plan, known.reasons, decision.predicted, errors, decision.latency)
+        sizes = sorted({1, self.table.batch}) if self.options.measure_latency else []
         return NarrowReport(
             rows,
             (sum(r.macs_before for r in rows), sum(r.macs_after for r in rows)),
-            (_parameters(self.original), _parameters(narrowed)),
+            (count_parameters(self.original), count_parameters(narrowed)),
             (file_bytes(self.original), file_bytes(narrowed)),
-            {size: self.time(narrowed, size) for size in sizes},
+            {size: self.stopwatch.compare(narrowed, size) for size in sizes},
             accuracy,
-            choice.loss,
+            decision.loss,
             error,
-            notes,
+            (*known.notes, *decision.notes),
+            {"torch": torch.__version__, "threads": torch.get_num_threads(), "measured on": self.table.setting},
         )
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _resized(value: Any, batch: int) -> Any:
-    """Return a tensor with that many rows, its own repeated as needed."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    return value[torch.arange(batch) % len(value)]
-
-
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
-    return value

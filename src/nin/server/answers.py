@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
+
+from nin.server import measuring, spectra
 
 
 class Health(BaseModel):
@@ -15,7 +19,13 @@ class Health(BaseModel):
 
     status: str = "ok"
     model: bool = Field(description="whether a run was given")
+    beside: bool = Field(description="whether a second run was given, to look at beside the first")
     version: str
+
+    @classmethod
+    def of(cls, runs: int) -> Health:
+        """Return the answer where that many runs are served."""
+        return cls(model=runs > 0, beside=runs > 1, version=version("nin"))
 
 
 class Problem(BaseModel):
@@ -61,6 +71,8 @@ class LayerShape(BaseModel):
     name: str
     kind: str
     block: int
+    place: str = Field(description="the same for the layer of a narrowed network that stands for it")
+    inputs: list[int] = Field(description="the layers that it takes, by their place in this list")
     channels: int
     in_channels: int
     kernel_size: int
@@ -82,7 +94,6 @@ class Model(BaseModel):
     parameters: int
     macs: int = Field(description="multiply-accumulates for one image")
     test_accuracy: float | None
-    has_maps: bool
     layers: list[LayerShape]
 
 
@@ -91,6 +102,36 @@ class Weights(BaseModel):
 
     weight: Numbers = Field(description="(C_out, C_in, k, k)")
     bias: Numbers | None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+        """Return the answer for a convolution."""
+        return cls(weight=Numbers.of(weight), bias=None if bias is None else Numbers.of(bias))
+
+
+class Spectrum(BaseModel):
+    """The principal components of what a convolution gives before its activation."""
+
+    mean: Numbers = Field(description="(C,)")
+    directions: Numbers = Field(description="(C, C): a direction in each row, the strongest first")
+    variances: Numbers = Field(description="(C,): of the values in each direction")
+    pixels: int = Field(description="height times width of what the layer gives")
+    images: int = Field(description="test images looked at")
+
+    @classmethod
+    def of(cls, found: spectra.Spectrum) -> Spectrum:
+        """Return the answer for a spectrum."""
+        parts = {name: Numbers.of(getattr(found, name)) for name in ("mean", "directions", "variances")}
+        return cls(**parts, pixels=found.pixels, images=found.images)
+
+
+class Narrowed(BaseModel):
+    """What the network says where one convolution has fewer directions."""
+
+    rank: int = Field(description="directions that are kept")
+    images: int = Field(description="test images looked at")
+    right: int = Field(description="of them, with these directions")
+    right_before: int = Field(description="of them, with all directions")
 
 
 class SampleImage(BaseModel):
@@ -136,6 +177,12 @@ class Bottleneck(BaseModel):
     threads: int
     torch: str
     device: str
+    processor: str
+
+    @classmethod
+    def of(cls, measured: measuring.Measurement) -> Bottleneck:
+        """Return the answer for a measurement."""
+        return cls.model_validate(dataclasses.asdict(measured))
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from nin import machine
 from nin.layers import Bottleneck, MLPConv
 from nin.timing import Timing, compare
 
@@ -31,6 +32,7 @@ class Measurement:
         threads: that PyTorch uses.
         torch: its version.
         device: where it ran.
+        processor: its name.
     """
 
     r: int
@@ -42,6 +44,7 @@ class Measurement:
     threads: int
     torch: str
     device: str
+    processor: str
 
 
 @torch.inference_mode()
@@ -76,4 +79,5 @@ def measure_bottleneck(r: int, *, images: int = 1, runs: int = RUNS) -> Measurem
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         device="cpu",
+        processor=machine.processor_name(),
     )

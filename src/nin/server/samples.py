@@ -17,8 +17,9 @@ from nin.data.named import cache_folder
 from nin.errors import UserError
 
 SHOWN = 24
-# Images on which a channel has to be silent to be called dead.
-LOOKED_AT = 256
+NOT_HERE = "the test images are not here: "
+# Images that statistics are made of, such as which channels are dead; fewer where images are large.
+MOST_LOOKED_AT, FEWEST_LOOKED_AT = 256, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +43,33 @@ class Samples:
         reason: why there are none.
         shown: a few of each class.
         pixels: uint8 (N, C, H, W), evenly from the whole test set; None until it is read.
+        labels: int64 (N,), of those.
     """
 
-    def __init__(self, info: RunInfo | None) -> None:
-        self.state, self.reason = "none", ""
+    def __init__(self, info: RunInfo) -> None:
+        self.state, self.reason = "reading", ""
         self.shown: list[Sample] = []
         self.pixels: Tensor | None = None
-        self.thread: threading.Thread | None = None
-        if info is not None:
-            self.state = "reading"
-            self.thread = threading.Thread(target=self._read, args=(info,), daemon=True, name="nin-samples")
-            self.thread.start()
+        self.labels: Tensor | None = None
+        self.thread = threading.Thread(target=self._read, args=(info,), daemon=True, name="nin-samples")
+        self.thread.start()
 
     def _read(self, info: RunInfo) -> None:
         try:
             images = _load(info)
             self.shown = _choose(images)
-            evenly = torch.linspace(0, len(images.test) - 1, min(LOOKED_AT, len(images.test))).long()
-            self.pixels = images.test.fetch(evenly)
+            evenly = torch.linspace(0, len(images.test) - 1, looked_at(images)).long()
+            self.labels, self.pixels = images.test.labels[evenly], images.test.fetch(evenly)
         except (UserError, OSError) as error:
-            self.reason, self.state = f"the test images are not here: {error}", "none"
+            self.reason, self.state = f"{NOT_HERE}{error}", "none"
         else:
             self.state = "ready"
+
+
+def looked_at(images: data.Data) -> int:
+    """Return how many test images statistics are made of: as many pixels as 256 images of 64×64 have."""
+    fitting = MOST_LOOKED_AT * 64**2 // images.size**2
+    return min(len(images.test), max(FEWEST_LOOKED_AT, min(MOST_LOOKED_AT, fitting)))
 
 
 def _load(info: RunInfo) -> data.Data:

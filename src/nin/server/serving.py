@@ -21,6 +21,7 @@ FIRST_PORT, PORTS = 8646, 20
 def serve(
     run: Path | None = None,
     *,
+    beside: Path | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     browser: bool = True,
@@ -31,6 +32,7 @@ def serve(
 
     Args:
         run: the folder that `nin.train` made; None serves the lesson alone.
+        beside: another one to look at beside it.
         host: the address to listen on. Other machines reach it only where this is not a loopback address.
         port: to listen on; 0 takes any that is free. The default is 8646, or the next one that is free.
         browser: whether to open the page.
@@ -38,9 +40,9 @@ def serve(
         on_start: called with the page's address once it answers.
 
     Raises:
-        UserError: the run folder cannot be read, or the port is taken.
+        UserError: a run folder cannot be read, the runs do not fit, or the port is taken.
     """
-    app = create_app(run, host=host, device=device)
+    app = create_app(run, beside=beside, host=host, device=device)
     listener = listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +16,25 @@ from nin.checkpoint import Preprocessing
 from nin.data.images import read_header
 from nin.errors import UserError
 from nin.server.guarding import Limits, RefusedError
+
+# an image file as the whole body, or several in a form
+_FILE = {"type": "string", "format": "binary"}
+IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": _FILE},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["images"],
+                    "additionalProperties": False,
+                    "properties": {"images": {"type": "array", "minItems": 1, "items": _FILE}},
+                }
+            },
+        },
+    }
+}
 
 FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 

@@ -1,4 +1,6 @@
-// What a filter takes from each input channel at one pixel, in float64.
+// What a filter takes from each input channel at one pixel, in float64; maps as pictures, and which are alike.
+
+import { mean } from "./maths.js";
 
 // input: {shape: [C, h, w], values}, weight: {shape: [F, C, k, k], values}. Returns C sums over the filter's window.
 export function contributions(input, weight, { stride, padding }, filter, row, column) {
@@ -32,4 +34,34 @@ export function drawMap(canvas, values, height, width, limit) {
     image.data.set(value > 0 ? [213, 94, 0, alpha] : [0, 114, 178, alpha], 4 * i);
   });
   canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+// The channel of another output whose map is most like a channel's: the largest correlation over the pixels, the other
+// map brought to the same pixels where it has more or fewer.
+export function mostAlike(base, chosen, other) {
+  const [, height, width] = base.shape;
+  const pixels = Array.from({ length: height * width }, (_, p) => {
+    const [row, column] = pixelAt(other, [(Math.floor(p / width) + 0.5) / height, ((p % width) + 0.5) / width]);
+    return row * other.shape[2] + column;
+  });
+  const map = channel(base, chosen);
+  let best = { channel: 0, correlation: -1 };
+  for (let c = 0; c < other.shape[0]; c++) {
+    const values = channel(other, c);
+    const found = correlation(map, pixels.map((p) => values[p]));
+    if (found > best.correlation) best = { channel: c, correlation: found };
+  }
+  return best;
+}
+
+// 0 where one of them is the same everywhere.
+function correlation(a, b) {
+  const [ma, mb] = [mean(a), mean(b)];
+  let [ab, aa, bb] = [0, 0, 0];
+  a.forEach((value, i) => {
+    ab += (value - ma) * (b[i] - mb);
+    aa += (value - ma) ** 2;
+    bb += (b[i] - mb) ** 2;
+  });
+  return aa && bb ? ab / Math.sqrt(aa * bb) : 0;
 }

@@ -96,3 +96,6 @@ export function moved(key, row, column, rows, columns, stride = 1) {
 }
 
 export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+// Whether the screen is a phone's; the same width is in figures.css.
+export const narrow = () => matchMedia("(max-width: 34rem)").matches;

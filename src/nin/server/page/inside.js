@@ -1,109 +1,201 @@
-// Look inside the network that is served: images, layers, channels, and the numbers at a pixel.
+// Look inside the network that is served: images, layers, channels, and the numbers at a pixel; two runs beside each other.
 
-import { channel, drawMap } from "./contributions.js";
-import { checkbox, count, element, format } from "./elements.js";
+import { channel, drawMap, mostAlike } from "./contributions.js";
+import { checkbox, element, format } from "./elements.js";
 import { Look } from "./look.js";
 import { largest } from "./maths.js";
+import { Narrowed } from "./narrowed.js";
+import { Network, channelsOf } from "./network.js";
 import { tracePath } from "./path.js";
 import * as server from "./server.js";
 
 const MOST_CHANNELS = 256; // maps shown of one layer
 
-export async function inside(figure, words) {
-  const model = await server.model();
-  const accuracy = model.test_accuracy === null ? "" : ` It is right on ${format(100 * model.test_accuracy, 1)} % of its test images.`;
-  words.textContent = `${model.run}: ${model.name}, ${count(model.parameters)} parameters, ${count(model.macs)} multiply-accumulates for an image.${accuracy}`;
+export async function inside(figure, words, { beside }) {
+  const networks = await Promise.all((beside ? [0, 1] : [0]).map(Network.open));
+  words.replaceChildren(...networks.flatMap((one, i) => (i ? [element("br"), one.words] : [one.words])));
   const { samples, reason } = await readSamples(words);
-  const layers = element("div", { class: "layers", role: "group", "aria-label": "layers" });
-  const channels = element("div", { class: "looks" });
-  const paths = element("div", { class: "looks", "data-paths": "" });
-  const title = element("h3");
-  const block = element("div", { class: "block", hidden: true }, element("h3", {}, "Layer by layer"), layers, title, channels, element("div", { class: "block" }, paths));
-  const state = { layer: Math.max(0, model.layers.length - 1), channel: 0, place: [0.5, 0.5], dead: null, turn: 0 };
-
-  const look = (name) => new Look(model, name, samples, { onChange: update, onPlace: (place) => { state.place = place; point(); } });
-  const looks = [look("A")];
-  const panels = element("div", { class: "looks" }, looks[0].element);
-  const compare = checkbox("Compare with a second image", false, async (on) => {
-    if (on && looks.length < 2) {
-      looks.push(look("B"));
-      panels.append(looks[1].element);
-      if (samples.length > 1) await looks[1].openSample(samples, 1);
-    } else if (!on) looks.splice(1).forEach((gone) => gone.element.remove());
-    update();
-  });
-  const buttons = model.layers.map((layer, i) => element("button", {
-    type: "button", "aria-pressed": "false", onclick: () => { Object.assign(state, { layer: i, channel: 0 }); update(); },
-  }, layer.name, element("small", {}, channelsOf(layer))));
-  layers.append(...buttons);
+  const shown = new Inside(networks, samples);
   if (reason) figure.append(element("p", { class: "quiet" }, reason));
-  figure.append(element("div", { class: "controls" }, compare), panels, block);
+  figure.append(shown.element);
+  if (!samples.length) return;
+  await Promise.all(networks.map(async (one) => {
+    one.dead = await server.dead(one.run).catch(() => null);
+  }));
+  await shown.looks[0].openSample(samples, 0);
+}
 
-  async function update() {
-    const seen = looks.filter(({ image }) => image);
-    if (!seen.length || !model.layers.length) return;
-    block.hidden = false;
-    const turn = (state.turn += 1);
-    const layer = model.layers[state.layer];
-    buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === state.layer));
-    const silent = state.dead?.channels[state.layer] ?? [];
-    title.textContent = `${layer.name}: ${channelsOf(layer)}`
-      + (state.dead ? `, ${silent.length} dead on all of ${state.dead.images} test images` : "");
-    const drawn = await Promise.all(seen.map((one) => channelMaps(one, layer, silent)));
-    if (turn !== state.turn) return; // another layer was chosen meanwhile
-    channels.replaceChildren(...drawn);
-    await point();
+class Inside {
+  constructor(networks, samples) {
+    const [network] = networks;
+    Object.assign(this, { network, samples, layer: network.layers.length - 1, channel: 0, place: [0.5, 0.5], turn: 0 });
+    this.beside = networks.length > 1;
+    this.looks = this.beside
+      ? networks.map((one, i) => this.makeLook(one, `run ${nameOf(networks, i)}`, i ? null : samples))
+      : [this.makeLook(network, "image A", samples)];
+    this.panels = element("div", { class: "looks" }, ...this.looks.map((look) => this.panel(look)));
+    this.layerButtons = network.layers.map((layer, i) => this.layerButton(layer, i));
+    this.title = element("h3");
+    this.channels = element("div", { class: "looks" });
+    this.paths = element("div", { class: "looks", "data-paths": "" });
+    this.narrowed = new Narrowed((rebuilt) => this.redraw(rebuilt));
+    this.block = element("div", { class: "block", hidden: true },
+      element("h3", {}, "Layer by layer"), this.layerRows(), this.title, this.channels, element("div", { class: "block" }, this.paths), this.narrowed.element);
+    const above = this.beside ? this.looks[0].chooser : element("div", { class: "controls" }, checkbox("Compare with a second image", false, (on) => this.compare(on)));
+    this.element = element("div", {}, above, this.panels, this.block);
   }
 
-  async function channelMaps(one, layer, silent) {
-    const output = await one.layer(state.layer);
-    const limit = largest(output.values);
-    const shown = Math.min(MOST_CHANNELS, output.shape[0]);
-    const last = state.layer === model.layers.length - 1;
-    const maps = Array.from({ length: shown }, (_, c) => {
-      const canvas = element("canvas");
-      drawMap(canvas, channel(output, c), output.shape[1], output.shape[2], limit);
-      const name = last ? model.classes[c] : String(c + 1);
-      return element("button", {
-        type: "button", "data-channel": c, "aria-pressed": c === state.channel, "aria-label": `image ${one.name}, channel ${name}${silent.includes(c) ? ", dead" : ""}`,
-        onclick: () => { state.channel = c; choose(); },
-      }, canvas, silent.includes(c) ? `${name} ✕` : name);
+  makeLook(network, name, samples) {
+    return new Look(network, name, samples, {
+      onChange: (look) => this.opened(look),
+      onPlace: (place) => {
+        this.place = place;
+        this.point();
+      },
     });
-    return element("div", {}, element("p", { class: "caption" }, `image ${one.name}, ${output.shape[1]}×${output.shape[2]} pixels${shown < output.shape[0] ? `, the first ${shown}` : ""}`), element("div", { class: "channels" }, ...maps));
   }
 
-  function choose() {
-    for (const button of channels.querySelectorAll("button")) button.setAttribute("aria-pressed", Number(button.dataset.channel) === state.channel);
-    point();
+  panel(look) {
+    if (!this.beside) return element("div", {}, look.chooser, look.element);
+    return element("div", {}, element("h3", {}, look.name), look.element);
   }
 
-  async function point() {
-    const seen = looks.filter(({ image }) => image);
-    for (const one of seen) one.show(state.place);
-    if (!model.layers.length) return;
-    const turn = (state.turn += 1);
-    const traced = await Promise.all(seen.map((one) => tracePath(model, one, state.layer, state.channel, state.place)));
-    if (turn === state.turn) paths.replaceChildren(...traced);
+  // The layers, a row for each block.
+  layerRows() {
+    const rows = new Map();
+    this.network.layers.forEach(({ block }, i) => rows.set(block, [...(rows.get(block) ?? []), this.layerButtons[i]]));
+    return element("div", { role: "group", "aria-label": "layers" }, ...[...rows.values()].map((buttons) => element("div", { class: "layers" }, ...buttons)));
   }
 
-  if (samples.length) {
-    state.dead = model.has_maps ? await server.dead().catch(() => null) : null;
-    await looks[0].openSample(samples, 0);
+  layerButton(layer, index) {
+    const choose = () => {
+      Object.assign(this, { layer: index, channel: 0 });
+      this.update();
+    };
+    return element("button", { type: "button", "aria-pressed": "false", onclick: choose }, layer.name, element("small", {}, channelsOf(layer)));
+  }
+
+  // The second look follows the first where two runs are beside each other.
+  async opened(look) {
+    const [first, second] = this.looks;
+    if (this.block.hidden) this.channel = this.network.model.classes.indexOf(look.answer.label); // the map that counts most
+    if (this.beside && look === first) await second.open(first.image);
+    else await this.update();
+  }
+
+  async compare(on) {
+    if (on) {
+      this.looks.push(this.makeLook(this.network, "image B", this.samples));
+      this.panels.append(this.panel(this.looks[1]));
+      if (this.samples.length > 1) await this.looks[1].openSample(this.samples, 1);
+    } else this.looks.splice(1).forEach((gone) => gone.element.parentElement.remove());
+    await this.update();
+  }
+
+  get seen() {
+    return this.looks.filter(({ image }) => image);
+  }
+
+  async update() {
+    const { seen, network } = this;
+    if (!seen.length) return;
+    this.block.hidden = false;
+    const turn = (this.turn += 1);
+    const layer = network.layers[this.layer];
+    this.layerButtons.forEach((button, i) => button.setAttribute("aria-pressed", i === this.layer));
+    const silent = network.dead?.channels[this.layer] ?? [];
+    this.title.textContent = `${layer.name}: ${channelsOf(layer)}`
+      + (network.dead ? `, ${silent.length} dead on all of ${network.dead.images} test images` : "");
+    for (const look of seen) look.index = look.network.layerAt(layer.place);
+    const drawn = await Promise.all(seen.map((look) => this.channelMaps(look)));
+    if (turn !== this.turn) return; // another layer was chosen meanwhile
+    this.channels.replaceChildren(...drawn);
+    await this.choose(this.channel);
+  }
+
+  async channelMaps(look) {
+    const { network, index } = look;
+    if (index < 0) return element("p", { class: "quiet" }, `${look.name} has no layer that stands for this one.`);
+    const output = await look.layer(index);
+    const limit = largest(output.values);
+    const count = Math.min(MOST_CHANNELS, output.shape[0]);
+    const silent = new Set(network.dead?.channels[index] ?? []);
+    look.canvases = Array.from({ length: count }, () => element("canvas"));
+    const maps = look.canvases.map((canvas, c) => {
+      drawMap(canvas, channel(output, c), output.shape[1], output.shape[2], limit);
+      const name = index === network.layers.length - 1 ? network.model.classes[c] : String(c + 1);
+      return element("button", {
+        type: "button", "data-channel": c, "aria-pressed": "false", "aria-label": `${look.name}, channel ${name}${silent.has(c) ? ", dead" : ""}`,
+        onclick: () => this.choose(c, look),
+      }, canvas, silent.has(c) ? `${name} ✕` : name);
+    });
+    look.note = element("p", { class: "quiet" });
+    return element("div", {}, element("p", { class: "caption" }, caption(look, output, count)), look.note, element("div", { class: "channels" }, ...maps));
+  }
+
+  // Chooses a channel of one look, and in the others the same, or the one most like it where the layers differ.
+  async choose(chosen, from = this.looks[0]) {
+    if (from === this.looks[0]) this.channel = chosen;
+    from.channel = chosen;
+    const outputs = await Promise.all(this.seen.map((look) => (look.index < 0 ? null : look.layer(look.index))));
+    const base = outputs[this.seen.indexOf(from)];
+    this.seen.forEach((look, i) => {
+      if (!outputs[i]) return;
+      const other = look !== from && outputs[i].shape[0] !== base.shape[0];
+      const alike = other ? mostAlike(base, chosen, outputs[i]) : { channel: chosen };
+      look.channel = alike.channel;
+      look.note.textContent = other ? `channel ${alike.channel + 1} is most like the chosen one on this image: correlation ${format(alike.correlation, 2)}` : "";
+    });
+    this.seen.forEach((look, i) => {
+      for (const button of this.channels.children[i].querySelectorAll("button")) button.setAttribute("aria-pressed", Number(button.dataset.channel) === look.channel);
+    });
+    await this.point();
+    const [first] = this.seen;
+    if (first.index >= 0) await this.narrowed.open(first, first.index, first.channel);
+  }
+
+  // Draws the first look's maps as they would be, or as they are.
+  async redraw(rebuilt) {
+    const [first] = this.seen;
+    if (!first?.canvases || first.index < 0) return;
+    const output = await first.layer(first.index);
+    const limit = largest(output.values);
+    const shown = rebuilt ?? output;
+    if (shown.shape[0] < first.canvases.length) return;
+    first.canvases.forEach((canvas, c) => drawMap(canvas, channel(shown, c), shown.shape[1], shown.shape[2], limit));
+  }
+
+  async point() {
+    for (const look of this.seen) look.show(this.place);
+    const turn = (this.turn += 1);
+    const traced = await Promise.all(this.seen.map((look) => (look.index < 0 ? element("p") : tracePath(look, look.index, look.channel, this.place))));
+    if (turn === this.turn) this.paths.replaceChildren(...traced);
   }
 }
 
-const channelsOf = ({ channels }) => (channels === 1 ? "1 channel" : `${channels} channels`);
+function caption(look, output, count) {
+  const [channels, height, width] = output.shape;
+  const way = look.network.way(look.network.layers[look.index].place);
+  return `${look.name}, ${height}×${width} pixels${count < channels ? `, the first ${count}` : ""}`
+    + (way.length ? `, ${channels} channels by way of ${way.join(" and ")}` : "");
+}
+
+// The folder's name, and which of the two it is where both have the same.
+function nameOf(networks, i) {
+  const names = networks.map(({ model }) => model.run);
+  return names[0] === names[1] ? `${names[i]} (${i + 1})` : names[i];
+}
 
 // The run's test images; they may still be being read from their files.
 async function readSamples(words) {
-  const text = words.textContent;
+  const waiting = element("span", {}, " Its test images are being read …");
+  words.append(waiting);
   for (;;) {
     const answer = await server.samples();
     if (answer.state !== "reading") {
-      words.textContent = text;
+      waiting.remove();
       return answer;
     }
-    words.textContent = `${text} Its test images are being read …`;
     await new Promise((resolve) => setTimeout(resolve, 500));
   }
 }

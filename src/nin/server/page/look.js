@@ -9,27 +9,42 @@ import * as server from "./server.js";
 const TOP = 4; // classes listed
 
 export class Look {
+  // network: that looks at the image. samples: the run's test images to choose from; null where another look chooses.
   // onChange() after another image was chosen, onPlace(place) when another pixel is looked at.
-  constructor(model, name, samples, { onChange, onPlace }) {
-    Object.assign(this, { model, name, onChange, image: null, layers: new Map(), answer: null, label: null, place: [0.5, 0.5] });
-    this.view = picture({ label: `image ${name}, as the network sees it`, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
-    this.overlay = picture({ label: `map of a class over image ${name}`, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
+  constructor(network, name, samples, { onChange, onPlace }) {
+    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), answer: null, place: [0.5, 0.5], channel: 0 });
+    const view = (label) => picture({ label, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
+    this.view = view(`${name}, as the network sees it`);
+    this.overlay = view(`map of a class over ${name}`);
     this.overlay.canvas.classList.add("under");
     this.map = element("canvas", { class: "over" });
     this.overlay.canvas.after(this.map);
-    this.classes = element("select", { "aria-label": "class of the map" }, ...model.classes.map((label, i) => element("option", { value: i }, label)));
+    this.classes = element("select", { "aria-label": `class of the map over ${name}` }, ...network.model.classes.map((label, i) => element("option", { value: i }, label)));
     this.classes.addEventListener("change", () => this.drawClass());
     this.value = number(0, 3, { "data-map-value": "" });
     this.list = element("dl", { class: "answer" });
     this.problem = element("p", { class: "problem", role: "alert", hidden: true });
     this.truth = element("p", { class: "quiet" });
-    this.element = element("div", { class: "look" }, this.chooser(samples), this.problem, this.body());
+    this.choices = [];
+    this.element = element("div", { class: "look" }, this.problem, this.body());
+    this.chooser = samples && this.makeChooser(samples);
   }
 
-  chooser(samples) {
+  makeChooser(samples) {
+    this.choices = samples.map((sample, i) => element("button", {
+      type: "button", class: "choice", "aria-pressed": "false", "aria-label": `test image ${i + 1}, a ${sample.label}`,
+      onclick: () => this.openSample(samples, i),
+    }, element("img", { src: sample.image, alt: "" })));
+    const choices = element("fieldset", { class: "choices" }, element("legend", {}, "test images"), ...this.choices);
+    return element("div", {}, server.LIVE ? this.opener() : null, samples.length ? choices : null);
+  }
+
+  // Where an image of the visitor's is opened, or dropped.
+  opener() {
+    const open = (files) => files.length && this.open({ blob: files[0], label: null, sample: -1 });
     const file = element("input", { type: "file", accept: "image/*" });
-    file.addEventListener("change", () => file.files.length && this.open(file.files[0]));
-    const drop = element("div", { class: "drop row" }, element("label", { class: "button" }, file, `Open image ${this.name}`), element("span", { class: "quiet" }, "or drop one here"));
+    file.addEventListener("change", () => open(file.files));
+    const drop = element("div", { class: "drop row" }, element("label", { class: "button" }, file, `Open ${this.name.startsWith("image") ? this.name : "an image"}`), element("span", { class: "quiet" }, "or drop one here"));
     const over = (on) => (event) => {
       event.preventDefault();
       drop.classList.toggle("over", on);
@@ -38,32 +53,30 @@ export class Look {
     drop.addEventListener("dragleave", over(false));
     drop.addEventListener("drop", (event) => {
       over(false)(event);
-      if (event.dataTransfer.files.length) this.open(event.dataTransfer.files[0]);
+      open(event.dataTransfer.files);
     });
-    this.samples = samples.map(({ label, image }, i) => element("button", {
-      type: "button", class: "choice", "aria-pressed": "false", "aria-label": `test image ${i + 1}, a ${label}`,
-      onclick: () => this.openSample(samples, i),
-    }, element("img", { src: image, alt: "" })));
-    const choices = element("fieldset", { class: "choices" }, element("legend", {}, "test images"), ...this.samples);
-    return element("div", {}, drop, samples.length ? choices : null);
+    return drop;
   }
 
   body() {
     const caption = element("div", { class: "row" }, element("label", { class: "quiet" }, "evidence for ", this.classes), element("span", { class: "quiet" }, "here: ", this.value));
-    const maps = this.model.has_maps ? element("div", { class: "part" }, this.overlay.element, caption) : null;
-    this.shown = element("div", { hidden: true }, element("div", { class: "photos" }, element("div", { class: "part" }, this.view.element, this.truth), maps), this.list);
+    this.shown = element("div", { hidden: true },
+      element("div", { class: "photos" },
+        element("div", { class: "part" }, this.view.element, this.truth),
+        element("div", { class: "part" }, this.overlay.element, caption)),
+      this.list);
     return this.shown;
   }
 
   async openSample(samples, index) {
     const bytes = Uint8Array.from(atob(samples[index].image.split(",")[1]), (letter) => letter.charCodeAt(0));
-    await this.open(new Blob([bytes], { type: "image/png" }), samples[index].label, index);
+    await this.open({ blob: new Blob([bytes], { type: "image/png" }), label: samples[index].label, sample: index });
   }
 
-  async open(image, label = null, index = -1) {
+  async open(image) {
     try {
-      const answer = await server.predict(image, this.model.has_maps);
-      Object.assign(this, { image, answer, label, layers: new Map() });
+      const answer = await server.predict(image, this.network.run);
+      Object.assign(this, { image, answer, outputs: new Map() });
     } catch (error) {
       this.problem.textContent = `This image could not be read: ${error.message}`;
       this.problem.hidden = false;
@@ -71,18 +84,26 @@ export class Look {
     }
     this.problem.hidden = true;
     this.shown.hidden = false;
-    this.samples.forEach((button, i) => button.setAttribute("aria-pressed", i === index));
-    this.truth.textContent = label === null ? "an image of yours" : `it is: ${label}`;
+    this.choices.forEach((button, i) => button.setAttribute("aria-pressed", i === image.sample));
+    this.truth.textContent = image.label === null ? "an image of yours" : `it is: ${image.label}`;
     this.showAnswer();
-    if (this.model.has_maps) await this.showPicture();
-    announce(`Image ${this.name}: ${answer_words(this.answer)}`);
-    this.onChange();
+    await this.showPicture();
+    announce(`${this.name}: ${answerWords(this.answer)}`);
+    await this.onChange(this);
   }
 
-  // What a layer makes of the image, asked for once.
+  // What a layer makes of the image, asked for once; and its sums, before the activation.
   layer(index) {
-    if (!this.layers.has(index)) this.layers.set(index, server.activations(this.image, index));
-    return this.layers.get(index);
+    return this.once(index, () => server.activations(this.image, index, this.network.run));
+  }
+
+  sums(index) {
+    return this.once(`sums ${index}`, () => server.sums(this.image, index, this.network.run));
+  }
+
+  once(name, ask) {
+    if (!this.outputs.has(name)) this.outputs.set(name, ask());
+    return this.outputs.get(name);
   }
 
   showAnswer() {
@@ -96,13 +117,13 @@ export class Look {
         element("dd", {}, number(100 * share, 1, { "data-confidence": label }), " %"),
       ];
     }));
-    this.classes.value = String(this.model.classes.indexOf(this.answer.label));
+    this.classes.value = String(this.network.model.classes.indexOf(this.answer.label));
   }
 
   async showPicture() {
     const { shape: [channels, height, width], values } = await this.layer(0);
     const image = new ImageData(width, height);
-    const { mean, std } = this.model;
+    const { mean, std } = this.network.model;
     for (let p = 0; p < height * width; p++) {
       for (let c = 0; c < 3; c++) {
         const from = Math.min(c, channels - 1);
@@ -141,4 +162,4 @@ export class Look {
   }
 }
 
-const answer_words = ({ label, confidence }) => `${label}, ${format(100 * confidence, 1)} % sure`;
+const answerWords = ({ label, confidence }) => `${label}, ${format(100 * confidence, 1)} % sure`;

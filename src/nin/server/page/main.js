@@ -1,6 +1,8 @@
 // Starts every step of the lesson, and the look inside where a network is served.
 
 import { element } from "./elements.js";
+import { inside } from "./inside.js";
+import * as server from "./server.js";
 import { oneChannel } from "./step1.js";
 import { manyChannels } from "./step2.js";
 import { dense } from "./step3.js";
@@ -11,32 +13,23 @@ import { network } from "./step7.js";
 
 const STEPS = { "one-channel": oneChannel, "many-channels": manyChannels, dense, shrinking, bottleneck, colours, network };
 
-async function health() {
-  try {
-    const answer = await fetch("api/health");
-    return answer.ok ? await answer.json() : null;
-  } catch {
-    return null;
-  }
-}
-
 const figureOf = (id) => document.querySelector(`#${id} [data-figure]`);
 
 async function start() {
-  const server = await health();
+  const health = await server.health();
   for (const [id, step] of Object.entries(STEPS)) {
     Promise.resolve()
-      .then(() => step(figureOf(id), { server }))
+      .then(() => step(figureOf(id), { health }))
       .catch((error) => {
         figureOf(id).append(element("p", { class: "problem" }, `This figure could not be drawn: ${error.message}`));
         console.error(error);
       });
   }
-  if (server?.model) {
+  if (health?.model) {
     document.getElementById("inside").hidden = document.getElementById("inside-link").hidden = false;
-    const { inside } = await import("./inside.js");
-    await inside(figureOf("inside"), document.getElementById("inside-words"));
+    await inside(figureOf("inside"), document.getElementById("inside-words"), health);
   }
+  document.getElementById("api-link").hidden = !server.LIVE;
   followScrolling();
   document.documentElement.dataset.ready = "";
 }

@@ -3,37 +3,48 @@
 import { channel, contributions, drawMap, pixelAt } from "./contributions.js";
 import { announce, element, format, number } from "./elements.js";
 import { largest } from "./maths.js";
-import * as server from "./server.js";
+import { channelsOf } from "./network.js";
 
 const LISTED = 8; // input channels with the largest share
-const cache = new Map();
-
-function weightsOf(index) {
-  if (!cache.has(index)) cache.set(index, server.weights(index));
-  return cache.get(index);
-}
-
-// The path of the numbers as an element, for the look's image.
-export async function tracePath(model, look, index, filter, place) {
-  const layer = model.layers[index];
+// The path of the numbers as an element, for the look's image. filter is a channel of the layer.
+export async function tracePath(look, index, filter, place) {
+  const { layers, model } = look.network;
+  const layer = layers[index];
   const output = await look.layer(index);
   const [row, column] = pixelAt(output, place);
   const value = channel(output, filter)[row * output.shape[2] + column];
-  const name = index === model.layers.length - 1 ? `class ${model.classes[filter]}` : `channel ${filter + 1}`;
+  const name = index === layers.length - 1 ? `class ${model.classes[filter]}` : `channel ${filter + 1}`;
   const where = `row ${row + 1}, column ${column + 1}`;
-  if (layer.kind !== "convolution") return element("p", {}, `Image ${look.name}, ${where}: `, number(value, 3, { "data-value": "" }));
-  const [input, { weight, bias }] = await Promise.all([look.layer(index - 1), weightsOf(index)]);
+  const heading = element("h3", {}, `${capital(look.name)}: ${name} at ${where}`);
+  if (layer.kind !== "convolution") {
+    announce(`${capital(look.name)}, ${where}: ${name} is ${format(value, 3)}`);
+    const from = layer.kind === "joining" ? branchOf(layers, layer, filter) : "";
+    return element("div", {}, heading, element("p", {}, "the value is ", number(value, 3, { "data-value": "" }), from), await strips(look, index, place));
+  }
+  const [input, { weight, bias }] = await Promise.all([look.layer(layer.inputs[0]), look.network.weights(index)]);
   const taken = contributions(input, weight, layer, filter, row, column);
   const added = bias ? bias.values[filter] : 0;
   const sum = taken.reduce((a, b) => a + b, added);
-  announce(`Image ${look.name}, ${where}: the sum is ${format(sum, 3)}, ${name} gives ${format(value, 3)}`);
+  announce(`${capital(look.name)}, ${where}: the sum is ${format(sum, 3)}, ${name} gives ${format(value, 3)}`);
   return element("div", {},
-    element("h3", {}, `Image ${look.name}: ${name} at ${where}`),
+    heading,
     listed(taken, input, weight, filter, row, column),
     element("p", { class: "sum" }, "all of them + bias ", number(added, 3), " = ", number(sum, 3, { "data-sum": "" }),
       layer.activation === "none" ? "" : ` → ${layer.activation} → `,
       layer.activation === "none" ? null : number(value, 3, { "data-value": "" })),
-    await strips(model, look, layer.block, index, place));
+    await strips(look, index, place));
+}
+
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
+// Which branch of an Inception module a channel of the joined ones comes from.
+function branchOf(layers, layer, filter) {
+  let first = 0;
+  for (const source of layer.inputs) {
+    if (filter < first + layers[source].channels) return `, channel ${filter - first + 1} of ${layers[source].name}`;
+    first += layers[source].channels;
+  }
+  return "";
 }
 
 function listed(taken, input, weight, filter, row, column) {
@@ -53,15 +64,16 @@ function listed(taken, input, weight, filter, row, column) {
 }
 
 // Every layer of the block at this pixel: one strip each, a cell for each channel.
-async function strips(model, look, block, index, place) {
-  const inBlock = model.layers.map((layer, i) => [layer, i]).filter(([layer]) => layer.block === block);
+async function strips(look, index, place) {
+  const { layers } = look.network;
+  const inBlock = layers.map((layer, i) => [layer, i]).filter(([layer]) => layer.block === layers[index].block);
   const drawn = await Promise.all(inBlock.map(async ([layer, i]) => {
     const values = await look.layer(i);
     const [row, column] = pixelAt(values, place);
     const at = Float32Array.from({ length: values.shape[0] }, (_, c) => channel(values, c)[row * values.shape[2] + column]);
     const canvas = element("canvas", { class: "pixel-strip", role: "img", "aria-label": `${layer.name}: ${at.filter((v) => v !== 0).length} of ${at.length} channels are not zero here` });
     drawMap(canvas, at, 1, at.length, largest(at));
-    return element("div", {}, element("p", { class: "caption" }, `${layer.name}, ${at.length} channels${i === index ? " (this one)" : ""}`), canvas);
+    return element("div", {}, element("p", { class: "caption" }, `${layer.name}, ${channelsOf(layer)}${i === index ? " (this one)" : ""}`), canvas);
   }));
   return element("div", {}, element("p", { class: "quiet" }, "The whole block at this pixel, from its first layer to its last:"), ...drawn);
 }

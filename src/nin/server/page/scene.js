@@ -34,7 +34,7 @@ function compute() {
   scene.output = scene.sums.map((z) => (z > 0 ? z : 0));
 }
 
-export const pixel = () => scene.row * SIDE + scene.column;
+const pixel = () => scene.row * SIDE + scene.column;
 // The 32 values at the chosen pixel, the 32 weights of the chosen filter.
 export const values = () => Array.from({ length: CHANNELS }, (_, c) => scene.input[c * SIDE * SIDE + pixel()]);
 export const weights = () => Array.from(scene.weight.subarray(scene.filter * CHANNELS, (scene.filter + 1) * CHANNELS));

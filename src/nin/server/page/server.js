@@ -1,4 +1,7 @@
-// What the look inside asks the server for.
+// What the page asks the server for. An image is {blob, label, sample}: its file, its true class and its place among
+// the run's test images, where it has them. saved.js gives the same where the page lies on a disk.
+
+import { numbers, spectrumOf, weightsOf } from "./numbers.js";
 
 async function json(answer) {
   const value = await answer.json().catch(() => ({}));
@@ -6,20 +9,28 @@ async function json(answer) {
   return value;
 }
 
-const send = (path, image) => fetch(path, { method: "POST", body: image, headers: { "Content-Type": image.type || "application/octet-stream" } }).then(json);
+const ask = (path) => fetch(path).then(json);
+const send = (path, { blob }) => fetch(path, { method: "POST", body: blob, headers: { "Content-Type": blob.type || "application/octet-stream" } }).then(json);
 
-function numbers({ shape, values }) {
-  const bytes = Uint8Array.from(atob(values), (letter) => letter.charCodeAt(0));
-  return { shape, values: new Float32Array(bytes.buffer) };
+export const LIVE = true; // it computes what it is asked for
+
+// What there is; null where no server answers.
+export async function health() {
+  try {
+    return await ask("api/health");
+  } catch {
+    return null;
+  }
 }
 
-export const model = () => fetch("api/model").then(json);
-export const samples = () => fetch("api/samples").then(json);
-export const dead = () => fetch("api/dead").then(json);
-export const predict = (image, maps) => send(`api/predict?maps=${maps}`, image).then(({ predictions }) => predictions[0]);
-export const activations = (image, layer) => send(`api/layers/${layer}/activations`, image).then(numbers);
-
-export async function weights(layer) {
-  const { weight, bias } = await fetch(`api/layers/${layer}/weights`).then(json);
-  return { weight: numbers(weight), bias: bias && numbers(bias) };
-}
+export const asset = (name) => fetch(name).then((answer) => answer.blob());
+export const model = (run) => ask(`api/model?run=${run}`);
+export const samples = () => ask("api/samples");
+export const dead = (run) => ask(`api/dead?run=${run}`);
+export const predict = (image, run) => send(`api/predict?maps=true&run=${run}`, image).then(({ predictions }) => predictions[0]);
+export const activations = (image, layer, run) => send(`api/layers/${layer}/activations?run=${run}`, image).then(numbers);
+export const sums = (image, layer, run) => send(`api/layers/${layer}/activations?sums=true&run=${run}`, image).then(numbers);
+export const narrowed = (layer, rank, run) => ask(`api/layers/${layer}/narrowed?rank=${rank}&run=${run}`);
+export const bottleneck = (r) => fetch(`api/bottleneck?r=${r}`, { method: "POST" }).then(json);
+export const weights = (layer, run) => ask(`api/layers/${layer}/weights?run=${run}`).then(weightsOf);
+export const spectrum = (layer, run) => ask(`api/layers/${layer}/spectrum?run=${run}`).then(spectrumOf);

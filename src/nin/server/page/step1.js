@@ -4,7 +4,7 @@ import { announce, checkbox, element, format, slider } from "./elements.js";
 import { pixelGrid } from "./grid.js";
 import { relu } from "./maths.js";
 
-export const IMAGE = [
+const IMAGE = [
   1, 2, 3, 6, 5, 8,
   3, 5, 5, 1, 3, 4,
   2, 1, 3, 4, 9, 3,

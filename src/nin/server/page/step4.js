@@ -6,11 +6,11 @@ import { volume } from "./volume.js";
 const SIDE = 28;
 const DEPTH = 192;
 
-export const multiplications = (filters) => SIDE * SIDE * DEPTH * filters;
-export const parameters = (filters) => DEPTH * filters + filters;
+const multiplications = (filters) => SIDE * SIDE * DEPTH * filters;
+const parameters = (filters) => DEPTH * filters + filters;
 
 export function shrinking(figure) {
-  const block = { rows: SIDE, columns: SIDE, cell: 5.2, step: 0.72, cells: false, width: DEPTH };
+  const block = { rows: SIDE, columns: SIDE, cell: 5.2, step: 0.72, cells: false, room: DEPTH };
   const before = volume({ ...block, depth: DEPTH, label: "input, 28×28×192" });
   const after = volume({ ...block, depth: 32, label: "output" });
   const caption = element("figcaption");
@@ -32,9 +32,9 @@ export function shrinking(figure) {
   figure.append(
     element("div", { class: "controls" }, control.element),
     element("div", { class: "volumes" },
-      element("figure", { class: "part" }, element("figcaption", {}, "image 28×28×192"), before.element),
+      element("figure", { class: "part" }, before.element, element("figcaption", {}, "image 28×28×192")),
       element("span", { class: "sign" }, "→"),
-      element("figure", { class: "part" }, caption, after.element)),
+      element("figure", { class: "part" }, after.element, caption)),
     element("table", { class: "figures" },
       element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "it takes"), element("th", { scope: "col" }, "here"), element("th", { scope: "col" }, "with 192"))),
       element("tbody", {},

@@ -3,6 +3,7 @@
 import { announce, calm, element, format, shade, slider } from "./elements.js";
 import { HIDDEN, Learner } from "./learner.js";
 import { loadPhoto, picture } from "./photo.js";
+import { asset } from "./server.js";
 
 const STEPS = 400;
 const RADIUS = 1 / 16; // of the longer side: the circle that is told to be wanted
@@ -55,21 +56,9 @@ export async function colours(figure) {
     units.hidden = true;
     caption.textContent = "what the filter lets through";
     const [r, g, b] = state.weights;
-    paint((x, y, z) => Math.max(0, r * x + g * y + b * z));
+    paint(result, state.photo, (x, y, z) => Math.max(0, r * x + g * y + b * z));
     said.textContent = `relu(${format(r, 2)} · red + ${format(g, 2)} · green + ${format(b, 2)} · blue)`.replaceAll("+ −", "− ");
     announce(said.textContent);
-  }
-
-  function paint(answer) {
-    const { data, width, height } = state.photo;
-    const out = new ImageData(width, height);
-    for (let i = 0; i < data.length; i += 4) {
-      out.data[i] = out.data[i + 1] = out.data[i + 2] = 255 * answer(data[i] / 255, data[i + 1] / 255, data[i + 2] / 255);
-      out.data[i + 3] = 255;
-    }
-    result.width = width;
-    result.height = height;
-    result.getContext("2d").putImageData(out, 0, 0);
   }
 
   function stop() {
@@ -82,12 +71,7 @@ export async function colours(figure) {
     const { data, width, height } = state.photo;
     const radius = Math.max(1, Math.round(Math.max(width, height) * RADIUS));
     photo.mark(row, column, 2 * radius);
-    const values = new Float64Array(3 * width * height);
-    const wanted = new Uint8Array(width * height);
-    for (let p = 0; p < wanted.length; p++) {
-      for (let c = 0; c < 3; c++) values[3 * p + c] = data[4 * p + c] / 255;
-      wanted[p] = (Math.floor(p / width) - row) ** 2 + ((p % width) - column) ** 2 <= radius ** 2 ? 1 : 0;
-    }
+    const { values, wanted } = examples(state.photo, row, column, radius);
     if (!wanted.includes(0)) return;
     const learner = new Learner(values, wanted);
     const each = calm() ? STEPS : 4; // all at once where motion is not wanted
@@ -97,7 +81,7 @@ export async function colours(figure) {
     const frame = () => {
       let loss = 0;
       for (let i = 0; i < each && learner.steps < STEPS; i++) loss = learner.step();
-      paint((x, y, z) => learner.answer(x, y, z));
+      paint(result, state.photo, (x, y, z) => learner.answer(x, y, z));
       bars(learner.parameters);
       const sure = learner.answer(data[start] / 255, data[start + 1] / 255, data[start + 2] / 255);
       said.textContent = `Step ${learner.steps} of ${STEPS}: loss ${format(loss, 3)}, the clicked pixel is wanted: ${format(100 * sure, 0)} %.`;
@@ -107,7 +91,30 @@ export async function colours(figure) {
     state.running = requestAnimationFrame(frame);
   }
 
-  await open(await (await fetch("flower.jpg")).blob());
+  await open(await asset("flower.jpg"));
+}
+
+// Each pixel's red, green and blue from 0 to 1, and whether it is in the circle.
+function examples({ data, width, height }, row, column, radius) {
+  const values = new Float64Array(3 * width * height);
+  const wanted = new Uint8Array(width * height);
+  for (let p = 0; p < wanted.length; p++) {
+    for (let c = 0; c < 3; c++) values[3 * p + c] = data[4 * p + c] / 255;
+    wanted[p] = (Math.floor(p / width) - row) ** 2 + ((p % width) - column) ** 2 <= radius ** 2 ? 1 : 0;
+  }
+  return { values, wanted };
+}
+
+// Draws the photo as grey values: what `answer` gives for a pixel's red, green and blue.
+function paint(canvas, { data, width, height }, answer) {
+  const out = new ImageData(width, height);
+  for (let i = 0; i < data.length; i += 4) {
+    out.data[i] = out.data[i + 1] = out.data[i + 2] = 255 * answer(data[i] / 255, data[i + 1] / 255, data[i + 2] / 255);
+    out.data[i + 3] = 255;
+  }
+  canvas.width = width;
+  canvas.height = height;
+  canvas.getContext("2d").putImageData(out, 0, 0);
 }
 
 // The hidden layer: for each of the 8 units its weights for red, green and blue; returns what updates them.

@@ -3,12 +3,13 @@
 import { announce, element, format, number, setNumber, shade } from "./elements.js";
 import { pixelGrid } from "./grid.js";
 import { conv1x1, convolve, largest, mean, softmax } from "./maths.js";
+import { asset } from "./server.js";
 
 const SIDE = 8;
 const KERNEL = 5;
 
 // All layers of the little network for an image of 64 numbers from 0 to 1.
-export function forward(layers, image) {
+function forward(layers, image) {
   const [first, second, last] = layers.map(({ weight, bias }) => ({ weight: weight.flat(), bias }));
   const seen = convolve(image, SIDE, SIDE, first.weight, first.bias, KERNEL);
   const thought = conv1x1(seen, first.bias.length, second.weight, second.bias);
@@ -19,7 +20,7 @@ export function forward(layers, image) {
 }
 
 export async function network(figure) {
-  const { layers, images } = await (await fetch("digits.json")).json();
+  const { layers, images } = JSON.parse(await (await asset("digits.json")).text());
   const state = { digit: 3, row: 2, column: 4, result: null };
   const select = (row, column) => {
     Object.assign(state, { row, column });

@@ -4,8 +4,25 @@ import { moved, svg, tint } from "./elements.js";
 
 const path = (points) => `M${points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`;
 
-// cell: side of a pixel, step: how far back a channel lies, both in the drawing's units.
-export function volume({ rows, columns, depth, cell, step, label, cells = true, onSelect = null, width = null, lines = true }) {
+// Top, side and front, and the edges of the channels between.
+function drawFaces(wide, high, depth, step) {
+  const back = depth * step;
+  const drawn = [
+    svg("path", { class: "face", d: path([[0, 0], [back, -back], [wide + back, -back], [wide, 0]]) }),
+    svg("path", { class: "face", d: path([[wide, 0], [wide + back, -back], [wide + back, high - back], [wide, high]]) }),
+    svg("path", { class: "face", d: path([[0, 0], [wide, 0], [wide, high], [0, high]]) }),
+  ];
+  const every = Math.max(1, Math.ceil(2.2 / step)); // edges nearer than this run together
+  for (let i = every; i < depth; i += every) {
+    const b = i * step;
+    drawn.push(svg("polyline", { class: "layer", fill: "none", points: `${b},${-b} ${wide + b},${-b} ${wide + b},${high - b}` }));
+  }
+  return drawn;
+}
+
+// cell: side of a pixel, step: how far back a channel lies, both in the drawing's units. room: the depth that the drawing
+// leaves room for; without it the drawing grows with the block.
+export function volume({ rows, columns, depth, cell, step, label, cells = true, onSelect = null, room = null }) {
   const root = svg("svg", { class: "volume", role: onSelect ? "application" : "img", "aria-label": label, tabindex: onSelect ? 0 : null });
   if (onSelect) root.setAttribute("aria-roledescription", "block of numbers, the arrow keys choose a pixel");
   const faces = svg("g");
@@ -14,7 +31,6 @@ export function volume({ rows, columns, depth, cell, step, label, cells = true, 
   root.append(faces, front, overlay);
   const high = rows * cell;
   const wide = columns * cell;
-  const most = width ?? depth;
   let chosen = [0, 0];
   const rects = [];
   if (cells) {
@@ -29,7 +45,7 @@ export function volume({ rows, columns, depth, cell, step, label, cells = true, 
   }
   const margin = 3;
   const size = () => {
-    const back = most * step;
+    const back = (room ?? depth) * step;
     const box = [-margin, -back - margin, wide + back + 2 * margin, high + back + 2 * margin];
     root.setAttribute("viewBox", box.join(" "));
     root.setAttribute("width", box[2]);
@@ -37,18 +53,8 @@ export function volume({ rows, columns, depth, cell, step, label, cells = true, 
   };
   const setDepth = (value) => {
     depth = value;
-    const back = depth * step;
-    const drawn = [
-      svg("path", { class: "face", d: path([[0, 0], [back, -back], [wide + back, -back], [wide, 0]]) }),
-      svg("path", { class: "face", d: path([[wide, 0], [wide + back, -back], [wide + back, high - back], [wide, high]]) }),
-      svg("path", { class: "face", d: path([[0, 0], [wide, 0], [wide, high], [0, high]]) }),
-    ];
-    const every = Math.max(1, Math.ceil(2.2 / step));
-    for (let i = every; lines && i < depth; i += every) {
-      const b = i * step;
-      drawn.push(svg("polyline", { class: "layer", fill: "none", points: `${b},${-b} ${wide + b},${-b} ${wide + b},${high - b}` }));
-    }
-    faces.replaceChildren(...drawn);
+    faces.replaceChildren(...drawFaces(wide, high, depth, step));
+    size();
   };
   // Draws the column of a pixel through the block, or the part of it from one channel to another.
   const highlight = (row, column, from = 0, to = depth) => {
@@ -79,7 +85,6 @@ export function volume({ rows, columns, depth, cell, step, label, cells = true, 
       onSelect(...next);
     });
   }
-  size();
   setDepth(depth);
   return { element: root, setDepth, highlight, show };
 }

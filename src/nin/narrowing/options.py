@@ -1,0 +1,63 @@
+"""How narrowing works, beside what is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class NarrowOptions:
+    """How `nin.narrow` works, beside what is asked for.
+
+    Attributes:
+        thin: leave out channels between layers, where the traced graph shows that one layer alone looks at them.
+        factorise: replace layers by two or three with fewer channels between them.
+        passes: times that the images are run through both networks while fitting, at most.
+        renormalise: measure BatchNorm statistics again, and keep them where the result comes nearer to the original's.
+        revert_slower: keep layers that were measured slower than before, where the budget allows it.
+        measure_latency: time the whole model before and after.
+        batch: images at a time when measuring; that of the first batch if not given.
+        layout: of the weights: "contiguous", or "channels_last", which is often faster.
+        budgets: more shares of the same budget; the network is narrowed to each of them too, for the report's curve.
+        cache: a file that keeps what was found of the network, so that another budget takes less time, and so that
+            an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
+        dry_run: make the plan only; the result's ``model`` has fresh weights where the plan changes it.
+        on_progress: called with what is being done, the number done, and the number of all.
+    """
+
+    thin: bool = True
+    factorise: bool = True
+    passes: int = 32
+    renormalise: bool = True
+    revert_slower: bool = True
+    measure_latency: bool = True
+    batch: int | None = None
+    layout: str = "contiguous"
+    budgets: tuple[float, ...] = ()
+    cache: Path | None = None
+    dry_run: bool = False
+    on_progress: Callable[[str, int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.layout not in ("contiguous", "channels_last"):
+            raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
+        for name in ("passes", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for share in self.budgets:
+            check_share("budgets", share)
+
+
+def check_share(name: str, share: object) -> float:
+    """Return a share of the original's that is to be left.
+
+    Raises:
+        ValueError: it is no number above 0 and below 1.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"{name} must be a share of the original's, above 0 and below 1, got {share!r}")
+    return float(share)

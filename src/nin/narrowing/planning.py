@@ -1,0 +1,206 @@
+"""From a budget to a plan: choices over what layers cost, checked against what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from nin.errors import UserError
+from nin.narrowing import pricing
+from nin.narrowing.candidates import Candidates
+from nin.narrowing.choosing import Choice, Knapsack
+from nin.narrowing.graph import Edge
+from nin.narrowing.options import NarrowOptions
+from nin.narrowing.plan import LayerPlan, Plan, Thinning
+from nin.narrowing.pricing import LatencyTable, Price, Stopwatch
+from nin.narrowing.rebuilding import apply_plan, chain_of
+from nin.narrowing.structure import factors
+from nin.narrowing.studying import Study
+
+# The whole model is measured after each plan for a latency; so many plans are made at most.
+LATENCY_PLANS = 4
+
+# A plan whose whole model is this near to the latency asked for is good enough.
+LATENCY_TOLERANCE = 1.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided for a budget.
+
+    Attributes:
+        plan: what to do.
+        loss: sum over the layers of the share of variance that each is expected to lose.
+        predicted: the same for each layer.
+        latency: milliseconds before and after of each layer that changes; empty where they are not measured.
+        notes: sentences for the report.
+    """
+
+    plan: Plan
+    loss: float
+    predicted: dict[str, float]
+    latency: dict[str, tuple[float, float]]
+    notes: tuple[str, ...]
+
+
+class Planner:
+    """Makes plans for one model; what it measures serves all of them.
+
+    Args:
+        original: the model, expanded, in evaluation mode.
+        known: what was found of it.
+        kind: "macs", "latency" or "parameters".
+        table: milliseconds of layers.
+        stopwatch: milliseconds of whole models.
+        options: how to work.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        known: Study,
+        kind: str,
+        table: LatencyTable,
+        stopwatch: Stopwatch,
+        options: NarrowOptions,
+    ) -> None:
+        self.original, self.known, self.kind, self.options = original, known, kind, options
+        self.table, self.stopwatch = table, stopwatch
+        self.candidates = known.candidates
+        if not options.factorise:
+            kept = {name: forms[:1] for name, forms in known.candidates.forms.items()}
+            self.candidates = dataclasses.replace(known.candidates, forms=kept)
+        self.edges = known.edges if options.thin else ()
+
+    def decide(self, share: float) -> Decision:
+        """Return the plan for a share of the original's.
+
+        Raises:
+            UserError: it cannot be reached; the message says what can.
+        """
+        if self.kind == "latency":
+            knapsack, choice, notes = self._for_latency(share)
+        else:
+            knapsack, choice, notes = self._for_count(share)
+        plan = self._plan(knapsack, choice, share)
+        return Decision(plan, choice.loss, self._predicted(plan, choice), self._latency(plan), notes)
+
+    def _knapsack(self, candidates: Candidates, edges: tuple[Edge, ...]) -> Knapsack:
+        prices: dict[str, Price] = {"macs": pricing.macs, "parameters": pricing.parameters, "latency": self.table}
+        price = prices[self.kind]
+        return Knapsack(self.known.shapes, candidates, edges, price)
+
+    def _for_count(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
+        """Choose for a number of MACs or parameters."""
+        knapsack = self._knapsack(self.candidates, self.edges)
+        whole = knapsack.everything().cost
+        budget = share * whole
+        if self.kind == "parameters":  # those of BatchNorm and others stay
+            budget -= (1 - share) * (count_parameters(self.original) - whole)
+        choice = knapsack.choose(budget)
+        if self.options.revert_slower and self.options.factorise:
+            return self._revert_slower(knapsack, choice, budget)
+        return knapsack, choice, ()
+
+    def _revert_slower(
+        self, knapsack: Knapsack, choice: Choice, budget: float
+    ) -> tuple[Knapsack, Choice, tuple[str, ...]]:
+        """Return a choice without factorised layers that were measured slower, where there is one."""
+        notes: tuple[str, ...] = ()
+        candidates = self.candidates
+        for _ in range(3):
+            latency = {name: self._milliseconds(knapsack, choice, name) for name in choice.forms}
+            slower = [name for name, (before, after) in latency.items() if after > before]
+            slower = [name for name in slower if choice.forms[name].form != "keep"]
+            if not slower:
+                break
+            forms = {name: v[:1] if name in slower else v for name, v in candidates.forms.items()}
+            candidates = dataclasses.replace(candidates, forms=forms)
+            again = self._knapsack(candidates, self.edges)
+            try:
+                choice = again.choose(budget)
+            except UserError:
+                return knapsack, choice, (*notes, f"Slower than before, but the budget needs them: {_list(slower)}.")
+            knapsack = again
+            notes += (f"Not factorised, as that was measured slower: {_list(slower)}.",)
+        return knapsack, choice, notes
+
+    def _for_latency(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
+        """Choose over the measured table, measure the whole model, and choose again until it is fast enough."""
+        knapsack = self._knapsack(self.candidates, self.edges)
+        budget = share * knapsack.everything().cost
+        best: tuple[float, Choice] | None = None
+        for _ in range(LATENCY_PLANS):
+            choice = knapsack.choose(budget)
+            planned = apply_plan(self.original, self._plan(knapsack, choice, share))
+            before, after = self.stopwatch.compare(planned, self.table.batch)
+            reached = after.median_ms / before.median_ms
+            if best is None or (best[0] > share * LATENCY_TOLERANCE and reached < best[0]):
+                best = reached, choice
+            if reached <= share * LATENCY_TOLERANCE:
+                break
+            budget *= share / reached * 0.98
+        assert best is not None
+        notes: tuple[str, ...] = ()
+        if best[0] > share * LATENCY_TOLERANCE:
+            notes = (f"The latency asked for, {share:.2f} of the original's, was not reached: {best[0]:.2f}.",)
+        return knapsack, best[1], notes
+
+    def _plan(self, knapsack: Knapsack, choice: Choice, share: float) -> Plan:
+        """Return a choice as a plan."""
+        layers = []
+        for name, form in choice.forms.items():
+            inputs = knapsack.width(name, choice.widths, before=True)
+            outputs = knapsack.width(name, choice.widths, before=False)
+            dtype = str(self.original.get_submodule(name).get_parameter("weight").dtype).removeprefix("torch.")
+            ranks = form.form, form.rank_in, form.rank_out
+            layers.append(LayerPlan(name, *ranks, inputs, outputs, dtype, self.known.reasons.get(name, "")))
+        thinned = []
+        for number, edge in enumerate(knapsack.edges):
+            full = self.known.shapes[edge.consumer].in_channels
+            left = choice.widths.get(number, full)
+            if left < full:
+                thinned.append(Thinning(edge.producer, edge.consumer, edge.between, left, full))
+        return Plan(tuple(layers), tuple(thinned), self.kind, share, self.options.layout)
+
+    def _milliseconds(self, knapsack: Knapsack, choice: Choice, name: str) -> tuple[float, float]:
+        """Return the milliseconds of one layer before and after a choice."""
+        inputs = knapsack.width(name, choice.widths, before=True)
+        outputs = knapsack.width(name, choice.widths, before=False)
+        shape, form = self.known.shapes[name], choice.forms[name]
+        if form.form == "keep":
+            return 0.0, 0.0
+        chain = factors(shape, form.form, form.rank_in, form.rank_out, inputs=inputs, outputs=outputs)
+        return self.table((shape,)), self.table(chain)
+
+    def _predicted(self, plan: Plan, choice: Choice) -> dict[str, float]:
+        """Return the share of its variance that each layer is expected to lose."""
+        lost = {name: form.loss for name, form in choice.forms.items()}
+        for t in plan.thinned:
+            lost[t.consumer] += self.known.candidates.widths[t.producer, t.consumer][t.channels]
+        return lost
+
+    def _latency(self, plan: Plan) -> dict[str, tuple[float, float]]:
+        """Return the milliseconds before and after of each layer that changes."""
+        found = {}
+        for layer in plan.layers if self.options.measure_latency else ():
+            shape = self.known.shapes[layer.name]
+            chain = chain_of(shape, layer)
+            if chain != (shape,):
+                found[layer.name] = self.table((shape,)), self.table(chain)
+        return found
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of weights and biases."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def first_parameter(model: nn.Module) -> Tensor:
+    """Return a parameter that tells the model's device and number type."""
+    return next(p for p in model.parameters() if p.is_floating_point())
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,117 @@
+// How a layer would look narrowed: a slider for the directions that are kept, what that costs, and its maps then.
+
+import { channel, drawMap } from "./contributions.js";
+import { announce, checkbox, count, element, format, number, setNumber, slider, svg } from "./elements.js";
+import { largest } from "./maths.js";
+import { coordinates, kept, macs, narrowMacs, rebuild, stopsPaying } from "./narrowing.js";
+import { LIVE } from "./server.js";
+
+const [WIDE, HIGH, LEFT, TOP, BOTTOM] = [420, 170, 46, 8, 132];
+
+export class Narrowed {
+  // onRebuilt(output) where all maps shall be shown as they would be, onRebuilt(null) where as they are.
+  constructor(onRebuilt) {
+    this.onRebuilt = onRebuilt;
+    this.element = element("div", { class: "block", hidden: true, "data-narrowed": "" });
+    this.turn = 0;
+  }
+
+  // Shows the layer of a look; its image or layer may be another than before.
+  async open(look, index, filter) {
+    const layer = look.network.layers[index];
+    if (this.look === look && this.index === index && this.image === look.image) return this.choose(filter);
+    const turn = (this.turn += 1);
+    this.element.hidden = true;
+    Object.assign(this, { look, index, layer, filter, image: look.image });
+    this.onRebuilt(null);
+    if (layer.kind !== "convolution") return;
+    const asked = [look.network.spectrum(index), look.sums(index), look.layer(index)];
+    const found = await Promise.all(asked).catch(() => null);
+    if (turn !== this.turn || !found) return; // another layer meanwhile, or no test images to learn it from
+    [this.spectrum, this.sums, this.output] = found;
+    this.z = coordinates(this.sums, this.spectrum);
+    this.shares = kept(this.spectrum);
+    this.rank = Math.max(1, Math.min(stopsPaying(layer) - 1, this.shares.findIndex((share) => share >= 0.95)));
+    this.build();
+  }
+
+  choose(filter) {
+    this.filter = filter;
+    if (!this.element.hidden) this.draw();
+  }
+
+  build() {
+    const { layer, spectrum } = this;
+    this.chart = svg("svg", { class: "chart", viewBox: `0 0 ${WIDE} ${HIGH}`, width: WIDE, height: HIGH, role: "img" });
+    this.maps = ["as it is", "narrowed", "difference"].map((name) => ({ name, canvas: element("canvas", { role: "img" }) }));
+    this.share = number(0, 1, { "data-kept": "" });
+    this.cost = number(0, 0, { "data-macs": "" });
+    this.said = element("p", { class: "said" });
+    this.right = element("p", { class: "quiet", "data-right": "" });
+    this.all = checkbox("Show all maps above this way", false, () => this.draw());
+    const control = slider({ label: "r, channels between:", min: 1, max: layer.channels, value: this.rank, onInput: (value) => { this.rank = value; this.draw(); } });
+    control.input.addEventListener("change", () => this.count());
+    const k = layer.kernel_size;
+    this.element.replaceChildren(
+      element("h3", {}, "How it would look narrowed"),
+      element("p", { class: "quiet" }, `${layer.in_channels} → ${k}×${k} → ${layer.channels} becomes ${layer.in_channels} → ${k}×${k} → r → 1×1 → ${layer.channels}, through the r directions in which the layer’s sums vary most on ${spectrum.images} test images. nin narrow does this to all layers, and weighs the directions by what later layers make of them.`),
+      element("div", { class: "controls" }, control.element, this.all),
+      element("div", { class: "row narrowed" }, this.chart, element("div", { class: "trio" }, ...this.maps.map(({ name, canvas }) => element("figure", { class: "part" }, element("figcaption", {}, name), canvas)))),
+      this.said, this.right);
+    this.element.hidden = false;
+    this.draw();
+    this.count();
+  }
+
+  draw() {
+    const { layer, rank, spectrum } = this;
+    const rebuilt = rebuild(this.z, this.sums.shape, spectrum, rank, layer.activation);
+    const [, height, width] = rebuilt.shape;
+    const [before, after] = [channel(this.output, this.filter), channel(rebuilt, this.filter)];
+    const limit = largest(before);
+    const shown = [before, after, Float64Array.from(before, (value, p) => value - after[p])];
+    this.maps.forEach(({ name, canvas }, i) => {
+      drawMap(canvas, shown[i], height, width, limit);
+      canvas.setAttribute("aria-label", `the chosen channel ${name}, at most ${format(largest(shown[i]), 2)}`);
+    });
+    const [whole, narrow] = [macs(layer, spectrum.pixels), narrowMacs(layer, spectrum.pixels, rank)];
+    setNumber(this.share, 100 * this.shares[rank], 1);
+    setNumber(this.cost, narrow, 0);
+    const times = narrow < whole ? `${format(whole / narrow, 2)} times fewer than ${count(whole)}` : `no fewer than ${count(whole)}`;
+    this.said.replaceChildren(`${rank} of ${layer.channels} directions keep `, this.share, " % of the variance and take ", this.cost, ` multiplications, ${times}. It stops paying at r = ${stopsPaying(layer)}.`);
+    announce(this.said.textContent);
+    this.drawChart();
+    this.onRebuilt(this.all.querySelector("input").checked ? rebuilt : null);
+  }
+
+  drawChart() {
+    const { shares, rank, layer } = this;
+    const x = (r) => LEFT + ((WIDE - LEFT - 8) * r) / layer.channels;
+    const y = (share) => BOTTOM - (BOTTOM - TOP) * share;
+    const ends = stopsPaying(layer);
+    this.chart.replaceChildren(
+      ...[0, 0.5, 1].flatMap((share) => [
+        svg("line", { class: "axis", x1: LEFT, x2: WIDE - 8, y1: y(share), y2: y(share) }),
+        svg("text", { x: LEFT - 6, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`)]),
+      svg("rect", { class: "paying", x: x(0), y: TOP, width: x(Math.min(ends, layer.channels)) - x(0), height: BOTTOM - TOP }),
+      svg("polyline", { class: "line narrow", points: shares.map((share, r) => `${x(r)},${y(share)}`).join(" ") }),
+      svg("line", { class: "now", x1: x(rank), x2: x(rank), y1: TOP, y2: BOTTOM }),
+      svg("circle", { class: "dot-narrow", cx: x(rank), cy: y(shares[rank]), r: 4 }),
+      svg("text", { x: (LEFT + WIDE) / 2, y: BOTTOM + 18, "text-anchor": "middle" }, "r; grey: it takes fewer multiplications"));
+    this.chart.setAttribute("aria-label", `Share of the variance kept, for r from 0 to ${layer.channels}: ${format(100 * shares[rank], 1)} % with ${rank}.`);
+  }
+
+  // How many test images are right, asked for when the slider has come to rest.
+  async count() {
+    const { rank, turn } = this;
+    if (!LIVE) {
+      this.right.textContent = "How many test images stay right is counted where the page is served: nin serve.";
+      return;
+    }
+    this.right.textContent = "counting …";
+    const answer = await this.look.network.narrowed(this.index, rank).catch((error) => error);
+    if (turn !== this.turn || rank !== this.rank) return;
+    const { right, right_before: before, images } = answer;
+    this.right.textContent = answer instanceof Error ? `This could not be counted: ${answer.message}` : `With this layer narrowed and all others as they are, ${right} of ${images} test images looked at are right; ${before} without.`;
+  }
+}
