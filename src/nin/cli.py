@@ -255,6 +255,7 @@ def bench(
     *,
     dtype: list[str] | None = None,
     engine: list[str] | None = None,
+    device: str = "cpu",
     html: Path | None = None,
     json: JsonFlag = False,
 ) -> None:
@@ -268,6 +269,8 @@ def bench(
         float32 or bfloat16; both if not given. May be given several times, as may the next.
     engine
         nin, eager NCHW, … ; all that are installed if not given.
+    device
+        Where to time: cpu, cuda, cuda:1.
     html
         Write a chart into this file.
     json
@@ -275,7 +278,7 @@ def bench(
     """
     from nin import terminal
 
-    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], html=html, as_json=json)
+    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], device=device, html=html, as_json=json)
 
 
 @app.command

@@ -13,6 +13,7 @@ from nin import machine, models
 from nin.descent import Descent, averaging
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, learning_rate
+from nin.replaying import Replay
 
 
 class Learner:
@@ -41,6 +42,9 @@ class Learner:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
+        self._take_step = Replay(self._plain_step) if replays else self._plain_step
 
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
@@ -56,23 +60,29 @@ class Learner:
             steps: in the whole training.
 
         Returns:
-            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed.
+            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed on a CPU;
+            a GPU is not waited for to ask, so there the weights are lost, and what was saved before is not.
         """
+        loss, scores = self.advance(x, labels, step, steps)
+        return loss.item(), scores
+
+    def advance(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Take a step as `step` does, without waiting for the device: the loss is still a tensor."""
         config = self.config
         self.model.train()
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, as a function of (seed, step)
+        self.descent.prepare(learning_rate=learning_rate(step, steps, config), decay=averaging(config.ema, step))
+        loss, scores = self._take_step(x, labels)
+        return loss, scores
+
+    def _plain_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             scores = self.model(x)
         scores = scores.float()
-        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
-        if torch.isfinite(loss):
-            self.descent.step(
-                loss,
-                learning_rate=learning_rate(step, steps, config),
-                gradient_clip=config.gradient_clip,
-                decay=averaging(config.ema, step),
-            )
-        return loss.item(), scores.detach()
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.config.label_smoothing)
+        if self.device.type == "cuda" or torch.isfinite(loss):
+            self.descent.follow(loss, gradient_clip=self.config.gradient_clip)
+        return loss.detach(), scores.detach()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""

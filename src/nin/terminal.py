@@ -460,7 +460,13 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
 
 
 def bench(
-    cases: Sequence[str], *, dtypes: Sequence[str], engines: Sequence[str], html: Path | None, as_json: bool
+    cases: Sequence[str],
+    *,
+    dtypes: Sequence[str],
+    engines: Sequence[str],
+    device: str,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Time cases and engines in turn, and show the table."""
     if list(cases) == ["list"]:
@@ -468,7 +474,7 @@ def bench(
         return
     chosen = {"cases": cases, "dtypes": dtypes, "engines": engines}
     try:
-        measured = benchmark.run(**{k: v for k, v in chosen.items() if v}, progress=words.print)
+        measured = benchmark.run(**{k: v for k, v in chosen.items() if v}, device=device, progress=words.print)
     except ValueError as error:
         raise UserError(str(error)) from error
     if html is not None:

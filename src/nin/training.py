@@ -18,10 +18,13 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
 from nin.learner import Learner, make_model
-from nin.recipe import TrainConfig, learning_rate
+from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
+
+# On a GPU: steps between two looks at the loss, images that are augmented together, bytes of images that it holds.
+READ_EVERY, AUGMENTED_TOGETHER, MOST_HELD_BYTES = 50, 8192, 4 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +164,7 @@ class _Run:
         config = learner.config
         self.images, self.config, self.folder = images, config, folder
         self.keeping, self.on_progress = keeping, on_progress
+        self.images = hold_images(images, config)
         self.learner = learner
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -169,6 +173,10 @@ class _Run:
         self.overridden: list[str] = []
         self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
+        # A GPU is waited for after so many steps only; what they gave is read together.
+        self.read_every = READ_EVERY if runs_ahead(self.learner.device) else 1
+        self.unread: list[tuple[Tensor, Tensor, int]] = []
+        self.last_loss = math.nan
 
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
@@ -190,6 +198,8 @@ class _Run:
             p.epoch_seconds = before + time.perf_counter() - started
             self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, loss))
             self.keep()
+        self.read()
+        p.epoch_seconds = before + time.perf_counter() - started
         row = self.end_epoch()
         self.metrics.append(row)
         self.position = _Position(epoch=p.epoch + 1, seconds=row["seconds"])
@@ -204,19 +214,35 @@ class _Run:
         return self.position.epoch * self.steps_per_epoch + self.position.step
 
     def train_step(self, x: Tensor, labels: Tensor) -> float:
-        """Take one step and count it; return its loss."""
-        loss, scores = self.learner.step(x, labels, self.step, self.steps)
-        p = self.position
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {self.step + 1} (epoch {p.epoch + 1}); what was written before is "
-                f"kept. Try a lower learning_rate than {self.config.learning_rate}"
-            )
-        p.step += 1
-        p.loss_sum += loss * len(labels)
-        p.hits += int((scores.argmax(1) == labels).sum())
-        p.seen += len(labels)
-        return loss
+        """Take one step and count it; return the last loss that is known."""
+        loss, scores = self.learner.advance(x, labels, self.step, self.steps)
+        self.unread.append((loss, (scores.argmax(1) == labels).sum(), len(labels)))
+        self.position.step += 1
+        if len(self.unread) >= self.read_every:
+            self.read()
+        return self.last_loss
+
+    def read(self) -> None:
+        """Wait for the steps that were taken, and count what they gave.
+
+        Raises:
+            UserError: a loss is no finite number.
+        """
+        p, unread = self.position, self.unread
+        self.unread = []
+        if not unread:
+            return
+        rows = torch.stack([torch.stack((loss.double(), hits.double())) for loss, hits, _ in unread]).tolist()
+        for i, ((loss, hits), (_, _, count)) in enumerate(zip(rows, unread, strict=True)):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} at step {self.step - len(unread) + i + 1} (epoch {p.epoch + 1}); what was "
+                    f"written before is kept. Try a lower learning_rate than {self.config.learning_rate}"
+                )
+            p.loss_sum += loss * count
+            p.hits += int(hits)
+            p.seen += count
+            self.last_loss = loss
 
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
@@ -240,7 +266,12 @@ class _Run:
         order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
         # The rest that fills no batch is left out: another one in every epoch.
         order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        for pixels, labels, indices in data.batches(images.train, order, config.batch_size, on_lost=self.lose):
+        order = order.to(images.train.labels.device)
+        # A GPU augments many batches at once: what an image becomes does not depend on the batch it is in.
+        together = max(1, AUGMENTED_TOGETHER // config.batch_size) if runs_ahead(self.learner.device) else 1
+        for pixels, labels, indices in data.batches(
+            images.train, order, config.batch_size * together, on_lost=self.lose
+        ):
             pixels = data.augment(
                 pixels.to(self.learner.device),
                 indices.to(self.learner.device),
@@ -250,7 +281,8 @@ class _Run:
                 shift=config.shift,
             )
             x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
-            yield x, labels.to(self.learner.device)
+            labels = labels.to(self.learner.device)
+            yield from zip(x.split(config.batch_size), labels.split(config.batch_size), strict=True)
 
     def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
         """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
@@ -276,15 +308,18 @@ class _Run:
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
         keeping, stop = self.keeping, self.keeping.stop()
-        if self.folder is not None and self.position.step < self.steps_per_epoch:  # the epoch's end writes it anyway
+        if self.folder is not None:
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
-            if stop or by_steps or time.monotonic() - self.saved > 60 * keeping.minutes:
+            due = by_steps or time.monotonic() - self.saved > 60 * keeping.minutes
+            ends = self.position.step == self.steps_per_epoch  # the epoch's end writes it anyway
+            if stop or (due and not ends):
                 self.save_state(self.folder)
         if stop:
             raise KeyboardInterrupt
 
     def save_state(self, folder: Path) -> None:
         """Write all that resuming needs."""
+        self.read()
         values = {
             "position": dataclasses.asdict(self.position),
             "metrics": self.metrics,
@@ -391,6 +426,24 @@ class _Run:
             "notes": list(images.notes),
             **images.origin,
         }
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether the device works on its own while the next steps are prepared, so that waiting for it is dear."""
+    return device.type == "cuda"
+
+
+def hold_images(images: data.Data, config: ResolvedConfig) -> data.Data:
+    """Return the images as bytes on the device that trains, where that is worth it and they fit; else as they are.
+
+    On a GPU reading them from elsewhere would take longer than training; the speed recipe decodes files once on any
+    device. What a step is given stays the same.
+    """
+    device = machine.choose_device(config.device)
+    total = (len(images.train) + len(images.test)) * images.channels * images.size**2
+    if total > MOST_HELD_BYTES or (device.type != "cuda" and config.recipe != "speed"):
+        return images
+    return dataclasses.replace(images, train=data.hold(images.train, device), test=data.hold(images.test, device))
 
 
 def prepare_folder(out: Path, *, resume: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from nin.data.sets import DecodedSet, ImageSet
@@ -58,6 +59,19 @@ def batches(
             on_lost(path, reason)
         if len(kept):
             yield images, dataset.labels[kept], kept
+
+
+def hold(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
+    """Returns the set with all its images decoded, as bytes in the memory of a device.
+
+    Raises:
+        UserError: a file cannot be read any more.
+    """
+    if isinstance(dataset, ImageSet):
+        pixels = dataset.images
+    else:
+        pixels = torch.cat([batch for batch, _, _ in batches(dataset, torch.arange(len(dataset)), 1024)])
+    return ImageSet(pixels.to(device), dataset.labels.to(device), dataset.names)
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
