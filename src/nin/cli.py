@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -400,6 +400,36 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
         return tuple(float(part) for part in (text or "").split(",") if part.strip())
     except ValueError as error:
         raise UserError(f"{name} must be numbers with commas between them, such as 0.8,0.6, got {text!r}") from error
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` or `nin narrow` made.
+    format
+        onnx; pt2, for torch.export.load; or openvino.
+    out
+        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+    preprocessing
+        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+    json
+        Print what was written as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
 
 
 @app.command
