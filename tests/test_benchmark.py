@@ -14,6 +14,7 @@ import nin
 from nin import benchmark
 from nin.benchmark import engines
 from nin.benchmark.cases import CASES, Case
+from nin.errors import UserError
 from nin.timing import Timing
 
 SMALL = Case("small", lambda: nin.MLPConv(3, (8, 5), kernel_size=3, padding=1), (2, 3, 8, 8))
@@ -98,3 +99,30 @@ def test_the_table_and_the_chart_hold_the_numbers():
     assert page.count("<rect") == 2
     assert "http" not in page
     assert dataclasses.asdict(result)["measurements"][1]["timing"]["runs"] == 9
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="device must be auto, cpu or a GPU of this machine, got 'cuda:9'"):
+        benchmark.run([], device="cuda:9")
+
+
+def test_what_ran_on_a_gpu_is_in_the_table():
+    from nin.ops import gpu
+    from nin.ops.gpu import choosing
+
+    steps = [choosing.Step(0, 1, False), choosing.Step(1, 2, True)]
+    assert gpu.summarise(steps) == "Triton 2 layers, cuDNN 1 layers"
+    machine = benchmark.Machine("A GPU", 2, "nin", {"float32": None}, None, "tuned", {"torch": "2"}, "3", "L", "d")
+    row = benchmark.Measurement("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=gpu.summarise(steps))
+    assert "nin (Triton 2 layers, cuDNN 1 layers)" in shown(benchmark.Benchmark(machine, [row]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_says_which_kernels_ran(small):
+    result = benchmark.run(["small", "small-network"], engines=["nin", "eager", "OpenVINO"], device="cuda")
+    assert result.machine.kernel == nin.backends()["cuda"]
+    assert all(m.ran for m in result.measurements if m.engine == "nin")
+    assert {m.reason for m in result.measurements if m.engine == "OpenVINO"} <= {
+        "for inference only",
+        "timed on the CPU only",
+    }

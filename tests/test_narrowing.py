@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import nin
 from nin.errors import UserError
-from nin.narrowing import LayerPlan, NarrowOptions, Plan, Thinning, structure
+from nin.narrowing import FinetuneConfig, LayerPlan, NarrowOptions, Plan, Thinning, finetune, graph, structure
 from nin.narrowing.refining import Material, refine
 from nin.narrowing.studying import study
 
@@ -404,3 +406,98 @@ def test_plans_that_do_not_fit_are_refused():
     values["layers"][0]["form"] = "cube"
     with pytest.raises(ValueError, match="the form of 0 must be one of keep, output, input, tucker, got 'cube'"):
         nin.apply_plan(chain(), values)
+
+
+class TheirLinear(nn.Linear):
+    """A subclass, as timm has one."""
+
+
+def test_subclasses_stay_and_the_plan_still_fits():
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(*chain()[:13], TheirLinear(16, 10))
+
+    result = nin.narrow(make(), images(16, 3, 16, 16), macs=0.7, options=QUIET)
+    assert {layer.name: layer.reason for layer in result.report.layers}[
+        "13"
+    ] == "a TheirLinear, whose forward may differ"
+    nin.apply_plan(make(), result.plan).load_state_dict(result.model.state_dict())
+    layers = tuple(dataclasses.replace(layer, form="output", rank_out=2) for layer in result.plan.layers)
+    with pytest.raises(ValueError, match="13 is a TheirLinear, whose forward may differ"):
+        nin.apply_plan(make(), dataclasses.replace(result.plan, layers=layers[-1:], thinned=()))
+
+
+def test_an_activation_that_serves_two_places_does_not_hide_the_channels():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), relu, nn.Conv2d(16, 8, 3), relu, nn.Flatten())
+    edges = graph.trace(model, {"0", "2"}).edges
+    assert [(edge.producer, edge.consumer) for edge in edges] == [("0", "2")]
+
+
+@pytest.mark.parametrize("name", [pytest.param("mobilenet_v2", marks=pytest.mark.slow), "shufflenet_v2_x0_5"])
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
+def test_networks_of_torchvision(name):
+    def make():
+        torch.manual_seed(0)
+        options = {"width_mult": 0.35} if name == "mobilenet_v2" else {}
+        return torchvision.models.get_model(name, weights=None, num_classes=10, **options).eval()
+
+    model, batches = make(), images(8, 3, 32, 32, count=2)
+    result = nin.narrow(model, batches, macs=0.7, options=dataclasses.replace(QUIET, passes=4))
+    assert result.report.macs[1] <= 0.7 * result.report.macs[0]
+    assert outputs(result.model, batches).shape == outputs(model, batches).shape
+    again = nin.apply_plan(make(), result.plan)
+    again.load_state_dict(result.model.state_dict())
+    torch.testing.assert_close(outputs(again, batches), outputs(result.model, batches), rtol=0, atol=0)
+    new = result.model.eval()
+    torch.testing.assert_close(torch.export.export(new, (batches[0],)).module()(batches[0]), new(batches[0]))
+
+
+def test_the_curve_shares_what_was_measured(tmp_path):
+    options = NarrowOptions(budgets=(0.8, 0.5), batch=2, cache=tmp_path / "found.safetensors")
+    model, batches = chain(), images(16, 3, 16, 16)
+    result = nin.narrow(model, batches, macs=0.6, evaluate=lambda m: 0.5, options=options)
+    assert [point.share for point in result.report.curve] == [0.8, 0.6, 0.5]
+    assert result.report.macs[1] == result.report.curve[1].macs
+    tables = json.loads((tmp_path / "found.latency.json").read_text())
+    assert len(tables) == 1
+    measured = dict(next(iter(tables.values())))
+    nin.narrow(model, batches, macs=0.6, options=dataclasses.replace(options, budgets=()))
+    again = json.loads((tmp_path / "found.latency.json").read_text())
+    assert measured.items() <= next(iter(again.values())).items()
+    (tmp_path / "found.latency.json").write_text("no table")
+    nin.narrow(model, batches, macs=0.6, options=dataclasses.replace(options, budgets=()))
+    with pytest.raises(ValueError, match="budgets must be a share of the original's"):
+        NarrowOptions(budgets=(0.5, 1.0))
+
+
+def test_finetuning_brings_a_factorised_network_back():
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), *head
+    ).eval()
+    batches = images(32, 3, 10, 10)
+    new, _ = realise(model, batches, {"2": ("tucker", 3, 3), "4": ("tucker", 3, 3)})
+    wanted = outputs(model, batches)
+    before = relative(outputs(new, batches), wanted)
+    config = FinetuneConfig(epochs=10, precision="fp32")
+    told = []
+    finetune(
+        new,
+        model,
+        lambda epoch: [(x, None) for x in batches],
+        config,
+        steps_per_epoch=4,
+        on_progress=lambda *a: told.append(a),
+    )
+    assert told[-1][:2] == (40, 40)
+    assert relative(outputs(new, batches), wanted) < before
+
+
+def test_channels_of_our_own_networks_can_be_left_out():
+    for model in (nin.models.nin_digits(), nin.models.nin_cifar()):
+        plain = structure.expand(model)
+        names = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d)]
+        wiring = graph.trace(plain, set(names))
+        assert wiring.problem is None
+        assert [(edge.producer, edge.consumer) for edge in wiring.edges] == list(itertools.pairwise(names))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 import nin
 from nin import checkpoint, data, descent, evaluation, recipe, training
+from nin.data.sets import PathList
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -334,3 +336,93 @@ def test_config_json_is_plain_json(digits, tmp_path):
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     assert values["format_version"] == checkpoint.FORMAT_VERSION
     assert values["classes"] == [str(i) for i in range(10)]
+
+
+# -- a device that runs ahead, and the speed recipe -------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """Train on the CPU as on a GPU: images held, many batches augmented together, losses read late."""
+    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(training, "READ_EVERY", 3)
+
+
+SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
+
+
+@pytest.mark.parametrize("config", [QUICK, SPEED], ids=["default", "speed"])
+def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, monkeypatch, config):
+    training.train(digits, config, out=tmp_path / "waits")
+    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(training, "READ_EVERY", 3)
+    training.train(digits, config, out=tmp_path / "ahead")
+    for name in FILES:
+        assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "waits" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 9])
+def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, ahead, stop_at):
+    training.train(digits, SPEED, out=tmp_path / "whole")
+    steps = []
+
+    def stop():
+        steps.append(1)
+        return len(steps) == stop_at
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(digits, SPEED, out=tmp_path / "run", keeping=training.Keeping(stop=stop))
+    training.train(digits, SPEED, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    for name in FILES:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_loss_that_is_read_late_still_stops_the_training(digits, ahead):
+    config = dataclasses.replace(QUICK, learning_rate=1e30, gradient_clip=1e30, normalisation="none")
+    with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\)"):
+        training.train(digits, config)
+
+
+def test_the_speed_recipe_fills_in_what_was_left_alone():
+    sizes = {"images": 50_000, "image_size": 32, "flip": True, "shift": 2}
+    speed = TrainConfig(recipe="speed").resolve(**sizes)
+    assert {name: getattr(speed, name) for name in recipe.RECIPES["speed"]} == recipe.RECIPES["speed"]
+    assert (speed.model, speed.flip, speed.shift) == ("nin_cifar", True, 2)
+    asked = TrainConfig(recipe="speed", batch_size=64, label_smoothing=0.0).resolve(**sizes)
+    assert (asked.batch_size, asked.label_smoothing, asked.schedule) == (64, 0.0, "triangle")
+    assert TrainConfig().resolve(**sizes).batch_size == 128
+
+
+def test_the_triangle_falls_in_a_straight_line():
+    config = TrainConfig(schedule="triangle", learning_rate=0.4)
+    rates = [recipe.learning_rate(step, 1000, config) for step in range(1000)]
+    falls = [a - b for a, b in itertools.pairwise(rates[250:])]
+    assert max(rates) == pytest.approx(0.4, rel=1e-2)
+    assert min(falls) == pytest.approx(max(falls))
+    assert rates[-1] < 1e-3
+
+
+def test_held_files_are_the_files(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for i in range(6):
+        pixels = torch.randint(0, 256, (9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    names = PathList(f"{i}.png" for i in range(6))
+    files = data.FileSet(tmp_path, torch.arange(6) % 2, names, channels=3, size=9)
+    images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
+    sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
+    held = training.hold_images(images, SPEED.resolve(**sizes))
+    assert torch.equal(held.train.images, files.fetch(torch.arange(6)))
+    assert torch.equal(held.train.labels, files.labels)
+    assert list(held.train.names) == list(names)
+    assert training.hold_images(images, QUICK.resolve(**sizes)) is images
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_step_is_the_plain_one(digits):
+    config = dataclasses.replace(SPEED, device="cuda", model="nin_cifar", epochs=2)
+    images = dataclasses.replace(digits, size=8)
+    replayed = training.train(images, config)
+    plain = training.train(images, dataclasses.replace(config, recipe="default", **recipe.RECIPES["speed"]))
+    for name, value in weights(replayed).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-2, atol=1e-3)

@@ -107,16 +107,16 @@ def main(run: Path, clients: int, seconds: float, images: int) -> dict[str, obje
     files = draw_images(max(clients, images), p.size, p.channels)
     sent = [[files[(i + j) % len(files)] for j in range(images)] for i in range(clients)]
     process, port = start(run)
-    results, served, alone = [], [], []
+    results, served, alone, memory = [], [], [], []
     try:
         results += load(port, sent, min(10, seconds / 2))
-        early = memory_mib(process)
+        memory.append(memory_mib(process))
         for _ in range(ROUNDS):
             alone.append(in_python(classifier, files, seconds / 12))
             found = load(port, sent, seconds / ROUNDS)
             served.append(images * sum(len(times) for times, _ in found) / (seconds / ROUNDS))
             results += found
-        late = memory_mib(process)
+            memory.append(memory_mib(process))
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -132,8 +132,7 @@ def main(run: Path, clients: int, seconds: float, images: int) -> dict[str, obje
         "requests": len(times),
         "errors": sum(errors for _, errors in results),
         "latency_ms": {q: round(1000 * times[int(q[1:]) * len(times) // 100], 1) for q in ("p20", "p50", "p80", "p99")},
-        "memory_mib_after_10_s": round(early, 1),
-        "memory_mib_at_end": round(late, 1),
+        "memory_mib_after_10_s_and_each_round": [round(size, 1) for size in memory],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "environment": environment(),

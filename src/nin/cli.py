@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -255,6 +256,7 @@ def bench(
     *,
     dtype: list[str] | None = None,
     engine: list[str] | None = None,
+    device: str = "cpu",
     html: Path | None = None,
     json: JsonFlag = False,
 ) -> None:
@@ -268,6 +270,8 @@ def bench(
         float32 or bfloat16; both if not given. May be given several times, as may the next.
     engine
         nin, eager NCHW, … ; all that are installed if not given.
+    device
+        Where to time: cpu, cuda, cuda:1.
     html
         Write a chart into this file.
     json
@@ -275,7 +279,7 @@ def bench(
     """
     from nin import terminal
 
-    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], html=html, as_json=json)
+    terminal.bench(cases or [], dtypes=dtype or [], engines=engine or [], device=device, html=html, as_json=json)
 
 
 @app.command
@@ -399,6 +403,36 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 
 @app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` or `nin narrow` made.
+    format
+        onnx; pt2, for torch.export.load; or openvino.
+    out
+        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+    preprocessing
+        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+    json
+        Print what was written as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
+
+
+@app.command
 def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
     """Write the report of a run folder again.
 
@@ -470,5 +504,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _stop(message: str, status: int) -> NoReturn:
     """Print one line to standard error and exit."""
-    print(f"nin: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"nin: {'' if rank == '0' else f'process {rank}: '}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -29,6 +29,12 @@ class Descent:
         groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+        self.blend: float | Tensor = 0.0  # how far the averages move
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            self.blend = torch.zeros((), device=device)
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=device)
 
     def step(self, loss: Tensor, *, learning_rate: float, gradient_clip: float, decay: float) -> None:
         """Follow the gradient of a loss.
@@ -39,16 +45,40 @@ class Descent:
             gradient_clip: largest norm of the gradient of all parameters together.
             decay: of the averaged weights.
         """
+        self.prepare(learning_rate=learning_rate, decay=decay)
+        self.follow(loss, gradient_clip=gradient_clip)
+
+    def prepare(self, *, learning_rate: float, decay: float) -> None:
+        """Set the numbers of the next step; see `step`.
+
+        On a GPU they lie in its memory, where a step that is replayed as a graph finds them.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        if isinstance(self.blend, Tensor):
+            self.blend.fill_(1 - decay)
+        else:
+            self.blend = 1 - decay
+
+    def follow(self, loss: Tensor, *, gradient_clip: float) -> None:
+        """Follow the gradient of a loss, by the numbers that were set; see `step`. It does not wait for a GPU."""
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip)
         self.optimizer.step()
+        averages: list[Tensor] = list(self.average.parameters())
+        currents: list[Tensor] = list(self.model.parameters())
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+            if isinstance(self.blend, Tensor):
+                for average, current in zip(averages, currents, strict=True):
+                    average.lerp_(current, self.blend)
+            else:
+                torch._foreach_lerp_(averages, currents, self.blend)
             for average, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                average.lerp_(current, 1 - decay) if average.is_floating_point() else average.copy_(current)
+                average.lerp_(current, self.blend) if average.is_floating_point() else average.copy_(current)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""

@@ -16,6 +16,7 @@ from nin import layers
 from nin.benchmark.cases import Case
 
 Call = Callable[[], object]
+CPU = torch.device("cpu")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
@@ -68,7 +69,7 @@ def compiled_most(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -
 
 def onnxruntime(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """Call the exported model in ONNX Runtime."""
-    _check_inference(case, "onnxruntime", "onnx", "onnxscript")
+    _check_inference(case, x, "onnxruntime", "onnx", "onnxscript")
     if dtype != torch.float32:
         raise UnavailableError(f"no {str(dtype).removeprefix('torch.')} on the CPU")
     import onnxruntime as ort
@@ -85,7 +86,7 @@ def onnxruntime(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> 
 
 def openvino(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """Call the converted model in OpenVINO, which chooses the layout itself."""
-    _check_inference(case, "openvino")
+    _check_inference(case, x, "openvino")
     import openvino as ov
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -113,8 +114,8 @@ ENGINES: dict[str, tuple[Callable[[Case, nn.Module, Tensor, torch.dtype], Call],
 }
 
 
-def prepare(engine: str, case: Case, dtype: torch.dtype) -> Call:
-    """Return what to time.
+def prepare(engine: str, case: Case, dtype: torch.dtype, device: torch.device = CPU) -> Call:
+    """Return what to time; on a GPU the call waits for it.
 
     Raises:
         UnavailableError: the engine is not installed, or cannot do this.
@@ -126,8 +127,17 @@ def prepare(engine: str, case: Case, dtype: torch.dtype) -> Call:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if not (case.training and case.network):  # a network trains in float32 under autocast
         model = model.to(dtype)
-    x = torch.randn(case.input_shape).to(next(model.parameters()).dtype)
-    return make(case, model.to(memory_format=layout), x.contiguous(memory_format=layout), dtype)
+    x = torch.randn(case.input_shape).to(device, next(model.parameters()).dtype)
+    model = model.to(device).to(memory_format=layout)
+    call = make(case, model, x.contiguous(memory_format=layout), dtype)
+    if device.type != "cuda":
+        return call
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return call_and_wait
 
 
 def _inference(model: nn.Module, x: Tensor) -> Call:
@@ -147,11 +157,11 @@ def _training_step(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) 
             grad = torch.randn_like(model(x))
         return lambda: torch.autograd.grad(model(x), [x, *parameters], grad)
     optimiser = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
-    target = torch.randint(0, 10, (x.shape[0],))
+    target = torch.randint(0, 10, (x.shape[0],), device=x.device)
     autocast = dtype == torch.bfloat16
 
     def call() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             loss = F.cross_entropy(model(x), target)
         loss.backward()
         optimiser.step()
@@ -165,9 +175,11 @@ def _compile(model: nn.Module, **options: str) -> nn.Module:
     return compiled_model
 
 
-def _check_inference(case: Case, *packages: str) -> None:
+def _check_inference(case: Case, x: Tensor, *packages: str) -> None:
     if case.training:
         raise UnavailableError("for inference only")
+    if x.device.type != "cpu":
+        raise UnavailableError("timed on the CPU only")
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise UnavailableError(f"not installed ({package}; pip install 'nin[bench]')")

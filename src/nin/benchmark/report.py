@@ -34,7 +34,8 @@ def table(benchmark: Benchmark) -> Table:
             share = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
             times = "" if ours is None else f"{t.median_ms / ours:.2f}"
             numbers = [f"{value:.3f}" for value in (t.median_ms, t.low_ms, t.high_ms)]
-            result.add_row(name, m.engine, *numbers, str(t.runs), share, times)
+            engine = f"{m.engine} ({m.ran})" if m.ran else m.engine
+            result.add_row(name, engine, *numbers, str(t.runs), share, times)
         result.add_section()
     return result
 

@@ -18,8 +18,8 @@ from nin import timing
 from nin.benchmark.cases import CASES, Case
 from nin.benchmark.engines import ENGINES, Call, UnavailableError, prepare
 from nin.costs import cost
-from nin.machine import keep_freed_memory, processor_name
-from nin.ops import backends, limits
+from nin.machine import choose_device, keep_freed_memory, processor_name
+from nin.ops import backends, gpu, limits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
@@ -63,6 +63,7 @@ class Measurement:
         reason: why there are none, else empty.
         share_of_limit: the least time that the machine's limits allow for the arithmetic or, where that is longer,
             for reading the input and the weights and writing the result once, over the median.
+        ran: on a GPU, which kernels served this package's operator.
     """
 
     case: str
@@ -71,6 +72,7 @@ class Measurement:
     timing: timing.Timing | None
     reason: str = ""
     share_of_limit: float | None = None
+    ran: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ def run(
     *,
     dtypes: Sequence[str] = tuple(DTYPES),
     engines: Sequence[str] = tuple(ENGINES),
+    device: str = "cpu",
     progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Benchmark:
     """Time the cases with every engine, in turn within one case and dtype.
@@ -106,6 +109,7 @@ def run(
         cases: names in `CASES`.
         dtypes: "float32", "bfloat16".
         engines: names in `nin.benchmark.engines.ENGINES`.
+        device: "cpu", "cuda", "cuda:1". A GPU is waited for after every call, so its times hold the launches too.
         progress: is called with one line for each case.
 
     Returns:
@@ -113,6 +117,7 @@ def run(
 
     Raises:
         ValueError: a name is not known.
+        UserError: there is no such device here.
 
     Example:
         >>> nin.benchmark.run([], engines=["nin"]).measurements
@@ -123,28 +128,35 @@ def run(
             if name not in known:
                 raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
     # every engine's: its page faults would be timed in place of its arithmetic
-    machine = _machine("tuned" if keep_freed_memory() else "default")
+    place = choose_device(device)
+    machine = _machine("tuned" if keep_freed_memory() else "default", place)
     measurements: list[Measurement] = []
     for name in cases:
         for dtype in dtypes:
-            found = _run_case(CASES[name], dtype, engines, machine)
+            found = _run_case(CASES[name], dtype, engines, machine, place)
             measurements += found
             times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in found if m.timing)
             progress(f"{name} {dtype}, ms: {times}")
     return Benchmark(machine, measurements)
 
 
-def _run_case(case: Case, dtype: str, engines: Sequence[str], machine: Machine) -> list[Measurement]:
+def _run_case(
+    case: Case, dtype: str, engines: Sequence[str], machine: Machine, device: torch.device
+) -> list[Measurement]:
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
+    ran: dict[str, str] = {}
     round_s = 0.0
     torch._dynamo.reset()
     for engine in engines:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what exporters and compilers have to say is not the user's
-                call = prepare(engine, case, DTYPES[dtype])
-                call()
+                with gpu.watch() as steps:
+                    call = prepare(engine, case, DTYPES[dtype], device)
+                    call()
+                if device.type == "cuda" and engine.startswith("nin"):
+                    ran[engine] = gpu.summarise(steps)
                 start = time.perf_counter()
                 call()
                 elapsed_s = time.perf_counter() - start
@@ -164,6 +176,7 @@ def _run_case(case: Case, dtype: str, engines: Sequence[str], machine: Machine) 
             engine,
             timings[engine],
             share_of_limit=least_ms / timings[engine].median_ms if least_ms else None,
+            ran=ran.get(engine, ""),
         )
         for engine in engines
     ]
@@ -184,19 +197,20 @@ def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
     return max(arithmetic_ms, memory_ms)
 
 
-def _machine(malloc: str) -> Machine:
+def _machine(malloc: str, device: torch.device) -> Machine:
     versions = {}
     for package in VERSIONS:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    peaks = {name: limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
-    copy = limits.measure_copy_bandwidth()
+    on_gpu = device.type == "cuda"
+    peaks = {name: None if on_gpu else limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = None if on_gpu else limits.measure_copy_bandwidth()
     return Machine(
-        processor=processor_name(),
+        processor=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         threads=torch.get_num_threads(),
-        kernel=backends()["cpu"],
+        kernel=backends()["cuda" if on_gpu else "cpu"],
         peak_gflops={name: peak / 1e9 if peak else None for name, peak in peaks.items()},
         copy_gbytes_per_second=copy / 1e9 if copy else None,
         malloc=malloc,

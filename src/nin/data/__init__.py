@@ -1,7 +1,7 @@
 """Images and labels: named sets, image folders and arrays become `Data`; `Data` becomes batches."""
 
 from nin.data.augmentation import augment, to_float
-from nin.data.batching import batches
+from nin.data.batching import batches, hold
 from nin.data.checking import Check, check
 from nin.data.findings import MEANINGS, findings_csv
 from nin.data.folder import images_below
@@ -31,6 +31,7 @@ __all__ = [
     "decode",
     "epoch_order",
     "findings_csv",
+    "hold",
     "images_below",
     "is_shards",
     "load",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from nin.data.sets import DecodedSet, ImageSet
@@ -23,6 +24,7 @@ def batches(
     *,
     workers: int | None = None,
     on_lost: Callable[[str, str], None] | None = None,
+    empty: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the samples of a set, in order, batch by batch.
 
@@ -34,6 +36,8 @@ def batches(
             decodes in the caller's thread. The number changes the speed and nothing else.
         on_lost: called with (path, reason) for each file that cannot be read any more; its batch comes without it.
             None raises.
+        empty: yield a batch of which nothing can be read any more, with no images. Processes that share a batch
+            must all take the step.
 
     Yields:
         images, uint8 (B, C, H, W); labels, int64 (B,); indices, int64 (B,).
@@ -56,8 +60,21 @@ def batches(
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
-        if len(kept):
+        if len(kept) or empty:
             yield images, dataset.labels[kept], kept
+
+
+def hold(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
+    """Returns the set with all its images decoded, as bytes in the memory of a device.
+
+    Raises:
+        UserError: a file cannot be read any more.
+    """
+    if isinstance(dataset, ImageSet):
+        pixels = dataset.images
+    else:
+        pixels = torch.cat([batch for batch, _, _ in batches(dataset, torch.arange(len(dataset)), 1024)])
+    return ImageSet(pixels.to(device), dataset.labels.to(device), dataset.names)
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
@@ -85,7 +102,6 @@ def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) ->
 
 
 def usable_cores() -> int:
-    """Returns the number of processor cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Returns the number of processor cores that this process may run on; those of a job of torchrun share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -39,8 +39,12 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         plan = Plan.from_dict(plan)
     new = expand(model)
     for layer in plan.layers:
-        if is_changed(layer, get_layer(new, layer.name)):
-            set_module(new, layer.name, build_layer(layer, get_layer(new, layer.name)))
+        module = get_layer(new, layer.name)
+        if is_changed(layer, module):
+            if type(module) not in (nn.Conv2d, nn.Linear):
+                kind = type(module).__name__
+                raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
+            set_module(new, layer.name, build_layer(layer, module))
     for thinning in plan.thinned:
         kept = torch.arange(thinning.channels)
         for name in thinning.between:
@@ -79,13 +83,13 @@ def chain_of(shape: LayerShape, layer: LayerPlan) -> tuple[LayerShape, ...]:
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer of that name.
+    """Return the layer of that name; it may be of a subclass, which is left as it is.
 
     Raises:
         ValueError: there is none.
     """
     module = get_module(model, name)
-    if type(module) not in (nn.Conv2d, nn.Linear):
+    if not isinstance(module, nn.Conv2d | nn.Linear):
         raise ValueError(f"plan does not fit the model: {name} must be a Conv2d or Linear, got {type(module).__name__}")
     return module
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nin.ops import cpu, schema  # noqa: F401  (schema registers the op)
+from nin.ops import cpu, gpu, schema  # noqa: F401  (schema registers the op)
 from nin.ops.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]
@@ -122,7 +122,7 @@ def backends() -> dict[str, str]:
         >>> sorted(nin.backends())
         ['cpu', 'cuda']
     """
-    return {"cpu": cpu.describe(), "cuda": "reference (PyTorch, cuDNN)"}
+    return {"cpu": cpu.describe(), "cuda": gpu.describe()}
 
 
 def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:

@@ -1,0 +1,130 @@
+"""The forward kernels: a chain of two or three layers in one pass over the pixels, and one layer of any size."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nin.ops.gpu.pieces import (
+    activate,
+    add_bias,
+    hidden_sums,
+    load_rows,
+    load_taps,
+    load_weight,
+    load_weights,
+    pixel_offsets,
+    product,
+    store_rows,
+    widen,
+    zeros,
+)
+
+
+@triton.jit
+def last_two(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_stride, CHANNELS: tl.constexpr,
+             TAPS: tl.constexpr, C: tl.constexpr, C_NEXT: tl.constexpr, ACTIVATION: tl.constexpr,
+             LAST: tl.constexpr, BIAS: tl.constexpr, BIAS_NEXT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+             BN: tl.constexpr, BN_NEXT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """Return two layers of ``rows``, chunk by chunk of the layer between them, which is never there as a whole."""
+    outs = zeros((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
+    for j in tl.static_range((C + BN - 1) // BN):
+        n = j * BN + tl.arange(0, BN)
+        z = hidden_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
+                        PRECISION, UPCAST)  # fmt: skip
+        h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
+        sums = ()
+        for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
+            if RESIDENT:
+                weight = tiles_next[j * ((C_NEXT + BN_NEXT - 1) // BN_NEXT) + m]
+            else:
+                weight = load_weight(w_next, n, m * BN_NEXT + tl.arange(0, BN_NEXT), 1, 0, C, 1, C_NEXT)
+            sums = sums + (product(h, weight, outs[m], PRECISION, UPCAST),)
+        outs = sums
+    finished = ()
+    for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
+        z = add_bias(outs[m], b_next, m * BN_NEXT + tl.arange(0, BN_NEXT), C_NEXT, BIAS_NEXT)
+        finished = finished + (activate(z, LAST),)
+    return finished
+
+
+@triton.jit
+def chain_forward(
+    x, w1, b1, w2, b2, w3, b3, y, pixels, height, width, out_height, out_width,
+    x_image, x_channel, x_row, x_column, y_image, y_channel, y_row, y_column, channel_stride, tap_stride,
+    LAYERS: tl.constexpr, C: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
+    BIAS1: tl.constexpr, BIAS2: tl.constexpr, BIAS3: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Compute two or three layers; the first may be k×k. A program takes every so-many-th tile of BM pixels.
+
+    RESIDENT: the weights are read once, before the first tile, and stay in shared memory; else each use reads them
+    from the L2 cache.
+    """
+    TAPS: tl.constexpr = KH * KW
+    tiles1, tiles2, tiles3 = (), (), ()
+    if RESIDENT:
+        tiles1 = load_weights(w1, channel_stride, tap_stride, C, TAPS, C1, BK, B1)
+        tiles2 = load_weights(w2, 1, 0, C1, 1, C2, B1, B2)
+        if LAYERS == 3:
+            tiles3 = load_weights(w3, 1, 0, C2, 1, C3, B2, B3)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, BM), tl.num_programs(0)):
+        pixel = widen(tile, WIDE) * BM + tl.arange(0, BM)
+        inside = pixel < pixels
+        if TAPS == 1 and PH == 0 and PW == 0:
+            rows = load_rows(x, pixel_offsets(pixel, out_height, out_width, x_image, x_row, x_column), inside,
+                             x_channel, C, BK)  # fmt: skip
+        else:
+            rows = ()
+            for i in tl.static_range((C * TAPS + BK - 1) // BK):
+                tile_of_taps = load_taps(x, pixel, inside, i * BK, height, width, out_height, out_width, x_image,
+                                         x_channel, x_row, x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
+                rows = rows + (tile_of_taps,)
+        offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
+        if LAYERS == 3:
+            middle = ()
+            for j in tl.static_range((C1 + B1 - 1) // B1):
+                z = hidden_sums(rows, w1, tiles1, j, channel_stride, tap_stride, C, TAPS, C1, BM, BK, B1, RESIDENT,
+                                PRECISION, UPCAST)  # fmt: skip
+                z = activate(add_bias(z, b1, j * B1 + tl.arange(0, B1), C1, BIAS1), A1)
+                middle = middle + (z.to(w1.dtype.element_ty),)
+            outs = last_two(middle, w2, tiles2, b2, w3, tiles3, b3, 1, 0, C1, 1, C2, C3, A2, A3, BIAS2, BIAS3, BM, B1,
+                            B2, B3, RESIDENT, PRECISION, UPCAST)  # fmt: skip
+            store_rows(y, outs, offsets, inside, y_channel, C3, B3)
+        else:
+            outs = last_two(rows, w1, tiles1, b1, w2, tiles2, b2, channel_stride, tap_stride, C, TAPS, C1, C2, A1, A2,
+                            BIAS1, BIAS2, BM, BK, B1, B2, RESIDENT, PRECISION, UPCAST)  # fmt: skip
+            store_rows(y, outs, offsets, inside, y_channel, C2, B2)
+
+
+@triton.jit
+def layer_forward(
+    x, w, b, y, pixels, height, width, out_height, out_width, x_image, x_channel, x_row, x_column,
+    y_image, y_channel, y_row, y_column, channel_stride, tap_stride, C: tl.constexpr, N: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Compute one layer of any size as a matrix product: BM pixels and BN filters a program, sums over the taps.
+
+    Programs beside each other take the filters of the same pixels, which then come from the L2 cache.
+    """
+    blocks = (N + BN - 1) // BN
+    program = tl.program_id(0)
+    pixel = widen(program // blocks, WIDE) * BM + tl.arange(0, BM)
+    inside = pixel < pixels
+    n = program % blocks * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(0, C * KH * KW, BK):
+        rows = load_taps(x, pixel, inside, start, height, width, out_height, out_width, x_image, x_channel, x_row,
+                         x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
+        weight = load_weight(w, start + tl.arange(0, BK), n, channel_stride, tap_stride, C, KH * KW, N)
+        total = product(rows, weight, total, PRECISION, UPCAST)
+    total = activate(add_bias(total, b, n, N, BIAS), ACTIVATION)
+    offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
+    mask = inside[:, None] & (n < N)[None, :]
+    tl.store(y + offsets[:, None] + (n * y_channel)[None, :], total.to(y.dtype.element_ty), mask=mask)

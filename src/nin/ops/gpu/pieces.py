@@ -1,0 +1,177 @@
+"""Device functions that the kernels are made of: tiles in, products, activations and their gates.
+
+A width that is no power of two is cut into equal chunks; the last one is masked. A row of several chunks is a tuple
+of tiles (pixels, chunk), so no tile is padded to the next power of two of the whole width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def widen(value, WIDE: tl.constexpr):
+    """Return an index in 64 bits where a tensor has more values than 32 bits can count."""
+    return tl.cast(value, tl.int64) if WIDE else value
+
+
+@triton.jit
+def pixel_offsets(pixel, height, width, image_stride, row_stride, column_stride):
+    """Return where pixels lie that are counted through all images."""
+    column, line = pixel % width, pixel // width
+    return (line // height) * image_stride + (line % height) * row_stride + column * column_stride
+
+
+@triton.jit
+def activate(z, NAME: tl.constexpr):
+    """Return the activation of ``z`` (float32); NaN stays NaN."""
+    if NAME == "relu":
+        z = tl.where(z < 0, 0.0, z)
+    elif NAME == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif NAME == "silu":
+        z = z * tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def gate(grad, source, NAME: tl.constexpr):
+    """Return the gradient before the activation; ``source`` is its argument, for ReLU its result will do as well."""
+    if NAME == "relu":
+        grad = tl.where(source <= 0, 0.0, grad)
+    elif NAME == "gelu":
+        bell = 0.3989422804014327 * tl.exp(-0.5 * source * source)
+        grad = grad * (0.5 * (1.0 + tl.erf(source * 0.7071067811865476)) + source * bell)
+    elif NAME == "silu":
+        sigmoid = tl.sigmoid(source)
+        grad = grad * sigmoid * (1.0 + source * (1.0 - sigmoid))
+    return grad
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Return ``a b + total`` with sums in float32; the interpreter cannot multiply bfloat16, so it widens first."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return that many tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_rows(x, offsets, inside, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the channels of pixels as a tuple of tiles (pixels, BLOCK)."""
+    tiles = ()
+    for i in tl.static_range((CHANNELS + BLOCK - 1) // BLOCK):
+        c = i * BLOCK + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (c < CHANNELS)[None, :]
+        tiles = tiles + (tl.load(x + offsets[:, None] + (c * channel_stride)[None, :], mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_gated(g, s, offsets, sources, inside, channel_stride, source_stride, CHANNELS: tl.constexpr,
+               BLOCK: tl.constexpr, NAME: tl.constexpr):  # fmt: skip
+    """Return the gradients before the last activation, as `load_rows` does the channels."""
+    tiles = ()
+    for i in tl.static_range((CHANNELS + BLOCK - 1) // BLOCK):
+        c = i * BLOCK + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (c < CHANNELS)[None, :]
+        tile = tl.load(g + offsets[:, None] + (c * channel_stride)[None, :], mask=mask, other=0.0)
+        if NAME != "none":
+            source = tl.load(s + sources[:, None] + (c * source_stride)[None, :], mask=mask, other=0.0)
+            tile = gate(tile.to(tl.float32), source.to(tl.float32), NAME).to(tile.dtype)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store_rows(y, tiles, offsets, inside, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a tuple of tiles (pixels, BLOCK) as the channels of pixels."""
+    for i in tl.static_range((CHANNELS + BLOCK - 1) // BLOCK):
+        c = i * BLOCK + tl.arange(0, BLOCK)
+        mask = inside[:, None] & (c < CHANNELS)[None, :]
+        tl.store(y + offsets[:, None] + (c * channel_stride)[None, :], tiles[i].to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_taps(x, pixel, inside, start, height, width, out_height, out_width, image_stride, channel_stride, row_stride,
+              column_stride, CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
+              SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """Return a tile of the convolution's matrix: what each pixel of the result sees, columns ``k = tap C + channel``.
+
+    Where a chunk lies in one tap, a row's place is found once and not for each value.
+    """
+    j, line = pixel % out_width, pixel // out_width
+    i, image = line % out_height, line // out_height
+    k = start + tl.arange(0, BLOCK)
+    if CHANNELS % BLOCK == 0 or KH * KW == 1:
+        tap = start // CHANNELS
+        row, column = i * SH - PH + tap // KW * DH, j * SW - PW + tap % KW * DW
+        hits = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        offsets = (image * image_stride + row * row_stride + column * column_stride)[:, None]
+        c = k - tap * CHANNELS
+        mask = hits[:, None] & (k < CHANNELS * KH * KW)[None, :]
+    else:
+        tap, c = k // CHANNELS, k % CHANNELS
+        row = (i * SH - PH)[:, None] + (tap // KW * DH)[None, :]
+        column = (j * SW - PW)[:, None] + (tap % KW * DW)[None, :]
+        offsets = (image * image_stride)[:, None] + row * row_stride + column * column_stride
+        mask = inside[:, None] & (k < CHANNELS * KH * KW)[None, :]
+        mask = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return tl.load(x + offsets + (c * channel_stride)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weight(w, k, n, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+                COLUMNS: tl.constexpr):  # fmt: skip
+    """Return a tile (k, n) of a layer's matrix; ``k = tap C + channel``, and a filter's values lie together."""
+    offsets = n[None, :] * (CHANNELS * TAPS) + (k % CHANNELS * channel_stride + k // CHANNELS * tap_stride)[:, None]
+    mask = (k < CHANNELS * TAPS)[:, None] & (n < COLUMNS)[None, :]
+    return tl.load(w + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weights(w, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+                 COLUMNS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Return a layer's matrix as a tuple of tiles (BK, BN), row of tiles by row of tiles."""
+    tiles = ()
+    for i in tl.static_range((CHANNELS * TAPS + BK - 1) // BK):
+        for j in tl.static_range((COLUMNS + BN - 1) // BN):
+            k, n = i * BK + tl.arange(0, BK), j * BN + tl.arange(0, BN)
+            tiles = tiles + (load_weight(w, k, n, channel_stride, tap_stride, CHANNELS, TAPS, COLUMNS),)
+    return tiles
+
+
+@triton.jit
+def hidden_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+                COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+                RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Return columns ``j BN ..`` of a layer, bias not added: all of the input's chunks times their weights."""
+    total = tl.zeros((BM, BN), tl.float32)
+    for i in tl.static_range((CHANNELS * TAPS + BK - 1) // BK):
+        if RESIDENT:
+            weight = tiles[i * ((COLUMNS + BN - 1) // BN) + j]
+        else:
+            k, n = i * BK + tl.arange(0, BK), j * BN + tl.arange(0, BN)
+            weight = load_weight(w, k, n, channel_stride, tap_stride, CHANNELS, TAPS, COLUMNS)
+        total = product(rows[i], weight, total, PRECISION, UPCAST)
+    return total
+
+
+@triton.jit
+def add_bias(z, b, n, COLUMNS: tl.constexpr, BIAS: tl.constexpr):
+    """Return ``z`` (pixels, columns n) with one number added to each column."""
+    if BIAS:
+        z = z + tl.load(b + n, mask=n < COLUMNS, other=0.0).to(tl.float32)[None, :]
+    return z
