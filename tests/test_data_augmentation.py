@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nin.data import ImageSet, augment, batches, epoch_order, to_float
+from nin.data import ImageSet, augment, batches, epoch_order, randomness, to_float
 from nin.data.randomness import hash_indices, held_out
 
 DEVICES = [
@@ -35,6 +35,19 @@ def test_an_epoch_visits_every_sample_once_in_an_order_of_its_own():
 
 def test_the_order_of_a_released_version_stays():
     assert epoch_order(8, seed=0, epoch=0).tolist() == [7, 5, 6, 0, 3, 1, 2, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 99_991])
+def test_a_large_order_is_computed_in_parts(monkeypatch, count):
+    monkeypatch.setattr(randomness, "MOST_SORTED", 0)
+    whole = epoch_order(count, seed=5, epoch=2)
+    assert torch.equal(whole.sort().values, torch.arange(count))
+    parts = [epoch_order(count, seed=5, epoch=2, start=start, stop=start + 700) for start in range(0, count, 700)]
+    assert torch.equal(torch.cat(parts), whole)
+    if count > 100:
+        assert not torch.equal(whole, epoch_order(count, seed=5, epoch=3))
+        # neighbours end up far apart, about count / 3 as in a random order
+        assert (whole.diff().abs().double().mean() / count).item() == pytest.approx(1 / 3, abs=0.03)
 
 
 @pytest.mark.parametrize("device", DEVICES)

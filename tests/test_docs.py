@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from starlette.testclient import TestClient
 from torch import nn
 
@@ -43,14 +45,23 @@ def serve(monkeypatch, run):
 
 
 def small_network(monkeypatch, run):
-    """Put a network that takes a moment, and no download, in ResNet-18's place."""
+    """Put a network that takes a moment, and no download, in ResNet-18's and in mypackage's place, and narrow it."""
 
     def make(**_):
         convs = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()]
         return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
 
     monkeypatch.setattr(torchvision.models, "resnet18", make)
-    return {"batches": [torch.randn(16, 3, 16, 16) for _ in range(4)]}
+    package, models = types.ModuleType("mypackage"), types.ModuleType("mypackage.models")
+    package.models, models.make = models, make
+    monkeypatch.setitem(sys.modules, "mypackage", package)
+    monkeypatch.setitem(sys.modules, "mypackage.models", models)
+    batches = [torch.randn(16, 3, 16, 16) for _ in range(4)]
+    narrowed = nin.narrow(make().eval(), batches, macs=0.6)
+    Path("narrow").mkdir()
+    Path("narrow/plan.json").write_text(narrowed.plan.to_json())
+    save_file(narrowed.model.state_dict(), "narrow/model.safetensors")
+    return {"batches": batches}
 
 
 # what a page's code finds where it runs

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -491,3 +492,12 @@ def test_finetuning_brings_a_factorised_network_back():
     )
     assert told[-1][:2] == (40, 40)
     assert relative(outputs(new, batches), wanted) < before
+
+
+def test_channels_of_our_own_networks_can_be_left_out():
+    for model in (nin.models.nin_digits(), nin.models.nin_cifar()):
+        plain = structure.expand(model)
+        names = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d)]
+        wiring = graph.trace(plain, set(names))
+        assert wiring.problem is None
+        assert [(edge.producer, edge.consumer) for edge in wiring.edges] == list(itertools.pairwise(names))

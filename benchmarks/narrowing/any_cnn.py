@@ -2,6 +2,8 @@
 
 python benchmarks/narrowing/any_cnn.py [--size 64] [--threads 1] [NAME ...]      # timm's are timm/NAME
 
+It needs timm and nin's extra onnx.
+
 For each: MACs before and after; whether shape and dtype of the result stay; whether the weights load again into
 `nin.apply_plan` with weights_only=True; how far torch.export's and ONNX Runtime's results are from eager, as a share
 of the largest value; how far a network factorised at full rank is from the original; and which layers became slower.
@@ -44,7 +46,11 @@ def create(name: str) -> nn.Module:
     if name.startswith("timm/"):
         import timm
 
-        return timm.create_model(name.removeprefix("timm/"), pretrained=False).eval()
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=False).eval()
+        for module in model.modules():  # untrained residual branches begin at zero: nothing would depend on them
+            if isinstance(module, nn.BatchNorm2d) and not bool(module.weight.any()):
+                nn.init.ones_(module.weight)
+        return model
     options = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
     return torchvision.models.get_model(name, weights=None, **options).eval()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -402,6 +403,36 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 
 @app.command
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Parameters
+    ----------
+    run
+        The folder that `nin train` or `nin narrow` made.
+    format
+        onnx; pt2, for torch.export.load; or openvino.
+    out
+        The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+    preprocessing
+        Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+    json
+        Print what was written as JSON on standard output.
+    """
+    from nin import terminal
+
+    terminal.export(run, format=format, out=out, preprocessing=preprocessing, as_json=json)
+
+
+@app.command
 def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
     """Write the report of a run folder again.
 
@@ -473,5 +504,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _stop(message: str, status: int) -> NoReturn:
     """Print one line to standard error and exit."""
-    print(f"nin: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"nin: {'' if rank == '0' else f'process {rank}: '}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

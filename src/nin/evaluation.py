@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nin import data
+from nin import data, processes
 
 TEST_BATCH = 250
 GPU_TEST_BATCH = 2000  # a GPU is not busy with less
@@ -26,11 +26,12 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
 
-    With ``flip``, the scores are the mean over each image and its mirror image. Files that cannot be read any more
-    are left out where ``on_lost`` is there to be told of them, see `nin.data.batches`.
+    Where several processes share the work, each gets its part. With ``flip``, the scores are the mean over each image
+    and its mirror image. Files that cannot be read any more are left out where ``on_lost`` is there to be told of
+    them, see `nin.data.batches`.
     """
-    scores, labels = [], []
-    order = torch.arange(len(images.test))
+    scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
+    order = torch.arange(len(images.test))[processes.rank() :: processes.count()]
     size = GPU_TEST_BATCH if device.type == "cuda" else TEST_BATCH
     for pixels, batch_labels, _ in data.batches(images.test, order, size, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import machine, models
+from nin import machine, models, processes
 from nin.descent import Descent, averaging
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, learning_rate
@@ -29,12 +30,15 @@ class Learner:
 
     def __init__(self, make: Callable[[], nn.Module], config: ResolvedConfig) -> None:
         self.config = config
-        self.device = machine.choose_device(config.device)
+        self.device = machine.choose_device(
+            config.device, gpu=processes.local_rank() if processes.count() > 1 else None
+        )
         self.dtype = machine.choose_dtype(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = self.place(make())
         # The average lives in a second network, so that testing it needs no swapping of weights.
         self.average = self.place(make())
+        self.network: nn.Module = self.model  # what a step calls
         self.descent = Descent(
             self.model,
             self.average,
@@ -46,6 +50,22 @@ class Learner:
         replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
         self._take_step = Replay(self._plain_step) if replays else self._plain_step
 
+    def join(self, batch_size: int) -> None:
+        """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
+
+        Args:
+            batch_size: images in the batch of all processes together.
+        """
+        if processes.count() > 1:
+            share_dropout(self.model, batch_size)
+            # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self._take_step = self._plain_step
+            self.network = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=devices, gradient_as_bucket_view=True
+            )
+
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
         return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -54,7 +74,7 @@ class Learner:
         """Take one step of the optimiser.
 
         Args:
-            x: images (B, C, H, W).
+            x: images (B, C, H, W); of this process, where several share the batch. It may be none then.
             labels: int64 (B,).
             step: which one it is, from 0.
             steps: in the whole training.
@@ -77,12 +97,28 @@ class Learner:
 
     def _plain_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            scores = self.model(x)
+            scores = self.network(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
         scores = scores.float()
-        loss = F.cross_entropy(scores, labels, label_smoothing=self.config.label_smoothing)
+        loss, share = self._loss(scores, labels)
         if self.device.type == "cuda" or torch.isfinite(loss):
-            self.descent.follow(loss, gradient_clip=self.config.gradient_clip)
+            self.descent.follow(share, gradient_clip=self.config.gradient_clip)
         return loss.detach(), scores.detach()
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean cross entropy over the batch of all processes, and what this one differentiates.
+
+        DDP takes the mean of the processes' gradients. Their parts of a batch may differ in size, so each
+        differentiates its sum divided by the size of the whole batch, times the number of processes: the mean of
+        those gradients is that of the whole batch.
+        """
+        smoothing, size = self.config.label_smoothing, processes.count()
+        if size == 1:
+            loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+            return loss, loss
+        part = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
+        whole = processes.total(torch.stack([part.detach(), part.new_tensor(len(labels))]))
+        images = whole[1].clamp(min=1)
+        return whole[0] / images, part * (size / images)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights, their averages and the optimiser's momentum, by name."""
@@ -91,6 +127,34 @@ class Learner:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to the state that `tensors` returned."""
         self.descent.load(tensors)
+
+
+class SharedDropout(nn.Dropout):
+    """Drops what one process would drop from the whole batch, where each of several holds every n-th image of it.
+
+    Each process draws for the whole batch: that is what makes their losses those of one process.
+    """
+
+    def __init__(self, p: float, batch_size: int) -> None:
+        super().__init__(p)
+        self.batch_size = batch_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x, some values of which are zero while training and the others larger by 1 / (1 - p)."""
+        if not self.training or self.p == 0:
+            return x
+        layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
+        ones = torch.ones((self.batch_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        kept = F.dropout(ones.contiguous(memory_format=layout), self.p)
+        return x * kept[processes.rank() :: processes.count()][: len(x)]
+
+
+def share_dropout(model: nn.Module, batch_size: int) -> None:
+    """Put `SharedDropout` in the place of every dropout of a network."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(parent, name, SharedDropout(child.p, batch_size))
 
 
 def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:

@@ -13,14 +13,20 @@ import torch
 from nin.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, *, gpu: int | None = None) -> torch.device:
     """Return the device of that name; "auto" is a GPU where there is one.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1, mps.
+        gpu: which GPU "auto" and "cuda" are, where each process of a job has its own.
 
     Raises:
         UserError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and gpu is not None:
+        name = f"cuda:{gpu}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from nin.errors import UserError
@@ -72,6 +73,10 @@ class NiNConfig:
         """
         blocks = tuple(BlockConfig(**{**b, "channels": tuple(b["channels"])}) for b in values["blocks"])
         return cls(**{**values, "blocks": blocks})
+
+
+# torch.fx sees one call where it would stop at the look at the values' device; narrowing traces networks
+torch.fx.wrap("fastest_layout")
 
 
 def fastest_layout(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class TrainConfig:
         recipe: what settings that are left at their defaults become: "default", or "speed" (see `RECIPES`).
         model: a name of `nin.models.MODELS`; if not given, the one made for images of that size.
         epochs: passes over the training images; if not given, 18, and more where there are few images.
-        batch_size: images per step; if not given, 128, and less where there are few images.
+        batch_size: images per step, of all processes together; if not given, 128, and less where there are few images.
         learning_rate: at the peak of the one-cycle schedule, with batches of 128.
         warmup: share of all steps in which the learning rate rises from zero; it falls to zero in the rest.
         schedule: how it falls: "cosine", or "triangle" (in a straight line).

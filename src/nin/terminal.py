@@ -20,7 +20,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, data, exporting, models, prediction, shrinking, tabulation, training
+from nin import (
+    benchmark,
+    checkpoint,
+    costs,
+    data,
+    exporting,
+    models,
+    prediction,
+    processes,
+    shrinking,
+    tabulation,
+    training,
+)
 from nin import report as reports
 from nin.errors import UserError
 from nin.narrowing import NarrowReport
@@ -98,16 +110,25 @@ def train(
     as_json: bool,
 ) -> None:
     """Train, write the run folder and its report, and show the result."""
+    show_from_first()
     images = load_data(source, seed=config.seed, **loading)
     if keeping.resume and training.is_finished(out):
         words.print(f"{out} is finished; this is its result.")
     result = train_visibly(images, config, out=out, keeping=keeping)
+    if not processes.is_first():
+        return
     path = write_report(out, images)
     if as_json:
         print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
         return
     show_result(result)
     words.print(f"Look at what it learned: {path}\nUse it:                  nin predict {out} IMAGE…")
+
+
+def show_from_first() -> None:
+    """Let one of the processes that torchrun started speak, and not all of them."""
+    if not processes.is_first():
+        words.quiet = results.quiet = True
 
 
 def load_data(source: str, **options: Any) -> data.Data:
@@ -214,12 +235,17 @@ def train_visibly(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a step is not torn; a second one ends the program at once."""
+    """Collect SIGINT and SIGTERM in a list, so that a step is not torn; a second one ends the program at once.
+
+    Where torchrun watches, it does not: the terminal and torchrun both pass a Ctrl-C on, and torchrun kills who does
+    not end in time.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        if processes.count() == 1:
+            signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -134,6 +134,7 @@ class TimmNiN(models.NiN):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return what the classifier looks at, (N, num_features, h, w)."""
+        x = models.fastest_layout(x)
         for block in self.blocks[:-1]:
             x = block(x)
         return self._last.hidden(x) if self.num_classes else self._last(x)
@@ -191,7 +192,7 @@ class TimmGoogLeNet(models.GoogLeNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return what is pooled, (N, 1024, h, w)."""
-        return self.inceptions(self.stem(x))
+        return self.inceptions(self.stem(models.fastest_layout(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return scores (N, num_classes) for features; with ``pre_logits``, the pooled features."""

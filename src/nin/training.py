@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import checkpoint, data, machine, metrics
+from nin import checkpoint, data, machine, metrics, processes
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
@@ -22,6 +23,9 @@ from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
+
+# So many places of an epoch's order are held at a time.
+ORDER_PIECE = 2**24
 
 # On a GPU: steps between two looks at the loss, images that are augmented together, bytes of images that it holds.
 READ_EVERY, AUGMENTED_TOGETHER, MOST_HELD_BYTES = 50, 8192, 4 << 30
@@ -121,17 +125,21 @@ def train(
     recipe = (config or TrainConfig()).resolve(
         images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
     )
+    check_share(recipe, len(images.train))
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
+    keeping = keeping or Keeping()
+    if folder is not None and processes.is_restarted() and has_begun(folder):
+        keeping = dataclasses.replace(keeping, resume=True)
     with machine.use_threads(recipe.threads):
         sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
         learner = Learner(network or (lambda: make_model(recipe, **sizes)), recipe)
-        run = _Run(images, learner, folder, keeping or Keeping(), on_progress or (lambda progress: None))
-        if folder is None:
-            return run.train()
+        run = _Run(images, learner, folder, keeping, on_progress or (lambda progress: None))
+        if folder is None or not processes.is_first():
+            return run.train_together()
         prepare_folder(folder, resume=run.keeping.resume)
         try:
-            return run.train()
+            return run.train_together()
         finally:
             if not any(folder.iterdir()):  # stopped before anything was written
                 folder.rmdir()
@@ -178,6 +186,11 @@ class _Run:
         self.unread: list[tuple[Tensor, Tensor, int]] = []
         self.last_loss = math.nan
 
+    def train_together(self) -> TrainResult:
+        """Train with the other processes of the job, where there are others."""
+        with processes.together(self.learner.device):
+            return self.train()
+
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
         if self.keeping.resume:
@@ -185,6 +198,7 @@ class _Run:
             if is_finished(self.folder):
                 return self.load_result(self.folder)
             self.load_state(self.folder)
+        self.learner.join(min(self.config.batch_size, len(self.images.train)))
         while self.position.epoch < self.config.epochs:
             self.train_epoch()
         return self.finish()
@@ -203,10 +217,16 @@ class _Run:
         row = self.end_epoch()
         self.metrics.append(row)
         self.position = _Position(epoch=p.epoch + 1, seconds=row["seconds"])
-        if self.folder is not None:
+        if self.writes:
+            assert self.folder is not None
             self.save_state(self.folder)
             self.save_model(self.folder, self.info({}))
         self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run folder: one does."""
+        return self.folder is not None and processes.is_first()
 
     @property
     def step(self) -> int:
@@ -216,7 +236,11 @@ class _Run:
     def train_step(self, x: Tensor, labels: Tensor) -> float:
         """Take one step and count it; return the last loss that is known."""
         loss, scores = self.learner.advance(x, labels, self.step, self.steps)
-        self.unread.append((loss, (scores.argmax(1) == labels).sum(), len(labels)))
+        hits, count = (scores.argmax(1) == labels).sum(), len(labels)
+        if processes.count() > 1:
+            hits, images = processes.total(torch.stack([hits, hits.new_tensor(count)]))
+            count = int(images)
+        self.unread.append((loss, hits, count))
         self.position.step += 1
         if len(self.unread) >= self.read_every:
             self.read()
@@ -248,6 +272,8 @@ class _Run:
         """Test, and return the epoch's figures."""
         p, testing = self.position, time.perf_counter()
         test_loss, test_hits, tested = self.test(dtype=self.learner.dtype)
+        for text in processes.gather_text(json.dumps(self.lost)):
+            self.lost |= json.loads(text)
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
@@ -263,26 +289,35 @@ class _Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rest of this epoch: augmented images (B, C, H, W), as the network takes them, and labels (B,)."""
         config, images, p = self.config, self.images, self.position
-        order = data.epoch_order(len(images.train), seed=config.seed, epoch=p.epoch)
-        # The rest that fills no batch is left out: another one in every epoch.
-        order = order[p.step * config.batch_size : self.steps_per_epoch * config.batch_size]
-        order = order.to(images.train.labels.device)
+        several = processes.count() > 1
         # A GPU augments many batches at once: what an image becomes does not depend on the batch it is in.
-        together = max(1, AUGMENTED_TOGETHER // config.batch_size) if runs_ahead(self.learner.device) else 1
-        for pixels, labels, indices in data.batches(
-            images.train, order, config.batch_size * together, on_lost=self.lose
-        ):
-            pixels = data.augment(
-                pixels.to(self.learner.device),
-                indices.to(self.learner.device),
-                seed=config.seed,
-                epoch=p.epoch,
-                flip=config.flip,
-                shift=config.shift,
-            )
-            x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
-            labels = labels.to(self.learner.device)
-            yield from zip(x.split(config.batch_size), labels.split(config.batch_size), strict=True)
+        together = AUGMENTED_TOGETHER // config.batch_size if runs_ahead(self.learner.device) and not several else 1
+        for order, size in self.orders():
+            stored = data.batches(images.train, order, size * max(1, together), on_lost=self.lose, empty=several)
+            for pixels, labels, indices in stored:
+                pixels = data.augment(
+                    pixels.to(self.learner.device),
+                    indices.to(self.learner.device),
+                    seed=config.seed,
+                    epoch=p.epoch,
+                    flip=config.flip,
+                    shift=config.shift,
+                )
+                x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
+                labels = labels.to(self.learner.device)
+                yield from zip(x.split(size), labels.split(size), strict=True)
+
+    def orders(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield this process's part of the rest of this epoch's order, in long pieces, and its part of a batch."""
+        config, images, epoch = self.config, self.images, self.position.epoch
+        # The rest that fills no batch is left out: another one in every epoch.
+        start, last = self.position.step * config.batch_size, self.steps_per_epoch * config.batch_size
+        piece = max(1, ORDER_PIECE // config.batch_size) * config.batch_size
+        for begin in range(start, last, piece):
+            stop = min(begin + piece, last)
+            order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch, start=begin, stop=stop)
+            order, size = processes.share(order, config.batch_size)
+            yield order.to(images.train.labels.device), size
 
     def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
         """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
@@ -290,7 +325,13 @@ class _Run:
         scores, labels = evaluate(
             learner.average, images, device=learner.device, dtype=dtype, flip=flip, on_lost=self.lose
         )
-        return F.cross_entropy(scores, labels).item(), int((scores.argmax(1) == labels).sum()), len(labels)
+        hits = int((scores.argmax(1) == labels).sum())
+        if processes.count() == 1:
+            return F.cross_entropy(scores, labels).item(), hits, len(labels)
+        loss = F.cross_entropy(scores, labels, reduction="sum").item()
+        sums = torch.tensor([loss, hits, len(labels)], dtype=torch.float64, device=learner.device)
+        loss, all_hits, count = processes.total(sums).tolist()
+        return loss / count, int(all_hits), int(count)
 
     def lose(self, path: str, reason: str) -> None:
         """Go on without a file that was readable when the training began, but not without many.
@@ -307,8 +348,11 @@ class _Run:
 
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
-        keeping, stop = self.keeping, self.keeping.stop()
-        if self.folder is not None:
+        keeping = self.keeping
+        # one of the processes may have been asked: all end after the same step
+        stop = bool(processes.total(torch.tensor(int(keeping.stop()), device=self.learner.device)))
+        if self.writes:
+            assert self.folder is not None
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
             due = by_steps or time.monotonic() - self.saved > 60 * keeping.minutes
             ends = self.position.step == self.steps_per_epoch  # the epoch's end writes it anyway
@@ -386,7 +430,8 @@ class _Run:
             result["test_accuracy_flip"] = hits / count
             result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
         info = self.info(result)
-        if self.folder is not None:
+        if self.writes:
+            assert self.folder is not None
             self.save_model(self.folder, info)
             checkpoint.remove_state(self.folder)
         return TrainResult(self.learner.average, info, self.metrics, self.folder)
@@ -412,7 +457,11 @@ class _Run:
             recipe={**dataclasses.asdict(self.config), "precision": precision, **overridden},
             data={**self.data_info(), **lost},
             result=result,
-            environment={**checkpoint.environment(), "device": str(self.learner.device)},
+            environment={
+                **checkpoint.environment(),
+                "device": str(self.learner.device),
+                "processes": processes.count(),
+            },
         )
 
     def data_info(self) -> dict[str, Any]:
@@ -446,6 +495,20 @@ def hold_images(images: data.Data, config: ResolvedConfig) -> data.Data:
     return dataclasses.replace(images, train=data.hold(images.train, device), test=data.hold(images.test, device))
 
 
+def check_share(config: ResolvedConfig, images: int) -> None:
+    """Check that each process of the job gets images of every batch.
+
+    Raises:
+        UserError: there are more processes than images in a batch.
+    """
+    least = min(config.batch_size, images)
+    if processes.count() > least:
+        raise UserError(
+            f"batch_size is that of all processes together: {processes.count()} processes cannot share {least} images; "
+            "give a larger --batch-size or start fewer"
+        )
+
+
 def prepare_folder(out: Path, *, resume: bool) -> None:
     """Make the run folder, or clean up after what was interrupted in it.
 
@@ -455,7 +518,7 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     """
     unfinished = (out / checkpoint.STATE_FILE).exists()
     if resume:
-        if not unfinished and not is_finished(out):
+        if not has_begun(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
         checkpoint.remove_leftovers(out)
         return
@@ -466,6 +529,11 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty: give another --out, or remove it")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether there is something to resume in the folder, or a result."""
+    return (folder / checkpoint.STATE_FILE).exists() or is_finished(folder)
 
 
 def is_finished(folder: Path) -> bool:

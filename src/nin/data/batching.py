@@ -24,6 +24,7 @@ def batches(
     *,
     workers: int | None = None,
     on_lost: Callable[[str, str], None] | None = None,
+    empty: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the samples of a set, in order, batch by batch.
 
@@ -35,6 +36,8 @@ def batches(
             decodes in the caller's thread. The number changes the speed and nothing else.
         on_lost: called with (path, reason) for each file that cannot be read any more; its batch comes without it.
             None raises.
+        empty: yield a batch of which nothing can be read any more, with no images. Processes that share a batch
+            must all take the step.
 
     Yields:
         images, uint8 (B, C, H, W); labels, int64 (B,); indices, int64 (B,).
@@ -57,7 +60,7 @@ def batches(
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
-        if len(kept):
+        if len(kept) or empty:
             yield images, dataset.labels[kept], kept
 
 
@@ -99,7 +102,6 @@ def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) ->
 
 
 def usable_cores() -> int:
-    """Returns the number of processor cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Returns the number of processor cores that this process may run on; those of a job of torchrun share them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

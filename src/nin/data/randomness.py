@@ -7,6 +7,7 @@ drawn before. That is what makes a resumed run equal to an uninterrupted one.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,10 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
+
+# So many samples are sorted for an epoch, in 40 bytes each; above, the order is computed part by part.
+MOST_SORTED = 2**24
+_ROUNDS = 6
 
 
 def _signed(value: int) -> int:
@@ -54,23 +59,54 @@ def hash_indices(indices: Tensor, key: int) -> Tensor:
     return (state >> 1) & (_MASK >> 1)
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> Tensor:
     """Returns the order in which an epoch visits the samples, as a pure function of its arguments.
+
+    Up to `MOST_SORTED` samples are sorted by their hashes. Of more, any part of the order is computed alone, so that
+    the order of 10⁹ samples takes the memory of the part that is asked for.
 
     Args:
         count: number of samples.
         seed: the seed of the run.
         epoch: the number of the epoch, from 0.
+        start: the first place of the order to return.
+        stop: the place behind the last; all if not given.
 
     Returns:
-        int64 (count,): a permutation of 0 .. count - 1.
+        int64 (stop - start,): the whole is a permutation of 0 .. count - 1.
 
     Example:
         >>> epoch_order(5, seed=0, epoch=0).sort().values.tolist()
         [0, 1, 2, 3, 4]
     """
+    stop = count if stop is None else min(stop, count)
+    if count > MOST_SORTED:
+        return _permute(torch.arange(start, stop), count, seed=seed, epoch=epoch)
     hashes = hash_indices(torch.arange(count), stream_key("order", seed, epoch))
-    return torch.argsort(hashes, stable=True)
+    return torch.argsort(hashes, stable=True)[start:stop]
+
+
+def _permute(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
+    """Returns the samples at places of a permutation that is never held as a whole.
+
+    A Feistel network permutes a rectangle of at least `count` cells. A place that lands outside walks on until it
+    lands inside, which keeps it a permutation; the rectangle is so close that few do.
+
+    Source:
+        Black, Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002.
+    """
+    rows = math.isqrt(count - 1) + 1
+    columns = -(-count // rows)
+    keys = [stream_key("order", seed, epoch, number) for number in range(_ROUNDS)]
+    samples, outside = places.clone(), torch.ones_like(places, dtype=torch.bool)
+    while outside.any():
+        left, right = samples[outside] // columns, samples[outside] % columns
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            left = (left + hash_indices(right, even) % rows) % rows
+            right = (right + hash_indices(left, odd) % columns) % columns
+        samples[outside] = left * columns + right
+        outside = samples >= count
+    return samples
 
 
 def held_out(names: Iterable[str], labels: Sequence[int], *, fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -1,0 +1,119 @@
+"""The processes of a job that torchrun started: which one this is, and the few things that they tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nin.errors import UserError
+
+# A process that answers nothing for so long is taken for dead. One that ends is noticed at once.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def count() -> int:
+    """Return how many processes the job has; 1 where torchrun started none."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return which process of the job this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return which of the job's processes on this machine this is, from 0: its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Return whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun started the job again, after one of its processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Let the processes of the job find each other for the time of the block; nothing happens where there is one.
+
+    Raises:
+        UserError: another process died, or did not answer for `TIMEOUT`.
+    """
+    if count() == 1:
+        yield
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        yield
+    except RuntimeError as error:
+        if not _tells_of_a_lost_process(error):
+            raise
+        raise UserError(
+            f"process {rank()} of {count()} lost the others; one of them died or hangs. What was written before is "
+            "kept: go on with the same command and --resume"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    """Gloo has no class of its own for it: its errors begin with the source file and line, in brackets."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("gloo/transport", "Connection closed by peer", "Connection reset", "Timed out")
+    )
+
+
+def share(order: Tensor, batch_size: int) -> tuple[Tensor, int]:
+    """Return this process's part of an order that all processes know: of every batch each takes every n-th sample.
+
+    Args:
+        order: int64 (M,).
+        batch_size: of all processes together.
+
+    Returns:
+        Its samples, int64 (K,), and its own batch size. Each sample goes to exactly one process.
+    """
+    first, step = rank(), count()
+    if step == 1:
+        return order, batch_size
+    whole = len(order) // batch_size * batch_size
+    mine = order[:whole].view(-1, batch_size)[:, first::step].reshape(-1)
+    return torch.cat([mine, order[whole:][first::step]]), len(range(first, batch_size, step))
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sums over all processes, the same bits in each of them."""
+    if count() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_text(text: str) -> list[str]:
+    """Return what each process has to say, in the order of their ranks."""
+    if count() == 1:
+        return [text]
+    # bytes in a tensor, and not PyTorch's gather of objects, which would unpickle what comes over the network
+    mine = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+    device = torch.device("cuda", local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    length = torch.tensor([len(text.encode())], device=device)
+    lengths = [torch.zeros_like(length) for _ in range(count())]
+    dist.all_gather(lengths, length)
+    longest = max(1, *(int(one) for one in lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(mine)] = mine.to(device)
+    texts = [torch.zeros_like(padded) for _ in range(count())]
+    dist.all_gather(texts, padded)
+    return [one.cpu().numpy()[: int(size)].tobytes().decode() for one, size in zip(texts, lengths, strict=True)]
