@@ -84,7 +84,31 @@ class DecidesByValue(nn.Module):
         return self.block(x) if x.sum() > 0 else self.block(-x)
 
 
+class WithOption(nn.Module):
+    """What an argument with a default decides is not decided for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Optional()
+
+    def forward(self, x):
+        return self.block(x) + self.block(x, x) + self.block(x, shortcut=2 * x)
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(12, 6, 1), nn.Conv2d(6, 12, 1)
+
+    def forward(self, x, shortcut=None):
+        if shortcut is None:
+            shortcut = 3 * x
+        return self.b(torch.relu(self.a(x))) + shortcut
+
+
 MODELS = {
+    "an option": (WithOption, []),
+    "an option alone": (Optional, [2]),
     "sequential": (lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.SiLU()), [2]),
     "k×k first": (lambda: nn.Sequential(nn.Conv2d(12, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(8, 5, 1)), [2]),
     "dilated, odd kernel": (

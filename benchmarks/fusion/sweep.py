@@ -3,7 +3,7 @@
     python benchmarks/fusion/sweep.py [--size 96]
 
 12 networks of torchvision and 30 of timm. For each: the number of chains, the largest difference of the scores in
-evaluation (fp32 relative to the largest score; bf16 beside the rounding of the original in bf16) and, fused for
+evaluation, from those of the original in float64 and beside what rounding does to the original, and, fused for
 training, of the gradients. Writes `sweep.json` and `sweep.md`.
 """
 
@@ -75,7 +75,7 @@ def check(model: nn.Module, size: int) -> dict[str, Any]:
     spread_norms(model, x)
     fused = nin.fuse(model.eval())
     with torch.no_grad():
-        expected, got = model(x), fused.model(x)
+        expected, own, got = copy.deepcopy(model).double()(x.double()), model(x), fused.model(x)
         half = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())
         fused_half = nin.fuse(copy.deepcopy(model).to(torch.bfloat16)).model(x.bfloat16())
     trained = nin.fuse(model, training=True)
@@ -88,6 +88,7 @@ def check(model: nn.Module, size: int) -> dict[str, Any]:
         "longest": max((len(c.layers) for c in fused.chains), default=0),
         "left": len(fused.left),
         "fp32": relative(got, expected),
+        "fp32_of_the_original": relative(own, expected),
         "bf16": relative(fused_half, expected),
         "bf16_of_the_original": relative(half, expected),
         "chains_in_training": len(trained.chains),
@@ -98,14 +99,11 @@ def check(model: nn.Module, size: int) -> dict[str, Any]:
 
 def is_right(row: dict[str, Any]) -> bool:
     """Return whether a network passes; one that answers the same for two images has shown nothing."""
-    rounding = row["bf16"] <= 2 * row["bf16_of_the_original"] + 0.02
-    return (
-        row["scores_differ"] > 1e-3
-        and row["fp32"] < 1e-4
-        and rounding
-        and row["gradients_fp64"] < 1e-6
-        and row["same_keys"]
-    )
+    keeps = row["same_keys"] and row["scores_differ"] > 1e-3 and row["gradients_fp64"] < 1e-6
+    single = row["fp32"] <= 2 * row["fp32_of_the_original"] + 1e-5
+    # where bf16 alone leaves a quarter of the score, or more, to chance, it cannot be compared
+    half = row["bf16"] <= 2 * row["bf16_of_the_original"] + 0.02 or row["bf16_of_the_original"] > 0.25
+    return bool(keeps and single and half)
 
 
 def main() -> None:
@@ -138,12 +136,14 @@ def main() -> None:
         "",
         f"`python benchmarks/fusion/sweep.py`, {arguments.size}×{arguments.size} pixels, random weights; torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}; {header['date']}. "
-        "Largest difference over the largest score; gradients in float64, over the largest of all.",
+        "Largest difference from the scores of the original in float64, over the largest; beside it that of the "
+        "original in the same dtype. Gradients in float64, over the largest of all.",
         "",
-        "| network | chains | left | fp32 | bf16 | bf16, original | chains in training | gradients |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| network | chains | left | fp32 | original | bf16 | original | chains in training | gradients |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {r['chains']} | {r['left']} | {r['fp32']:.1e} | {r['bf16']:.1e} | "
+            f"| {name} | {r['chains']} | {r['left']} | {r['fp32']:.1e} | "
+            f"{r['fp32_of_the_original']:.1e} | {r['bf16']:.1e} | "
             f"{r['bf16_of_the_original']:.1e} | {r['chains_in_training']} | {r['gradients_fp64']:.1e} |"
             for name, r in rows.items()
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -163,11 +164,16 @@ def _rewrite(module: nn.Module, path: str, chains: dict[str, Chain]) -> None:
 
 
 def _replace_forward(module: nn.Module, fused: Callable[..., Any]) -> None:
-    """Give the module a subclass of its class whose forward is fused in the mode that it was traced in."""
-    original, traced = type(module).forward, module.training
+    """Give the module a subclass of its class whose forward is fused where it is called as it was traced.
+
+    That is in the same mode, and with nothing given that has a default: what `if extra is None` decides in a forward
+    is decided in the graph.
+    """
+    original, traced, required = type(module).forward, module.training, len(_parameters(module)[0])
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (fused if self.training == traced else original)(self, *args, **kwargs)
+        as_traced = self.training == traced and len(args) == required and not kwargs
+        return (fused if as_traced else original)(self, *args, **kwargs)
 
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__})
@@ -175,10 +181,20 @@ def _replace_forward(module: nn.Module, fused: Callable[..., Any]) -> None:
 
 def _trace(module: nn.Module, path: str) -> fx.Graph | None:
     """Return the module's graph, or None where it has control flow or the like."""
+    required, optional = _parameters(module)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in required):
+        return None
     try:
-        return Tracer(path).trace(module)
+        return Tracer(path).trace(module, {p.name: p.default for p in optional})
     except TRACING_ERRORS:
         return None
+
+
+def _parameters(module: nn.Module) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """Return the parameters of a module's forward that must be given, and those with a default."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    optional = [p for p in parameters if p.default is not p.empty]
+    return [p for p in parameters if p.default is p.empty], optional
 
 
 def _is_hooked(module: nn.Module) -> bool:
