@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     """A run folder made by the shell's own verb."""
     out = tmp_path_factory.mktemp("shell") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+        patch.setattr(terminal.console, "SECONDS_BETWEEN_LINES", 0.0)
         cli_main("train", "digits", "--out", str(out), "--epochs", "3", "--batch-size", "128")
     return out
 

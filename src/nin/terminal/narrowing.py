@@ -1,0 +1,115 @@
+"""`nin narrow`: a run, or anybody's network, becomes a narrower one."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from nin import checkpoint, shrinking, training
+from nin import report as reports
+from nin.errors import UserError
+from nin.narrowing import NarrowReport
+from nin.terminal.console import Bar, print_json, results, stop_requests, words
+from nin.terminal.learning import load_data, write_report
+
+
+def narrow(
+    source: str,
+    *,
+    loading: dict[str, Any],
+    config: shrinking.ShrinkingConfig,
+    out: Path | None,
+    run: Path,
+    as_json: bool,
+) -> None:
+    """Narrow the network of a run folder, write the new one with its reports, and show what it cost."""
+    check_out(out, config)
+    images = load_data(source, **loading)
+    with narrowing_visibly() as how:
+        result = shrinking.shrink(run, images, config, out=out, **how)
+    if out is not None and not config.dry_run:
+        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
+        checkpoint.write_atomically(out / "narrowing.html", page)
+        write_report(out, images)
+    show_narrowing(result.report, out, as_json)
+    if out is not None and not config.dry_run:
+        words.print(f"What it cost: {out / 'narrowing.html'}\nUse it:       nin predict {out} IMAGE…")
+
+
+def narrow_network(
+    source: str,
+    *,
+    loading: dict[str, Any],
+    config: shrinking.ShrinkingConfig,
+    out: Path | None,
+    factory: str,
+    weights: Path,
+    preparation: shrinking.Preparation,
+    as_json: bool,
+) -> None:
+    """Narrow somebody's network, write the new one with its plan and its report, and show what it cost."""
+    check_out(out, config)
+    model = shrinking.load_network(factory, weights)
+    images = load_data(source, **loading)
+    cache = weights.with_suffix(".narrowing.safetensors")
+    with narrowing_visibly() as how:
+        result = shrinking.shrink_network(model, images, preparation, config, out=out, cache=cache, **how)
+    if out is not None and not config.dry_run:
+        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {factory}")
+        checkpoint.write_atomically(out / "report.html", page)
+    show_narrowing(result.report, out, as_json)
+    if out is not None and not config.dry_run:
+        words.print(f"What it cost: {out / 'report.html'}\nUse it, in Python, with nin or, once it is loaded, without:")
+        module, _, name = factory.partition(":")
+        words.print(
+            f'  model = nin.apply_plan({module}.{name}(), open("{out / "plan.json"}").read())\n'
+            f'  model.load_state_dict(safetensors.torch.load_file("{out / "model.safetensors"}"))'
+        )
+
+
+def check_out(out: Path | None, config: shrinking.ShrinkingConfig) -> None:
+    """Stop where it is not said where the result goes."""
+    if out is None and not config.dry_run:
+        raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
+
+
+@contextlib.contextmanager
+def narrowing_visibly() -> Iterator[dict[str, Any]]:
+    """Show how far a narrowing is; Ctrl-C and SIGTERM end it where it can go on."""
+    with Bar("Narrowing") as bar, stop_requests() as stopped:
+        try:
+            yield {
+                "keeping": training.Keeping(stop=lambda: bool(stopped)),
+                "on_progress": lambda text, done, total: bar.update(done, total, text),
+            }
+        except KeyboardInterrupt:
+            bar.line("What was found is kept: the same command goes on.")
+            if stopped[:1] == [signal.SIGTERM]:
+                sys.exit(128 + signal.SIGTERM)
+            raise
+
+
+def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> None:
+    """Print what a narrowing cost."""
+    if as_json:
+        print_json({"run": None if out is None else str(out), **report.to_dict()})
+        return
+    for title, rows in (
+        ("The whole", [("", "before", "after", "share"), *report.summary()]),
+        ("Several budgets", report.curve_rows()),
+        ("Beside the control", report.control_rows()),
+        ("Each layer", report.rows()),
+    ):
+        if rows:
+            table = Table(*rows[0], title=title)
+            for row in rows[1:]:
+                table.add_row(*row)
+            results.print(table)
+    for note in report.notes:
+        words.print(note)
