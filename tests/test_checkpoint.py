@@ -2,8 +2,12 @@
 
 import json
 import struct
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,3 +182,35 @@ def test_a_description_that_asks_for_everything_takes_no_memory(run):
         checkpoint.load_model(run)
     assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
     tracemalloc.stop()
+
+
+def test_runs_of_yesterday_load():
+    """A run folder as version 1 of the format wrote it; it stays as it is when the format changes."""
+    classifier = nin.load(Path(__file__).parent / "run-format-1")
+    image = (np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)
+    (prediction,) = classifier.predict(image)
+    assert classifier.classes == ("even", "odd")
+    assert prediction.probabilities == pytest.approx((0.4622652530670166, 0.5377347469329834), abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
+    """The operating system itself refuses to write on, as it does on a full disk."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from nin.files import write_atomically
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+path = Path(sys.argv[1])
+write_atomically(path, b"old")
+try:
+    write_atomically(path, b"new" * 1000)
+except OSError as error:
+    print(error.filename, error.strerror)
+"""
+    path = tmp_path / "file"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{path} File too large\n"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

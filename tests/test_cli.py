@@ -232,3 +232,30 @@ def test_every_model_has_an_image_size():
         model = models.create(name, 4).to("meta")
         channels = 1 if name == "nin_digits" else 3
         assert model(torch.empty(1, channels, size, size, device="meta")).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error, monkeypatch, tmp_path, capsys):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(terminal, "train", fail)
+    code, line = fails(capsys, "train", "digits", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "out of memory; lower --batch-size" in line
+
+
+def test_other_errors_of_ours_are_not_hidden(monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise RuntimeError("a mistake in nin")
+
+    monkeypatch.setattr(terminal, "train", fail)
+    with pytest.raises(RuntimeError, match="a mistake in nin"):
+        cli.main(["train", "digits", "--out", str(tmp_path / "run")])

@@ -18,7 +18,7 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors", "files", "tables"},
-    {"ops", "data", "descent", "processes", "recipe", "replaying", "timing", "machine", "metrics"},
+    {"ops", "data", "factories", "descent", "processes", "recipe", "replaying", "timing", "machine", "metrics"},
     {"layers"},
     {"models"},
     {"narrowing", "timm"},

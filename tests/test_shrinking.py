@@ -248,7 +248,7 @@ def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):
     two, weights = ["--model", "theirs2:make"], ["--weights", "two.pt"]
     assert "give a run folder, or --model" in said()
     assert "give a run folder, or --model" in said(*two)
-    assert "--model must be package.module:factory" in said("--model", "theirs2", *weights)
+    assert "--model 'theirs2' is no name of a network; expected timm:NAME" in said("--model", "theirs2", *weights)
     assert "--model nowhere:make was not found: No module named 'nowhere'" in said("--model", "nowhere:make", *weights)
     assert "was not found" in said("--model", "theirs2:missing", *weights)
     assert "must be callable without arguments" in said("--model", "theirs2:demanding", *weights)

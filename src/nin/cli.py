@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -234,7 +235,8 @@ def cost(
     Parameters
     ----------
     model
-        nin_cifar, nin_imagenet, nin_digits, googlenet, or a run folder.
+        nin_cifar, nin_imagenet, nin_digits, googlenet, or a run folder; or timm:NAME, torchvision:NAME,
+        package.module:factory.
     classes
         Number of classes. The network's usual one if not given.
     size
@@ -490,6 +492,8 @@ def serve(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0 where the work was done, 2 for a wrong argument, 130 after Ctrl-C."""
+    # what is odd about an image is said by nin, once
+    warnings.filterwarnings("ignore", module="PIL")
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -500,6 +504,16 @@ def main(arguments: list[str] | None = None) -> None:
         _stop("stopped", 130)
     except OSError as error:
         _stop(f"{error.filename}: {error.strerror}" if error.filename else f"{error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _stop("out of memory; lower --batch-size, --size or --threads, or take a smaller --model", 1)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory; PyTorch says so by a class on a GPU and in words on the CPU."""
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_class or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import json
 import pickle
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nin import checkpoint, data
+from nin import checkpoint, data, factories
 from nin.errors import UserError
 from nin.narrowing import NarrowResult
 from nin.shrinking.settings import ShrinkingConfig
@@ -60,14 +56,17 @@ def load_network(factory: str, weights: Path) -> nn.Module:
     """Return somebody's network with its weights, in evaluation mode.
 
     Args:
-        factory: "package.module:function", called without arguments; the folder that one is in is searched too.
+        factory: as `nin.factories.make_network` takes it: "timm:NAME", "package.module:function" and so on.
         weights: a ``state_dict`` in a .safetensors file, or one that ``torch.save`` wrote; it is read with
             ``weights_only=True``, so that it cannot run code.
 
     Raises:
         UserError: there is no such factory, it gives no network, or the weights do not fit it.
     """
-    model = _make(factory)
+    try:
+        model = factories.make_network(factory).model
+    except UserError as error:
+        raise UserError(f"--model {error}") from error
     state = read_weights(weights)
     try:
         model.load_state_dict(state)
@@ -75,31 +74,6 @@ def load_network(factory: str, weights: Path) -> nn.Module:
         reason = " ".join(str(error).split())
         raise UserError(f"{weights} does not fit {factory}: {reason[:300]}") from error
     return model.eval()
-
-
-def _make(factory: str) -> nn.Module:
-    """Call the factory."""
-    module_name, _, name = factory.partition(":")
-    if not module_name or not name:
-        raise UserError(f"--model must be package.module:factory, such as torchvision.models:resnet18, got {factory!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as python -m does; a console script does not
-    try:
-        made: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            made = getattr(made, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--model {factory} was not found: {error}") from error
-    if not callable(made):
-        raise UserError(f"--model must name a function or class that makes the network, got {type(made).__name__}")
-    try:
-        inspect.signature(made).bind()
-    except TypeError as error:
-        raise UserError(f"--model {factory} must be callable without arguments: {error}") from error
-    network = made()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"--model {factory} must give a torch.nn.Module, got {type(network).__name__}")
-    return network
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nin import benchmark, checkpoint, costs, exporting, models
+from nin import benchmark, checkpoint, costs, exporting, factories, models
 from nin.errors import UserError
 from nin.terminal.console import Bar, print_json, results, words
 from nin.terminal.learning import write_report
@@ -55,7 +55,7 @@ def serve(run: Path | None, *, beside: Path | None, port: int | None, host: str,
 
 
 def cost(model: str, *, classes: int | None, size: int | None, channels: int | None, as_json: bool) -> None:
-    """Count what a network of ours, or of a run folder, costs."""
+    """Count what a network of ours, of a run folder, or of another package costs."""
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -69,8 +69,13 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
         network, info = checkpoint.load_model(Path(model))
         p = info.preprocessing
         shape = (1, p.channels, size or p.size, size or p.size)
+    elif factories.is_name(model):
+        named = factories.make_network(model, classes=classes, channels=channels)
+        network = named.model.eval()
+        shape = (1, named.channels, size or named.height, size or named.width)
     else:
-        raise UserError(f"model must be one of {', '.join(models.MODELS)}, or a run folder, got {model!r}")
+        names = ", ".join(models.MODELS)
+        raise UserError(f"model must be one of {names}, a run folder, or {factories.FORMS}; got {model!r}")
     counted = costs.cost(network, shape)
     if as_json:
         print_json(counted.to_dict())
