@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
+from nin import factories
 from nin.costs import format_bytes
 
 
@@ -42,6 +44,86 @@ def test_equals_the_flop_counter_with_groups_and_without_nin():
     assert result.uncounted == ("1 BatchNorm2d",)
     assert "not counted: 1 BatchNorm2d" in str(result)
     assert result.share_1x1 == pytest.approx(16 * 25 / (16 * 25 + 9 * 81))
+
+
+class Attention(nn.Module):
+    """Products of activations, a module that has no formula, and an operator that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+        self.never_run = nn.PReLU(8)
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        mixed, _ = self.attention(tokens, tokens, tokens)
+        boxes = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]], dtype=x.dtype)
+        return self.norm(mixed).mean() + torchvision.ops.roi_align(x, boxes, 2).mean()
+
+
+def test_products_outside_layers_are_counted_and_what_has_no_formula_is_listed():
+    result = nin.cost(Attention().double(), (2, 8, 4, 4))
+    attention = next(layer for layer in result.layers if layer.module == "attention")
+    projections, products = 16 * 8 * 24, 2 * 16 * 16 * 8  # the queries, keys and values; scores and their sums
+    assert attention.macs == 2 * (projections + products + 16 * 8 * 8)
+    assert (attention.kernel_size, attention.out_channels, attention.is_1x1) == ((0, 0), 0, False)
+    assert result.uncounted == ("1 LayerNorm", "1 torchvision::roi_align")
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("torchvision:vit_b_16", 224), ("torchvision:shufflenet_v2_x0_5", 64), ("timm:levit_128s", 224)]
+)
+def test_equals_the_flop_counter_for_others(name, size):
+    model = factories.make_network(name).model.eval()
+    shape = (1, 3, size, size)
+    torch.backends.mha.set_fastpath_enabled(False)  # it has no formula
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.randn(shape))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert 2 * nin.cost(model, shape).macs == counter.get_total_flops()
+
+
+def test_a_network_that_looks_at_values_is_computed():
+    class Looking(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) if x.sum() >= 0 else x
+
+    assert nin.cost(Looking(2, 3, 1), (1, 2, 5, 5)).macs == 6 * 25
+
+
+def test_measured_layers_have_times_and_bounds():
+    told = []
+    model = nn.Sequential(nin.MLPConv(3, (8, 6), kernel_size=3, padding=1), nn.Flatten(), nn.Linear(6 * 64, 5))
+    result = nin.cost(model, (2, 3, 8, 8), measured=True, on_progress=lambda *done: told.append(done))
+    assert told[-1][0] == told[-1][1] == len(told)
+    measured = result.measured
+    assert [layer.module for layer in measured.layers] == ["0", "2"]
+    assert all(layer.timing.runs == measured.total.runs >= 5 for layer in measured.layers)
+    assert [row[-2:] for row in result.rows()][0] == ("ms", "at least")
+    assert [row[-2] for row in result.rows()][2] == "in above"
+    assert not model[0]._forward_hooks
+    if measured.peak_flops is None:
+        assert measured.layers[0].bound_ms is None
+        return
+    moved = 4 * (2 * (6 * 64 + 5) + 5 * (6 * 64 + 1))
+    seconds = {
+        "memory": moved / measured.copy_bandwidth,
+        "arithmetic": 2 * 2 * 5 * 6 * 64 / measured.peak_flops,
+    }
+    linear = measured.layers[1]
+    assert linear.bound_ms == pytest.approx(1e3 * seconds[linear.bound_by]) == 1e3 * max(seconds.values())
+    assert json.loads(json.dumps(result.to_dict()))["measured"]["threads"] == torch.get_num_threads()
+
+
+def test_a_layer_that_runs_twice_is_timed_over_both_calls():
+    layer = nn.Conv2d(4, 4, 1)
+    result = nin.cost(nn.Sequential(layer, nn.ReLU(), layer), (1, 4, 6, 6), measured=True)
+    assert len(result.layers) == 2
+    assert len(result.measured.layers) == 1
+    assert result.measured.layers[0].timing.runs == result.measured.total.runs
 
 
 def test_the_parameters_are_the_whole_model_and_shared_ones_once():

@@ -19,7 +19,7 @@ SOURCE = Path(nin.__file__).parent
 FLOORS = [
     {"errors", "files", "tables"},
     {"ops", "data", "factories", "descent", "processes", "recipe", "replaying", "timing", "machine", "metrics"},
-    {"layers"},
+    {"layers", "rooflines"},
     {"models"},
     {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},

@@ -1,6 +1,6 @@
 """nin_cifar to half of its time without labels, beside nin's own operator: accuracy and milliseconds.
 
-python benchmarks/narrowing/nin_cifar.py RUN CIFAR_FOLDER [--latency 0.5] [--budgets 0.66] [--channels-last]
+python benchmarks/narrowing/nin_cifar.py RUN CIFAR_FOLDER [--latency 0.5] [--budgets 0.66] [--channels-last] [--batch 1]
 
 RUN is a folder that `nin train CIFAR_FOLDER --model nin_cifar` made. Nothing is trained here: for that,
 `nin narrow RUN --data CIFAR_FOLDER --latency 0.5 --finetune 5 --control --out NEW`.
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.5)
     parser.add_argument("--budgets", type=float, nargs="*", default=[0.66])
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--batch", type=int, help="images at a time when it is timed")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> None:
         options=nin.NarrowOptions(
             cache=cache,
             budgets=tuple(arguments.budgets),
+            batch=arguments.batch,
             layout="channels_last" if arguments.channels_last else "contiguous",
         ),
     )

@@ -228,9 +228,10 @@ def cost(
     classes: int | None = None,
     size: int | None = None,
     channels: int | None = None,
+    count_only: bool = False,
     json: JsonFlag = False,
 ) -> None:
-    """Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer.
+    """Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer, and time them.
 
     Parameters
     ----------
@@ -243,12 +244,14 @@ def cost(
         Height and width of the image, in pixels. What the network is meant for if not given.
     channels
         1 for grey images, 3 for colour.
+    count_only
+        Count, without running the network: no milliseconds, and no memory for the weights' results.
     json
         Print the figures as JSON on standard output.
     """
     from nin import terminal
 
-    terminal.cost(model, classes=classes, size=size, channels=channels, as_json=json)
+    terminal.cost(model, classes=classes, size=size, channels=channels, count_only=count_only, as_json=json)
 
 
 @app.command
@@ -299,6 +302,7 @@ def narrow(
     control: Annotated[bool, Parameter(negative="")] = False,
     skip: tuple[str, ...] = (),
     images: int = 512,
+    batch: int | None = None,
     channels_last: Annotated[bool, Parameter(negative="")] = False,
     model: str | None = None,
     weights: Path | None = None,
@@ -340,10 +344,12 @@ def narrow(
         Layers to leave alone: names, or patterns such as "blocks.0.*".
     images
         Training images to look at.
+    batch
+        Images at a time when it is timed: 1 for a program that answers one request after the other. 64 if not given.
     channels_last
         Keep the weights with the channels side by side in memory, which is often faster, and measure that.
     model
-        Anybody's network: package.module:function that makes it, called without arguments.
+        Anybody's network: timm:NAME, torchvision:NAME, or package.module:function that makes it without arguments.
     weights
         Its weights: model.safetensors, or a state_dict that torch.save wrote (read without running code).
     size
@@ -371,6 +377,7 @@ def narrow(
         images=images,
         finetune=finetune,
         control=control,
+        batch=batch,
         channels_last=channels_last,
         dry_run=dry_run,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,10 @@ def compare(
             elapsed_ms = (time.perf_counter_ns() - start) / 1e6
             if turn >= 0:
                 times_ms[name].append(elapsed_ms)
-    return {name: _summary(values) for name, values in times_ms.items()}
+    return {name: summary(values) for name, values in times_ms.items()}
 
 
-def _summary(values: list[float]) -> Timing:
-    low, _, _, high = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), low, high, len(values))
+def summary(times_ms: Sequence[float]) -> Timing:
+    """Return the median and the percentiles of measured milliseconds, of at least two runs."""
+    low, _, _, high = statistics.quantiles(times_ms, n=5, method="inclusive")
+    return Timing(statistics.median(times_ms), low, high, len(times_ms))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from torch import Tensor, nn
 
@@ -42,6 +43,18 @@ class Decision:
     predicted: dict[str, float]
     latency: dict[str, tuple[float, float]]
     notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """Return it as text, for another process."""
+        return json.dumps({**dataclasses.asdict(self), "plan": self.plan.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Decision:
+        """Return what `to_json` wrote."""
+        values = json.loads(text)
+        latency = {name: (before, after) for name, (before, after) in values["latency"].items()}
+        plan, notes = Plan.from_dict(values["plan"]), tuple(values["notes"])
+        return cls(**{**values, "plan": plan, "latency": latency, "notes": notes})
 
 
 class Planner:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin import processes
 from nin.narrowing.structure import inputs_of
 
 
@@ -22,6 +23,7 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
         for a, b in zip(wanted, given, strict=True):
             distance += float((a.double() - b.double()).square().sum())
             total += float((a.double() - a.double().mean(0)).square().sum())
+    distance, total = processes.total(torch.tensor([distance, total], dtype=torch.float64)).tolist()
     return distance / total if total else distance
 
 
@@ -42,9 +44,18 @@ def renormalise(model: nn.Module, batches: list[Any]) -> nn.Module:
     for args, kwargs in inputs_of(batches):
         model(*args, **kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
+        _average(norm, len(batches))
         norm.momentum = momentum
         norm.eval()
     return model
+
+
+def _average(norm: nn.Module, batches: int) -> None:
+    """Make a BatchNorm's statistics the plain average over the batches of all processes."""
+    count = processes.total(torch.tensor(float(batches)))
+    for name in ("running_mean", "running_var"):
+        value = norm.get_buffer(name)
+        value.copy_(processes.total(value * batches) / count.to(value.device))
 
 
 def correct(model: nn.Module, original: nn.Module, batches: list[Any]) -> tuple[nn.Module, float, bool]:
@@ -56,7 +67,8 @@ def correct(model: nn.Module, original: nn.Module, batches: list[Any]) -> tuple[
     error = calibration_error(model, original, batches)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) and m.track_running_stats]
     # a single image, or one place of one image, has no variance
-    if not norms or any(next(_rows(args, kwargs), 2) < 2 for args, kwargs in inputs_of(batches)):
+    single = sum(next(_rows(args, kwargs), 2) < 2 for args, kwargs in inputs_of(batches))
+    if not norms or processes.total(torch.tensor(float(single))) > 0:
         return model, error, False
     again = renormalise(model, batches)
     other = calibration_error(again, original, batches)

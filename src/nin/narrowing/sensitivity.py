@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin import processes
 from nin.narrowing.statistics import observed_places, results, watch
 from nin.narrowing.structure import LayerShape, inputs_of
 
@@ -45,13 +45,15 @@ def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches
         if y.requires_grad:
             y.register_hook(add)
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags:
             p.requires_grad_(False)
         with watch(layers, record), torch.enable_grad():
-            for args, kwargs in inputs_of(batches):
+            for number, (args, kwargs) in enumerate(inputs_of(batches)):
+                # each process of a job has every n-th batch: what is drawn for it is what one process would draw
+                generator.manual_seed(processes.rank() + number * processes.count())
                 args, kwargs = pytree.tree_map(_with_gradient, (args, kwargs))
                 loss = _loss(model(*args, **kwargs), generator)
                 if loss.requires_grad:
@@ -88,11 +90,7 @@ def _loss(output: Any, generator: torch.Generator) -> Tensor:
 def _mean(name: str, shape: LayerShape, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
     width = shape.out_channels // shape.groups
     total = sums.get(name)
-    count = torch.tensor(counts[name], dtype=torch.float64)
     if total is None:
         total = torch.zeros(shape.groups, width, width, dtype=torch.float64)
-    if dist.is_available() and dist.is_initialized():
-        count = count.to(total.device)
-        dist.all_reduce(total)
-        dist.all_reduce(count)
-    return total / count.clamp_min(1).to(total.device)
+    count = processes.total(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
+    return processes.total(total) / count.clamp_min(1)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nin import processes
 from nin.errors import UserError
 from nin.narrowing.structure import LayerShape, inputs_of, shape_of
 
@@ -56,8 +57,8 @@ class Moments:
                 sums[name][g] += values[name[0]][g] @ values[name[1]][g].mT
 
     def reduce(self) -> None:
-        """Add up over all processes, where torch.distributed is in use."""
-        if dist.is_available() and dist.is_initialized():
+        """Add up over all processes of a job."""
+        if processes.are_together():
             for value in self.sums.values():
                 dist.all_reduce(value)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nin import processes
 from nin.errors import UserError
 from nin.narrowing.candidates import Candidates, Form, find_forms, find_widths
 from nin.narrowing.graph import Edge, Shortcut, Wiring, trace
@@ -81,14 +82,17 @@ def study(
     if not able:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
     wiring = trace(model, {name for name in shapes if name in layers})
-    key = fingerprint(model, batches, skip)
-    found = _read_cache(cache, key) or _Findings({}, {}, {})
+    key = " ".join(processes.gather_text(fingerprint(model, batches, skip)))
+    known = _read_cache(cache, key)
+    if "" in processes.gather_text("found" if known else ""):  # a process without the file: all begin again
+        known = None
+    found = known or _Findings({}, {}, {})
     missing = {name: shape for name, shape in able.items() if name not in found.forms}
     if missing:
         try:
             _measure(model, missing, wiring.edges, batches, found, on_progress)
         finally:  # what is known already need not be found again after an interruption
-            if cache is not None and found.forms:
+            if cache is not None and found.forms and processes.rank() == 0:
                 _write_cache(cache, key, found)
     candidates, sensitivities = Candidates(found.forms, found.widths), found.sensitivities
     for name in able:
@@ -147,7 +151,7 @@ def _measure(
 
 def _warn_of_few_samples(able: dict[str, LayerShape], moments: dict[str, Moments]) -> None:
     few = [name for name, shape in able.items() if moments[name].count < shape.patch]
-    if few:
+    if few and processes.rank() == 0:
         name = min(few, key=lambda n: moments[n].count / able[n].patch)
         warnings.warn(
             f"{len(few)} layers see fewer samples than values: {name} {moments[name].count} samples of "
@@ -158,11 +162,11 @@ def _warn_of_few_samples(able: dict[str, LayerShape], moments: dict[str, Moments
 
 
 def _few(batches: list[Any]) -> list[Any]:
-    """Return the first batches, up to the number of images that gradients are taken on."""
+    """Return the first batches, up to this process's part of the images that gradients are taken on."""
     taken: list[Any] = []
     images = 0
     for batch in batches:
-        if images >= SENSITIVITY_IMAGES:
+        if images * processes.count() >= SENSITIVITY_IMAGES:
             break
         taken.append(batch)
         first = batch[0] if isinstance(batch, tuple | list) else batch

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin import processes
 from nin.errors import UserError
 from nin.narrowing.options import NarrowOptions, check_share
 from nin.narrowing.plan import Plan
@@ -66,6 +69,10 @@ def narrow(
         skip: names of layers to leave alone, or patterns such as "layer1.*".
         options: see `NarrowOptions`.
 
+    In a job of several processes (``torch.distributed`` in use) each of them calls this with every n-th batch: the
+    statistics are added up, the first process decides and measures times, and all get the same network and report.
+    The accuracy in it is the first one's; where images are shared out, ``evaluate`` adds up over the processes.
+
     Returns:
         The new model, the plan and the report.
 
@@ -98,7 +105,8 @@ def narrow(
         curve = sorted([*points, outcome.point()], key=lambda p: -p.share) if points else []
         report = dataclasses.replace(outcome.report, curve=tuple(curve))
     finally:
-        job.table.save()
+        if processes.rank() == 0:
+            job.table.save()
     return NarrowResult(outcome.model.train(model.training), report=report, plan=outcome.plan)
 
 
@@ -143,6 +151,7 @@ class _Job:
         leaf = next(t for t in pytree.tree_leaves(images[0]) if isinstance(t, Tensor))
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
         batch = options.batch or len(leaf)
+        self.reported_batches = sorted({1, len(leaf), batch})
         self.table = LatencyTable(first_parameter(original), batch, options.layout, cache=cache)
         self.stopwatch = Stopwatch(original, images, options.layout)
         self.planner = Planner(original, known, kind, self.table, self.stopwatch, options)
@@ -150,11 +159,12 @@ class _Job:
 
     def narrow(self, share: float) -> _Outcome:
         """Return the network narrowed to a share."""
-        decision = self.planner.decide(share)
+        decision = Decision.from_json(processes.from_first(lambda: self.planner.decide(share).to_json()))
         if self.options.dry_run:
             narrowed = to_layout(apply_plan(self.original, decision.plan), self.options.layout)
-            return _Outcome(narrowed, decision.plan, self.report(narrowed, decision, {}, {}, None))
+            return _Outcome(narrowed, decision.plan, self.report(narrowed, decision))
         narrowed, errors = self.refine(decision.plan)
+        processes.take_from_first(narrowed)
         if self.evaluate is not None and not self.accuracy:
             self.accuracy = {"original": self.evaluate(self.original)}
         accuracy = {**self.accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
@@ -181,25 +191,30 @@ class _Job:
             on_progress=None if tell is None else lambda done, total: tell("Fitting the layers", done, total),
         )
 
-    def report(
+    def report(self, *facts: Any) -> NarrowReport:
+        """Return what was done and what it cost; of several processes the first one's, which alone measures times."""
+        text = processes.from_first(lambda: json.dumps(self.collect_report(*facts).to_dict()))
+        return NarrowReport.from_dict(json.loads(text))
+
+    def collect_report(
         self,
         narrowed: nn.Module,
         decision: Decision,
-        errors: dict[str, float],
-        accuracy: dict[str, float],
-        error: float | None,
+        errors: Mapping[str, float] = MappingProxyType({}),
+        accuracy: Mapping[str, float] = MappingProxyType({}),
+        error: float | None = None,
     ) -> NarrowReport:
         """Return what was done and what it cost."""
         known = self.known
         rows = layer_reports(known.shapes, decision.plan, known.reasons, decision.predicted, errors, decision.latency)
-        sizes = sorted({1, self.table.batch}) if self.options.measure_latency else []
+        sizes = self.reported_batches if self.options.measure_latency else []
         return NarrowReport(
             rows,
             (sum(r.macs_before for r in rows), sum(r.macs_after for r in rows)),
             (count_parameters(self.original), count_parameters(narrowed)),
             (file_bytes(self.original), file_bytes(narrowed)),
             {size: self.stopwatch.compare(narrowed, size) for size in sizes},
-            accuracy,
+            dict(accuracy),
             decision.loss,
             error,
             (*known.notes, *decision.notes),

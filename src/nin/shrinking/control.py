@@ -94,7 +94,7 @@ def train_control(
     if shape_file.exists():  # times differ from run to run, so what was chosen once stays
         chosen = models.NiNConfig.from_dict(json.loads(shape_file.read_text()))
     else:
-        chosen = choose(base, next(iter(config.budget)), report, stopwatch, shape)
+        chosen = choose(base, config, report, stopwatch, shape)
         checkpoint.write_atomically(shape_file, json.dumps(chosen.to_dict()))
     recipe = control_recipe(info, config.finetune)
 
@@ -123,10 +123,10 @@ def train_control(
 
 
 def choose(
-    base: models.NiNConfig, kind: str, report: NarrowReport, stopwatch: Stopwatch, shape: tuple[int, ...]
+    base: models.NiNConfig, config: ShrinkingConfig, report: NarrowReport, stopwatch: Stopwatch, shape: tuple[int, ...]
 ) -> models.NiNConfig:
     """Return the widest uniformly thinner network that costs no more than the narrowed one, in what was asked for."""
-    batch = max(report.latency)
+    kind, batch = next(iter(config.budget)), config.batch or max(report.latency)
 
     def share(times: tuple[Timing, Timing]) -> float:
         return times[1].median_ms / times[0].median_ms

@@ -23,6 +23,7 @@ class ShrinkingConfig:
         images: training images that the statistics come from; no labels are used.
         finetune: epochs of training by the original network's answers and the labels; 0 trains nothing.
         control: train a uniformly thinner network as long as the original and the narrowed one, for comparison.
+        batch: images at a time when it is timed; those of a batch of the statistics if not given.
         channels_last: keep the weights with the channels side by side in memory, and measure that.
         dry_run: plan only, write nothing but the cache of the statistics.
         seed: chooses the images, their order and their augmentation.
@@ -34,6 +35,7 @@ class ShrinkingConfig:
     images: int = 512
     finetune: int = 0
     control: bool = False
+    batch: int | None = None
     channels_last: bool = False
     dry_run: bool = False
     seed: int = 0
@@ -48,6 +50,8 @@ class ShrinkingConfig:
                 raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {value}")
         if self.images < 1 or self.finetune < 0:
             raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"batch must be at least 1, got {self.batch}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

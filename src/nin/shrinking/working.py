@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nin import checkpoint, data, evaluation, machine
+from nin import checkpoint, data, evaluation, machine, processes
 from nin.errors import UserError
 from nin.narrowing import (
     FinetuneConfig,
@@ -100,6 +100,7 @@ def _begin(
         cache=subject.cache,
         dry_run=config.dry_run,
         budgets=config.budgets,
+        batch=config.batch,
         layout="channels_last" if config.channels_last else "contiguous",
         on_progress=tell,
     )
@@ -116,9 +117,9 @@ def _begin(
 
 def _resume(subject: Subject, config: ShrinkingConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
     tensors, values = checkpoint.load_state(out)
-    if values.get("settings") != config.to_dict():
-        settings = values.get("settings", {})
-        differing = [f"{k}={settings.get(k)}, now {v}" for k, v in config.to_dict().items() if settings.get(k) != v]
+    settings = values["settings"]
+    differing = [f"{k}={settings.get(k)}, now {v}" for k, v in config.to_dict().items() if settings.get(k) != v]
+    if differing:
         raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
     plan = Plan.from_dict(values["plan"])
     model = apply_plan(subject.model, plan)
@@ -207,9 +208,10 @@ def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver
 
 
 def calibration_batches(subject: Subject, config: ShrinkingConfig) -> Iterator[Tensor]:
-    """Yield training images as the network takes them, without augmentation."""
+    """Yield training images as the network takes them, without augmentation; of n processes each has every n-th batch."""
     p, images = subject.preprocessing, subject.images
     order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
+    order = torch.cat([*order.split(BATCH)[processes.rank() :: processes.count()], order[:0]])
     for pixels, _, _ in data.batches(images.train, order, BATCH):
         yield data.to_float(pixels, p.mean, p.std, dtype=torch.float32)
 
@@ -221,4 +223,6 @@ def accuracy(model: nn.Module, subject: Subject) -> float:
     training_mode = model.training
     scores, labels = evaluation.evaluate(model.eval(), same, device=torch.device("cpu"), dtype=torch.float32)
     model.train(training_mode)
-    return float((scores.argmax(1) == labels).float().mean())
+    hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
+    right, count = processes.total(hits).tolist()
+    return float(right / count)

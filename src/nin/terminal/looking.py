@@ -54,8 +54,10 @@ def serve(run: Path | None, *, beside: Path | None, port: int | None, host: str,
     server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show)
 
 
-def cost(model: str, *, classes: int | None, size: int | None, channels: int | None, as_json: bool) -> None:
-    """Count what a network of ours, of a run folder, or of another package costs."""
+def cost(
+    model: str, *, classes: int | None, size: int | None, channels: int | None, count_only: bool, as_json: bool
+) -> None:
+    """Count and time what a network of ours, of a run folder, or of another package costs."""
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
@@ -76,7 +78,10 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
     else:
         names = ", ".join(models.MODELS)
         raise UserError(f"model must be one of {names}, a run folder, or {factories.FORMS}; got {model!r}")
-    counted = costs.cost(network, shape)
+    with Bar("Timing the layers") as bar:
+        counted = costs.cost(
+            network, shape, measured=not count_only, on_progress=lambda done, total: bar.update(done, total)
+        )
     if as_json:
         print_json(counted.to_dict())
         return
@@ -89,6 +94,10 @@ def cost(model: str, *, classes: int | None, size: int | None, channels: int | N
     table.add_section()
     table.add_row(*rows[-1])
     results.print(table)
+    if counted.uncounted:
+        words.print(f"not counted: {', '.join(counted.uncounted)}")
+    if counted.measured is not None:
+        results.print(str(counted.measured))
 
 
 def bench(
