@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
-from nin import checkpoint, data, processes, training
+from nin import checkpoint, data, processes, shrinking, training
 from nin.errors import UserError
 from nin.recipe import TrainConfig
 
@@ -74,9 +77,19 @@ def run_job(images, out, count, *, restart=0, **what):
     return [process.exitcode for process in started]
 
 
-def begin(environment, images, out, **what):
+def begin(environment, images, out, job=None, **what):
     os.environ.update(environment)
-    work(images, out, **what)
+    (job or work)(images, out, **what)
+
+
+def narrow(images, out, *, run):
+    """Narrow as one of the processes, or as the only one."""
+    torch.set_num_threads(1)
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=300)
+    with processes.together(torch.device("cpu")):
+        result = shrinking.shrink(run, images, config, out=out)
+    out.with_suffix(f".{processes.rank()}.json").write_text(json.dumps(result.report.to_dict()))
+    save_file(result.model.state_dict(), out.with_suffix(f".{processes.rank()}.safetensors"))
 
 
 def losses_of(out):
@@ -128,6 +141,45 @@ def test_torchrun_starts_again_what_died(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "run")[0, 0] == 7
+
+
+def test_two_processes_narrow_as_one_does(tmp_path):
+    images = few_digits()
+    training.train(images, dataclasses.replace(CONFIG, epochs=1), out=tmp_path / "run")
+    narrow(images, tmp_path / "one", run=tmp_path / "run")
+    (tmp_path / "run" / "narrowing.safetensors").unlink()
+    # once with statistics of their own, once with those that the first time left
+    for name in ("two", "again"):
+        assert run_job(images, tmp_path / name, 2, job=narrow, run=tmp_path / "run") == [0, 0]
+    one, first, second, again = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one.0", "two.0", "two.1", "again.0")
+    )
+    assert first == second
+    assert (tmp_path / "two.0.safetensors").read_bytes() == (tmp_path / "two.1.safetensors").read_bytes()
+    for found in (first, again):
+        assert found["macs"] == one["macs"]
+        assert [layer["after"] for layer in found["layers"]] == [layer["after"] for layer in one["layers"]]
+        assert found["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+        assert found["calibration_error"] == pytest.approx(one["calibration_error"], rel=1e-3)
+    for name, value in load_file(tmp_path / "one.0.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "two.0.safetensors")[name], value, atol=1e-3, rtol=1e-3)
+    assert checkpoint.load_info(tmp_path / "two").result["test_images"] == len(images.test)
+
+
+def test_fine_tuning_in_many_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--finetune and --control train in one process"):
+        shrinking.ShrinkingConfig({"macs": 0.5}, finetune=1)
+
+
+def test_a_job_that_starts_again_finds_a_part_of_the_store_without_the_addresses_of_the_dead():
+    store = dist.HashStore()
+    store.set("nin/1", "somebody who died")
+    store.set("default_pg/0", "an address of the first start")
+    with futures.ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(lambda number: processes._fresh_part(store, number, 3), range(3)))
+    parts[0].set("here", "1")
+    assert all(part.get("here") == b"1" and not part.check(["default_pg/0"]) for part in parts)
 
 
 @pytest.mark.parametrize(("length", "batch", "count"), [(12, 4, 2), (10, 4, 3), (3, 5, 3), (22, 7, 4)])

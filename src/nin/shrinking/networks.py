@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nin import checkpoint, data, factories
+from nin import checkpoint, data, factories, processes
 from nin.errors import UserError
 from nin.narrowing import NarrowResult
 from nin.shrinking.settings import ShrinkingConfig
@@ -145,6 +145,8 @@ def shrink_network(
             note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."
             report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
             result = dataclasses.replace(result, report=report)
+        if not processes.is_first():
+            return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
         checkpoint.write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
         checkpoint.write_atomically(out / PLAN_FILE, result.plan.to_json())

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from nin import checkpoint, data, evaluation
+from nin import checkpoint, data, evaluation, processes
 from nin.errors import UserError
 from nin.narrowing import NarrowResult
 from nin.shrinking.control import original_config, train_control
@@ -66,7 +66,8 @@ def shrink(
                 on_progress=on_progress,
             )
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, control=control))
-        save(out, run, result, info, images, config)
+        if processes.is_first():
+            save(out, run, result, info, images, config)
     return result
 
 

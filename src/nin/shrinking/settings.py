@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from nin import processes
 from nin.errors import UserError
 
 # Inside the narrowed network's folder: the control's run folder, and the shape that was chosen for it.
@@ -50,6 +51,10 @@ class ShrinkingConfig:
                 raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {value}")
         if self.images < 1 or self.finetune < 0:
             raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
+        if processes.count() > 1 and (self.finetune or self.control):
+            raise UserError(
+                "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"
+            )
         if self.batch is not None and self.batch < 1:
             raise UserError(f"batch must be at least 1, got {self.batch}")
 

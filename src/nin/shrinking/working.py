@@ -132,9 +132,14 @@ def _resume(subject: Subject, config: ShrinkingConfig, out: Path) -> tuple[Narro
 def prepare_folder(out: Path) -> Iterator[None]:
     """Make the folder of the result, or find the unfinished one; where nothing was written, it goes away again.
 
+    Of several processes the first one does.
+
     Raises:
         UserError: it holds something else.
     """
+    if not processes.is_first():
+        yield
+        return
     if out.is_dir():
         checkpoint.remove_leftovers(out)
     unfinished = {checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER}

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
-from nin import checkpoint, shrinking, training
+from nin import checkpoint, processes, shrinking, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.narrowing import NarrowReport
 from nin.terminal.console import Bar, print_json, results, stop_requests, words
-from nin.terminal.learning import load_data, write_report
+from nin.terminal.learning import load_data, show_from_first, write_report
 
 
 def narrow(
@@ -30,9 +31,12 @@ def narrow(
 ) -> None:
     """Narrow the network of a run folder, write the new one with its reports, and show what it cost."""
     check_out(out, config)
+    show_from_first()
     images = load_data(source, **loading)
     with narrowing_visibly() as how:
         result = shrinking.shrink(run, images, config, out=out, **how)
+    if not processes.is_first():
+        return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
         checkpoint.write_atomically(out / "narrowing.html", page)
@@ -55,11 +59,14 @@ def narrow_network(
 ) -> None:
     """Narrow somebody's network, write the new one with its plan and its report, and show what it cost."""
     check_out(out, config)
+    show_from_first()
     model = shrinking.load_network(factory, weights)
     images = load_data(source, **loading)
     cache = weights.with_suffix(".narrowing.safetensors")
     with narrowing_visibly() as how:
         result = shrinking.shrink_network(model, images, preparation, config, out=out, cache=cache, **how)
+    if not processes.is_first():
+        return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {factory}")
         checkpoint.write_atomically(out / "report.html", page)
@@ -82,7 +89,7 @@ def check_out(out: Path | None, config: shrinking.ShrinkingConfig) -> None:
 @contextlib.contextmanager
 def narrowing_visibly() -> Iterator[dict[str, Any]]:
     """Show how far a narrowing is; Ctrl-C and SIGTERM end it where it can go on."""
-    with Bar("Narrowing") as bar, stop_requests() as stopped:
+    with Bar("Narrowing") as bar, stop_requests() as stopped, processes.together(torch.device("cpu")):
         try:
             yield {
                 "keeping": training.Keeping(stop=lambda: bool(stopped)),
