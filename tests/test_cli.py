@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,29 @@ def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):
     assert "No space left on device" in line
     assert str(tmp_path / "run") in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "digits", "--epochs", "1", "--out", "{}"),
+        ("narrow", "{run}", "--data", "digits", "--macs", "0.6", "--out", "{}"),
+        ("predict", "{run}", "{pictures}", "--csv", "{}.csv"),
+        ("shards", "{classes}", "--out", "{}"),
+        ("export", "{run}", "--format", "pt2", "--out", "{}.pt2"),
+        ("report", "{run}", "--page", "{}"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="no folder here that nobody may write to")
+def test_a_folder_that_cannot_be_written_is_one_line(words, run, pictures, tmp_path, capsys):
+    for name in "ab":
+        shutil.copytree(pictures, tmp_path / name)
+    places = {"run": run, "pictures": pictures, "classes": tmp_path}
+    code, line = fails(capsys, *(word.format("/sys/kernel/nin", **places) for word in words))
+    assert code in (1, 2)
+    assert "/sys/kernel" in line
+    assert "ermitted" in line or "denied" in line or "Read-only" in line
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -102,8 +102,8 @@ def test_measured_layers_have_times_and_bounds():
     measured = result.measured
     assert [layer.module for layer in measured.layers] == ["0", "2"]
     assert all(layer.timing.runs == measured.total.runs >= 5 for layer in measured.layers)
-    assert [row[-2:] for row in result.rows()][0] == ("ms", "at least")
-    assert [row[-2] for row in result.rows()][2] == "in above"
+    rows = result.rows()
+    assert (rows[0][-2:], rows[2][-2]) == (("ms", "at least"), "in above")
     assert not model[0]._forward_hooks
     if measured.peak_flops is None:
         assert measured.layers[0].bound_ms is None

@@ -5,6 +5,8 @@ import dataclasses
 import errno
 import itertools
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -252,6 +254,28 @@ def test_full_disk_keeps_the_old_file_and_names_the_new_one(tmp_path, monkeypatc
         checkpoint.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("hours", [-5000, 5000])
+def test_a_clock_that_jumps_changes_nothing(digits, tmp_path, monkeypatch, hours):
+    plain = training.train(digits, QUICK, out=tmp_path / "plain")
+    clock = itertools.count(time.time(), 3600 * hours)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * next(clock)))
+
+    def stop():
+        return next(stops) == 5
+
+    stops = itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        training.train(digits, QUICK, out=tmp_path / "jumped", keeping=training.Keeping(minutes=1e-6, stop=stop))
+    for path in (tmp_path / "jumped").iterdir():  # written in what is now the past, or the future
+        os.utime(path, (next(clock), next(clock)))
+    again = training.train(digits, QUICK, out=tmp_path / "jumped", keeping=training.Keeping(resume=True))
+    assert_equal_weights(weights(plain), weights(again))
+    metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("plain", "jumped")]
+    assert metrics[0] == metrics[1]
+    assert all(row["seconds"] >= 0 for row in again.metrics)
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_path):

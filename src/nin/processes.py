@@ -9,12 +9,16 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nin.errors import UserError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 # A process that answers nothing for so long is taken for dead. One that ends is noticed at once.
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -60,8 +64,11 @@ def together(device: torch.device) -> Iterator[None]:
     if count() == 1:
         yield
         return
+    # a PyTorch without torch.distributed has none of these
+    from torch.distributed.rendezvous import rendezvous
+
     try:
-        store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
         store = _fresh_part(store, number, size)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
@@ -78,18 +85,20 @@ def together(device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _fresh_part(store: dist.Store, number: int, size: int) -> dist.Store:
+def _fresh_part(store: Store, number: int, size: int) -> Store:
     """Return a part of a store that no earlier start of the job has written to; all of its processes agree on it.
 
     torchrun keeps its store when it starts the job again, and gloo would find the addresses of the dead in it. How
     often a job was started is not the same number on all machines, so process 0 answers whoever asks with a name.
     """
+    from torch._C._distributed_c10d import PrefixStore
+
     mine = uuid.uuid4().hex
     if number > 0:
         store.set(f"nin/{number}", mine)
         name = store.get(f"nin/{mine}").decode()  # waits
         store.set(f"nin/{name}/{number}", "here")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     missing, deadline = set(range(1, size)), time.monotonic() + TIMEOUT.total_seconds()
     while missing:
         if time.monotonic() > deadline:
@@ -99,7 +108,7 @@ def _fresh_part(store: dist.Store, number: int, size: int) -> dist.Store:
                 store.set(f"nin/{store.get(f'nin/{other}').decode()}", mine)
         missing = {other for other in missing if not store.check([f"nin/{mine}/{other}"])}
         time.sleep(0.01)
-    return dist.PrefixStore(mine, store)
+    return PrefixStore(mine, store)
 
 
 def _tells_of_a_lost_process(error: RuntimeError) -> bool:

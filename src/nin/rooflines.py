@@ -102,8 +102,9 @@ def measure(
             for clock in clocks.values():
                 clock.end_run()
             tell(runs + turn + 1, 2 * runs)
-    dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else None
-    peak, bandwidth = dtype and limits.measure_peak_flops(dtype), limits.measure_copy_bandwidth()
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    peak = limits.measure_peak_flops(x.dtype) if known else None
+    bandwidth = limits.measure_copy_bandwidth()
     layers = tuple(
         LayerTime(name, timing.summary(clock.runs_ms), *_bound(2 * macs[name], clock.bytes, peak, bandwidth))
         for name, clock in sorted(clocks.items(), key=lambda item: item[1].started_ns)

@@ -206,7 +206,9 @@ class _Job:
     ) -> NarrowReport:
         """Return what was done and what it cost."""
         known = self.known
-        rows = layer_reports(known.shapes, decision.plan, known.reasons, decision.predicted, errors, decision.latency)
+        rows = layer_reports(
+            known.shapes, decision.plan, known.reasons, decision.predicted, dict(errors), decision.latency
+        )
         sizes = self.reported_batches if self.options.measure_latency else []
         return NarrowReport(
             rows,

@@ -213,7 +213,7 @@ def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver
 
 
 def calibration_batches(subject: Subject, config: ShrinkingConfig) -> Iterator[Tensor]:
-    """Yield training images as the network takes them, without augmentation; of n processes each has every n-th batch."""
+    """Yield training images as the network takes them, without augmentation; each of n processes every n-th batch."""
     p, images = subject.preprocessing, subject.images
     order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
     order = torch.cat([*order.split(BATCH)[processes.rank() :: processes.count()], order[:0]])
