@@ -1,4 +1,4 @@
-"""Times five networks as they are, fused, and under torch.compile, in turn within one process.
+"""Times five networks as they are, fused, under torch.compile, and fused under it, in turn within one process.
 
     python benchmarks/fusion/speed.py [NAME …] [--batches 1 16] [--dtypes fp32 bf16] [--no-compile]
 
@@ -30,6 +30,13 @@ NETWORKS = {
     "ResNet-50": "resnet50",
     "SqueezeNet": "squeezenet1_1",
 }
+ENGINES = ("eager", "compile", "fused", "fused + compile")
+RATIOS = {
+    "fused over eager": ("eager", "fused"),
+    "fused over compile": ("compile", "fused"),
+    "both over eager": ("eager", "fused + compile"),
+    "both over compile": ("compile", "fused + compile"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -54,7 +61,9 @@ def measure(name: str, batch: int, dtype: str, *, compiled: bool, runs: int) -> 
     if compiled:
         torch._dynamo.reset()
         fast = torch.compile(copy.deepcopy(model))
+        both = torch.compile(copy.deepcopy(fused.model))
         engines["compile"] = lambda: fast(x)
+        engines["fused + compile"] = lambda: both(x)
     times = compare(engines, runs=runs, warmup=3)
     forms = [chain.form for chain in fused.chains]
     counts = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
@@ -70,23 +79,19 @@ def write(rows: dict[str, dict[str, float | str]], header: dict[str, object]) ->
         f"{torch.__version__}, timm {timm.__version__}; {header['date']}. Medians in ms, engines in turn in one "
         "process, channels_last; 224×224 pixels (ConvMixer: 112×112). A ratio above 1: fused is faster.",
         "",
-        "| network | dtype | batch | eager | compile | fused | over eager | over compile | chains |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        f"| network | dtype | batch | {' | '.join(ENGINES)} | {' | '.join(RATIOS)} | chains |",
+        f"|---|---|---:|{'---:|' * (len(ENGINES) + len(RATIOS))}---|",
     ]
-    over: dict[str, list[float]] = {"eager": [], "compile": []}
+    over: dict[str, list[float]] = {name: [] for name in RATIOS}
     for key, row in rows.items():
-        cells = []
-        for engine in over:
-            ratio = float(row[engine]) / float(row["fused"]) if engine in row else None
+        cells = [f"{row[engine]:.2f}" if engine in row else "–" for engine in ENGINES]
+        for name, (slow, fast) in RATIOS.items():
+            ratio = float(row[slow]) / float(row[fast]) if slow in row and fast in row else None
             cells.append("–" if ratio is None else f"{ratio:.2f}")
-            over[engine] += [] if ratio is None else [ratio]
-        compiled = f"{row['compile']:.2f}" if "compile" in row else "–"
-        lines.append(
-            f"| {key.replace('; ', ' | ')} | {row['eager']:.2f} | {compiled} | {row['fused']:.2f} | "
-            f"{' | '.join(cells)} | {row['forms']} |"
-        )
-    means = {engine: statistics.geometric_mean(ratios) for engine, ratios in over.items() if ratios}
-    lines += ["", "Geometric means: " + ", ".join(f"{mean:.2f} over {engine}" for engine, mean in means.items()) + "."]
+            over[name] += [] if ratio is None else [ratio]
+        lines.append(f"| {key.replace('; ', ' | ')} | {' | '.join(cells)} | {row['forms']} |")
+    means = {name: statistics.geometric_mean(ratios) for name, ratios in over.items() if ratios}
+    lines += ["", "Geometric means: " + ", ".join(f"{name} {mean:.2f}" for name, mean in means.items()) + "."]
     (HERE / "speed.md").write_text("\n".join(lines) + "\n")
     (HERE / "speed.json").write_text(json.dumps({**header, "means": means, "rows": rows}, indent=1) + "\n")
 

@@ -61,7 +61,7 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
         f"What to try next\n"
         f"  nin train FOLDER --out RUN    your own images, one folder for each class\n"
         f"  nin predict {out} {out / 'samples'} --maps {out / 'maps'}\n"
-        f"  nin cost nin_cifar            parameters and multiplications, layer by layer\n"
+        f"  nin cost nin_cifar            parameters, multiplications and milliseconds, layer by layer\n"
         f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path."
     )
 
