@@ -35,8 +35,8 @@ def markdown(result):
         describe(result.machine) + ".",
         "",
         "2 cores of an AMD EPYC (Zen 5) with AVX-512 and bf16, without AMX, shared with other work. Medians in ms, all "
-        "engines of a row in turn within one process; `ratio` is the fastest other engine over `nin`, each in its better layout. Percentiles, "
-        "numbers of runs and shares of the machine's limits are in `results.json`.",
+        "engines of a row in turn within one process; `ratio` is the fastest other engine over `nin`, each in its "
+        "better layout. Percentiles, numbers of runs and shares of the machine's limits are in `results.json`.",
         "",
         "| case | dtype | " + " | ".join(ENGINES) + " | ratio |",
         "|---|---|" + "---:|" * (len(ENGINES) + 1),
