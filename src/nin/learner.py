@@ -66,6 +66,10 @@ class Learner:
                 self.model, device_ids=devices, gradient_as_bucket_view=True
             )
 
+    def leave(self) -> None:
+        """Take steps alone again."""
+        self.network = self.model
+
     def place(self, model: nn.Module) -> nn.Module:
         """Return the network on the device, with its filters' channels side by side in memory."""
         return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

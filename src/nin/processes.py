@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import json
 import os
 import time
@@ -82,6 +83,8 @@ def together(device: torch.device) -> Iterator[None]:
         ) from error
     finally:
         if dist.is_initialized():
+            # DDP holds the group in cycles; one of gloo's that outlives the interpreter aborts it (pytorch#190489)
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -189,7 +189,10 @@ class _Run:
     def train_together(self) -> TrainResult:
         """Train with the other processes of the job, where there are others."""
         with processes.together(self.learner.device):
-            return self.train()
+            try:
+                return self.train()
+            finally:
+                self.learner.leave()
 
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
