@@ -86,7 +86,8 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     Args:
         model: any PyTorch model; it is left as it is. Parts that cannot be traced stay as they are.
         example: an input (or a tuple of them) of the size, layout and dtype that counts. With it, every chain is
-            timed in each of its forms and computed in the fastest; without it, all become the operator.
+            timed in each of its forms and computed in the fastest, and the model as a whole: where it is slower
+            with them, all chains stay as they were. Without it, all become the operator.
         training: fuse what runs in training; chains end at a BatchNorm then, and at dropout.
         runs: rounds of timing.
 
@@ -118,7 +119,14 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
         inputs = example if isinstance(example, tuple) else (example,)
         new.train(training)
         times = _choose_forms(new, inputs, chains, runs)
-        before, after = _measure(copy.deepcopy(model).train(training), new, inputs, runs)
+        plain = copy.deepcopy(model).train(training)
+        before, after = _measure(plain, new, inputs, runs)
+        if after.median_ms > before.median_ms:  # chains that are faster alone, and not among the others
+            reason = f"the whole model took {after.median_ms:.2f} ms with them and {before.median_ms:.2f} ms without"
+            left.update(dict.fromkeys((", ".join(key.split("|")) for key in chains), reason))
+            for chain in chains.values():
+                chain.form = "original"
+            before, after = _measure(plain, new, inputs, runs)
         new.train(mode)
     found = (FusedChain(tuple(key.split("|")), c.form, times.get(key, {}), c) for key, c in chains.items())
     return Fused(new, tuple(found), left, before, after)
