@@ -147,7 +147,7 @@ def test_requests_of_many_clients_are_batched_and_get_their_own_numbers(running,
     with ThreadPoolExecutor(len(files)) as pool, running.client() as client:
         answers = [pool.submit(post, client, file) for file in files]
         deadline = time.monotonic() + 10
-        while running.app.state.service.batcher._queue.qsize() < len(files) and time.monotonic() < deadline:
+        while running.app.state.service.batcher.waiting < len(files) and time.monotonic() < deadline:
             time.sleep(0.01)
         release.set()
         got = [list(a.result().json()["predictions"][0]["scores"].values()) for a in answers]
@@ -428,12 +428,40 @@ def test_the_description_lists_every_operation(client):
 
 
 def test_an_error_while_computing_reaches_those_who_wait_and_no_one_else():
-    batcher = batching.Batcher(waiting=4)
+    batcher = batching.Batcher(most_waiting=4)
     with pytest.raises(ZeroDivisionError):
         batcher.compute(lambda: 1 // 0).result(timeout=10)
-    assert batcher.compute(lambda: 7).result(timeout=10) == 7
+    thread = batcher.compute(threading.current_thread).result(timeout=10)
     batcher.stop()
-    assert not batcher._thread.is_alive()
+    assert not thread.is_alive()
+
+
+def test_images_that_fail_in_a_batch_do_not_fail_the_others(run):
+    batcher, classifier = batching.Batcher(most_waiting=4), nin.load(run)
+    good = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
+    release = threading.Event()
+    batcher.compute(lambda: release.wait(10))
+    bad, fine = batcher.classify(classifier, good.new_zeros(1, 1, 9, 9)), batcher.classify(classifier, good)
+    release.set()
+    with pytest.raises(RuntimeError, match="9"):
+        bad.result(timeout=10)
+    torch.testing.assert_close(fine.result(timeout=10).scores, batching.classify(classifier, good).scores)
+    batcher.stop()
+
+
+def test_those_who_have_gone_away_leave_their_place():
+    batcher = batching.Batcher(most_waiting=1)
+    release, started = threading.Event(), threading.Event()
+    batcher.compute(lambda: (started.set(), release.wait(10)))
+    started.wait(10)
+    gone = batcher.compute(lambda: 1)
+    with pytest.raises(batching.FullError):
+        batcher.compute(lambda: 2)
+    assert gone.cancel()
+    following = batcher.compute(lambda: 3)
+    release.set()
+    assert following.result(timeout=10) == 3
+    batcher.stop()
 
 
 def test_a_port_that_is_taken_is_a_users_error():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from torch import Tensor
 from nin import data
 from nin.prediction import BATCH, Classifier
 from nin.server.inspection import Network
+
+T = TypeVar("T")
 
 
 class FullError(Exception):
@@ -35,101 +35,99 @@ class Answer:
     maps: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class _Job:
-    """Images to classify, uint8 (N, C, H, W), and by whom, or something else to compute; and where the result goes."""
+    """What somebody waits for.
 
-    work: Tensor | Callable[[], Any]
-    future: Future[Any]
+    Attributes:
+        classifier: who classifies, or None where something else is computed.
+        pixels: the images, uint8 (N, C, H, W).
+        answer: given by the first of a batch to all others in it.
+    """
+
     classifier: Classifier | None = None
-
-    def joins(self, other: _Job) -> bool:
-        """Return whether both may be in one batch."""
-        return isinstance(other.work, Tensor) and other.classifier is self.classifier
+    pixels: Tensor | None = None
+    answer: Answer | None = None
 
 
 class Batcher:
-    """A queue and the thread that empties it.
+    """A thread that computes one thing after the other.
 
     A single thread, because two computations at once take longer than one after the other, and because a batch is
     what makes many small requests fast. Nobody waits for a batch to fill: it holds what has come in the meantime.
+    Where a batch fails, each of its images is classified in its own turn, so nobody gets the error of another.
 
     Args:
-        waiting: jobs that may wait.
+        most_waiting: jobs that may wait for their turn.
     """
 
-    def __init__(self, *, waiting: int) -> None:
+    def __init__(self, *, most_waiting: int) -> None:
         self.batches = 0  # computed so far, for tests and the curious
-        self._queue: queue.Queue[_Job | None] = queue.Queue(waiting)
-        self._thread = threading.Thread(target=self._run, name="nin-batcher", daemon=True)
-        self._thread.start()
+        self._most_waiting = most_waiting
+        self._waiting: list[_Job] = []  # for an answer or for their turn, in order
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nin-batcher")
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._waiting)
 
     def classify(self, classifier: Classifier, pixels: Tensor) -> Future[Answer]:
         """Classify images, uint8 (N, C, H, W); raises `FullError` where too much is waiting."""
-        return self._put(_Job(pixels, Future(), classifier))
+        job = _Job(classifier, pixels)
+        return self._put(job, lambda: self._answer(job))
 
-    def compute(self, work: Callable[[], Any]) -> Future[Any]:
+    def compute(self, work: Callable[[], T]) -> Future[T]:
         """Call a function in its turn; raises `FullError` where too much is waiting."""
-        return self._put(_Job(work, Future()))
+        job = _Job()
+
+        def begin() -> T:
+            self._leave(job)
+            return work()
+
+        return self._put(job, begin)
 
     def stop(self) -> None:
         """End the thread; what still waits is cancelled."""
-        with contextlib.suppress(queue.Empty):
-            while job := self._queue.get_nowait():
-                job.future.cancel()
-        self._queue.put(None)
-        self._thread.join(timeout=10)
+        self._thread.shutdown(cancel_futures=True)
 
-    def _put(self, job: _Job) -> Future[Any]:
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            raise FullError from None
-        return job.future
+    def _put(self, job: _Job, work: Callable[[], T]) -> Future[T]:
+        with self._lock:
+            if len(self._waiting) >= self._most_waiting:
+                raise FullError
+            self._waiting.append(job)
+            future = self._thread.submit(work)
+        future.add_done_callback(lambda _: self._leave(job))  # one that has gone away never has its turn
+        return future
 
-    def _run(self) -> None:
-        held: _Job | None = None  # taken from the queue while a batch was gathered, but no part of it
-        while (job := held or self._queue.get()) is not None:
-            held = None
-            if job.classifier is not None:
-                jobs, held = self._gather(job)
-                self._answer(job.classifier, [j for j in jobs if j.future.set_running_or_notify_cancel()])
-            elif job.future.set_running_or_notify_cancel():
-                _settle(job)
+    def _leave(self, job: _Job) -> None:
+        with self._lock:
+            if job in self._waiting:
+                self._waiting.remove(job)
 
-    def _gather(self, first: _Job) -> tuple[list[_Job], _Job | None]:
-        """Return what waits for the same network, and what was taken from the queue but is something else."""
-        jobs, count = [first], len(cast(Tensor, first.work))
-        while count < BATCH:
-            try:
-                following = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if following is None:
-                self._queue.put(None)
-                break
-            if not first.joins(following):
-                return jobs, following
-            jobs.append(following)
-            count += len(cast(Tensor, following.work))
-        return jobs, None
-
-    def _answer(self, classifier: Classifier, jobs: list[_Job]) -> None:
-        if not jobs:  # everyone has gone away
-            return
-        try:
+    def _answer(self, job: _Job) -> Answer:
+        if job.answer is None:
+            batch = self._gather(job)
+            parts = [cast(Tensor, each.pixels) for each in batch]
             self.batches += 1
-            parts = [cast(Tensor, job.work) for job in jobs]
-            answer = classify(classifier, torch.cat(parts))
-            start = 0
-            for job, part in zip(jobs, parts, strict=True):
-                rows = slice(start, start + len(part))
-                start += len(part)
-                job.future.set_result(Answer(answer.scores[rows], answer.maps[rows]))
-        except Exception as error:  # noqa: BLE001 - it belongs to those who wait, not to this thread
-            for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
+            answer = classify(cast(Classifier, job.classifier), torch.cat(parts))
+            sizes = [len(part) for part in parts]
+            rows = zip(answer.scores.split(sizes), answer.maps.split(sizes), strict=True)
+            for each, (scores, maps) in zip(batch, rows, strict=True):
+                each.answer = Answer(scores, maps)
+        return cast(Answer, job.answer)
+
+    def _gather(self, first: _Job) -> list[_Job]:
+        """Return the job and those that wait for the same network, of about BATCH images together."""
+        with self._lock:
+            batch, count = [first], len(cast(Tensor, first.pixels))
+            for job in self._waiting:
+                if job is not first and job.classifier is first.classifier and count < BATCH:
+                    batch.append(job)
+                    count += len(cast(Tensor, job.pixels))
+            self._waiting = [job for job in self._waiting if job not in batch]
+        return batch
 
 
 @torch.inference_mode()
@@ -140,10 +138,3 @@ def classify(classifier: Classifier, pixels: Tensor) -> Answer:
     maps = [network.maps(data.to_float(part.to(classifier.device), p.mean, p.std)) for part in pixels.split(BATCH)]
     whole = torch.cat(maps).float().cpu()
     return Answer(whole.mean((2, 3)), whole)
-
-
-def _settle(job: _Job) -> None:
-    try:
-        job.future.set_result(cast(Callable[[], Any], job.work)())
-    except Exception as error:  # noqa: BLE001 - as above
-        job.future.set_exception(error)

@@ -86,7 +86,7 @@ class Service:
             raise UserError(
                 f"runs beside each other must know the same classes: {' and '.join(map(str, folders))} do not"
             )
-        self.batcher = Batcher(waiting=limits.requests)
+        self.batcher = Batcher(most_waiting=limits.requests)
         # no more at once than cores: a decoded picture can be a hundred times its file
         self.decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="nin-decoder")
 
