@@ -18,7 +18,19 @@ SOURCE = Path(nin.__file__).parent
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"errors", "files", "tables"},
-    {"ops", "data", "factories", "descent", "processes", "recipe", "replaying", "timing", "machine", "metrics"},
+    {
+        "ops",
+        "data",
+        "factories",
+        "descent",
+        "processes",
+        "recipe",
+        "replaying",
+        "timing",
+        "machine",
+        "metrics",
+        "tracing",
+    },
     {"layers", "rooflines"},
     {"models"},
     {"narrowing", "timm"},

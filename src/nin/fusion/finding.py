@@ -17,18 +17,6 @@ _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "
 _METHODS = {"relu": "relu", "relu_": "relu"}
 _MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
-# What tracing raises on models whose control flow looks at values, or that do what a graph cannot hold.
-TRACING_ERRORS = (
-    fx.proxy.TraceError,
-    TypeError,
-    ValueError,
-    RuntimeError,  # NotImplementedError is one
-    AttributeError,
-    NameError,
-    AssertionError,
-    LookupError,
-)
-
 
 class Tracer(fx.Tracer):
     """PyTorch's, that also leaves nin's own layers and chains whole, and BatchNorm of whatever class."""

@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from nin.fusion.chains import Chain
-from nin.fusion.finding import TRACING_ERRORS, Found, Tracer, find_chains
+from nin.fusion.finding import Found, Tracer, find_chains
 from nin.layers import Conv1x1, MLPConv
 from nin.timing import Timing, compare
+from nin.tracing import TracingError, trace
 
 # A form must be so much faster than the layers as they are before it takes their place.
 MARGIN = 0.97
@@ -193,8 +194,8 @@ def _trace(module: nn.Module, path: str) -> fx.Graph | None:
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in required):
         return None
     try:
-        return Tracer(path).trace(module, {p.name: p.default for p in optional})
-    except TRACING_ERRORS:
+        return trace(module, Tracer(path), {p.name: p.default for p in optional})
+    except TracingError:
         return None
 
 

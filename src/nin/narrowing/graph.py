@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from nin import tracing
+
 _ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -95,19 +97,6 @@ class Wiring:
     problem: str | None = None
 
 
-# What tracing raises on models whose control flow looks at values.
-_TRACING_ERRORS = (
-    fx.proxy.TraceError,
-    TypeError,
-    ValueError,
-    RuntimeError,  # NotImplementedError is one
-    AttributeError,
-    NameError,
-    AssertionError,
-    LookupError,
-)
-
-
 def trace(model: nn.Module, layers: set[str]) -> Wiring:
     """Trace a model, where that is possible.
 
@@ -116,10 +105,9 @@ def trace(model: nn.Module, layers: set[str]) -> Wiring:
         layers: the names of the layers that may be changed.
     """
     try:
-        graph = fx.symbolic_trace(model).graph
-    except _TRACING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        return Wiring(problem=f"the model's control flow cannot be traced ({type(error).__name__}: {reason})")
+        graph = tracing.trace(model)
+    except tracing.TracingError as error:
+        return Wiring(problem=str(error))
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     edges, shortcuts = [], {}
