@@ -132,9 +132,9 @@ def looks(monkeypatch):
     seen = {"headers": [], "pixels": []}
     read_header, decode_pixels = examining.read_header, examining.decode_pixels
 
-    def count_header(path):
-        seen["headers"].append(os.path.basename(path))
-        return read_header(path)
+    def count_header(file):
+        seen["headers"].append(os.path.basename(file.name))
+        return read_header(file)
 
     def count_pixels(path, **options):
         seen["pixels"].append(os.path.basename(path))

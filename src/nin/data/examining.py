@@ -88,13 +88,14 @@ class Examination:
     def read_headers(self) -> None:
         """Fill `records` from what is remembered, else from each file's header and bytes."""
         known = _recall(self.memory)
+        keys = np.ascontiguousarray(known["key"])  # else each search would copy them
 
         def read(index: int) -> None:
             path = self.path(index)
             try:
                 key = _key(self.listing.names[index], os.stat(path))
-                place = int(np.searchsorted(known["key"], key))
-                if place < len(known) and known["key"][place] == key:
+                place = int(np.searchsorted(keys, key))
+                if place < len(keys) and keys[place] == key:
                     self.records[index] = known[place]
                 else:
                     self.records[index] = _examine(path, key)
@@ -186,22 +187,18 @@ def _recall(file: Path) -> NDArray[np.void]:
     return records if records.dtype == RECORD and records.ndim == 1 else np.zeros(0, dtype=RECORD)
 
 
-def _examine(path: str, key: int) -> NDArray[np.void]:
+def _examine(path: str, key: np.uint64) -> NDArray[np.void]:
     """Return the record of a file."""
-    header = read_header(path)
+    with open(path, "rb") as file:
+        header = read_header(file)
+        file.seek(0)
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
     kind = FORMAT_NAMES.index(header.format)
-    row = (key, _digest(path), header.width, header.height, kind, header.grey, header.frames, False)
+    row = (key, np.frombuffer(digest, "<u8"), header.width, header.height, kind, header.grey, header.frames, False)
     return np.array(row, dtype=RECORD)
 
 
-def _key(name: str, found: os.stat_result) -> int:
+def _key(name: str, found: os.stat_result) -> np.uint64:
     """Return 64 bits that stand for a file as it is now."""
     text = os.fsencode(name) + f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-def _digest(path: str) -> NDArray[np.uint64]:
-    """Return 128 bits that stand for a file's content."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    return np.frombuffer(digest.digest(), dtype="<u8")
+    return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))

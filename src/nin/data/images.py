@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | io.BufferedReader | Image.Image
 Pixels = NDArray[np.uint8]
 
 
@@ -88,7 +87,7 @@ def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
     shorter side and cropping.
 
     Args:
-        source: a path, the bytes of an image file, or a Pillow image.
+        source: a path, the bytes of an image file, a file that is open, or a Pillow image.
         size: height and width of the result in pixels; None keeps the whole image as it is.
         channels: 1 for grey, 3 for RGB.
 
@@ -147,15 +146,20 @@ def _has_frames(image: Image.Image) -> bool:
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """Opens the source; an error of Pillow's inside the block becomes a UserError that names the file."""
+    file: io.BytesIO | io.BufferedReader | str
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "image")
+    elif isinstance(source, bytes):
+        name, file = "image bytes", io.BytesIO(source)
+    elif isinstance(source, io.BufferedReader):
+        name, file = source.name, source
     else:
-        name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
+        # no Path: the names of 250,000 paths and Python makes its table of interned strings anew, 7 MB of it
+        name = file = os.fspath(source)
     try:
         if isinstance(source, Image.Image):
             yield source
         else:
-            file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
             with Image.open(file, formats=FORMATS) as image:
                 yield image
     except _DECODING_ERRORS as error:
