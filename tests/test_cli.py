@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nin import cli, demonstration, models, prediction, terminal
+from nin import cli, demonstration, models, prediction, terminal, training
 from nin.recipe import TrainConfig
 
 
@@ -124,9 +124,30 @@ def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert len(result["predictions"]) == demonstration.SAMPLES
     assert (out / "report.html").exists()
-    # a second one replaces the first, and nothing else
+    # a second one replaces the first
     demonstration.clear(out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "samples/mine.doc", "config.json"])
+def test_a_demo_removes_no_one_elses_folder(tmp_path, stranger):
+    out = tmp_path / "demo"
+    (out / "samples").mkdir(parents=True)
+    (out / stranger).write_text("{}")
+    if stranger == "config.json":
+        (out / "samples").rmdir()
+    demonstration.clear(out)
+    assert (out / stranger).exists()
+
+
+def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
+    out, config = tmp_path / "demo", TrainConfig(epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train("digits", config, out=out, keeping=training.Keeping(stop=lambda: True))
+    assert (out / "state.safetensors").exists()
+    demonstration.run(out, as_json=True, config=config)
+    assert json.loads(capsys.readouterr().out)["test_images"] == 451
 
 
 def test_the_bottleneck_has_fewer_macs_and_both_are_timed():

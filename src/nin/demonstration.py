@@ -13,19 +13,19 @@ from rich.table import Table
 from torch import nn
 
 from nin import checkpoint, costs, prediction, terminal
-from nin.errors import UserError
 from nin.layers import Bottleneck, MLPConv
 from nin.recipe import TrainConfig
 from nin.timing import compare
+from nin.training import Keeping, has_begun
 
-SAMPLES = 6
+SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
 
 
 def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) -> None:
     """Train on digits, test, write the report, predict a few images, and time the notes' bottleneck.
 
     Args:
-        out: the run folder; one that an earlier run made is replaced.
+        out: the run folder; that of an earlier demo is replaced, one that was interrupted goes on.
         as_json: print the figures as JSON on standard output in place of tables.
         config: the recipe; the default one if None.
     """
@@ -33,13 +33,14 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
     config = config or TrainConfig()
     step("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
     images = terminal.load_data("digits", seed=config.seed)
-    result = terminal.train_visibly(images, config, out=out)
+    keeping = Keeping(resume=has_begun(out))
+    result = terminal.train_visibly(images, config, out=out, keeping=keeping)
     if not as_json:
         terminal.show_result(result)
     step("2. Write what it learned into a report")
     report = terminal.write_report(out, images)
     step("3. Predict images that it has not seen")
-    paths = write_samples(images, out / "samples")
+    paths = write_samples(images, out / SAMPLES_FOLDER)
     classifier = prediction.load(out)
     predictions = classifier.predict(paths)
     if not as_json:
@@ -57,27 +58,24 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
         f"\nWhat is where\n"
         f"  {report}  open it in a browser: accuracy, mistakes, and where the network looks\n"
         f"  {out / checkpoint.MODEL_FILE}  the weights; {checkpoint.CONFIG_FILE} beside it says what they are\n"
-        f"  {out / 'samples'}  the images of step 3\n"
+        f"  {out / SAMPLES_FOLDER}  the images of step 3\n"
         f"What to try next\n"
         f"  nin train FOLDER --out RUN    your own images, one folder for each class\n"
-        f"  nin predict {out} {out / 'samples'} --maps {out / 'maps'}\n"
+        f"  nin predict {out} {out / SAMPLES_FOLDER} --maps {out / MAPS_FOLDER}\n"
         f"  nin cost nin_cifar            parameters, multiplications and milliseconds, layer by layer\n"
         f"The program nin is in .venv/bin: source .venv/bin/activate puts it on the path."
     )
 
 
 def clear(out: Path) -> None:
-    """Remove the run of an earlier demo.
+    """Remove what an earlier demo made, where nothing else is in the folder.
 
-    Raises:
-        UserError: the folder holds something else.
+    Its samples tell it from other runs. One that was interrupted before them goes on.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    ours = (out / checkpoint.CONFIG_FILE).exists() or (out / checkpoint.STATE_FILE).exists()
-    if not out.is_dir() or not ours:
-        raise UserError(f"{out} holds something that no demo made: give another --out")
-    shutil.rmtree(out)
+    names, samples = {*checkpoint.FILES, SAMPLES_FOLDER, MAPS_FOLDER}, out / SAMPLES_FOLDER
+    ours = samples.is_dir() and all("-is-a-" in path.name for path in samples.iterdir())
+    if ours and all(path.name in names for path in out.iterdir()):
+        shutil.rmtree(out)
 
 
 def step(text: str) -> None:
