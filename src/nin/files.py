@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -37,15 +37,13 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: as `write_atomically`.
     """
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            os.close(handle)
-            with open(name, "wb") as file:
+            with open(name, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -53,6 +51,8 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
             raise
         sync_folder(path.parent)
     except OSError as error:
+        if error.errno is None:  # somebody's own words from inside the block
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
