@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +13,8 @@ from numpy.typing import NDArray
 from nin.data.batching import in_order
 from nin.data.folder import Listing
 from nin.data.images import FORMATS, decode_pixels, read_header, why
-from nin.data.named import cache_folder
+from nin.data.remembering import memory_file, recall, remember
 from nin.errors import UserError
-from nin.files import write_atomically
 
 Progress = Callable[[str, int, int], None]
 Problems = dict[int, str]  # why the image at an index cannot be read
@@ -41,7 +38,7 @@ FORMAT_NAMES = ("", *FORMATS, "MPO")
 
 _CHUNK = 64  # images that a thread reads between two reports of progress
 _FEWEST_REMEMBERED = 100  # reading fewer files again takes less than a second
-_MEMORY_VERSION = 1  # part of the file's name: raised when RECORD or what it means changes
+_MEMORY_VERSION = 2  # raised when RECORD or what it means changes
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,11 @@ class Examination:
         self.listing, self.options = listing, options
         self.records = np.zeros(len(listing.names), dtype=RECORD)
         self.problems: Problems = {}
-        self.memory = _memory_file(listing.root)
+        self.memory = memory_file(os.fspath(listing.root.resolve()), _MEMORY_VERSION)
 
     def read_headers(self) -> None:
         """Fill `records` from what is remembered, else from each file's header and bytes."""
-        known = _recall(self.memory)
+        known = np.frombuffer(recall(self.memory) or b"", dtype=RECORD)
         keys = np.ascontiguousarray(known["key"])  # else each search would copy them
 
         def read(index: int) -> None:
@@ -158,33 +155,11 @@ class Examination:
                 self.options.on_progress(stage, min(number * _CHUNK, len(indices)), len(indices))
 
     def _remember(self) -> None:
-        """Keep what is known for the next time, unless the cache folder cannot be written."""
+        """Keep what is known for the next time."""
         known = self.records[self.records["width"] > 0]
         if len(known) < _FEWEST_REMEMBERED:
             return
-        buffer = io.BytesIO()
-        np.save(buffer, known[np.argsort(known["key"])], allow_pickle=False)
-        try:
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.memory, buffer.getvalue())
-        except OSError:
-            return  # nothing is lost but the time to look again; a home that is read-only is no mistake
-
-
-def _memory_file(root: Path) -> Path:
-    """Return where what is known of a folder is kept."""
-    name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=12).hexdigest()
-    return cache_folder() / "examined" / f"{name}.{_MEMORY_VERSION}.npy"
-
-
-def _recall(file: Path) -> NDArray[np.void]:
-    """Return the records that were kept, by key. A file that is damaged or none of ours counts as none."""
-    try:
-        with file.open("rb") as content:
-            records = np.lib.format.read_array(content, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return np.zeros(0, dtype=RECORD)
-    return records if records.dtype == RECORD and records.ndim == 1 else np.zeros(0, dtype=RECORD)
+        remember(self.memory, known[np.argsort(known["key"])].tobytes())
 
 
 def _examine(path: str, key: np.uint64) -> NDArray[np.void]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,15 @@ from torch import Tensor
 
 from nin.data.images import EXTENSIONS, decode_pixels
 from nin.data.named import cache_folder
+from nin.data.remembering import memory_file, recall, remember
 from nin.data.sets import DecodedSet, PathList
 from nin.errors import UserError
-from nin.files import write_atomically
 
 # Beside the shards that nin wrote: what cannot be seen in them.
 DESCRIPTION_FILE = "nin-shards.json"
 
 _PART = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2  # raised when _PART or what _index keeps changes
 _LABEL_BYTES = 32  # of a .cls: a number
 
 
@@ -201,23 +199,16 @@ def _local(url: str) -> Path:
 def _index(path: Path) -> tuple[NDArray[np.void], list[str]]:
     """Return places and names of the images in a shard, from the cache folder or from the tar file's headers."""
     found = path.stat()
-    text = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
-    name = hashlib.blake2b(text, digest_size=12).hexdigest()
-    memory = cache_folder() / "examined" / f"{name}.{_INDEX_VERSION}.npz"
-    try:
-        with memory.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            return kept["places"], bytes(kept["names"]).decode(errors="surrogateescape").split("\n")[:-1]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    text = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+    memory = memory_file(text, _INDEX_VERSION)
+    kept = recall(memory)
+    if kept is None:
         places, names = _scan(path)
-    content = io.BytesIO()
-    lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-    np.savez(content, places=places, names=np.frombuffer(lines, dtype=np.uint8))
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, content.getvalue())
-    except OSError:
-        return places, names  # costs only the time to scan again
-    return places, names
+        lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
+        remember(memory, len(places).to_bytes(8, "little") + places.tobytes() + lines)
+        return places, names
+    places = np.frombuffer(kept, dtype=_PART, count=int.from_bytes(kept[:8], "little"), offset=8)
+    return places, kept[8 + places.nbytes :].decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
