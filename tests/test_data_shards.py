@@ -188,7 +188,7 @@ def test_the_index_is_remembered_and_forgotten_when_damaged(folder, tmp_path, mo
     assert len(scans) == 2
     assert list(first.names) == list(second.names)
     assert np.array_equal(first.places, second.places)
-    for memory in (tmp_path / "cache").rglob("*.npz"):
+    for memory in (tmp_path / "cache").glob("nin/examined/*"):
         memory.write_bytes(memory.read_bytes()[:50])
     assert list(data.open_shards(tmp_path / "s").names) == list(first.names)
     assert len(scans) == 4
@@ -216,3 +216,11 @@ def test_urls_are_fetched_once(folder, tmp_path):
 )
 def test_patterns_expand_as_in_the_shell(text, expected):
     assert list(shards._braces(text)) == expected
+
+
+def test_one_huge_label_does_not_make_a_billion_classes(tmp_path):
+    path = tmp_path / "x.tar"
+    members = [(f"{n}.{e}", c) for n in range(9) for e, c in (("png", png(n)), ("cls", b"%d" % (n % 2)))]
+    write_tar(path, [*members, ("9.png", png(9)), ("9.cls", b"999999999")])
+    with pytest.raises(UserError, match="label 999999999 does not fit 100000 classes"):
+        data.load(str(path))

@@ -450,3 +450,12 @@ def test_a_replayed_step_is_the_plain_one(digits):
     plain = training.train(images, dataclasses.replace(config, recipe="default", **recipe.RECIPES["speed"]))
     for name, value in weights(replayed).items():
         torch.testing.assert_close(value, weights(plain)[name], rtol=1e-2, atol=1e-3)
+
+
+def test_images_of_five_channels_train_but_make_no_run_folder(tmp_path):
+    arrays = (torch.rand(40, 5, 8, 8), torch.arange(40) % 2)
+    config = TrainConfig(model="nin_digits", epochs=1, batch_size=8)
+    assert training.train(arrays, config).model(torch.rand(1, 5, 8, 8)).shape == (1, 2)
+    with pytest.raises(UserError, match="got 5 channels"):
+        training.train(arrays, config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

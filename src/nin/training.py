@@ -128,6 +128,11 @@ def train(
     check_share(recipe, len(images.train))
     machine.keep_freed_memory()
     folder = None if out is None else Path(out)
+    if folder is not None and images.channels not in (1, 3):
+        raise UserError(
+            f"images: a run folder is for grey or RGB images, got {images.channels} channels: leave out= away and keep "
+            "the result's model"
+        )
     keeping = keeping or Keeping()
     if folder is not None and processes.is_restarted() and has_begun(folder):
         keeping = dataclasses.replace(keeping, resume=True)

@@ -6,7 +6,7 @@ from nin.data.checking import Check, check
 from nin.data.findings import MEANINGS, findings_csv
 from nin.data.folder import images_below
 from nin.data.images import EXTENSIONS, decode
-from nin.data.loading import load
+from nin.data.loading import load, load_recorded
 from nin.data.named import NAMES
 from nin.data.randomness import epoch_order
 from nin.data.sets import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, sensible_shift
@@ -35,6 +35,7 @@ __all__ = [
     "images_below",
     "is_shards",
     "load",
+    "load_recorded",
     "open_shards",
     "sensible_shift",
     "to_float",

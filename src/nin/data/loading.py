@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nin.data.arrays import load_arrays
 from nin.data.batching import usable_cores
 from nin.data.examining import Progress, ReadingOptions
-from nin.data.named import NAMES, load_named
+from nin.data.named import NAMES, cache_folder, load_named
 from nin.data.reading import read_folder
 from nin.data.sets import Data
 from nin.data.sharding import read_shards
@@ -91,6 +92,33 @@ def load(
         _check_exists(source)
         images = read_folder(Path(source), options)
     return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
+
+
+def load_recorded(record: Mapping[str, Any], *, size: int) -> Data:
+    """Loads the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
+
+    The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
+    run a program.
+
+    Args:
+        record: what `load` left in `Data.origin`.
+        size: height and width of the network's input in pixels.
+
+    Raises:
+        UserError: it is not recorded where they lie, they are not here, or the record is damaged.
+    """
+    source = record.get("source", record.get("name"))
+    if not isinstance(source, str) or ("source" not in record and source not in NAMES):
+        raise UserError("the run does not record where its images lie")
+    if is_url(source):
+        raise UserError(f"the run's images lie behind a URL, which is not followed ({source})")
+    data_dir, fraction, seed = record.get("data_dir"), record.get("test_fraction"), record.get("seed", 0)
+    right = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
+    if not right:
+        raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
+    if source in NAMES:
+        data_dir = data_dir or str(cache_folder())
+    return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed)
 
 
 def _absolute(source: str) -> str:

@@ -25,6 +25,9 @@ from nin.files import open_atomically, write_atomically
 # So many headers tell the size and the kind of all images.
 _HEADERS = 1000
 
+# So many classes may have no names: a label is a number of nine digits at most, and each class takes memory.
+_MOST_UNNAMED = 100_000
+
 # While shards are being written, what they are made from; it becomes DESCRIPTION_FILE when all are there.
 _UNFINISHED_FILE = "nin-shards.partial.json"
 
@@ -39,7 +42,7 @@ def read_shards(source: str | Path, options: ReadingOptions) -> Data:
     if (labels < 0).any():
         missing = shards.names[int(np.flatnonzero(labels < 0)[0])]
         raise UserError(f"{source}: {missing} has no label; expected a member of the same name ending in .cls")
-    classes = tuple(describe(source).get("classes") or (str(n) for n in range(int(labels.max()) + 1)))
+    classes = tuple(describe(source).get("classes") or map(str, range(min(int(labels.max()) + 1, _MOST_UNNAMED))))
     if labels.max() >= len(classes) or len(classes) < 2:
         raise UserError(f"{source}: label {labels.max()} does not fit {len(classes)} classes")
     channels, size = _kind(shards, options.size)
@@ -101,7 +104,8 @@ def write_shards(
         raise UserError(f"{source} holds shards already; expected an image folder")
     options = ReadingOptions(None, test_fraction, seed, False, workers, 0, on_progress)
     examination, out = examine(Path(source), options), Path(out)
-    examination.decode(channels_and_size(examination)[1], channels_and_size(examination)[0], None)
+    channels, size = channels_and_size(examination)
+    examination.decode(size, channels, None)
     is_test, listing = split(examination.listing, examination.problems, options), examination.listing
     good = examination.good()
     description = {

@@ -55,7 +55,11 @@ def collect(
     run = Path(run)
     classifier = prediction.load(run, device=device)
     info = classifier.info
-    images = _reload(run, info) if images is None else images
+    if images is None:
+        try:
+            images = data.load_recorded(info.data, size=info.preprocessing.size)
+        except UserError as error:
+            raise UserError(f"{run}: {error}; give the images") from error
     _check_fits(run, images, info)
     curves = metrics.read_csv(run / checkpoint.METRICS_FILE)
     probabilities = _probabilities(classifier, images, on_progress)
@@ -84,14 +88,6 @@ def collect(
         preprocessing=dataclasses.asdict(info.preprocessing),
         environment=info.environment,
     )
-
-
-def _reload(run: Path, info: checkpoint.RunInfo) -> data.Data:
-    source = info.data.get("source", info.data.get("name"))
-    if source not in data.NAMES and "source" not in info.data:
-        raise UserError(f"{run} does not record where its images ({source}) lie: give them")
-    options = {name: info.data[name] for name in ("data_dir", "size", "test_fraction", "seed") if name in info.data}
-    return data.load(str(source), **options)
 
 
 def _check_fits(run: Path, images: data.Data, info: checkpoint.RunInfo) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nin import data
 from nin.checkpoint import RunInfo
-from nin.data.named import cache_folder
 from nin.errors import UserError
 
 SHOWN = 24
@@ -73,15 +72,9 @@ def looked_at(images: data.Data) -> int:
 
 
 def _load(info: RunInfo) -> data.Data:
-    """Return the run's data; nothing is downloaded."""
-    source = info.data.get("source", info.data.get("name"))
-    if "source" not in info.data and source not in data.NAMES:
-        raise UserError("the run does not record where they lie")
-    options = {name: info.data[name] for name in ("data_dir", "size", "test_fraction", "seed") if name in info.data}
-    if source in data.NAMES and source != "digits" and not options.get("data_dir"):
-        options["data_dir"] = cache_folder()
-    images = data.load(str(source), **options)
+    """Return the run's data."""
     p = info.preprocessing
+    images = data.load_recorded(info.data, size=p.size)
     if tuple(images.classes) != info.classes or (images.channels, images.size) != (p.channels, p.size):
         raise UserError("the images found there are not those that the run was trained on")
     if not len(images.test):
