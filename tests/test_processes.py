@@ -143,6 +143,27 @@ def test_torchrun_starts_again_what_died(tmp_path):
     assert losses_of(tmp_path / "run")[0, 0] == 7
 
 
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_end_leaves_a_state_that_goes_on_exactly(tmp_path):
+    def command(run, *more):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return [sys.executable, *torchrun, "-m", "nin", "train", "digits", "--epochs", "20", "--out", str(run), *more]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run(command(whole), env=environment, capture_output=True, timeout=200, check=True)
+    job = subprocess.Popen(command(stopped), env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (stopped / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    assert "Go on with the same command and --resume" in job.communicate(timeout=60)[1]
+    assert (stopped / "state.safetensors").exists()
+    subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, timeout=200, check=True)
+    for name in ("metrics.csv", "model.safetensors"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_two_processes_narrow_as_one_does(tmp_path):
     images = few_digits()
     training.train(images, dataclasses.replace(CONFIG, epochs=1), out=tmp_path / "run")
