@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import nin
 from nin import checkpoint, data, descent, evaluation, recipe, training
@@ -458,4 +459,18 @@ def test_images_of_five_channels_train_but_make_no_run_folder(tmp_path):
     assert training.train(arrays, config).model(torch.rand(1, 5, 8, 8)).shape == (1, 2)
     with pytest.raises(UserError, match="got 5 channels"):
         training.train(arrays, config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_network_is_trained_but_only_ours_make_a_run_folder(tmp_path):
+    config = TrainConfig(epochs=1, batch_size=16)
+
+    def make():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    result = training.train("digits", config, network=make)
+    assert result.info.model == {"kind": "Sequential"}
+    assert result.info.result["test_accuracy"] > 0.5
+    with pytest.raises(UserError, match="got Sequential"):
+        training.train("digits", config, network=make, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin import checkpoint, data, machine, metrics, processes
+from nin import checkpoint, data, machine, metrics, models, processes
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
@@ -106,7 +106,8 @@ def train(
         out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
             None writes nothing.
         keeping: how often the state is written, and whether to resume.
-        network: makes the network, the same after the same seed; if not given, the one that the recipe names.
+        network: makes the network, the same after the same seed; if not given, the one that the recipe names. A run
+            folder holds networks of `nin.models` only.
         on_progress: called after every step and every epoch.
 
     Returns:
@@ -179,6 +180,7 @@ class _Run:
         self.keeping, self.on_progress = keeping, on_progress
         self.images = hold_images(images, config)
         self.learner = learner
+        self.description = describe(learner.average, folder)
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()
@@ -459,7 +461,7 @@ class _Run:
         overridden = {"overridden": self.overridden} if self.overridden else {}
         lost = {"lost": list(self.lost.items())} if self.lost else {}
         return RunInfo(
-            model=checkpoint.describe_model(self.learner.average),
+            model=self.description,
             classes=images.classes,
             preprocessing=Preprocessing(images.size, images.channels, images.mean, images.std),
             recipe={**dataclasses.asdict(self.config), "precision": precision, **overridden},
@@ -515,6 +517,23 @@ def check_share(config: ResolvedConfig, images: int) -> None:
             f"batch_size is that of all processes together: {processes.count()} processes cannot share {least} images; "
             "give a larger --batch-size or start fewer"
         )
+
+
+def describe(model: nn.Module, folder: Path | None) -> dict[str, Any]:
+    """Return what the run's record says of the network; without a folder it may be any.
+
+    Raises:
+        UserError: a run folder could not build it again.
+    """
+    if isinstance(model, models.NiN | models.GoogLeNet):
+        return checkpoint.describe_model(model)
+    kind = type(model).__name__
+    if folder is not None:
+        raise UserError(
+            f"network: a run folder holds networks of nin.models, got {kind}: leave out= away and keep the result's "
+            "model"
+        )
+    return {"kind": kind}
 
 
 def prepare_folder(out: Path, *, resume: bool) -> None:
