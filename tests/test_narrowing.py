@@ -12,8 +12,9 @@ import torchvision
 from torch import nn
 
 import nin
+from nin import timing
 from nin.errors import UserError
-from nin.narrowing import FinetuneConfig, LayerPlan, NarrowOptions, Plan, Thinning, finetune, graph, structure
+from nin.narrowing import FinetuneConfig, LayerPlan, NarrowOptions, Plan, Thinning, finetune, graph, pricing, structure
 from nin.narrowing.refining import Material, refine
 from nin.narrowing.studying import study
 
@@ -360,6 +361,16 @@ def test_accuracy_is_reported_at_every_stage():
 def test_wrong_budgets_are_one_line(budget, message):
     with pytest.raises(ValueError, match=message):
         nin.narrow(chain(), images(8, 3, 16, 16), **budget)
+
+
+def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatch):
+    def nine_tenths(self, narrowed, batch):
+        return timing.Timing(10.0, 9.9, 10.1, 9), timing.Timing(9.0, 8.9, 9.1, 9)
+
+    monkeypatch.setattr(pricing.Stopwatch, "compare", nine_tenths)
+    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: pricing.macs(layers))
+    result = nin.narrow(chain(), images(8, 3, 16, 16), latency=0.5, options=NarrowOptions(revert_slower=False))
+    assert "The latency asked for, 0.50 of the original's, was not reached: 0.90." in result.report.notes
 
 
 def test_mistakes_are_one_line():

@@ -14,6 +14,9 @@ from nin.narrowing.structure import LayerShape, factors
 # Halvings of the interval in which the price lies, on a logarithmic scale.
 HALVINGS = 40
 
+# Times the cost of everything: at such a price of cost no loss counts.
+HIGHEST_PRICE = 1e12
+
 # Rounds over all layers at one price; two or three change something.
 ROUNDS = 8
 
@@ -127,6 +130,10 @@ class Knapsack:
         cost = sum(self.cost(name, forms[name], trial) for name in touched if name in self.shapes)
         return self.edge_loss(number, n) + price * cost
 
+    def cheapest(self) -> Choice:
+        """Return the choice that costs least, whatever its loss."""
+        return self.at_price(HIGHEST_PRICE / self.everything().cost)
+
     def choose(self, budget: float) -> Choice:
         """Return the choice of least loss that costs at most ``budget``.
 
@@ -136,8 +143,8 @@ class Knapsack:
         whole = self.everything()
         if whole.cost <= budget:
             return whole
-        low, high = 1e-12 / whole.cost, 1e12 / whole.cost
-        best = self.at_price(high)
+        low, high = 1e-12 / whole.cost, HIGHEST_PRICE / whole.cost
+        best = self.cheapest()
         if best.cost > budget:
             raise UserError(
                 f"the budget must be at least {best.cost / whole.cost:.3f} of the original, got "

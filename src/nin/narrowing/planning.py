@@ -142,7 +142,7 @@ class Planner:
     def _for_latency(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
         """Choose over the measured table, measure the whole model, and choose again until it is fast enough."""
         knapsack = self._knapsack(self.candidates, self.edges)
-        budget = share * knapsack.everything().cost
+        budget, lowest = share * knapsack.everything().cost, knapsack.cheapest().cost
         best: tuple[float, Choice] | None = None
         for _ in range(LATENCY_PLANS):
             choice = knapsack.choose(budget)
@@ -153,7 +153,10 @@ class Planner:
                 best = reached, choice
             if reached <= share * LATENCY_TOLERANCE:
                 break
-            budget *= share / reached * 0.98
+            lower = max(budget * share / reached * 0.98, lowest)
+            if lower >= budget:  # nothing more can be left out
+                break
+            budget = lower
         assert best is not None
         notes: tuple[str, ...] = ()
         if best[0] > share * LATENCY_TOLERANCE:
