@@ -369,8 +369,8 @@ def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatc
 
     monkeypatch.setattr(pricing.Stopwatch, "compare", nine_tenths)
     monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: pricing.macs(layers))
-    result = nin.narrow(chain(), images(8, 3, 16, 16), latency=0.5, options=NarrowOptions(revert_slower=False))
-    assert "The latency asked for, 0.50 of the original's, was not reached: 0.90." in result.report.notes
+    result = nin.narrow(chain(), images(8, 3, 16, 16), latency=0.2, options=NarrowOptions(revert_slower=False))
+    assert "The latency asked for, 0.20 of the original's, was not reached: 0.90." in result.report.notes
 
 
 def test_mistakes_are_one_line():
