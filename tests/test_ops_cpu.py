@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import nin
 from nin.ops import ACTIVATIONS, compiled, cpu, packing, reference
+from nin.ops.arguments import Layers
 from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
 
 ROOT = Path(__file__).parent.parent
@@ -67,10 +68,14 @@ def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
     """Return the result and all gradients, of the compiled kernel or of the reference in the given dtype."""
     names, count = [activation] * len(weights), len(weights)
     options = [(value, value) if isinstance(value, int) else value for value in geometry.values()]
-    ops = torch.ops.nin if kernel == "compiled" else reference
-    y = ops.mlpconv(x, weights, biases, *options, names)
+    layers = Layers(weights, biases, *options, names)
     needs = [True] * (1 + count) + [b is not None for b in biases]
-    grad_x, grad_weights, grad_biases = ops.mlpconv_backward(grad, x, y, weights, biases, *options, names, needs)
+    if kernel == "compiled":
+        y = torch.ops.nin.mlpconv(x, *layers)
+        grad_x, grad_weights, grad_biases = torch.ops.nin.mlpconv_backward(grad, x, y, *layers, needs)
+    else:
+        y = reference.mlpconv(x, layers)
+        grad_x, grad_weights, grad_biases = reference.mlpconv_backward(grad, x, y, layers, needs)
     return [grad_x, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
 
 
@@ -297,9 +302,10 @@ def test_scratch_does_not_grow_with_the_images(dtype):
     def scratch_bytes(images, size):
         x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
-        problem = cpu.pack_problem(x, y, (192, 192, 1, 1), (1, 1), (0, 0), (1, 1), 2)
-        layers = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
-        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, layers, 2)
+        weights = [torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)]
+        problem = cpu.pack_problem(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
+        rows = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
+        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, rows, 2)
 
     assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
 
@@ -435,7 +441,8 @@ def test_the_rule_sends_to_pytorch_what_it_computes_faster(widths, kernel_size, 
     name = cpu.serving_kernel(x, weights, biases)
     assert name == ("reference" if kernel == "reference" else cpu.KERNELS.name)
     if kernel == "reference":
-        expected = reference.mlpconv(x, weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
+        layers = Layers(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
+        expected = reference.mlpconv(x, layers)
         assert torch.equal(nin.mlpconv(x, weights, biases), expected)
 
 

@@ -14,6 +14,7 @@ import torch
 import nin
 from nin.errors import UserError
 from nin.ops import gpu, reference
+from nin.ops.arguments import Layers
 from nin.ops.gpu import choosing, tiles
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -71,6 +72,9 @@ class Case:
             [None if b is None else b.to(**on) for b in biases],
         )
 
+    def layers(self, weights, biases):
+        return Layers(weights, biases, *self.geometry, list(self.activations))
+
 
 def chain(*widths, activation="silu", **options):
     return Case(widths, (activation,) * (len(widths) - 1), **options)
@@ -99,22 +103,20 @@ def exact(t):
 
 
 def forward(case, x, weights, biases):
-    return gpu.mlpconv(x, weights, biases, *case.geometry, list(case.activations))
+    return gpu.mlpconv(x, case.layers(weights, biases))
 
 
 def backward(case, grad, x, y, weights, biases, needs=None):
     needs = [True] * (1 + 2 * len(weights)) if needs is None else needs
-    return gpu.mlpconv_backward(grad, x, y, weights, biases, *case.geometry, list(case.activations), needs)
+    return gpu.mlpconv_backward(grad, x, y, case.layers(weights, biases), needs)
 
 
 def expected(case, grad, x, weights, biases):
     """Return the result, and the gradients as `backward` does, in float64 by PyTorch's convolutions."""
-    arguments = (exact(x), [exact(w) for w in weights], [exact(b) for b in biases])
-    geometry = (*case.geometry, list(case.activations))
-    y = reference.mlpconv(*arguments, *geometry)
-    x64, *parameters = arguments
+    layers = case.layers([exact(w) for w in weights], [exact(b) for b in biases])
+    y = reference.mlpconv(exact(x), layers)
     needs = [True] * (1 + 2 * len(weights))
-    return y, reference.mlpconv_backward(exact(grad), x64, y, *parameters, *geometry, needs)
+    return y, reference.mlpconv_backward(exact(grad), exact(x), y, layers, needs)
 
 
 def assert_near(got, want, eps):
@@ -153,11 +155,9 @@ def test_float32_equals_the_reference_forward_and_backward(case, layout):
 
 
 def plans(case):
-    x, weights, _ = case.tensors()
-    return [
-        *gpu.plan(x, weights, *case.geometry, list(case.activations)),
-        *gpu.plan(x, weights, *case.geometry, list(case.activations), backward=True),
-    ]
+    x, weights, biases = case.tensors()
+    layers = case.layers(weights, biases)
+    return [*gpu.plan(x, layers), *gpu.plan(x, layers, backward=True)]
 
 
 # A 16-bit hidden value near zero may fall on the other side of a ReLU's edge than in float64, and then the gradient
@@ -275,9 +275,8 @@ def test_nan_passes_relu_and_its_gate():
     assert torch.isnan(y[0, :, 0, 0]).all()
     assert torch.isfinite(y[0, :, 1:]).all()
     grad_x, *_ = backward(case, torch.ones_like(y), x, y, weights, biases)
-    (want, *_) = reference.mlpconv_backward(
-        torch.ones_like(y), x, y, weights, biases, *case.geometry, ["relu"], [True, False, False]
-    )
+    layers = case.layers(weights, biases)
+    (want, *_) = reference.mlpconv_backward(torch.ones_like(y), x, y, layers, [True, False, False])
     assert_near(grad_x[0, :, 0, 0], exact(want[0, :, 0, 0]), 1e-5)
 
 
@@ -300,11 +299,11 @@ def test_images_that_lie_more_than_32_bits_apart(kernel_size):
 
 
 def test_float64_is_the_references():
-    x, weights, biases = chain(3, 5).tensors(torch.float64)
-    assert gpu.plan(x, weights, *ONE, ["silu"]) == []
-    torch.testing.assert_close(
-        gpu.mlpconv(x, weights, biases, *ONE, ["silu"]), reference.mlpconv(x, weights, biases, *ONE, ["silu"])
-    )
+    case = chain(3, 5)
+    x, weights, biases = case.tensors(torch.float64)
+    layers = case.layers(weights, biases)
+    assert gpu.plan(x, layers) == []
+    torch.testing.assert_close(gpu.mlpconv(x, layers), reference.mlpconv(x, layers))
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------
@@ -362,13 +361,14 @@ def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
 
 def test_the_environment_decides(monkeypatch):
     case = chain(192, 160, 96)
-    x, weights, _ = case.tensors()
+    x, weights, biases = case.tensors()
+    layers = case.layers(weights, biases)
     monkeypatch.setenv("NIN_GPU", "reference")
-    assert gpu.plan(x, weights, *ONE, list(case.activations)) == []
+    assert gpu.plan(x, layers) == []
     assert "NIN_GPU=reference" in nin.backends()["cuda"]
     monkeypatch.setenv("NIN_GPU", "cudnn")
     with pytest.raises(UserError, match="NIN_GPU must be auto, triton or reference, got 'cudnn'"):
-        gpu.plan(x, weights, *ONE, list(case.activations))
+        gpu.plan(x, layers)
 
 
 def test_tuning_measures_once_and_keeps_the_answer(monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nin.ops.arguments import Layers
 from nin.ops.gpu import choosing, gradients, launching, tiles, tuning
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -106,11 +107,10 @@ def record(
             for i, o, k in zip(channels, case.widths, sizes, strict=False)
         ]
         biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
-        geometry = ((1, 1), (case.padding,) * 2, (1, 1))
-        activations = [case.activation] * len(weights)
-        y = launching.mlpconv(x, weights, biases, *geometry, activations)
+        layers = Layers(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
+        y = launching.mlpconv(x, layers)
         needs = [True] * (1 + 2 * len(weights))
-        gradients.mlpconv_backward(torch.empty_like(y), x, y, weights, biases, *geometry, activations, needs)
+        gradients.mlpconv_backward(torch.empty_like(y), x, y, layers, needs)
     return launches
 
 

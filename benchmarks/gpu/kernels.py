@@ -28,6 +28,7 @@ import nin
 from nin.benchmark.engines import plain
 from nin.learner import Learner, make_model
 from nin.ops import gpu
+from nin.ops.arguments import Layers
 from nin.recipe import TrainConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -159,8 +160,9 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device, backward: boo
     values = x[0].numel() + case.input_shape[0] * case.widths[-1] * case.input_shape[2] * case.input_shape[3] + weights
     with setting(ENGINES[0]):
         geometry = ((1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(case.widths))
-        model = build(case)
-        steps = gpu.plan(x[0], [c.weight for c in model.convs], *geometry, backward=backward)  # type: ignore[union-attr]
+        convs = build(case).convs
+        layers = Layers([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
+        steps = gpu.plan(x[0], layers, backward=backward)
     return {
         "case": case.name + (", forward + backward" if backward else ", forward"),
         "dtype": str(dtype).removeprefix("torch."),

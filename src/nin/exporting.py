@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -26,7 +25,8 @@ from nin.costs import format_bytes
 from nin.errors import UserError
 from nin.files import write_atomically
 from nin.layers import MLPConv
-from nin.ops.reference import activate
+from nin.ops.arguments import flat
+from nin.ops.reference import convolve
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -172,7 +172,7 @@ def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
     """
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
-    program = program.run_decompositions({torch.ops.nin.mlpconv.default: _chain})
+    program = program.run_decompositions({torch.ops.nin.mlpconv.default: flat(convolve)})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the code lies on this machine is nobody's business
     return program
@@ -234,22 +234,6 @@ def _example(shape: tuple[int, int, int], count: int, *, pixels: bool) -> Tensor
     if pixels:
         return torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8, generator=generator)
     return torch.randn(count, channels, height, width, generator=generator)
-
-
-def _chain(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
-    """Compute ``nin::mlpconv`` by PyTorch's operators; unlike the reference it leaves the layout to them."""
-    for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
-        x = activate(x, activation)
-    return x
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

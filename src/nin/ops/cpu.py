@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nin.ops import compiled, packing, reference, schema
+from nin.ops.arguments import Gradients, Layers, flat, flat_backward
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -39,26 +40,18 @@ def describe() -> str:
     return f"{line}; other dtypes, and single small float32 layers: reference"
 
 
-def mlpconv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
+def mlpconv(x: Tensor, layers: Layers) -> Tensor:
     """Compute the chain tile by tile; the hidden layers stay in the cache."""
-    if KERNELS is None or not _serves(x, weights, biases) or is_faster_in_pytorch(x, weights, stride, padding):
-        return reference.mlpconv(x, weights, biases, stride, padding, dilation, activations)
-    y = _empty_result(x, weights, stride, padding, dilation)
+    if KERNELS is None or not _serves(x, layers) or is_faster_in_pytorch(x, layers):
+        return reference.mlpconv(x, layers)
+    y = torch.empty(layers.result_shape(x), dtype=x.dtype, memory_format=reference.memory_format(x))
     if y.numel() > 0:
         handle = KERNELS.handles[x.dtype]
-        packed = [packing.packed_weight(handle, weight) for weight in weights]
-        problem = pack_problem(x, y, weights[0].shape, stride, padding, dilation, len(weights))
-        layers, alive = _pack_layers(packed, weights, biases, activations)
+        packed = [packing.packed_weight(handle, weight) for weight in layers.weights]
+        problem = pack_problem(x, y, layers)
+        rows, alive = _pack_layers(packed, layers)
         forward = compiled.loaded().nin_forward
-        compiled.check(forward(handle, problem, layers, x.data_ptr(), y.data_ptr(), compiled.pool()))
+        compiled.check(forward(handle, problem, rows, x.data_ptr(), y.data_ptr(), compiled.pool()))
         del alive
     return y
 
@@ -69,17 +62,17 @@ FEW_MACS, FEW_PIXELS = 150_000, 512  # calls of 20 µs, of which PyTorch's take 
 FEW_CHANNELS_IN, FEW_CHANNELS_OUT, MANY_PIXELS = 16, 15, 2048  # NCHW: turning the tiles over takes most of the time
 
 
-def is_faster_in_pytorch(x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int]) -> bool:
+def is_faster_in_pytorch(x: Tensor, layers: Layers) -> bool:
     """Return whether the forward pass goes to the reference although the compiled kernel could do it."""
-    if len(weights) > 1 or x.dtype != torch.float32:
+    if len(layers.weights) > 1 or x.dtype != torch.float32:
         return False
-    channels, in_channels, kernel_height, kernel_width = weights[0].shape
-    images, _, height, width = x.shape
+    channels, in_channels, kernel_height, kernel_width = layers.weights[0].shape
+    stride, (images, _, height, width) = layers.stride, x.shape
     taps = kernel_height * kernel_width
     pixels = images * height * width // (stride[0] * stride[1])
     if pixels <= FEW_PIXELS and pixels * channels * in_channels * taps < FEW_MACS:
         return True
-    plain = taps == 1 and stride[0] == stride[1] == 1 and padding[0] == padding[1] == 0
+    plain = layers.is_pointwise() and stride[0] == stride[1] == 1
     few = in_channels <= FEW_CHANNELS_IN and channels <= FEW_CHANNELS_OUT
     return plain and few and height * width >= MANY_PIXELS and x.is_contiguous()
 
@@ -98,7 +91,9 @@ def serving_kernel(
         >>> nin.ops.cpu.serving_kernel(x, [weight], [None])
         'reference'
     """
-    if KERNELS is None or not _serves(x, weights, biases) or is_faster_in_pytorch(x, weights, stride, padding):
+    # dilation and activations decide nothing
+    layers = Layers(weights, biases, stride, padding, (1, 1), ["none"] * len(weights))
+    if KERNELS is None or not _serves(x, layers) or is_faster_in_pytorch(x, layers):
         return "reference"
     return KERNELS.name
 
@@ -108,33 +103,22 @@ def serving_kernel(
 MOST_BACKWARD_WEIGHTS = 1 << 21
 
 
-def mlpconv_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients of a 1×1 chain tile by tile; see ``reference.mlpconv_backward``.
 
     A k×k convolution stays with PyTorch: oneDNN's backward runs at the limit of the machine where this was measured
     (5×5, 96 to 192 channels, float32: the input's gradient takes 52.6 ms on one core, our forward 50.2).
     """
-    geometry = (stride, padding, dilation, activations)
-    fits = KERNELS is not None and _serves(x, weights, biases) and (grad.shape, grad.dtype) == (y.shape, x.dtype)
-    plain = tuple(weights[0].shape[2:]) == (1, 1) and tuple(padding) == (0, 0)
+    weights, biases = layers.weights, layers.biases
+    fits = KERNELS is not None and _serves(x, layers) and (grad.shape, grad.dtype) == (y.shape, x.dtype)
+    plain = layers.is_pointwise()
     if not fits or not plain or grad.numel() == 0 or sum(w.numel() for w in weights) > MOST_BACKWARD_WEIGHTS:
-        return reference.mlpconv_backward(grad, x, y, weights, biases, *geometry, needs)
+        return reference.mlpconv_backward(grad, x, y, layers, needs)
     assert KERNELS is not None
     count, handle = len(weights), KERNELS.handles[x.dtype]
     layout = reference.memory_format(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=layout) if needs[0] else x.new_empty(0)
-    if tuple(stride) != (1, 1):  # the pixels that it steps over
+    if tuple(layers.stride) != (1, 1):  # the pixels that it steps over
         grad_x.zero_()
     grads = [
         torch.empty(p.shape if p is not None and needed else 0, dtype=x.dtype)
@@ -143,8 +127,8 @@ def mlpconv_backward(
     grad_weights, grad_biases = grads[:count], grads[count:]
     packed = [packing.packed_weight(handle, weight) for weight in weights]
     exchanged = [packing.packed_weight(handle, weight, for_input_gradient=True) for weight in weights]
-    problem = pack_problem(x, y, weights[0].shape, stride, padding, dilation, count)
-    layers, alive = _pack_layers(packed, weights, biases, activations)
+    problem = pack_problem(x, y, layers)
+    rows, alive = _pack_layers(packed, layers)
     gradient = struct.pack("8q", *grad.stride(), *(grad_x.stride() if needs[0] else (0, 0, 0, 0)))
     pointers = [
         t.data_ptr() if t.numel() > 0 else 0
@@ -154,17 +138,17 @@ def mlpconv_backward(
     gradients = struct.pack(f"{len(pointers)}q", *pointers)
     addresses = grad.data_ptr(), x.data_ptr(), y.data_ptr(), grad_x.data_ptr() if needs[0] else 0
     backward = compiled.loaded().nin_backward
-    compiled.check(backward(handle, problem, layers, gradient, gradients, *addresses, compiled.pool()))
+    compiled.check(backward(handle, problem, rows, gradient, gradients, *addresses, compiled.pool()))
     del alive
     return grad_x, grad_weights, grad_biases
 
 
-def _serves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+def _serves(x: Tensor, layers: Layers) -> bool:
     """Return whether the tensors fit together; what does not goes to the reference, whose error says why."""
     if x.dtype not in compiled.DTYPES or x.dim() != 4 or 0 in x.shape[1:]:
         return False
     channels = x.shape[1]
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
         shape = weight.shape
         if len(shape) != 4 or shape[1] != channels or weight.dtype != x.dtype or 0 in shape or not weight.is_cpu:
             return False
@@ -176,42 +160,22 @@ def _serves(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     return True
 
 
-def _empty_result(
-    x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    kernel_height, kernel_width = weights[0].shape[2:]
-    images, _, height, width = x.shape
-    height = schema.output_size(height, kernel_height, stride[0], padding[0], dilation[0])
-    width = schema.output_size(width, kernel_width, stride[1], padding[1], dilation[1])
-    shape = (images, weights[-1].shape[0], height, width)
-    return torch.empty(shape, dtype=x.dtype, memory_format=reference.memory_format(x))
-
-
 _PROBLEM = struct.Struct("24q")
 
 
-def pack_problem(
-    x: Tensor,
-    y: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    layers: int,
-) -> bytes:
+def pack_problem(x: Tensor, y: Tensor, layers: Layers) -> bytes:
     """Return the library's ``nin_problem``: 24 numbers of eight bytes."""
+    weights, _, stride, padding, dilation, _ = layers
     shape, out = x.shape, y.shape
-    values = (compiled.DTYPES[x.dtype], *shape, out[2], out[3], *weight_shape[2:], *stride, *padding, *dilation)
-    return _PROBLEM.pack(*values, *x.stride(), *y.stride(), layers)
+    values = (compiled.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
+    return _PROBLEM.pack(*values, *x.stride(), *y.stride(), len(weights))
 
 
-def _pack_layers(
-    packed: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
-) -> tuple[bytes, list[Tensor]]:
+def _pack_layers(packed: Sequence[Tensor], layers: Layers) -> tuple[bytes, list[Tensor]]:
     """Return the library's ``nin_layer`` for each layer, and what must live as long as they are used."""
     values: list[int] = []
     alive = list(packed)
-    for weight, bias, blob, activation in zip(weights, biases, packed, activations, strict=True):
+    for weight, bias, blob, activation in zip(layers.weights, layers.biases, packed, layers.activations, strict=True):
         address = 0
         if bias is not None:
             alive.append(bias.contiguous())
@@ -223,5 +187,5 @@ def _pack_layers(
 KERNELS = choose_kernels()
 
 if KERNELS is not None:
-    schema.library.impl("mlpconv", mlpconv, "CPU")
-    schema.library.impl("mlpconv_backward", mlpconv_backward, "CPU")
+    schema.library.impl("mlpconv", flat(mlpconv), "CPU")
+    schema.library.impl("mlpconv_backward", flat_backward(mlpconv_backward), "CPU")

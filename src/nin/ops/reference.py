@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nin.ops.arguments import PLAIN, Gradients, Layers
+
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
@@ -40,36 +42,22 @@ def lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
     return t if memory_format(t) == layout else t.to(memory_format=layout)
 
 
-def mlpconv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
+def mlpconv(x: Tensor, layers: Layers) -> Tensor:
     """Compute the chain layer by layer, as ``torch.nn.functional.conv2d`` would."""
     layout = memory_format(x)
-    y = x.contiguous(memory_format=layout)
+    return lay_out(convolve(x.contiguous(memory_format=layout), layers), layout)
+
+
+def convolve(x: Tensor, layers: Layers) -> Tensor:
+    """Compute the chain by PyTorch's operators alone, which choose the layout of the result."""
+    weights, biases, stride, padding, dilation, activations = layers
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
-        y = F.conv2d(y, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(y, weight, bias)
-        y = activate(y, activation)
-    return lay_out(y, layout)
+        x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
+        x = activate(x, activation)
+    return x
 
 
-def mlpconv_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     """Return the gradients of ``x``, of each weight and of each bias.
 
     The hidden layers are computed again from ``x``; ``y``, the result of the forward pass, spares the last
@@ -82,14 +70,14 @@ def mlpconv_backward(
         needs: which gradients are wanted: the input's, then each weight's, then each bias's. The others come
             back empty (shape ``(0,)``).
     """
-    count = len(weights)
-    geometry = [(stride, padding, dilation)] + [((1, 1), (0, 0), (1, 1))] * (count - 1)
-    inputs, before = _forward_again(x, y, weights, biases, geometry, activations)
+    weights, biases, count = layers.weights, layers.biases, len(layers.weights)
+    geometry = [(layers.stride, layers.padding, layers.dilation), *[PLAIN] * (count - 1)]
+    inputs, before = _forward_again(x, y, layers, geometry)
     grad_weights = [x.new_empty(0)] * count
     grad_biases = [x.new_empty(0)] * count
     g = grad
     for i in reversed(range(count)):
-        g = _activation_backward(g, before[i], activations[i])
+        g = _activation_backward(g, before[i], layers.activations[i])
         bias = biases[i]
         go_on = any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i]) or needs[0]
         need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
@@ -110,17 +98,12 @@ def mlpconv_backward(
 
 
 def _forward_again(
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
-    activations: Sequence[str],
+    x: Tensor, y: Tensor, layers: Layers, geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return each layer's input and what its activation's derivative is taken from (see the next function)."""
     inputs, before = [x.contiguous(memory_format=memory_format(x))], []
-    last = len(weights) - 1
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+    activations, last = layers.activations, len(layers.weights) - 1
+    for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
         if i == last and activations[i] in ("none", "relu"):
             before.append(y)
             break

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nin.ops import reference
+from nin.ops.arguments import Gradients, Layers, flat, flat_backward
 
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
@@ -23,52 +24,29 @@ library.define(
     f"mlpconv_backward(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor?[] biases, {GEOMETRY}, "
     "bool[] needs) -> (Tensor, Tensor[], Tensor[])"
 )
-library.impl("mlpconv", reference.mlpconv, "CompositeExplicitAutograd")
-library.impl("mlpconv_backward", reference.mlpconv_backward, "CompositeExplicitAutograd")
-
-
-def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
-    """Return the height or width of a convolution's result; ``size`` may be symbolic."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+library.impl("mlpconv", flat(reference.mlpconv), "CompositeExplicitAutograd")
+_reference_backward = flat_backward(reference.mlpconv_backward)
+library.impl("mlpconv_backward", _reference_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nin::mlpconv")
-def _mlpconv_fake(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
-    kernel = weights[0].shape[2:]
-    height, width = (output_size(x.shape[2 + d], kernel[d], stride[d], padding[d], dilation[d]) for d in (0, 1))
-    shape = (x.shape[0], weights[-1].shape[0], height, width)
+@flat
+def _mlpconv_fake(x: Tensor, layers: Layers) -> Tensor:
+    shape = layers.result_shape(x)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
 
 @torch.library.register_fake("nin::mlpconv_backward")
-def _mlpconv_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+@flat_backward
+def _mlpconv_backward_fake(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     layout = reference.memory_format(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    parameters = [*weights, *biases]
+    parameters, count = [*layers.weights, *layers.biases], len(layers.weights)
     grads = [
         p.new_empty(p.shape) if p is not None and needed else x.new_empty(0)
         for p, needed in zip(parameters, needs[1:], strict=True)
     ]
-    return grad_x if needs[0] else x.new_empty(0), grads[: len(weights)], grads[len(weights) :]
+    return grad_x if needs[0] else x.new_empty(0), grads[:count], grads[count:]
 
 
 class _MLPConv(torch.autograd.Function):
@@ -90,11 +68,11 @@ class _MLPConv(torch.autograd.Function):
         x, y, *parameters = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[2:])
         # create_graph=True: the reference is made of differentiable parts, so it can be derived again
-        kernel = reference.mlpconv_backward if torch.is_grad_enabled() else torch.ops.nin.mlpconv_backward
+        kernel = _reference_backward if torch.is_grad_enabled() else torch.ops.nin.mlpconv_backward
         arguments = (grads[0], x, y, parameters[: ctx.count], parameters[ctx.count :], *ctx.geometry, needs)
         grad_x, grad_weights, grad_biases = kernel(*arguments)
-        flat = (grad_x, *grad_weights, *grad_biases)
-        return None, None, *(g if needed else None for g, needed in zip(flat, needs, strict=True))
+        in_order = (grad_x, *grad_weights, *grad_biases)
+        return None, None, *(g if needed else None for g, needed in zip(in_order, needs, strict=True))
 
 
 def _mlpconv_autograd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *geometry: Any) -> Tensor:

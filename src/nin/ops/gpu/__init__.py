@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from nin.ops import reference, schema
+from nin.ops.arguments import Gradients, Layers, flat, flat_backward
 from nin.ops.gpu import choosing, tiles
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,24 +40,14 @@ def describe() -> str:
     return f"{kernels}; {torch.cuda.get_device_name()}, Triton {importlib.import_module('triton').__version__}"
 
 
-def plan(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    *,
-    backward: bool = False,
-) -> list[choosing.Step]:
+def plan(x: Tensor, layers: Layers, *, backward: bool = False) -> list[choosing.Step]:
     """Return which layers run together and by which engine; empty where the reference takes the whole call."""
     engine = choosing.read_variable()
-    if engine == "reference" or not serves(x, weights):
+    if engine == "reference" or not serves(x, layers.weights):
         return []
     from nin.ops.gpu import launching
 
-    shape = launching.result_shape(x, weights, stride, padding, dilation)
-    problem = launching.describe(x, shape, weights, padding, activations)
+    problem = launching.describe(x, layers)
     make = choosing.plan_backward if backward else choosing.plan_forward
     steps = make(problem, launching.device_of(x), engine)
     for seen in _watched:
@@ -98,46 +89,25 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return max(image, result, *(weight.numel() for weight in weights)) < 1 << 31
 
 
-def mlpconv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
+def mlpconv(x: Tensor, layers: Layers) -> Tensor:
     """Compute the chain on a GPU, by the kernels where any of its steps is theirs."""
-    geometry = (stride, padding, dilation)
-    if any(step.fused for step in plan(x, weights, *geometry, activations)):
+    if any(step.fused for step in plan(x, layers)):
         importlib.import_module("nin.ops.gpu.operators")
-        y: Tensor = torch.ops.nin.triton_mlpconv(x, weights, biases, *geometry, ",".join(activations))
+        y: Tensor = torch.ops.nin.triton_mlpconv(x, *layers[:-1], ",".join(layers.activations))
         return y
-    return reference.mlpconv(x, weights, biases, *geometry, activations)
+    return reference.mlpconv(x, layers)
 
 
-def mlpconv_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients on a GPU, by the kernels where any of the steps is theirs."""
-    geometry = (stride, padding, dilation)
-    steps = plan(x, weights, *geometry, activations, backward=True)
+    steps = plan(x, layers, backward=True)
     if grad.dtype == x.dtype and any(step.fused for step in steps):
         importlib.import_module("nin.ops.gpu.operators")
-        grads: tuple[Tensor, list[Tensor], list[Tensor]] = torch.ops.nin.triton_mlpconv_backward(
-            grad, x, y, weights, biases, *geometry, ",".join(activations), needs
+        grads: Gradients = torch.ops.nin.triton_mlpconv_backward(
+            grad, x, y, *layers[:-1], ",".join(layers.activations), needs
         )
         return grads
-    return reference.mlpconv_backward(grad, x, y, weights, biases, *geometry, activations, needs)
+    return reference.mlpconv_backward(grad, x, y, layers, needs)
 
 
 def _look_through(kernel: Any, x_place: int) -> Any:
@@ -157,13 +127,14 @@ def _look_through(kernel: Any, x_place: int) -> Any:
     return rule
 
 
-schema.library.impl("mlpconv", mlpconv, "CUDA")
-schema.library.impl("mlpconv_backward", mlpconv_backward, "CUDA")
+_forward, _backward = flat(mlpconv), flat_backward(mlpconv_backward)
+schema.library.impl("mlpconv", _forward, "CUDA")
+schema.library.impl("mlpconv_backward", _backward, "CUDA")
 torch.library.register_torch_dispatch(
-    "nin::mlpconv", FunctionalTensorMode, _look_through(mlpconv, 0), lib=schema.library
+    "nin::mlpconv", FunctionalTensorMode, _look_through(_forward, 0), lib=schema.library
 )
 torch.library.register_torch_dispatch(
-    "nin::mlpconv_backward", FunctionalTensorMode, _look_through(mlpconv_backward, 1), lib=schema.library
+    "nin::mlpconv_backward", FunctionalTensorMode, _look_through(_backward, 1), lib=schema.library
 )
 
 __all__ = ["describe", "mlpconv", "mlpconv_backward", "plan", "summarise", "tiles", "watch"]

@@ -11,10 +11,9 @@ import triton
 from torch import Tensor
 
 from nin.ops import reference
+from nin.ops.arguments import Gradients, Layers
 from nin.ops.gpu import backward, choosing, launching, tiles, tuning
 from nin.ops.gpu.pixels import needs_64_bits, places, strided
-
-PLAIN = ((1, 1), (0, 0), (1, 1))  # stride, padding, dilation of a 1×1 layer in a chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,46 +29,16 @@ class Wanted:
         return any(self.weights) or any(self.biases)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """Some layers that run together: their parameters, geometry and activations."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    activations: Sequence[str]
-
-    def arguments(self, activations: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Return them as `reference.mlpconv` takes them, with other activations if given."""
-        given = self.activations if activations is None else activations
-        return (self.weights, self.biases, self.stride, self.padding, self.dilation, given)
-
-
-def mlpconv_backward(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients step by step, last step first; see `reference.mlpconv_backward` for the arguments."""
-    count = len(weights)
-    shape = launching.describe(x, y.shape, weights, padding, activations)
+    weights, biases, count = layers.weights, layers.biases, len(layers.weights)
+    shape = launching.describe(x, layers)
     plan = choosing.plan_backward(shape, launching.device_of(x), choosing.read_variable())
-    geometry = [(stride, padding, dilation), *[PLAIN] * count]
-    parts = [slice(step.first, step.first + step.count) for step in plan]
-    groups = [Layers(weights[p], biases[p], *geometry[p.start], activations[p]) for p in parts]
+    groups = [layers.part(step.first, step.count) for step in plan]
     inputs, results = compute_again(x, y, groups, plan)
     grad_weights, grad_biases = [x.new_empty(0) for _ in weights], [x.new_empty(0) for _ in weights]
     for k in reversed(range(len(plan))):
-        part = parts[k]
+        part = slice(plan[k].first, plan[k].first + plan[k].count)
         below = needs[0] or any(needs[1 : 1 + part.start]) or any(needs[1 + count : 1 + count + part.start])
         has_bias = [bias is not None for bias in biases[part]]
         wanted_biases = [n and has for n, has in zip(needs[1 + count :][part], has_bias, strict=True)]
@@ -92,29 +61,24 @@ def compute_again(
     for layers, step in zip(groups[:-1], plan, strict=False):
         if step.fused:
             layout = reference.memory_format(inputs[-1])
-            results.append(launching.mlpconv(inputs[-1], *layers.arguments()))
+            results.append(launching.mlpconv(inputs[-1], layers))
             assert reference.memory_format(results[-1]) == layout
         else:
-            results.append(reference.mlpconv(inputs[-1], *layers.arguments()))
+            results.append(reference.mlpconv(inputs[-1], layers))
         inputs.append(results[-1])
     return inputs, [*results, y]
 
 
-def differentiate_by_library(
-    grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def differentiate_by_library(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
     """Compute a step's gradients with PyTorch's own convolutions."""
-    everything = (grad, x, y, *layers.arguments(), [wanted.input, *wanted.weights, *wanted.biases])
-    return reference.mlpconv_backward(*everything)
+    return reference.mlpconv_backward(grad, x, y, layers, [wanted.input, *wanted.weights, *wanted.biases])
 
 
-def differentiate(
-    grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def differentiate(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
     """Compute a step's gradients with the Triton kernels."""
     source = y
     if layers.activations[-1] in ("gelu", "silu"):  # cannot be undone from the result: its argument again
-        source = launching.mlpconv(x, *layers.arguments([*layers.activations[:-1], "none"]))
+        source = launching.mlpconv(x, layers._replace(activations=[*layers.activations[:-1], "none"]))
     if len(layers.weights) == 2:
         return differentiate_pair(grad, x, source, layers, wanted)
     return differentiate_layer(grad, x, source, layers, wanted)
@@ -129,9 +93,7 @@ def empty_input_gradient(x: Tensor, stride: Sequence[int], wanted: bool) -> Tens
     return reference.lay_out(make(x.shape, dtype=x.dtype, device=x.device).to(memory_format=layout), layout)
 
 
-def differentiate_pair(
-    grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def differentiate_pair(grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
     """Compute the gradients of two 1×1 layers without their hidden layer."""
     grad_input = empty_input_gradient(x, layers.stride, wanted.input)
     seen = strided(x, layers.stride)
@@ -197,9 +159,7 @@ def chain_constants(cut: tiles.ChainTiles) -> dict[str, int]:
     return {"BM": cut.pixels, **blocks, "num_warps": cut.warps, "num_stages": cut.stages}
 
 
-def differentiate_layer(
-    grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def differentiate_layer(grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
     """Compute the gradients of one layer, of any kernel, stride, padding and dilation."""
     (weight,), (bias,) = layers.weights, layers.biases
     grad_input = x.new_empty(0)

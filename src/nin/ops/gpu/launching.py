@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from nin.ops import reference, schema
+from nin.ops import reference
+from nin.ops.arguments import Layers
 from nin.ops.gpu import choosing, forward, tiles, tuning
 from nin.ops.gpu.pixels import needs_64_bits, places, strided
 
@@ -33,70 +34,37 @@ def device_of(x: Tensor) -> tiles.Device:
     return tiles.describe_device(x.device.index if x.is_cuda else None)
 
 
-def describe(x: Tensor, y_shape: Sequence[Any], weights: Sequence[Tensor], padding: Sequence[int],
-             activations: Sequence[str]) -> choosing.Shape:  # fmt: skip
+def describe(x: Tensor, layers: Layers) -> choosing.Shape:
     """Return what the choice of an engine depends on."""
-    taps = weights[0].shape[2] * weights[0].shape[3]
+    images, _, height, width = layers.result_shape(x)
+    weights = layers.weights
     return choosing.Shape(
-        pixels=y_shape[0] * y_shape[2] * y_shape[3],
+        pixels=images * height * width,
         channels=x.shape[1],
         widths=tuple(weight.shape[0] for weight in weights),
-        taps=taps,
-        plain=taps == 1 and tuple(padding) == (0, 0),
+        taps=weights[0].shape[2] * weights[0].shape[3],
+        plain=layers.is_pointwise(),
         itemsize=x.dtype.itemsize,
         precision=choosing.float32_precision(),
-        activations=tuple(activations),
+        activations=tuple(layers.activations),
     )
 
 
-def mlpconv(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
+def mlpconv(x: Tensor, layers: Layers) -> Tensor:
     """Compute a chain step by step, each step by the engine that `choosing.plan_forward` chose."""
-    shape = result_shape(x, weights, stride, padding, dilation)
-    plan = choosing.plan_forward(
-        describe(x, shape, weights, padding, activations), device_of(x), choosing.read_variable()
-    )
+    plan = choosing.plan_forward(describe(x, layers), device_of(x), choosing.read_variable())
     layout = reference.memory_format(x)
-    geometry = (stride, padding, dilation)
     for step in plan:
-        part = slice(step.first, step.first + step.count)
-        arguments = (weights[part], biases[part], *geometry, activations[part])
-        x = run_step(x, layout, *arguments) if step.fused else reference.mlpconv(x, *arguments)
-        geometry = ((1, 1), (0, 0), (1, 1))
+        part = layers.part(step.first, step.count)
+        x = run_step(x, layout, part) if step.fused else reference.mlpconv(x, part)
     return x
 
 
-def result_shape(
-    x: Tensor, weights: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, ...]:
-    """Return (N, C_last, H', W')."""
-    sizes = zip(x.shape[2:], weights[0].shape[2:], stride, padding, dilation, strict=True)
-    return (x.shape[0], weights[-1].shape[0], *(schema.output_size(*numbers) for numbers in sizes))
-
-
-def run_step(
-    x: Tensor,
-    layout: torch.memory_format,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activations: Sequence[str],
-) -> Tensor:
+def run_step(x: Tensor, layout: torch.memory_format, layers: Layers) -> Tensor:
     """Compute one to three layers by one kernel."""
-    shape = result_shape(x, weights, stride, padding, dilation)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    step = Geometry(x, y, weights[0], stride, padding, dilation)
-    run = run_layer if len(weights) == 1 else run_chain
-    run(step, weights, biases, activations)
+    y = torch.empty(layers.result_shape(x), dtype=x.dtype, device=x.device, memory_format=layout)
+    run = run_layer if len(layers.weights) == 1 else run_chain
+    run(Geometry(x, y, layers), layers)
     return y
 
 
@@ -110,19 +78,11 @@ class Geometry:
         weight: the first layer's, dense; ``weight_strides`` its steps from channel to channel and tap to tap.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-    ) -> None:
-        height, width = weight.shape[2:]
+    def __init__(self, x: Tensor, y: Tensor, layers: Layers) -> None:
+        stride, dilation = layers.stride, layers.dilation
         self.x, self.y = x, y
-        self.weight, self.weight_strides = dense(weight)
-        if height * width == 1 and tuple(padding) == (0, 0):
+        self.weight, self.weight_strides = dense(layers.weights[0])
+        if layers.is_pointwise():
             self.x = strided(x, stride)
             both = places(self.x, y)
             sizes: tuple[Any, ...] = (both.height, both.width) * 2
@@ -136,7 +96,7 @@ class Geometry:
             self.result_strides, wide = y.stride(), needs_64_bits(x, y)
         self.pixels = self.arguments[0]
         names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
-        numbers = (height, width, *stride, *padding, *dilation)
+        numbers = (*layers.weights[0].shape[2:], *stride, *layers.padding, *dilation)
         self.constants = {"C": x.shape[1], **dict(zip(names, numbers, strict=True)), "WIDE": wide}
 
 
@@ -154,10 +114,9 @@ def dense(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return weight.contiguous(), (taps, 1)
 
 
-def run_chain(
-    step: Geometry, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
-) -> None:
+def run_chain(step: Geometry, layers: Layers) -> None:
     """Compute two or three layers in one pass."""
+    weights, biases, *_, activations = layers
     count, x = len(weights), step.x
     widths = [step.constants["C"] * step.constants["KH"] * step.constants["KW"], *(w.shape[0] for w in weights)]
     matrices = [step.weight, *(dense(weight)[0] for weight in weights[1:])]
@@ -193,11 +152,9 @@ def run_chain(
     call(tuning.choose("chain_forward", (*widths, step.pixels, *step.arguments[5:]), x, candidates, call))
 
 
-def run_layer(
-    step: Geometry, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
-) -> None:
+def run_layer(step: Geometry, layers: Layers) -> None:
     """Compute one layer of any size."""
-    x, columns, bias = step.x, weights[0].shape[0], biases[0]
+    x, columns, bias = step.x, layers.weights[0].shape[0], layers.biases[0]
     taps, channels = step.constants["KH"] * step.constants["KW"], step.constants["C"]
 
     def call(cut: tiles.LayerTiles) -> None:
@@ -212,7 +169,7 @@ def run_layer(
             *step.result_strides,
             *step.weight_strides,
             N=columns,
-            ACTIVATION=activations[0],
+            ACTIVATION=layers.activations[0],
             BIAS=bias is not None,
             **layer_constants(cut),
             **step.constants,

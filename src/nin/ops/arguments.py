@@ -1,0 +1,69 @@
+"""What every kernel of ``nin::mlpconv`` is given: the layers of a chain, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# of the input, of each weight and of each bias; shape (0,) where it is not wanted
+Gradients = tuple[Tensor, list[Tensor], list[Tensor]]
+
+PLAIN = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation of the 1×1 layers after the first
+
+
+class Layers(NamedTuple):
+    """Layers that run one after the other, in the operator's order: ``torch.ops.nin.mlpconv(x, *layers)``.
+
+    Attributes:
+        weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1).
+        biases: as many as weights, each (C_l,) or None.
+        stride: of the first layer, (height, width), as the next two; the others have `PLAIN`.
+        padding: zeros around the image, in pixels.
+        dilation: distance of the first layer's taps, in pixels.
+        activations: as many as weights, each a name of `reference.ACTIVATIONS`.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    activations: Sequence[str]
+
+    def part(self, first: int, count: int) -> Layers:
+        """Return ``count`` of the layers from ``first`` on."""
+        which = slice(first, first + count)
+        geometry = (self.stride, self.padding, self.dilation) if first == 0 else PLAIN
+        return Layers(self.weights[which], self.biases[which], *geometry, self.activations[which])
+
+    def is_pointwise(self) -> bool:
+        """Return whether the first layer too is 1×1 and unpadded: each pixel of the result is made of one pixel."""
+        return tuple(self.weights[0].shape[2:]) == (1, 1) and tuple(self.padding) == (0, 0)
+
+    def result_shape(self, x: Tensor) -> tuple[Any, ...]:
+        """Return (N, C_last, H', W') for an input (N, C_in, H, W), whose sizes may be symbolic."""
+        weights, _, stride, padding, dilation, _ = self
+        images, _, height, width = x.shape
+        kernel_height, kernel_width = weights[0].shape[2:]
+        height = output_size(height, kernel_height, stride[0], padding[0], dilation[0])
+        width = output_size(width, kernel_width, stride[1], padding[1], dilation[1])
+        return images, weights[-1].shape[0], height, width
+
+
+def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
+    """Return the height or width of a convolution's result; ``size`` may be symbolic."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def flat(kernel: Callable[[Tensor, Layers], Tensor]) -> Callable[..., Tensor]:
+    """Return ``kernel(x, layers)`` as the dispatcher calls it: with the fields of the layers one by one."""
+    return lambda x, *fields: kernel(x, Layers(*fields))
+
+
+def flat_backward(
+    kernel: Callable[[Tensor, Tensor, Tensor, Layers, Sequence[bool]], Gradients],
+) -> Callable[..., Gradients]:
+    """Return ``kernel(grad, x, y, layers, needs)`` as the dispatcher calls it, see `flat`."""
+    return lambda grad, x, y, *rest: kernel(grad, x, y, Layers(*rest[:-1]), rest[-1])
