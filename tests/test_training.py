@@ -16,6 +16,7 @@ import nin
 from nin import checkpoint, data, descent, evaluation, recipe, training
 from nin.data.sets import PathList
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.recipe import TrainConfig
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
@@ -244,14 +245,14 @@ def test_refuses_a_folder_with_something_in_it(digits, tmp_path):
 
 def test_full_disk_keeps_the_old_file_and_names_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
-        checkpoint.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 

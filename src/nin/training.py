@@ -18,6 +18,7 @@ from nin import checkpoint, data, machine, metrics, processes
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
+from nin.files import write_atomically
 from nin.learner import Learner, make_model
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
@@ -442,10 +443,10 @@ class _Run:
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
         if self.images.findings:
-            checkpoint.write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
+            write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
         checkpoint.save_model(folder, self.learner.average, info)
-        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
-        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
+        write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
+        write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
 
     def info(self, result: dict[str, Any]) -> RunInfo:
         """Return what ``config.json`` says."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nin import checkpoint, costs, models, training
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import Control, NarrowReport, Stopwatch, expand
 from nin.recipe import TrainConfig
 from nin.shrinking.settings import CONTROL_FILE, ShrinkingConfig
@@ -95,7 +96,7 @@ def train_control(
         chosen = models.NiNConfig.from_dict(json.loads(shape_file.read_text()))
     else:
         chosen = choose(base, config, report, stopwatch, shape)
-        checkpoint.write_atomically(shape_file, json.dumps(chosen.to_dict()))
+        write_atomically(shape_file, json.dumps(chosen.to_dict()))
     recipe = control_recipe(info, config.finetune)
 
     def tell(p: training.Progress) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nin import checkpoint, data, evaluation, processes
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import NarrowResult
 from nin.shrinking.control import original_config, train_control
 from nin.shrinking.settings import CONTROL_FOLDER, ShrinkingConfig
@@ -108,5 +109,5 @@ def save(
     )
     checkpoint.save_model(out, result.model, narrowed)
     content = {"plan": result.plan.to_dict(), "report": result.report.to_dict()}
-    checkpoint.write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
+    write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
     checkpoint.remove_state(out)
