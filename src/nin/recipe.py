@@ -139,15 +139,31 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step; see `one_cycle`."""
+    return one_cycle(step, steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
+
+
+def one_cycle(
+    step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "triangle"] = "cosine"
+) -> float:
     """Return the one-cycle schedule: up in a straight line, down along a cosine or in a straight line.
+
+    Args:
+        step: which one, from 0.
+        steps: in the whole training; behind them it stays at zero.
+        peak: the largest.
+        warmup: share of all steps in which it rises.
+        schedule: how it falls.
 
     Source:
         Smith, Topin: Super-Convergence, 2017, arXiv 1708.07120.
+
+    Example:
+        >>> [one_cycle(step, 6, peak=1.0, warmup=0.5, schedule="triangle") for step in (0, 1, 2, 3, 6)]
+        [0.25, 0.5, 0.75, 1.0, 0.0]
     """
-    rise = max(1.0, config.warmup * steps)
+    rise = max(1.0, warmup * steps)
     if step < rise:
-        return config.learning_rate * (step + 1) / (rise + 1)
-    progress = (step - rise) / max(1.0, steps - rise)
-    if config.schedule == "triangle":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (step + 1) / (rise + 1)
+    progress = min(1.0, (step - rise) / max(1.0, steps - rise))
+    return peak * (1 - progress if schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * progress)))
