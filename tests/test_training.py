@@ -1,5 +1,6 @@
 """Training: it learns, it repeats, it resumes, and it says what is wrong."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -7,17 +8,20 @@ import itertools
 import json
 import os
 import time
+import types
 
 import pytest
 import torch
 from PIL import Image
 
 import nin
-from nin import checkpoint, data, descent, evaluation, recipe, training
+from nin import checkpoint, data, descent, evaluation, processes, recipe, training
 from nin.data.sets import PathList
 from nin.errors import UserError
 from nin.files import write_atomically
+from nin.learner import Learner
 from nin.recipe import TrainConfig
+from nin.replaying import Replay
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 
@@ -436,11 +440,63 @@ def test_held_files_are_the_files(tmp_path):
     files = data.FileSet(tmp_path, torch.arange(6) % 2, names, channels=3, size=9)
     images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
     sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
-    held = training.hold_images(images, SPEED.resolve(**sizes))
+    held = training.hold_images(images, SPEED.resolve(**sizes), torch.device("cpu"))
     assert torch.equal(held.train.images, files.fetch(torch.arange(6)))
     assert torch.equal(held.train.labels, files.labels)
     assert list(held.train.names) == list(names)
-    assert training.hold_images(images, QUICK.resolve(**sizes)) is images
+    assert training.hold_images(images, QUICK.resolve(**sizes), torch.device("cpu")) is images
+
+
+def test_images_are_held_where_the_learner_is(digits):
+    config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
+    learner = Learner(nin.models.nin_digits, config)
+    learner.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
+    run = training._Run(digits, learner, None, training.Keeping(), lambda progress: None)
+    assert run.images.train.images.device == run.images.test.labels.device == learner.device
+
+
+def test_one_process_asks_nobody_whether_to_stop(digits, ahead, monkeypatch):
+    # on a GPU the answer would be waited for after every step
+    monkeypatch.setattr(processes, "total", lambda values: pytest.fail("waited for the device"))
+    training.train(digits, dataclasses.replace(QUICK, epochs=1))
+
+
+class PretendedGPUs:
+    """What `torch.cuda` has of several GPUs, for tensors of the CPU; `used` is the current GPU of each call."""
+
+    def __init__(self):
+        self.current, self.used = "cuda:0", []
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, str(device)
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def on(self, what):
+        self.used.append(self.current)
+        yield
+
+    def stream(self):
+        self.used.append(self.current)
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph(self):
+        return types.SimpleNamespace(replay=lambda: self.used.append(self.current))
+
+
+def test_a_step_is_captured_and_replayed_on_its_own_gpu(monkeypatch):
+    gpus = PretendedGPUs()
+    names = {"device": gpus.device, "stream": gpus.on, "graph": gpus.on, "CUDAGraph": gpus.graph}
+    for name, value in {**names, "Stream": gpus.stream, "current_stream": gpus.stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = Replay(lambda x: (2 * x,), torch.device("cuda:1"), plain_calls=1)
+    for _ in range(3):  # as it is, captured and replayed, replayed
+        assert torch.equal(replay(torch.ones(2))[0], torch.full((2,), 2.0))
+    assert len(gpus.used) == 4 + 1 + 2
+    assert set(gpus.used) == {"cuda:1"}
+    assert gpus.current == "cuda:0"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -48,7 +48,7 @@ class Learner:
         )
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
-        self._take_step = Replay(self._plain_step) if replays else self._plain_step
+        self._take_step = Replay(self._plain_step, self.device) if replays else self._plain_step
 
     def join(self, batch_size: int) -> None:
         """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
