@@ -19,7 +19,7 @@ from nin import checkpoint, data, descent, evaluation, processes, recipe, traini
 from nin.data.sets import PathList
 from nin.errors import UserError
 from nin.files import write_atomically
-from nin.learner import Learner
+from nin.learner import Learner, make_model
 from nin.recipe import TrainConfig
 from nin.replaying import Replay
 
@@ -300,7 +300,11 @@ def test_too_small_images_are_refused_with_the_size(digits):
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, got nan"),
+        ({"seed": 1_700_000_000_000_000_000}, "seed must be 0 to 4294967295, got 1700000000000000000"),
+        ({"seed": -1}, "seed must be 0 to 4294967295, got -1"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
     ],
@@ -319,6 +323,32 @@ def test_recipe_is_chosen_from_the_data_and_never_over_what_was_asked_for():
     assert few.batch_size < chosen.batch_size
     asked = TrainConfig(epochs=1, flip=False, shift=0).resolve(images=500, image_size=8, flip=True, shift=1)
     assert (asked.epochs, asked.flip, asked.shift) == (1, False, 0)
+
+
+def test_the_largest_seed_trains(digits):
+    training.train(digits, dataclasses.replace(QUICK, epochs=1, seed=recipe.LARGEST_SEED))
+
+
+def test_what_the_recipe_says_of_the_network_is_what_is_trained(digits):
+    sizes = {"images": 100, "image_size": 8, "flip": False, "shift": 0}
+
+    def made(**settings):
+        config = TrainConfig(**settings).resolve(**sizes)
+        return config, make_model(config, channels=1, classes=10, size=8)
+
+    for settings, dropout in (({}, 0.2), ({"dropout": 0.4}, 0.4), ({"dropout": 0.0}, 0.0)):
+        config, model = made(**settings)
+        assert config.dropout == model.config.blocks[0].dropout == dropout
+        assert config.normalisation == model.config.normalisation == "weight_standardisation"
+    assert made(model="nin_cifar")[0].dropout == 0
+    config, _ = made(model="googlenet")
+    assert (config.normalisation, config.last_activation, config.dropout) == ("none", "none", 0)
+    with pytest.raises(UserError, match="normalisation must be none for googlenet, got weight_standardisation: nin_"):
+        made(model="googlenet", normalisation="weight_standardisation")
+    with pytest.raises(UserError, match="last_activation must be none for googlenet, got relu"):
+        made(model="googlenet", last_activation="relu")
+    result = training.train(digits, dataclasses.replace(QUICK, epochs=1, dropout=0.4))
+    assert result.info.recipe["dropout"] == result.model.config.blocks[0].dropout == 0.4
 
 
 def test_learning_rate_rises_once_and_falls_to_zero():
