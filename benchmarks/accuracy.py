@@ -23,6 +23,7 @@ from typing import Any
 
 import nin
 from nin import checkpoint, data, training
+from nin.files import write_atomically
 from nin.recipe import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,7 +119,7 @@ def main() -> None:
     header = {"case": arguments.case, "date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{arguments.case}.json"
-    checkpoint.write_atomically(path, json.dumps({**header, **outcome}, indent=1, default=dataclasses.asdict) + "\n")
+    write_atomically(path, json.dumps({**header, **outcome}, indent=1, default=dataclasses.asdict) + "\n")
     print(f"written: {path}")
 
 

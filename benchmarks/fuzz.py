@@ -35,6 +35,7 @@ from PIL import Image
 
 from nin import checkpoint, data, prediction, training
 from nin.errors import UserError
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 # What a process that runs what it has read would do.
@@ -249,7 +250,7 @@ def main() -> None:
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     text = json.dumps({**header, "seed": arguments.seed, **figures}, indent=1) + "\n"
     RESULTS.mkdir(exist_ok=True)
-    checkpoint.write_atomically(RESULTS / f"fuzz-{arguments.what}.json", text)
+    write_atomically(RESULTS / f"fuzz-{arguments.what}.json", text)
     print(text)
     sys.exit(not figures["ok"])
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from nin import checkpoint, cli, data, terminal
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 FILES = (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE)
@@ -121,7 +122,7 @@ def keep(counts: dict[str, int], lost: list[str], seed: int) -> None:
     together = {name: sum(run[name] for run in runs.values()) for name in names}
     RESULTS.mkdir(exist_ok=True)
     values = {"machine": checkpoint.environment(), "together": together, "runs": runs}
-    checkpoint.write_atomically(path, json.dumps(values, indent=1) + "\n")
+    write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 LOAD = """
@@ -66,7 +67,7 @@ def main() -> None:
             figures["bytes_per_image"] = (figures.pop("bytes") - base) / figures["images"]
         header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
         RESULTS.mkdir(exist_ok=True)
-        checkpoint.write_atomically(
+        write_atomically(
             RESULTS / "many-files.json", json.dumps({**header, "images": count, "loads": loads}, indent=1) + "\n"
         )
         print(json.dumps(loads, indent=1))

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint, training
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PER_SHARD = 10_000
@@ -102,7 +103,7 @@ def main() -> None:
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     figures = {"images": count, "kills": 2, "every_image_once_in_order": same, "stages": stages}
     RESULTS.mkdir(exist_ok=True)
-    checkpoint.write_atomically(RESULTS / "many-images.json", json.dumps({**header, **figures}, indent=1) + "\n")
+    write_atomically(RESULTS / "many-images.json", json.dumps({**header, **figures}, indent=1) + "\n")
     sys.exit(not same)
 
 

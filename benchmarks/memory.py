@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint, data, training
+from nin.files import write_atomically
 from nin.recipe import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +80,7 @@ def main() -> None:
     }
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     RESULTS.mkdir(exist_ok=True)
-    checkpoint.write_atomically(RESULTS / "memory.json", json.dumps({**header, **figures}, indent=1) + "\n")
+    write_atomically(RESULTS / "memory.json", json.dumps({**header, **figures}, indent=1) + "\n")
     print(json.dumps({k: v for k, v in figures.items() if k != "samples"}, indent=1))
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nin import checkpoint, metrics
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (1, 2, 4)
@@ -107,7 +108,7 @@ def main() -> None:
     }
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     RESULTS.mkdir(exist_ok=True)
-    checkpoint.write_atomically(RESULTS / "processes.json", json.dumps({**header, **figures}, indent=1) + "\n")
+    write_atomically(RESULTS / "processes.json", json.dumps({**header, **figures}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from nin import checkpoint, data, models, processes, tabulation
+from nin.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PART = 2**20
@@ -96,7 +97,7 @@ def main() -> None:
     os.environ.update(WORLD_SIZE="1", RANK="0")
     header = {"date": datetime.date.today().isoformat(), "machine": checkpoint.environment()}
     RESULTS.mkdir(exist_ok=True)
-    checkpoint.write_atomically(RESULTS / "scale.json", json.dumps({**header, **figures}, indent=1) + "\n")
+    write_atomically(RESULTS / "scale.json", json.dumps({**header, **figures}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin import factories
-from nin.costs import format_bytes
+from nin.costs import _copy_shapes, format_bytes
 
 
 def test_known_values():
@@ -92,6 +94,36 @@ def test_a_network_that_looks_at_values_is_computed():
             return super().forward(x) if x.sum() >= 0 else x
 
     assert nin.cost(Looking(2, 3, 1), (1, 2, 5, 5)).macs == 6 * 25
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of values of the largest result that is no meta tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.count = max(self.count, tensor.numel())
+        return result
+
+
+def test_counting_copies_no_values_and_keeps_what_is_tied():
+    tied = nn.Linear(1000, 1000, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 1000), tied, tied)
+    model.append(nn.Linear(1000, 1000, bias=False))
+    model[-1].weight = tied.weight
+    with Largest() as largest:
+        result = nin.cost(model, (1, 3, 8, 8))
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    assert [layer.macs for layer in result.layers][-3:] == [10**6] * 3
+    assert largest.count < 1000
+    copied = _copy_shapes(model)
+    assert copied[4] is copied[5]
+    assert copied[4].weight is copied[6].weight
+    assert {t.device.type for t in copied.state_dict().values()} == {"meta"}
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
 
 
 def test_measured_layers_have_times_and_bounds():

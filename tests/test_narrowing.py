@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 
@@ -14,7 +15,19 @@ from torch import nn
 import nin
 from nin import timing
 from nin.errors import UserError
-from nin.narrowing import FinetuneConfig, LayerPlan, NarrowOptions, Plan, Thinning, finetune, graph, pricing, structure
+from nin.narrowing import (
+    FinetuneConfig,
+    LayerPlan,
+    NarrowOptions,
+    Plan,
+    Thinning,
+    finetune,
+    graph,
+    pricing,
+    structure,
+    studying,
+    working,
+)
 from nin.narrowing.refining import Material, refine
 from nin.narrowing.studying import study
 
@@ -308,9 +321,51 @@ def test_skipped_layers_stay(tmp_path):
         torch.testing.assert_close(result.model[3].weight, model[3].weight)
         assert result.model[13].weight.shape == (10, 16)
     assert (tmp_path / "cache.safetensors").exists()
-    # other weights: what was found before does not count
-    other = nin.narrow(chain(), batches, macs=0.8, skip=["3", "1?"], options=options)
-    assert other.report.calibration_error < 1
+
+
+def test_the_cache_counts_for_the_same_network_images_and_patterns_only(tmp_path, monkeypatch):
+    looks = []
+    observe = studying.observe
+    monkeypatch.setattr(studying, "observe", lambda *args: looks.append(1) or observe(*args))
+    options = dataclasses.replace(QUIET, cache=tmp_path / "cache.safetensors", dry_run=True)
+    model, batches = chain(), images(16, 3, 16, 16)
+
+    def is_found_again(network, seen, **settings):
+        looks.clear()
+        nin.narrow(network, seen, macs=0.8, options=options, **settings)
+        return bool(looks)
+
+    assert is_found_again(model, batches)
+    assert not is_found_again(model, batches)
+    assert is_found_again(model, batches, skip=["3"])
+    assert is_found_again(chain(), batches, skip=["3"])
+    assert is_found_again(model, images(16, 3, 16, 16), skip=["3"])
+    assert is_found_again(model, batches)
+    monkeypatch.setattr(studying, "CACHE_FORMAT", studying.CACHE_FORMAT + 1)
+    assert is_found_again(model, batches)
+    assert not is_found_again(model, batches)
+
+
+@pytest.mark.parametrize("name", ["cache.safetensors", "cache.latency.json"])
+def test_a_cache_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, name):
+    def save():
+        if name == "cache.latency.json":
+            table = pricing.LatencyTable(torch.zeros(1), 1, cache=tmp_path / name)
+            table.known = {"a chain": 1.0}
+            return table.save()
+        return studying._write_cache(tmp_path / name, "key", studying._Findings({}, {}, {"a": torch.zeros(1)}))
+
+    save()
+    before = (tmp_path / name).read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device.*{name}"):
+        save()
+    assert (tmp_path / name).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_the_cache_gives_the_same_plan(tmp_path):
@@ -338,15 +393,32 @@ def test_latency_is_measured_and_reached():
     model = nn.Sequential(nn.Conv2d(32, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.Flatten())
     result = nin.narrow(model, images(8, 32, 16, 16, count=2), latency=0.6, options=NarrowOptions(batch=4))
     before, after = result.report.latency[4]
-    assert after.median_ms < before.median_ms
+    # the plan keeps the budget by what was measured for it; beside other programs two timings differ
+    assert after.median_ms <= 1.25 * 0.6 * before.median_ms
     assert set(result.report.latency) == {1, 4, 8}
     assert any(layer.latency_ms_after for layer in result.report.layers)
 
 
-def test_accuracy_is_reported_at_every_stage():
-    result = nin.narrow(chain(), images(8, 3, 16, 16), macs=0.6, evaluate=lambda m: 0.5, options=QUIET)
-    assert result.report.accuracy == {"original": 0.5, "raw": 0.5, "corrected": 0.5}
-    json.dumps(result.report.to_dict())
+def test_accuracy_is_reported_at_every_stage(monkeypatch):
+    model, batches = chain(), images(8, 3, 16, 16)
+    wanted = outputs(model, batches)
+
+    def correct(narrowed, original, batches):
+        corrected = copy.deepcopy(narrowed)
+        with torch.no_grad():
+            corrected[13].bias += 1
+        return corrected, 0.25, True
+
+    def evaluate(network):
+        return relative(outputs(network, batches), wanted)
+
+    monkeypatch.setattr(working, "correct", correct)
+    result = nin.narrow(model, batches, macs=0.6, evaluate=evaluate, skip=["13"], options=QUIET)
+    accuracy = result.report.accuracy
+    assert list(accuracy) == ["original", "raw", "corrected"]
+    assert 0 == accuracy["original"] < accuracy["raw"] < accuracy["corrected"] == evaluate(result.model)
+    assert result.report.calibration_error == 0.25
+    assert json.loads(json.dumps(result.report.to_dict()))["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize(
@@ -397,6 +469,14 @@ def test_values_that_are_not_finite_name_the_layer():
         model[3].weight[0] = float("nan")
     with pytest.raises(UserError, match="the result of 3 must be finite, got NaN or infinity"):
         nin.narrow(model, images(8, 3, 16, 16), macs=0.5)
+
+
+def test_values_whose_squares_are_not_finite_name_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()).double().eval()
+    with torch.no_grad():
+        model[0].weight *= 1e160
+    with pytest.raises(UserError, match="the covariances of 2 must be finite, got NaN or infinity"):
+        nin.narrow(model, [torch.randn(16, 3, 10, 10).double()], macs=0.7)
 
 
 def test_few_images_are_warned_of():

@@ -2,8 +2,10 @@
 
 import itertools
 
+import pytest
 import torch
 
+from nin.errors import UserError
 from nin.narrowing import spectra
 
 torch.manual_seed(0)
@@ -54,6 +56,14 @@ def test_weighted_output_form_is_the_best_in_its_own_measure():
     left, strengths, right = torch.linalg.svd(roots[0] @ y, full_matrices=False)
     best = left[:, :3] * strengths[:3] @ right[:3]
     torch.testing.assert_close(mean_error(roots[0] @ y, roots[0] @ u @ v @ y), mean_error(roots[0] @ y, best))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_covariance_that_is_not_finite_is_refused(value):
+    _, xx, weight = problem()
+    xx[3, 3] = value
+    with pytest.raises(UserError, match="a covariance must be finite, got NaN or infinity"):
+        spectra.fit(weight, xx, weight @ xx)
 
 
 def test_fit_is_least_squares_and_the_weight_where_nothing_changed():

@@ -1,7 +1,9 @@
 """`nin narrow` on run folders: the new folder is one like any other."""
 
 import dataclasses
+import functools
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 import nin
 from nin import cli, data, shrinking
 from nin.errors import UserError
+from nin.narrowing import FinetuneConfig
 from nin.training import Keeping
 
 
@@ -144,6 +147,74 @@ def test_an_unfinished_one_is_not_gone_on_with_under_other_settings(run, digits,
         shrinking.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     with pytest.raises(UserError, match=r"was begun with finetune=1, now 2: give the same, or another --out"):
         shrinking.shrink(run, digits, dataclasses.replace(config, finetune=2), out=out)
+
+
+@pytest.fixture
+def other_run(run, tmp_path):
+    """A run of the same kind with other weights and another recipe."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    weights = {name: 1.01 * value for name, value in load_file(run / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors")
+    values = json.loads((other / "config.json").read_text())
+    values["recipe"] |= {"flip": True, "shift": 0}
+    (other / "config.json").write_text(json.dumps(values))
+    return other
+
+
+def test_an_unfinished_one_is_not_gone_on_with_for_another_network_or_other_images(run, other_run, digits, tmp_path):
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        shrinking.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+    shuffled = dataclasses.replace(digits.train, labels=digits.train.labels.flip(0))
+    message = r"out was begun with another network or other images: give the same, or another --out"
+    for path, images in ((other_run, digits), (run, dataclasses.replace(digits, train=shuffled))):
+        with pytest.raises(UserError, match=message):
+            shrinking.shrink(path, images, config, out=out)
+    shrinking.shrink(run, digits, config, out=out)
+
+
+def test_a_control_is_not_that_of_another_call(run, digits, tmp_path):
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=64, control=True)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        shrinking.shrink(run, digits, config, out=out, **Stopper("Training the control").arguments())
+    assert not (out / "state.safetensors").exists()
+    chosen = (out / "control.json").read_bytes()
+    other = dataclasses.replace(config, budget={"macs": 0.8})
+    with pytest.raises(UserError, match=r"was begun with budget=\{'macs': 0.5\}, now \{'macs': 0.8\}"):
+        shrinking.shrink(run, digits, other, out=out)
+    shrinking.shrink(run, digits, config, out=out)
+    assert (out / "control.json").read_bytes() == chosen
+
+
+def test_a_fine_tuning_that_diverges_is_stopped_and_the_state_before_is_kept(run, digits, tmp_path, monkeypatch):
+    diverging = functools.partial(FinetuneConfig, learning_rate=1e30, gradient_clip=1e30)
+    monkeypatch.setattr(shrinking.working, "FinetuneConfig", diverging)
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=64, finetune=2)
+    out = tmp_path / "out"
+    message = r"the loss of the fine-tuning became \S+ at step \d of 8; what was written before is kept\. .* lower "
+    with pytest.raises(UserError, match=message):
+        shrinking.shrink(run, digits, config, out=out, keeping=Keeping(minutes=1e9))
+    assert [path.name for path in out.iterdir()] == ["state.safetensors"]
+    assert all(value.isfinite().all() for value in load_file(out / "state.safetensors").values())
+
+
+def test_the_fine_tuning_mirrors_and_shifts_as_the_runs_recipe_says(run, other_run, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def augment(pixels, indices, *, seed, epoch, flip, shift):
+        seen.append((flip, shift))
+        return pixels
+
+    monkeypatch.setattr(data, "augment", augment)
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    shrinking.shrink(run, digits, config, out=tmp_path / "one")
+    assert set(seen) == {(digits.flip, digits.shift)} == {(False, 1)}
+    seen.clear()
+    shrinking.shrink(other_run, digits, config, out=tmp_path / "two")
+    assert set(seen) == {(True, 0)}
 
 
 def test_several_budgets_and_a_control(run, tmp_path, capsys):

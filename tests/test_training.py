@@ -1,5 +1,6 @@
 """Training: it learns, it repeats, it resumes, and it says what is wrong."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -7,6 +8,7 @@ import itertools
 import json
 import os
 import time
+import types
 
 import pytest
 import torch
@@ -14,10 +16,13 @@ from PIL import Image
 from torch import nn
 
 import nin
-from nin import checkpoint, data, descent, evaluation, recipe, training
+from nin import checkpoint, data, descent, evaluation, processes, recipe, training
 from nin.data.sets import PathList
 from nin.errors import UserError
+from nin.files import write_atomically
+from nin.learner import Learner, make_model
 from nin.recipe import TrainConfig
+from nin.replaying import Replay
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 
@@ -245,14 +250,14 @@ def test_refuses_a_folder_with_something_in_it(digits, tmp_path):
 
 def test_full_disk_keeps_the_old_file_and_names_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    checkpoint.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
-        checkpoint.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
@@ -296,7 +301,11 @@ def test_too_small_images_are_refused_with_the_size(digits):
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, got nan"),
+        ({"seed": 1_700_000_000_000_000_000}, "seed must be 0 to 4294967295, got 1700000000000000000"),
+        ({"seed": -1}, "seed must be 0 to 4294967295, got -1"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
     ],
@@ -315,6 +324,32 @@ def test_recipe_is_chosen_from_the_data_and_never_over_what_was_asked_for():
     assert few.batch_size < chosen.batch_size
     asked = TrainConfig(epochs=1, flip=False, shift=0).resolve(images=500, image_size=8, flip=True, shift=1)
     assert (asked.epochs, asked.flip, asked.shift) == (1, False, 0)
+
+
+def test_the_largest_seed_trains(digits):
+    training.train(digits, dataclasses.replace(QUICK, epochs=1, seed=recipe.LARGEST_SEED))
+
+
+def test_what_the_recipe_says_of_the_network_is_what_is_trained(digits):
+    sizes = {"images": 100, "image_size": 8, "flip": False, "shift": 0}
+
+    def made(**settings):
+        config = TrainConfig(**settings).resolve(**sizes)
+        return config, make_model(config, channels=1, classes=10, size=8)
+
+    for settings, dropout in (({}, 0.2), ({"dropout": 0.4}, 0.4), ({"dropout": 0.0}, 0.0)):
+        config, model = made(**settings)
+        assert config.dropout == model.config.blocks[0].dropout == dropout
+        assert config.normalisation == model.config.normalisation == "weight_standardisation"
+    assert made(model="nin_cifar")[0].dropout == 0
+    config, _ = made(model="googlenet")
+    assert (config.normalisation, config.last_activation, config.dropout) == ("none", "none", 0)
+    with pytest.raises(UserError, match="normalisation must be none for googlenet, got weight_standardisation: nin_"):
+        made(model="googlenet", normalisation="weight_standardisation")
+    with pytest.raises(UserError, match="last_activation must be none for googlenet, got relu"):
+        made(model="googlenet", last_activation="relu")
+    result = training.train(digits, dataclasses.replace(QUICK, epochs=1, dropout=0.4))
+    assert result.info.recipe["dropout"] == result.model.config.blocks[0].dropout == 0.4
 
 
 def test_learning_rate_rises_once_and_falls_to_zero():
@@ -436,11 +471,63 @@ def test_held_files_are_the_files(tmp_path):
     files = data.FileSet(tmp_path, torch.arange(6) % 2, names, channels=3, size=9)
     images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
     sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
-    held = training.hold_images(images, SPEED.resolve(**sizes))
+    held = training.hold_images(images, SPEED.resolve(**sizes), torch.device("cpu"))
     assert torch.equal(held.train.images, files.fetch(torch.arange(6)))
     assert torch.equal(held.train.labels, files.labels)
     assert list(held.train.names) == list(names)
-    assert training.hold_images(images, QUICK.resolve(**sizes)) is images
+    assert training.hold_images(images, QUICK.resolve(**sizes), torch.device("cpu")) is images
+
+
+def test_images_are_held_where_the_learner_is(digits):
+    config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
+    learner = Learner(nin.models.nin_digits, config)
+    learner.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
+    run = training._Run(digits, learner, None, training.Keeping(), lambda progress: None)
+    assert run.images.train.images.device == run.images.test.labels.device == learner.device
+
+
+def test_one_process_asks_nobody_whether_to_stop(digits, ahead, monkeypatch):
+    # on a GPU the answer would be waited for after every step
+    monkeypatch.setattr(processes, "total", lambda values: pytest.fail("waited for the device"))
+    training.train(digits, dataclasses.replace(QUICK, epochs=1))
+
+
+class PretendedGPUs:
+    """What `torch.cuda` has of several GPUs, for tensors of the CPU; `used` is the current GPU of each call."""
+
+    def __init__(self):
+        self.current, self.used = "cuda:0", []
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, str(device)
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def on(self, what):
+        self.used.append(self.current)
+        yield
+
+    def stream(self):
+        self.used.append(self.current)
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph(self):
+        return types.SimpleNamespace(replay=lambda: self.used.append(self.current))
+
+
+def test_a_step_is_captured_and_replayed_on_its_own_gpu(monkeypatch):
+    gpus = PretendedGPUs()
+    names = {"device": gpus.device, "stream": gpus.on, "graph": gpus.on, "CUDAGraph": gpus.graph}
+    for name, value in {**names, "Stream": gpus.stream, "current_stream": gpus.stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = Replay(lambda x: (2 * x,), torch.device("cuda:1"), plain_calls=1)
+    for _ in range(3):  # as it is, captured and replayed, replayed
+        assert torch.equal(replay(torch.ones(2))[0], torch.full((2,), 2.0))
+    assert len(gpus.used) == 4 + 1 + 2
+    assert set(gpus.used) == {"cuda:1"}
+    assert gpus.current == "cuda:0"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

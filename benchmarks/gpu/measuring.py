@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nin import checkpoint
+from nin.files import write_atomically
 
 
 def choose_device(*, dry: bool) -> torch.device:
@@ -90,6 +91,6 @@ def title(name: str, header: dict[str, Any]) -> str:
 def write(folder: Path, name: str, values: dict[str, Any], page: str) -> None:
     """Write NAME.json and NAME.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(folder / f"{name}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    checkpoint.write_atomically(folder / f"{name}.md", page)
+    write_atomically(folder / f"{name}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / f"{name}.md", page)
     print(f"written: {folder / name}.json and .md")

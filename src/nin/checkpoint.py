@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from nin import machine, models
 from nin.errors import UserError
-from nin.files import write_atomically as write_atomically
+from nin.files import write_atomically
 from nin.narrowing import Plan, apply_plan
 from nin.ops import backends
 

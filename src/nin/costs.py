@@ -182,12 +182,11 @@ def cost(
         raise ValueError(f"input_shape must be (N, C, H, W), each at least 1, got {shape}")
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    copied = copy.deepcopy(model).eval()
     try:
         # Meta tensors have shapes and no values: a network of any size is counted in milliseconds and no memory.
-        counting = _count(copy.deepcopy(copied).to("meta"), torch.empty(shape, dtype=dtype, device="meta"))
+        counting = _count(_copy_shapes(model).eval(), torch.empty(shape, dtype=dtype, device="meta"))
     except (RuntimeError, TypeError):  # item() and numpy() of a meta tensor, one of two devices
-        counting = _count(copied.to("cpu"), torch.zeros(shape, dtype=dtype))
+        counting = _count(copy.deepcopy(model).eval().to("cpu"), torch.zeros(shape, dtype=dtype))
     times = None
     if measured:
         macs: Counter[str] = Counter()
@@ -196,6 +195,13 @@ def cost(
         x = torch.rand(shape).to(dtype)
         times = measure(copy.deepcopy(model).eval().to("cpu"), x, macs, on_progress)
     return Cost(shape, tuple(counting.layers), parameters, tuple(counting.uncounted()), times)
+
+
+def _copy_shapes(model: nn.Module) -> nn.Module:
+    """Return a copy on the meta device; the values are not copied even for a moment, and tied weights stay tied."""
+    twins: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    twins |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, twins)
 
 
 def _count(model: nn.Module, x: Tensor) -> _Counting:

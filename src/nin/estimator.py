@@ -48,7 +48,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         weight_decay: per step, on weights only.
         label_smoothing: share of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
             `predict_proba` honest.
-        dropout: after each pooling, for images; ``nin_digits`` keeps its own.
+        dropout: after each pooling, for images; if not given, 0.2 for ``nin_digits`` and 0 for others.
         flip: mirror half of the images.
         shift: largest random translation, in pixels; by the size of the images if not given.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
@@ -82,7 +82,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         learning_rate: float = 0.1,
         weight_decay: float = 5e-4,
         label_smoothing: float = 0.0,
-        dropout: float = 0.0,
+        dropout: float | None = None,
         flip: bool = False,
         shift: int | None = None,
         device: str = "auto",

@@ -48,7 +48,7 @@ class Learner:
         )
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
-        self._take_step = Replay(self._plain_step) if replays else self._plain_step
+        self._take_step = Replay(self._plain_step, self.device) if replays else self._plain_step
 
     def join(self, batch_size: int) -> None:
         """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
@@ -165,14 +165,15 @@ def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int
     """Return a fresh network for images of so many channels, classes, and pixels in height and width.
 
     Raises:
-        UserError: the model is unknown, or needs larger images.
+        UserError: the model is unknown, needs larger images, or cannot be as the recipe says.
     """
-    options: dict[str, Any] = {"in_channels": channels}
+    options: dict[str, Any] = {"in_channels": channels, "dropout": config.dropout}
     if config.model.startswith("nin_"):
         options["normalisation"] = None if config.normalisation == "none" else config.normalisation
         options["last_activation"] = config.last_activation
-    if config.model != "nin_digits":
-        options["dropout"] = config.dropout
+    for name in ("normalisation", "last_activation"):
+        if config.model == "googlenet" and getattr(config, name) != "none":
+            raise UserError(f"{name} must be none for googlenet, got {getattr(config, name)}: nin_… networks have it")
     model = models.create(config.model, classes, **options)
     least = getattr(model, "smallest_input", 1)
     if size < least:

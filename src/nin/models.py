@@ -171,10 +171,10 @@ class NiN(nn.Module):
         return size
 
 
-def nin_digits(num_classes: int = 10, *, in_channels: int = 1, **options: Any) -> NiN:
+def nin_digits(num_classes: int = 10, *, in_channels: int = 1, dropout: float = 0.2, **options: Any) -> NiN:
     """Return a small NiN for 8×8 images (scikit-learn's digits): 8 → 4 pixels, two mlpconv layers."""
     blocks = (
-        BlockConfig((64, 64, 64), kernel_size=3, padding=1, pool="max", dropout=0.2),
+        BlockConfig((64, 64, 64), kernel_size=3, padding=1, pool="max", dropout=dropout),
         BlockConfig((128, 128, num_classes), kernel_size=3, padding=1),
     )
     return NiN(NiNConfig("nin_digits", in_channels, num_classes, 8, blocks, **options))

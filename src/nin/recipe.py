@@ -8,6 +8,19 @@ from typing import Any, Literal
 
 from nin.errors import UserError
 
+# PyTorch's generators take 64 bits; a training multiplies its seed, so that each step has one of its own.
+LARGEST_SEED = 2**32 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Stop at a seed that is out of range.
+
+    Raises:
+        UserError: it is none of 0 … `LARGEST_SEED`.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed must be 0 to {LARGEST_SEED}, got {seed}")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -18,7 +31,7 @@ class TrainConfig:
         model: a name of `nin.models.MODELS`; if not given, the one made for images of that size.
         epochs: passes over the training images; if not given, 18, and more where there are few images.
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images.
-        learning_rate: at the peak of the one-cycle schedule, with batches of 128.
+        learning_rate: at the peak of the one-cycle schedule, whatever the batch size; 0.1 suits batches of 128.
         warmup: share of all steps in which the learning rate rises from zero; it falls to zero in the rest.
         schedule: how it falls: "cosine", or "triangle" (in a straight line).
         momentum: of Nesterov's accelerated gradient.
@@ -26,12 +39,15 @@ class TrainConfig:
         label_smoothing: share of the target that is spread over all classes.
         gradient_clip: largest norm of the gradient of all parameters together; longer ones are shortened.
         ema: decay per step of the averaged weights, which are the ones that are tested and kept.
-        dropout: after each pooling. The paper's 0.5 is for hundreds of epochs.
-        normalisation: "weight_standardisation" keeps the 1×1 chains in one piece; "none" is the paper's network.
-        last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes).
+        dropout: after each pooling; if not given, 0.2 for nin_digits and 0 for others. The paper's 0.5 is for hundreds
+            of epochs.
+        normalisation: "weight_standardisation" keeps the 1×1 chains in one piece, "none" is the paper's network; if
+            not given, the first for networks of mlpconv layers (nin_…), and "none" for googlenet, which has no other.
+        last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes). googlenet has "none".
         flip: mirror half of the images; if not given, where the data allow it (digits and letters do not).
         shift: largest random translation, in pixels; if not given, about a fifteenth of the image.
-        seed: of the weights, the order, the augmentation and the dropout. Two runs on one machine are equal.
+        seed: of the weights, the order, the augmentation and the dropout, below 2³². Two runs on one machine are
+            equal.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "auto" takes "bf16" where the processor multiplies in it, else "fp32".
         threads: of the CPU; if not given, one for each core.
@@ -49,8 +65,8 @@ class TrainConfig:
     label_smoothing: float = 0.1
     gradient_clip: float = 1.0
     ema: float = 0.995
-    dropout: float = 0.0
-    normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
+    dropout: float | None = None
+    normalisation: Literal["weight_standardisation", "none"] | None = None
     last_activation: Literal["none", "relu"] = "none"
     flip: bool | None = None
     shift: int | None = None
@@ -66,15 +82,17 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         for name in ("warmup", "momentum", "label_smoothing", "ema", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
         for name in ("learning_rate", "gradient_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "shift", "seed"):
+                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("weight_decay", "shift"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} must be at least 0, got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name} must be at least 0 and finite, got {value}")
+        check_seed(self.seed)
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> ResolvedConfig:
         """Return the recipe with every None that the data decide filled in.
@@ -89,7 +107,8 @@ class TrainConfig:
         epochs = min(100, max(18, math.ceil(400_000 / images)))
         # at least 20 steps an epoch, so that a few hundred images still make a thousand steps
         batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
-        model = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 96 else "nin_imagenet"
+        by_size = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 96 else "nin_imagenet"
+        model = self.model or by_size
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         untouched = {field.name for field in dataclasses.fields(TrainConfig) if values[field.name] == field.default}
         values |= {name: value for name, value in RECIPES[self.recipe].items() if name in untouched}
@@ -99,6 +118,8 @@ class TrainConfig:
             "model": model,
             "epochs": epochs,
             "batch_size": batch_size,
+            "dropout": 0.2 if model == "nin_digits" else 0.0,
+            "normalisation": "weight_standardisation" if model.startswith("nin_") else "none",
             "flip": flip,
             "shift": shift,
             "threads": threads,
@@ -113,6 +134,8 @@ class ResolvedConfig(TrainConfig):
     model: str = "nin_cifar"
     epochs: int = 20
     batch_size: int = 128
+    dropout: float = 0.0
+    normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
     flip: bool = False
     shift: int = 0
 
@@ -139,15 +162,31 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of a step; see `one_cycle`."""
+    return one_cycle(step, steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
+
+
+def one_cycle(
+    step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "triangle"] = "cosine"
+) -> float:
     """Return the one-cycle schedule: up in a straight line, down along a cosine or in a straight line.
+
+    Args:
+        step: which one, from 0.
+        steps: in the whole training; behind them it stays at zero.
+        peak: the largest.
+        warmup: share of all steps in which it rises.
+        schedule: how it falls.
 
     Source:
         Smith, Topin: Super-Convergence, 2017, arXiv 1708.07120.
+
+    Example:
+        >>> [one_cycle(step, 6, peak=1.0, warmup=0.5, schedule="triangle") for step in (0, 1, 2, 3, 6)]
+        [0.25, 0.5, 0.75, 1.0, 0.0]
     """
-    rise = max(1.0, config.warmup * steps)
+    rise = max(1.0, warmup * steps)
     if step < rise:
-        return config.learning_rate * (step + 1) / (rise + 1)
-    progress = (step - rise) / max(1.0, steps - rise)
-    if config.schedule == "triangle":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (step + 1) / (rise + 1)
+    progress = min(1.0, (step - rise) / max(1.0, steps - rise))
+    return peak * (1 - progress if schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * progress)))

@@ -18,17 +18,22 @@ class Replay:
 
     Args:
         step: takes and gives tensors, works in place on all else, and never waits for the GPU.
+        device: the GPU that it computes on; of several it need not be the current one.
         plain_calls: before the capture.
     """
 
-    def __init__(self, step: Step, plain_calls: int = 3) -> None:
-        self.step, self.plain_calls = step, plain_calls
+    def __init__(self, step: Step, device: torch.device, plain_calls: int = 3) -> None:
+        self.step, self.device, self.plain_calls = step, device, plain_calls
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
         self.results: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Take one step; the results are the caller's."""
+        with torch.cuda.device(self.device):  # streams and captures are those of the current GPU
+            return self._call(inputs)
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.graph is None and self.plain_calls > 0:
             self.plain_calls -= 1
             return self._call_beside(inputs)

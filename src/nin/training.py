@@ -18,6 +18,7 @@ from nin import checkpoint, data, machine, metrics, models, processes
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 from nin.evaluation import evaluate, wilson_interval
+from nin.files import write_atomically
 from nin.learner import Learner, make_model
 from nin.recipe import ResolvedConfig, TrainConfig, learning_rate
 
@@ -176,10 +177,10 @@ class _Run:
         on_progress: Callable[[Progress], None],
     ) -> None:
         config = learner.config
-        self.images, self.config, self.folder = images, config, folder
+        self.config, self.folder = config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        self.images = hold_images(images, config)
         self.learner = learner
+        self.images = hold_images(images, config, learner.device)
         self.description = describe(learner.average, folder)
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -359,8 +360,9 @@ class _Run:
     def keep(self) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
         keeping = self.keeping
-        # one of the processes may have been asked: all end after the same step
-        stop = bool(processes.total(torch.tensor(int(keeping.stop()), device=self.learner.device)))
+        stop = keeping.stop()
+        if processes.count() > 1:  # one of them may have been asked: all end after the same step
+            stop = bool(processes.total(torch.tensor(int(stop), device=self.learner.device)))
         if self.writes:
             assert self.folder is not None
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
@@ -449,10 +451,10 @@ class _Run:
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
         if self.images.findings:
-            checkpoint.write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
+            write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
         checkpoint.save_model(folder, self.learner.average, info)
-        checkpoint.write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
-        checkpoint.write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
+        write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
+        write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
 
     def info(self, result: dict[str, Any]) -> RunInfo:
         """Return what ``config.json`` says."""
@@ -492,13 +494,12 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def hold_images(images: data.Data, config: ResolvedConfig) -> data.Data:
+def hold_images(images: data.Data, config: ResolvedConfig, device: torch.device) -> data.Data:
     """Return the images as bytes on the device that trains, where that is worth it and they fit; else as they are.
 
     On a GPU reading them from elsewhere would take longer than training; the speed recipe decodes files once on any
     device. What a step is given stays the same.
     """
-    device = machine.choose_device(config.device)
     total = (len(images.train) + len(images.test)) * images.channels * images.size**2
     if total > MOST_HELD_BYTES or (device.type != "cuda" and config.recipe != "speed"):
         return images

@@ -6,6 +6,7 @@ from nin.narrowing.pricing import Stopwatch
 from nin.narrowing.rebuilding import apply_plan
 from nin.narrowing.reporting import Control, CurvePoint, LayerReport, NarrowReport
 from nin.narrowing.structure import expand
+from nin.narrowing.studying import fingerprint
 from nin.narrowing.tuning import FinetuneConfig, Tuner, finetune
 from nin.narrowing.working import NarrowResult, narrow
 
@@ -25,5 +26,6 @@ __all__ = [
     "apply_plan",
     "expand",
     "finetune",
+    "fingerprint",
     "narrow",
 ]

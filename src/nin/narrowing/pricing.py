@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nin import machine, timing
+from nin.files import write_atomically
 from nin.narrowing.rebuilding import to_layout
 from nin.narrowing.structure import LayerShape, inputs_of, make_layer
 
@@ -87,9 +88,7 @@ class LatencyTable:
         if self.cache is None or not self.known:
             return
         self.cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.cache.with_name(f".{self.cache.name}.new")
-        temporary.write_text(json.dumps({**self.others, self.setting: self.known}))
-        temporary.replace(self.cache)
+        write_atomically(self.cache, json.dumps({**self.others, self.setting: self.known}))
 
 
 def _read(cache: Path | None) -> dict[str, dict[str, float]]:

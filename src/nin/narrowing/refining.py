@@ -14,7 +14,16 @@ from nin.narrowing.graph import Shortcut
 from nin.narrowing.plan import LayerPlan, Plan, Thinning
 from nin.narrowing.rebuilding import build_layer, select_channels, select_outputs
 from nin.narrowing.spectra import InputForm, balance, eliminate, fit, input_directions, output_form, root
-from nin.narrowing.statistics import Moments, check_finite, make_moments, observed_places, patches, results, watch
+from nin.narrowing.statistics import (
+    Moments,
+    check_finite,
+    make_moments,
+    observed_places,
+    patches,
+    reduce_all,
+    results,
+    watch,
+)
 from nin.narrowing.structure import LayerShape, inputs_of, set_module
 
 # A channel that BatchNorm scales below this share of the largest scale cannot mend what the shortcut lacks.
@@ -98,8 +107,7 @@ def collect(material: Material, narrowed: nn.Module, names: list[str]) -> dict[s
                 if missing.shape == target.shape:
                     target = target + missing * scale[None, :, None]
             moments[name].add(seen[name, "layer"], target)
-    for value in moments.values():
-        value.reduce()
+    reduce_all(moments)
     return moments
 
 

@@ -11,6 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from nin.errors import UserError
+
 # Covariances of fewer samples than values are singular; a share of their mean variance is added to the diagonal.
 RIDGE = 1e-5
 
@@ -146,12 +148,17 @@ class InputForm:
 
 
 def cholesky(covariance: Tensor, ridge: float) -> Tensor:
-    """Return L of ``C + εI = L Lᵀ``: ε is ``ridge`` times the mean variance, or ten times as much until it succeeds."""
-    while True:
+    """Return L of ``C + εI = L Lᵀ``: ε is ``ridge`` times the mean variance, or ten times as much until it succeeds.
+
+    Raises:
+        UserError: C has values that are not finite; of all others ε need not be larger than the mean variance.
+    """
+    while ridge <= 1:
         lower, failed = torch.linalg.cholesky_ex(with_ridge(covariance, ridge))
         if not int(failed):
             return lower
         ridge *= 10
+    raise UserError("a covariance must be finite, got NaN or infinity: check the model and the images")
 
 
 @dataclasses.dataclass(frozen=True)

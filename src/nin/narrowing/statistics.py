@@ -207,9 +207,20 @@ def observe(
             model(*args, **kwargs)
             if on_progress:
                 on_progress(done + 1, len(batches))
-    for value in moments.values():
-        value.reduce()
+    reduce_all(moments)
     return moments
+
+
+def reduce_all(moments: dict[str, Moments]) -> None:
+    """Add up the moments of layers over all processes of a job.
+
+    Raises:
+        UserError: a layer's are not finite, though its values are; it is named.
+    """
+    for name, value in moments.items():
+        value.reduce()
+        if not all(bool(added.isfinite().all()) for added in value.sums.values()):
+            raise UserError(f"the covariances of {name} must be finite, got NaN or infinity: its values are too large")
 
 
 def make_moments(shape: LayerShape, module: nn.Module, *products: str) -> Moments:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nin import processes
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing.candidates import Candidates, Form, find_forms, find_widths
 from nin.narrowing.graph import Edge, Shortcut, Wiring, trace
 from nin.narrowing.sensitivity import measure_sensitivity
@@ -25,6 +26,10 @@ from nin.narrowing.structure import LayerShape, find_layers
 
 # Gradients are taken on at most this many batches' worth of images.
 SENSITIVITY_IMAGES = 512
+
+# Raised when what is found of the same network and images changes, or how it is written: a cache of another number is
+# found again.
+CACHE_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ def study(
     if not able:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
     wiring = trace(model, {name for name in shapes if name in layers})
-    key = " ".join(processes.gather_text(fingerprint(model, batches, skip)))
+    key = f"format {CACHE_FORMAT}: {' '.join(processes.gather_text(fingerprint(model, batches, skip)))}"
     known = _read_cache(cache, key)
     if "" in processes.gather_text("found" if known else ""):  # a process without the file: all begin again
         known = None
@@ -211,7 +216,5 @@ def _read_cache(path: Path | None, key: str) -> _Findings | None:
 def _write_cache(path: Path, key: str, found: _Findings) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in found.sensitivities.items()}
-    temporary = path.with_name(f".{path.name}.new")
     candidates = Candidates(found.forms, found.widths).to_json()
-    save_file(tensors, temporary, metadata={"key": key, "candidates": candidates})
-    temporary.replace(path)
+    write_atomically(path, save(tensors, metadata={"key": key, "candidates": candidates}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from nin import machine
 from nin.descent import Descent, averaging
+from nin.errors import UserError
+from nin.recipe import one_cycle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +75,17 @@ class Tuner:
 
     def learning_rate(self) -> float:
         """Return that of the next step."""
-        rise = max(1.0, self.config.warmup * self.steps)
-        if self.step_number < rise:
-            return self.config.learning_rate * (self.step_number + 1) / (rise + 1)
-        progress = min(1.0, (self.step_number - rise) / max(1.0, self.steps - rise))
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return one_cycle(self.step_number, self.steps, peak=self.config.learning_rate, warmup=self.config.warmup)
 
     def step(self, x: Tensor, labels: Tensor | None) -> float:
-        """Take one step and return its loss; where that is no finite number, nothing has changed.
+        """Take one step and return its loss.
 
         Args:
             x: images, as the network takes them.
             labels: (N,), or None.
+
+        Raises:
+            UserError: the loss is no finite number; no weight has followed it.
         """
         self.model.train()
         x = x.to(self.device)
@@ -95,13 +95,18 @@ class Tuner:
             scores = self.model(x)
         labels = None if labels is None else labels.to(self.device)
         loss = distillation_loss(scores.float(), answers.float(), labels, self.config)
-        if torch.isfinite(loss):
-            self.descent.step(
-                loss,
-                learning_rate=self.learning_rate(),
-                gradient_clip=self.config.gradient_clip,
-                decay=averaging(self.config.ema, self.step_number),
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}; "
+                "what was written before is kept. Leave a larger share of the original, or try a lower learning_rate "
+                f"than {self.config.learning_rate}"
             )
+        self.descent.step(
+            loss,
+            learning_rate=self.learning_rate(),
+            gradient_clip=self.config.gradient_clip,
+            decay=averaging(self.config.ema, self.step_number),
+        )
         self.step_number += 1
         return loss.item()
 
@@ -138,6 +143,9 @@ def finetune(
         config: the recipe.
         steps_per_epoch: batches in an epoch, for the learning rate.
         on_progress: called with the steps done, all steps, and the loss.
+
+    Raises:
+        UserError: a loss is no finite number.
 
     Source:
         Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, arXiv 1503.02531.

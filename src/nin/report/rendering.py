@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from nin import checkpoint, data
+from nin.files import write_atomically
 from nin.report import charts, pictures
 from nin.report.collecting import Progress, collect
 from nin.report.contents import Answer, Confusion, Report
@@ -46,7 +47,7 @@ def write(
         OSError: the file cannot be written; it is named.
     """
     path = Path(run) / checkpoint.REPORT_FILE
-    checkpoint.write_atomically(path, render(collect(run, images, device=device, on_progress=on_progress)))
+    write_atomically(path, render(collect(run, images, device=device, on_progress=on_progress)))
     return path
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from nin import checkpoint, costs, models, training
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import Control, NarrowReport, Stopwatch, expand
 from nin.recipe import TrainConfig
 from nin.shrinking.settings import CONTROL_FILE, ShrinkingConfig
-from nin.shrinking.working import Progress, Subject
+from nin.shrinking.working import Progress, Subject, beginning, check_beginning
 from nin.timing import Timing
 
 # Halvings of the interval in which the ratio lies; each costs two dozen runs of the networks where time decides.
@@ -86,28 +87,25 @@ def train_control(
         out: the control's run folder; an unfinished one is gone on with.
         keeping: when the state is written, and whether to stop.
         on_progress: called with what is being done, the number done, and the number of all.
+
+    Raises:
+        UserError: as `training.train`, or the folder holds the control of another call.
     """
-    base, shape = original_config(info.model), (1, info.preprocessing.channels, *2 * (info.preprocessing.size,))
     layout = "channels_last" if config.channels_last else "contiguous"
     stopwatch = Stopwatch(expand(subject.model).eval(), batches, layout)
-    shape_file = out.parent / CONTROL_FILE
-    if shape_file.exists():  # times differ from run to run, so what was chosen once stays
-        chosen = models.NiNConfig.from_dict(json.loads(shape_file.read_text()))
-    else:
-        chosen = choose(base, config, report, stopwatch, shape)
-        checkpoint.write_atomically(shape_file, json.dumps(chosen.to_dict()))
+    base, shape = original_config(info.model), (1, info.preprocessing.channels, *2 * (info.preprocessing.size,))
+    chosen = choose_once(out.parent, subject, config, lambda: choose(base, config, report, stopwatch, shape))
     recipe = control_recipe(info, config.finetune)
 
     def tell(p: training.Progress) -> None:
         if on_progress:
             on_progress(f"Training the control, epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}", p.step, p.steps)
 
-    resume = (out / checkpoint.CONFIG_FILE).exists() or (out / checkpoint.STATE_FILE).exists()
     result = training.train(
         subject.images,
         recipe,
         out=out,
-        keeping=dataclasses.replace(keeping, resume=resume),
+        keeping=dataclasses.replace(keeping, resume=training.has_begun(out)),
         network=lambda: models.NiN(chosen),
         on_progress=tell,
     )
@@ -120,6 +118,26 @@ def train_control(
         latency={n: stopwatch.compare(plain, n) for n in report.latency},
         accuracy=result.info.result["test_accuracy"],
     )
+
+
+def choose_once(
+    folder: Path, subject: Subject, config: ShrinkingConfig, choose: Callable[[], models.NiNConfig]
+) -> models.NiNConfig:
+    """Return the control's network as it was chosen before an interruption, or choose it and write that down.
+
+    Times differ from run to run, so what was chosen once stays.
+
+    Raises:
+        UserError: it was chosen for other settings, another network or other images.
+    """
+    path = folder / CONTROL_FILE
+    if path.exists():
+        values = json.loads(path.read_text())
+        check_beginning(folder, values, subject, config)
+        return models.NiNConfig.from_dict(values["network"])
+    chosen = choose()
+    write_atomically(path, json.dumps({**beginning(subject, config), "network": chosen.to_dict()}))
+    return chosen
 
 
 def choose(

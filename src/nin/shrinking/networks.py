@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, factories, processes
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import NarrowResult
 from nin.shrinking.settings import ShrinkingConfig
 from nin.shrinking.working import Progress, Subject, prepare_folder, shrink_subject
@@ -148,9 +149,9 @@ def shrink_network(
         if not processes.is_first():
             return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
-        checkpoint.write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
-        checkpoint.write_atomically(out / PLAN_FILE, result.plan.to_json())
-        checkpoint.write_atomically(out / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
+        write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+        write_atomically(out / PLAN_FILE, result.plan.to_json())
+        write_atomically(out / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
         checkpoint.remove_state(out)
     return result
 

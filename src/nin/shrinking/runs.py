@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nin import checkpoint, data, evaluation, processes
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import NarrowResult
 from nin.shrinking.control import original_config, train_control
 from nin.shrinking.settings import CONTROL_FOLDER, ShrinkingConfig
@@ -47,6 +48,7 @@ def shrink(
     keeping = keeping or Keeping()
     model, info = checkpoint.load_model(run)
     check_fits(run, info, images)
+    images = augmented_as(info, images)
     subject = Subject(model, images, info.preprocessing, True, run / CACHE_FILE)
     if config.control:
         original_config(info.model)
@@ -69,6 +71,12 @@ def shrink(
         if processes.is_first():
             save(out, run, result, info, images, config)
     return result
+
+
+def augmented_as(info: checkpoint.RunInfo, images: data.Data) -> data.Data:
+    """Return the images, to be mirrored and shifted as in the training of a run, whatever is usual for them."""
+    usual = {"flip": images.flip, "shift": images.shift}
+    return dataclasses.replace(images, **{name: info.recipe.get(name, value) for name, value in usual.items()})
 
 
 def check_fits(run: Path, info: checkpoint.RunInfo, images: data.Data) -> None:
@@ -108,5 +116,5 @@ def save(
     )
     checkpoint.save_model(out, result.model, narrowed)
     content = {"plan": result.plan.to_dict(), "report": result.report.to_dict()}
-    checkpoint.write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
+    write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
     checkpoint.remove_state(out)

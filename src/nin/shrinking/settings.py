@@ -8,6 +8,7 @@ from typing import Any
 
 from nin import processes
 from nin.errors import UserError
+from nin.recipe import check_seed
 
 # Inside the narrowed network's folder: the control's run folder, and the shape that was chosen for it.
 CONTROL_FOLDER, CONTROL_FILE = "control", "control.json"
@@ -27,7 +28,7 @@ class ShrinkingConfig:
         batch: images at a time when it is timed; those of a batch of the statistics if not given.
         channels_last: keep the weights with the channels side by side in memory, and measure that.
         dry_run: plan only, write nothing but the cache of the statistics.
-        seed: chooses the images, their order and their augmentation.
+        seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
     """
 
     budget: Mapping[str, float]
@@ -55,6 +56,7 @@ class ShrinkingConfig:
             raise UserError(
                 "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"
             )
+        check_seed(self.seed)
         if self.batch is not None and self.batch < 1:
             raise UserError(f"batch must be at least 1, got {self.batch}")
 

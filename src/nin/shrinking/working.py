@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from nin.narrowing import (
     Plan,
     Tuner,
     apply_plan,
+    fingerprint,
     narrow,
 )
 from nin.shrinking.settings import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
@@ -37,7 +39,7 @@ class Subject:
 
     Attributes:
         model: in evaluation mode.
-        images: to look at, to train on and to test with.
+        images: to look at, to train on (mirrored and shifted as they say) and to test with.
         preprocessing: from an image to the network's input.
         labelled: whether its scores are for the classes of the images.
         cache: keeps what is found of it.
@@ -63,7 +65,8 @@ def shrink_subject(
         on_progress: called with what is being done, the number done, and the number of all.
 
     Raises:
-        UserError: as `nin.narrow`, or the folder's state belongs to other settings.
+        UserError: as `nin.narrow`, the folder's state belongs to other settings, another network or other images, or
+            the loss of the fine-tuning is no finite number.
         KeyboardInterrupt: ``keeping.stop`` said so; the state is written.
     """
 
@@ -80,7 +83,7 @@ def shrink_subject(
     tuner = make_tuner(subject, config, result.model)
     if tensors:
         tuner.load(tensors, step_number)
-    _tune(subject, config, tuner, _Saver(out, config, result, keeping), tell)
+    _tune(subject, config, tuner, _Saver(out, subject, config, result, keeping), tell)
     figures = dict(result.report.accuracy)
     if subject.labelled:
         figures["finetuned"] = accuracy(result.model, subject)
@@ -117,15 +120,39 @@ def _begin(
 
 def _resume(subject: Subject, config: ShrinkingConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
     tensors, values = checkpoint.load_state(out)
-    settings = values["settings"]
-    differing = [f"{k}={settings.get(k)}, now {v}" for k, v in config.to_dict().items() if settings.get(k) != v]
-    if differing:
-        raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
+    check_beginning(out, values, subject, config)
     plan = Plan.from_dict(values["plan"])
     model = apply_plan(subject.model, plan)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     result = NarrowResult(model.eval(), plan, NarrowReport.from_dict(values["report"]))
     return result, int(values["step_number"]), tensors
+
+
+def beginning(subject: Subject, config: ShrinkingConfig) -> dict[str, Any]:
+    """Return what must be the same where a call goes on: the settings, and a number for the network and the images."""
+    images = subject.images
+    seen = [*calibration_batches(subject, config), images.train.labels, images.test.labels]
+    return {"settings": config.to_dict(), "subject": fingerprint(subject.model, seen, config.skip)}
+
+
+def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, config: ShrinkingConfig) -> None:
+    """Stop where what lies in the folder belongs to another call.
+
+    Args:
+        out: the folder.
+        before: what lies there; in it what `beginning` returned.
+        subject: the network and the images now.
+        config: what is asked for now.
+
+    Raises:
+        UserError: the settings, the network or the images differ.
+    """
+    now, settings = beginning(subject, config), before.get("settings", {})
+    differing = [f"{k}={settings.get(k)}, now {v}" for k, v in now["settings"].items() if settings.get(k) != v]
+    if not differing and before.get("subject") != now["subject"]:
+        differing = ["another network or other images"]
+    if differing:
+        raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
 
 
 @contextlib.contextmanager
@@ -156,8 +183,11 @@ def prepare_folder(out: Path) -> Iterator[None]:
 class _Saver:
     """Writes the state of a fine-tuning when it is time."""
 
-    def __init__(self, out: Path | None, config: ShrinkingConfig, result: NarrowResult, keeping: Keeping) -> None:
-        self.out, self.config, self.result, self.keeping = out, config, result, keeping
+    def __init__(
+        self, out: Path | None, subject: Subject, config: ShrinkingConfig, result: NarrowResult, keeping: Keeping
+    ) -> None:
+        self.out, self.result, self.keeping = out, result, keeping
+        self.beginning = {} if out is None else beginning(subject, config)
         self.saved = time.monotonic()
 
     def keep(self, tuner: Tuner) -> None:
@@ -171,7 +201,7 @@ class _Saver:
     def save(self, out: Path, tuner: Tuner) -> None:
         """Write all that resuming needs."""
         values = {
-            "settings": self.config.to_dict(),
+            **self.beginning,
             "plan": self.result.plan.to_dict(),
             "report": self.result.report.to_dict(),
             "step_number": tuner.step_number,

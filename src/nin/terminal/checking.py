@@ -11,7 +11,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from nin import checkpoint, data
+from nin import data
+from nin.files import write_atomically
 from nin.terminal.console import Bar, print_json, results, words
 
 # A table of more classes is not read.
@@ -38,7 +39,7 @@ def check(source: str, *, as_json: bool, strict: bool, csv_path: Path | None, **
     with Bar(f"Reading {source}") as bar:
         found = data.check(source, on_progress=lambda text, done, total: bar.update(done, total, text), **options)
     if csv_path is not None:
-        checkpoint.write_atomically(csv_path, data.findings_csv(found.findings))
+        write_atomically(csv_path, data.findings_csv(found.findings))
     if as_json:
         print_json(found.to_dict())
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nin import benchmark, checkpoint, costs, exporting, factories, models
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.terminal.console import Bar, print_json, results, words
 from nin.terminal.learning import write_report
 
@@ -119,7 +120,7 @@ def bench(
     except ValueError as error:
         raise UserError(str(error)) from error
     if html is not None:
-        checkpoint.write_atomically(html, benchmark.chart(measured))
+        write_atomically(html, benchmark.chart(measured))
     if as_json:
         print_json(measured.to_dict())
     else:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nin import checkpoint, processes, shrinking, training
+from nin import processes, shrinking, training
 from nin import report as reports
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.narrowing import NarrowReport
 from nin.terminal.console import Bar, print_json, results, stop_requests, words
 from nin.terminal.learning import load_data, show_from_first, write_report
@@ -39,7 +40,7 @@ def narrow(
         return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
-        checkpoint.write_atomically(out / "narrowing.html", page)
+        write_atomically(out / "narrowing.html", page)
         write_report(out, images)
     show_narrowing(result.report, out, as_json)
     if out is not None and not config.dry_run:
@@ -69,7 +70,7 @@ def narrow_network(
         return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {factory}")
-        checkpoint.write_atomically(out / "report.html", page)
+        write_atomically(out / "report.html", page)
     show_narrowing(result.report, out, as_json)
     if out is not None and not config.dry_run:
         words.print(f"What it cost: {out / 'report.html'}\nUse it, in Python, with nin or, once it is loaded, without:")

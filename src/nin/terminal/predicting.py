@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.table import Table
 
-from nin import checkpoint, data, prediction, tabulation
+from nin import data, prediction, tabulation
 from nin import report as reports
 from nin.errors import UserError
+from nin.files import write_atomically
 from nin.terminal.console import Bar, print_json, results, words
 
 
@@ -143,4 +144,4 @@ def write_maps(
         content = io.BytesIO()
         picture.save(content, format="PNG")
         # numbered, as two folders may hold files of one name
-        checkpoint.write_atomically(folder / f"{number:04d}-{path.stem}.png", content.getvalue())
+        write_atomically(folder / f"{number:04d}-{path.stem}.png", content.getvalue())
