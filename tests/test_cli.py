@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nin import cli, demonstration, models, prediction, terminal
+from nin import cli, data, demonstration, models, prediction, terminal
 from nin.recipe import TrainConfig
 
 
@@ -75,6 +75,54 @@ def test_predict_shows_a_table(run, pictures, capsys):
     out = capsys.readouterr().out
     assert "0.png" in out
     assert "%" in out
+
+
+def test_names_are_shown_as_they_are(run, tmp_path, capsys):
+    """None of them is markup or the name of a picture."""
+    (tmp_path / "odd[").mkdir()
+    for name in ("x].png", ":cat:.png", "[red].png"):
+        Image.new("L", (8, 8)).save(tmp_path / "odd[" / name)
+    (tmp_path / "odd[" / "[bold].png").write_text("no image")
+    cli_main("predict", str(run), str(tmp_path / "odd["))
+    printed = capsys.readouterr()
+    for name in ("odd[/x].png", ":cat:.png", "[red].png"):
+        assert name in printed.out
+    assert "[bold].png" in printed.err
+    cli_main("predict", str(run), str(tmp_path / "odd["), "--csv", str(tmp_path / "odd[" / "p].csv"))
+    assert "odd[/p].csv" in capsys.readouterr().err
+    classes = ("[red]", "[/x]", ":cat:")
+    prediction_of_three = prediction.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
+    terminal.results.print(terminal.predictions_table(classes, ["a.png"], [prediction_of_three], 3))
+    terminal.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
+    with terminal.Bar("Reading [/x]") as bar:
+        bar.progress.add_task(bar.text)
+        terminal.words.print(bar.progress.get_renderable())
+        bar.line("[red]")
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in classes)
+    assert all(name in printed.err for name in ("[red]/[bold].png: [/x]", "Reading [/x]", "\n[red]\n"))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--csv", "p.csv"]], ids=["table", "json", "csv"])
+def test_a_name_that_is_no_valid_unicode(run, tmp_path, options):
+    (tmp_path / "images").mkdir()
+    path = os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.png")
+    Image.new("L", (8, 8)).save(path)
+    done = subprocess.run(
+        [sys.executable, "-m", "nin", "predict", str(run), "images", *options],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},  # as where the locale is UTF-8
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    if options == ["--json"]:
+        assert json.loads(done.stdout)[0]["image"] == os.path.join("images", os.path.basename(path))
+    elif options:
+        assert b"images/caf\xe9.png" in (tmp_path / "p.csv").read_bytes()
+    else:
+        assert r"caf\udce9.png" in done.stdout
 
 
 def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
