@@ -154,10 +154,16 @@ def test_cost_of_a_name_and_of_a_run(run, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 984_356
 
 
+def test_a_run_folder_knows_its_own_classes_and_channels(run, capsys):
+    for option in ("--classes", "--channels"):
+        code, line = fails(capsys, "cost", str(run), option, "3")
+        assert (code, "--classes and --channels go with the name of a network" in line) == (2, True)
+
+
 def test_bench_lists_measures_and_draws(tmp_path, capsys):
     cli_main("bench", "list")
     names = capsys.readouterr().out.split("\n")
-    assert any("192→32" in name or "192" in name for name in names)
+    assert {"chain-192-160-96", "1x1-192-32", "nin-cifar-64", "train-nin-cifar-64"} <= set(names)
     chart = tmp_path / "chart.html"
     cli_main("bench", names[0], "--dtype", "float32", "--engine", "nin", "--html", str(chart), "--json")
     measured = json.loads(capsys.readouterr().out)
@@ -203,6 +209,9 @@ MISTAKES = [
     (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
+    (["cost", "nin_imagenet", "--size", "8"], "nin_imagenet does not take images of 3×8×8: "),
+    (["cost", "timm:vit_tiny_patch16_224", "--size", "100"], "does not take images of 3×100×100: "),
+    (["cost", "torchvision:alexnet", "--size", "8", "--count-only"], "another --size may help"),
     (["report", "{tmp}"], "is not a run folder"),
     (["bench", "nothing"], "cases must be among"),
     (["serve", "{tmp}", "--no-browser"], "is not a run folder"),
