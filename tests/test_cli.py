@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nin import cli, demonstration, models, prediction, terminal, training
+from nin import cli, data, demonstration, models, prediction, terminal, training
 from nin.recipe import TrainConfig
 
 
@@ -77,6 +77,54 @@ def test_predict_shows_a_table(run, pictures, capsys):
     assert "%" in out
 
 
+def test_names_are_shown_as_they_are(run, tmp_path, capsys):
+    """None of them is markup or the name of a picture."""
+    (tmp_path / "odd[").mkdir()
+    for name in ("x].png", ":cat:.png", "[red].png"):
+        Image.new("L", (8, 8)).save(tmp_path / "odd[" / name)
+    (tmp_path / "odd[" / "[bold].png").write_text("no image")
+    cli_main("predict", str(run), str(tmp_path / "odd["))
+    printed = capsys.readouterr()
+    for name in ("odd[/x].png", ":cat:.png", "[red].png"):
+        assert name in printed.out
+    assert "[bold].png" in printed.err
+    cli_main("predict", str(run), str(tmp_path / "odd["), "--csv", str(tmp_path / "odd[" / "p].csv"))
+    assert "odd[/p].csv" in capsys.readouterr().err
+    classes = ("[red]", "[/x]", ":cat:")
+    prediction_of_three = prediction.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
+    terminal.results.print(terminal.predictions_table(classes, ["a.png"], [prediction_of_three], 3))
+    terminal.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
+    with terminal.Bar("Reading [/x]") as bar:
+        bar.progress.add_task(bar.text)
+        terminal.words.print(bar.progress.get_renderable())
+        bar.line("[red]")
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in classes)
+    assert all(name in printed.err for name in ("[red]/[bold].png: [/x]", "Reading [/x]", "\n[red]\n"))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--csv", "p.csv"]], ids=["table", "json", "csv"])
+def test_a_name_that_is_no_valid_unicode(run, tmp_path, options):
+    (tmp_path / "images").mkdir()
+    path = os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.png")
+    Image.new("L", (8, 8)).save(path)
+    done = subprocess.run(
+        [sys.executable, "-m", "nin", "predict", str(run), "images", *options],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},  # as where the locale is UTF-8
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    if options == ["--json"]:
+        assert json.loads(done.stdout)[0]["image"] == os.path.join("images", os.path.basename(path))
+    elif options:
+        assert b"images/caf\xe9.png" in (tmp_path / "p.csv").read_bytes()
+    else:
+        assert r"caf\udce9.png" in done.stdout
+
+
 def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
     paths = [str(pictures / "0.png"), str(pictures / "1.png")]
     maps, table = tmp_path / "maps", tmp_path / "predictions.csv"
@@ -106,10 +154,16 @@ def test_cost_of_a_name_and_of_a_run(run, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 984_356
 
 
+def test_a_run_folder_knows_its_own_classes_and_channels(run, capsys):
+    for option in ("--classes", "--channels"):
+        code, line = fails(capsys, "cost", str(run), option, "3")
+        assert (code, "--classes and --channels go with the name of a network" in line) == (2, True)
+
+
 def test_bench_lists_measures_and_draws(tmp_path, capsys):
     cli_main("bench", "list")
     names = capsys.readouterr().out.split("\n")
-    assert any("192→32" in name or "192" in name for name in names)
+    assert {"chain-192-160-96", "1x1-192-32", "nin-cifar-64", "train-nin-cifar-64"} <= set(names)
     chart = tmp_path / "chart.html"
     cli_main("bench", names[0], "--dtype", "float32", "--engine", "nin", "--html", str(chart), "--json")
     measured = json.loads(capsys.readouterr().out)
@@ -176,6 +230,9 @@ MISTAKES = [
     (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
+    (["cost", "nin_imagenet", "--size", "8"], "nin_imagenet does not take images of 3×8×8: "),
+    (["cost", "timm:vit_tiny_patch16_224", "--size", "100"], "does not take images of 3×100×100: "),
+    (["cost", "torchvision:alexnet", "--size", "8", "--count-only"], "another --size may help"),
     (["report", "{tmp}"], "is not a run folder"),
     (["bench", "nothing"], "cases must be among"),
     (["serve", "{tmp}", "--no-browser"], "is not a run folder"),

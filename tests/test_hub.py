@@ -41,7 +41,7 @@ def saved(run, tmp_path_factory):
 
 def test_what_is_saved_is_a_run_folder_with_a_card(run, saved):
     assert {p.name for p in saved.iterdir()} == {"model.safetensors", "config.json", "README.md", PICTURE}
-    x = torch.randint(0, 256, (5, 8, 8), dtype=torch.uint8)
+    x = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     expected = nin.load(run).scores(x)
     for again in (nin.load(saved), HubClassifier.from_pretrained(saved)):
         torch.testing.assert_close(again.scores(x), expected)
@@ -86,7 +86,7 @@ def test_without_images_there_is_no_picture(run, tmp_path):
 def test_a_narrowed_network(run, tmp_path):
     shrink(run, nin.data.load("digits"), ShrinkingConfig({"macs": 0.7}, images=64), out=tmp_path / "narrow")
     HubClassifier.from_run(tmp_path / "narrow", images="digits").save_pretrained(tmp_path / "saved")
-    x = torch.randint(0, 256, (2, 8, 8), dtype=torch.uint8)
+    x = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     again = HubClassifier.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again.scores(x), nin.load(tmp_path / "narrow").scores(x))
 

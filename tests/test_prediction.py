@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import nin
-from nin import checkpoint
+from nin import checkpoint, prediction
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
 
@@ -93,13 +93,96 @@ def test_what_is_no_image_is_named(run, tmp_path):
     with pytest.raises(ValueError, match="uint8, or of floats"):
         classifier.predict(np.zeros((16, 16), dtype=np.int64))
     with pytest.raises(ValueError, match="must have shape"):
+        classifier.predict(np.zeros((0, 16), dtype=np.uint8))
+    with pytest.raises(ValueError, match="must have shape"):
+        classifier.predict(np.zeros(16, dtype=np.uint8))
+    with pytest.raises(ValueError, match="must have shape"):
         classifier.predict([np.zeros((2, 7, 16, 16), dtype=np.uint8)])
 
 
-def test_maps_need_a_network_that_makes_them(tmp_path):
-    model = nin.models.googlenet(2)
-    info = RunInfo(
-        checkpoint.describe_model(model), ("a", "b"), Preprocessing(32, 3, (0.5,) * 3, (0.5,) * 3), {}, {}, {}, {}
-    )
-    with pytest.raises(TypeError, match="confidence maps need a NiN"):
-        nin.Classifier(model, info).confidence_maps(np.zeros((32, 32, 3), dtype=np.uint8))
+def without_maps():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))
+
+
+def classifier_of(model):
+    p = Preprocessing(32, 3, (0.5,) * 3, (0.5,) * 3)
+    info = RunInfo(checkpoint.describe_model(nin.models.nin_cifar(2)), ("a", "b"), p, {}, {}, {}, {})
+    return nin.Classifier(model, info)
+
+
+def test_maps_need_a_network_that_makes_them():
+    with pytest.raises(UserError, match="confidence maps need a NiN or a GoogLeNet, got Sequential"):
+        classifier_of(without_maps()).confidence_maps(picture(3, 32))
+
+
+def test_the_maps_of_a_googlenet_average_to_its_scores():
+    classifier = classifier_of(nin.models.googlenet(2))
+    maps = classifier.confidence_maps(picture(3, 64))
+    assert maps.shape == (1, 2, 1, 1)
+    torch.testing.assert_close(maps.mean((2, 3)), classifier.scores(picture(3, 64)), rtol=1e-4, atol=1e-5)
+
+
+def array(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "images"),
+    [
+        (1, (16, 16), 1),
+        (1, (1, 16, 16), 1),
+        (1, (16, 16, 1), 1),
+        (1, (16, 16, 3), 1),
+        (1, (16, 16, 4), 1),
+        (1, (5, 16, 16), 5),
+        (1, (0, 16, 16), 0),
+        (1, (3, 1, 16, 16), 3),
+        (1, (2, 3, 16, 16), 2),
+        (3, (3, 16, 16), 1),
+        (3, (1, 16, 16), 1),
+        (3, (16, 16, 4), 1),
+        (3, (5, 16, 16), 5),
+        (3, (4, 3, 16, 16), 4),
+    ],
+)
+def test_how_many_images_an_array_holds(channels, shape, images, tmp_path):
+    _, classifier = make_run(tmp_path, channels)
+    assert len(classifier.predict(array(*shape))) == images
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape"), [(1, (2, 16, 16)), (1, (3, 16, 16)), (1, (4, 16, 16)), (3, (2, 16, 16)), (3, (4, 16, 16))]
+)
+def test_an_array_that_could_be_one_image_or_several_is_refused(channels, shape, tmp_path):
+    _, classifier = make_run(tmp_path, channels)
+    values, count = array(*shape), shape[0]
+    expected = rf"may be one image of {count} channels or {count} grey images.*\(1, {count}, 16, 16\)"
+    with pytest.raises(ValueError, match=expected):
+        classifier.predict(values)
+    assert len(classifier.predict(values[None])) == 1
+    assert len(classifier.predict(values[:, None])) == count
+    assert len(classifier.predict([values])) == 1  # in a list, each is an image
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, 255.0, float("nan"), float("inf")])
+def test_floats_outside_their_range_are_refused(run, value):
+    _, classifier, _ = run
+    values = np.full((16, 16), 0.5, dtype=np.float32)
+    values[3, 4] = value
+    with pytest.raises(ValueError, match="values from 0 to 1, got"):
+        classifier.predict(values)
+
+
+def test_the_caller_can_still_train(run):
+    _, classifier, channels = run
+    for call in (classifier.predict, classifier.scores, classifier.confidence_maps):
+        call([picture(channels)] * (prediction.BATCH + 1))
+        assert not torch.is_inference_mode_enabled()
+    broken = nin.Classifier(torch.nn.Linear(1, 1), classifier.info)
+    kept = []
+    try:
+        broken.scores([picture(channels)])
+    except RuntimeError as error:
+        kept.append(error)  # and with it the frames of the call
+    assert kept
+    assert not torch.is_inference_mode_enabled()

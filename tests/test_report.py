@@ -304,13 +304,24 @@ def test_damaged_metrics_are_named(tmp_path, line):
         report.collect(run, images)
 
 
-def test_a_network_without_maps_shows_its_images(tmp_path):
+def test_the_maps_of_a_googlenet_are_shown(tmp_path):
     images = some_images("ab", channels=3, size=32, test=6)
     run = make_run(tmp_path / "run", images, models.googlenet(2))
     found = report.collect(run, images)
     assert found.samples
-    assert not any(sample.maps for sample in found.samples)
+    expected = nin.load(run).confidence_maps(torch.from_numpy(found.samples[0].pixels))[0]
+    for shown in found.samples[0].maps:
+        torch.testing.assert_close(torch.from_numpy(shown.values), expected[shown.label], rtol=1e-4, atol=1e-4)
     page = Page(report.render(found))
+    assert "makes no class maps" not in page.words
+    assert_harmless(page)
+
+
+def test_a_network_without_maps_shows_its_images(tmp_path):
+    images = some_images("ab", test=6)
+    found = report.collect(make_run(tmp_path / "run", images), images)
+    bare = tuple(dataclasses.replace(sample, maps=()) for sample in found.samples)
+    page = Page(report.render(dataclasses.replace(found, samples=bare)))
     assert "makes no class maps" in page.words
     assert_harmless(page)
 

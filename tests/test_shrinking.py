@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nin
-from nin import cli, data, shrinking
+from nin import cli, data, factories, shrinking
 from nin.errors import UserError
 from nin.narrowing import FinetuneConfig
 from nin.training import Keeping
@@ -306,6 +306,24 @@ def test_without_fitting_labels_there_is_no_accuracy(theirs, capsys):
     assert "The network gives 7 scores, the images have 2 classes: no accuracy." in printed.err
     assert "accuracy" not in printed.out
     assert "load_state_dict" in printed.err
+
+
+@pytest.mark.parametrize("factory", ["theirs7:make", "timm:test_resnet"])
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
+def test_the_code_that_is_printed_runs(theirs, factory, capsys):
+    weights = factories.make_network(factory).model.state_dict()
+    save_file(weights, "weights.safetensors")
+    size = "32" if factory.startswith("timm") else "12"
+    given = ["--model", factory, "--weights", "weights.safetensors", "--data", "images", "--size", size]
+    cli.main(["narrow", *given, "--macs", "0.6", "--out", "it's out"])
+    code = capsys.readouterr().err.partition("without:\n")[2]
+    names = {}
+    exec(code, names)
+    tensors = load_file("it's out/model.safetensors")
+    found = names["model"].state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in weights.values())
 
 
 def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):

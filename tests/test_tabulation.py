@@ -1,7 +1,10 @@
 """Predictions in files: the rows are the network's, and a stopped call goes on without a row lost or twice."""
 
 import csv
+import dataclasses
 import json
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -148,15 +151,32 @@ def test_shares_are_all_of_it_once():
             assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
 
 
-def test_parquet_holds_the_same(classifier, paths, whole, tmp_path):
+def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monkeypatch):
+    """Blocks of a few rows, most of them without a problem, and classes that look like numbers."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    tabulation.tabulate(classifier, paths, tmp_path / "p.parquet")
-    rows = parquet.read_table(tmp_path / "p.parquet").to_pylist()
-    assert [row["image"] for row in rows] == list(paths)
-    for row, text in zip(rows, rows_of(whole), strict=True):
-        assert row["problem"] == text["problem"]
-        assert row["problem"] or row["confidence"] == float(text["confidence"])
-    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+    monkeypatch.setattr(tabulation, "BLOCK_BYTES", 1000)
+    classifier = prediction.load(run)
+    classes = ("007", "1e3", "true", "", "caf\udce9", "5", "6", "7", "nan", "9")
+    classifier.info = dataclasses.replace(classifier.info, classes=classes)
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")
+    shutil.copy(paths[0], strange)
+    bad = next(i for i, path in enumerate(paths) if path.endswith("005.png"))
+    order = data.PathList([*paths[:bad], *paths[bad + 1 :], strange, paths[bad]])  # the problem is the last row
+    for name in ("p.csv", "p.parquet"):
+        tabulation.tabulate(classifier, order, tmp_path / name)
+    with open(tmp_path / "p.csv", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        head, *texts = csv.reader(file)
+    table = parquet.read_table(tmp_path / "p.parquet")
+    assert table.column_names == head
+    assert [str(kind) for kind in table.schema.types] == ["string"] * 2 + ["double"] * 11 + ["string"]
+    rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    assert len(rows) == COUNT + 1
+    for row, text in zip(rows, texts, strict=True):
+        assert [row[0], row[1], row[-1]] == [text[0], text[1], text[-1]]
+        assert list(row[2:-1]) == [float(value) if value else None for value in text[2:-1]]
+    assert rows[-1][-1]
+    assert not any(row[-1] for row in rows[:-1])
+    assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "p.parquet", os.path.basename(strange)}
 
 
 def test_shards_have_the_answers_of_their_images(classifier, folder, tmp_path, monkeypatch, run):

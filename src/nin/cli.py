@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -501,6 +502,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0 where the work was done, 2 for a wrong argument, 130 after Ctrl-C."""
     # what is odd about an image is said by nin, once
     warnings.filterwarnings("ignore", module="PIL")
+    # a file's name that is no valid Unicode is shown as on standard error, with backslashes
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:

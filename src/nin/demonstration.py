@@ -80,7 +80,7 @@ def clear(out: Path) -> None:
 
 def step(text: str) -> None:
     """Print a heading."""
-    terminal.words.print(f"\n[bold]{text}[/bold]")
+    terminal.words.print(f"\n{text}", style="bold")
 
 
 def write_samples(images: Any, folder: Path) -> list[Path]:

@@ -67,7 +67,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         """
         model, info = checkpoint.load_model(Path(run))
         picture = None
-        if images is not None and isinstance(model, models.NiN):
+        if images is not None and isinstance(model, models.Network):
             rows = example_rows(load(run), data.load(images), info.classes[:CLASSES_SHOWN])
             picture = contact_sheet(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.fx
@@ -293,6 +293,9 @@ def googlenet(num_classes: int = 1000, *, in_channels: int = 3, dropout: float =
     """
     return GoogLeNet(num_classes, in_channels=in_channels, dropout=dropout)
 
+
+# the networks that make class maps, whose means are the scores
+Network: TypeAlias = NiN | GoogLeNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "nin_digits": nin_digits,

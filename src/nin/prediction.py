@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
+from nin.errors import UserError
 from nin.tables import html_table
 
 BATCH = 64
+
+# Channels that a picture has: grey, grey with transparency, colour, colour with transparency.
+DEPTHS = (1, 2, 3, 4)
 
 # A notebook shows so many classes of a prediction.
 SHOWN = 5
@@ -69,16 +73,19 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: one image or a sequence of them. An image is a path, the bytes of a file, a Pillow image, or an
-                array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, or of floats from 0 to 1; an array or
-                tensor with one dimension more holds several.
+            images: one image or a list or tuple of them. An image is a path, the bytes of a file, a Pillow image, or
+                an array or tensor (H, W), (H, W, C) or (C, H, W) of uint8, or of floats from 0 to 1. An array or
+                tensor of four dimensions holds several. One of three is one image where its last axis is of 1 to 4
+                or its first axis is 1 or the network's number of channels, and several grey images (N, H, W) where
+                its first axis is longer than 4; what lies between could be both and is refused.
 
         Returns:
             One prediction for each image, in their order.
 
         Raises:
             UserError: a file is no image or cannot be read; it is named.
-            ValueError: an array's shape or dtype is none of the above.
+            ValueError: an array's shape, dtype or range is none of the above.
+            TypeError: an image is of none of these kinds.
         """
         probabilities = self.scores(images).softmax(1)
         return [self._prediction(row) for row in probabilities]
@@ -88,15 +95,18 @@ class Classifier:
         values = tuple(probabilities.tolist())
         return Prediction(self.classes[best], values[best], values, self.classes)
 
+    @torch.inference_mode()
     def scores(self, images: Any) -> Tensor:
         """Return the scores before the softmax, (N, classes), float32. The arguments are those of `predict`."""
-        results = [self.model(x).float().cpu() for x in self._inputs(images)]
+        results = [self.model(x).float().cpu() for x in self._batches(images)]
         return torch.cat(results) if results else torch.empty(0, len(self.classes))
 
+    @torch.inference_mode()
     def confidence_maps(self, images: Any, *, size: int | None = None) -> Tensor:
         """Return what each place of an image adds to each class: the last layer's maps.
 
-        The score of a class is the mean of its map (global average pooling), so the map is the explanation.
+        The score of a class is the mean of its map (global average pooling), so the map is the explanation. A
+        GoogLeNet has a dense layer after the mean; it is linear, so its maps are made in the other order.
 
         Args:
             images: as for `predict`.
@@ -106,37 +116,34 @@ class Classifier:
             (N, classes, h, w), float32, in units of the scores.
 
         Raises:
-            TypeError: the network has no such maps: it is not a `nin.models.NiN`.
+            UserError: the network has no such maps: it is neither a `nin.models.NiN` nor a `nin.models.GoogLeNet`.
 
         Source:
             Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 4.6.
         """
-        if not isinstance(self.model, models.NiN):
-            raise TypeError(
-                f"confidence maps need a NiN, got {type(self.model).__name__}: its last layer makes no maps"
-            )
-        with torch.inference_mode():
-            batches = [self.model.maps(x).float().cpu() for x in self._inputs(images)]
+        if not isinstance(self.model, models.Network):
+            raise UserError(f"confidence maps need a NiN or a GoogLeNet, got {type(self.model).__name__}")
+        batches = [self.model.maps(x).float().cpu() for x in self._batches(images)]
         maps = torch.cat(batches) if batches else torch.empty(0, len(self.classes), 1, 1)
         if size is not None:
             maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
         return maps
 
+    @torch.inference_mode()
     def score_pixels(self, pixels: Tensor) -> Tensor:
         """Return the scores, (N, classes), of decoded images: uint8 (N, channels, size, size) of the preprocessing."""
-        with torch.inference_mode():
-            return self.model(self._input(pixels)).float().cpu()
+        return self.model(self.inputs(pixels)).float().cpu()
 
-    def _inputs(self, images: Any) -> Iterator[Tensor]:
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Return the network's input, float32 on its device, for decoded images, uint8 (N, channels, size, size)."""
+        p = self.info.preprocessing
+        return data.to_float(pixels.to(self.device), p.mean, p.std)
+
+    def _batches(self, images: Any) -> Iterator[Tensor]:
         """Yield batches of the network's input."""
         p = self.info.preprocessing
         for batch in _batches_of_pixels(images, size=p.size, channels=p.channels):
-            with torch.inference_mode():
-                yield self._input(batch)
-
-    def _input(self, pixels: Tensor) -> Tensor:
-        p = self.info.preprocessing
-        return data.to_float(pixels.to(self.device), p.mean, p.std)
+            yield self.inputs(batch)
 
 
 def load(run: str | Path, *, device: str = "cpu") -> Classifier:
@@ -170,10 +177,18 @@ def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Ten
 
 
 def _images_of_array(array: Tensor, channels: int) -> list[Tensor]:
-    """Return the single images in an array: (H, W), (H, W, C), (C, H, W), or several of one of these."""
-    depths = (1, 2, 3, 4)
-    single = array.dim() == 2 or (array.dim() == 3 and (array.shape[0] in depths or array.shape[2] in depths))
-    return [array] if single else list(array)
+    """Return the single images in an array; `Classifier.predict` has the rule."""
+    if array.dim() <= 2:
+        return [array]
+    if array.dim() == 3 and (array.shape[2] in DEPTHS or array.shape[0] in (1, channels)):
+        return [array]
+    if array.dim() == 3 and array.shape[0] in DEPTHS:
+        count, height, width = array.shape
+        raise ValueError(
+            f"an array {tuple(array.shape)} may be one image of {count} channels or {count} grey images: give it as "
+            f"(1, {count}, {height}, {width}) or as ({count}, 1, {height}, {width})"
+        )
+    return list(array)
 
 
 def _pixels(image: Any, *, size: int, channels: int) -> Tensor:
@@ -188,12 +203,15 @@ def _pixels(image: Any, *, size: int, channels: int) -> Tensor:
 
 def _picture(array: Tensor) -> Image.Image:
     """Return a Pillow image of an array (H, W), (H, W, C) or (C, H, W)."""
-    if array.dim() == 3 and array.shape[2] not in (1, 2, 3, 4):
+    if array.dim() == 3 and array.shape[2] not in DEPTHS:
         array = array.permute(1, 2, 0)  # (C, H, W) -> (H, W, C)
-    if array.dim() not in (2, 3) or (array.dim() == 3 and array.shape[2] not in (1, 2, 3, 4)):
+    if array.dim() not in (2, 3) or array.numel() == 0 or (array.dim() == 3 and array.shape[2] not in DEPTHS):
         raise ValueError(f"an image must have shape (H, W), (H, W, C) or (C, H, W), got {tuple(array.shape)}")
     if array.is_floating_point():
-        array = (array.clamp(0, 1) * 255).round()
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"an image of floats must have values from 0 to 1, got {low:g} to {high:g}")
+        array = (array * 255).round()
     elif array.dtype != torch.uint8:
         raise ValueError(f"an image must be of uint8, or of floats from 0 to 1, got {array.dtype}")
     values = array.to("cpu", torch.uint8).numpy()

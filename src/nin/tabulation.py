@@ -27,6 +27,9 @@ from nin.prediction import BATCH, Classifier
 
 SECONDS_BETWEEN_MARKS = 2.0
 
+# CSV that becomes Parquet at a time
+BLOCK_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Share:
@@ -118,7 +121,7 @@ def tabulate(
         file.truncate(mark.bytes)
         file.seek(mark.bytes)
         if share.rank == 0 and not mark.bytes:
-            file.write(_line(["image", "label", "confidence", *classifier.classes, "problem"]))
+            file.write(_line(_columns(classifier.classes)))
         marked = time.monotonic()
         for rows, bad in source.rows(start + before, stop):
             file.write(b"".join(rows))
@@ -131,7 +134,7 @@ def tabulate(
                 on_progress(mark.rows, stop - start)
         _write_mark(file, part, mark)
     if share.rank == 0:
-        _join(out, share, len(images), mark)
+        _join(out, share, len(images), mark, classifier.classes)
     return Tabulated(stop - start, before, unreadable)
 
 
@@ -188,6 +191,10 @@ def _partial(out: Path, share: Share) -> Path:
     return out.with_name(f"{out.name}.partial" if share.world == 1 else f"{out.name}.{share.rank}.partial")
 
 
+def _columns(classes: Sequence[str]) -> list[str]:
+    return ["image", "label", "confidence", *classes, "problem"]
+
+
 def _line(fields: Sequence[str]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(fields)
@@ -229,22 +236,38 @@ def _read_mark(part: Path, fresh: _Mark) -> _Mark:
     return mark
 
 
-def _to_parquet(rows: Path, out: Path) -> None:
-    """Write CSV rows as a Parquet file, some at a time."""
+def _to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
+    """Write CSV rows as a Parquet file, some at a time: three columns of text, numbers, null where there is none."""
     try:
-        csv_reader, parquet = importlib.import_module("pyarrow.csv"), importlib.import_module("pyarrow.parquet")
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        reading = importlib.import_module("pyarrow.csv")
     except ImportError as error:
         raise UserError(f"{out}: Parquet needs: pip install 'nin[parquet]'") from error
-    with open_atomically(out) as file:
-        # paths may hold line breaks; columns get their types from the first block
-        options = csv_reader.ParseOptions(newlines_in_values=True)
-        reader = csv_reader.open_csv(rows, parse_options=options)
-        with parquet.ParquetWriter(file, reader.schema) as writer:
-            for batch in reader:
-                writer.write_batch(batch)
+    names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _columns(classes)]
+    is_text = [True, True, *[False] * (len(names) - 3), True]
+    # read by their places, as a class may be called "image" too; a path may be no valid Unicode
+    types = {str(place): arrow.binary() if text else arrow.float64() for place, text in enumerate(is_text)}
+    reader = reading.open_csv(
+        rows,
+        read_options=reading.ReadOptions(column_names=list(types), skip_rows_after_names=1, block_size=BLOCK_BYTES),
+        parse_options=reading.ParseOptions(newlines_in_values=True),
+        convert_options=reading.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
+    )
+    columns = [(name, arrow.string() if text else arrow.float64()) for name, text in zip(names, is_text, strict=True)]
+    schema = arrow.schema(columns)
+    with open_atomically(out) as file, parquet.ParquetWriter(file, schema) as writer:
+        for batch in reader:
+            values = [
+                # with backslashes, as a text in Parquet is valid Unicode
+                arrow.array([value.decode(errors="backslashreplace") for value in column.to_pylist()], arrow.string())
+                if text
+                else column
+                for column, text in zip(batch.columns, is_text, strict=True)
+            ]
+            writer.write_batch(arrow.record_batch(values, schema=schema))
 
 
-def _join(out: Path, share: Share, count: int, mark: _Mark) -> None:
+def _join(out: Path, share: Share, count: int, mark: _Mark, classes: Sequence[str]) -> None:
     """Put the parts of all processes behind each other when they are whole, and the result into its place.
 
     Another process that dies ends this wait too: whoever started them ends them all.
@@ -261,7 +284,7 @@ def _join(out: Path, share: Share, count: int, mark: _Mark) -> None:
         file.flush()
         os.fsync(file.fileno())
     if out.suffix == ".parquet":
-        _to_parquet(first, out)
+        _to_parquet(first, out, classes)
     else:
         os.replace(first, out)
         sync_folder(out.parent)

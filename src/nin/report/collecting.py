@@ -118,16 +118,11 @@ def _probabilities(classifier: prediction.Classifier, images: data.Data, on_prog
     count, rows = len(images.test), []
     done = 0
     for pixels, _, _ in data.batches(images.test, torch.arange(count), BATCH, workers=torch.get_num_threads()):
-        rows.append(classifier.model(_inputs(classifier, pixels)).float().softmax(1).cpu())
+        rows.append(classifier.score_pixels(pixels).softmax(1))
         done += len(pixels)
         if on_progress:
             on_progress("answering the test images", done, count)
     return torch.cat(rows)
-
-
-def _inputs(classifier: prediction.Classifier, pixels: Tensor) -> Tensor:
-    p = classifier.info.preprocessing
-    return data.to_float(pixels.to(classifier.device), p.mean, p.std)
 
 
 def _confusion(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
@@ -201,10 +196,10 @@ def _samples(
 ) -> tuple[Answer, ...]:
     chosen = _choose_samples(images.test.labels, probabilities.argmax(1), len(images.classes), count)
     answers = _answers(images, probabilities, chosen)
-    if not isinstance(classifier.model, models.NiN) or not answers:
+    if not isinstance(classifier.model, models.Network) or not answers:
         return answers
     with torch.inference_mode():
-        maps = classifier.model.maps(_inputs(classifier, images.test.fetch(chosen))).float().cpu()
+        maps = classifier.model.maps(classifier.inputs(images.test.fetch(chosen))).float().cpu()
     return tuple(
         dataclasses.replace(answer, maps=_shown_maps(answer, image_maps))
         for answer, image_maps in zip(answers, maps, strict=True)

@@ -11,9 +11,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from nin import data
+from nin.models import Network
 from nin.prediction import BATCH, Classifier
-from nin.server.inspection import Network
 
 T = TypeVar("T")
 
@@ -133,8 +132,7 @@ class Batcher:
 @torch.inference_mode()
 def classify(classifier: Classifier, pixels: Tensor) -> Answer:
     """Return the answers for images, BATCH at a time."""
-    p = classifier.info.preprocessing
     network = cast(Network, classifier.model)
-    maps = [network.maps(data.to_float(part.to(classifier.device), p.mean, p.std)) for part in pixels.split(BATCH)]
+    maps = [network.maps(classifier.inputs(part)) for part in pixels.split(BATCH)]
     whole = torch.cat(maps).float().cpu()
     return Answer(whole.mean((2, 3)), whole)

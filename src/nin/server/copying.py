@@ -137,7 +137,7 @@ def _count_images(service: Service) -> int:
 
 def _input(run: ServedRun, image: int, service: Service) -> torch.Tensor:
     """Return a network's input for one of the first run's sample images."""
-    return run.inputs(_pixels(run, [image], service))
+    return run.classifier.inputs(_pixels(run, [image], service))
 
 
 def _pixels(run: ServedRun, images: list[int], service: Service) -> torch.Tensor:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from nin import models
+from nin.models import Network
 from nin.ops import mlpconv
 from nin.server.layers import Layer, Step, walk
-
-Network: TypeAlias = models.NiN | models.GoogLeNet
 
 # Images that go through a network at once, where many are looked at.
 AT_ONCE = 32

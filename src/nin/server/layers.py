@@ -59,7 +59,7 @@ class Step:
     module: nn.Module | None = None
 
 
-def walk(model: models.NiN | models.GoogLeNet) -> list[Step]:
+def walk(model: models.Network) -> list[Step]:
     """Return the steps of a network from the image to the class maps; a narrowed one may have more."""
     steps = _Steps(model.config.in_channels if isinstance(model, models.NiN) else model.in_channels)
     if isinstance(model, models.NiN):

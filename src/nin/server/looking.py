@@ -62,7 +62,7 @@ def _add_layers(app: FastAPI, service: Service) -> None:
     ) -> answers.Numbers:
         """Give what one layer makes of an image: (channels, h, w)."""
         run = service.run(number)
-        x = run.inputs((await service.pixels(request, run))[:1])
+        x = run.classifier.inputs((await service.pixels(request, run))[:1])
         values = await service.compute(lambda: inspection.activations(run.network, x, index, sums=sums))
         return answers.Numbers.of(values[0])
 

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 from fastapi import Request
 from torch import Tensor
 
-from nin import costs, data, prediction
+from nin import costs, models, prediction
 from nin.errors import UserError
 from nin.server import answers, inspection, spectra, uploads
 from nin.server.batching import Batcher, FullError
@@ -39,15 +39,10 @@ class ServedRun:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.classifier = prediction.load(folder, device=device)
-        self.network = cast(inspection.Network, self.classifier.model)
+        self.network = cast(models.Network, self.classifier.model)
         self.samples = Samples(self.classifier.info)
         self.description = describe(self.classifier, folder)
         self._spectra: dict[int, spectra.Spectrum] = {}
-
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """Return the network's input for images, uint8 (N, C, size, size)."""
-        p = self.classifier.info.preprocessing
-        return data.to_float(pixels.to(self.classifier.device), p.mean, p.std)
 
     def looked_at(self) -> tuple[Tensor, Tensor]:
         """Return the network's input for many test images, and their labels.
@@ -58,7 +53,7 @@ class ServedRun:
         pixels, labels = self.samples.pixels, self.samples.labels
         if pixels is None or labels is None:
             raise RefusedError(404, "the run's test images are not here, or not read yet")
-        return self.inputs(pixels), labels
+        return self.classifier.inputs(pixels), labels
 
     def spectrum(self, index: int) -> spectra.Spectrum:
         """Return a layer's spectrum over the test images, computed once."""
@@ -133,7 +128,7 @@ def describe(classifier: prediction.Classifier, folder: Path) -> answers.Model:
     info = classifier.info
     p = info.preprocessing
     counted = costs.cost(classifier.model, (1, p.channels, p.size, p.size))
-    layers = inspection.layers(cast(inspection.Network, classifier.model))
+    layers = inspection.layers(cast(models.Network, classifier.model))
     return answers.Model(
         name=name_of(info.model),
         run=folder.resolve().name,

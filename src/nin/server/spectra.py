@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nin.models import Network
 from nin.ops import mlpconv
-from nin.server.inspection import AT_ONCE, Network, find, outputs, without_activation
+from nin.server.inspection import AT_ONCE, find, outputs, without_activation
 from nin.server.layers import walk
 
 # Directions of a layer that are computed: more channels than this make the covariance dear.

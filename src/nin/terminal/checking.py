@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from nin import data
@@ -25,7 +24,7 @@ def show_findings(findings: Sequence[data.Finding], *, most: int = 3) -> None:
     for kind, count in kinds.items():
         words.print(f"{kind}, {count:,} {'file' if count == 1 else 'files'}: {data.MEANINGS[kind]}", style="bold")
         for finding in [finding for finding in findings if finding.kind == kind][:most]:
-            words.print(f"  {finding.path}: {finding.detail}", markup=False)
+            words.print(f"  {finding.path}: {finding.detail}")
         if count > most:
             words.print(f"  … and {count - most:,} more")
 
@@ -55,15 +54,15 @@ def show_check(found: data.Check) -> None:
     for heading in ("class", "to train on", "to test"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for name, train_count, test_count in found.classes[:MOST_CLASSES]:
-        table.add_row(escape(name), f"{train_count:,}", f"{test_count:,}")
+        table.add_row(name, f"{train_count:,}", f"{test_count:,}")
     if len(found.classes) > MOST_CLASSES:
         table.add_row(f"… and {len(found.classes) - MOST_CLASSES} more", "", "")
     results.print(table)
     for note in found.notes:
-        words.print(note, markup=False)
+        words.print(note)
     show_findings(found.findings, most=10)
     if found.refusal is not None:
-        words.print(f"Nobody can train on this: {found.refusal}", markup=False)
+        words.print(f"Nobody can train on this: {found.refusal}")
     elif not found.findings:
         words.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
 

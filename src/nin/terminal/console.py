@@ -16,10 +16,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from nin import processes
 
-words = Console(stderr=True, highlight=False, soft_wrap=True)
+# what is shown is shown as it is: files and classes are called "[red]" and ":cat:" too
+AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+
+words = Console(stderr=True, soft_wrap=True, **AS_IT_IS)
 
 # a file or a pipe has no width: its lines are not broken
-results = Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+results = Console(width=None if sys.stdout.isatty() else 240, **AS_IT_IS)
 
 # A log file gets a line about something that takes long no more often than this.
 SECONDS_BETWEEN_LINES = 10.0
@@ -37,7 +40,7 @@ class Bar:
         self.text, self.total, self.told = text, total, time.monotonic()
         self.task: TaskID | None = None
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -106,5 +109,5 @@ def percent(value: float, interval: Sequence[float]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print JSON on standard output, in ASCII: a file's name that is no valid Unicode can be written down too."""
+    print(json.dumps(value, indent=2))

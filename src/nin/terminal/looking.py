@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from torch import nn
 
 from nin import benchmark, checkpoint, costs, exporting, factories, models
 from nin.errors import UserError
@@ -62,32 +63,62 @@ def cost(
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+    network, (usual_channels, height, width) = find_network(model, classes, channels)
+    shape = (1, channels or usual_channels, size or height, size or width)
+    counted = count(model, network, shape)
+    if not count_only:
+        with Bar("Timing the layers") as bar:
+            counted = costs.cost(network, shape, measured=True, on_progress=bar.update)
+    if as_json:
+        print_json(counted.to_dict())
+    else:
+        show_cost(model, counted)
+
+
+def find_network(model: str, classes: int | None, channels: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return a network of ours, of a run folder, or of another package, and (C, H, W) that it is meant for.
+
+    Raises:
+        UserError: there is none of that name, or a run folder is to have other classes or channels than its own.
+    """
     if model in models.MODELS:
         default = 1 if model == "nin_digits" else 3
         options = {} if channels is None else {"in_channels": channels}
         usual = 10 if model in ("nin_digits", "nin_cifar") else 1000
-        network = models.create(model, classes or usual, **options)
-        shape = (1, channels or default, *(2 * (size or models.IMAGE_SIZES[model],)))
-    elif Path(model).is_dir():
+        pixels = models.IMAGE_SIZES[model]
+        return models.create(model, classes or usual, **options), (default, pixels, pixels)
+    if Path(model).is_dir():
+        if classes is not None or channels is not None:
+            raise UserError(f"--classes and --channels go with the name of a network: {model} knows its own")
         network, info = checkpoint.load_model(Path(model))
         p = info.preprocessing
-        shape = (1, p.channels, size or p.size, size or p.size)
-    elif factories.is_name(model):
+        return network, (p.channels, p.size, p.size)
+    if factories.is_name(model):
         named = factories.make_network(model, classes=classes, channels=channels)
-        network = named.model.eval()
-        shape = (1, named.channels, size or named.height, size or named.width)
-    else:
-        names = ", ".join(models.MODELS)
-        raise UserError(f"model must be one of {names}, a run folder, or {factories.FORMS}; got {model!r}")
-    with Bar("Timing the layers") as bar:
-        counted = costs.cost(
-            network, shape, measured=not count_only, on_progress=lambda done, total: bar.update(done, total)
-        )
-    if as_json:
-        print_json(counted.to_dict())
-        return
+        return named.model.eval(), (named.channels, named.height, named.width)
+    names = ", ".join(models.MODELS)
+    raise UserError(f"model must be one of {names}, a run folder, or {factories.FORMS}; got {model!r}")
+
+
+def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> costs.Cost:
+    """Return what a network costs, counted.
+
+    Raises:
+        UserError: it does not take such images.
+    """
+    try:
+        return costs.cost(network, shape)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each network has its own
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        images = "×".join(map(str, shape[1:]))
+        raise UserError(f"{model} does not take images of {images}: {reason}; another --size may help") from error
+
+
+def show_cost(model: str, counted: costs.Cost) -> None:
+    """Print what a network costs, layer by layer."""
     header, *rows = counted.rows()
-    table = Table(title=f"{model}, input {'×'.join(map(str, shape))}; 1 MAC = 2 floating-point operations")
+    shape = "×".join(map(str, counted.input_shape))
+    table = Table(title=f"{model}, input {shape}; 1 MAC = 2 floating-point operations")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < 4 else "right")
     for row in rows[:-1]:

@@ -74,11 +74,18 @@ def narrow_network(
     show_narrowing(result.report, out, as_json)
     if out is not None and not config.dry_run:
         words.print(f"What it cost: {out / 'report.html'}\nUse it, in Python, with nin or, once it is loaded, without:")
-        module, _, name = factory.partition(":")
-        words.print(
-            f'  model = nin.apply_plan({module}.{name}(), open("{out / "plan.json"}").read())\n'
-            f'  model.load_state_dict(safetensors.torch.load_file("{out / "model.safetensors"}"))'
-        )
+        words.print(code_to_load(factory, out))
+
+
+def code_to_load(factory: str, out: Path) -> str:
+    """Return Python that makes the narrowed network of a folder again."""
+    plan, weights = str(out / "plan.json"), str(out / checkpoint.MODEL_FILE)
+    return (
+        "import pathlib, nin, safetensors.torch\n"
+        "from nin.factories import make_network\n"
+        f"model = nin.apply_plan(make_network({factory!r}).model, pathlib.Path({plan!r}).read_text())\n"
+        f"model.load_state_dict(safetensors.torch.load_file({weights!r}))"
+    )
 
 
 def check_out(out: Path | None, config: shrinking.ShrinkingConfig) -> None:

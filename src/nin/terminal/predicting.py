@@ -64,7 +64,7 @@ def keep_readable(classifier: prediction.Classifier, paths: Sequence[str], named
         except UserError as error:
             if path in named:
                 raise
-            words.print(f"left out {error}", markup=False)
+            words.print(f"left out {error}")
     return readable
 
 
