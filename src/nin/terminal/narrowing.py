@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nin import processes, shrinking, training
+from nin import checkpoint, processes, shrinking, training
 from nin import report as reports
 from nin.errors import UserError
 from nin.files import write_atomically
