@@ -97,7 +97,7 @@ def first_image(served, number):
     """Return a run's network and its input for the image that the page shows first."""
     run = served.app.state.service.runs[number]
     sample = served.app.state.service.runs[0].samples.shown[0]
-    return run.network, run.inputs(nin.data.decode(sample.png, size=8, channels=1)[None])
+    return run.network, run.classifier.inputs(nin.data.decode(sample.png, size=8, channels=1)[None])
 
 
 @needs_chromium
@@ -245,7 +245,7 @@ def test_inception_modules_are_looked_into(browser, googlenet_run):  # noqa: F81
     inside = made.page.locator("#inside")
     expect(inside.locator("[data-paths] h3")).to_contain_text("class")
     run = served.app.state.service.runs[0]
-    x = run.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
+    x = run.classifier.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
     layers = inspection.layers(run.network)
     total = float(inside.locator("[data-paths] [data-sum]").get_attribute("value"))
     maps = inspection.activations(run.network, x, len(layers) - 1)[0]
