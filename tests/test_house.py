@@ -32,7 +32,7 @@ FLOORS = [
         "tracing",
     },
     {"layers", "rooflines"},
-    {"models"},
+    {"models", "bottleneck"},
     {"narrowing", "timm"},
     {"checkpoint", "costs", "learner", "evaluation", "fusion"},
     {"training", "prediction", "exporting", "benchmark"},

@@ -116,7 +116,11 @@ def test_a_recorded_accuracy_that_differs_is_kept_and_noted(tmp_path):
     result = {"test_accuracy": 0.975, "test_accuracy_interval": [0.87, 0.99], "seconds": 4.0}
     found = report.collect(make_run(tmp_path / "run", images, result=result), images)
     assert found.headline.accuracy == 0.975
-    assert "computed in fp32" in found.notes[0]
+    right = round(40 * found.headline.counted_accuracy)
+    assert found.notes == (
+        "The accuracy is the one that the training counted; counted again here, as for the tables, the network is "
+        f"right on {right} of 40 images ({100 * right / 40:.2f} %).",
+    )
     assert "97.5" in report.render(found)
 
 

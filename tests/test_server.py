@@ -19,10 +19,10 @@ import uvicorn
 from PIL import Image
 
 import nin
-from nin import checkpoint, models, server
+from nin import bottleneck, checkpoint, models, server
 from nin.errors import UserError
 from nin.ops import mlpconv
-from nin.server import batching, inspection, measuring, serving
+from nin.server import batching, inspection, serving
 from nin.server.guarding import SECURITY_HEADERS
 
 LIMITS = server.Limits(body_bytes=200_000, pixels=1_000_000, images=4, requests=64, seconds=20)
@@ -240,16 +240,29 @@ def test_forms_that_are_none(client):
     assert "detail" in too_many.json()
 
 
-def test_a_stated_length_that_is_none_or_too_much(running):
-    for stated, status in ((b"100000000", b"408"), (b"-5", b"400"), (b"many", b"400")):
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
-            connection.sendall(
-                b"POST /api/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                b"Content-Type: image/png\r\nContent-Length: " + stated + b"\r\n\r\n"
-            )
-            if status == b"408":
-                continue  # a client that goes away in the middle is no error
+@pytest.mark.parametrize(
+    ("stated", "sent", "status"),
+    [
+        (b"-5", 0, b"400"),
+        (b"many", 0, b"400"),
+        (b"100000000", 0, b"408"),  # what was promised does not come
+        (b"100000000", 4001, b"413"),  # four times the limit has come: the rest is not waited for
+        (b"1001", 1001, b"413"),
+        (b"100000000", 10, None),  # a client that goes away in the middle is no error
+    ],
+)
+def test_a_stated_length_that_is_none_or_too_much(stated, sent, status):
+    served = Running(server.create_app(limits=server.Limits(body_bytes=1000, seconds=1)))
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /api/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Content-Type: image/png\r\nContent-Length: " + stated + b"\r\n\r\n" + b"x" * sent
+        )
+        if status is not None:
             assert connection.recv(100).split()[1] == status
+    with served.client() as client:
+        assert client.get("/api/health").status_code == 200
+    served.stop()
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost.evil"])
@@ -400,14 +413,14 @@ def test_a_run_whose_images_are_gone_says_so(tmp_path):
 
 
 def test_the_bottleneck_is_measured_within_its_range(client, monkeypatch):
-    monkeypatch.setattr(measuring, "PIXELS", 4)
+    monkeypatch.setattr(bottleneck, "PIXELS", 4)
     answer = client.post("/api/bottleneck?r=16").json()
     assert answer["narrow"]["median_ms"] > 0
     assert answer["shape"] == [1, 256, 4, 4]
     for r in ("7", "257", "many", ""):
         assert client.post(f"/api/bottleneck?r={r}").status_code == 422
     with pytest.raises(ValueError, match="r must be from 8 to 256, got 4"):
-        measuring.measure_bottleneck(4)
+        bottleneck.measure(4)
 
 
 def test_the_description_lists_every_operation(client):

@@ -284,10 +284,28 @@ def test_a_clock_that_jumps_changes_nothing(digits, tmp_path, monkeypatch, hours
     assert all(row["seconds"] >= 0 for row in again.metrics)
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_path):
-    config = dataclasses.replace(QUICK, learning_rate=1e30, gradient_clip=1e30, normalisation="none")
-    with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\).*learning_rate"):
-        training.train(digits, config, out=tmp_path / "run")
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_path, monkeypatch):
+    config = dataclasses.replace(QUICK, normalisation="none")
+    plain = training.train(digits, config)
+    out, written = tmp_path / "run", {}
+
+    def too_high(step, steps, config):
+        return recipe.learning_rate(step, steps, config) if 3 * step < 2 * steps else 1e30  # in the last epoch
+
+    def remember(progress):
+        if progress.row:
+            written[progress.epoch] = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nin.learner.learning_rate", too_high)
+        with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch 3\).*learning_rate"):
+            training.train(digits, config, out=out, on_progress=remember)
+    assert list(written) == [1, 2]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == written[2]
+    assert checkpoint.load_state(out)[1]["position"]["epoch"] == 2
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load_model(out)[0].state_dict().values())
+    again = training.train(digits, config, out=out, keeping=training.Keeping(resume=True))
+    assert_equal_weights(weights(again), weights(plain))
 
 
 def test_too_small_images_are_refused_with_the_size(digits):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from rich.table import Table
-from torch import nn
 
-from nin import checkpoint, costs, prediction, terminal
-from nin.layers import Bottleneck, MLPConv
+from nin import bottleneck, checkpoint, costs, prediction, terminal
 from nin.recipe import TrainConfig
-from nin.timing import compare
 from nin.training import Keeping, has_begun
 
 SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
+
+# channels that the bottleneck leaves, and images in a call
+NARROW, BATCH = 64, 16
 
 
 def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) -> None:
@@ -96,31 +95,22 @@ def write_samples(images: Any, folder: Path) -> list[Path]:
 
 def compare_bottleneck() -> list[dict[str, Any]]:
     """Return MACs, parameters and measured milliseconds of the two forms of the notes, float32, channels_last."""
-    shape = (1, 256, 28, 28)
-    networks: dict[str, nn.Module] = {
-        "256 → 4×4 → 256": nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), MLPConv(256, (256,), kernel_size=4)),
-        "256 → 1×1 → 64 → 4×4 → 256": Bottleneck(256, 64, 256, kernel_size=4),
-    }
-    x = torch.randn(16, *shape[1:]).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        timings = compare({name: call(network, x) for name, network in networks.items()})
+    measured = bottleneck.measure(NARROW, images=BATCH)
+    narrow, wide = bottleneck.forms(NARROW)
     rows = []
-    for name, network in networks.items():
-        counted, timing = costs.cost(network, shape), timings[name]
+    for form, network, timing in (
+        ("256 → 4×4 → 256", wide, measured.wide),
+        (f"256 → 1×1 → {NARROW} → 4×4 → 256", narrow, measured.narrow),
+    ):
+        counted = costs.cost(network, (1, *measured.shape[1:]))
         figures = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
-        rows.append({"form": name, "macs": counted.macs, "parameters": counted.parameters, **figures})
+        rows.append({"form": form, "macs": counted.macs, "parameters": counted.parameters, **figures})
     return rows
-
-
-def call(network: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """Return a function that runs the network in evaluation mode on ``x``, its weights in channels_last."""
-    network = network.eval().to(memory_format=torch.channels_last)
-    return lambda: network(x)
 
 
 def bottleneck_table(rows: list[dict[str, Any]]) -> Table:
     """Return the comparison for the terminal, the last line with the ratios."""
-    table = Table(title=f"batch 16, float32, {torch.get_num_threads()} threads")
+    table = Table(title=f"batch {BATCH}, float32, {torch.get_num_threads()} threads")
     table.add_column("form")
     for name in ("MACs per image", "parameters", "milliseconds (20th to 80th percentile)"):
         table.add_column(name, justify="right")

@@ -83,7 +83,7 @@ def collect(
         samples=_samples(classifier, images, probabilities, samples),
         cost=cost,
         skipped=tuple((str(file), str(reason)) for file, reason in info.data.get("skipped", images.skipped)),
-        notes=(*images.notes, *_notes(headline, info, cost)),
+        notes=(*images.notes, *_notes(headline, cost)),
         recipe=info.recipe,
         preprocessing=dataclasses.asdict(info.preprocessing),
         environment=info.environment,
@@ -170,14 +170,13 @@ def _headline(
     )
 
 
-def _notes(headline: Headline, info: checkpoint.RunInfo, cost: costs.Cost) -> list[str]:
+def _notes(headline: Headline, cost: costs.Cost) -> list[str]:
     notes = []
     if not math.isclose(headline.accuracy, headline.counted_accuracy, abs_tol=1e-9):
         right, count = round(headline.counted_accuracy * headline.test_images), headline.test_images
-        precision = info.recipe.get("precision", "another precision")
         notes.append(
-            f"The training tested in {precision}; computed in fp32, as for the tables here, the network is right on "
-            f"{right:,} of {count:,} images ({100 * right / count:.2f} %)."
+            f"The accuracy is the one that the training counted; counted again here, as for the tables, the network is "
+            f"right on {right:,} of {count:,} images ({100 * right / count:.2f} %)."
         )
     if cost.uncounted:
         notes.append(f"The MACs leave out {', '.join(cost.uncounted)}.")

@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from nin.server import measuring, spectra
+from nin import bottleneck
+from nin.server import spectra
 
 
 class Health(BaseModel):
@@ -180,7 +181,7 @@ class Bottleneck(BaseModel):
     processor: str
 
     @classmethod
-    def of(cls, measured: measuring.Measurement) -> Bottleneck:
+    def of(cls, measured: bottleneck.Measurement) -> Bottleneck:
         """Return the answer for a measurement."""
         return cls.model_validate(dataclasses.asdict(measured))
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from nin import data
+from nin import bottleneck, data
 from nin.errors import UserError
 from nin.files import write_atomically
 from nin.ops.reference import activate
-from nin.server import answers, inspection, measuring
+from nin.server import answers, inspection
 from nin.server.application import predictions
 from nin.server.batching import classify
 from nin.server.bundling import bundle
@@ -154,7 +154,7 @@ def _page(service: Service, images: int) -> dict[str, Any]:
         "models": [run.description for run in service.runs],
         "samples": samples.model_copy(update={"samples": samples.samples[:images]}),
         "dead": [dead_channels(run) for run in service.runs],
-        "bottleneck": {str(r): answers.Bottleneck.of(measuring.measure_bottleneck(r)) for r in MEASURED},
+        "bottleneck": {str(r): answers.Bottleneck.of(bottleneck.measure(r)) for r in MEASURED},
         "predictions": [
             predictions(run.classifier, classify(run.classifier, _pixels(run, list(range(images)), service)), maps=True)
             for run in service.runs

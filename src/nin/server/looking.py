@@ -6,7 +6,8 @@ from typing import Annotated, TypeAlias
 
 from fastapi import FastAPI, Path, Query, Request
 
-from nin.server import answers, inspection, measuring, spectra
+from nin import bottleneck
+from nin.server import answers, inspection, spectra
 from nin.server.guarding import RefusedError
 from nin.server.service import ServedRun, Service
 from nin.server.uploads import IMAGE_BODY
@@ -37,11 +38,11 @@ def _add_images(app: FastAPI, service: Service) -> None:
         return await service.compute(lambda: dead_channels(run))
 
     @app.post("/api/bottleneck")
-    async def bottleneck(
-        r: Annotated[int, Query(ge=measuring.NARROWEST, le=measuring.WIDEST, description="channels it leaves")],
+    async def measured_bottleneck(
+        r: Annotated[int, Query(ge=bottleneck.NARROWEST, le=bottleneck.WIDEST, description="channels it leaves")],
     ) -> answers.Bottleneck:
         """Time 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256 on this machine."""
-        return answers.Bottleneck.of(await service.compute(lambda: measuring.measure_bottleneck(r)))
+        return answers.Bottleneck.of(await service.compute(lambda: bottleneck.measure(r)))
 
 
 def _add_layers(app: FastAPI, service: Service) -> None:

@@ -15,7 +15,6 @@ CHANNELS, KERNEL_SIZE, PIXELS = 256, 4, 28
 
 # What may be asked for, so that no request costs more than the page's own.
 NARROWEST, WIDEST = 8, 256
-RUNS, WARMUP = 7, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +46,22 @@ class Measurement:
     processor: str
 
 
+def forms(r: int) -> tuple[nn.Module, nn.Module]:
+    """Return the bottleneck with ``r`` channels and what it stands for, in evaluation mode and channels_last."""
+    narrow = Bottleneck(CHANNELS, r, CHANNELS, kernel_size=KERNEL_SIZE)
+    wide = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), MLPConv(CHANNELS, (CHANNELS,), kernel_size=KERNEL_SIZE))
+    for network in (narrow, wide):
+        network.eval().to(memory_format=torch.channels_last)
+    return narrow, wide
+
+
 @torch.inference_mode()
-def measure_bottleneck(r: int, *, images: int = 1, runs: int = RUNS) -> Measurement:
+def measure(r: int, *, images: int = 1) -> Measurement:
     """Time the bottleneck and what it stands for.
 
     Args:
         r: channels that the 1×1 convolution leaves, from 8 to 256.
         images: in one call.
-        runs: of each, after a warm-up.
 
     Raises:
         ValueError: ``r`` is outside that range.
@@ -64,11 +71,8 @@ def measure_bottleneck(r: int, *, images: int = 1, runs: int = RUNS) -> Measurem
     shape = (images, CHANNELS, PIXELS, PIXELS)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
-    narrow: nn.Module = Bottleneck(CHANNELS, r, CHANNELS, kernel_size=KERNEL_SIZE)
-    wide = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), MLPConv(CHANNELS, (CHANNELS,), kernel_size=KERNEL_SIZE))
-    for network in (narrow, wide):
-        network.eval().to(memory_format=torch.channels_last)
-    timings = compare({"narrow": lambda: narrow(x), "wide": lambda: wide(x)}, runs=runs, warmup=WARMUP)
+    narrow, wide = forms(r)
+    timings = compare({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
     return Measurement(
         r=r,
         narrow=timings["narrow"],
