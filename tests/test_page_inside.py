@@ -8,10 +8,10 @@ import torch
 from playwright.sync_api import expect
 
 import nin
-from nin import checkpoint, models, server
+from nin import bottleneck, checkpoint, models, server
 from nin.errors import UserError
 from nin.narrowing import LayerPlan, Plan
-from nin.server import bundling, inspection, measuring, spectra
+from nin.server import bundling, inspection, spectra
 from test_page import CHROMIUM, Visit, browser, slide  # noqa: F401  (browser is a fixture)
 from test_server import Running, make_run, numbers, pictures, png, post
 
@@ -97,7 +97,7 @@ def first_image(served, number):
     """Return a run's network and its input for the image that the page shows first."""
     run = served.app.state.service.runs[number]
     sample = served.app.state.service.runs[0].samples.shown[0]
-    return run.network, run.inputs(nin.data.decode(sample.png, size=8, channels=1)[None])
+    return run.network, run.classifier.inputs(nin.data.decode(sample.png, size=8, channels=1)[None])
 
 
 @needs_chromium
@@ -245,7 +245,7 @@ def test_inception_modules_are_looked_into(browser, googlenet_run):  # noqa: F81
     inside = made.page.locator("#inside")
     expect(inside.locator("[data-paths] h3")).to_contain_text("class")
     run = served.app.state.service.runs[0]
-    x = run.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
+    x = run.classifier.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
     layers = inspection.layers(run.network)
     total = float(inside.locator("[data-paths] [data-sum]").get_attribute("value"))
     maps = inspection.activations(run.network, x, len(layers) - 1)[0]
@@ -274,7 +274,7 @@ class OnDisk:
 def copied(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy") / "page"
     patch = pytest.MonkeyPatch()
-    patch.setattr(measuring, "PIXELS", 4)
+    patch.setattr(bottleneck, "PIXELS", 4)
     told = []
     index = server.write_copy(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
     patch.undo()
