@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from playwright.sync_api import expect, sync_playwright
 
-from nin import server
+from nin import bottleneck, server
 from nin.layers import Bottleneck
-from nin.server import measuring
 from test_server import Running, make_run, png
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -219,7 +218,7 @@ def test_shrinking_counts(visit):
 
 
 def test_the_bottleneck_counts_and_measures(visit, monkeypatch):
-    monkeypatch.setattr(measuring, "PIXELS", 4)
+    monkeypatch.setattr(bottleneck, "PIXELS", 4)
     step = visit.locator("#bottleneck")
     expect(step).to_contain_text("3.76 times fewer multiplications. It stops paying at r = 241.")
     for r, words in ((240, "1.00 times fewer"), (241, "it stopped paying")):
@@ -231,7 +230,7 @@ def test_the_bottleneck_counts_and_measures(visit, monkeypatch):
     assert values(step)[0] == macs
     step.get_by_role("button", name="Measure this r here").click()
     expect(step).to_contain_text("Measured:", timeout=20_000)
-    expect(step).to_contain_text("median (20th to 80th percentile) of 7 runs")
+    expect(step).to_contain_text("median (20th to 80th percentile) of 15 runs")
 
 
 def test_colours_are_mixed_and_learned(visit):

@@ -8,10 +8,10 @@ import torch
 from playwright.sync_api import expect
 
 import nin
-from nin import checkpoint, models, server
+from nin import bottleneck, checkpoint, models, server
 from nin.errors import UserError
 from nin.narrowing import LayerPlan, Plan
-from nin.server import bundling, inspection, measuring, spectra
+from nin.server import bundling, inspection, spectra
 from test_page import CHROMIUM, Visit, browser, slide  # noqa: F401  (browser is a fixture)
 from test_server import Running, make_run, numbers, pictures, png, post
 
@@ -274,7 +274,7 @@ class OnDisk:
 def copied(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy") / "page"
     patch = pytest.MonkeyPatch()
-    patch.setattr(measuring, "PIXELS", 4)
+    patch.setattr(bottleneck, "PIXELS", 4)
     told = []
     index = server.write_copy(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
     patch.undo()
