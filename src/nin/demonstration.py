@@ -33,7 +33,7 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
     step("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
     images = terminal.load_data("digits", seed=config.seed)
     keeping = Keeping(resume=has_begun(out))
-    result = terminal.train_visibly(images, config, out=out, keeping=keeping)
+    result = terminal.train_visibly(images, config, out=out, keeping=keeping, again="the same command")
     if not as_json:
         terminal.show_result(result)
     step("2. Write what it learned into a report")

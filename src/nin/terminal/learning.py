@@ -62,9 +62,18 @@ def load_data(source: str, **options: Any) -> data.Data:
 
 
 def train_visibly(
-    images: data.Data, config: TrainConfig, *, out: Path, keeping: training.Keeping | None = None
+    images: data.Data,
+    config: TrainConfig,
+    *,
+    out: Path,
+    keeping: training.Keeping | None = None,
+    again: str = "the same command and --resume",
 ) -> training.TrainResult:
-    """Train, with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM end it after the step."""
+    """Train, with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM end it after the step.
+
+    Args:
+        again: how a training that was ended goes on, for the person who ended it.
+    """
     with Bar("Training") as bar, stop_requests() as stopped:
 
         def show(p: training.Progress) -> None:
@@ -81,7 +90,7 @@ def train_visibly(
             return training.train(images, config, out=out, keeping=keeping, on_progress=show)
         except KeyboardInterrupt:
             kept = (out / checkpoint.STATE_FILE).exists()
-            bar.line(f"Go on with the same command and --resume: {out}" if kept else "Nothing was written.")
+            bar.line(f"Go on with {again}: {out}" if kept else "Nothing was written.")
             if stopped[:1] == [signal.SIGTERM]:
                 sys.exit(128 + signal.SIGTERM)
             raise
