@@ -164,6 +164,26 @@ def test_torchrun_that_is_told_to_end_leaves_a_state_that_goes_on_exactly(tmp_pa
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_nodes_that_meet_by_rendezvous_are_as_one_with_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "nin", "--local-addr", "127.0.0.1"]
+
+    def start(run, *torchrun):
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "nin", "train", "digits"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, "--epochs", "2", "--out", str(run)], env=environment)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    nodes = [start(two, "--nnodes", "2", "--nproc-per-node", "1", *meeting) for _ in range(2)]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    assert start(one, "--standalone", "--nproc-per-node", "2").wait(timeout=200) == 0
+    for name in ("metrics.csv", "model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
 def test_two_processes_narrow_as_one_does(tmp_path):
     images = few_digits()
     training.train(images, dataclasses.replace(CONFIG, epochs=1), out=tmp_path / "run")
