@@ -69,6 +69,9 @@ def test_a_covariance_that_is_not_finite_is_refused(value):
 def test_fit_is_least_squares_and_the_weight_where_nothing_changed():
     x, xx, weight = problem()
     torch.testing.assert_close(spectra.fit(weight, xx, weight @ xx), weight)
+    noise = 1e-6 * torch.randn(6, x.shape[1], dtype=torch.float64)
+    noisy = (weight @ x + noise) @ x.T / x.shape[1]
+    assert spectra.fit(weight, xx, noisy) is weight  # rounding errors are not fitted
     y = torch.tanh(weight @ x)
     fitted = spectra.fit(weight, xx, y @ x.T / x.shape[1], ridge=0)
     torch.testing.assert_close(fitted, torch.linalg.lstsq(x.T, y.T).solution.T, atol=1e-8, rtol=1e-6)
@@ -89,6 +92,14 @@ def test_input_form_loses_less_with_every_rank_and_nothing_at_full_rank():
     errors = [float(input_error(x, xx, weight, rank)[0]) for rank in range(1, 6)]
     assert all(a > b for a, b in itertools.pairwise(errors))
     assert errors[-1] < 1e-9 * float((weight @ x).square().sum(0).mean())
+
+
+def test_input_form_at_full_rank_is_the_weight_where_the_samples_say_nothing():
+    _, xx, weight = problem(samples=7)  # of patches with 20 values
+    form = spectra.InputForm(weight, xx, 4, spectra.input_directions(weight, xx, 4, plain_roots(6)[0]))
+    projection, core = form.layers(5)
+    effective = torch.einsum("ort,ri->oit", core.view(6, 5, 4), projection).flatten(1)
+    torch.testing.assert_close(effective, weight)
 
 
 def test_input_form_beats_the_svd_of_the_weight_alone():

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,30 @@ each_layout = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=LAYO
 each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
 
 
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """Build the library with AMX's tile registers computed in plain C++."""
+    folder = tmp_path_factory.mktemp("emulated")
+    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={version('nin')}")
+    return compiled.load_library(folder / compiled.LIBRARY_NAME)
+
+
+def build_native(folder, target, *options):
+    if shutil.which("g++") is None or shutil.which("cmake") is None:
+        pytest.skip("needs g++ and cmake")
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
+
+
 @pytest.fixture(params=compiled.INSTRUCTION_SETS)
 def isa(request, monkeypatch):
-    """Run the test with each instruction set that this machine has."""
+    """Run the test with each instruction set that this machine has; AMX's registers are emulated where it lacks them."""
     kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
+    if kernels.name == "avx512_bf16" and request.param == "avx512_amx":
+        library = request.getfixturevalue("emulated")
+        monkeypatch.setattr(compiled, "LIBRARY", library)
+        kernels = compiled.find_kernels(library, request.param)
+        assert kernels.name == request.param, "its product of whole numbers came out wrong"
     if kernels.name != request.param:
         pytest.skip(f"this machine lacks {request.param}")
     monkeypatch.setattr(cpu, "KERNELS", kernels)
@@ -246,7 +267,7 @@ def test_nan_of_a_neighbour_stays_outside(isa):
 # -- threads and memory ------------------------------------------------------------------------------------------
 
 
-def test_equal_bits_for_any_number_of_threads(threads):
+def test_equal_bits_for_any_number_of_threads(isa, threads):
     for dtype in DTYPES.values():
         for shape in (Chain((40, 33, 50)), Chain((3, 20, 30), (5, 5), padding=(2, 2))):
             torch.manual_seed(0)
@@ -260,6 +281,18 @@ def test_equal_bits_for_any_number_of_threads(threads):
             if shape.kernel_size == (1, 1):  # a k×k backward is PyTorch's own
                 got = gradients(x, weights, biases, "relu", shape.geometry, grad, kernel="compiled")
                 assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="the processor has no AMX, whose tile registers PyTorch would share"
+)
+def test_tile_registers_are_shared_with_pytorch(isa):
+    x, weights, biases = Chain((192, 160, 96)).tensors(torch.bfloat16, size=(16, 16))
+    a = torch.randn(256, 512).bfloat16()
+    wanted, product = nin.mlpconv(x, weights, biases), a @ a.T
+    for _ in range(20):
+        assert torch.equal(nin.mlpconv(x, weights, biases), wanted)
+        assert torch.equal(a @ a.T, product)
 
 
 def test_few_pixels_and_many_weights_are_shared_out_by_columns(isa, threads):
@@ -406,7 +439,7 @@ def test_the_environment_forces_an_instruction_set():
 def test_an_unknown_instruction_set_is_an_error():
     run = backends_in_a_process("avx1024")
     assert run.returncode != 0
-    assert "NIN_CPU_ISA must be one of avx512_bf16, avx512, avx2, portable, reference, got 'avx1024'" in run.stderr
+    assert "NIN_CPU_ISA must be one of avx512_amx, avx512_bf16, avx512, avx2, portable, reference, got 'avx1024'" in run.stderr
 
 
 def test_other_dtypes_stay_with_the_reference(monkeypatch):
@@ -464,11 +497,8 @@ def test_mismatched_tensors_of_a_direct_call_are_an_error():
 @pytest.mark.slow
 def test_no_byte_outside_is_touched(tmp_path):
     """AddressSanitizer, and buffers that end at a page which may not be read, on every instruction set."""
-    if shutil.which("g++") is None or shutil.which("cmake") is None:
-        pytest.skip("needs g++ and cmake")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DNIN_NATIVE_TESTS=ON"]
-    subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path), "--target", "guard_test"], check=True, capture_output=True)
+    emulate = compiled.find_kernels(compiled.LIBRARY).name != "avx512_amx"
+    build_native(tmp_path, "guard_test", "-DNIN_NATIVE_TESTS=ON", f"-DNIN_EMULATE_AMX={'ON' if emulate else 'OFF'}")
     run = subprocess.run([str(tmp_path / "guard_test")], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 

@@ -192,7 +192,7 @@ int main() {
       {1, 3, 600, 240, 1, 1, 0, 1, {16, 64}},  // written past the caches
   };
   int runs = 0;
-  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
     for (int64_t type : {0, 1}) {
       for (const Shape& shape : shapes) {
         for (int variant = 0; variant < 4; ++variant, ++runs) {

@@ -19,6 +19,10 @@ RIDGE = 1e-5
 # The least weight of a direction of y, as a share of the mean: no direction is free to be lost.
 LEAST_WEIGHT = 0.01
 
+# A layer that a fit would bring nearer by a smaller share of its variance is left as it is: float32 rounds as much in a
+# deep network, and in directions that the images hardly show a fit to it would be many times as large.
+ROUNDING = 1e-9
+
 
 def with_ridge(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return C + ridge · mean(diag C) · I."""
@@ -29,10 +33,14 @@ def with_ridge(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
 def fit(weight: Tensor, xx: Tensor, yx: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return the least-squares map from x to y, drawn towards ``weight`` where the samples do not say.
 
-    ``A = W + (Cov(y, x) - W C) (C + εI)⁻¹``; W where y is exactly W x.
+    ``A = W + (Cov(y, x) - W C) (C + εI)⁻¹``; W where y is W x but for rounding.
     """
-    missing = yx - weight @ xx
-    return weight + torch.cholesky_solve(missing.mT, cholesky(xx, ridge)).mT
+    given = weight @ xx
+    missing = yx - given
+    change = torch.cholesky_solve(missing.mT, cholesky(xx, ridge)).mT
+    if float((missing * change).sum()) <= ROUNDING * float((given * weight).sum()):
+        return weight
+    return weight + change
 
 
 def root(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,9 +123,11 @@ def balance(matrices: list[Tensor]) -> list[Tensor]:
 class InputForm:
     """The best layers behind a 1×1 convolution, for every number of channels that it may leave.
 
-    On ``q = P ∗ x``: ``Q = Cov(q)``, ``T = Cov(y, q)``, ``Â = T Q⁻¹``. The rows of P are orthonormal, and those of a
-    lower rank come first, so that one Cholesky decomposition ``Q = L Lᵀ`` serves all ranks: with ``Z = L⁻¹ Tᵀ``,
-    ``Cov(Â q)`` is the product of Z's first ``rank · k²`` rows with themselves.
+    On ``q = P ∗ x`` with orthonormal rows of P: ``A₀ = W Pᵀ`` are the weights on q when no channel is left out. Behind
+    the first ``rank`` channels, ``Â = A₁ + A₂ Q₂₁ (Q₁₁ + εI)⁻¹``, which lets them stand in for the others as far as
+    ``Q = Cov(q)`` says that they can; where the images say nothing, W stays, and at full rank it is W again. One
+    Cholesky decomposition ``Q + εI = L Lᵀ`` serves all ranks: with ``Z = Lᵀ A₀ᵀ``, ``Â L₁₁ = Z₁ᵀ`` and
+    ``Cov(Â q) = Z₁ᵀ Z₁``, where Z₁ are Z's first ``rank · k²`` rows.
 
     Args:
         weight: (C_out, C_in · k²).
@@ -133,7 +143,8 @@ class InputForm:
         px = (self.directions @ xx.view(channels, -1)).view(channels * taps, -1)
         q = (self.directions @ px.mT.reshape(channels, -1)).view(channels * taps, -1)
         self.lower = cholesky((q + q.mT) / 2, 1e-9)
-        self.solved = torch.linalg.solve_triangular(self.lower, px @ weight.mT, upper=False)  # Z (C_in · k², C_out)
+        on_q = (self.directions @ weight.mT.reshape(channels, -1)).view(channels * taps, -1)  # A₀ᵀ
+        self.solved = self.lower.mT @ on_q  # Z (C_in · k², C_out)
 
     def fitted(self, rank: int) -> Tensor:
         """Return ``Cov(Â q)``, (C_out, C_out), behind ``rank`` channels."""

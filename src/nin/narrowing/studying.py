@@ -29,7 +29,7 @@ SENSITIVITY_IMAGES = 512
 
 # Raised when what is found of the same network and images changes, or how it is written: a cache of another number is
 # found again.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

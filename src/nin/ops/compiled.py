@@ -13,7 +13,7 @@ import torch
 
 LIBRARY_NAME = "libnin_cpu.so"
 ISA_VARIABLE = "NIN_CPU_ISA"
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -24,16 +24,18 @@ def find_library() -> Path | None:
     return next((folder / LIBRARY_NAME for folder in folders if (folder / LIBRARY_NAME).exists()), None)
 
 
-def load_library() -> ctypes.CDLL | None:
+def load_library(path: Path | None) -> ctypes.CDLL | None:
     """Load the compiled library.
 
+    Args:
+        path: of the library, or None where there is none.
+
     Returns:
-        The library, or None where there is none.
+        The library, or None.
 
     Raises:
         ImportError: the library is there and cannot be loaded, or belongs to another version of the package.
     """
-    path = find_library()
     if path is None:
         return None
     try:
@@ -108,7 +110,7 @@ def check(status: int) -> None:
         raise RuntimeError("nin's CPU kernel: PyTorch's thread pool failed")
 
 
-LIBRARY = load_library()
+LIBRARY = load_library(find_library())
 PARALLEL_FOR = _find_parallel_for()
 
 

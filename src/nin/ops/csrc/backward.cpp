@@ -123,7 +123,8 @@ void Backward::choose_tiles() {
     const int64_t row = tile_row(k_, widest);
     gradient_at_[0] = memory.take(pixels * row), gradient_at_[1] = memory.take(pixels * row);
     x_grad_at_ = memory.take(pixels * round_up(p_.channels, 2 * k_.lanes) * 4);
-    const int64_t pairs = k_.type == Type::bf16 ? (pixels + 1) / 2 * round_up(widest, 2 * k_.lanes) * 4 : 0;
+    const int64_t depth = round_up(pixels, k_.tiles ? tile_depth : 2);
+    const int64_t pairs = k_.type == Type::bf16 ? depth / 2 * round_up(widest, 2 * k_.lanes) * 4 : 0;
     pairs_at_[0] = memory.take(pairs), pairs_at_[1] = memory.take(pairs);
     scratch_bytes_ = memory.bytes;
     if (round > 0) break;
@@ -134,7 +135,7 @@ void Backward::choose_tiles() {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const int64_t width = round_up(layers_[i].channels, max_vectors * k_.lanes);
     weight_sums_at_.push_back(sums_);
-    if (gradients_[i].weight_grad) sums_ += channels_into(i) * width;
+    if (gradients_[i].weight_grad) sums_ += round_up(channels_into(i), k_.tiles ? tile_height : 1) * width;
     bias_sums_at_.push_back(sums_);
     if (gradients_[i].bias_grad) sums_ += width;
   }
@@ -216,19 +217,31 @@ void Backward::add_weight_gradient(size_t layer, const Grid& in, const Grid& g, 
   const char *a = in.at, *b = g.at;
   p.a_step = in.row, p.b_step = g.row;
   if (k_.type == Type::bf16) {  // pairs of pixels
+    char *inputs = scratch + pairs_at_[0], *pairs = scratch + pairs_at_[1];
     p.steps = divide_up(pixels, 2);
-    p.a_step = round_up(channels, 2 * k_.lanes) * 4, p.b_step = round_up(columns, 2 * k_.lanes) * 4;
-    k_.pair_pixels(in.at, in.row, pixels, channels, scratch + pairs_at_[0], p.a_step);
-    k_.pair_pixels(g.at, g.row, pixels, columns, scratch + pairs_at_[1], p.b_step);
-    a = scratch + pairs_at_[0], b = scratch + pairs_at_[1];
+    p.b_step = round_up(columns, 2 * k_.lanes) * 4;
+    k_.pair_pixels(g.at, g.row, pixels, columns, pairs, p.b_step);
+    if (k_.tiles) {
+      const int64_t whole = round_up(pixels, tile_depth) / 2;
+      std::memset(pairs + p.steps * p.b_step, 0, (whole - p.steps) * p.b_step);
+      p.steps = whole;
+      p.a_step = whole * 4;
+      k_.turn_pixels(in.at, in.row, pixels, channels, inputs, p.a_step);
+    } else {
+      p.a_step = round_up(channels, 2 * k_.lanes) * 4;
+      k_.pair_pixels(in.at, in.row, pixels, channels, inputs, p.a_step);
+    }
+    a = inputs, b = pairs;
   }
   const Panels panels(k_, columns, 0);
   p.sums_row = panels.count * panels.width;
   const int64_t groups = divide_up(channels, k_.rows);
   for (int64_t j = 0; j < panels.count; ++j) {
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = channels * group / groups, rows = channels * (group + 1) / groups - first;
-      p.a = a + first * 4;
+      const int64_t first = k_.tiles ? group * k_.rows : channels * group / groups;
+      const int64_t rows = k_.tiles ? std::min<int64_t>(k_.rows, channels - first)
+                                    : channels * (group + 1) / groups - first;
+      p.a = a + first * (k_.tiles ? p.a_step : 4);
       p.b = b + j * panels.width * 4;
       p.sums = sums + weight_sums_at_[layer] + first * p.sums_row + j * panels.width;
       k_.accumulate(p, int(rows), panels.vectors(k_, j));
@@ -279,6 +292,7 @@ Grid Backward::pass_back(size_t layer, const Tile& t, const Grid& g, char* scrat
 }
 
 void Backward::run_tile(const Tile& t, char* scratch, float* sums) const {
+  const Use use(k_);
   const Grid x = direct_ ? Grid{x_.pixel(t.image, t.line, t.column), x_.w, x_.w * t.columns}
                          : load(x_, t, true, p_.channels, scratch + x_at_);
   compute_again(t, x, scratch);

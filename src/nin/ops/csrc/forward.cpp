@@ -227,11 +227,12 @@ Grid Forward::bordered_input(const Tile& t, char* scratch) const {
 }
 
 // The first layer where it has a border. Pixels beside each other share the taps of their line, pixels below each
-// other those of their column: the inner columns are taken line by line, those at the edges column by column.
+// other those of their column: the inner columns are taken line by line, those at the edges column by column. Blocks of
+// 16 pixels would stand half empty then: they take whole lines with the zeros beside them, short ones two at a time.
 void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const {
   const Range all{0, p_.kernel[1]};
   int64_t inner = t.column, inner_end = t.column + t.columns;
-  if (t.lines >= least_edge_lines) {
+  if (t.lines >= least_edge_lines && !k_.tiles) {
     while (inner < inner_end && column_ranges_[inner] != all) ++inner;
     while (inner < inner_end && column_ranges_[inner_end - 1] != all) --inner_end;
   }
@@ -261,9 +262,16 @@ void Forward::multiply_bordered(const Tile& t, Product p, const Grid& a, const G
         k_.multiply(p, int(rows), panels.vectors(k_, j));
       }
     };
+    const bool short_lines = k_.tiles && 2 * t.columns <= k_.rows;
     for (int64_t line = 0; inner < inner_end && line < t.lines; ++line) {
-      strip(line, inner - t.column, inner_end - inner, a.row, out.row, line_ranges_[t.line + line], all);
+      const int64_t lines = short_lines && line + 1 < t.lines ? 2 : 1;
+      p.two_lines = lines == 2;
+      p.a_line = a.line, p.out_line = out.line;
+      const Range reached{line_ranges_[t.line + line + lines - 1].first, line_ranges_[t.line + line].last};
+      strip(line, inner - t.column, inner_end - inner, a.row, out.row, reached, all);
+      line += lines - 1;
     }
+    p.two_lines = false;
     // what any of the lines reaches: the lowest reaches furthest up, the topmost furthest down
     const Range lines{line_ranges_[t.line + t.lines - 1].first, line_ranges_[t.line].last};
     for (int64_t column = t.column; column < t.column + t.columns; ++column) {
@@ -317,6 +325,7 @@ Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const P
 
 // A tile through all layers.
 void Forward::run_tile(int64_t task, char* scratch) const {
+  const Use use(k_);
   const Tile t = tile_of(cut_, task);
   Grid a = input(t, scratch);
   for (size_t i = 0; i < layers_.size(); ++i) a = apply(i, t, a, scratch + input_bytes_, panels(i));
@@ -336,6 +345,7 @@ nin_status Forward::run(const nin_pool& pool) const {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const int64_t parts = std::min(pool.threads, panels(i).count);
     const nin_status status = run_tasks(pool, parts, size_t(input_bytes_), [&](int64_t part, char* scratch) {
+      const Use use(k_);
       Panels some = panels(i);
       const int64_t count = some.count;
       some.begin = count * part / parts, some.end = count * (part + 1) / parts;

@@ -40,13 +40,16 @@ struct Product {
   const void* next = nullptr;            // comes into the second cache meanwhile, so many bytes a step
   int64_t next_step = 0;
   int64_t columns = 0;                   // of the panel that exist
+  // With Kernels::tiles also two lines of at most 16 pixels: `rows` is then that of one line.
+  bool two_lines = false;
+  int64_t a_line = 0, out_line = 0;      // bytes from the first line to the second
   Finish finish;
 };
 
 // rows × columns sums over pixels, added to `sums`: the gradient of a weight.
 struct OuterProduct {
   const void* a = nullptr;               // (pixel, row) of four bytes: inputs, consecutive rows side by side
-  int64_t a_step = 0;                    // bytes from a pixel (pair) to the next
+  int64_t a_step = 0;                    // bytes from a pixel (pair) to the next; with Kernels::tiles from row to row
   const int64_t* segments = nullptr;     // byte offsets from `a` to where each run of pixels starts
   int64_t segment_count = 0;
   int64_t steps = 0;                     // pixels (pairs) in a run
@@ -71,6 +74,9 @@ struct Kernels {
   int lanes;                             // floats in a vector
   int rows;                              // pixels that a product takes at most
   Type type;                             // of a tile's elements: bf16 where pairs of bfloat16 are multiplied
+  // AMX: a product takes blocks of 16 × 16 instead of rows and vectors. A weight's gradient then reads inputs as
+  // (row, pixel), a multiple of 16 rows and of 32 pixels, of which those past the last are zero.
+  bool tiles;
   void (*multiply)(const Product&, int rows, int vectors);
   void (*accumulate)(const OuterProduct&, int rows, int vectors);
   void (*load)(const Pixels&, void* tile, int64_t row);
@@ -81,16 +87,24 @@ struct Kernels {
   void (*sum_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, float* sums);
   // pairs[p][c] = (tile[2p][c], tile[2p + 1][c]), bfloat16; a missing last pixel is zero
   void (*pair_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* pairs, int64_t pairs_row);
+  // turned[c][p] = tile[p][c], bfloat16, for `tiles`
+  void (*turn_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* turned, int64_t turned_row);
+  // before and after a thread's products; they keep 64 bytes in `state`. Null where there is nothing to do
+  void (*begin)(void* state);
+  void (*end)(const void* state);
   // multiply-adds without memory, for the machine's limit; returns how many FLOP it did
   double (*peak)(int64_t rounds, float* sink);
 };
+
+// Pixels that the gradient of a weight takes at a time with Kernels::tiles, and rows of its sums.
+constexpr int64_t tile_depth = 32, tile_height = 16;
 
 // Vectors that a product takes at most: 14 × 2 sums fill 28 of AVX-512's 32 registers.
 constexpr int max_vectors = 2;
 
 extern const Kernels portable_kernels;
 #if NIN_X86
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_amx_kernels;
 #endif
 
 }  // namespace nin

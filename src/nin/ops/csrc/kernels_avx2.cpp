@@ -3,4 +3,5 @@
 #define NIN_LANES 8
 #define NIN_ROWS 6
 #define NIN_DOT 0
+#define NIN_AMX 0
 #include "kernels.inc"

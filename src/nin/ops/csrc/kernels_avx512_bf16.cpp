@@ -3,4 +3,5 @@
 #define NIN_LANES 16
 #define NIN_ROWS 14
 #define NIN_DOT 1
+#define NIN_AMX 0
 #include "kernels.inc"

@@ -162,6 +162,22 @@ class NextPanel {
   int64_t per_pixel_;
 };
 
+// Around a thread's products.
+class Use {
+ public:
+  explicit Use(const Kernels& k) : k_(k) {
+    if (k_.begin) k_.begin(state_);
+  }
+  ~Use() {
+    if (k_.end) k_.end(state_);
+  }
+  Use(const Use&) = delete;
+
+ private:
+  const Kernels& k_;
+  alignas(64) char state_[64];
+};
+
 // A product over a tile: `p` says what is common to all its parts.
 inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid& out, const Grid& derivative,
                           const Grid& gate, int64_t lines, int64_t columns, const Panels& panels) {
