@@ -1,7 +1,8 @@
 """The compiled CPU kernels of ``nin::mlpconv``, registered over the reference.
 
-``NIN_CPU_ISA`` forces an instruction set (for tests and comparisons): one of ``avx512_amx``, ``avx512_bf16``, ``avx512``,
-``avx2``, ``portable``, or ``reference`` for plain PyTorch. One that the machine lacks gives way to the next one down.
+``NIN_CPU_ISA`` forces an instruction set (for tests and comparisons): one of ``avx512_amx``, ``avx512_bf16``,
+``avx512``, ``avx2``, ``portable``, or ``reference`` for plain PyTorch. One that the machine lacks gives way to the next
+one down.
 """
 
 from __future__ import annotations
