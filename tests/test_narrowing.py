@@ -445,6 +445,30 @@ def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatc
     assert "The latency asked for, 0.20 of the original's, was not reached: 0.90." in result.report.notes
 
 
+def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypatch):
+    def measure(self, layers):  # a second layer costs as much as many products, so large ranks do not pay
+        return pricing.macs(layers) + 60_000 * (len(layers) - 1)
+
+    monkeypatch.setattr(pricing.LatencyTable, "measure", measure)
+    model, batches = chain(), images(16, 3, 16, 16)
+    options = NarrowOptions(thin=False, renormalise=False)
+    slow = nin.narrow(model, batches, macs=0.8, options=dataclasses.replace(options, revert_slower=False)).report
+    mended = nin.narrow(model, batches, macs=0.8, options=options).report
+    assert any(layer.latency_ms_after > layer.latency_ms_before for layer in slow.layers if layer.latency_ms_after)
+    changed = [layer for layer in mended.layers if layer.latency_ms_after]
+    assert changed
+    assert all(layer.latency_ms_after <= layer.latency_ms_before for layer in changed)
+    assert mended.macs[1] <= 0.8 * mended.macs[0]
+    assert any("as more were measured slower" in note for note in mended.notes)
+
+
+def test_layers_that_the_budget_needs_stay_though_slower_and_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: 1e9 - pricing.macs(layers))
+    report = nin.narrow(chain(), images(16, 3, 16, 16), macs=0.6).report
+    assert report.macs[1] <= 0.6 * report.macs[0]
+    assert any(note.startswith("Slower than before, but the budget needs them: ") for note in report.notes)
+
+
 def test_mistakes_are_one_line():
     model, batches = chain(), images(8, 3, 16, 16)
     with pytest.raises(UserError, match=r"must have a convolution or fully connected layer to narrow, got one without"):

@@ -16,7 +16,6 @@ from nin.narrowing.options import NarrowOptions
 from nin.narrowing.plan import LayerPlan, Plan, Thinning
 from nin.narrowing.pricing import LatencyTable, Price, Stopwatch
 from nin.narrowing.rebuilding import apply_plan, chain_of
-from nin.narrowing.structure import factors
 from nin.narrowing.studying import Study
 
 # The whole model is measured after each plan for a latency; so many plans are made at most.
@@ -97,7 +96,8 @@ class Planner:
         else:
             knapsack, choice, notes = self._for_count(share)
         plan = self._plan(knapsack, choice, share)
-        return Decision(plan, choice.loss, self._predicted(plan, choice), self._latency(plan), notes)
+        times = self._times(plan) if self.options.measure_latency else {}
+        return Decision(plan, choice.loss, self._predicted(plan, choice), times, notes)
 
     def _knapsack(self, candidates: Candidates, edges: tuple[Edge, ...]) -> Knapsack:
         prices: dict[str, Price] = {"macs": pricing.macs, "parameters": pricing.parameters, "latency": self.table}
@@ -112,32 +112,37 @@ class Planner:
         if self.kind == "parameters":  # those of BatchNorm and others stay
             budget -= (1 - share) * (count_parameters(self.original) - whole)
         choice = knapsack.choose(budget)
-        if self.options.revert_slower and self.options.factorise:
-            return self._revert_slower(knapsack, choice, budget)
+        if self.options.revert_slower:
+            return self._revert_slower(knapsack, choice, share, budget)
         return knapsack, choice, ()
 
     def _revert_slower(
-        self, knapsack: Knapsack, choice: Choice, budget: float
+        self, knapsack: Knapsack, choice: Choice, share: float, budget: float
     ) -> tuple[Knapsack, Choice, tuple[str, ...]]:
-        """Return a choice without factorised layers that were measured slower, where there is one."""
-        notes: tuple[str, ...] = ()
-        candidates = self.candidates
-        for _ in range(3):
-            latency = {name: self._milliseconds(knapsack, choice, name) for name in choice.forms}
-            slower = [name for name, (before, after) in latency.items() if after > before]
-            slower = [name for name in slower if choice.forms[name].form != "keep"]
+        """Return a choice in which no layer was measured slower than before, else the fastest one met."""
+        candidates, found = self.candidates, set[str]()
+        fastest: tuple[float, Knapsack, Choice, list[str]] | None = None
+        while True:
+            times = self._times(self._plan(knapsack, choice, share))
+            slower = [name for name, (before, after) in times.items() if after > before]
             if not slower:
                 break
-            forms = {name: v[:1] if name in slower else v for name, v in candidates.forms.items()}
-            candidates = dataclasses.replace(candidates, forms=forms)
-            again = self._knapsack(candidates, self.edges)
+            found.update(slower)
+            added = sum(after - before for before, after in times.values())
+            if fastest is None or added < fastest[0]:
+                fastest = added, knapsack, choice, slower
+            candidates = _with_less(candidates, knapsack, choice, slower)
+            knapsack = self._knapsack(candidates, self.edges)
             try:
-                choice = again.choose(budget)
+                choice = knapsack.choose(budget)
             except UserError:
-                return knapsack, choice, (*notes, f"Slower than before, but the budget needs them: {_list(slower)}.")
-            knapsack = again
-            notes += (f"Not factorised, as that was measured slower: {_list(slower)}.",)
-        return knapsack, choice, notes
+                _, knapsack, choice, slower = fastest
+                return knapsack, choice, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
+        if not found:
+            return knapsack, choice, ()
+        names = ", ".join(name for name in self.known.shapes if name in found)
+        note = f"Left as they were, or given fewer channels, as more were measured slower: {names}."
+        return knapsack, choice, (note,)
 
     def _for_latency(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
         """Choose over the measured table, measure the whole model, and choose again until it is fast enough."""
@@ -180,16 +185,6 @@ class Planner:
                 thinned.append(Thinning(edge.producer, edge.consumer, edge.between, left, full))
         return Plan(tuple(layers), tuple(thinned), self.kind, share, self.options.layout)
 
-    def _milliseconds(self, knapsack: Knapsack, choice: Choice, name: str) -> tuple[float, float]:
-        """Return the milliseconds of one layer before and after a choice."""
-        inputs = knapsack.width(name, choice.widths, before=True)
-        outputs = knapsack.width(name, choice.widths, before=False)
-        shape, form = self.known.shapes[name], choice.forms[name]
-        if form.form == "keep":
-            return 0.0, 0.0
-        chain = factors(shape, form.form, form.rank_in, form.rank_out, inputs=inputs, outputs=outputs)
-        return self.table((shape,)), self.table(chain)
-
     def _predicted(self, plan: Plan, choice: Choice) -> dict[str, float]:
         """Return the share of its variance that each layer is expected to lose."""
         lost = {name: form.loss for name, form in choice.forms.items()}
@@ -197,15 +192,30 @@ class Planner:
             lost[t.consumer] += self.known.candidates.widths[t.producer, t.consumer][t.channels]
         return lost
 
-    def _latency(self, plan: Plan) -> dict[str, tuple[float, float]]:
+    def _times(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return the milliseconds before and after of each layer that changes."""
         found = {}
-        for layer in plan.layers if self.options.measure_latency else ():
+        for layer in plan.layers:
             shape = self.known.shapes[layer.name]
             chain = chain_of(shape, layer)
             if chain != (shape,):
                 found[layer.name] = self.table((shape,)), self.table(chain)
         return found
+
+
+def _with_less(candidates: Candidates, knapsack: Knapsack, choice: Choice, layers: list[str]) -> Candidates:
+    """Return the choices without those that leave these layers as much to compute as a choice does, or more."""
+    forms, widths = dict(candidates.forms), dict(candidates.widths)
+    for name in layers:
+        if choice.forms[name].form != "keep":  # the forms stand by what they cost, the dearest first behind "keep"
+            forms[name] = (forms[name][0], *forms[name][forms[name].index(choice.forms[name]) + 1 :])
+            continue
+        for ends in (knapsack.edge_before, knapsack.edge_after):
+            if name in ends and ends[name] in choice.widths:
+                edge, left = knapsack.edges[ends[name]], choice.widths[ends[name]]
+                key = edge.producer, edge.consumer
+                widths[key] = {n: lost for n, lost in widths[key].items() if n < left}
+    return Candidates(forms, widths)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -216,7 +226,3 @@ def count_parameters(model: nn.Module) -> int:
 def first_parameter(model: nn.Module) -> Tensor:
     """Return a parameter that tells the model's device and number type."""
     return next(p for p in model.parameters() if p.is_floating_point())
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names)
