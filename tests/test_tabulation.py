@@ -179,6 +179,16 @@ def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"p.csv", "p.parquet", os.path.basename(strange)}
 
 
+def test_every_column_has_a_name_of_its_own(run, paths, tmp_path):
+    classifier = prediction.load(run)
+    classes = ("image", "label", "confidence", "problem", *"abcdef")
+    classifier.info = dataclasses.replace(classifier.info, classes=classes)
+    tabulation.tabulate(classifier, paths[:2], tmp_path / "p.csv")
+    head = (tmp_path / "p.csv").read_text().splitlines()[0].split(",")
+    asked = [f"class {name}" for name in classes[:4]]
+    assert head == ["image", "label", "confidence", *asked, *"abcdef", "problem"]
+
+
 def test_shards_have_the_answers_of_their_images(classifier, folder, tmp_path, monkeypatch, run):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data.write_shards(folder, tmp_path / "shards", images_per_shard=50)

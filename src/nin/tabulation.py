@@ -88,7 +88,7 @@ def tabulate(
 ) -> Tabulated:
     """Classify images and write one row for each, in their order: image, label, confidence, every class, problem.
 
-    Memory does not grow with their number. Rows are written to ``out`` with ".partial" behind it, which takes the
+    A class that is called as one of the others has "class " before its name in the first row. Memory does not grow with their number. Rows are written to ``out`` with ".partial" behind it, which takes the
     file's place when it is whole. A file that cannot be read gets a row with the reason as its problem.
 
     Args:
@@ -192,7 +192,8 @@ def _partial(out: Path, share: Share) -> Path:
 
 
 def _columns(classes: Sequence[str]) -> list[str]:
-    return ["image", "label", "confidence", *classes, "problem"]
+    own = ("image", "label", "confidence", "problem")
+    return [*own[:3], *(f"class {name}" if name in own else name for name in classes), own[3]]
 
 
 def _line(fields: Sequence[str]) -> bytes:
@@ -245,7 +246,7 @@ def _to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
         raise UserError(f"{out}: Parquet needs: pip install 'nin[parquet]'") from error
     names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _columns(classes)]
     is_text = [True, True, *[False] * (len(names) - 3), True]
-    # read by their places, as a class may be called "image" too; a path may be no valid Unicode
+    # read by their places, as text may be no valid Unicode
     types = {str(place): arrow.binary() if text else arrow.float64() for place, text in enumerate(is_text)}
     reader = reading.open_csv(
         rows,
