@@ -66,6 +66,15 @@ def test_a_covariance_that_is_not_finite_is_refused(value):
         spectra.fit(weight, xx, weight @ xx)
 
 
+def test_a_covariance_of_rounding_errors_leaves_the_weight():
+    _, _, weight = problem()
+    noise = torch.randn(20, 20, dtype=torch.float64)
+    noise = (noise + noise.T) / 2  # no covariance at all: its values have both signs
+    assert float(torch.linalg.eigvalsh(noise)[0]) < -float(noise.diagonal().abs().mean())
+    fitted = spectra.fit(weight, noise * 1e-12, weight @ noise * 1e-12 + 1e-13)
+    assert float((fitted - weight).norm()) < 0.1 * float(weight.norm())
+
+
 def test_fit_is_least_squares_and_the_weight_where_nothing_changed():
     x, xx, weight = problem()
     torch.testing.assert_close(spectra.fit(weight, xx, weight @ xx), weight)

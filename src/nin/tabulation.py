@@ -88,8 +88,9 @@ def tabulate(
 ) -> Tabulated:
     """Classify images and write one row for each, in their order: image, label, confidence, every class, problem.
 
-    A class that is called as one of the others has "class " before its name in the first row. Memory does not grow with their number. Rows are written to ``out`` with ".partial" behind it, which takes the
-    file's place when it is whole. A file that cannot be read gets a row with the reason as its problem.
+    A class that is called as one of the others has "class " before its name in the first row. Memory does not grow with
+    the number of images. Rows are written to ``out`` with ".partial" behind it, which takes the file's place when it is
+    whole. A file that cannot be read gets a row with the reason as its problem.
 
     Args:
         classifier: of the images.

@@ -16,6 +16,9 @@ from nin.errors import UserError
 # Covariances of fewer samples than values are singular; a share of their mean variance is added to the diagonal.
 RIDGE = 1e-5
 
+# Times the mean variance, which no rounding error of a finite covariance reaches.
+LARGEST_RIDGE = 1e12
+
 # The least weight of a direction of y, as a share of the mean: no direction is free to be lost.
 LEAST_WEIGHT = 0.01
 
@@ -25,8 +28,8 @@ ROUNDING = 1e-9
 
 
 def with_ridge(covariance: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return C + ridge · mean(diag C) · I."""
-    level = covariance.diagonal().mean().clamp_min(1e-30)
+    """Return C + ridge · mean(|diag C|) · I."""
+    level = covariance.diagonal().abs().mean().clamp_min(1e-30)
     return covariance + ridge * level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
 
 
@@ -161,10 +164,13 @@ class InputForm:
 def cholesky(covariance: Tensor, ridge: float) -> Tensor:
     """Return L of ``C + εI = L Lᵀ``: ε is ``ridge`` times the mean variance, or ten times as much until it succeeds.
 
+    The difference of two large numbers can leave nothing but rounding errors of a variance, and more of them beside the
+    diagonal than on it: then ε becomes larger than the mean variance, and what is fitted stays as it was.
+
     Raises:
-        UserError: C has values that are not finite; of all others ε need not be larger than the mean variance.
+        UserError: C has values that are not finite.
     """
-    while ridge <= 1:
+    while ridge < LARGEST_RIDGE:
         lower, failed = torch.linalg.cholesky_ex(with_ridge(covariance, ridge))
         if not int(failed):
             return lower
