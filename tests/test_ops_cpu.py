@@ -286,7 +286,7 @@ def test_equal_bits_for_any_number_of_threads(isa, threads):
 @pytest.mark.skipif(
     not torch.cpu._is_amx_tile_supported(), reason="the processor has no AMX, whose tile registers PyTorch would share"
 )
-def test_tile_registers_are_shared_with_pytorch(isa):
+def test_tile_registers_are_shared_with_pytorch():
     x, weights, biases = Chain((192, 160, 96)).tensors(torch.bfloat16, size=(16, 16))
     a = torch.randn(256, 512).bfloat16()
     wanted, product = nin.mlpconv(x, weights, biases), a @ a.T
