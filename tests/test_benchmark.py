@@ -26,6 +26,7 @@ def small(monkeypatch):
     monkeypatch.setitem(CASES, "small", SMALL)
     monkeypatch.setitem(CASES, "small-network", SMALL_NETWORK)
     monkeypatch.setattr("nin.benchmark.runner.SECONDS_PER_CASE", 0.01)
+    monkeypatch.setattr("nin.benchmark.runner.SETTLE_MS", 0.0)
     monkeypatch.setattr("nin.benchmark.runner.keep_freed_memory", lambda: False)  # of this process, for good
 
 

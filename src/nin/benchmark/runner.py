@@ -23,9 +23,10 @@ from nin.ops import backends, gpu, limits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
-SECONDS_PER_CASE = 6.0
-# For how long an engine is called before each measured call, see `nin.timing.compare`.
-SETTLE_MS = 8.0
+SECONDS_PER_CASE = 12.0
+# For how long an engine is called before each measured call, see `nin.timing.compare`. ONNX Runtime's threads spin for
+# 30 to 50 ms after its last call: with 8 ms, whoever came next on two cores took twice its time.
+SETTLE_MS = 100.0
 VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
 
 
