@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from nin import bottleneck
 from nin.server import spectra
 
 
@@ -155,35 +153,6 @@ class DeadChannels(BaseModel):
 
     images: int
     channels: list[list[int]]
-
-
-class TimingOf(BaseModel):
-    """Milliseconds."""
-
-    median_ms: float
-    low_ms: float = Field(description="20th percentile")
-    high_ms: float = Field(description="80th percentile")
-    runs: int
-
-
-class Bottleneck(BaseModel):
-    """Both forms, measured in turn."""
-
-    r: int
-    narrow: TimingOf
-    wide: TimingOf
-    shape: list[int]
-    dtype: str
-    memory_format: str
-    threads: int
-    torch: str
-    device: str
-    processor: str
-
-    @classmethod
-    def of(cls, measured: bottleneck.Measurement) -> Bottleneck:
-        """Return the answer for a measurement."""
-        return cls.model_validate(dataclasses.asdict(measured))
 
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {

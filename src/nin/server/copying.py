@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,7 +155,7 @@ def _page(service: Service, images: int) -> dict[str, Any]:
         "models": [run.description for run in service.runs],
         "samples": samples.model_copy(update={"samples": samples.samples[:images]}),
         "dead": [dead_channels(run) for run in service.runs],
-        "bottleneck": {str(r): answers.Bottleneck.of(bottleneck.measure(r)) for r in MEASURED},
+        "bottleneck": {str(r): dataclasses.asdict(bottleneck.measure(r)) for r in MEASURED},
         "predictions": [
             predictions(run.classifier, classify(run.classifier, _pixels(run, list(range(images)), service)), maps=True)
             for run in service.runs

@@ -40,9 +40,9 @@ def _add_images(app: FastAPI, service: Service) -> None:
     @app.post("/api/bottleneck")
     async def measured_bottleneck(
         r: Annotated[int, Query(ge=bottleneck.NARROWEST, le=bottleneck.WIDEST, description="channels it leaves")],
-    ) -> answers.Bottleneck:
+    ) -> bottleneck.Measurement:
         """Time 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256 on this machine."""
-        return answers.Bottleneck.of(await service.compute(lambda: bottleneck.measure(r)))
+        return await service.compute(lambda: bottleneck.measure(r))
 
 
 def _add_layers(app: FastAPI, service: Service) -> None:
