@@ -445,6 +445,22 @@ def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatc
     assert "The latency asked for, 0.20 of the original's, was not reached: 0.90." in result.report.notes
 
 
+def test_a_latency_that_is_more_than_kept_gives_channels_back(monkeypatch):
+    model, batches = chain(), images(8, 3, 16, 16)
+    whole, shares = nin.cost(model, (1, 3, 16, 16)).macs, []
+
+    def squared(self, narrowed, batch):  # as where what is left also runs better than the table says
+        shares.append((nin.cost(narrowed, (1, 3, 16, 16)).macs / whole) ** 2)
+        return timing.Timing(1.0, 0.9, 1.1, 9), timing.Timing(shares[-1], 0.0, 9.9, 9)
+
+    monkeypatch.setattr(pricing.Stopwatch, "compare", squared)
+    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: pricing.macs(layers))
+    report = nin.narrow(model, batches, latency=0.5, options=NarrowOptions(measure_latency=False)).report
+    assert shares[0] < 0.26
+    assert 0.4 < (report.macs[1] / report.macs[0]) ** 2 <= 0.51
+    assert len(shares) <= 5
+
+
 def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypatch):
     def measure(self, layers):  # a second layer costs as much as many products, so large ranks do not pay
         return pricing.macs(layers) + 60_000 * (len(layers) - 1)

@@ -388,9 +388,7 @@ def test_wilson_interval_is_that_of_the_literature():
 
 def test_weight_decay_spares_biases_and_gains():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
-    other = nin.models.nin_digits(normalisation="weight_standardisation")
-    made = descent.Descent(model, other, learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
-    decayed, spared = made.optimizer.param_groups
+    decayed, spared = descent.sgd(model, learning_rate=0.1, momentum=0.9, weight_decay=5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4
     assert all(p.dim() == 4 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class Descent:
-    """Stochastic gradient descent with Nesterov momentum, and the averaged weights, which are the ones to use.
+    """An optimiser at work on a network, and the averaged weights, which are the ones to use.
 
     Args:
         model: learns, in place.
         average: a network of the same architecture, which takes the averaged weights.
-        learning_rate: at the first step; `step` is told each one's.
-        momentum: of the gradients.
-        weight_decay: per step, on weights, not on biases and gains (one-dimensional).
+        optimizer: of the model's parameters, such as `sgd` or `adamw` give; `step` is told each step's learning rate.
     """
 
-    def __init__(
-        self, model: nn.Module, average: nn.Module, *, learning_rate: float, momentum: float, weight_decay: float
-    ) -> None:
-        self.model, self.average = model, average.eval()
+    def __init__(self, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.average, self.optimizer = model, average.eval(), optimizer
         average.load_state_dict(model.state_dict())
-        weights = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
         self.blend: float | Tensor = 0.0  # how far the averages move
         device = next(model.parameters()).device
         if device.type == "cuda":
@@ -81,21 +73,64 @@ class Descent:
                 average.lerp_(current, self.blend) if average.is_floating_point() else average.copy_(current)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, their averages and the optimiser's momentum, by name."""
+        """Return the weights, their averages and what the optimiser remembers of each, by name."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for name, p in self.model.named_parameters():
-            if "momentum_buffer" in self.optimizer.state[p]:
-                tensors[f"momentum.{name}"] = self.optimizer.state[p]["momentum_buffer"]
+            remembered = {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{k}.{name}": v for k, v in remembered.items()}
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to the state that `tensors` returned."""
         for network, prefix in ((self.model, "model."), (self.average, "average.")):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, p in self.model.named_parameters():
-            if f"momentum.{name}" in tensors:
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{name}"])
+        remembered = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        parameters = dict(self.model.named_parameters())
+        for key, value in remembered.items():
+            kind, name = key.split(".", 1)
+            p = parameters[name]
+            # as the parameter lies in memory; the number of the step is a single number
+            place = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
+            self.optimizer.state[p][kind] = place.copy_(value)
+
+
+def sgd(model: nn.Module, *, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return stochastic gradient descent with Nesterov momentum.
+
+    Args:
+        model: whose parameters it changes.
+        learning_rate: at the first step.
+        momentum: of the gradients.
+        weight_decay: per step, on weights, not on biases and gains (one-dimensional).
+    """
+    groups = _groups(model, weight_decay)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+
+def adamw(
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """Return Adam with decoupled weight decay.
+
+    Args:
+        model: whose parameters it changes.
+        learning_rate: at the first step.
+        betas: how much of the averages of the gradient and of its square is kept in a step.
+        weight_decay: times the learning rate per step, on weights, not on biases and gains (one-dimensional).
+
+    Source:
+        Loshchilov, Hutter: Decoupled weight decay regularization, 2017, arXiv 1711.05101.
+    """
+    return torch.optim.AdamW(_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters for an optimiser: those that decay, and those that do not."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def averaging(decay: float, step: int) -> float:

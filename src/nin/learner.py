@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import machine, models, processes
-from nin.descent import Descent, averaging
+from nin.descent import Descent, averaging, sgd
 from nin.errors import UserError
 from nin.recipe import ResolvedConfig, learning_rate
 from nin.replaying import Replay
@@ -39,13 +39,13 @@ class Learner:
         # The average lives in a second network, so that testing it needs no swapping of weights.
         self.average = self.place(make())
         self.network: nn.Module = self.model  # what a step calls
-        self.descent = Descent(
+        optimizer = sgd(
             self.model,
-            self.average,
             learning_rate=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
+        self.descent = Descent(self.model, self.average, optimizer)
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
         self._take_step = Replay(self._plain_step, self.device) if replays else self._plain_step
@@ -125,7 +125,7 @@ class Learner:
         return whole[0] / images, part * (size / images)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, their averages and the optimiser's momentum, by name."""
+        """Return the weights, their averages and what the optimiser remembers, by name."""
         return self.descent.tensors()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

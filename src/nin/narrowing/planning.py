@@ -19,10 +19,10 @@ from nin.narrowing.rebuilding import apply_plan, chain_of
 from nin.narrowing.studying import Study
 
 # The whole model is measured after each plan for a latency; so many plans are made at most.
-LATENCY_PLANS = 4
+LATENCY_PLANS = 5
 
-# A plan whose whole model is this near to the latency asked for is good enough.
-LATENCY_TOLERANCE = 1.02
+# A plan is good enough if the time of its whole model, as a share of what was asked for, lies between these.
+LATENCY_SPENT, LATENCY_TOLERANCE = 0.96, 1.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +145,32 @@ class Planner:
         return knapsack, choice, (note,)
 
     def _for_latency(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
-        """Choose over the measured table, measure the whole model, and choose again until it is fast enough."""
+        """Choose over the measured table, measure the whole model, and choose again until the time is kept and used."""
         knapsack = self._knapsack(self.candidates, self.edges)
-        budget, lowest = share * knapsack.everything().cost, knapsack.cheapest().cost
+        whole, lowest = knapsack.everything().cost, knapsack.cheapest().cost
+        budget, kept, missed = share * whole, 0.0, whole  # budgets of the table; those that kept the time, and not
         best: tuple[float, Choice] | None = None
         for _ in range(LATENCY_PLANS):
             choice = knapsack.choose(budget)
             planned = apply_plan(self.original, self._plan(knapsack, choice, share))
             before, after = self.stopwatch.compare(planned, self.table.batch)
             reached = after.median_ms / before.median_ms
-            if best is None or (best[0] > share * LATENCY_TOLERANCE and reached < best[0]):
+            if _better(reached, choice, best, share * LATENCY_TOLERANCE):
                 best = reached, choice
-            if reached <= share * LATENCY_TOLERANCE:
+            if reached > share * LATENCY_TOLERANCE:
+                missed = min(missed, budget)
+            elif reached < share * LATENCY_SPENT:
+                kept = max(kept, budget)
+            else:
                 break
-            lower = max(budget * share / reached * 0.98, lowest)
-            if lower >= budget:  # nothing more can be left out
+            # a part of the time does not shrink with the layers, so aim a little lower than in proportion
+            following = budget * share / reached * 0.98
+            if kept and not kept < following < missed:
+                following = (kept + missed) / 2
+            following = max(following, lowest)
+            if following == budget or kept >= missed:  # nothing more can be left out, or put back
                 break
-            budget = lower
+            budget = following
         assert best is not None
         notes: tuple[str, ...] = ()
         if best[0] > share * LATENCY_TOLERANCE:
@@ -201,6 +210,15 @@ class Planner:
             if chain != (shape,):
                 found[layer.name] = self.table((shape,)), self.table(chain)
         return found
+
+
+def _better(reached: float, choice: Choice, best: tuple[float, Choice] | None, most: float) -> bool:
+    """Return whether a choice is better than the best one met: one that keeps the time, then one that loses less."""
+    if best is None:
+        return True
+    if reached <= most and best[0] <= most:
+        return choice.loss < best[1].loss
+    return reached < best[0]
 
 
 def _with_less(candidates: Candidates, knapsack: Knapsack, choice: Choice, layers: list[str]) -> Candidates:
