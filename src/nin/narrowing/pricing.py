@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from nin import machine, timing
 from nin.files import write_atomically
 from nin.narrowing.rebuilding import to_layout
 from nin.narrowing.structure import LayerShape, inputs_of, make_layer
+
+# Seconds that the calls of one layer, and of one whole model, are timed for, and how many calls these are at least and
+# at most: where others work on the machine too, short ones need many, or all of them fall into a bad moment.
+LAYER_SECONDS, MODEL_SECONDS, RUNS = 0.02, 0.5, (7, 101)
 
 # The price of a chain of layers that runs one after the other.
 Price = Callable[[tuple[LayerShape, ...]], float]
@@ -35,19 +40,18 @@ def parameters(chain: tuple[LayerShape, ...]) -> float:
 class LatencyTable:
     """Milliseconds of chains of layers, measured when they are first asked for and remembered.
 
+    The 20th percentile of the timings counts: what else the machine does makes them longer only.
+
     Args:
         like: a tensor on the device and in the dtype to measure in.
         batch: images at a time.
         layout: "contiguous" or "channels_last".
-        runs: timings of which the 20th percentile counts: what else the machine does makes them longer only.
         cache: a JSON file that `save` keeps them in. Those of another machine, PyTorch, number of threads, batch,
             dtype or layout are kept beside and not used.
     """
 
-    def __init__(
-        self, like: Tensor, batch: int, layout: str = "contiguous", *, runs: int = 7, cache: Path | None = None
-    ) -> None:
-        self.like, self.batch, self.layout, self.runs, self.cache = like, batch, layout, runs, cache
+    def __init__(self, like: Tensor, batch: int, layout: str = "contiguous", *, cache: Path | None = None) -> None:
+        self.like, self.batch, self.layout, self.cache = like, batch, layout, cache
         name = torch.cuda.get_device_name(like.device) if like.is_cuda else machine.processor_name()
         words = (name, like.device, torch.__version__, torch.get_num_threads(), like.dtype, batch, layout)
         self.setting = " · ".join(map(str, words))
@@ -81,7 +85,7 @@ class LatencyTable:
             wait_for(x.device)
 
         with torch.inference_mode():
-            return timing.compare({"chain": run}, runs=self.runs, warmup=2)["chain"].low_ms
+            return timing.compare({"chain": run}, runs=_runs(run, LAYER_SECONDS), warmup=2)["chain"].low_ms
 
     def save(self) -> None:
         """Write what was measured into the cache, if there is one."""
@@ -129,9 +133,20 @@ class Stopwatch:
             return run
 
         narrowed = to_layout(copy.deepcopy(narrowed), self.layout).eval()
+        before = call(self.original)
         with torch.inference_mode():
-            times = timing.compare({"before": call(self.original), "after": call(narrowed)}, runs=9, warmup=2)
+            runs = _runs(before, MODEL_SECONDS)
+            times = timing.compare({"before": before, "after": call(narrowed)}, runs=runs, warmup=2)
         return times["before"], times["after"]
+
+
+def _runs(call: Callable[[], None], seconds: float) -> int:
+    """Return how often to time a call."""
+    call()  # the first one is slower
+    start = time.perf_counter()
+    call()
+    least, most = RUNS
+    return min(max(int(seconds / (time.perf_counter() - start)), least), most)
 
 
 def _resized(value: Any, batch: int) -> Any:
