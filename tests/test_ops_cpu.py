@@ -409,12 +409,39 @@ def test_packed_weights_are_kept_and_die_with_the_weight():
     assert kept() is None
 
 
-def test_weights_made_in_inference_mode_are_not_kept():
-    with torch.inference_mode():
-        weight, x = torch.randn(8, 6, 1, 1), torch.randn(1, 6, 5, 5)
-        nin.conv1x1(x, weight)
-        weight.mul_(2)
-        torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_made_in_inference_mode_are_kept_until_one_of_their_values_changes(dtype):
+    handle = cpu.KERNELS.handles[dtype]
+    with torch.inference_mode():  # they have no version counter
+        weight, x = torch.randn(8, 101, 3, 3, dtype=dtype), torch.randn(1, 101, 5, 5, dtype=dtype)
+        packed = packing.packed_weight(handle, weight)
+        assert packing.packed_weight(handle, weight) is packed
+        for place in [(0, 0, 0, 0), (3, 50, 1, 1), (7, 100, 2, 2)]:
+            weight[place] += 1
+            packed, before = packing.packed_weight(handle, weight), packed
+            assert packed is not before
+            wanted = F.conv2d(x, weight)
+            torch.testing.assert_close(nin.mlpconv(x, [weight], [None], activation=None), wanted, atol=0.3, rtol=0.02)
+        part = weight[:, :2]  # not in one piece: packed for every call
+        assert packing.packed_weight(handle, part) is not packing.packed_weight(handle, part)
+
+
+def in_any_layout(shape, dtype):
+    """Yield equal weights that lie differently in memory."""
+    weight = torch.randn(shape).to(dtype)
+    yield weight
+    yield weight.contiguous(memory_format=torch.channels_last)
+    yield weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # the columns side by side
+    yield torch.randn(shape[0], shape[1] + 3, *shape[2:]).to(dtype)[:, 1:-2].copy_(weight)
+
+
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 32, 1, 1), (70, 33, 3, 3), (5, 1, 2, 3), (16, 7, 1, 1), (40, 48, 5, 5)])
+def test_weights_are_packed_alike_however_they_lie(isa, shape, dtype, for_input_gradient):
+    handle = cpu.KERNELS.handles[dtype]
+    packed = [packing._pack(handle, w, for_input_gradient) for w in in_any_layout(shape, dtype)]
+    assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 
 # -- which kernels -----------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
         ("nin_find_kernels", pointer, [row, size]),
         ("nin_packed_bytes", size, [pointer, row]),
         ("nin_sample", ctypes.c_uint64, [pointer, size]),
+        ("nin_hash", ctypes.c_uint64, [pointer, size]),
         ("nin_pack", None, [pointer, row, pointer, pointer]),
         ("nin_forward_scratch_bytes", size, [pointer, row, row, size]),
         ("nin_forward", ctypes.c_int32, [pointer, row, row, pointer, pointer, row]),

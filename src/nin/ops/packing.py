@@ -27,15 +27,20 @@ def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False)
 
     A change is seen by the version counter that every in-place operation and optimiser step raises, and by the
     address. A change through ``weight.data`` or another library's view of the memory raises no counter: it is seen
-    where one of 64 values differs, as after scaling, averaging or copying. The copy lives as long as the weight.
+    where one of 64 values differs, as after scaling, averaging or copying. Weights made in inference mode have no
+    counter: all of their values are compared, by a hash. The copy lives as long as the weight.
     """
-    if weight.is_inference():  # has no version counter
-        return _pack(handle, weight, for_input_gradient)
     key = (id(weight), handle, for_input_gradient)
     address = weight.data_ptr()
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    sample = compiled.loaded().nin_sample(address, weight.numel() * weight.element_size() if dense else 0)
-    state = (weight._version, sample, address, weight.shape, weight.stride())
+    size, library = weight.numel() * weight.element_size() if dense else 0, compiled.loaded()
+    if not weight.is_inference():
+        change = weight._version, library.nin_sample(address, size)
+    elif dense:
+        change = -1, library.nin_hash(address, size)
+    else:
+        return _pack(handle, weight, for_input_gradient)
+    state = (change, address, weight.shape, weight.stride())
     entry = _packed.get(key)
     if entry is not None and entry.weight() is weight and entry.state == state:
         return entry.packed

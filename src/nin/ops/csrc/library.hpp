@@ -47,6 +47,8 @@ NIN_API int64_t nin_packed_bytes(const void* kernels, const nin_weight* weight);
 NIN_API void nin_pack(const void* kernels, const nin_weight* weight, const void* data, void* packed);
 // A number made of 64 of the values, spread evenly: a weight that was changed behind its version counter differs in it.
 NIN_API uint64_t nin_sample(const void* data, int64_t bytes);
+// The same of all values, for weights that have no version counter.
+NIN_API uint64_t nin_hash(const void* data, int64_t bytes);
 // Scratch that one thread takes, at most, to run the problem.
 NIN_API int64_t nin_forward_scratch_bytes(const void* kernels, const nin_problem* problem, const nin_layer* layers,
                                           int64_t threads);

@@ -12,37 +12,39 @@ int64_t packed_bytes(const Kernels& k, const nin_weight& w) {
   return (panels.count - 1) * panels.full_bytes + last;
 }
 
-// One value as the tiles have it.
-void convert(const char* from, Type type, char* to, Type tile_type) {
-  if (type == tile_type) {
-    std::memcpy(to, from, size_of(type));
-  } else {  // bfloat16 to float
-    uint16_t half;
-    std::memcpy(&half, from, 2);
-    const uint32_t bits = uint32_t(half) << 16;
-    std::memcpy(to, &bits, 4);
+// The weights of one tap for some columns: rows of channels, or of pairs of them, each with its columns side by side.
+void pack_tap(const Kernels& k, const nin_weight& w, const char* data, int64_t columns, char* rows, int64_t row) {
+  char* at = const_cast<char*>(data);
+  const int64_t size = size_of(Type(w.type)), column = w.column_stride * size, channel = w.channel_stride * size;
+  // a tile's pixels are the channels here, and its channels the columns
+  if (k.type == Type::f32) return k.load({at, column, channel, Type(w.type), columns, w.channels}, rows, row);
+  int64_t packed = 0;
+  if (channel == size) {  // channels side by side: a pair of them moves as one value of four bytes
+    k.load({at, column, 2 * size, Type::f32, columns, w.channels / 2}, rows, row);
+    packed = w.channels / 2 * 2;
+  } else if (column == size && columns % k.lanes == 0) {
+    return k.pair_pixels(at, channel, w.channels, columns, rows, row);
+  }
+  for (int64_t c = packed; c < w.channels; ++c) {
+    for (int64_t j = 0; j < columns; ++j) {
+      std::memcpy(rows + c / 2 * row + (2 * j + c % 2) * size, at + c * channel + j * column, size);
+    }
   }
 }
 
 void pack(const Kernels& k, const nin_weight& w, const char* data, char* packed) {
-  const Type type = Type(w.type);
-  const int64_t size = size_of(type), out_size = size_of(k.type), per_step = 4 / out_size;
-  const int64_t channels = padded_channels(k, w.channels);
-  const Panels panels(k, w.columns, w.height * w.width * steps_of(k, w.channels));
-  std::memset(packed, 0, packed_bytes(k, w));
+  const int64_t size = size_of(Type(w.type)), tap_steps = steps_of(k, w.channels);
+  const Panels panels(k, w.columns, w.height * w.width * tap_steps);
   for (int64_t panel = 0; panel < panels.count; ++panel) {
-    const int64_t width = panels.vectors(k, panel) * k.lanes;
+    const int64_t width = panels.vectors(k, panel) * k.lanes, row = width * 4;
     const int64_t first = panel * panels.width, existing = std::min(width, w.columns - first);
-    char* row = packed + panel * panels.full_bytes;
-    for (int64_t tap = 0; tap < w.height * w.width; ++tap, row += channels * width * out_size) {
-      const char* at = data + (tap / w.width * w.height_stride + tap % w.width * w.width_stride) * size;
-      for (int64_t c = 0; c < w.channels; ++c) {
-        char* to = row + (c / per_step * width * per_step + c % per_step) * out_size;
-        const char* from = at + (c * w.channel_stride + first * w.column_stride) * size;
-        for (int64_t j = 0; j < existing; ++j) {
-          convert(from + j * w.column_stride * size, type, to + j * 4, k.type);
-        }
-      }
+    char* rows = packed + panel * panels.full_bytes;
+    if (existing < width || padded_channels(k, w.channels) != w.channels) {
+      std::memset(rows, 0, w.height * w.width * tap_steps * row);
+    }
+    for (int64_t tap = 0; tap < w.height * w.width; ++tap, rows += tap_steps * row) {
+      const int64_t offset = tap / w.width * w.height_stride + tap % w.width * w.width_stride;
+      pack_tap(k, w, data + (offset + first * w.column_stride) * size, existing, rows, row);
     }
   }
 }
@@ -68,5 +70,26 @@ uint64_t nin_sample(const void* data, int64_t bytes) {
     std::memcpy(&word, static_cast<const char*>(data) + (words - 1) * i / std::max<int64_t>(1, count - 1) * 4, 4);
     hash = (hash ^ word) * 1099511628211u;
   }
+  return hash;
+}
+
+uint64_t nin_hash(const void* data, int64_t bytes) {
+  constexpr int lanes = 8;  // independent of each other, so that the processor works on all of them at once
+  uint64_t hashes[lanes] = {1, 2, 3, 4, 5, 6, 7, 8};
+  const auto mix = [](uint64_t hash, uint64_t word) {
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    return hash ^ hash >> 32;
+  };
+  const char* at = static_cast<const char*>(data);
+  const int64_t block = lanes * 8, whole = bytes / block * block;
+  for (int64_t i = 0; i < whole; i += block) {
+    uint64_t words[lanes];
+    std::memcpy(words, at + i, block);
+    for (int lane = 0; lane < lanes; ++lane) hashes[lane] = mix(hashes[lane], words[lane]);
+  }
+  uint64_t words[lanes] = {};
+  std::memcpy(words, at + whole, bytes - whole);
+  uint64_t hash = uint64_t(bytes);
+  for (int lane = 0; lane < lanes; ++lane) hash = mix(hash, mix(hashes[lane], words[lane]));
   return hash;
 }
