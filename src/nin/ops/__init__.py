@@ -157,13 +157,12 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         which = "" if len(weights) == 1 else f" {i}"
         _check_like(f"weight{which}", weight, x)
-        fits = weight.dim() == 4 and weight.shape[1] == channels and (i == 0 or weight.shape[2:] == (1, 1))
-        if not fits or 0 in weight.shape:
-            shape = f"(C_out, {channels}, {'kH, kW' if i == 0 else '1, 1'})"
+        shape = tuple(weight.shape)
+        fits = len(shape) == 4 and shape[1] == channels and (i == 0 or shape[2:] == (1, 1))
+        if not fits or 0 in shape:
+            wanted = f"(C_out, {channels}, {'kH, kW' if i == 0 else '1, 1'})"
             before = "the input has" if i == 0 else "the layer before gives"
-            raise ValueError(
-                f"weight{which} must have shape {shape}, got {tuple(weight.shape)}: {before} {channels} channels"
-            )
+            raise ValueError(f"weight{which} must have shape {wanted}, got {shape}: {before} {channels} channels")
         channels = weight.shape[0]
         if bias is not None:
             _check_like(f"bias{which}", bias, x)
