@@ -24,6 +24,7 @@ from nin.narrowing import (
     finetune,
     graph,
     pricing,
+    recovering,
     structure,
     studying,
     working,
@@ -419,6 +420,27 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
     assert 0 == accuracy["original"] < accuracy["raw"] < accuracy["corrected"] == evaluate(result.model)
     assert result.report.calibration_error == 0.25
     assert json.loads(json.dumps(result.report.to_dict()))["accuracy"] == accuracy
+
+
+def test_batchnorm_statistics_are_the_average_over_the_images_and_kept_where_they_help():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    batches = [5 + 3 * torch.randn(8, 3, 6, 6) for _ in range(3)]
+    again = recovering.renormalise(model, batches)
+    given = torch.stack([model[0](x).detach() for x in batches])
+    torch.testing.assert_close(again[1].running_mean, given.mean((0, 1, 3, 4)))
+    torch.testing.assert_close(again[1].running_var, torch.stack([y.var((0, 2, 3)) for y in given]).mean(0))
+    assert (again[1].momentum, again.training, again[1].training) == (0.1, False, False)
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+    # a network whose convolution was changed comes nearer to the one it was, and one that was not does not
+    changed = copy.deepcopy(again)
+    with torch.no_grad():
+        changed[0].weight *= 2
+    mended, error, kept = recovering.correct(changed, again, batches)
+    assert kept
+    assert error < 0.1 * recovering.calibration_error(changed, again, batches)
+    torch.testing.assert_close(mended[1].running_mean, changed[0](torch.cat(batches)).mean((0, 2, 3)).detach())
+    same, error, kept = recovering.correct(again, again, batches)
+    assert (same is again, error, kept) == (True, 0.0, False)
 
 
 @pytest.mark.parametrize(

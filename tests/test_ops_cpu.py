@@ -79,7 +79,7 @@ def assert_within_bound(x, weights, biases, activation, geometry):
     """Compare with the chain in float64; the bound follows from the length of the sums."""
     result = nin.mlpconv(x, weights, biases, activation=activation, **geometry)
     exact = x.double(), [w.double() for w in weights], [None if b is None else b.double() for b in biases]
-    names = [activation] * len(weights)
+    names = [activation] * len(weights) if isinstance(activation, str) else activation
     error = (result.double() - conv_chain(*exact, names, geometry)).abs()
     assert (error <= error_bound(*exact, names, geometry, x.dtype)).all()
     assert result.is_contiguous(memory_format=reference.memory_format(x))
@@ -87,7 +87,8 @@ def assert_within_bound(x, weights, biases, activation, geometry):
 
 def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
     """Return the result and all gradients, of the compiled kernel or of the reference in the given dtype."""
-    names, count = [activation] * len(weights), len(weights)
+    count = len(weights)
+    names = [activation] * count if isinstance(activation, str) else activation
     options = [(value, value) if isinstance(value, int) else value for value in geometry.values()]
     layers = Layers(weights, biases, *options, names)
     needs = [True] * (1 + count) + [b is not None for b in biases]
@@ -156,6 +157,15 @@ def test_gradients(isa, chain, layout, dtype):
         assert_gradients_agree(*chain.tensors(dtype, layout, size=(13, 17)), activation, chain.geometry)
 
 
+@pytest.mark.parametrize("names", [["gelu", "none", "silu"], ["none", "silu", "relu"], ["relu", "none", "none"]])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3)])
+@each_dtype
+def test_an_activation_of_its_own_for_each_layer(isa, dtype, kernel_size, names):
+    chain = Chain((19, 33, 7, 21), kernel_size)
+    assert_within_bound(*chain.tensors(dtype), names, chain.geometry)
+    assert_gradients_agree(*chain.tensors(dtype), names, chain.geometry)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_derivatives(isa, activation):
     z = torch.cat((torch.linspace(-12, 12, 4001), torch.linspace(-0.01, 0.01, 999), torch.tensor([-100.0, 100.0])))
@@ -178,8 +188,10 @@ def test_random_shapes(data):
     kernel_size = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "kernel size")
     stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "stride")
     padding = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3)), "padding")
-    size = data.draw(st.tuples(st.integers(4, 19), st.integers(4, 19)), "size")
-    chain = Chain(widths, kernel_size, stride, padding, bias=data.draw(st.booleans(), "bias"))
+    dilation = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 3)), "dilation")
+    size = data.draw(st.tuples(st.integers(7, 19), st.integers(10, 19)), "size")  # as far as the dilated taps reach
+    bias = data.draw(st.booleans(), "bias")
+    chain = Chain(widths, kernel_size, stride, padding, dilation=dilation, bias=bias)
     dtype = data.draw(st.sampled_from(list(DTYPES.values())), "dtype")
     layout = data.draw(st.sampled_from(list(LAYOUTS.values())), "layout")
     tensors = chain.tensors(dtype, layout, images=data.draw(st.integers(1, 3), "images"), size=size)
@@ -343,6 +355,22 @@ def test_scratch_does_not_grow_with_the_images(dtype):
     assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
 
 
+def test_a_chains_hidden_layers_are_not_kept_for_the_backward_pass():
+    x, weights, biases = Chain((64, 512, 32)).tensors(torch.float32, images=4, size=(16, 16))
+    for tensor in (*weights, *biases):
+        tensor.requires_grad_()
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = nin.mlpconv(x, weights, biases)
+    parameters = sum(t.numel() for t in (*weights, *biases))
+    assert sum(kept.values()) <= x.numel() + y.numel() + parameters < 4 * 512 * 16 * 16
+
+
 def test_failures_of_the_library_are_exceptions():
     compiled.check(0)
     with pytest.raises(MemoryError):
@@ -396,6 +424,32 @@ def test_a_changed_weight_is_packed_again(change):
         assert torch.equal(before, nin.conv1x1(x, weight))
         change(weight)
         torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight))
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_changes_a_single_value_is_seen(make, options):
+    weight = torch.nn.Parameter(torch.randn(64, 64, 1, 1))  # of which 64 values are sampled
+    optimizer = make([weight], lr=0.5, weight_decay=0, **options)
+    x = torch.randn(1, 64, 5, 5)
+    with torch.no_grad():
+        nin.conv1x1(x, weight)
+        weight.grad = torch.zeros_like(weight)
+        weight.grad[0, 1] = 1
+        optimizer.step()
+        torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight), atol=1e-4, rtol=1e-4)
+
+
+def test_an_optimiser_compiles_with_the_packed_weights_watched():
+    weight = torch.nn.Parameter(torch.randn(8, 6, 1, 1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    x = torch.randn(1, 6, 5, 5)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        step()
+        with torch.no_grad():
+            torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight), atol=1e-4, rtol=1e-4)
 
 
 def test_packed_weights_are_kept_and_die_with_the_weight():

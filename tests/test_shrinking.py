@@ -6,14 +6,16 @@ import json
 import shutil
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 from torch import nn
 
 import nin
-from nin import cli, data, factories, shrinking
+from nin import checkpoint, cli, data, factories, server, shrinking
 from nin.errors import UserError
 from nin.narrowing import FinetuneConfig
 from nin.training import Keeping
@@ -56,6 +58,8 @@ def test_a_narrowed_run_is_a_run(run, tmp_path, capsys):
     Image.new("L", (8, 8), 90).save(image)
     assert classifier.predict(image)[0].label in classifier.classes
     assert classifier.confidence_maps(image).shape[1] == 10
+    # as it was: not in the layout that the fine-tuning takes
+    assert all(p.is_contiguous() for p in checkpoint.load_model(out)[0].parameters())
     # the report's own count of right answers agrees, and a narrowed run can be narrowed again
     cli.main(["report", str(out)])
     cli.main(["cost", str(out), "--json"])
@@ -65,6 +69,23 @@ def test_a_narrowed_run_is_a_run(run, tmp_path, capsys):
     again = json.loads(capsys.readouterr().out)
     assert again["macs"][0] == figures["macs"][1]
     assert nin.load(tmp_path / "third").model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_a_narrowed_run_is_exported_and_served(run, tmp_path, capsys):
+    out = tmp_path / "half"
+    narrow(run, "--macs", "0.5", "--out", str(out))
+    cli.main(["export", str(out), "--out", str(tmp_path / "half.onnx")])
+    x = torch.randn(2, 1, 8, 8)
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx", providers=["CPUExecutionProvider"])
+    (scores,) = session.run(["scores"], {"images": x.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(scores), nin.load(out).model(x), atol=1e-4, rtol=1e-4)
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    with TestClient(server.create_app(out), base_url="http://127.0.0.1") as client:
+        content = (tmp_path / "grey.png").read_bytes()
+        answer = client.post("/api/predict", content=content, headers={"content-type": "image/png"})
+    assert answer.status_code == 200, answer.text
+    assert nin.load(out).predict(tmp_path / "grey.png")[0].label in answer.text
 
 
 def test_a_dry_run_writes_no_run(run, tmp_path, capsys):
@@ -173,6 +194,25 @@ def test_an_unfinished_one_is_not_gone_on_with_for_another_network_or_other_imag
         with pytest.raises(UserError, match=message):
             shrinking.shrink(path, images, config, out=out)
     shrinking.shrink(run, digits, config, out=out)
+
+
+def test_an_unfinished_one_is_not_gone_on_with_under_another_recipe(run, digits, tmp_path, monkeypatch):
+    config = shrinking.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        shrinking.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+    slower = functools.partial(FinetuneConfig, learning_rate=1e-4)
+    monkeypatch.setattr(shrinking.working, "FinetuneConfig", slower)
+    with pytest.raises(UserError, match=r"out was begun with learning_rate=0\.002, now 0\.0001: give the same"):
+        shrinking.shrink(run, digits, config, out=out)
+
+
+def test_a_plan_for_a_latency_can_be_stopped_and_keeps_what_was_timed(run, digits, tmp_path):
+    config = shrinking.ShrinkingConfig({"latency": 0.7}, images=64)
+    with pytest.raises(KeyboardInterrupt):
+        shrinking.shrink(run, digits, config, out=tmp_path / "out", **Stopper("Timing layers").arguments())
+    (timed,) = json.loads((run / "narrowing.latency.json").read_text()).values()
+    assert timed
 
 
 def test_a_control_is_not_that_of_another_call(run, digits, tmp_path):

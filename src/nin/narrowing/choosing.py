@@ -28,7 +28,7 @@ class Choice:
     Attributes:
         forms: by layer.
         widths: channels left, by the number of the edge; edges that are not there keep all.
-        cost: of all layers, in units of the budget.
+        cost: of the network, in units of the budget.
         loss: sum over the layers of the share of variance that each loses.
     """
 
@@ -49,12 +49,18 @@ class Knapsack:
         candidates: the choices.
         edges: between which layers channels can be left out.
         price: of a chain of layers.
+        fixed: what else the network costs, whatever is chosen.
     """
 
     def __init__(
-        self, shapes: dict[str, LayerShape], candidates: Candidates, edges: tuple[Edge, ...], price: Price
+        self,
+        shapes: dict[str, LayerShape],
+        candidates: Candidates,
+        edges: tuple[Edge, ...],
+        price: Price,
+        fixed: float = 0.0,
     ) -> None:
-        self.shapes, self.candidates, self.price = shapes, candidates, price
+        self.shapes, self.candidates, self.price, self.fixed = shapes, candidates, price, fixed
         self.edges = [edge for edge in edges if candidates.widths.get((edge.producer, edge.consumer))]
         self.edge_before: dict[str, int] = {}
         self.edge_after: dict[str, int] = {}
@@ -81,8 +87,8 @@ class Knapsack:
         return self.known[key]
 
     def total(self, forms: dict[str, Form], widths: dict[int, int]) -> float:
-        """Return what all layers cost."""
-        return sum(self.cost(name, forms[name], widths) for name in self.shapes)
+        """Return what the network costs."""
+        return self.fixed + sum(self.cost(name, forms[name], widths) for name in self.shapes)
 
     def loss(self, forms: dict[str, Form], widths: dict[int, int]) -> float:
         """Return what a choice loses."""

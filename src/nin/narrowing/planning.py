@@ -101,16 +101,15 @@ class Planner:
 
     def _knapsack(self, candidates: Candidates, edges: tuple[Edge, ...]) -> Knapsack:
         prices: dict[str, Price] = {"macs": pricing.macs, "parameters": pricing.parameters, "latency": self.table}
-        price = prices[self.kind]
-        return Knapsack(self.known.shapes, candidates, edges, price)
+        price, fixed = prices[self.kind], 0.0
+        if self.kind == "parameters":  # those of BatchNorm and others stay
+            fixed = count_parameters(self.original) - sum(s.parameters for s in self.known.shapes.values())
+        return Knapsack(self.known.shapes, candidates, edges, price, fixed)
 
     def _for_count(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
         """Choose for a number of MACs or parameters."""
         knapsack = self._knapsack(self.candidates, self.edges)
-        whole = knapsack.everything().cost
-        budget = share * whole
-        if self.kind == "parameters":  # those of BatchNorm and others stay
-            budget -= (1 - share) * (count_parameters(self.original) - whole)
+        budget = share * knapsack.everything().cost
         choice = knapsack.choose(budget)
         if self.options.revert_slower:
             return self._revert_slower(knapsack, choice, share, budget)

@@ -47,14 +47,24 @@ class LatencyTable:
         batch: images at a time.
         layout: "contiguous" or "channels_last".
         cache: a JSON file that `save` keeps them in. Those of another machine, PyTorch, number of threads, batch,
-            dtype or layout are kept beside and not used.
+            dtype, layout or time spent on each are kept beside and not used.
+        on_progress: called with the number of chains measured, before each.
     """
 
-    def __init__(self, like: Tensor, batch: int, layout: str = "contiguous", *, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        batch: int,
+        layout: str = "contiguous",
+        *,
+        cache: Path | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
         self.like, self.batch, self.layout, self.cache = like, batch, layout, cache
+        self.on_progress, self.measured = on_progress, 0
         name = torch.cuda.get_device_name(like.device) if like.is_cuda else machine.processor_name()
         words = (name, like.device, torch.__version__, torch.get_num_threads(), like.dtype, batch, layout)
-        self.setting = " · ".join(map(str, words))
+        self.setting = " · ".join(map(str, (*words, f"{LAYER_SECONDS * 1e3:g} ms each")))
         self.others = _read(cache)
         self.known = self.others.pop(self.setting, {})
 
@@ -64,6 +74,9 @@ class LatencyTable:
         same = tuple(dataclasses.replace(shape, name="", calls=1) for shape in chain)
         key = json.dumps([dataclasses.astuple(shape) for shape in same])
         if key not in self.known:
+            if self.on_progress:
+                self.on_progress(self.measured)
+            self.measured += 1
             self.known[key] = self.measure(same)
         return chain[0].calls * self.known[key]
 

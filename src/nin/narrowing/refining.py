@@ -67,7 +67,8 @@ def refine(
         on_progress: called with the passes done and all passes.
 
     Returns:
-        The new network, and the share of each fitted layer's variance that is missed.
+        The new network, and the share of each fitted layer's variance that is missed; layers whose patches are too
+        wide for a covariance are not among them.
 
     Source:
         Zhang, Zou, He, Sun: Accelerating very deep convolutional networks, 2015, arXiv 1505.06798, section 3.3
@@ -82,7 +83,9 @@ def refine(
     for done, group in enumerate(groups):
         moments = collect(material, narrowed, [layer.name for layer in group])
         for layer in group:
-            errors[layer.name] = _replace(material, narrowed, layer, thinned.get(layer.name), moments[layer.name])
+            missed = _replace(material, narrowed, layer, thinned.get(layer.name), moments[layer.name])
+            if missed is not None:
+                errors[layer.name] = missed
         if on_progress:
             on_progress(done + 1, len(groups))
     return narrowed, errors
@@ -189,8 +192,8 @@ def _shortcut_scale(material: Material, name: str) -> Tensor | None:
 
 def _replace(
     material: Material, narrowed: nn.Module, layer: LayerPlan, thinning: Thinning | None, moments: Moments
-) -> float:
-    """Put the fitted layer into the network; returns the share of its variance that it misses."""
+) -> float | None:
+    """Put the fitted layer into the network; returns the share of its variance that it misses, where it is known."""
     shape, old = material.shapes[layer.name], narrowed.get_submodule(layer.name)
     weight = old.get_parameter("weight").detach().double().flatten(1).view(shape.groups, -1, shape.patch)
     roots = [root(g.to(weight.device)) for g in material.sensitivities[layer.name]]
@@ -224,19 +227,17 @@ def _replace(
         with torch.no_grad():
             last_bias.copy_(bias)
     set_module(narrowed, layer.name, new)
-    return _missed(moments, effective, xx, values_seen, roots)
+    return None if xx is None else _missed(moments, effective, xx, values_seen, roots)
 
 
 def _missed(
     moments: Moments,
     effective: Tensor,
-    xx: Tensor | None,
+    xx: Tensor,
     seen: Tensor | slice,
     roots: list[tuple[Tensor, Tensor]],
 ) -> float:
     """Return the weighted share of the wanted variance that is missed: tr(G Cov(y - ŷ)) / tr(G Cov(y))."""
-    if xx is None:
-        return 0.0
     yy, yx = moments.covariance("yy"), moments.covariance("yx")[:, :, seen]
     both = yx @ effective.mT
     rest = yy - both - both.mT + effective @ xx @ effective.mT

@@ -186,17 +186,17 @@ class NarrowReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the layers' table, a header first."""
-        rows: list[tuple[str, ...]] = [("layer", "before", "after", "MACs", "ms", "error", "note")]
+        rows: list[tuple[str, ...]] = [("layer", "before", "after", "MACs", "parameters", "ms", "error", "note")]
         for layer in self.layers:
-            share = layer.macs_after / max(1, layer.macs_before)
             ms = ""
             if layer.latency_ms_before is not None and layer.latency_ms_after is not None:
                 ms = f"{layer.latency_ms_before:.2f} → {layer.latency_ms_after:.2f}"
             error = f"{100 * layer.predicted_error:.1f} %" if layer.after else ""
             if layer.measured_error is not None:
                 error += f" → {100 * layer.measured_error:.1f} %"
-            macs = f"× {share:.2f}" if layer.macs_before else ""
-            rows.append((layer.name, layer.before, layer.after, macs, ms, error, layer.reason))
+            macs = f"× {layer.macs_after / layer.macs_before:.2f}" if layer.macs_before else ""
+            count = f"× {layer.parameters_after / layer.parameters_before:.2f}" if layer.parameters_before else ""
+            rows.append((layer.name, layer.before, layer.after, macs, count, ms, error, layer.reason))
         return rows
 
     def summary(self) -> list[tuple[str, str, str, str]]:

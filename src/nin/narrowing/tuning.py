@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,10 @@ class FinetuneConfig:
     gradient_clip: float = 1.0
     ema: float = 0.99
     precision: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
 
 class Tuner:

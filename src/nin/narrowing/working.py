@@ -94,8 +94,8 @@ def narrow(
     kind, share = _budget(macs=macs, latency=latency, parameters=parameters)
     options = options or NarrowOptions()
     images = list(batches)
-    if not images:
-        raise UserError("batches must hold at least one batch of images, got none")
+    if processes.total(torch.tensor(float(not images))) > 0:  # all of them end, or the others would wait for one
+        raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(expand(model).eval(), options.layout)
     known = study(original, images, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress)
     job = _Job(original, images, known, kind, evaluate, options)
@@ -152,7 +152,14 @@ class _Job:
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
         batch = options.batch or len(leaf)
         self.reported_batches = sorted({1, len(leaf), batch})
-        self.table = LatencyTable(first_parameter(original), batch, options.layout, cache=cache)
+        tell = options.on_progress
+        self.table = LatencyTable(
+            first_parameter(original),
+            batch,
+            options.layout,
+            cache=cache,
+            on_progress=None if tell is None else lambda done: tell("Timing layers", done, 0),
+        )
         self.stopwatch = Stopwatch(original, images, options.layout)
         self.planner = Planner(original, known, kind, self.table, self.stopwatch, options)
         self.accuracy: dict[str, float] = {}  # of the original, once it is known

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nin.ops import compiled
 
@@ -19,40 +20,52 @@ class _Entry:
     packed: Tensor
 
 
-_packed: dict[tuple[int, int, bool], _Entry] = {}
+# by the weight's id, then by the kernels' handle and whether it is for the input's gradient
+_packed: dict[int, dict[tuple[int, bool], _Entry]] = {}
 
 
 def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False) -> Tensor:
     """Return the weight in the kernels' order; packed again only after the weight has changed.
 
-    A change is seen by the version counter that every in-place operation and optimiser step raises, and by the
-    address. A change through ``weight.data`` or another library's view of the memory raises no counter: it is seen
-    where one of 64 values differs, as after scaling, averaging or copying. Weights made in inference mode have no
-    counter: all of their values are compared, by a hash. The copy lives as long as the weight.
+    A change is seen by the version counter that in-place operations raise, by the address, and by the end of every
+    step of an optimiser that holds the weight: fused ones raise no counter. A change through ``weight.data`` or
+    another library's view of the memory is seen where one of 64 values differs, as after scaling, averaging or
+    copying. Weights made in inference mode have no counter: all of their values are compared, by a hash. Weights
+    that do not lie in one piece are packed for every call. The copy lives as long as the weight.
     """
-    key = (id(weight), handle, for_input_gradient)
-    address = weight.data_ptr()
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    size, library = weight.numel() * weight.element_size() if dense else 0, compiled.loaded()
-    if not weight.is_inference():
-        change = weight._version, library.nin_sample(address, size)
-    elif dense:
-        change = -1, library.nin_hash(address, size)
-    else:
+    if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
         return _pack(handle, weight, for_input_gradient)
+    address, size = weight.data_ptr(), weight.numel() * weight.element_size()
+    if weight.is_inference():
+        change = -1, compiled.loaded().nin_hash(address, size)
+    else:
+        change = weight._version, compiled.loaded().nin_sample(address, size)
     state = (change, address, weight.shape, weight.stride())
-    entry = _packed.get(key)
+    number, key = id(weight), (handle, for_input_gradient)
+    entry = _packed.get(number, {}).get(key)
     if entry is not None and entry.weight() is weight and entry.state == state:
         return entry.packed
 
     def forget(dead: weakref.ref[Tensor]) -> None:
-        last = _packed.get(key)
-        if last is not None and last.weight is dead:  # the id may serve another weight by now
-            del _packed[key]
+        entries = _packed.get(number, {})
+        if key in entries and entries[key].weight is dead:  # the id may serve another weight by now
+            del entries[key]
+            if not entries:
+                del _packed[number]
 
     packed = _pack(handle, weight, for_input_gradient)
-    _packed[key] = _Entry(weakref.ref(weight, forget), state, packed)
+    _packed.setdefault(number, {})[key] = _Entry(weakref.ref(weight, forget), state, packed)
     return packed
+
+
+def _forget_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Forget the packed weights of an optimiser's parameters."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            _packed.pop(id(weight), None)
+
+
+register_optimizer_step_post_hook(_forget_stepped)
 
 
 def _pack(handle: int, weight: Tensor, for_input_gradient: bool) -> Tensor:

@@ -84,6 +84,8 @@ def shrink_subject(
     if tensors:
         tuner.load(tensors, step_number)
     _tune(subject, config, tuner, _Saver(out, subject, config, result, keeping), tell)
+    if result.plan.layout == "contiguous":  # it was trained in the other one
+        result.model.to(memory_format=torch.contiguous_format)
     figures = dict(result.report.accuracy)
     if subject.labelled:
         figures["finetuned"] = accuracy(result.model, subject)
@@ -132,7 +134,10 @@ def beginning(subject: Subject, config: ShrinkingConfig) -> dict[str, Any]:
     """Return what must be the same where a call goes on: the settings, and a number for the network and the images."""
     images = subject.images
     seen = [*calibration_batches(subject, config), images.train.labels, images.test.labels]
-    return {"settings": config.to_dict(), "subject": fingerprint(subject.model, seen, config.skip)}
+    settings = config.to_dict()
+    if config.finetune:
+        settings |= {name: value for name, value in tuning(config).to_dict().items() if name != "epochs"}
+    return {"settings": settings, "subject": fingerprint(subject.model, seen, config.skip)}
 
 
 def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, config: ShrinkingConfig) -> None:
@@ -213,10 +218,13 @@ class _Saver:
 def make_tuner(subject: Subject, config: ShrinkingConfig, model: nn.Module) -> Tuner:
     """Return what trains the narrowed network."""
     machine.keep_freed_memory()
-    # in memory as the convolutions' gradients are fastest; the plan's own layout comes back with the result
-    model = model.to(memory_format=torch.channels_last)
-    settings = FinetuneConfig(epochs=config.finetune)
-    return Tuner(model, subject.model, settings, config.finetune * steps_per_epoch(subject))
+    model = model.to(memory_format=torch.channels_last)  # in memory as the convolutions' gradients are fastest
+    return Tuner(model, subject.model, tuning(config), config.finetune * steps_per_epoch(subject))
+
+
+def tuning(config: ShrinkingConfig) -> FinetuneConfig:
+    """Return how the narrowed network is trained."""
+    return FinetuneConfig(epochs=config.finetune)
 
 
 def steps_per_epoch(subject: Subject) -> int:

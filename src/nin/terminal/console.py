@@ -65,13 +65,13 @@ class Bar:
             self.progress.stop()
 
     def update(self, done: int, total: int, text: str | None = None) -> None:
-        """Say that ``done`` of ``total`` steps are done."""
+        """Say that ``done`` of ``total`` steps are done, or ``done`` steps where the total is not known and 0."""
         text = text or self.text
         if self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, description=text)
+            self.progress.update(self.task, completed=done, total=total or None, description=text)
         elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
             self.told = time.monotonic()
-            words.print(f"{text}: {done} of {total}")
+            words.print(f"{text}: {done} of {total}" if total else f"{text}: {done}")
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -71,7 +72,11 @@ nin_status run_tasks(const nin_pool& pool, int64_t count, size_t scratch_bytes, 
     if (pool.parallel_for(0, workers, 1, body, &job) != 0) return nin_pool_failed;
   } else {
     std::vector<std::thread> threads;
-    for (int64_t i = 1; i < workers; ++i) threads.emplace_back([&job] { job.work(); });
+    try {
+      threads.reserve(size_t(workers - 1));
+      for (int64_t i = 1; i < workers; ++i) threads.emplace_back([&job] { job.work(); });
+    } catch (const std::exception&) {  // no memory, or no more threads for this process: those that are there do it all
+    }
     job.work();
     for (std::thread& thread : threads) thread.join();
   }
