@@ -7,15 +7,18 @@ import torch
 from nin.ops import compiled, cpu
 
 
-def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float | None:
+def measure_peak_flops(dtype: torch.dtype, seconds: float = 0.05, rounds: int = 8) -> float | None:
     """Return the FLOP/s of multiply-adds on registers with all threads; None where there is no compiled kernel.
+
+    That of the fastest of several rounds of so many seconds: what else the machine does makes them slower only.
 
     One multiply-add is two FLOP. For bfloat16 it is the peak of what the kernels multiply with: pairs of bfloat16
     where the machine has them, else float32.
     """
     if cpu.KERNELS is None:
         return None
-    return float(compiled.loaded().nin_peak_flops(cpu.KERNELS.handles[dtype], compiled.pool(), seconds))
+    arguments = (cpu.KERNELS.handles[dtype], compiled.pool(), seconds)
+    return max(float(compiled.loaded().nin_peak_flops(*arguments)) for _ in range(rounds))
 
 
 def measure_copy_bandwidth(copied_bytes: int = 256 << 20, rounds: int = 5) -> float | None:
