@@ -1,7 +1,8 @@
 """ResNet-56 beside other tools: at 2.1 times fewer multiply-accumulates, before and after the same fine-tuning.
 
     pip install torch-pruning tensorly
-    python benchmarks/narrowing/rivals.py CHECKPOINT.th CIFAR_FOLDER [--tune 1] [--epochs 2] [--shares 0.8 0.6 0.476]
+    python benchmarks/narrowing/rivals.py CHECKPOINT.th CIFAR_FOLDER [--tune 1] [--epochs 2] [--shares 0.8 0.6 0.476] \
+        [--rates 0.0005 0.001]
 
 The network is first tuned on CIFAR_FOLDER (train/<class>/*, test/<class>/*), so that it knows these images. Then, from
 the same weights:
@@ -12,7 +13,7 @@ the same weights:
 - Tucker-2 of the weights alone (tensorly's HOSVD and alternating least squares), one share of the ranks for all layers.
 
 At the last share nin's and Torch-Pruning's are trained alike: by the tuned network's answers and the labels, the same
-batches, steps and learning rate. Accuracy on all test images. Prints one line of JSON for each figure.
+batches, steps and learning rates. Accuracy on all test images. Prints one line of JSON for each figure.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def accuracy(model: nn.Module, images: data.Data) -> float:
     return right / len(images.test)
 
 
-def train(model: nn.Module, teacher: nn.Module, images: data.Data, epochs: int, labels_only: bool = False) -> nn.Module:
-    """Train a copy by the teacher's answers and the labels, or by the labels alone."""
-    config = narrowing.FinetuneConfig(epochs=epochs, label_weight=1.0 if labels_only else 0.3)
+def train(model: nn.Module, teacher: nn.Module, images: data.Data, epochs: int, **settings: float) -> nn.Module:
+    """Train a copy by the teacher's answers and the labels; settings are those of `FinetuneConfig`."""
+    config = narrowing.FinetuneConfig(epochs=epochs, **settings)  # type: ignore[arg-type]
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     steps = -(-len(images.train) // BATCH)
     return narrowing.finetune(model, teacher, lambda epoch: batches(images, epoch), config, steps_per_epoch=steps)
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--tune", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rates", type=float, nargs="+", default=[narrowing.FinetuneConfig().learning_rate])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 1 / 2.1])
     arguments = parser.parse_args()
     tensorly.set_backend("pytorch")
@@ -150,7 +152,7 @@ def main() -> None:
 
     original = load(arguments.checkpoint, arguments.depth)
     tell("as it comes", original, 1)
-    tuned = train(original, original, images, arguments.tune, labels_only=True)
+    tuned = train(original, original, images, arguments.tune, label_weight=1.0)
     tuned = tuned.to(memory_format=torch.contiguous_format)
     tell("tuned", tuned, 1)
     order = data.epoch_order(len(images.train), seed=0, epoch=0)[:512]
@@ -166,8 +168,10 @@ def main() -> None:
         for name, model in last.items():
             tell(name, model, share)
     del last["Tucker-2 of the weights"]
-    for name, model in last.items():
-        tell(f"{name}, {arguments.epochs} epochs", train(model, tuned, images, arguments.epochs), arguments.shares[-1])
+    for rate in arguments.rates:
+        for name, model in last.items():
+            trained = train(model, tuned, images, arguments.epochs, learning_rate=rate)
+            tell(f"{name}, {arguments.epochs} epochs, {rate}", trained, arguments.shares[-1])
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class FinetuneConfig:
     """
 
     epochs: int = 5
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.05
