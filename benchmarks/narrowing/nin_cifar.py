@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import nin
-from nin import checkpoint, data, narrowing, shrinking, timing
+from nin import checkpoint, data, machine, narrowing, shrinking, timing
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    machine.keep_freed_memory()
     model, info = checkpoint.load_model(arguments.run)
     images = data.load(arguments.folder)
     cache = arguments.run / "narrowing.safetensors"

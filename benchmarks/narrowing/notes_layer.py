@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import nin
-from nin import data, narrowing, timing, training
+from nin import data, machine, narrowing, timing, training
 from nin.recipe import TrainConfig
 
 BATCH = 64
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.4)
     parser.add_argument("--finetune", type=int, default=1)
     arguments = parser.parse_args()
+    machine.keep_freed_memory()
     images = data.load(arguments.folder)
     config = TrainConfig(epochs=arguments.epochs, batch_size=BATCH)
     wide = training.train(images, config, network=make_network).model.eval()

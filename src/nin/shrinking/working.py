@@ -76,6 +76,7 @@ def shrink_subject(
         if keeping.stop():
             raise KeyboardInterrupt
 
+    machine.keep_freed_memory()  # else a time depends on which blocks the calls before it gave back
     result, step_number, tensors = _begin(subject, config, out, tell)
     if config.dry_run or not config.finetune:
         return result
@@ -217,7 +218,6 @@ class _Saver:
 
 def make_tuner(subject: Subject, config: ShrinkingConfig, model: nn.Module) -> Tuner:
     """Return what trains the narrowed network."""
-    machine.keep_freed_memory()
     model = model.to(memory_format=torch.channels_last)  # in memory as the convolutions' gradients are fastest
     return Tuner(model, subject.model, tuning(config), config.finetune * steps_per_epoch(subject))
 
