@@ -396,6 +396,31 @@ def test_weight_decay_spares_biases_and_gains():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize(("make", "older"), [(descent.sgd, False), (descent.sgd, True), (descent.adamw, False)])
+def test_a_descent_goes_on_with_what_its_optimiser_remembers(make, older):
+    options = {"momentum": 0.9} if make is descent.sgd else {"betas": (0.9, 0.99)}
+
+    def begin():
+        torch.manual_seed(0)
+        model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+        return descent.Descent(model, average, make(model, learning_rate=0.1, weight_decay=0.01, **options))
+
+    def step(work):
+        work.step(work.model(x).square().sum(), learning_rate=0.1, gradient_clip=1.0, decay=0.9)
+
+    x, one, other = torch.randn(5, 3), begin(), begin()
+    for _ in range(3):
+        step(one)
+    kept = {name: tensor.clone() for name, tensor in one.tensors().items()}
+    if older:  # the names of before there were several optimisers
+        kept = {name.replace("optimizer.momentum_buffer.", "momentum."): tensor for name, tensor in kept.items()}
+    other.load(kept)
+    step(one)
+    step(other)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(other.tensors()[name], tensor), name
+
+
 def test_mirrored_view_is_the_mean_of_both(digits):
     model = nin.models.nin_digits(normalisation="weight_standardisation").eval()
     cpu, fp32 = torch.device("cpu"), torch.float32

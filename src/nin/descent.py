@@ -85,7 +85,12 @@ class Descent:
         """Go back to the state that `tensors` returned."""
         for network, prefix in ((self.model, "model."), (self.average, "average.")):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        remembered = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        # states of before AdamW have "momentum." alone
+        renamed = {
+            k.replace("momentum.", "optimizer.momentum_buffer.", 1) if k.startswith("momentum.") else k: v
+            for k, v in tensors.items()
+        }
+        remembered = {k.removeprefix("optimizer."): v for k, v in renamed.items() if k.startswith("optimizer.")}
         parameters = dict(self.model.named_parameters())
         for key, value in remembered.items():
             kind, name = key.split(".", 1)

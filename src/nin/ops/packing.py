@@ -51,7 +51,7 @@ def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False)
         if key in entries and entries[key].weight is dead:  # the id may serve another weight by now
             del entries[key]
             if not entries:
-                del _packed[number]
+                _packed.pop(number, None)
 
     packed = _pack(handle, weight, for_input_gradient)
     _packed.setdefault(number, {})[key] = _Entry(weakref.ref(weight, forget), state, packed)
