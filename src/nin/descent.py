@@ -85,15 +85,13 @@ class Descent:
         """Go back to the state that `tensors` returned."""
         for network, prefix in ((self.model, "model."), (self.average, "average.")):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        # states of before AdamW have "momentum." alone
-        renamed = {
-            k.replace("momentum.", "optimizer.momentum_buffer.", 1) if k.startswith("momentum.") else k: v
-            for k, v in tensors.items()
-        }
-        remembered = {k.removeprefix("optimizer."): v for k, v in renamed.items() if k.startswith("optimizer.")}
         parameters = dict(self.model.named_parameters())
-        for key, value in remembered.items():
-            kind, name = key.split(".", 1)
+        for key, value in tensors.items():
+            if key.startswith("momentum."):  # states of before there were several optimisers
+                key = "optimizer.momentum_buffer." + key.removeprefix("momentum.")
+            if not key.startswith("optimizer."):
+                continue
+            kind, name = key.removeprefix("optimizer.").split(".", 1)
             p = parameters[name]
             # as the parameter lies in memory; the number of the step is a single number
             place = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
