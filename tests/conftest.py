@@ -1,6 +1,13 @@
-"""What every test starts from: the same random numbers, and one thread, as the tensors are small."""
+"""What every test starts from: the same random numbers, and one thread, as the tensors are small.
+
+And what the tests of the CPU kernels share.
+"""
 
 import os
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,3 +22,48 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """Build the library with AMX's tile registers computed in plain C++."""
+    from nin.ops import compiled
+
+    folder = tmp_path_factory.mktemp("emulated")
+    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={version('nin')}")
+    return compiled.load_library(folder / compiled.LIBRARY_NAME)
+
+
+def build_native(folder, target, *options):
+    if shutil.which("g++") is None or shutil.which("cmake") is None:
+        pytest.skip("needs g++ and cmake")
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
+
+
+@pytest.fixture(params=("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable"))
+def isa(request, monkeypatch):
+    """Run the test with each instruction set that this machine has, AMX's registers emulated where it lacks them."""
+    from nin.ops import compiled, cpu
+
+    kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
+    if kernels.name == "avx512_bf16" and request.param == "avx512_amx":
+        library = request.getfixturevalue("emulated")
+        monkeypatch.setattr(compiled, "LIBRARY", library)
+        kernels = compiled.find_kernels(library, request.param)
+        assert kernels.name == request.param, "its product of whole numbers came out wrong"
+    if kernels.name != request.param:
+        pytest.skip(f"this machine lacks {request.param}")
+    monkeypatch.setattr(cpu, "KERNELS", kernels)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -96,6 +96,9 @@ def test_the_table_and_the_chart_hold_the_numbers():
     assert result.ratio("c", "float32") == 2.5
     assert all(text in shown(result) for text in ("2.000", "50%", "2.50", "470 GFLOP/s"))
     page = benchmark.chart(result)
+    assert "Over 100 %" not in shown(result)
+    faster = dataclasses.replace(rows[0], share_of_limit=1.6)
+    assert "Over 100 %: less arithmetic" in shown(benchmark.Benchmark(machine, [faster]))
     assert "A &lt;chip&gt;" in page
     assert page.count("<rect") == 2
     assert "http" not in page

@@ -3,13 +3,10 @@
 import ctypes
 import gc
 import os
-import shutil
 import struct
 import subprocess
 import sys
 import weakref
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nin
-from nin.ops import ACTIVATIONS, compiled, cpu, packing, reference
+from conftest import build_native
+from nin.ops import ACTIVATIONS, compiled, cpu, packing, problem, reference
+from nin.ops import gradients as convolution_gradients
 from nin.ops.arguments import Layers
 from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
 
-ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="nin was installed without a C++ compiler")
@@ -30,49 +28,12 @@ each_layout = pytest.mark.parametrize("layout", list(LAYOUTS.values()), ids=LAYO
 each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """Build the library with AMX's tile registers computed in plain C++."""
-    folder = tmp_path_factory.mktemp("emulated")
-    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={version('nin')}")
-    return compiled.load_library(folder / compiled.LIBRARY_NAME)
-
-
-def build_native(folder, target, *options):
-    if shutil.which("g++") is None or shutil.which("cmake") is None:
-        pytest.skip("needs g++ and cmake")
-    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
-
-
-@pytest.fixture(params=compiled.INSTRUCTION_SETS)
-def isa(request, monkeypatch):
-    """Run the test with each instruction set that this machine has, AMX's registers emulated where it lacks them."""
-    kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
-    if kernels.name == "avx512_bf16" and request.param == "avx512_amx":
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(compiled, "LIBRARY", library)
-        kernels = compiled.find_kernels(library, request.param)
-        assert kernels.name == request.param, "its product of whole numbers came out wrong"
-    if kernels.name != request.param:
-        pytest.skip(f"this machine lacks {request.param}")
-    monkeypatch.setattr(cpu, "KERNELS", kernels)
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def all_to_the_kernel(monkeypatch, request):
-    """Compute small layers with the compiled kernel too, but where the rule itself is tested."""
+    """Compute small layers with the compiled kernel too, but where the rule itself is tested; k×k layers tap by tap."""
+    monkeypatch.setattr(problem, "WINOGRAD", False)  # test_ops_winograd.py
     if "rule" not in request.node.name:
         monkeypatch.setattr(cpu, "is_faster_in_pytorch", lambda *_: False)
-
-
-@pytest.fixture(params=[1, 2, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def assert_within_bound(x, weights, biases, activation, geometry):
@@ -155,6 +116,33 @@ def test_values(isa, chain, layout, dtype):
 def test_gradients(isa, chain, layout, dtype):
     for activation in ("relu", "silu"):
         assert_gradients_agree(*chain.tensors(dtype, layout, size=(13, 17)), activation, chain.geometry)
+
+
+@each_layout
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize(
+    ("widths", "kernel_size", "stride", "padding"),
+    [((3, 40), (5, 5), (1, 1), (2, 2)), ((8, 33), (3, 1), (2, 3), (0, 4)), ((5, 70), (2, 7), (3, 1), (1, 0))],
+)
+def test_gradients_of_a_first_layers_weights(
+    isa, layout, activation, widths, kernel_size, stride, padding, monkeypatch
+):
+    served = []
+    kernel = convolution_gradients.tap_gradient
+    monkeypatch.setattr(convolution_gradients, "tap_gradient", lambda *them: served.append(1) or kernel(*them))
+    chain = Chain(widths, kernel_size, stride, padding)
+    for size in ((13, 17), (8, 300), (71, 30)):
+        x, weights, biases = chain.tensors(torch.float32, layout, images=5, size=size)
+        layers = Layers(weights, biases, stride, padding, (1, 1), [activation])
+        y = cpu.mlpconv(x, layers)
+        grad, needs = torch.randn_like(y), [False, True, True]
+        _, (weight,), (bias,) = cpu.mlpconv_backward(grad, x, y, layers, needs)
+        exact = Layers([weights[0].double()], [biases[0].double()], *layers[2:])
+        _, wants, want_biases = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, needs)
+        torch.testing.assert_close(weight.double(), wants[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
+        torch.testing.assert_close(bias.double(), want_biases[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
+        assert weight.is_contiguous()
+    assert len(served) == 3
 
 
 @pytest.mark.parametrize("names", [["gelu", "none", "silu"], ["none", "silu", "relu"], ["relu", "none", "none"]])
@@ -295,6 +283,18 @@ def test_equal_bits_for_any_number_of_threads(isa, threads):
                 assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_equal_bits_of_a_first_layers_gradients(isa, threads):
+    x, weights, biases = Chain((3, 40), (5, 5)).tensors(torch.float32, images=5, size=(23, 19))
+    layers = Layers(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
+    y = cpu.mlpconv(x, layers)
+    both = []
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        _, grad_weights, grad_biases = cpu.mlpconv_backward(y, x, y, layers, [False, True, True])
+        both.append(torch.cat((grad_weights[0].flatten(), grad_biases[0])))
+    assert torch.equal(*both)
+
+
 @pytest.mark.skipif(
     not torch.cpu._is_amx_tile_supported(), reason="the processor has no AMX, whose tile registers PyTorch would share"
 )
@@ -348,9 +348,9 @@ def test_scratch_does_not_grow_with_the_images(dtype):
         x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
         weights = [torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)]
-        problem = cpu.pack_problem(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
+        row = problem.pack(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
         rows = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
-        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], problem, rows, 2)
+        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], row, rows, 2)
 
     assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
 

@@ -75,6 +75,7 @@ struct Case {
   int64_t type;
   Shape shape;
   bool channels_last, at_end;
+  int64_t square;  // 0, or the size of Winograd's squares
 };
 
 void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, bool channels_last) {
@@ -89,6 +90,47 @@ bool close(const Case& c, const char* what, double got, double want, double size
   std::printf("%s %s: %g instead of %g: type %ld, channels %ld, kernel %ld, channels_last %d\n", c.isa, what, got, want,
               long(c.type), long(c.shape.channels), long(c.shape.kernel), c.channels_last);
   return false;
+}
+
+// The gradient of a k×k layer's weights, by Winograd's transforms or tap by tap: some values, beside plain sums.
+bool check_weight_gradient(const Case& c, nin_problem p, const Buffer& x) {
+  const Shape& s = c.shape;
+  const int64_t columns = s.out[0], pixels = s.batch * p.out_height * p.out_width, k = s.kernel;
+  Buffer grad(pixels * columns, c.type, c.at_end);
+  grad.fill(pixels * columns, 1);
+  p.layers = 1;
+  set_strides(p.y_stride, columns, p.out_height, p.out_width, c.channels_last);
+  const int64_t row = (columns + 15) / 16 * 16;
+  Buffer got(c.square ? columns * s.channels * k * k : (k * k * s.channels + 1) * row, 0, c.at_end);
+  const nin_pool pool{nullptr, 2};
+  const void* kernels = nin_find_kernels(c.isa, c.type);
+  float* to = reinterpret_cast<float*>(got.data);
+  nin_gradient strides{};
+  std::memcpy(strides.grad_stride, p.y_stride, sizeof strides.grad_stride);
+  const int32_t status =
+      c.square ? nin_winograd_gradient(kernels, &p, columns, x.data, grad.data, to, &pool)
+               : nin_tap_gradient(kernels, &p, &strides, columns, x.data, grad.data, nullptr, to, row, &pool);
+  if (status != 0) return false;
+  bool good = true;
+  for (int64_t i = 0; i < columns * s.channels * k * k; i += 1 + columns * s.channels * k * k / 8) {
+    const int64_t tap = i % (k * k), channel = i / (k * k) % s.channels, column = i / (k * k) / s.channels;
+    double want = 0, size = 0;
+    for (int64_t n = 0; n < s.batch; ++n) {
+      for (int64_t h = 0; h < p.out_height; ++h) {
+        for (int64_t w = 0; w < p.out_width; ++w) {
+          const int64_t y = h * s.stride - s.padding + tap / k, z = w * s.stride - s.padding + tap % k;
+          if (y < 0 || y >= s.height || z < 0 || z >= s.width) continue;
+          const double part =
+              x.get(n * p.x_stride[0] + channel * p.x_stride[1] + y * p.x_stride[2] + z * p.x_stride[3]) *
+              grad.get(n * p.y_stride[0] + column * p.y_stride[1] + h * p.y_stride[2] + w * p.y_stride[3]);
+          want += part, size += std::abs(part);
+        }
+      }
+    }
+    const int64_t at = c.square ? i : (tap * s.channels + channel) * row + column;
+    good = good && close(c, "gradient of the weight", got.get(at), want, size + 1);
+  }
+  return good;
 }
 
 // Two layers; the second's ReLU and bias; forward, and backward where the first is 1×1.
@@ -126,6 +168,15 @@ bool run(const Case& c) {
     layers[i] = {packed[i].data(), biases[i].data, s.out[i], 1};
   }
   const nin_pool pool{nullptr, 2};
+  if (c.square) {
+    const void* floats = nin_find_kernels(c.isa, 0);
+    const nin_weight squares{0, s.out[0], s.channels, c.square, c.square, 0, 0, 0, 0};
+    const nin_weight w{c.type, s.out[0], s.channels, s.kernel, s.kernel, fan[0], taps, s.kernel, 1};
+    packed[0].resize(nin_packed_bytes(floats, &squares));
+    if (nin_winograd_pack(floats, &w, c.square, weights[0].data, packed[0].data(), &pool) != 0) return false;
+    layers[0].weight = packed[0].data();
+    p.winograd = c.square;
+  }
   if (nin_forward(kernels, &p, layers, x.data, y.data, &pool) != 0) return false;
 
   bool good = true;
@@ -155,6 +206,7 @@ bool run(const Case& c) {
       good = good && close(c, "forward", y.get(at), std::max(0.0, sum), size);
     }
   }
+  if (c.square || (s.kernel > 1 && s.dilation == 1)) return good && check_weight_gradient(c, p, x);
   if (s.kernel > 1 || s.padding > 0) return good;
 
   Buffer grad(pixels * s.out[1], c.type, c.at_end), x_grad(in_count, c.type, c.at_end);
@@ -166,7 +218,9 @@ bool run(const Case& c) {
   std::memcpy(g.x_grad_stride, p.x_stride, sizeof g.x_grad_stride);
   const nin_layer_gradient gradients[2] = {{exchanged[0].data(), weight_grads[0].data, bias_grads[0].data},
                                            {exchanged[1].data(), weight_grads[1].data, bias_grads[1].data}};
-  if (nin_backward(kernels, &p, layers, &g, gradients, grad.data, x.data, y.data, x_grad.data, &pool) != 0) return false;
+  if (nin_backward(kernels, &p, layers, &g, gradients, grad.data, x.data, y.data, x_grad.data, &pool) != 0) {
+    return false;
+  }
   for (int64_t o = 0; o < s.out[1]; ++o) {
     double sum = 0, size = 0;
     for (int64_t i = 0; i < pixels; ++i) {
@@ -196,7 +250,21 @@ int main() {
     for (int64_t type : {0, 1}) {
       for (const Shape& shape : shapes) {
         for (int variant = 0; variant < 4; ++variant, ++runs) {
-          if (!run({isa, type, shape, (variant & 1) != 0, (variant & 2) != 0})) return 1;
+          if (!run({isa, type, shape, (variant & 1) != 0, (variant & 2) != 0, 0})) return 1;
+        }
+      }
+    }
+  }
+  const Shape squares[] = {
+      {2, 5, 7, 11, 3, 1, 1, 1, {17, 33}}, {1, 34, 9, 6, 5, 1, 2, 1, {48, 10}}, {1, 1, 4, 4, 4, 1, 3, 1, {3, 3}},
+      {5, 19, 5, 4, 3, 1, 0, 1, {40, 7}},  {1, 16, 30, 9, 7, 1, 3, 1, {33, 5}}, {1, 96, 16, 16, 5, 1, 2, 1, {192, 64}},
+  };
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
+    for (const Shape& shape : squares) {
+      for (int64_t square : {6, 8}) {
+        if (square - shape.kernel + 1 < 2) continue;
+        for (int variant = 0; variant < 8; ++variant, ++runs) {
+          if (!run({isa, variant / 4, shape, (variant & 1) != 0, (variant & 2) != 0, square})) return 1;
         }
       }
     }

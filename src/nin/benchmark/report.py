@@ -17,7 +17,9 @@ h2{font-size:1em;margin:1.6em 0 .3em}svg text{font-size:12px;fill:#222}.nin{fill
 
 def table(benchmark: Benchmark) -> Table:
     """Return a table for rich: a row for each engine of each case; the fastest other engine over nin in the last."""
-    result = Table(title=describe(benchmark.machine), title_justify="left")
+    result = Table(title=describe(benchmark.machine), title_justify="left", caption_justify="left")
+    if any((m.share_of_limit or 0) > 1 for m in benchmark.measurements):
+        result.caption = "Over 100 %: less arithmetic than tap by tap, of which the limit is (Winograd's transforms)."
     result.add_column("case")
     result.add_column("engine")
     for heading in ("median ms", "20 %", "80 %", "runs", "of the limit", "times nin"):

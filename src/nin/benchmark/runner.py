@@ -63,7 +63,8 @@ class Measurement:
         timing: the times, or None.
         reason: why there are none, else empty.
         share_of_limit: the least time that the machine's limits allow for the arithmetic or, where that is longer,
-            for reading the input and the weights and writing the result once, over the median.
+            for reading the input and the weights and writing the result once, over the median. The arithmetic is that
+            of the taps one by one: Winograd's transforms need less, and may give more than 1.
         ran: on a GPU, which kernels served this package's operator.
     """
 

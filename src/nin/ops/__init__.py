@@ -65,6 +65,9 @@ def mlpconv(
 
     ``h_1 = a_1(W_1 ∗ x + b_1)``, ``h_l = a_l(W_l h_{l-1} + b_l)`` at every pixel; the result is the last ``h``.
 
+    On the CPU, in float32 and bfloat16, a k×k convolution may be computed by Winograd's transforms: faster, and right
+    to five digits instead of six. The environment variable ``NIN_CPU_WINOGRAD=0`` turns that off.
+
     Args:
         x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
         weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1), of the dtype of ``x``.

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nin.ops import compiled, packing, reference, schema
+from nin.ops import compiled, gradients, packing, problem, reference, schema
 from nin.ops.arguments import Gradients, Layers, flat, flat_backward
-
-ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
 def choose_kernels() -> compiled.Kernels | None:
@@ -47,13 +45,12 @@ def mlpconv(x: Tensor, layers: Layers) -> Tensor:
         return reference.mlpconv(x, layers)
     y = torch.empty(layers.result_shape(x), dtype=x.dtype, memory_format=reference.memory_format(x))
     if y.numel() > 0:
-        handle = KERNELS.handles[x.dtype]
-        packed = [packing.packed_weight(handle, weight) for weight in layers.weights]
-        problem = pack_problem(x, y, layers)
-        rows, alive = _pack_layers(packed, layers)
-        forward = compiled.loaded().nin_forward
-        compiled.check(forward(handle, problem, rows, x.data_ptr(), y.data_ptr(), compiled.pool()))
-        del alive
+        handle, floats = KERNELS.handles[x.dtype], KERNELS.handles[torch.float32]
+        row, winograd = problem.choose_algorithm(KERNELS, problem.pack(x, y, layers), layers)
+        packed = [packing.packed_weight(handle, weight) for weight in layers.weights[1 if winograd else 0 :]]
+        if winograd:
+            packed.insert(0, packing.packed_weight(floats, layers.weights[0], winograd=winograd))
+        problem.run_forward(KERNELS, row, packed, layers, x, y)
     return y
 
 
@@ -107,12 +104,14 @@ MOST_BACKWARD_WEIGHTS = 1 << 21
 def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients of a 1×1 chain tile by tile; see ``reference.mlpconv_backward``.
 
-    A k×k convolution stays with PyTorch: oneDNN's backward runs at the limit of the machine where this was measured
-    (5×5, 96 to 192 channels, float32: the input's gradient takes 52.6 ms on one core, our forward 50.2).
+    A k×k convolution's are in `gradients`.
     """
     weights, biases = layers.weights, layers.biases
     fits = KERNELS is not None and _serves(x, layers) and (grad.shape, grad.dtype) == (y.shape, x.dtype)
     plain = layers.is_pointwise()
+    if fits and not plain and grad.numel() > 0 and len(weights) == 1 and layers.activations[0] in ("none", "relu"):
+        assert KERNELS is not None
+        return gradients.convolution_backward(KERNELS, grad, x, y, layers, needs)
     if not fits or not plain or grad.numel() == 0 or sum(w.numel() for w in weights) > MOST_BACKWARD_WEIGHTS:
         return reference.mlpconv_backward(grad, x, y, layers, needs)
     assert KERNELS is not None
@@ -128,18 +127,18 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
     grad_weights, grad_biases = grads[:count], grads[count:]
     packed = [packing.packed_weight(handle, weight) for weight in weights]
     exchanged = [packing.packed_weight(handle, weight, for_input_gradient=True) for weight in weights]
-    problem = pack_problem(x, y, layers)
-    rows, alive = _pack_layers(packed, layers)
-    gradient = struct.pack("8q", *grad.stride(), *(grad_x.stride() if needs[0] else (0, 0, 0, 0)))
+    row = problem.pack(x, y, layers)
+    rows, alive = problem.pack_layers(packed, layers)
+    strides = struct.pack("8q", *grad.stride(), *(grad_x.stride() if needs[0] else (0, 0, 0, 0)))
     pointers = [
         t.data_ptr() if t.numel() > 0 else 0
         for layer in zip(exchanged, grad_weights, grad_biases, strict=True)
         for t in layer
     ]
-    gradients = struct.pack(f"{len(pointers)}q", *pointers)
+    places = struct.pack(f"{len(pointers)}q", *pointers)
     addresses = grad.data_ptr(), x.data_ptr(), y.data_ptr(), grad_x.data_ptr() if needs[0] else 0
     backward = compiled.loaded().nin_backward
-    compiled.check(backward(handle, problem, rows, gradient, gradients, *addresses, compiled.pool()))
+    compiled.check(backward(handle, row, rows, strides, places, *addresses, compiled.pool()))
     del alive
     return grad_x, grad_weights, grad_biases
 
@@ -159,30 +158,6 @@ def _serves(x: Tensor, layers: Layers) -> bool:
         if bias is not None and (bias.shape != (channels,) or bias.dtype != x.dtype or not bias.is_cpu):
             return False
     return True
-
-
-_PROBLEM = struct.Struct("24q")
-
-
-def pack_problem(x: Tensor, y: Tensor, layers: Layers) -> bytes:
-    """Return the library's ``nin_problem``: 24 numbers of eight bytes."""
-    weights, _, stride, padding, dilation, _ = layers
-    shape, out = x.shape, y.shape
-    values = (compiled.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
-    return _PROBLEM.pack(*values, *x.stride(), *y.stride(), len(weights))
-
-
-def _pack_layers(packed: Sequence[Tensor], layers: Layers) -> tuple[bytes, list[Tensor]]:
-    """Return the library's ``nin_layer`` for each layer, and what must live as long as they are used."""
-    values: list[int] = []
-    alive = list(packed)
-    for weight, bias, blob, activation in zip(layers.weights, layers.biases, packed, layers.activations, strict=True):
-        address = 0
-        if bias is not None:
-            alive.append(bias.contiguous())
-            address = alive[-1].data_ptr()
-        values += (blob.data_ptr(), address, weight.shape[0], ACTIVATION_CODES[activation])
-    return struct.pack(f"{len(values)}q", *values), alive
 
 
 KERNELS = choose_kernels()

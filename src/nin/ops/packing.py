@@ -20,12 +20,15 @@ class _Entry:
     packed: Tensor
 
 
-# by the weight's id, then by the kernels' handle and whether it is for the input's gradient
-_packed: dict[int, dict[tuple[int, bool], _Entry]] = {}
+# by the weight's id, then by the other arguments of `packed_weight`
+_packed: dict[int, dict[tuple[int, bool, int], _Entry]] = {}
 
 
-def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False) -> Tensor:
+def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False, winograd: int = 0) -> Tensor:
     """Return the weight in the kernels' order; packed again only after the weight has changed.
+
+    With ``winograd``, the size of its squares, a weight is transformed first and packed as float32: then ``handle`` is
+    that of the float32 kernels.
 
     A change is seen by the version counter that in-place operations raise, by the address, and by the end of every
     step of an optimiser that holds the weight: fused ones raise no counter. A change through ``weight.data`` or
@@ -34,14 +37,14 @@ def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False)
     that do not lie in one piece are packed for every call. The copy lives as long as the weight.
     """
     if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
-        return _pack(handle, weight, for_input_gradient)
+        return _pack(handle, weight, for_input_gradient, winograd)
     address, size = weight.data_ptr(), weight.numel() * weight.element_size()
     if weight.is_inference():
         change = -1, compiled.loaded().nin_hash(address, size)
     else:
         change = weight._version, compiled.loaded().nin_sample(address, size)
     state = (change, address, weight.shape, weight.stride())
-    number, key = id(weight), (handle, for_input_gradient)
+    number, key = id(weight), (handle, for_input_gradient, winograd)
     entry = _packed.get(number, {}).get(key)
     if entry is not None and entry.weight() is weight and entry.state == state:
         return entry.packed
@@ -53,7 +56,7 @@ def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False)
             if not entries:
                 _packed.pop(number, None)
 
-    packed = _pack(handle, weight, for_input_gradient)
+    packed = _pack(handle, weight, for_input_gradient, winograd)
     _packed.setdefault(number, {})[key] = _Entry(weakref.ref(weight, forget), state, packed)
     return packed
 
@@ -68,7 +71,7 @@ def _forget_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: obje
 register_optimizer_step_post_hook(_forget_stepped)
 
 
-def _pack(handle: int, weight: Tensor, for_input_gradient: bool) -> Tensor:
+def _pack(handle: int, weight: Tensor, for_input_gradient: bool, winograd: int = 0) -> Tensor:
     """Copy a weight into panels; for the input's gradient with its channels exchanged and its taps turned over."""
     columns, channels, height, width = weight.shape
     column_stride, channel_stride, height_stride, width_stride = weight.stride()
@@ -79,6 +82,13 @@ def _pack(handle: int, weight: Tensor, for_input_gradient: bool) -> Tensor:
         height_stride, width_stride = -height_stride, -width_stride
     strides = (column_stride, channel_stride, height_stride, width_stride)
     row = struct.pack("9q", compiled.DTYPES[weight.dtype], columns, channels, height, width, *strides)
-    packed = torch.empty(compiled.loaded().nin_packed_bytes(handle, row), dtype=torch.uint8)
-    compiled.loaded().nin_pack(handle, row, address, packed.data_ptr())
+    library = compiled.loaded()
+    if not winograd:
+        packed = torch.empty(library.nin_packed_bytes(handle, row), dtype=torch.uint8)
+        library.nin_pack(handle, row, address, packed.data_ptr())
+        return packed
+    squares = struct.pack("9q", 0, columns, channels, winograd, winograd, 0, 0, 0, 0)
+    packed = torch.empty(library.nin_packed_bytes(handle, squares), dtype=torch.uint8)
+    addresses = address, packed.data_ptr()
+    compiled.check(library.nin_winograd_pack(handle, row, winograd, *addresses, compiled.pool()))
     return packed

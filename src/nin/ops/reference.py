@@ -77,7 +77,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
     grad_biases = [x.new_empty(0)] * count
     g = grad
     for i in reversed(range(count)):
-        g = _activation_backward(g, before[i], layers.activations[i])
+        g = activation_backward(g, before[i], layers.activations[i])
         bias = biases[i]
         go_on = any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i]) or needs[0]
         need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
@@ -114,7 +114,7 @@ def _forward_again(
     return inputs, before
 
 
-def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
     """Return the gradient before the activation; for ReLU, ``z`` may be its result as well as its argument."""
     match activation:
         case "relu":

@@ -1,9 +1,11 @@
 // The forward pass: each task takes a tile of pixels through all layers; hidden layers never leave the scratch.
 #include <cstring>
 #include <new>
+#include <optional>
 
 #include "parallel.hpp"
 #include "tiles.hpp"
+#include "winograd.hpp"
 
 namespace nin {
 namespace {
@@ -18,6 +20,8 @@ constexpr int64_t tile_bytes = 512 << 10, wide_tile_bytes = 2 << 20;
 // Weights that do not fit a second cache. A single tile's layers are then shared out by columns, so that each thread
 // reads only its part of them.
 constexpr int64_t large_weights_bytes = 1 << 20;
+// Fewer panels than threads, and than this, keep too few of them busy: then it is better to read the weights often.
+constexpr int64_t enough_panels = 4;
 
 // A result that no cache holds is written past them where few products make a number: with 64 channels in and 256 out
 // that takes 5 % off the time, with 192 in and 192 out nothing.
@@ -58,17 +62,21 @@ class Forward {
  private:
   void flatten();
   void choose_tiles(int64_t threads);
+  void reserve_results(int64_t pixels);
   void place_taps();
+  Tile tile(int64_t task) const { return winograd_ ? winograd_->tile(task) : tile_of(cut_, task); }
+  int64_t tasks() const { return winograd_ ? winograd_->tasks() : cut_.tiles(); }
   bool writes_past_caches() const;
   void run_tile(int64_t task, char* scratch) const;
-  Grid apply(size_t layer, const Tile& t, const Grid& a, char* tiles, const Panels& panels) const;
+  Grid apply(size_t layer, const Tile& t, const Grid& a, char* tiles, const Panels& panels,
+             const Region& later = {}) const;
+  Region input_of(int64_t task) const;
   Panels panels(size_t layer) const;
   Grid hidden(size_t layer, const Tile& t, char* tiles) const {
     return dense(tiles + layer % hidden_count_ * hidden_bytes_, hidden_row_, t.columns);
   }
   Grid input(const Tile& t, char* scratch) const;
   Grid bordered_input(const Tile& t, char* scratch) const;
-  void zero_odd_channel(char* at, int64_t row, int64_t pixels) const;
   void multiply_bordered(const Tile& t, Product p, const Grid& a, const Grid& out, const Panels& panels) const;
 
   const Kernels& k_;
@@ -76,9 +84,11 @@ class Forward {
   Type type_;
   Images x_, y_;
   std::vector<Layer> layers_;
-  Cut cut_;
+  std::optional<Winograd> winograd_;  // computes the first layer
+  Cut cut_ = {};
   std::vector<int64_t> taps_;
   std::vector<Range> line_ranges_, column_ranges_;  // the taps that reach into the image, for each of the result's
+  int64_t threads_;
   int64_t run_channels_ = 0;     // consecutive channels that one tap reads
   bool pointwise_ = false;       // a 1×1 convolution without padding
   bool direct_ = false;          // the products read x where it lies
@@ -93,7 +103,7 @@ class Forward {
 
 Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* layers, const void* x, void* y,
                  int64_t threads)
-    : k_(k), p_(problem), type_(Type(problem.type)) {
+    : k_(k), p_(problem), type_(Type(problem.type)), threads_(threads) {
   const int64_t size = size_of(type_);
   x_ = images(x, problem.x_stride, size);
   y_ = images(y, problem.y_stride, size);
@@ -104,7 +114,7 @@ Forward::Forward(const Kernels& k, const nin_problem& problem, const nin_layer* 
             x_.w * p_.stride[1] % 4096 != 0;
   direct_out_ = y_.c == size;
   choose_tiles(threads);
-  place_taps();
+  if (!winograd_) place_taps();
   streams_ = direct_out_ && !by_columns_ && writes_past_caches();
 }
 
@@ -139,6 +149,15 @@ void Forward::choose_tiles(int64_t threads) {
   }
   out_row_ = round_up(layers_.back().channels, max_vectors * k_.lanes) * size_of(type_);
   hidden_count_ = std::clamp<int64_t>(int64_t(layers_.size()) - 1, 1, 2);
+  if (p_.winograd) {
+    const int64_t behind = (layers_.size() > 1 ? hidden_count_ * hidden_row_ : 0) + (direct_out_ ? 0 : out_row_);
+    winograd_.emplace(k_, p_, p_.winograd, layers_[0].channels, behind, 1);
+    const bool large = winograd_->weight_bytes() >= large_weights_bytes;
+    by_columns_ = threads > 1 && winograd_->tasks() == 1 && large && panels(0).count >= std::min(threads, enough_panels);
+    if (!by_columns_) winograd_.emplace(k_, p_, p_.winograd, layers_[0].channels, behind, threads);
+    input_bytes_ = winograd_->scratch_bytes();
+    return reserve_results(winograd_->most_pixels());
+  }
   const int64_t per_pixel = (direct_ ? 0 : in_row_) + hidden_count_ * hidden_row_ + (direct_out_ ? 0 : out_row_);
   int64_t weights = 0;
   for (size_t i = 0; i < layers_.size(); ++i) weights += panels(i).count * panels(i).full_bytes;
@@ -158,8 +177,12 @@ void Forward::choose_tiles(int64_t threads) {
     const int64_t lines = (cut_.lines - 1) * p_.stride[0] + p_.dilation[0] * (p_.kernel[0] - 1) + 1;
     input_bytes_ = round_up(lines * border_width_ * in_row_ + 64, 64);
   }
-  hidden_bytes_ = round_up(most * hidden_row_, 64);
-  out_bytes_ = direct_out_ ? 0 : round_up(most * out_row_, 64);
+  reserve_results(most);
+}
+
+void Forward::reserve_results(int64_t pixels) {
+  hidden_bytes_ = round_up(pixels * hidden_row_, 64);
+  out_bytes_ = direct_out_ ? 0 : round_up(pixels * out_row_, 64);
 }
 
 // Neighbours along a line lie side by side in the bordered copy, so undilated taps of a line are one run.
@@ -178,14 +201,9 @@ void Forward::place_taps() {
   if (!joined) column_ranges_.assign(size_t(p_.out_width), {0, p_.kernel[1]});
 }
 
-// Pairs of bfloat16: what stands beside an odd last channel is multiplied with a zero, and must be a number.
-void Forward::zero_odd_channel(char* at, int64_t row, int64_t pixels) const {
-  if (padded_channels(k_, p_.channels) == p_.channels) return;
-  for (int64_t i = 0; i < pixels; ++i) std::memset(at + i * row + p_.channels * 2, 0, 2);
-}
-
 // What the first layer reads.
 Grid Forward::input(const Tile& t, char* scratch) const {
+  if (winograd_) return {scratch, 0, 0};
   if (!pointwise_) return bordered_input(t, scratch);
   const int64_t step = x_.w * p_.stride[1];
   if (direct_) {
@@ -196,7 +214,7 @@ Grid Forward::input(const Tile& t, char* scratch) const {
     char* from = x_.pixel(t.image, (t.line + line) * p_.stride[0], t.column * p_.stride[1]);
     k_.load({from, x_.c, step, type_, p_.channels, t.columns}, grid.at + line * grid.line, in_row_);
   }
-  zero_odd_channel(grid.at, in_row_, t.pixels());
+  zero_odd_channel(k_, p_.channels, grid.at, in_row_, t.pixels());
   return grid;
 }
 
@@ -206,23 +224,7 @@ Grid Forward::bordered_input(const Tile& t, char* scratch) const {
   const int64_t lines = (t.lines - 1) * p_.stride[0] + p_.dilation[0] * (p_.kernel[0] - 1) + 1;
   const int64_t columns = (t.columns - 1) * p_.stride[1] + p_.dilation[1] * (p_.kernel[1] - 1) + 1;
   const int64_t line_bytes = border_width_ * in_row_;
-  const int64_t first = std::clamp<int64_t>(-left, 0, columns);
-  const int64_t last = std::clamp<int64_t>(p_.width - left, first, columns);
-  for (int64_t line = 0; line < lines; ++line) {
-    char* to = scratch + line * line_bytes;
-    const int64_t from_line = top + line;
-    if (from_line < 0 || from_line >= p_.height) {
-      std::memset(to, 0, line_bytes);
-      continue;
-    }
-    std::memset(to, 0, first * in_row_);
-    if (first < last) {
-      k_.load({x_.pixel(t.image, from_line, left + first), x_.c, x_.w, type_, p_.channels, last - first},
-              to + first * in_row_, in_row_);
-      zero_odd_channel(to + first * in_row_, in_row_, last - first);
-    }
-    std::memset(to + last * in_row_, 0, (columns - last) * in_row_);
-  }
+  copy_bordered(k_, p_, x_, {t.image, top, left, lines, columns}, {scratch, in_row_, line_bytes});
   return {scratch, in_row_ * p_.stride[1], line_bytes * p_.stride[0]};
 }
 
@@ -289,7 +291,8 @@ Panels Forward::panels(size_t layer) const {
 }
 
 // One layer, or some panels of it. `tiles` holds the hidden layers and the result where y cannot be written directly.
-Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const Panels& panels) const {
+Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const Panels& panels,
+                    const Region& later) const {
   static constexpr int64_t no_offset = 0;
   const Layer& layer = layers_[i];
   const bool last = i + 1 == layers_.size();
@@ -309,10 +312,12 @@ Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const P
   if (last) {
     out = direct_out_ ? Grid{y_.pixel(t.image, t.line, t.column), y_.w, y_.h} : dense(out_tile, out_row_, t.columns);
   }
-  if (i == 0 && !pointwise_) {
+  if (i == 0 && winograd_) {
+    winograd_->run(t, x_, layer.weight, p.finish, out, panels, a.at);
+  } else if (i == 0 && !pointwise_) {
     multiply_bordered(t, p, a, out, panels);
   } else {
-    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels);
+    multiply_tile(k_, p, a, out, {}, {}, t.lines, t.columns, panels, later);
   }
   if (!last || direct_out_) return out;
   const int64_t from = panels.begin * panels.width, to = std::min(panels.columns, panels.end * panels.width);
@@ -323,12 +328,23 @@ Grid Forward::apply(size_t i, const Tile& t, const Grid& a, char* tiles, const P
   return out;
 }
 
+// What a tile reads, where it lies in one piece.
+Region Forward::input_of(int64_t task) const {
+  if (!direct_ || p_.height > 1 || task >= cut_.tiles()) return {};
+  const Tile t = tile_of(cut_, task);
+  const int64_t step = x_.w * p_.stride[1];
+  return {x_.pixel(t.image, 0, t.column * p_.stride[1]), t.columns * step};
+}
+
 // A tile through all layers.
 void Forward::run_tile(int64_t task, char* scratch) const {
   const Use use(k_);
-  const Tile t = tile_of(cut_, task);
+  const Tile t = tile(task);
   Grid a = input(t, scratch);
-  for (size_t i = 0; i < layers_.size(); ++i) a = apply(i, t, a, scratch + input_bytes_, panels(i));
+  const Region later = input_of(task + threads_);  // the others take those in between
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    a = apply(i, t, a, scratch + input_bytes_, panels(i), i == 0 ? later : Region{});
+  }
 #if NIN_X86
   if (streams_) __builtin_ia32_sfence();  // before another thread reads what was written past the caches
 #endif
@@ -336,12 +352,12 @@ void Forward::run_tile(int64_t task, char* scratch) const {
 
 nin_status Forward::run(const nin_pool& pool) const {
   if (!by_columns_) {
-    return run_tasks(pool, cut_.tiles(), size_t(scratch_bytes()),
+    return run_tasks(pool, tasks(), size_t(scratch_bytes()),
                      [&](int64_t task, char* scratch) { run_tile(task, scratch); });
   }
   char* shared = shared_scratch.reserve(size_t(hidden_count_ * hidden_bytes_ + out_bytes_ + 64));
   if (!shared) return nin_out_of_memory;
-  const Tile t = tile_of(cut_, 0);
+  const Tile t = tile(0);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const int64_t parts = std::min(pool.threads, panels(i).count);
     const nin_status status = run_tasks(pool, parts, size_t(input_bytes_), [&](int64_t part, char* scratch) {

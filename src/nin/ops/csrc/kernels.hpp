@@ -69,11 +69,25 @@ struct Pixels {
   int64_t count = 0;
 };
 
+// Where pixels lie: `row` bytes from one to the next of a line, `line` from one line to the next.
+struct Grid {
+  char* at;
+  int64_t row, line;
+};
+
+// The points of Winograd's transforms of squares of 6 or 8 pixels a side, besides 0 and infinity: ±each. Of fractions
+// of small numbers these give the least error (root mean square, beside sums in float64).
+constexpr double winograd_point(int64_t size, int i) {
+  constexpr double points[2][3] = {{0.75, 1.5}, {0.5, 1, 2}};
+  return points[size == 8][i];
+}
+
 struct Kernels {
   const char* name;
   int lanes;                             // floats in a vector
   int rows;                              // pixels that a product takes at most
   Type type;                             // of a tile's elements: bf16 where pairs of bfloat16 are multiplied
+  const Kernels* floats;                 // the same lanes, of tiles of floats
   // AMX: a product takes blocks of 16 × 16 instead of rows and vectors. A weight's gradient then reads inputs as
   // (row, pixel), a multiple of 16 rows and of 32 pixels, of which those past the last are zero.
   bool tiles;
@@ -89,6 +103,16 @@ struct Kernels {
   void (*pair_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* pairs, int64_t pairs_row);
   // turned[c][p] = tile[p][c], bfloat16, for `tiles`
   void (*turn_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* turned, int64_t turned_row);
+  // The frequencies of a square of size × size pixels of a tile, `step` bytes between two; whole vectors of channels.
+  void (*to_frequencies)(int size, const Grid& from, int64_t channels, float* to, int64_t step);
+  // Back from those of products: lines × columns of a block of results.
+  void (*from_frequencies)(int size, int block, const float* from, int64_t step, const Finish&, const Grid& to,
+                           int lines, int columns, int64_t channels);
+  // The gradient of the frequencies' products, from that of a block of results.
+  void (*spread_block)(int size, int block, const Grid& from, int64_t channels, float* to, int64_t step);
+  // M f Mᵀ for `count` squares of in × in numbers f that lie side by side; M, `matrix`, is out × in. Steps in bytes.
+  void (*transform_sides)(int out, int in, const float* matrix, const float* from, int64_t from_step, float* to,
+                          int64_t to_step, int64_t count);
   // before and after a thread's products; they keep 64 bytes in `state`. Null where there is nothing to do
   void (*begin)(void* state);
   void (*end)(const void* state);

@@ -4,4 +4,5 @@
 #define NIN_ROWS 8
 #define NIN_DOT 1
 #define NIN_AMX 1
+#define NIN_FLOATS avx512
 #include "kernels.inc"

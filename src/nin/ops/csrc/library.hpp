@@ -24,6 +24,7 @@ struct nin_problem {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t x_stride[4], y_stride[4];  // N, C, H, W
   int64_t layers;
+  int64_t winograd;  // 0, or the size of square by which the first layer is computed
 };
 
 struct nin_layer {
@@ -49,6 +50,14 @@ NIN_API void nin_pack(const void* kernels, const nin_weight* weight, const void*
 NIN_API uint64_t nin_sample(const void* data, int64_t bytes);
 // The same of all values, for weights that have no version counter.
 NIN_API uint64_t nin_hash(const void* data, int64_t bytes);
+// By which size of square (6 or 8 pixels) a problem's first layer, of so many channels that come out, is computed
+// fastest with Winograd's transforms; 0: tap by tap.
+NIN_API int64_t nin_winograd_size(const void* kernels, const nin_problem* problem, int64_t columns);
+// How weights are transformed on each side, size × kernel.
+NIN_API void nin_winograd_weights(int64_t size, int64_t kernel, double* matrix);
+// Packs weights transformed: as many bytes as size × size taps take, by the kernels of float32.
+NIN_API int32_t nin_winograd_pack(const void* kernels, const nin_weight* weight, int64_t size, const void* data,
+                                  void* packed, const nin_pool* pool);
 // Scratch that one thread takes, at most, to run the problem.
 NIN_API int64_t nin_forward_scratch_bytes(const void* kernels, const nin_problem* problem, const nin_layer* layers,
                                           int64_t threads);
@@ -71,6 +80,16 @@ NIN_API int64_t nin_backward_scratch_bytes(const void* kernels, const nin_proble
 NIN_API int32_t nin_backward(const void* kernels, const nin_problem* problem, const nin_layer* layers,
                              const nin_gradient* gradient, const nin_layer_gradient* gradients, const void* grad,
                              const void* x, const void* y, void* x_grad, const nin_pool* pool);
+// The gradient of a k×k layer's weight by Winograd's transforms: (columns, channels in, kernel, kernel) floats.
+// `y_stride` of the problem are those of `grad`. Equal bits for any number of threads.
+NIN_API int32_t nin_winograd_gradient(const void* kernels, const nin_problem* problem, int64_t columns, const void* x,
+                                      const void* grad, float* weight_grad, const nin_pool* pool);
+// The gradients of a k×k layer's weight and bias, tap by tap: `sums`, (kernel height × kernel width × channels in, and
+// one row for the bias) floats of which each row is `sums_row` long, a multiple of 16. `y`, the result of a ReLU, lets
+// through where it is above 0; null: all. Without dilation. Equal bits for any number of threads.
+NIN_API int32_t nin_tap_gradient(const void* kernels, const nin_problem* problem, const nin_gradient* gradient,
+                                 int64_t columns, const void* x, const void* grad, const void* y, float* sums,
+                                 int64_t sums_row, const nin_pool* pool);
 
 // The machine's limits, for benchmarks: FLOP/s of multiply-adds on registers, and bytes/s (read and written) of a copy.
 NIN_API double nin_peak_flops(const void* kernels, const nin_pool* pool, double seconds);

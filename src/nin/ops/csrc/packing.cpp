@@ -1,7 +1,9 @@
 // Weights in the order in which the products read them: panels of columns, in each the taps, channels and columns.
 #include <cstring>
+#include <new>
 
-#include "tiles.hpp"
+#include "parallel.hpp"
+#include "winograd.hpp"
 
 namespace nin {
 namespace {
@@ -49,6 +51,22 @@ void pack(const Kernels& k, const nin_weight& w, const char* data, char* packed)
   }
 }
 
+// A panel is packed as it is into scratch, and transformed from there to its place.
+nin_status pack_transformed(const Kernels& k, const nin_weight& w, int64_t size, const char* data, char* packed,
+                            const nin_pool& pool) {
+  const Panels panels(k, w.columns, size * size * w.channels);
+  const std::vector<float> matrix = Winograd::weights_matrix(size, w.height);
+  const int64_t scratch_bytes = w.height * w.width * w.channels * panels.width * 4;
+  return run_tasks(pool, panels.count, size_t(scratch_bytes), [&](int64_t panel, char* scratch) {
+    const int64_t first = panel * panels.width, count = w.channels * panels.vectors(k, panel) * k.lanes;
+    nin_weight part = w;
+    part.columns = std::min(panels.width, w.columns - first);
+    pack(k, part, data + first * w.column_stride * size_of(Type(w.type)), scratch);
+    k.transform_sides(int(size), int(w.height), matrix.data(), reinterpret_cast<float*>(scratch), count * 4,
+                      reinterpret_cast<float*>(packed + panel * panels.full_bytes), count * 4, count);
+  });
+}
+
 }  // namespace
 }  // namespace nin
 
@@ -59,6 +77,16 @@ int64_t nin_packed_bytes(const void* kernels, const nin_weight* weight) {
 void nin_pack(const void* kernels, const nin_weight* weight, const void* data, void* packed) {
   nin::pack(*static_cast<const nin::Kernels*>(kernels), *weight, static_cast<const char*>(data),
             static_cast<char*>(packed));
+}
+
+int32_t nin_winograd_pack(const void* kernels, const nin_weight* weight, int64_t size, const void* data, void* packed,
+                          const nin_pool* pool) {
+  try {
+    return nin::pack_transformed(*static_cast<const nin::Kernels*>(kernels), *weight, size,
+                                 static_cast<const char*>(data), static_cast<char*>(packed), *pool);
+  } catch (const std::bad_alloc&) {
+    return nin_out_of_memory;
+  }
 }
 
 uint64_t nin_sample(const void* data, int64_t bytes) {

@@ -30,8 +30,8 @@ class Scratch {
     return memory_;
   }
 
-  void trim() {
-    if (bytes_ <= kept_bytes) return;
+  void trim(size_t kept = kept_bytes) {
+    if (bytes_ <= kept) return;
     std::free(memory_);
     memory_ = nullptr;
     bytes_ = 0;

@@ -45,6 +45,36 @@ inline Images images(const void* at, const int64_t (&strides)[4], int64_t size) 
           strides[3] * size};
 }
 
+// Pairs of bfloat16: what stands beside an odd last channel is multiplied with a zero, and must be a number.
+inline void zero_odd_channel(const Kernels& k, int64_t channels, char* at, int64_t row, int64_t pixels) {
+  if (padded_channels(k, channels) == channels) return;
+  for (int64_t i = 0; i < pixels; ++i) std::memset(at + i * row + channels * 2, 0, 2);
+}
+
+// Part of an image, and of the zeros around it.
+struct Window {
+  int64_t image, top, left, lines, columns;
+};
+
+inline void copy_bordered(const Kernels& k, const nin_problem& p, const Images& x, const Window& w, const Grid& to) {
+  const int64_t first = std::clamp<int64_t>(-w.left, 0, w.columns);
+  const int64_t last = std::clamp<int64_t>(p.width - w.left, first, w.columns);
+  for (int64_t i = 0; i < w.lines; ++i) {
+    char* line = to.at + i * to.line;
+    if (w.top + i < 0 || w.top + i >= p.height) {
+      std::memset(line, 0, w.columns * to.row);
+      continue;
+    }
+    std::memset(line, 0, first * to.row);
+    if (first < last) {
+      k.load({x.pixel(w.image, w.top + i, w.left + first), x.c, x.w, Type(p.type), p.channels, last - first},
+             line + first * to.row, to.row);
+      zero_odd_channel(k, p.channels, line + first * to.row, to.row, last - first);
+    }
+    std::memset(line + last * to.row, 0, (w.columns - last) * to.row);
+  }
+}
+
 // A layer as the kernels take it.
 struct Layer {
   const void* weight;
@@ -121,12 +151,7 @@ inline Tile tile_of(const Cut& cut, int64_t task) {
   return t;
 }
 
-// Where a tile's values lie: `row` bytes from pixel to pixel, `line` from one line of pixels to the next.
-struct Grid {
-  char* at;
-  int64_t row, line;
-};
-
+// Lines that follow each other.
 inline Grid dense(char* at, int64_t row, int64_t columns) { return {at, row, row * columns}; }
 
 // The panels of a packed weight, of which a product takes those in [begin, end). All but the last are max_vectors wide.
@@ -145,12 +170,16 @@ struct Panels {
 // Weights from which on a panel is fetched ahead: they do not stay in the second cache beside a tile.
 constexpr int64_t fetched_weights_bytes = 512 << 10;
 
-// Shares out the fetching of a panel among products of `steps` steps, of which pixel `first` of `pixels` is the next.
-class NextPanel {
+// Bytes that a thread reads next.
+struct Region {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+};
+
+// Shares out the fetching of a region into the second cache among the products over `pixels`.
+class Fetch {
  public:
-  NextPanel(const Panels& panels, const char* weight, int64_t j, int64_t pixels)
-      : at_(weight + (j + 1 < panels.end ? j + 1 : panels.begin) * panels.full_bytes),
-        per_pixel_(panels.count * panels.full_bytes < fetched_weights_bytes ? 0 : panels.full_bytes / pixels) {}
+  Fetch(const Region& region, int64_t pixels) : at_(region.at), per_pixel_(region.bytes / pixels) {}
   // products of `rows` pixels from now on; a step fetches that many bytes
   void share(Product& p, int64_t rows) const {
     p.next_step = per_pixel_ == 0 ? 0 : per_pixel_ * rows / std::max<int64_t>(1, p.steps * p.tap_count);
@@ -161,6 +190,16 @@ class NextPanel {
   const char* at_;
   int64_t per_pixel_;
 };
+
+// What comes in while panel j is multiplied: the next panel, where the weights do not stay in the second cache beside a
+// tile, else a part of what the next tile reads.
+inline Region beside_panel(const Panels& panels, const char* weight, int64_t j, const Region& later) {
+  if (panels.count * panels.full_bytes >= fetched_weights_bytes) {
+    return {weight + (j + 1 < panels.end ? j + 1 : panels.begin) * panels.full_bytes, panels.full_bytes};
+  }
+  const int64_t count = panels.end - panels.begin, bytes = later.bytes / count;
+  return {later.at + (j - panels.begin) * bytes, bytes};
+}
 
 // Around a thread's products.
 class Use {
@@ -178,9 +217,10 @@ class Use {
   alignas(64) char state_[64];
 };
 
-// A product over a tile: `p` says what is common to all its parts.
+// A product over a tile: `p` says what is common to all its parts, `later` what the thread reads after it.
 inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid& out, const Grid& derivative,
-                          const Grid& gate, int64_t lines, int64_t columns, const Panels& panels) {
+                          const Grid& gate, int64_t lines, int64_t columns, const Panels& panels,
+                          const Region& later = {}) {
   const auto follows = [columns](const Grid& g) { return !g.at || g.line == g.row * columns; };
   if (follows(a) && follows(out) && follows(derivative) && follows(gate)) {
     columns *= lines;
@@ -197,7 +237,7 @@ inline void multiply_tile(const Kernels& k, Product p, const Grid& a, const Grid
     p.panel = panel + j * panels.full_bytes;
     p.columns = panels.columns - from;
     if (bias) p.finish.bias = bias + from;
-    const NextPanel next(panels, panel, j, lines * columns);
+    const Fetch next(beside_panel(panels, panel, j, later), lines * columns);
     next.share(p, divide_up(columns, groups));
     for (int64_t line = 0; line < lines; ++line) {
       for (int64_t g = 0; g < groups; ++g) {
