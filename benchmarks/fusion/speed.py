@@ -1,4 +1,4 @@
-"""Times five networks as they are, fused, under torch.compile, and fused under it, in turn within one process.
+"""Times seven networks as they are, fused, under torch.compile, and fused under it, in turn within one process.
 
     python benchmarks/fusion/speed.py [NAME …] [--batches 1 16] [--dtypes fp32 bf16] [--no-compile]
 
@@ -27,8 +27,10 @@ NETWORKS = {
     "ConvNeXt atto": "convnext_atto",
     "ConvMixer 768/32": "convmixer_768_32",
     "MobileNetV2": "mobilenetv2_100",
+    "ResNet-18": "resnet18",
     "ResNet-50": "resnet50",
     "SqueezeNet": "squeezenet1_1",
+    "VGG-16": "vgg16",
 }
 ENGINES = ("eager", "compile", "fused", "fused + compile")
 RATIOS = {
