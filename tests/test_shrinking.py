@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pickle
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from torch import nn
 import nin
 from nin import checkpoint, cli, data, factories, server, shrinking
 from nin.errors import UserError
+from nin.fusion import Chain
 from nin.narrowing import FinetuneConfig
 from nin.training import Keeping
 
@@ -86,6 +88,27 @@ def test_a_narrowed_run_is_exported_and_served(run, tmp_path, capsys):
         answer = client.post("/api/predict", content=content, headers={"content-type": "image/png"})
     assert answer.status_code == 200, answer.text
     assert nin.load(out).predict(tmp_path / "grey.png")[0].label in answer.text
+
+
+def test_a_narrowed_run_answers_with_the_operator(run, tmp_path):
+    out = tmp_path / "half"
+    narrow(run, "--macs", "0.5", "--out", str(out))
+    classifier = nin.load(out)
+    assert classifier.fastest is not classifier.model
+    assert any(isinstance(value, Chain) for m in classifier.fastest.modules() for value in vars(m).values())
+    both = [dict(network.named_parameters()) for network in (classifier.model, classifier.fastest)]
+    assert [p.data_ptr() for p in both[0].values()] == [both[1][name].data_ptr() for name in both[0]]
+    pixels = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier.score_pixels(pixels), classifier.model(classifier.inputs(pixels)))
+    with torch.no_grad():  # the same tensors
+        next(classifier.model.parameters()).mul_(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier.score_pixels(pixels), classifier.model(classifier.inputs(pixels)))
+    again = pickle.loads(pickle.dumps(classifier))
+    torch.testing.assert_close(again.score_pixels(pixels), classifier.score_pixels(pixels))
+    plain = nin.load(run)
+    assert plain.fastest is plain.model
 
 
 def test_a_dry_run_writes_no_run(run, tmp_path, capsys):

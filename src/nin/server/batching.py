@@ -132,7 +132,7 @@ class Batcher:
 @torch.inference_mode()
 def classify(classifier: Classifier, pixels: Tensor) -> Answer:
     """Return the answers for images, BATCH at a time."""
-    network = cast(Network, classifier.model)
+    network = cast(Network, classifier.fastest)
     maps = [network.maps(classifier.inputs(part)) for part in pixels.split(BATCH)]
     whole = torch.cat(maps).float().cpu()
     return Answer(whole.mean((2, 3)), whole)
