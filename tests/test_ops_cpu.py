@@ -63,7 +63,10 @@ def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
 
 
 def assert_gradients_agree(x, weights, biases, activation, geometry):
-    """Compare with the float64 reference, as far from it as PyTorch's layer by layer backward at most (and a bit)."""
+    """Compare with the float64 reference: as far from it as PyTorch's layer by layer backward at most, and a bit.
+
+    The bit is what is lost in sums over all pixels, of terms of order 1 that may cancel each other.
+    """
     plain = [torch.randn_like(nin.mlpconv(x, weights, biases, activation=activation, **geometry))]
     ours = gradients(x, weights, biases, activation, geometry, *plain, kernel="compiled")
     theirs = gradients(x, weights, biases, activation, geometry, *plain, kernel="reference")
@@ -79,7 +82,8 @@ def assert_gradients_agree(x, weights, biases, activation, geometry):
     for got, other, want in zip(ours, theirs, exact, strict=True):
         assert got.shape == want.shape
         size = want.norm() + torch.finfo(x.dtype).tiny
-        noise = 4 * torch.finfo(x.dtype).eps * (1 + want.numel() ** 0.5 / size)
+        pixels = plain[0].numel() / plain[0].shape[1]
+        noise = 2 * torch.finfo(x.dtype).eps * (2 + (want.numel() * pixels) ** 0.5 / size)
         assert (got.double() - want).norm() / size <= 2 * (other.double() - want).norm() / size + noise
 
 
@@ -172,6 +176,7 @@ def test_activations_and_their_derivatives(isa, activation):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_random_shapes(data):
+    torch.manual_seed(data.draw(st.integers(0, 1 << 32), "seed"))
     widths = tuple(data.draw(st.lists(st.integers(1, 300), min_size=2, max_size=5), "widths"))
     kernel_size = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "kernel size")
     stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)), "stride")

@@ -124,8 +124,10 @@ def test_chains_after_it(isa, force, dtype, activation):
     st.integers(0, 6),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 1 << 32),
 )
-def test_random_shapes(force, kind, count, channels, columns, height, width, padding, nchw, bfloat16):
+def test_random_shapes(force, kind, count, channels, columns, height, width, padding, nchw, bfloat16, seed):
+    torch.manual_seed(seed)
     size, kernel = kind
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     assume(min(height, width) + 2 * padding >= kernel and padding < kernel)
