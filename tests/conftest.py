@@ -44,7 +44,11 @@ def build_native(folder, target, *options):
     subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
 
 
-@pytest.fixture(params=("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable"))
+# those of nin.ops.compiled, which is not imported before the variable above is set
+INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     """Run the test with each instruction set that this machine has, AMX's registers emulated where it lacks them."""
     from nin.ops import compiled, cpu

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nin
-from conftest import build_native
+from conftest import INSTRUCTION_SETS, build_native
 from nin.ops import ACTIVATIONS, compiled, cpu, packing, problem, reference
 from nin.ops import gradients as convolution_gradients
 from nin.ops.arguments import Layers
@@ -501,6 +501,10 @@ def test_weights_are_packed_alike_however_they_lie(isa, shape, dtype, for_input_
     handle = cpu.KERNELS.handles[dtype]
     packed = [packing._pack(handle, w, for_input_gradient) for w in in_any_layout(shape, dtype)]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
+
+
+def test_every_instruction_set_is_tested():
+    assert INSTRUCTION_SETS == compiled.INSTRUCTION_SETS
 
 
 # -- which kernels -----------------------------------------------------------------------------------------------
