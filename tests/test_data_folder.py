@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nin.data import FileSet, ImageSet, batches, load
-from nin.data.folder import natural_key
+from nin.data.folder_listing import natural_key
 from nin.data.reading import usual_size
 from nin.data.sets import PathList
 from nin.errors import UserError

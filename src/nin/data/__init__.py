@@ -4,7 +4,7 @@ from nin.data.augmentation import augment, to_float
 from nin.data.batching import batches, hold
 from nin.data.checking import Check, check
 from nin.data.findings import MEANINGS, findings_csv
-from nin.data.folder import images_below
+from nin.data.folder_listing import images_below
 from nin.data.images import EXTENSIONS, decode
 from nin.data.loading import load, load_recorded
 from nin.data.named import NAMES

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.batching import in_order
-from nin.data.folder import Listing
+from nin.data.folder_listing import Listing
 from nin.data.images import FORMATS, decode_pixels, read_header, why
 from nin.data.remembering import memory_file, recall, remember
 from nin.errors import UserError

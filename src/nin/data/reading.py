@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nin.data.examining import Examination, Problems, ReadingOptions
 from nin.data.findings import find, imbalance
-from nin.data.folder import Listing, list_folder
+from nin.data.folder_listing import Listing, list_folder
 from nin.data.randomness import held_out
 from nin.data.sets import Data, FileSet, ImageSet, sensible_shift, statistics
 from nin.errors import UserError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nin.ops import reference
 from nin.ops.arguments import Gradients, Layers
-from nin.ops.gpu import backward, choosing, launching, tiles, tuning
+from nin.ops.gpu import backward_kernels, choosing, launching, tiles, tuning
 from nin.ops.gpu.pixels import needs_64_bits, places, strided
 
 
@@ -117,7 +117,9 @@ def differentiate_pair(grad: Tensor, x: Tensor, source: Tensor, layers: Layers, 
             programs = launching.count_programs(where.pixels, cut, widths, x.dtype.itemsize, device)
             tensors = (seen, grad, source, w1, *given, target)
             options = {**chain_constants(cut), "RESIDENT": cut.resident, "WIDE": where.wide}
-            launching.launch(backward.pair_input_gradient, (programs,), *tensors, *arguments, **constants, **options)
+            launching.launch(
+                backward_kernels.pair_input_gradient, (programs,), *tensors, *arguments, **constants, **options
+            )
 
         candidates = tiles.pair_input_tiles(widths, x.dtype.itemsize, launching.device_of(x))
         call(tuning.choose("pair_input_gradient", (*widths, *arguments), x, candidates, call))
@@ -147,7 +149,9 @@ def pair_parts(
         made[:] = [torch.empty((count, size), dtype=torch.float32, device=seen.device) for size in sizes]
         tensors = (seen, grad, source, w1, *given, *made)
         options = {**chain_constants(cut), "WIDE": where.wide}
-        launching.launch(backward.pair_weight_gradient, (count, blocks), *tensors, *arguments, **constants, **options)
+        launching.launch(
+            backward_kernels.pair_weight_gradient, (count, blocks), *tensors, *arguments, **constants, **options
+        )
 
     call(tuning.choose("pair_weight_gradient", (channels, hidden, columns, *arguments), seen, candidates, call))
     return made
@@ -182,7 +186,7 @@ def layer_input_gradient(grad: Tensor, source: Tensor, weight: Tensor, target: T
 
     def call(cut: tiles.LayerTiles) -> None:
         launching.launch(
-            backward.layer_input_gradient,
+            backward_kernels.layer_input_gradient,
             (triton.cdiv(pixels, cut.pixels) * triton.cdiv(channels, cut.columns),),
             *(grad, source, matrix, target, pixels, *sizes),
             *(*grad.stride(), *source.stride(), *target.stride(), *steps),
@@ -206,7 +210,7 @@ def layer_parts(x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, layers:
     count = tiles.count_parts(pixels, cut.pixels, columns * (summands + 1), blocks[0] * blocks[1], device)
     parts = [torch.empty((count, n), dtype=torch.float32, device=x.device) for n in (columns * summands, columns)]
     launching.launch(
-        backward.layer_weight_gradient,
+        backward_kernels.layer_weight_gradient,
         (count, *blocks),
         *(x, grad, source, *parts, pixels, *x.shape[2:], *grad.shape[2:]),
         *(*x.stride(), *grad.stride(), *source.stride()),
@@ -231,5 +235,5 @@ def add(parts: Tensor, like: Tensor | None, wanted: bool) -> Tensor:
         return parts.new_empty(0) if like is None else like.new_empty(0)
     result = like.new_empty(like.shape)
     grid = (triton.cdiv(like.numel(), 256),)
-    launching.launch(backward.add_parts, grid, parts, result, parts.shape[0], like.numel(), BLOCK=256)
+    launching.launch(backward_kernels.add_parts, grid, parts, result, parts.shape[0], like.numel(), BLOCK=256)
     return result

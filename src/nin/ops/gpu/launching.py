@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nin.ops import reference
 from nin.ops.arguments import Layers
-from nin.ops.gpu import choosing, forward, tiles, tuning
+from nin.ops.gpu import choosing, forward_kernels, tiles, tuning
 from nin.ops.gpu.pixels import needs_64_bits, places, strided
 
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU and without a compiler.
-INTERPRETED = not isinstance(forward.layer_forward, triton.JITFunction)
+INTERPRETED = not isinstance(forward_kernels.layer_forward, triton.JITFunction)
 
 
 def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
@@ -127,7 +127,7 @@ def run_chain(step: Geometry, layers: Layers) -> None:
         programs = count_programs(step.pixels, cut, widths, x.dtype.itemsize, device)
         chunks = [*cut.chunks, 16][:4]
         launch(
-            forward.chain_forward,
+            forward_kernels.chain_forward,
             (programs,),
             x,
             *(t for i in range(3) for t in (matrices[min(i, count - 1)], _given(vectors[min(i, count - 1)], x))),
@@ -159,7 +159,7 @@ def run_layer(step: Geometry, layers: Layers) -> None:
 
     def call(cut: tiles.LayerTiles) -> None:
         launch(
-            forward.layer_forward,
+            forward_kernels.layer_forward,
             (triton.cdiv(step.pixels, cut.pixels) * triton.cdiv(columns, cut.columns),),
             x,
             step.weight,
