@@ -46,7 +46,7 @@ lint: $(READY)
 
 # Editable, so that a change of a Python file counts at once; built again when the compiled part changes.
 # uv installs PyTorch's packages in seconds where pip takes minutes.
-$(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/csrc/*)
+$(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/cpu/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"nin needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 demo")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). PyTorch for Linux is a download of about 2.5 GB: seconds to minutes, once."

@@ -23,8 +23,8 @@ from typing import Any
 
 import nin
 from nin import checkpoint, data, training
-from nin.files import write_atomically
-from nin.recipe import TrainConfig
+from nin.config import TrainConfig
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nin import checkpoint, data, prediction, training
+from nin import checkpoint, data, training
 from nin.errors import UserError
-from nin.files import write_atomically
+from nin.inference import classifier
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 # What a process that runs what it has read would do.
@@ -196,7 +197,7 @@ def fuzz_models(count: int, chance: random.Random) -> dict[str, Any]:
 
 def use(run: Path) -> None:
     """Load a run folder and classify an image."""
-    prediction.load(run).predict(np.zeros((8, 8), dtype=np.uint8))
+    classifier.load(run).predict(np.zeros((8, 8), dtype=np.uint8))
 
 
 def make_run(folder: Path) -> dict[str, bytes]:

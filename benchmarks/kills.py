@@ -27,8 +27,9 @@ from pathlib import Path
 
 import torch
 
-from nin import checkpoint, cli, data, terminal
-from nin.files import write_atomically
+from nin import checkpoint, data
+from nin.cli import app, commands
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 FILES = (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE)
@@ -46,7 +47,7 @@ def train(out: Path, *more: str) -> None:
         remove(folder)
 
     remove, checkpoint.remove_state = checkpoint.remove_state, keep_state
-    cli.main(["train", "digits", "--out", str(out), *SETTINGS, *more])
+    app.main(["train", "digits", "--out", str(out), *SETTINGS, *more])
 
 
 def start(out: Path, *more: str) -> multiprocessing.Process:
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--inside", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    terminal.words.quiet = terminal.results.quiet = True
+    commands.words.quiet = commands.results.quiet = True
     data.load("digits")  # imports here what every training would import again
     chance, counts = random.Random(arguments.seed), {"kills": 0, "inside_a_write": 0, "trainings": 0, "equal": 0}
     lost: list[str] = []

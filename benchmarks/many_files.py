@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint
-from nin.files import write_atomically
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 LOAD = """

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint, training
-from nin.files import write_atomically
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PER_SHARD = 10_000

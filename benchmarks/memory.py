@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from nin import checkpoint, data, training
-from nin.files import write_atomically
-from nin.recipe import TrainConfig
+from nin.config import TrainConfig
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = 250

@@ -23,8 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, metrics
-from nin.files import write_atomically
+from nin import checkpoint
+from nin.runtime.files import write_atomically
+from nin.training import metrics
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (1, 2, 4)

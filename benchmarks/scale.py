@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nin import checkpoint, data, models, processes, tabulation
-from nin.files import write_atomically
+from nin import checkpoint, data, models
+from nin.inference import batch_predict
+from nin.runtime import distributed
+from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PART = 2**20
@@ -56,7 +58,7 @@ def deal(count: int, world: int, batch: int) -> bool:
         dealt = []
         for rank in range(world):
             os.environ.update(WORLD_SIZE=str(world), RANK=str(rank))
-            dealt.append(processes.share(order, batch)[0])
+            dealt.append(distributed.share(order, batch)[0])
         if not torch.equal(torch.cat(dealt).sort().values, order.sort().values):
             return False
     return True
@@ -64,7 +66,7 @@ def deal(count: int, world: int, batch: int) -> bool:
 
 def split(count: int, world: int) -> bool:
     """Return whether the shares of `nin predict` follow each other without a gap."""
-    bounds = [tabulation.Share(rank, world).bounds(count) for rank in range(world)]
+    bounds = [batch_predict.Share(rank, world).bounds(count) for rank in range(world)]
     ends = [0, *(stop for _, stop in bounds)]
     return ends[-1] == count and all(start == end for (start, _), end in zip(bounds, ends, strict=False))
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import nin
-from nin.costs import Cost
-from nin.exporting import Exported
-from nin.prediction import Prediction
+from nin.exporters import Exported
+from nin.inference.classifier import Prediction
+from nin.profiling.cost import Cost
 from nin.training import TrainResult
 
 

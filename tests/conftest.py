@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """Build the library with AMX's tile registers computed in plain C++."""
-    from nin.ops import compiled
+    from nin.ops.cpu import library as compiled
 
     folder = tmp_path_factory.mktemp("emulated")
     build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={version('nin')}")
@@ -44,14 +44,15 @@ def build_native(folder, target, *options):
     subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
 
 
-# those of nin.ops.compiled, which is not imported before the variable above is set
+# those of nin.ops.cpu.library, which is not imported before the variable above is set
 INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     """Run the test with each instruction set that this machine has, AMX's registers emulated where it lacks them."""
-    from nin.ops import compiled, cpu
+    from nin.ops.cpu import dispatch
+    from nin.ops.cpu import library as compiled
 
     kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
     if kernels.name == "avx512_bf16" and request.param == "avx512_amx":
@@ -61,7 +62,7 @@ def isa(request, monkeypatch):
         assert kernels.name == request.param, "its product of whole numbers came out wrong"
     if kernels.name != request.param:
         pytest.skip(f"this machine lacks {request.param}")
-    monkeypatch.setattr(cpu, "KERNELS", kernels)
+    monkeypatch.setattr(dispatch, "KERNELS", kernels)
     return request.param
 
 

@@ -199,7 +199,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from nin.files import write_atomically
+from nin.runtime.files import write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 path = Path(sys.argv[1])

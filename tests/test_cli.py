@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nin import cli, data, demonstration, models, prediction, terminal, training
-from nin.recipe import TrainConfig
+from nin import data, models, training
+from nin.cli import app, commands, console, demo
+from nin.config import TrainConfig
+from nin.inference import classifier
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def run(tmp_path_factory):
     """A run folder made by the shell's own verb."""
     out = tmp_path_factory.mktemp("shell") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal.console, "SECONDS_BETWEEN_LINES", 0.0)
+        patch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
         cli_main("train", "digits", "--out", str(out), "--epochs", "3", "--batch-size", "128")
     return out
 
@@ -36,7 +38,7 @@ def pictures(run, tmp_path_factory):
 
 
 def cli_main(*arguments):
-    cli.main(list(arguments))
+    app.main(list(arguments))
 
 
 def fails(capsys, *arguments):
@@ -91,12 +93,12 @@ def test_names_are_shown_as_they_are(run, tmp_path, capsys):
     cli_main("predict", str(run), str(tmp_path / "odd["), "--csv", str(tmp_path / "odd[" / "p].csv"))
     assert "odd[/p].csv" in capsys.readouterr().err
     classes = ("[red]", "[/x]", ":cat:")
-    prediction_of_three = prediction.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
-    terminal.results.print(terminal.predictions_table(classes, ["a.png"], [prediction_of_three], 3))
-    terminal.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
-    with terminal.Bar("Reading [/x]") as bar:
+    prediction_of_three = classifier.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
+    commands.results.print(commands.predictions_table(classes, ["a.png"], [prediction_of_three], 3))
+    commands.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
+    with commands.Bar("Reading [/x]") as bar:
         bar.progress.add_task(bar.text)
-        terminal.words.print(bar.progress.get_renderable())
+        commands.words.print(bar.progress.get_renderable())
         bar.line("[red]")
     printed = capsys.readouterr()
     assert all(name in printed.out for name in classes)
@@ -130,7 +132,7 @@ def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
     maps, table = tmp_path / "maps", tmp_path / "predictions.csv"
     cli_main("predict", str(run), *paths, "--json", "--csv", str(table), "--maps", str(maps), "--top", "2")
     answers = json.loads(capsys.readouterr().out)
-    expected = prediction.load(run).predict(paths)
+    expected = classifier.load(run).predict(paths)
     assert [a["label"] for a in answers] == [p.label for p in expected]
     assert [len(a["top"]) for a in answers] == [2, 2]
     with open(table, newline="") as file:
@@ -172,14 +174,14 @@ def test_bench_lists_measures_and_draws(tmp_path, capsys):
 
 
 def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
+    monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
     out = tmp_path / "demo"
-    demonstration.run(out, as_json=True, config=TrainConfig(epochs=2))
+    demo.run(out, as_json=True, config=TrainConfig(epochs=2))
     result = json.loads(capsys.readouterr().out)
-    assert len(result["predictions"]) == demonstration.SAMPLES
+    assert len(result["predictions"]) == demo.SAMPLES
     assert (out / "report.html").exists()
     # a second one replaces the first
-    demonstration.clear(out)
+    demo.clear(out)
     assert not out.exists()
 
 
@@ -190,22 +192,22 @@ def test_a_demo_removes_no_one_elses_folder(tmp_path, stranger):
     (out / stranger).write_text("{}")
     if stranger == "config.json":
         (out / "samples").rmdir()
-    demonstration.clear(out)
+    demo.clear(out)
     assert (out / stranger).exists()
 
 
 def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demonstration, "compare_bottleneck", lambda: [])
+    monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
     out, config = tmp_path / "demo", TrainConfig(epochs=2)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", config, out=out, keeping=training.Keeping(stop=lambda: True))
     assert (out / "state.safetensors").exists()
-    demonstration.run(out, as_json=True, config=config)
+    demo.run(out, as_json=True, config=config)
     assert json.loads(capsys.readouterr().out)["test_images"] == 451
 
 
 def test_the_bottleneck_has_fewer_macs_and_both_are_timed():
-    wide, narrow = demonstration.compare_bottleneck()
+    wide, narrow = demo.compare_bottleneck()
     assert wide["macs"] == 28 * 28 * 256 * 256 * 16
     assert narrow["macs"] == 28 * 28 * (256 * 64 + 64 * 256 * 16)
     assert wide["median_ms"] > 0
@@ -321,7 +323,8 @@ def test_ctrl_c_and_sigterm_keep_the_steps_done_and_resume(number, status, tmp_p
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys; from nin import cli; cli.app(['--help']); sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
+        "import sys; from nin.cli.app import app; app(['--help']); "
+        "sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -348,7 +351,7 @@ def test_out_of_memory_says_what_to_lower(error, monkeypatch, tmp_path, capsys):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(terminal, "train", fail)
+    monkeypatch.setattr(commands, "train", fail)
     code, line = fails(capsys, "train", "digits", "--out", str(tmp_path / "run"))
     assert code == 1
     assert "out of memory; lower --batch-size" in line
@@ -358,6 +361,6 @@ def test_other_errors_of_ours_are_not_hidden(monkeypatch, tmp_path):
     def fail(*arguments, **options):
         raise RuntimeError("a mistake in nin")
 
-    monkeypatch.setattr(terminal, "train", fail)
+    monkeypatch.setattr(commands, "train", fail)
     with pytest.raises(RuntimeError, match="a mistake in nin"):
-        cli.main(["train", "digits", "--out", str(tmp_path / "run")])
+        app.main(["train", "digits", "--out", str(tmp_path / "run")])

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from nin.data import FileSet, ImageSet, batches, load
+from nin.data.dataset import PathList
+from nin.data.folder import usual_size
 from nin.data.folder_listing import natural_key
-from nin.data.reading import usual_size
-from nin.data.sets import PathList
 from nin.errors import UserError
 
 

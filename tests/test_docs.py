@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from torch import nn
 
 import nin
-from nin import cli, server
+from nin import server
+from nin.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -87,7 +88,7 @@ def test_every_block_runs(page, run, tmp_path, monkeypatch, capsys):
             exec(compile(text, page.name, "exec"), names)
         elif language == "sh":  # run; a block without a language is only read
             for words in verbs(text):
-                cli.main(words)
+                app.main(words)
         elif language == "json":
             json.loads(text)
 
@@ -97,13 +98,13 @@ def test_every_verb_is_understood(page):
     for language, text in blocks(page):
         for words in verbs(text) if language in ("", "sh") else []:
             if words != ["--help"]:
-                cli.app.parse_args(words, exit_on_error=False, print_error=False)
+                app.app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_a_verb_that_is_wrong_is_found():
     (words,) = verbs("nin train photos --colour  # no such option\nnin_other\n")
-    with pytest.raises(cli.CycloptsError):
-        cli.app.parse_args(words, exit_on_error=False, print_error=False)
+    with pytest.raises(app.CycloptsError):
+        app.app.parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_the_api_page_has_every_public_name():

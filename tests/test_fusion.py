@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 import nin
-from nin.fusion import FORMS, Chain, fusing
-from nin.timing import Timing
+from nin.fusion import FORMS, Chain, rewrite
+from nin.runtime.timer import Timing
 
 
 def conv_bn(cin, cout, k=1, **options):
@@ -245,7 +245,7 @@ def test_dtypes_agree_within_rounding(dtype):
 def test_a_model_that_is_slower_with_its_chains_keeps_none(monkeypatch):
     model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval()
     times = iter([(2.0, 2.1), (2.0, 2.0)])
-    monkeypatch.setattr(fusing, "_measure", lambda *_: tuple(Timing(ms, ms, ms, 9) for ms in next(times)))
+    monkeypatch.setattr(rewrite, "_measure", lambda *_: tuple(Timing(ms, ms, ms, 9) for ms in next(times)))
     fused = nin.fuse(model, torch.randn(1, 8, 6, 6), runs=2)
     assert [chain.form for chain in fused.chains] == ["original"]
     assert fused.left == {"0, 2": "the whole model took 2.10 ms with them and 2.00 ms without"}

@@ -11,7 +11,7 @@ import nin
 from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE, HubClassifier
-from nin.shrinking import ShrinkingConfig, shrink
+from nin.narrowing.workflow_api import ShrinkingConfig, shrink
 
 
 @pytest.fixture(autouse=True)

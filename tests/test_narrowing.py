@@ -13,24 +13,24 @@ import torchvision
 from torch import nn
 
 import nin
-from nin import timing
 from nin.errors import UserError
+from nin.models import layer_shape
 from nin.narrowing import (
     FinetuneConfig,
     LayerPlan,
     NarrowOptions,
     Plan,
     Thinning,
+    analysis,
+    dependency_graph,
     finetune,
-    graph,
-    pricing,
-    recovering,
-    structure,
-    studying,
-    working,
+    latency,
+    pipeline,
+    recalibration,
 )
-from nin.narrowing.refining import Material, refine
-from nin.narrowing.studying import study
+from nin.narrowing.analysis import study
+from nin.narrowing.reconstruction import Material, refine
+from nin.runtime import timer
 
 QUIET = NarrowOptions(measure_latency=False, revert_slower=False)
 
@@ -105,7 +105,7 @@ def relative(a, b):
 
 def realise(model, batches, forms=None, thinned=()):
     """Fit a plan made by hand."""
-    original = structure.expand(model).eval()
+    original = layer_shape.expand(model).eval()
     known = study(original, batches, skip=(), cache=None)
     layers = []
     for name, shape in known.shapes.items():
@@ -256,7 +256,7 @@ def test_torch_export_agrees():
 def test_our_own_networks_become_plain():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
     batches = images(32, 1, 8, 8)
-    torch.testing.assert_close(outputs(structure.expand(model), batches), outputs(model, batches))
+    torch.testing.assert_close(outputs(layer_shape.expand(model), batches), outputs(model, batches))
     result = nin.narrow(model, batches, macs=0.6, options=QUIET)
     assert result.report.macs[1] <= 0.6 * result.report.macs[0]
     assert not any(isinstance(m, nin.MLPConv) for m in result.model.modules())
@@ -326,8 +326,8 @@ def test_skipped_layers_stay(tmp_path):
 
 def test_the_cache_counts_for_the_same_network_images_and_patterns_only(tmp_path, monkeypatch):
     looks = []
-    observe = studying.observe
-    monkeypatch.setattr(studying, "observe", lambda *args: looks.append(1) or observe(*args))
+    observe = analysis.observe
+    monkeypatch.setattr(analysis, "observe", lambda *args: looks.append(1) or observe(*args))
     options = dataclasses.replace(QUIET, cache=tmp_path / "cache.safetensors", dry_run=True)
     model, batches = chain(), images(16, 3, 16, 16)
 
@@ -342,7 +342,7 @@ def test_the_cache_counts_for_the_same_network_images_and_patterns_only(tmp_path
     assert is_found_again(chain(), batches, skip=["3"])
     assert is_found_again(model, images(16, 3, 16, 16), skip=["3"])
     assert is_found_again(model, batches)
-    monkeypatch.setattr(studying, "CACHE_FORMAT", studying.CACHE_FORMAT + 1)
+    monkeypatch.setattr(analysis, "CACHE_FORMAT", analysis.CACHE_FORMAT + 1)
     assert is_found_again(model, batches)
     assert not is_found_again(model, batches)
 
@@ -351,10 +351,10 @@ def test_the_cache_counts_for_the_same_network_images_and_patterns_only(tmp_path
 def test_a_cache_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, name):
     def save():
         if name == "cache.latency.json":
-            table = pricing.LatencyTable(torch.zeros(1), 1, cache=tmp_path / name)
+            table = latency.LatencyTable(torch.zeros(1), 1, cache=tmp_path / name)
             table.known = {"a chain": 1.0}
             return table.save()
-        return studying._write_cache(tmp_path / name, "key", studying._Findings({}, {}, {"a": torch.zeros(1)}))
+        return analysis._write_cache(tmp_path / name, "key", analysis._Findings({}, {}, {"a": torch.zeros(1)}))
 
     save()
     before = (tmp_path / name).read_bytes()
@@ -413,7 +413,7 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
     def evaluate(network):
         return relative(outputs(network, batches), wanted)
 
-    monkeypatch.setattr(working, "correct", correct)
+    monkeypatch.setattr(pipeline, "correct", correct)
     result = nin.narrow(model, batches, macs=0.6, evaluate=evaluate, skip=["13"], options=QUIET)
     accuracy = result.report.accuracy
     assert list(accuracy) == ["original", "raw", "corrected"]
@@ -425,7 +425,7 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
 def test_batchnorm_statistics_are_the_average_over_the_images_and_kept_where_they_help():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     batches = [5 + 3 * torch.randn(8, 3, 6, 6) for _ in range(3)]
-    again = recovering.renormalise(model, batches)
+    again = recalibration.renormalise(model, batches)
     given = torch.stack([model[0](x).detach() for x in batches])
     torch.testing.assert_close(again[1].running_mean, given.mean((0, 1, 3, 4)))
     torch.testing.assert_close(again[1].running_var, torch.stack([y.var((0, 2, 3)) for y in given]).mean(0))
@@ -435,11 +435,11 @@ def test_batchnorm_statistics_are_the_average_over_the_images_and_kept_where_the
     changed = copy.deepcopy(again)
     with torch.no_grad():
         changed[0].weight *= 2
-    mended, error, kept = recovering.correct(changed, again, batches)
+    mended, error, kept = recalibration.correct(changed, again, batches)
     assert kept
-    assert error < 0.1 * recovering.calibration_error(changed, again, batches)
+    assert error < 0.1 * recalibration.calibration_error(changed, again, batches)
     torch.testing.assert_close(mended[1].running_mean, changed[0](torch.cat(batches)).mean((0, 2, 3)).detach())
-    same, error, kept = recovering.correct(again, again, batches)
+    same, error, kept = recalibration.correct(again, again, batches)
     assert (same is again, error, kept) == (True, 0.0, False)
 
 
@@ -459,10 +459,10 @@ def test_wrong_budgets_are_one_line(budget, message):
 
 def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatch):
     def nine_tenths(self, narrowed, batch):
-        return timing.Timing(10.0, 9.9, 10.1, 9), timing.Timing(9.0, 8.9, 9.1, 9)
+        return timer.Timing(10.0, 9.9, 10.1, 9), timer.Timing(9.0, 8.9, 9.1, 9)
 
-    monkeypatch.setattr(pricing.Stopwatch, "compare", nine_tenths)
-    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: pricing.macs(layers))
+    monkeypatch.setattr(latency.Stopwatch, "compare", nine_tenths)
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: latency.macs(layers))
     result = nin.narrow(chain(), images(8, 3, 16, 16), latency=0.2, options=NarrowOptions(revert_slower=False))
     assert "The latency asked for, 0.20 of the original's, was not reached: 0.90." in result.report.notes
 
@@ -473,10 +473,10 @@ def test_a_latency_that_is_more_than_kept_gives_channels_back(monkeypatch):
 
     def squared(self, narrowed, batch):  # as where what is left also runs better than the table says
         shares.append((nin.cost(narrowed, (1, 3, 16, 16)).macs / whole) ** 2)
-        return timing.Timing(1.0, 1.0, 1.1, 9), timing.Timing(shares[-1], shares[-1], 9.9, 9)
+        return timer.Timing(1.0, 1.0, 1.1, 9), timer.Timing(shares[-1], shares[-1], 9.9, 9)
 
-    monkeypatch.setattr(pricing.Stopwatch, "compare", squared)
-    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: pricing.macs(layers))
+    monkeypatch.setattr(latency.Stopwatch, "compare", squared)
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: latency.macs(layers))
     report = nin.narrow(model, batches, latency=0.5, options=NarrowOptions(measure_latency=False)).report
     assert shares[0] < 0.26
     assert 0.4 < (report.macs[1] / report.macs[0]) ** 2 <= 0.51
@@ -485,9 +485,9 @@ def test_a_latency_that_is_more_than_kept_gives_channels_back(monkeypatch):
 
 def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypatch):
     def measure(self, layers):  # a second layer costs as much as many products, so large ranks do not pay
-        return pricing.macs(layers) + 60_000 * (len(layers) - 1)
+        return latency.macs(layers) + 60_000 * (len(layers) - 1)
 
-    monkeypatch.setattr(pricing.LatencyTable, "measure", measure)
+    monkeypatch.setattr(latency.LatencyTable, "measure", measure)
     model, batches = chain(), images(16, 3, 16, 16)
     options = NarrowOptions(thin=False, renormalise=False)
     slow = nin.narrow(model, batches, macs=0.8, options=dataclasses.replace(options, revert_slower=False)).report
@@ -501,7 +501,7 @@ def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypa
 
 
 def test_layers_that_the_budget_needs_stay_though_slower_and_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(pricing.LatencyTable, "measure", lambda self, layers: 1e9 - pricing.macs(layers))
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: 1e9 - latency.macs(layers))
     report = nin.narrow(chain(), images(16, 3, 16, 16), macs=0.6).report
     assert report.macs[1] <= 0.6 * report.macs[0]
     assert any(note.startswith("Slower than before, but the budget needs them: ") for note in report.notes)
@@ -583,7 +583,7 @@ def test_subclasses_stay_and_the_plan_still_fits():
 def test_an_activation_that_serves_two_places_does_not_hide_the_channels():
     relu = nn.ReLU()
     model = nn.Sequential(nn.Conv2d(3, 16, 3), relu, nn.Conv2d(16, 8, 3), relu, nn.Flatten())
-    edges = graph.trace(model, {"0", "2"}).edges
+    edges = dependency_graph.trace(model, {"0", "2"}).edges
     assert [(edge.producer, edge.consumer) for edge in edges] == [("0", "2")]
 
 
@@ -649,8 +649,8 @@ def test_finetuning_brings_a_factorised_network_back():
 
 def test_channels_of_our_own_networks_can_be_left_out():
     for model in (nin.models.nin_digits(), nin.models.nin_cifar()):
-        plain = structure.expand(model)
+        plain = layer_shape.expand(model)
         names = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d)]
-        wiring = graph.trace(plain, set(names))
+        wiring = dependency_graph.trace(plain, set(names))
         assert wiring.problem is None
         assert [(edge.producer, edge.consumer) for edge in wiring.edges] == list(itertools.pairwise(names))

@@ -8,9 +8,9 @@ from torch import nn
 
 import nin
 from nin import report
-from nin.narrowing.plan import LayerPlan, Plan, Thinning
-from nin.prediction import Prediction
-from nin.tables import html_table
+from nin.inference.classifier import Prediction
+from nin.models.plan import LayerPlan, Plan, Thinning
+from nin.runtime.html_table import html_table
 
 NASTY = '<script>alert("1")</script> & co'
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
-from nin.ops import ACTIVATIONS, compiled
+from nin.ops import ACTIVATIONS
+from nin.ops.cpu import library
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -557,12 +558,12 @@ def test_a_right_call_is_not_refused():
 def test_backends_say_which_kernels_are_there(monkeypatch):
     assert set(nin.backends()) == {"cpu", "cuda"}
     assert all(isinstance(line, str) and line for line in nin.backends().values())
-    monkeypatch.setattr(compiled, "LIBRARY", None)
+    monkeypatch.setattr(library, "LIBRARY", None)
     assert "without a C++ compiler" in nin.backends()["cpu"]
 
 
 def test_a_broken_library_is_an_error_and_not_a_fallback(tmp_path):
-    path = tmp_path / compiled.LIBRARY_NAME
+    path = tmp_path / library.LIBRARY_NAME
     path.write_bytes(b"no library")
     with pytest.raises(ImportError, match="cannot be loaded"):
-        compiled.load_library(path)
+        library.load_library(path)

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import nin
 from conftest import INSTRUCTION_SETS, build_native
-from nin.ops import ACTIVATIONS, compiled, cpu, packing, problem, reference
-from nin.ops import gradients as convolution_gradients
+from nin.ops import ACTIVATIONS, reference
 from nin.ops.arguments import Layers
+from nin.ops.cpu import abi, dispatch, weight_cache
+from nin.ops.cpu import conv_backward as convolution_gradients
+from nin.ops.cpu import library as compiled
 from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,9 +33,9 @@ each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
 @pytest.fixture(autouse=True)
 def all_to_the_kernel(monkeypatch, request):
     """Compute small layers with the compiled kernel too, but where the rule itself is tested; k×k layers tap by tap."""
-    monkeypatch.setattr(problem, "WINOGRAD", False)  # test_ops_winograd.py
+    monkeypatch.setattr(abi, "WINOGRAD", False)  # test_ops_winograd.py
     if "rule" not in request.node.name:
-        monkeypatch.setattr(cpu, "is_faster_in_pytorch", lambda *_: False)
+        monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
 
 
 def assert_within_bound(x, weights, biases, activation, geometry):
@@ -138,9 +140,9 @@ def test_gradients_of_a_first_layers_weights(
     for size in ((13, 17), (8, 300), (71, 30)):
         x, weights, biases = chain.tensors(torch.float32, layout, images=5, size=size)
         layers = Layers(weights, biases, stride, padding, (1, 1), [activation])
-        y = cpu.mlpconv(x, layers)
+        y = dispatch.mlpconv(x, layers)
         grad, needs = torch.randn_like(y), [False, True, True]
-        _, (weight,), (bias,) = cpu.mlpconv_backward(grad, x, y, layers, needs)
+        _, (weight,), (bias,) = dispatch.mlpconv_backward(grad, x, y, layers, needs)
         exact = Layers([weights[0].double()], [biases[0].double()], *layers[2:])
         _, wants, want_biases = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, needs)
         torch.testing.assert_close(weight.double(), wants[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
@@ -291,11 +293,11 @@ def test_equal_bits_for_any_number_of_threads(isa, threads):
 def test_equal_bits_of_a_first_layers_gradients(isa, threads):
     x, weights, biases = Chain((3, 40), (5, 5)).tensors(torch.float32, images=5, size=(23, 19))
     layers = Layers(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
-    y = cpu.mlpconv(x, layers)
+    y = dispatch.mlpconv(x, layers)
     both = []
     for number in (1, threads):
         torch.set_num_threads(number)
-        _, grad_weights, grad_biases = cpu.mlpconv_backward(y, x, y, layers, [False, True, True])
+        _, grad_weights, grad_biases = dispatch.mlpconv_backward(y, x, y, layers, [False, True, True])
         both.append(torch.cat((grad_weights[0].flatten(), grad_biases[0])))
     assert torch.equal(*both)
 
@@ -353,9 +355,9 @@ def test_scratch_does_not_grow_with_the_images(dtype):
         x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
         weights = [torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)]
-        row = problem.pack(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
+        row = abi.pack(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
         rows = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
-        return compiled.LIBRARY.nin_forward_scratch_bytes(cpu.KERNELS.handles[dtype], row, rows, 2)
+        return compiled.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
 
     assert scratch_bytes(1, 65536) == scratch_bytes(64, 32) <= 512 << 10  # 4 gigapixels, and 65,536
 
@@ -459,9 +461,9 @@ def test_an_optimiser_compiles_with_the_packed_weights_watched():
 
 def test_packed_weights_are_kept_and_die_with_the_weight():
     weight = torch.randn(8, 6, 1, 1)
-    handle = cpu.KERNELS.handles[torch.float32]
-    packed = packing.packed_weight(handle, weight)
-    assert packing.packed_weight(handle, weight) is packed
+    handle = dispatch.KERNELS.handles[torch.float32]
+    packed = weight_cache.packed_weight(handle, weight)
+    assert weight_cache.packed_weight(handle, weight) is packed
     kept = weakref.ref(packed)
     del weight, packed
     gc.collect()
@@ -470,19 +472,19 @@ def test_packed_weights_are_kept_and_die_with_the_weight():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_made_in_inference_mode_are_kept_until_one_of_their_values_changes(dtype):
-    handle = cpu.KERNELS.handles[dtype]
+    handle = dispatch.KERNELS.handles[dtype]
     with torch.inference_mode():  # they have no version counter
         weight, x = torch.randn(8, 101, 3, 3, dtype=dtype), torch.randn(1, 101, 5, 5, dtype=dtype)
-        packed = packing.packed_weight(handle, weight)
-        assert packing.packed_weight(handle, weight) is packed
+        packed = weight_cache.packed_weight(handle, weight)
+        assert weight_cache.packed_weight(handle, weight) is packed
         for place in [(0, 0, 0, 0), (3, 50, 1, 1), (7, 100, 2, 2)]:
             weight[place] += 1
-            packed, before = packing.packed_weight(handle, weight), packed
+            packed, before = weight_cache.packed_weight(handle, weight), packed
             assert packed is not before
             wanted = F.conv2d(x, weight)
             torch.testing.assert_close(nin.mlpconv(x, [weight], [None], activation=None), wanted, atol=0.3, rtol=0.02)
         part = weight[:, :2]  # not in one piece: packed for every call
-        assert packing.packed_weight(handle, part) is not packing.packed_weight(handle, part)
+        assert weight_cache.packed_weight(handle, part) is not weight_cache.packed_weight(handle, part)
 
 
 def in_any_layout(shape, dtype):
@@ -498,8 +500,8 @@ def in_any_layout(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 32, 1, 1), (70, 33, 3, 3), (5, 1, 2, 3), (16, 7, 1, 1), (40, 48, 5, 5)])
 def test_weights_are_packed_alike_however_they_lie(isa, shape, dtype, for_input_gradient):
-    handle = cpu.KERNELS.handles[dtype]
-    packed = [packing._pack(handle, w, for_input_gradient) for w in in_any_layout(shape, dtype)]
+    handle = dispatch.KERNELS.handles[dtype]
+    packed = [weight_cache._pack(handle, w, for_input_gradient) for w in in_any_layout(shape, dtype)]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 
@@ -562,8 +564,8 @@ def test_other_dtypes_stay_with_the_reference(monkeypatch):
 def test_the_rule_sends_to_pytorch_what_it_computes_faster(widths, kernel_size, size, dtype, layout, kernel):
     chain = Chain(widths, (kernel_size, kernel_size))
     x, weights, biases = chain.tensors(getattr(torch, dtype), LAYOUTS[layout], images=1, size=(size, size))
-    name = cpu.serving_kernel(x, weights, biases)
-    assert name == ("reference" if kernel == "reference" else cpu.KERNELS.name)
+    name = dispatch.serving_kernel(x, weights, biases)
+    assert name == ("reference" if kernel == "reference" else dispatch.KERNELS.name)
     if kernel == "reference":
         layers = Layers(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
         expected = reference.mlpconv(x, layers)
@@ -612,7 +614,7 @@ def test_training_with_the_kernel_and_with_the_reference_goes_the_same_way(monke
         return torch.tensor(found)
 
     ours = losses()
-    monkeypatch.setattr(cpu, "KERNELS", None)
+    monkeypatch.setattr(dispatch, "KERNELS", None)
     theirs = losses()
     assert theirs[-1] < 0.8 * theirs[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-3 if dtype == torch.float32 else 0.05, atol=1e-3)

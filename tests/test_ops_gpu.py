@@ -13,9 +13,9 @@ import torch
 
 import nin
 from nin.errors import UserError
-from nin.ops import gpu, reference
+from nin.ops import reference
 from nin.ops.arguments import Layers
-from nin.ops.gpu import choosing, tiles
+from nin.ops.gpu import dispatch, plan, tiling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -103,12 +103,12 @@ def exact(t):
 
 
 def forward(case, x, weights, biases):
-    return gpu.mlpconv(x, case.layers(weights, biases))
+    return dispatch.mlpconv(x, case.layers(weights, biases))
 
 
 def backward(case, grad, x, y, weights, biases, needs=None):
     needs = [True] * (1 + 2 * len(weights)) if needs is None else needs
-    return gpu.mlpconv_backward(grad, x, y, case.layers(weights, biases), needs)
+    return dispatch.mlpconv_backward(grad, x, y, case.layers(weights, biases), needs)
 
 
 def expected(case, grad, x, weights, biases):
@@ -158,7 +158,7 @@ def test_float32_equals_the_reference_forward_and_backward(case, layout):
 def plans(case):
     x, weights, biases = case.tensors()
     layers = case.layers(weights, biases)
-    return [*gpu.plan(x, layers), *gpu.plan(x, layers, backward=True)]
+    return [*dispatch.plan(x, layers), *dispatch.plan(x, layers, backward=True)]
 
 
 # A 16-bit hidden value near zero may fall on the other side of a ReLU's edge than in float64, and then the gradient
@@ -189,7 +189,7 @@ def test_wide_layers(widths, layout):
 @pytest.mark.parametrize("name", ["3 17 33", "5x5 and two", "3x3 stride 2"])
 def test_two_runs_give_the_same_bits(name, monkeypatch):
     # several parts, so that there is an order to keep
-    monkeypatch.setattr(tiles, "count_parts", lambda pixels, tile, *rest: min(4, -(-pixels // tile)))
+    monkeypatch.setattr(tiling, "count_parts", lambda pixels, tile, *rest: min(4, -(-pixels // tile)))
     case = dataclasses.replace(CASES[name], size=(15, 16))
     x, weights, biases = case.tensors()
     y = forward(case, x, weights, biases)
@@ -303,8 +303,8 @@ def test_float64_is_the_references():
     case = chain(3, 5)
     x, weights, biases = case.tensors(torch.float64)
     layers = case.layers(weights, biases)
-    assert gpu.plan(x, layers) == []
-    torch.testing.assert_close(gpu.mlpconv(x, layers), reference.mlpconv(x, layers))
+    assert dispatch.plan(x, layers) == []
+    torch.testing.assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x, layers))
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------
@@ -313,51 +313,51 @@ def test_float64_is_the_references():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_bytes", [232_448, 166_912, 101_376], ids=["Hopper", "A100", "consumer"])
 def test_tiles_fit_the_chip_for_every_width(itemsize, shared_bytes):
-    device = tiles.Device(shared_bytes, 132)
+    device = tiling.Device(shared_bytes, 132)
     widths = (1, 17, 65, 160, 192, 300, 1025, 4097)
     fitting = 0
     for a, b, c in itertools.product(widths, repeat=3):
-        for cut in tiles.chain_tiles((a, b, c), itemsize, device):
+        for cut in tiling.chain_tiles((a, b, c), itemsize, device):
             fitting += 1
-            assert tiles.chain_shared_bytes((a, b, c), cut, itemsize) <= shared_bytes
+            assert tiling.chain_shared_bytes((a, b, c), cut, itemsize) <= shared_bytes
             assert all(n * size >= w for n, size, w in zip(counts((a, b, c), cut), cut.chunks, (a, b, c), strict=True))
-        assert not tiles.chain_tiles((4097, 4097, 4097), itemsize, device)
+        assert not tiling.chain_tiles((4097, 4097, 4097), itemsize, device)
     assert fitting > 50
     for a, b in itertools.product(widths, repeat=2):
-        for cut in tiles.layer_tiles(a, b, 1, itemsize):
+        for cut in tiling.layer_tiles(a, b, 1, itemsize):
             assert cut.stages * (cut.pixels + cut.columns) * cut.summands * itemsize <= 101_376
 
 
 def counts(widths, cut):
-    return [tiles.padded(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
+    return [tiling.padded(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
 
 
 def test_the_networks_own_chains_run_in_one_piece():
-    device = tiles.Device()
-    assert tiles.chain_tiles((192, 160, 96), 2, device)[0].resident
-    assert tiles.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
-    assert tiles.pair_input_tiles((192, 160, 96), 2, device)
-    assert tiles.pair_weight_tiles((192, 160, 96), 2, device)
+    device = tiling.Device()
+    assert tiling.chain_tiles((192, 160, 96), 2, device)[0].resident
+    assert tiling.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
+    assert tiling.pair_input_tiles((192, 160, 96), 2, device)
+    assert tiling.pair_weight_tiles((192, 160, 96), 2, device)
 
 
 # -- which engine -----------------------------------------------------------------------------------------------
 
 
 def roofline(widths, size, images, taps=1, itemsize=2):
-    return choosing.Shape(images * size * size, widths[0], widths[1:], taps, taps == 1, itemsize, "tf32",
+    return plan.Shape(images * size * size, widths[0], widths[1:], taps, taps == 1, itemsize, "tf32",
                           ("relu",) * (len(widths) - 1))  # fmt: skip
 
 
 def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
-    device = tiles.Device()
-    assert choosing.plan_forward(roofline((192, 160, 96), 32, 512), device) == [choosing.Step(0, 2, True)]
-    assert choosing.plan_backward(roofline((192, 160, 96), 32, 512), device) == [choosing.Step(0, 2, True)]
-    assert choosing.plan_forward(roofline((3, 192, 160, 96), 32, 512, taps=25), device) == [choosing.Step(0, 3, True)]
+    device = tiling.Device()
+    assert plan.plan_forward(roofline((192, 160, 96), 32, 512), device) == [plan.Step(0, 2, True)]
+    assert plan.plan_backward(roofline((192, 160, 96), 32, 512), device) == [plan.Step(0, 2, True)]
+    assert plan.plan_forward(roofline((3, 192, 160, 96), 32, 512, taps=25), device) == [plan.Step(0, 3, True)]
     # 5×5 on 96 channels: arithmetic alone, which cuDNN is better at; the chain after it is ours
-    steps = choosing.plan_forward(roofline((96, 192, 192, 192), 16, 512, taps=25), device)
-    assert steps[0] == choosing.Step(0, 1, False)
+    steps = plan.plan_forward(roofline((96, 192, 192, 192), 16, 512, taps=25), device)
+    assert steps[0] == plan.Step(0, 1, False)
     # too wide to stay on the chip
-    assert [s.count for s in choosing.plan_forward(roofline((768, 3072, 768), 7, 64), device)] == [1, 1]
+    assert [s.count for s in plan.plan_forward(roofline((768, 3072, 768), 7, 64), device)] == [1, 1]
 
 
 def test_the_environment_decides(monkeypatch):
@@ -365,31 +365,31 @@ def test_the_environment_decides(monkeypatch):
     x, weights, biases = case.tensors()
     layers = case.layers(weights, biases)
     monkeypatch.setenv("NIN_GPU", "reference")
-    assert gpu.plan(x, layers) == []
+    assert dispatch.plan(x, layers) == []
     assert "NIN_GPU=reference" in nin.backends()["cuda"]
     monkeypatch.setenv("NIN_GPU", "cudnn")
     with pytest.raises(UserError, match="NIN_GPU must be auto, triton or reference, got 'cudnn'"):
-        gpu.plan(x, layers)
+        dispatch.plan(x, layers)
 
 
 def test_tuning_measures_once_and_keeps_the_answer(monkeypatch, tmp_path):
-    from nin.ops.gpu import tuning
+    from nin.ops.gpu import autotune
 
     x, ran = torch.zeros(1), []
-    monkeypatch.setattr(tuning, "can_measure", lambda x: True)
-    monkeypatch.setattr(tuning, "measure_ms", lambda call: (call(), {"a": 3.0, "b": 1.0, "c": 2.0}[ran[-1]])[1])
-    assert tuning.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
+    monkeypatch.setattr(autotune, "can_measure", lambda x: True)
+    monkeypatch.setattr(autotune, "measure_ms", lambda call: (call(), {"a": 3.0, "b": 1.0, "c": 2.0}[ran[-1]])[1])
+    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
     assert ran == []
     monkeypatch.setenv("NIN_GPU_TUNE", "1")
-    assert tuning.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
+    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
     assert ran == ["a", "b", "c"]
     monkeypatch.delenv("NIN_GPU_TUNE")
-    tuning.read_answers.cache_clear()
-    assert tuning.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
-    assert tuning.choose("kernel", (1, 3), x, ["a", "b", "c"], ran.append) == "a"
+    autotune.read_answers.cache_clear()
+    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
+    assert autotune.choose("kernel", (1, 3), x, ["a", "b", "c"], ran.append) == "a"
     (tmp_path / "tiles.json").write_text("{half a fi")
-    tuning.read_answers.cache_clear()
-    assert tuning.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
+    autotune.read_answers.cache_clear()
+    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
 
 
 # -- the dispatcher and the compiler ----------------------------------------------------------------------------
@@ -488,6 +488,6 @@ def test_main_kernels_compile_and_fit_hopper(tmp_path):
     kernels = json.loads(out.read_text())["kernels"]
     assert {k["kernel"] for k in kernels} == {"chain_forward", "pair_input_gradient", "pair_weight_gradient"}
     for kernel in kernels:
-        assert kernel["shared_bytes"] <= tiles.SHARED_BYTES, kernel
+        assert kernel["shared_bytes"] <= tiling.SHARED_BYTES, kernel
         assert kernel["matrix_instructions"] > 0, kernel
         assert kernel["spilled_bytes"] <= 1024, kernel

@@ -41,5 +41,5 @@ def test_the_library_runs_with_an_old_glibc(built):
 def test_the_sdist_holds_the_sources_and_the_licence(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "CMakeLists.txt", "src/nin/ops/csrc/kernels.inc", "src/nin/__init__.py"} <= names
+    assert {"LICENSE", "CMakeLists.txt", "src/nin/ops/cpu/csrc/kernels.inc", "src/nin/__init__.py"} <= names
     assert not any(name.startswith((".venv", "build", "dist", "runs")) for name in names)

@@ -17,7 +17,7 @@ from sklearn import metrics
 import nin
 from nin import checkpoint, data, models, report
 from nin.errors import UserError
-from nin.report import charts, pictures, rendering, sheets
+from nin.report import charts, heatmaps, html_page, image_grid
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -244,7 +244,7 @@ def test_a_class_that_is_never_the_answer_has_no_precision(tmp_path):
     assert found.per_class[1].recall == 0
     assert [row[1] for row in found.confusion] == [0, 0, 0]
     assert json.dumps(found.to_dict(), allow_nan=False)
-    assert Page(report.render(found)).words.count(rendering.NO_VALUE) >= 1
+    assert Page(report.render(found)).words.count(html_page.NO_VALUE) >= 1
 
 
 def test_a_class_without_test_images(tmp_path):
@@ -351,16 +351,16 @@ def test_overlay_is_warm_for_cool_against_and_grey_at_zero():
     pixels = torch.full((3, 8, 8), 128, dtype=torch.uint8)
     values = torch.zeros(3, 3)
     values[0, 0], values[2, 2] = 2.0, -2.0
-    picture = np.asarray(pictures.overlay(pixels, values, limit=2.0, size=96), dtype=int)
+    picture = np.asarray(heatmaps.overlay(pixels, values, limit=2.0, size=96), dtype=int)
     assert picture.shape == (96, 96, 3)
     red, _, blue = picture[2, 2]
     assert red > blue + 100
     red, _, blue = picture[-3, -3]
     assert blue > red + 100
     assert np.ptp(picture[3, -3]) == 0
-    half = np.asarray(pictures.overlay(pixels, values / 2, limit=2.0, size=96), dtype=int)
+    half = np.asarray(heatmaps.overlay(pixels, values / 2, limit=2.0, size=96), dtype=int)
     assert np.ptp(half[2, 2]) < np.ptp(picture[2, 2])
-    swapped = np.asarray(pictures.overlay(pixels, -values, limit=2.0, size=96), dtype=int)
+    swapped = np.asarray(heatmaps.overlay(pixels, -values, limit=2.0, size=96), dtype=int)
     np.testing.assert_array_equal(swapped, picture[::-1, ::-1])
 
 
@@ -376,20 +376,20 @@ def test_overlay_is_warm_for_cool_against_and_grey_at_zero():
 )
 def test_overlay_says_what_it_expected(pixels, values, limit, words):
     with pytest.raises(ValueError, match=words):
-        pictures.overlay(torch.zeros(pixels, dtype=torch.uint8), torch.zeros(values), limit=limit, size=64)
+        heatmaps.overlay(torch.zeros(pixels, dtype=torch.uint8), torch.zeros(values), limit=limit, size=64)
 
 
 def test_contact_sheet_has_a_row_for_each_image():
-    panel = sheets.Panel("a name that is much too long for its panel\n", torch.randn(4, 4))
-    row = sheets.SheetRow("$x$", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel, panel])
-    photo = sheets.SheetRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
-    one, two = sheets.contact_sheet([row], size=96), sheets.contact_sheet([row, photo], size=96)
+    panel = image_grid.Panel("a name that is much too long for its panel\n", torch.randn(4, 4))
+    row = image_grid.SheetRow("$x$", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel, panel])
+    photo = image_grid.SheetRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
+    one, two = image_grid.contact_sheet([row], size=96), image_grid.contact_sheet([row, photo], size=96)
     assert two.width == one.width
     assert two.height > one.height + 96
     assert one.getpixel((0, 0)) == (255, 255, 255)
-    assert sheets.contact_sheet([row], title="title", size=96).height > one.height
+    assert image_grid.contact_sheet([row], title="title", size=96).height > one.height
     with pytest.raises(ValueError, match="at least one image"):
-        sheets.contact_sheet([])
+        image_grid.contact_sheet([])
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_charts_leave_out_what_is_no_number_and_keep_labels_apart():
     ("count", "text"), [(7, "7"), (957_386, "957 k"), (2_020_000, "2.02 M"), (12_345_678_901, "12.3 G")]
 )
 def test_large_counts_are_short(count, text):
-    assert rendering.short_count(count).replace(rendering.NARROW_SPACE, " ") == text
+    assert html_page.short_count(count).replace(html_page.NARROW_SPACE, " ") == text
 
 
 def test_importing_the_report_is_cheap():

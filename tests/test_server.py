@@ -19,11 +19,13 @@ import uvicorn
 from PIL import Image
 
 import nin
-from nin import bottleneck, checkpoint, models, server
+from nin import checkpoint, models, server
 from nin.errors import UserError
 from nin.ops import mlpconv
-from nin.server import batching, inspection, serving
-from nin.server.guarding import SECURITY_HEADERS
+from nin.profiling import bottleneck
+from nin.server import activations, static_files, uvicorn_server
+from nin.server import batcher as batching
+from nin.server.middleware import SECURITY_HEADERS
 
 LIMITS = server.Limits(body_bytes=200_000, pixels=1_000_000, images=4, requests=64, seconds=20)
 
@@ -50,7 +52,7 @@ class Running:
 
     def __init__(self, app):
         self.app = app
-        self.listener = serving.listen("127.0.0.1", 0)
+        self.listener = uvicorn_server.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -316,7 +318,7 @@ def test_files_are_not_sent_twice(client):
 
 
 def test_the_first_view_is_small(client):
-    total = sum(len(content) for _, content in server.pages.read_page().values())
+    total = sum(len(content) for _, content in static_files.read_page().values())
     assert total < 600_000
 
 
@@ -385,7 +387,7 @@ def test_dead_channels_are_found():
     model = models.nin_digits().eval()
     with torch.no_grad():
         model.blocks[0][0].convs[1].bias[5] = -1e6
-    dead = inspection.dead_channels(model, torch.rand(4, 1, 8, 8))
+    dead = activations.dead_channels(model, torch.rand(4, 1, 8, 8))
     assert 5 in dead[2]
     assert dead[0] == dead[4] == dead[-1] == []
 
@@ -478,26 +480,26 @@ def test_those_who_have_gone_away_leave_their_place():
 
 
 def test_a_port_that_is_taken_is_a_users_error():
-    with serving.listen("127.0.0.1", 0) as taken:
+    with uvicorn_server.listen("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1, port"):
-            serving.listen("127.0.0.1", taken.getsockname()[1])
+            uvicorn_server.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen"):
-        serving.listen("127.0.0.1", 99999)
+        uvicorn_server.listen("127.0.0.1", 99999)
 
 
 def test_serve_says_where_and_stops(monkeypatch):
     addresses = []
 
-    monkeypatch.setattr(serving.webbrowser, "open", addresses.append)
-    original = serving._Server.startup
+    monkeypatch.setattr(uvicorn_server.webbrowser, "open", addresses.append)
+    original = uvicorn_server._Server.startup
 
     async def startup(self, sockets=None):
         await original(self, sockets)
         await asyncio.sleep(0.2)
         self.should_exit = True
 
-    monkeypatch.setattr(serving._Server, "startup", startup)
+    monkeypatch.setattr(uvicorn_server._Server, "startup", startup)
     server.serve(port=0, browser=True, on_start=addresses.append)
     assert addresses[0].startswith("http://127.0.0.1:")
     assert addresses[1] == addresses[0]

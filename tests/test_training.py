@@ -16,13 +16,17 @@ from PIL import Image
 from torch import nn
 
 import nin
-from nin import checkpoint, data, descent, evaluation, processes, recipe, training
-from nin.data.sets import PathList
+from nin import checkpoint, data, optim, training
+from nin import config as recipe
+from nin.config import TrainConfig
+from nin.data.dataset import PathList
 from nin.errors import UserError
-from nin.files import write_atomically
-from nin.learner import Learner, make_model
-from nin.recipe import TrainConfig
-from nin.replaying import Replay
+from nin.inference import evaluation
+from nin.runtime import distributed
+from nin.runtime.cuda_graph import Replay
+from nin.runtime.files import write_atomically
+from nin.training import loop
+from nin.training.step import Learner, make_model
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 
@@ -297,7 +301,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_pat
             written[progress.epoch] = {path.name: path.read_bytes() for path in out.iterdir()}
 
     with monkeypatch.context() as patch:
-        patch.setattr("nin.learner.learning_rate", too_high)
+        patch.setattr("nin.training.step.learning_rate", too_high)
         with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch 3\).*learning_rate"):
             training.train(digits, config, out=out, on_progress=remember)
     assert list(written) == [1, 2]
@@ -388,7 +392,7 @@ def test_wilson_interval_is_that_of_the_literature():
 
 def test_weight_decay_spares_biases_and_gains():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
-    decayed, spared = descent.sgd(model, learning_rate=0.1, momentum=0.9, weight_decay=5e-4).param_groups
+    decayed, spared = optim.sgd(model, learning_rate=0.1, momentum=0.9, weight_decay=5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4
     assert all(p.dim() == 4 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])
@@ -396,14 +400,14 @@ def test_weight_decay_spares_biases_and_gains():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("make", "older"), [(descent.sgd, False), (descent.sgd, True), (descent.adamw, False)])
+@pytest.mark.parametrize(("make", "older"), [(optim.sgd, False), (optim.sgd, True), (optim.adamw, False)])
 def test_a_descent_goes_on_with_what_its_optimiser_remembers(make, older):
-    options = {"momentum": 0.9} if make is descent.sgd else {"betas": (0.9, 0.99)}
+    options = {"momentum": 0.9} if make is optim.sgd else {"betas": (0.9, 0.99)}
 
     def begin():
         torch.manual_seed(0)
         model, average = nn.Linear(3, 2), nn.Linear(3, 2)
-        return descent.Descent(model, average, make(model, learning_rate=0.1, weight_decay=0.01, **options))
+        return optim.Descent(model, average, make(model, learning_rate=0.1, weight_decay=0.01, **options))
 
     def step(work):
         work.step(work.model(x).square().sum(), learning_rate=0.1, gradient_clip=1.0, decay=0.9)
@@ -445,8 +449,8 @@ def test_config_json_is_plain_json(digits, tmp_path):
 @pytest.fixture
 def ahead(monkeypatch):
     """Train on the CPU as on a GPU: images held, many batches augmented together, losses read late."""
-    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(training, "READ_EVERY", 3)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(loop, "READ_EVERY", 3)
 
 
 SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
@@ -455,8 +459,8 @@ SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
 @pytest.mark.parametrize("config", [QUICK, SPEED], ids=["default", "speed"])
 def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, monkeypatch, config):
     training.train(digits, config, out=tmp_path / "waits")
-    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(training, "READ_EVERY", 3)
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(loop, "READ_EVERY", 3)
     training.train(digits, config, out=tmp_path / "ahead")
     for name in FILES:
         assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "waits" / name).read_bytes(), name
@@ -523,13 +527,13 @@ def test_images_are_held_where_the_learner_is(digits):
     config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
     learner = Learner(nin.models.nin_digits, config)
     learner.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
-    run = training._Run(digits, learner, None, training.Keeping(), lambda progress: None)
+    run = loop._Run(digits, learner, None, training.Keeping(), lambda progress: None)
     assert run.images.train.images.device == run.images.test.labels.device == learner.device
 
 
 def test_one_process_asks_nobody_whether_to_stop(digits, ahead, monkeypatch):
     # on a GPU the answer would be waited for after every step
-    monkeypatch.setattr(processes, "total", lambda values: pytest.fail("waited for the device"))
+    monkeypatch.setattr(distributed, "total", lambda values: pytest.fail("waited for the device"))
     training.train(digits, dataclasses.replace(QUICK, epochs=1))
 
 

@@ -19,7 +19,7 @@ import torch
 
 import nin
 from nin import data
-from nin.machine import processor_name
+from nin.runtime.device import processor_name
 
 FOLDER = Path(__file__).parent
 IMAGES, TEST_IMAGES = 10_000, 2_000

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from nin import benchmark
-from nin.benchmark.engines import ENGINES
-from nin.benchmark.report import describe, groups, rows_of
-from nin.timing import Timing
+from nin.profiling import bench
+from nin.profiling.bench.engines import ENGINES
+from nin.profiling.bench.report import describe, groups, rows_of
+from nin.runtime.timer import Timing
 
 FOLDER = Path(__file__).parent
 
@@ -22,7 +22,7 @@ def load(path):
     if not path.exists():
         return []
     return [
-        benchmark.Measurement(**row | {"timing": row["timing"] and Timing(**row["timing"])})
+        bench.Measurement(**row | {"timing": row["timing"] and Timing(**row["timing"])})
         for row in json.loads(path.read_text())["measurements"]
     ]
 
@@ -51,14 +51,14 @@ def markdown(result):
 
 def main(cases, engines):
     """Measure, and write the three files."""
-    new = benchmark.run(cases, engines=engines)
+    new = bench.run(cases, engines=engines)
     kept = [m for m in load(FOLDER / "results.json") if m.case not in cases]
-    order = list(benchmark.CASES)
+    order = list(bench.CASES)
     rows = sorted(kept + new.measurements, key=lambda m: order.index(m.case))
     result = dataclasses.replace(new, measurements=rows)
     (FOLDER / "results.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     (FOLDER / "results.md").write_text(markdown(result))
-    (FOLDER / "chart.html").write_text(benchmark.chart(result))
+    (FOLDER / "chart.html").write_text(bench.chart(result))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from nin import benchmark
-from nin.benchmark.engines import prepare
-from nin.benchmark.runner import DTYPES
-from nin.costs import cost
-from nin.machine import keep_freed_memory, processor_name
-from nin.ops import backends, limits
+from nin.ops import backends
+from nin.ops.cpu import peak as limits
+from nin.profiling import bench
+from nin.profiling.bench.engines import prepare
+from nin.profiling.bench.runner import DTYPES
+from nin.profiling.cost import cost
+from nin.runtime.device import keep_freed_memory, processor_name
 
 ENGINES = ("nin", "nin NCHW", "eager", "eager NCHW")
 CASES = (
@@ -63,7 +64,7 @@ def peak_flops(dtype):
 
 def row(name, dtype):
     """Return one line of the table."""
-    case = benchmark.CASES[name]
+    case = bench.CASES[name]
     times = measure({engine: prepare(engine, case, DTYPES[dtype]) for engine in ENGINES})
     middle = {engine: median for engine, (_, median, _) in times.items()}
     macs = cost(case.model().eval(), case.input_shape).macs * (3 if case.training else 1)

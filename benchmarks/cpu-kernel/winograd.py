@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nin.machine import keep_freed_memory, processor_name
-from nin.ops import backends, cpu, problem
+from nin.ops import backends
 from nin.ops.arguments import Layers
+from nin.ops.cpu import abi, dispatch
+from nin.runtime.device import keep_freed_memory, processor_name
 
 FOLDER = Path(__file__).parent
 SIZES = (0, 6, 8)
 CHANNELS = (8, 16, 24, 32, 64, 96, 128, 192, 256, 512)
 LARGEST = 4e9  # multiply-accumulates of a layer
-CHOOSE = problem.choose_algorithm
+CHOOSE = abi.choose_algorithm
 
 
 def layer(channels, columns, kernel, dtype):
@@ -37,18 +38,18 @@ def layer(channels, columns, kernel, dtype):
 def force(size):
     """Have every layer computed so; None: as the cost model says."""
     given = CHOOSE if size is None else lambda kernels, row, layers: (row[:-8] + struct.pack("q", size), size)
-    problem.choose_algorithm = given
+    abi.choose_algorithm = given
 
 
 def milliseconds(x, layers, size, goal_s=0.008):
     """Return the time of one call, of as many as take about a hundredth of a second."""
     force(size)
     start = time.perf_counter()
-    cpu.mlpconv(x, layers)
+    dispatch.mlpconv(x, layers)
     count = max(1, int(goal_s / (time.perf_counter() - start)))
     start = time.perf_counter()
     for _ in range(count):
-        cpu.mlpconv(x, layers)
+        dispatch.mlpconv(x, layers)
     return (time.perf_counter() - start) / count * 1e3
 
 
@@ -64,8 +65,8 @@ def compare(dtype, seconds):
         x = torch.randn(count, channels, side, side).to(dtype).contiguous(memory_format=layout)
         layers = layer(channels, columns, kernel, dtype)
         force(None)
-        y = cpu.mlpconv(x, layers)
-        chosen = CHOOSE(cpu.KERNELS, problem.pack(x, y, layers), layers)[1]
+        y = dispatch.mlpconv(x, layers)
+        chosen = CHOOSE(dispatch.KERNELS, abi.pack(x, y, layers), layers)[1]
         sizes = [size for size in SIZES if size == 0 or size - kernel >= 1]
         times = {size: [] for size in sizes}
         for _ in range(7):
@@ -84,7 +85,7 @@ def errors(channels, columns, kernel, side):
     found = {}
     for size in SIZES:
         force(size)
-        error = (cpu.mlpconv(x, layers).double() - exact) / exact.std()
+        error = (dispatch.mlpconv(x, layers).double() - exact) / exact.std()
         found[size] = error.square().mean().sqrt().item(), error.abs().max().item()
     return found
 

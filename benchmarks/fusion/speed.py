@@ -19,8 +19,9 @@ import timm
 import torch
 
 import nin
-from nin import checkpoint, machine
-from nin.timing import compare
+from nin import checkpoint
+from nin.runtime import device
+from nin.runtime.timer import compare
 
 HERE = Path(__file__).parent
 NETWORKS = {
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--runs", type=int, default=11)
     arguments = parser.parse_args()
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     environment = checkpoint.environment()
     header = {"date": datetime.date.today().isoformat(), **environment}
     path = HERE / "speed.json"

@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nin.ops.arguments import Layers
-from nin.ops.gpu import choosing, gradients, launching, tiles, tuning
+from nin.ops.gpu import autotune, backward, forward, plan
+from nin.ops.gpu import tiling as tiles
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PLAIN = ((1, 1), (0, 0), (1, 1))
@@ -95,9 +96,9 @@ def record(
         return candidates[0]
 
     with (
-        mock.patch.object(launching, "launch", note),
-        mock.patch.object(tuning, "choose", try_all),
-        mock.patch.dict("os.environ", {choosing.VARIABLE: "triton"}),
+        mock.patch.object(forward, "launch", note),
+        mock.patch.object(autotune, "choose", try_all),
+        mock.patch.dict("os.environ", {plan.VARIABLE: "triton"}),
     ):
         x = torch.empty(case.input_shape, dtype=dtype, device="meta").to(memory_format=layout)
         sizes = [case.kernel_size] + [1] * (len(case.widths) - 1)
@@ -108,9 +109,9 @@ def record(
         ]
         biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
         layers = Layers(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
-        y = launching.mlpconv(x, layers)
+        y = forward.mlpconv(x, layers)
         needs = [True] * (1 + 2 * len(weights))
-        gradients.mlpconv_backward(torch.empty_like(y), x, y, layers, needs)
+        backward.mlpconv_backward(torch.empty_like(y), x, y, layers, needs)
     return launches
 
 

@@ -25,11 +25,11 @@ from compile_check import CASES, Case
 from torch import Tensor, nn
 
 import nin
-from nin.benchmark.engines import plain
-from nin.learner import Learner, make_model
-from nin.ops import gpu
+from nin.config import TrainConfig
 from nin.ops.arguments import Layers
-from nin.recipe import TrainConfig
+from nin.ops.gpu import dispatch
+from nin.profiling.bench.engines import plain
+from nin.training.step import Learner, make_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROTATED_BYTES = 256 << 20  # of inputs that take turns: five times an H200's L2 cache
@@ -162,7 +162,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device, backward: boo
         geometry = ((1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(case.widths))
         convs = build(case).convs
         layers = Layers([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
-        steps = gpu.plan(x[0], layers, backward=backward)
+        steps = dispatch.plan(x[0], layers, backward=backward)
     return {
         "case": case.name + (", forward + backward" if backward else ", forward"),
         "dtype": str(dtype).removeprefix("torch."),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nin import checkpoint
-from nin.files import write_atomically
+from nin.runtime.files import write_atomically
 
 
 def choose_device(*, dry: bool) -> torch.device:

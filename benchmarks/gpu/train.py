@@ -22,7 +22,7 @@ import measuring
 
 import nin
 from nin import data
-from nin.recipe import TrainConfig
+from nin.config import TrainConfig
 
 THRESHOLDS = (0.90, 0.92, 0.94)
 

@@ -25,9 +25,10 @@ import torchvision
 from torch import Tensor, nn
 
 import nin
-from nin.narrowing import LayerPlan, Plan, structure
-from nin.narrowing.refining import Material, refine
-from nin.narrowing.studying import study
+from nin.models import layer_shape
+from nin.narrowing import LayerPlan, Plan
+from nin.narrowing.analysis import study
+from nin.narrowing.reconstruction import Material, refine
 
 NAMES = (
     *("resnet18", "resnet50", "vgg16", "mobilenet_v2", "densenet121", "googlenet", "convnext_tiny", "efficientnet_b0"),
@@ -65,7 +66,7 @@ def at_full_rank(model: nn.Module, batches: list[Tensor], cache: Path) -> float:
 
     Layers get the output form, and every second k×k layer the Tucker form.
     """
-    original = structure.expand(model).eval()
+    original = layer_shape.expand(model).eval()
     known = study(original, batches, skip=(), cache=cache)
     layers = []
     for number, (name, shape) in enumerate(known.shapes.items()):

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 
 import nin
-from nin import checkpoint, data, machine, narrowing, shrinking, timing
+from nin import checkpoint, data, narrowing
+from nin.narrowing import workflow_api
+from nin.runtime import device, timer
 
 
 def main() -> None:
@@ -32,19 +34,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     model, info = checkpoint.load_model(arguments.run)
     images = data.load(arguments.folder)
     cache = arguments.run / "narrowing.safetensors"
-    subject = shrinking.Subject(model, images, info.preprocessing, True, cache)
-    config = shrinking.ShrinkingConfig({"latency": arguments.latency})
-    batches = list(shrinking.calibration_batches(subject, config))
+    subject = workflow_api.Subject(model, images, info.preprocessing, True, cache)
+    config = workflow_api.ShrinkingConfig({"latency": arguments.latency})
+    batches = list(workflow_api.calibration_batches(subject, config))
     started = time.perf_counter()
     result = nin.narrow(
         model,
         batches,
         latency=arguments.latency,
-        evaluate=lambda m: shrinking.accuracy(m, subject),
+        evaluate=lambda m: workflow_api.accuracy(m, subject),
         options=nin.NarrowOptions(
             cache=cache,
             budgets=tuple(arguments.budgets),
@@ -66,7 +68,7 @@ def main() -> None:
         own.load_state_dict(model.state_dict())
         own = own.eval().fold().to(memory_format=torch.channels_last)
         with torch.inference_mode():
-            times = timing.compare(
+            times = timer.compare(
                 {
                     "original, PyTorch": lambda x=x: plain(x),
                     "original, PyTorch, channels_last": lambda x=last, wide=wide: wide(x),

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import nin
-from nin import data, machine, narrowing, timing, training
-from nin.recipe import TrainConfig
+from nin import data, narrowing, training
+from nin.config import TrainConfig
+from nin.runtime import device, timer
 
 BATCH = 64
 LAYER, OTHERS = "8", ("0", "4", "13")  # of the network below
@@ -71,7 +72,7 @@ def compare(models: dict[str, nn.Module], *shape: int) -> None:
     """Print the milliseconds of models side by side."""
     x = torch.randn(shape)
     with torch.inference_mode():
-        times = timing.compare({name: partial(model, x) for name, model in models.items()}, runs=31)
+        times = timer.compare({name: partial(model, x) for name, model in models.items()}, runs=31)
     for name, t in times.items():
         print(f"{shape}  {name:9s} {t.median_ms:7.3f} ms ({t.low_ms:.3f} to {t.high_ms:.3f})")
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.4)
     parser.add_argument("--finetune", type=int, default=1)
     arguments = parser.parse_args()
-    machine.keep_freed_memory()
+    device.keep_freed_memory()
     images = data.load(arguments.folder)
     config = TrainConfig(epochs=arguments.epochs, batch_size=BATCH)
     wide = training.train(images, config, network=make_network).model.eval()

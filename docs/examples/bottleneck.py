@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import nin
-from nin.costs import Cost
-from nin.timing import Timing, compare
+from nin.profiling.cost import Cost
+from nin.runtime.timer import Timing, compare
 
 
 def main(*, images: int = 4, runs: int = 15) -> tuple[dict[str, Cost], dict[str, Timing]]:

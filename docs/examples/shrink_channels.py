@@ -8,7 +8,7 @@ that the network can learn with.
 import torch
 
 import nin
-from nin.costs import Cost
+from nin.profiling.cost import Cost
 
 
 def main() -> dict[int, Cost]:

@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nin import data, models
-    from nin.costs import cost
-    from nin.estimator import NiNClassifier
-    from nin.exporting import export
+    from nin.config import TrainConfig
+    from nin.exporters import export
     from nin.fusion import fuse
+    from nin.inference.classifier import Classifier, load
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, mlpconv
-    from nin.prediction import Classifier, load
-    from nin.recipe import TrainConfig
+    from nin.profiling.cost import cost
+    from nin.sklearn import NiNClassifier
     from nin.training import train
 
 _HOME = {
     "Bottleneck": "nin.layers",
-    "Classifier": "nin.prediction",
+    "Classifier": "nin.inference.classifier",
     "Conv1x1": "nin.layers",
     "GlobalAveragePooling": "nin.layers",
     "Inception": "nin.layers",
     "MLPConv": "nin.layers",
     "NarrowOptions": "nin.narrowing",
-    "NiNClassifier": "nin.estimator",
-    "TrainConfig": "nin.recipe",
+    "NiNClassifier": "nin.sklearn",
+    "TrainConfig": "nin.config",
     "apply_plan": "nin.narrowing",
     "backends": "nin.ops",
     "conv1x1": "nin.ops",
-    "cost": "nin.costs",
+    "cost": "nin.profiling.cost",
     "data": "nin",
-    "export": "nin.exporting",
+    "export": "nin.exporters",
     "fuse": "nin.fusion",
-    "load": "nin.prediction",
+    "load": "nin.inference.classifier",
     "mlpconv": "nin.ops",
     "models": "nin",
     "narrow": "nin.narrowing",

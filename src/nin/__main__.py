@@ -1,5 +1,5 @@
 """``python -m nin`` is the shell command ``nin``."""
 
-from nin.cli import main
+from nin.cli.app import main
 
 main()

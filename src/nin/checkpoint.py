@@ -19,11 +19,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nin import machine, models
+from nin import models
 from nin.errors import UserError
-from nin.files import write_atomically
-from nin.narrowing import Plan, apply_plan
+from nin.models.plan import Plan
+from nin.models.surgery import apply_plan
 from nin.ops import backends
+from nin.runtime import device
+from nin.runtime.files import write_atomically
 
 # Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
 FORMAT_VERSION = 1
@@ -315,7 +317,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": machine.processor_name(),
+        "processor": device.processor_name(),
         "threads": torch.get_num_threads(),
         "backends": backends(),
     }

@@ -18,10 +18,10 @@ from torch import nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
-from nin.costs import Cost, cost, format_bytes
-from nin.files import write_atomically
-from nin.prediction import Classifier, load
+from nin.inference.classifier import Classifier, load
+from nin.profiling.cost import Cost, cost, format_bytes
 from nin.report import contact_sheet, example_rows
+from nin.runtime.files import write_atomically
 
 PICTURE = "confidence-maps.png"
 CLASSES_SHOWN = 4

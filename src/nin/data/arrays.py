@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nin.data.dataset import Data, ImageSet, sensible_shift, statistics
 from nin.data.folder_listing import natural_key
-from nin.data.randomness import held_out
-from nin.data.sets import Data, ImageSet, sensible_shift, statistics
+from nin.data.sampling import held_out
 from nin.errors import UserError
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nin.data.images import EXTENSIONS
-from nin.data.sets import PathList
+from nin.data.dataset import PathList
+from nin.data.decoder import EXTENSIONS
 from nin.errors import UserError
 
 _EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"

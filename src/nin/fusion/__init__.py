@@ -1,6 +1,6 @@
 """The 1×1 chains of any PyTorch model become the operator `nin::mlpconv`."""
 
-from nin.fusion.chains import FORMS, Chain
-from nin.fusion.fusing import Fused, FusedChain, fuse
+from nin.fusion.chain import FORMS, Chain
+from nin.fusion.rewrite import Fused, FusedChain, fuse
 
 __all__ = ["FORMS", "Chain", "Fused", "FusedChain", "fuse"]

@@ -1,14 +1,14 @@
 """Making a trained network narrower: statistics, spectra, a plan, the plan applied, and what was lost recovered."""
 
+from nin.models.layer_shape import expand
+from nin.models.plan import LayerPlan, Plan, Thinning
+from nin.models.surgery import apply_plan
+from nin.narrowing.analysis import fingerprint
+from nin.narrowing.distillation import FinetuneConfig, Tuner, finetune
+from nin.narrowing.latency import Stopwatch
 from nin.narrowing.options import NarrowOptions
-from nin.narrowing.plan import LayerPlan, Plan, Thinning
-from nin.narrowing.pricing import Stopwatch
-from nin.narrowing.rebuilding import apply_plan
-from nin.narrowing.reporting import Control, CurvePoint, LayerReport, NarrowReport
-from nin.narrowing.structure import expand
-from nin.narrowing.studying import fingerprint
-from nin.narrowing.tuning import FinetuneConfig, Tuner, finetune
-from nin.narrowing.working import NarrowResult, narrow
+from nin.narrowing.pipeline import NarrowResult, narrow
+from nin.narrowing.report import Control, CurvePoint, LayerReport, NarrowReport
 
 __all__ = [
     "Control",

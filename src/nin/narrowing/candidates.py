@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nin.narrowing.graph import Edge
-from nin.narrowing.spectra import InputForm, eliminate, input_directions, output_losses, root
-from nin.narrowing.statistics import Moments
-from nin.narrowing.structure import LayerShape, factors
+from nin.models.layer_shape import LayerShape, factors
+from nin.narrowing.dependency_graph import Edge
+from nin.narrowing.low_rank import InputForm, eliminate, input_directions, output_losses, root
+from nin.narrowing.moments import Moments
 
 # Ranks and widths are tried in this many steps, but no finer than `step`.
 STEPS = 16

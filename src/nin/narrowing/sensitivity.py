@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin import processes
-from nin.narrowing.statistics import observed_places, results, watch
-from nin.narrowing.structure import LayerShape, inputs_of
+from nin.models.layer_shape import LayerShape, inputs_of
+from nin.narrowing.moments import observed_places, results, watch
+from nin.runtime import distributed
 
 # Scores are divided by this before the softmax: a network that is sure of its answers still has gradients, and
 # what it says of the wrong classes counts, as in distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
@@ -53,7 +53,7 @@ def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches
         with watch(layers, record), torch.enable_grad():
             for number, (args, kwargs) in enumerate(inputs_of(batches)):
                 # each process of a job has every n-th batch: what is drawn for it is what one process would draw
-                generator.manual_seed(processes.rank() + number * processes.count())
+                generator.manual_seed(distributed.rank() + number * distributed.count())
                 args, kwargs = pytree.tree_map(_with_gradient, (args, kwargs))
                 loss = _loss(model(*args, **kwargs), generator)
                 if loss.requires_grad:
@@ -92,5 +92,5 @@ def _mean(name: str, shape: LayerShape, sums: dict[str, Tensor], counts: dict[st
     total = sums.get(name)
     if total is None:
         total = torch.zeros(shape.groups, width, width, dtype=torch.float64)
-    count = processes.total(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
-    return processes.total(total) / count.clamp_min(1)
+    count = distributed.total(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
+    return distributed.total(total) / count.clamp_min(1)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nin.ops import cpu, gpu, schema  # noqa: F401  (schema registers the op)
+from nin.ops import schema  # noqa: F401  (registers the op)
+from nin.ops.cpu import dispatch as cpu
+from nin.ops.gpu import dispatch as gpu
 from nin.ops.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]

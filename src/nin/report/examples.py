@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from nin import data
-from nin.prediction import Classifier
-from nin.report.sheets import Panel, SheetRow
+from nin.inference.classifier import Classifier
+from nin.report.image_grid import Panel, SheetRow
 
 SURE = 0.5
 LOOKED_AT = 64

@@ -13,12 +13,14 @@ from typing import TypeVar, cast
 from fastapi import Request
 from torch import Tensor
 
-from nin import costs, models, prediction
+from nin import models
 from nin.errors import UserError
-from nin.server import answers, inspection, spectra, uploads
-from nin.server.batching import Batcher, FullError
-from nin.server.guarding import Limits, RefusedError, busy
-from nin.server.samples import Samples
+from nin.inference import classifier as prediction
+from nin.profiling import cost
+from nin.server import activations, pca, schemas, uploads
+from nin.server.batcher import Batcher, FullError
+from nin.server.middleware import Limits, RefusedError, busy
+from nin.server.sample_images import Samples
 
 T = TypeVar("T")
 
@@ -42,7 +44,7 @@ class ServedRun:
         self.network = cast(models.Network, self.classifier.model)
         self.samples = Samples(self.classifier.info)
         self.description = describe(self.classifier, folder)
-        self._spectra: dict[int, spectra.Spectrum] = {}
+        self._spectra: dict[int, pca.Spectrum] = {}
 
     def looked_at(self) -> tuple[Tensor, Tensor]:
         """Return the network's input for many test images, and their labels.
@@ -55,10 +57,10 @@ class ServedRun:
             raise RefusedError(404, "the run's test images are not here, or not read yet")
         return self.classifier.inputs(pixels), labels
 
-    def spectrum(self, index: int) -> spectra.Spectrum:
+    def spectrum(self, index: int) -> pca.Spectrum:
         """Return a layer's spectrum over the test images, computed once."""
         if index not in self._spectra:
-            self._spectra[index] = spectra.spectrum(self.network, self.looked_at()[0], index)
+            self._spectra[index] = pca.spectrum(self.network, self.looked_at()[0], index)
         return self._spectra[index]
 
 
@@ -123,13 +125,13 @@ class Service:
         return await self.in_turn(lambda: self.batcher.compute(work))
 
 
-def describe(classifier: prediction.Classifier, folder: Path) -> answers.Model:
+def describe(classifier: prediction.Classifier, folder: Path) -> schemas.Model:
     """Return what the page says of a network."""
     info = classifier.info
     p = info.preprocessing
-    counted = costs.cost(classifier.model, (1, p.channels, p.size, p.size))
-    layers = inspection.layers(cast(models.Network, classifier.model))
-    return answers.Model(
+    counted = cost.cost(classifier.model, (1, p.channels, p.size, p.size))
+    layers = activations.layers(cast(models.Network, classifier.model))
+    return schemas.Model(
         name=name_of(info.model),
         run=folder.resolve().name,
         classes=list(classifier.classes),
@@ -140,7 +142,7 @@ def describe(classifier: prediction.Classifier, folder: Path) -> answers.Model:
         parameters=counted.parameters,
         macs=counted.macs,
         test_accuracy=info.result.get("test_accuracy"),
-        layers=[answers.LayerShape(**dataclasses.asdict(layer)) for layer in layers],
+        layers=[schemas.LayerShape(**dataclasses.asdict(layer)) for layer in layers],
     )
 
 

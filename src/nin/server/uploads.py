@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nin import data
 from nin.checkpoint import Preprocessing
-from nin.data.images import read_header
+from nin.data.decoder import read_header
 from nin.errors import UserError
-from nin.server.guarding import Limits, RefusedError
+from nin.server.middleware import Limits, RefusedError
 
 # an image file as the whole body, or several in a form
 _FILE = {"type": "string", "format": "binary"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nin.ops.gpu.pieces import (
+from nin.ops.gpu.primitives import (
     activate,
     add_bias,
     hidden_sums,

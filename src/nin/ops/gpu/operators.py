@@ -1,9 +1,9 @@
 """The kernels as operators of their own, ``nin::triton_mlpconv`` and its backward.
 
 ``triton_op`` lets torch.compile look into them; eager calls go to the kernels straight. ``nin::mlpconv`` remains the
-one operator that everybody calls: on CUDA it hands over to these (see `nin.ops.gpu`). The activations' names come as
-one text with commas, as PyTorch up to 2.11 derives no schema for a list of texts. ``triton_op`` derives the schema from
-the annotations, so the fields of `Layers` are parameters here.
+one operator that everybody calls: on CUDA it hands over to these (see `nin.ops.gpu.dispatch`). The activations' names
+come as one text with commas, as PyTorch up to 2.11 derives no schema for a list of texts. ``triton_op`` derives the
+schema from the annotations, so the fields of `Layers` are parameters here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from nin.ops.arguments import Layers
-from nin.ops.gpu import gradients, launching
+from nin.ops.gpu import backward, forward
 
 
 @triton_op("nin::triton_mlpconv", mutates_args=())
@@ -28,7 +28,7 @@ def mlpconv(
     activations: str,
 ) -> Tensor:
     """Compute the chain; see `launching.mlpconv`."""
-    return launching.mlpconv(x, Layers(weights, biases, stride, padding, dilation, activations.split(",")))
+    return forward.mlpconv(x, Layers(weights, biases, stride, padding, dilation, activations.split(",")))
 
 
 @triton_op("nin::triton_mlpconv_backward", mutates_args=())
@@ -46,4 +46,4 @@ def mlpconv_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Compute the gradients; see `gradients.mlpconv_backward`."""
     layers = Layers(weights, biases, stride, padding, dilation, activations.split(","))
-    return gradients.mlpconv_backward(grad, x, y, layers, needs)
+    return backward.mlpconv_backward(grad, x, y, layers, needs)

@@ -3,13 +3,13 @@
 import { element } from "./elements.js";
 import { inside } from "./inside.js";
 import * as server from "./server.js";
-import { oneChannel } from "./step1.js";
-import { manyChannels } from "./step2.js";
-import { dense } from "./step3.js";
-import { shrinking } from "./step4.js";
-import { bottleneck } from "./step5.js";
-import { colours } from "./step6.js";
-import { network } from "./step7.js";
+import { oneChannel } from "./one-channel.js";
+import { manyChannels } from "./many-channels.js";
+import { dense } from "./dense.js";
+import { shrinking } from "./shrinking.js";
+import { bottleneck } from "./bottleneck.js";
+import { colours } from "./colours.js";
+import { network } from "./network-in-network.js";
 
 const STEPS = { "one-channel": oneChannel, "many-channels": manyChannels, dense, shrinking, bottleneck, colours, network };
 

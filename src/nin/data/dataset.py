@@ -1,0 +1,231 @@
+"""What the rest of the package is handed: sets of labelled images, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nin.data.decoder import decode_pixels
+from nin.errors import UserError
+
+# Where images are not in memory, mean and std are those of this many, evenly spaced: the standard error of the mean
+# is then about 1/60 of the spread between images.
+_STATISTICS_SAMPLE = 4096
+
+
+class PathList(Sequence[str]):
+    """Many paths in one buffer: their bytes and 8 more each, where a list of str takes about 100 each."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        buffer = bytearray()
+        ends = [0]
+        for path in paths:
+            buffer += os.fsencode(path)
+            ends.append(len(buffer))
+        self._buffer = bytes(buffer)
+        self._ends = np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> PathList: ...
+    def __getitem__(self, index: int | slice) -> str | PathList:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        position = range(len(self))[index]  # counts from the end where negative, raises IndexError
+        return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1]])
+
+    def select(self, indices: Iterable[int]) -> PathList:
+        """Returns the paths at the indices, in their order."""
+        return PathList(self[int(index)] for index in indices)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images in memory.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        names: the path of each image relative to its folder, or None where images have no names.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Returns the images at the indices: uint8 (B, C, H, W)."""
+        return self.images[indices]
+
+
+class DecodedSet(ABC):
+    """Labelled images that are decoded each time they are asked for; a subclass says where their bytes lie.
+
+    Attributes:
+        labels: int64 (N,).
+        names: of each image.
+        channels: 1 or 3, of the decoded images.
+        size: height and width of the decoded images in pixels.
+    """
+
+    labels: Tensor
+    names: PathList
+    channels: int
+    size: int
+
+    @abstractmethod
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Decodes one image: (channels, size, size).
+
+        Raises:
+            UserError: it cannot be read; the message begins with its path.
+        """
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        """Decodes the images at the indices: uint8 (B, C, size, size).
+
+        Raises:
+            UserError: one cannot be read (it was readable when the set was made).
+        """
+        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
+        for image, index in zip(images, indices.tolist(), strict=True):
+            image[:] = self.pixels(index)
+        return torch.from_numpy(images)
+
+    def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+        """Decodes those of the images that can still be read.
+
+        Returns:
+            uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
+        """
+        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
+        kept: list[int] = []
+        lost: list[tuple[str, str]] = []
+        for index in indices.tolist():
+            try:
+                images[len(kept)] = self.pixels(index)
+                kept.append(index)
+            except UserError as error:
+                lost.append((self.names[index], str(error).rpartition(f"{self.names[index]}: ")[2]))
+        return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), lost
+
+
+@dataclass(frozen=True, eq=False)
+class FileSet(DecodedSet):
+    """Labelled images in files.
+
+    Attributes:
+        root: the folder that the names are relative to.
+        labels: int64 (N,).
+        names: the path of each image relative to root.
+        channels: 1 or 3, of the decoded images.
+        size: height and width of the decoded images in pixels.
+    """
+
+    root: Path
+    labels: Tensor
+    names: PathList
+    channels: int
+    size: int
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """Decodes one image: (channels, size, size)."""
+        return decode_pixels(os.path.join(self.root, self.names[index]), size=self.size, channels=self.channels)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one file.
+
+    Attributes:
+        path: of the file, relative to its folder.
+        kind: one of the kinds of `nin.data.folder_issues`.
+        detail: the rest of the sentence.
+    """
+
+    path: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set, ready to train on.
+
+    Attributes:
+        name: what it is called: the name of the set, or of the folder.
+        train: the images to learn from.
+        test: the images that measure the result.
+        classes: the name of each label, in the order of the labels.
+        channels: of every image.
+        size: height and width of every image in pixels.
+        mean: of each channel of train, in units of 0..1.
+        std: of each channel of train, in units of 0..1, never 0.
+        flip: whether a mirrored image keeps its label.
+        shift: a sensible random translation, in pixels.
+        skipped: (path, reason) of each file that could not be read.
+        notes: what else was left out, in sentences for the user.
+        findings: what a person should know about single files, the skipped ones among them.
+        origin: the arguments of `load` that bring the same images again; empty for arrays.
+    """
+
+    name: str
+    train: ImageSet | DecodedSet
+    test: ImageSet | DecodedSet
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    shift: int
+    skipped: tuple[tuple[str, str], ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    findings: tuple[Finding, ...] = field(default=())
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def statistics(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of each channel, in units of 0..1.
+
+    They come from a histogram of the 256 values, so they are exact and the same on every machine. A channel
+    that never changes gets the spread of one grey level, so that dividing by it is safe.
+    """
+    if isinstance(dataset, ImageSet):
+        images = dataset.images
+    else:
+        images = dataset.fetch(torch.arange(0, len(dataset), max(1, len(dataset) // _STATISTICS_SAMPLE)))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float((share * levels).sum())
+        means.append(mean)
+        stds.append(max(float((share * (levels - mean) ** 2).sum()) ** 0.5, 1 / 255))
+    return tuple(means), tuple(stds)
+
+
+def sensible_shift(size: int) -> int:
+    """Returns how many pixels an image of this size may be moved without losing what it shows."""
+    if size <= 32:
+        return 1 if size < 16 else 2
+    return size // 16

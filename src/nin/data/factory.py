@@ -1,0 +1,141 @@
+"""`load`: the one way in, whatever the images come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nin.data.arrays import load_arrays
+from nin.data.builtin import NAMES, cache_folder, load_named
+from nin.data.dataset import Data
+from nin.data.folder import read_folder
+from nin.data.folder_scan import Progress, ReadingOptions
+from nin.data.loader import usable_cores
+from nin.data.webdataset import is_shards, is_url
+from nin.data.webdataset_writer import read_shards
+from nin.errors import UserError
+
+
+def load(
+    source: str | Path | Data | tuple[Any, Any],
+    *,
+    data_dir: str | Path | None = None,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
+    memory_limit_bytes: int = 2 << 30,
+    on_progress: Progress | None = None,
+) -> Data:
+    """Loads labelled images for training and testing.
+
+    Args:
+        source: one of
+            - a name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", "cifar100",
+              "svhn" (write "./digits" for a folder of that name);
+            - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
+              beside it. Where both are there, the test images are those of test, and val is not used;
+            - WebDataset shards: a folder of tar files, one of them, a pattern such as "DIR/train-{000..009}.tar", or
+              a URL that the webdataset package reads;
+            - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
+              or tensors: images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in 0..1;
+            - Data, which is returned as it is.
+        data_dir: where the files of mnist to svhn lie. The default is ~/.cache/nin, to which they are
+            downloaded. A folder given here is only read.
+        size: height and width in pixels that the images of a folder are brought to. The default keeps
+            square images of one size up to 64, else takes 32, 64, 128 or 224 by the median shorter side.
+        test_fraction: share of each class that is held out where the source has no test set: 0.25 for
+            digits and 0.2 for all others by default.
+        seed: chooses which images are held out. The choice goes by name, not by position.
+        strict: stop at the first file that cannot be read, where it would else be listed in Data.skipped.
+        workers: threads that read files; the default is one for each usable core. The result is the same.
+        memory_limit_bytes: up to here a folder is held in memory, above it is decoded on demand.
+        on_progress: called with (what is being done, number done, number of all) while a folder is read.
+
+    Returns:
+        The data set. Its labels follow the natural order of the class names: "2" before "10".
+
+    Raises:
+        UserError: the source does not exist or does not have the form above; the message says what to do.
+
+    Example:
+        >>> data = load("digits")
+        >>> data.train.images.shape, len(data.test), data.classes[:3]
+        (torch.Size([1346, 1, 8, 8]), 451, ('0', '1', '2'))
+    """
+    if isinstance(source, Data):
+        return _fixed_size(source, size)
+    options = ReadingOptions(
+        size=size,
+        test_fraction=test_fraction,
+        seed=seed,
+        strict=strict,
+        workers=usable_cores() if workers is None else workers,
+        memory_limit_bytes=memory_limit_bytes,
+        on_progress=on_progress,
+    )
+    if isinstance(source, tuple):
+        return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
+    # absolute, so that a report can be made from another folder
+    folder = None if data_dir is None else Path(data_dir).resolve()
+    origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
+    if source in NAMES:
+        named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
+        return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
+    if is_shards(source):
+        images = read_shards(str(source), options)
+    else:
+        _check_exists(source)
+        images = read_folder(Path(source), options)
+    return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
+
+
+def load_recorded(record: Mapping[str, Any], *, size: int) -> Data:
+    """Loads the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
+
+    The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
+    run a program.
+
+    Args:
+        record: what `load` left in `Data.origin`.
+        size: height and width of the network's input in pixels.
+
+    Raises:
+        UserError: it is not recorded where they lie, they are not here, or the record is damaged.
+    """
+    source = record.get("source", record.get("name"))
+    if not isinstance(source, str) or ("source" not in record and source not in NAMES):
+        raise UserError("the run does not record where its images lie")
+    if is_url(source):
+        raise UserError(f"the run's images lie behind a URL, which is not followed ({source})")
+    data_dir, fraction, seed = record.get("data_dir"), record.get("test_fraction"), record.get("seed", 0)
+    right = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
+    if not right:
+        raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
+    if source in NAMES:
+        data_dir = data_dir or str(cache_folder())
+    return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed)
+
+
+def _absolute(source: str) -> str:
+    """A path from the root, so that a report can be made from another folder; a URL stays."""
+    return source if is_url(source) else str(Path(source).resolve())
+
+
+def _fixed_size(data: Data, size: int | None) -> Data:
+    if size is not None and size != data.size:
+        raise UserError(f"size: expected {data.size}, the size of {data.name}, got {size}; leave it out")
+    return data
+
+
+def _check_exists(source: str | Path) -> None:
+    """Says what a source that is neither a name nor a path may have meant."""
+    if Path(source).exists():
+        return
+    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), NAMES, n=1)
+    hint = f"did you mean {near[0]}?" if near else "a name or an image folder is expected"
+    raise UserError(f"{source}: there is no such folder, and the names are {', '.join(NAMES)}; {hint}")

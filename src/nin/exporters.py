@@ -1,0 +1,311 @@
+"""Networks for other programs: ONNX, torch.export and OpenVINO files that need no nin, checked before they are kept."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import io
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from nin import checkpoint, models
+from nin.checkpoint import Preprocessing, RunInfo
+from nin.errors import UserError
+from nin.layers import MLPConv
+from nin.ops.arguments import flat
+from nin.ops.reference import convolve
+from nin.profiling.cost import format_bytes
+from nin.runtime.files import write_atomically
+
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
+
+# Every file is run with these numbers of images and compared with the network before it is written.
+CHECKED_BATCHES = (1, 2, 7)
+
+# The largest difference that rounding may make, as a share of the largest score. The engines sum in other orders:
+# seen were up to 3e-6 in ONNX Runtime and OpenVINO for the networks of `nin.models`.
+TOLERANCE = 1e-4
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how it was checked.
+
+    Attributes:
+        path: of the file; an OpenVINO file has its weights beside it, in ``.bin``.
+        format: "onnx", "pt2" or "openvino".
+        file_bytes: of the file, the weights included.
+        differences: for each number of images that it was run with, the largest difference from the network's
+            scores, as a share of the largest score.
+        metadata: what the file says of itself: input, output, and where known classes and preprocessing.
+    """
+
+    path: Path
+    format: str
+    file_bytes: int
+    differences: dict[int, float]
+    metadata: dict[str, Any]
+
+    def __str__(self) -> str:
+        """Return one line: what was written, and that it was checked."""
+        checked = ", ".join(map(str, self.differences))
+        size, most = format_bytes(self.file_bytes), max(self.differences.values())
+        return f"{self.path}: {size}, checked with {checked} images: within {most:.1e} of the network"
+
+
+class Preprocessed(nn.Module):
+    """A network behind its preprocessing: it takes pixels as image decoders give them.
+
+    ``scores = model((pixels / 255 - mean) / std)``
+
+    Args:
+        model: scores (N, classes) from images (N, C, H, W).
+        preprocessing: mean and standard deviation of each channel.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("offset", -mean / std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return scores (N, classes) for ``pixels`` of shape (N, H, W, C), uint8."""
+        return self.model(pixels.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.offset)
+
+
+def export(
+    model: Any,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    preprocessing: bool = False,
+) -> Exported:
+    """Write a network into a file that runs where nin is not installed, for any number of images at once.
+
+    ``nin::mlpconv`` is taken apart into standard convolutions and activations, weight standardisation is folded.
+    The file is run and compared with the network before it is written, and it is whole or not there.
+
+    Args:
+        model: a run folder, a `nin.Classifier`, what `nin.train` returns, or any network of images.
+        path: of the file to write.
+        format: "onnx", "pt2" (``torch.export.load`` reads it) or "openvino"; by the name's end if not given:
+            ``.onnx``, ``.pt2`` or ``.xml``.
+        input_shape: (C, H, W) of one image; known for a run and for the networks of `nin.models`.
+        preprocessing: put the normalisation inside: the file then takes pixels (N, H, W, C), uint8, at the size
+            that the network was trained with. Else it takes ``(pixels / 255 - mean) / std`` as (N, C, H, W).
+
+    Returns:
+        What was written, and how far its scores were from the network's.
+
+    Raises:
+        UserError: a package for the format is missing, the file would not compute the same, or the arguments do
+            not fit together.
+        OSError: the file cannot be written; it names it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = nin.export(nin.models.nin_digits(), f"{folder}/digits.pt2")
+        >>> exported.format, list(exported.differences)
+        ('pt2', [1, 2, 7])
+    """
+    path = Path(path)
+    format = format or {suffix: name for name, suffix in SUFFIXES.items()}.get(path.suffix)
+    if format not in SUFFIXES:
+        raise UserError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r} for {path}")
+    if format == "openvino" and path.suffix != ".xml":
+        raise UserError(f"path must end in .xml for OpenVINO, which puts the weights beside it, got {path}")
+    check_packages(format)
+    network, info = _resolve(model)
+    shape = _image_shape(network, info, input_shape)
+    metadata = describe(shape, info, preprocessing=preprocessing)
+    if preprocessing:
+        if info is None:
+            raise UserError("preprocessing is known for a run folder or a Classifier, got a bare network")
+        network = Preprocessed(network, info.preprocessing)
+    inputs = [_example(shape, count, pixels=preprocessing) for count in CHECKED_BATCHES]
+    program = portable_program(network, inputs[1])
+    contents, run = _CONVERT[format](program, metadata)
+    with torch.inference_mode():
+        differences = {len(x): _difference(run(x), network(x)) for x in inputs}
+    if max(differences.values()) > TOLERANCE:
+        raise UserError(f"{path} was not written: its scores differ from the network's, relative {differences}")
+    for suffix, content in contents.items():
+        write_atomically(path.with_suffix(suffix or path.suffix), content)
+    return Exported(path, format, sum(map(len, contents.values())), differences, metadata)
+
+
+def check_packages(format: str) -> None:
+    """Raise UserError where a package that the format needs is not installed."""
+    missing = [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = "bench" if "openvino" in missing else "onnx"
+        raise UserError(f"{format} needs {', '.join(missing)}: pip install 'nin[{extra}]'")
+
+
+def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
+    """Return the network as a graph of PyTorch's own operators, for any number of images.
+
+    Args:
+        model: in evaluation mode.
+        x: an input of two images or more.
+    """
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
+    program = program.run_decompositions({torch.ops.nin.mlpconv.default: flat(convolve)})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # where the code lies on this machine is nobody's business
+    return program
+
+
+def describe(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool) -> dict[str, Any]:
+    """Return what a file says of itself: input, output, classes in the order of the scores, preprocessing."""
+    channels, height, width = shape
+    pixels = {"name": "pixels", "shape": ["batch", height, width, channels], "dtype": "uint8"}
+    images = {"name": "images", "shape": ["batch", channels, height, width], "dtype": "float32"}
+    metadata: dict[str, Any] = {
+        "nin": version("nin"),
+        "input": pixels if preprocessing else images,
+        "output": {"name": "scores", "meaning": "one score for each class, before the softmax"},
+    }
+    if info is not None:
+        metadata["classes"] = list(info.classes)
+        metadata["preprocessing"] = {**dataclasses.asdict(info.preprocessing), "inside": preprocessing}
+    return metadata
+
+
+def _resolve(model: Any) -> tuple[nn.Module, RunInfo | None]:
+    """Return a copy of the network, ready to be exported, and what is known of it."""
+    if isinstance(model, str | Path):
+        network, info = checkpoint.load_model(Path(model))
+    elif isinstance(model, nn.Module):
+        network, info = copy.deepcopy(model), None
+    elif isinstance(getattr(model, "info", None), RunInfo) and isinstance(model.model, nn.Module):
+        network, info = copy.deepcopy(model.model), model.info
+    else:
+        raise TypeError(f"model must be a run folder, a Classifier or a torch.nn.Module, got {type(model).__name__}")
+    for module in network.modules():
+        if isinstance(module, MLPConv):
+            module.fold()
+    network = network.cpu().float().eval().requires_grad_(False)
+    return network.to(memory_format=torch.contiguous_format), info
+
+
+def _image_shape(model: nn.Module, info: RunInfo | None, given: Sequence[int] | None) -> tuple[int, int, int]:
+    if given is not None:
+        shape = tuple(int(size) for size in given)
+        if len(shape) != 3 or min(shape) < 1:
+            raise UserError(f"input_shape must be (C, H, W), each at least 1, got {shape}")
+        return shape
+    if info is not None:
+        p = info.preprocessing
+        return p.channels, p.size, p.size
+    if isinstance(model, models.NiN):
+        return model.config.in_channels, model.config.image_size, model.config.image_size
+    if isinstance(model, models.GoogLeNet):
+        size = models.IMAGE_SIZES["googlenet"]
+        return model.in_channels, size, size
+    raise UserError(f"input_shape must be given as (C, H, W): it cannot be told from a {type(model).__name__}")
+
+
+def _example(shape: tuple[int, int, int], count: int, *, pixels: bool) -> Tensor:
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(count)
+    if pixels:
+        return torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8, generator=generator)
+    return torch.randn(count, channels, height, width, generator=generator)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest value; infinite where the shapes differ or not finite."""
+    if got.shape != expected.shape:
+        return float("inf")
+    share = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    return share if np.isfinite(share) else float("inf")
+
+
+def _to_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
+    """Return the bytes of a checked ONNX file."""
+    import onnx
+
+    name = metadata["input"]["name"]
+    converted = torch.onnx.export(program, dynamo=True, input_names=[name], output_names=["scores"], verbose=False)
+    assert converted is not None
+    proto = converted.model_proto
+    graph = proto.graph
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == batch:
+                size.dim_param = "batch"
+    for part in (*graph.node, *graph.value_info, graph):
+        del part.metadata_props[:]
+    onnx.helper.set_model_props(proto, {key: _text(value) for key, value in metadata.items()})
+    proto.producer_name, proto.producer_version = "nin", metadata["nin"]
+    onnx.checker.check_model(proto, full_check=True)
+    return bytes(proto.SerializeToString())
+
+
+def _convert_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+    import onnxruntime
+
+    content = _to_onnx(program, metadata)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    name = metadata["input"]["name"]
+    return {"": content}, lambda x: torch.from_numpy(session.run(["scores"], {name: x.numpy()})[0])
+
+
+def _convert_pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"nin.json": json.dumps(metadata)})
+    file.seek(0)
+    return {"": file.getvalue()}, torch.export.load(file).module()
+
+
+def _convert_openvino(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+    import openvino
+
+    core = openvino.Core()
+    network = core.read_model(io.BytesIO(_to_onnx(program, metadata)))
+    for key, value in metadata.items():
+        network.set_rt_info(_text(value), ["nin", key])
+    # else a processor with bf16 computes in it, and the comparison is one of roundings
+    compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model.xml"
+        openvino.save_model(network, target, compress_to_fp16=False)
+        # the weights first: a program that sees the .xml finds them
+        contents = {".bin": target.with_suffix(".bin").read_bytes(), ".xml": target.read_bytes()}
+
+    def run(x: Tensor) -> Tensor:
+        scores: NDArray[np.float32] = compiled(x.numpy())[0]
+        return torch.from_numpy(scores)
+
+    return contents, run
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+_CONVERT = {"onnx": _convert_onnx, "pt2": _convert_pt2, "openvino": _convert_openvino}

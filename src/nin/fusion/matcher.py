@@ -1,0 +1,187 @@
+"""Chains in a traced graph: which nodes one operator can stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from nin.fusion.chain import Chain, Link
+from nin.layers import MLPConv
+
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"}
+_METHODS = {"relu": "relu", "relu_": "relu"}
+_MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
+
+
+class Tracer(fx.Tracer):
+    """PyTorch's, that also leaves nin's own layers and chains whole, and BatchNorm of whatever class."""
+
+    def __init__(self, path: str = "") -> None:
+        super().__init__()
+        self.path = path  # of what is traced, in the whole model
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return a module's name. A chain is no registered child, so that nobody who runs all children runs it."""
+        return mod.path.removeprefix(f"{self.path}.") if isinstance(mod, Chain) else super().path_of_module(mod)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module becomes one node."""
+        return isinstance(m, MLPConv | Chain | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclasses.dataclass
+class Found:
+    """A chain in a graph.
+
+    Attributes:
+        nodes: of the graph, from the first layer to the last activation.
+        links: what they do.
+        names: of the layers.
+    """
+
+    nodes: list[fx.Node]
+    links: list[Link]
+    names: list[str]
+
+
+def find_chains(model: nn.Module, graph: fx.Graph) -> tuple[list[Found], dict[str, str]]:
+    """Return the chains of a graph, none of which shares a node with another.
+
+    Args:
+        model: whose graph it is; its mode, training or evaluation, is the one that chains are for.
+        graph: of its forward.
+
+    Returns:
+        The chains, and of each 1×1 layer that is in none the reason, by name.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    taken: set[fx.Node] = set()
+    found, reasons = [], {}
+    for node in graph.nodes:
+        if node in taken or not _is_layer(node, modules):
+            continue
+        name = str(node.target)
+        reason = why_not(modules[name], calls[name], first=True)
+        if reason is None:
+            chain = _follow(node, modules, calls)
+            if len(chain.nodes) > 1:
+                found.append(chain)
+                taken.update(chain.nodes)
+                continue
+            reason = "nothing follows it that the operator does"
+        if _is_pointwise(modules[name]):
+            reasons[name] = reason
+    return found, reasons
+
+
+def why_not(layer: nn.Module, calls: int, *, first: bool) -> str | None:
+    """Return why a layer cannot be in a chain, or None."""
+    if calls > 1:
+        return "it is called more than once"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "a hook looks at it"
+    if type(layer) is nn.Linear:
+        return None
+    if type(layer) is not nn.Conv2d:
+        return f"it is a {type(layer).__name__}, whose forward may differ"
+    if layer.groups != 1:
+        return "it has groups"
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return f"its padding is {layer.padding_mode if layer.padding_mode != 'zeros' else layer.padding!r}"
+    if not first and (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0)):
+        return "it looks at more than one pixel"
+    return None
+
+
+def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Conv2d | nn.Linear)
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
+
+
+def _follow(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str]) -> Found:
+    """Return the longest chain from a layer on."""
+    first = modules[str(start.target)]
+    assert isinstance(first, nn.Conv2d | nn.Linear)
+    chain, nodes = Found([start], [Link(first)], [str(start.target)]), [start]
+    while len(nodes[-1].users) == 1:
+        node = next(iter(nodes[-1].users))
+        if node.args[:1] != (nodes[-1],) or nodes[-1] in node.kwargs.values():
+            break
+        link, activation = chain.links[-1], _activation(node, modules)
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            break
+        if activation is not None and link.activation == "none":
+            link.activation = activation
+        elif isinstance(module, nn.BatchNorm2d) and link.norm is None and link.activation == "none":
+            after = _activation_inside(module)
+            if after is None or not _can_fold(module, link) or calls[str(node.target)] > 1:
+                break
+            link.norm, link.activation = module, after
+        elif module is not None and _does_nothing(module):
+            nodes.append(node)
+            continue  # counts only where something follows
+        elif (
+            module is not None
+            and type(module) is type(first)
+            and why_not(module, calls[str(node.target)], first=False) is None
+        ):
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            chain.links.append(Link(module))
+            chain.names.append(str(node.target))
+        else:
+            break
+        nodes.append(node)
+        chain.nodes = list(nodes)
+    if isinstance(first, nn.Linear) and len(chain.links) < 2:
+        return Found([start], [Link(first)], chain.names)  # one matrix product: PyTorch's own is as good
+    return chain
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """Return the name of the activation that a node is, or None."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        exact = not isinstance(module, nn.GELU) or module.approximate == "none"
+        return _MODULES.get(type(module)) if exact else None
+    name: Any = None
+    if node.op == "call_function":
+        name = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    elif node.op == "call_method":
+        name = _METHODS.get(str(node.target))
+    return None if node.kwargs.get("approximate", "none") != "none" or len(node.args) > 2 else name
+
+
+def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
+    """Return what a BatchNorm does behind the normalisation: "none", an activation, or None for anything else.
+
+    timm's BatchNormAct2d has it as ``act``, behind a ``drop``.
+    """
+    if type(norm) is nn.BatchNorm2d:
+        return "none"
+    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
+    if type(norm).__name__ != "BatchNormAct2d" or type(drop) is not nn.Identity:
+        return None
+    if type(act) is nn.GELU and act.approximate != "none":
+        return None
+    return "none" if type(act) is nn.Identity else _MODULES.get(type(act))
+
+
+def _can_fold(norm: nn.BatchNorm2d, link: Link) -> bool:
+    """Whether a BatchNorm has fixed statistics that go into a convolution's weights."""
+    return isinstance(link.layer, nn.Conv2d) and not norm.training and norm.running_mean is not None
+
+
+def _does_nothing(module: nn.Module) -> bool:
+    if isinstance(module, nn.Dropout | nn.Dropout2d):
+        return not module.training or module.p == 0
+    return type(module) is nn.Identity

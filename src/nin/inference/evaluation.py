@@ -1,0 +1,57 @@
+"""Testing: the scores of a network on test images, and how sure an accuracy is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nin import data
+from nin.runtime import distributed
+
+TEST_BATCH = 250
+GPU_TEST_BATCH = 2000  # a GPU is not busy with less
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    images: data.Data,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    flip: bool = False,
+    on_lost: Callable[[str, str], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
+
+    Where several processes share the work, each gets its part. With ``flip``, the scores are the mean over each image
+    and its mirror image. Files that cannot be read any more are left out where ``on_lost`` is there to be told of
+    them, see `nin.data.batches`.
+    """
+    scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
+    order = torch.arange(len(images.test))[distributed.rank() :: distributed.count()]
+    size = GPU_TEST_BATCH if device.type == "cuda" else TEST_BATCH
+    for pixels, batch_labels, _ in data.batches(images.test, order, size, on_lost=on_lost):
+        x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            y = model(x).float()
+            if flip:
+                y = (y + model(x.flip(3)).float()) / 2
+        scores.append(y)
+        labels.append(batch_labels)
+    return torch.cat(scores).cpu(), torch.cat(labels).cpu()
+
+
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a proportion.
+
+    Source:
+        Wilson: Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    z, p = 1.959964, hits / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return centre - half, centre + half

@@ -1,0 +1,136 @@
+"""What is done to each layer: a plan, which is plain data and can be written down as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+from typing import Any
+
+from nin.runtime.html_table import html_table
+
+FORMAT_VERSION = 1
+FORMS = ("keep", "output", "input", "tucker")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        name: its path in the model.
+        form: "keep"; "output": k×k to ``rank_out`` channels, then 1×1; "input": 1×1 to ``rank_in``, then k×k;
+            "tucker": 1×1 to ``rank_in``, k×k to ``rank_out``, 1×1.
+        rank_in: channels (per group) that the first 1×1 leaves, or None.
+        rank_out: channels (per group) that the k×k leaves, or None.
+        inputs: channels of its input in the narrowed model.
+        outputs: channels of its output in the narrowed model.
+        dtype: of its weights, such as "float32".
+        reason: why it was left as it is, or "".
+    """
+
+    name: str
+    form: str
+    rank_in: int | None
+    rank_out: int | None
+    inputs: int
+    outputs: int
+    dtype: str = "float32"
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Thinning:
+    """Channels that are left out between two layers.
+
+    Attributes:
+        producer: the layer that gave them.
+        consumer: the layer that looked at them.
+        between: BatchNorm and depthwise layers on the way.
+        channels: how many are left.
+        before: how many there were.
+    """
+
+    producer: str
+    consumer: str
+    between: tuple[str, ...]
+    channels: int
+    before: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that `nin.apply_plan` needs to build the narrowed architecture again.
+
+    Attributes:
+        layers: what becomes of each layer, in the order of the calls.
+        thinned: where channels are left out.
+        budget: what was asked for: "macs", "latency" or "parameters".
+        share: of the original's.
+        layout: "contiguous" or "channels_last", of the weights in memory.
+
+    Example:
+        >>> Plan((LayerPlan("0", "output", None, 8, 16, 32),), (), "macs", 0.5).to_json()[:21]
+        '{"format_version": 1,'
+    """
+
+    layers: tuple[LayerPlan, ...]
+    thinned: tuple[Thinning, ...]
+    budget: str
+    share: float
+    layout: str = "contiguous"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, numbers and strings."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Return the plan that `to_dict` wrote.
+
+        Raises:
+            ValueError: the values are not those of a plan, or of a newer version.
+        """
+        try:
+            values = dict(values)
+            version = values.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version}: update nin")
+            layers = tuple(LayerPlan(**layer) for layer in values.pop("layers"))
+            thinned = tuple(Thinning(**{**t, "between": tuple(t["between"])}) for t in values.pop("thinned"))
+            plan = cls(layers, thinned, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"plan must be what Plan.to_dict wrote: {error}") from error
+        for layer in plan.layers:
+            if layer.form not in FORMS:
+                raise ValueError(f"the form of {layer.name} must be one of {', '.join(FORMS)}, got {layer.form!r}")
+        return plan
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table of the layers, a header first."""
+        rows: list[tuple[str, ...]] = [("layer", "form", "channels", "ranks", "note")]
+        for layer in self.layers:
+            ranks = ", ".join(str(rank) for rank in (layer.rank_in, layer.rank_out) if rank is not None)
+            rows.append((layer.name, layer.form, f"{layer.inputs} → {layer.outputs}", ranks, layer.reason))
+        return rows
+
+    def _repr_html_(self) -> str:
+        thinned = [
+            ("thinned from", "to", "channels"),
+            *((t.producer, t.consumer, f"{t.before} → {t.channels}") for t in self.thinned),
+        ]
+        text = f"<p>{self.share:g} of the original's {html.escape(self.budget)}</p>"
+        return text + html_table(self.rows()) + (html_table(thinned) if self.thinned else "")
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no JSON, or no plan.
+        """
+        return cls.from_dict(json.loads(text))

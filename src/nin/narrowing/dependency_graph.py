@@ -1,0 +1,222 @@
+"""Who feeds whom: the pairs of layers between which channels can be left out, from the traced graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from nin.runtime import fx_trace
+
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+    nn.Identity,
+    nn.Dropout,
+)
+_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d)
+_ELEMENTWISE_FUNCTIONS = {
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.mish,
+    F.hardswish,
+    F.hardtanh,
+    F.dropout,
+    torch.relu,
+    torch.relu_,
+    torch.sigmoid,
+    torch.tanh,
+}
+_POOLING_FUNCTIONS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d}
+_ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """A layer whose channels one other layer alone looks at.
+
+    Attributes:
+        producer: gives the channels.
+        consumer: looks at them.
+        between: BatchNorm and depthwise layers on the way, which lose the same channels.
+    """
+
+    producer: str
+    consumer: str
+    between: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcut:
+    """What is added to a layer's result further on.
+
+    Attributes:
+        norm: the BatchNorm between the layer and the sum, or None.
+        source: a module.
+        side: "input" or "output": on which side of that module the other summand is found.
+    """
+
+    norm: str | None
+    source: str
+    side: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """What tracing tells of a model.
+
+    Attributes:
+        edges: pairs of layers, in the order of the calls.
+        shortcuts: by the layer's name.
+        problem: why the model could not be traced, or None.
+    """
+
+    edges: tuple[Edge, ...] = ()
+    shortcuts: dict[str, Shortcut] = dataclasses.field(default_factory=dict)
+    problem: str | None = None
+
+
+def trace(model: nn.Module, layers: set[str]) -> Wiring:
+    """Trace a model, where that is possible.
+
+    Args:
+        model: in evaluation mode.
+        layers: the names of the layers that may be changed.
+    """
+    try:
+        graph = fx_trace.trace(model)
+    except fx_trace.TracingError as error:
+        return Wiring(problem=str(error))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    edges, shortcuts = [], {}
+    for node in graph.nodes:
+        if node.op != "call_module" or str(node.target) not in layers or calls[id(modules[str(node.target)])] > 1:
+            continue
+        edge = _follow(node, modules, calls, layers)
+        if edge is not None:
+            edges.append(edge)
+        shortcut = _find_shortcut(node, modules, calls)
+        if shortcut is not None:
+            shortcuts[str(node.target)] = shortcut
+    return Wiring(tuple(edges), shortcuts)
+
+
+def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int], layers: set[str]) -> Edge | None:
+    """Return the edge from a layer to the only one that looks at its result, or None."""
+    start = modules[str(node.target)]
+    if isinstance(start, nn.Conv2d) and start.groups > 1:
+        return None
+    channels = start.out_channels if isinstance(start, nn.Conv2d) else start.out_features
+    assert isinstance(channels, int)
+    producer, between = str(node.target), []
+    is_map = isinstance(start, nn.Conv2d)  # channels are dimension 1, not the last
+    flat = False
+    while len(node.users) == 1:
+        before, node = node, next(iter(node.users))
+        if not node.args or node.args[0] is not before or before in list(node.args[1:]) + list(node.kwargs.values()):
+            return None
+        if node.op != "call_module":
+            step = _function_step(node, is_map and not flat)
+            if step is None:
+                return None
+            flat = flat or step == "flatten"
+            continue
+        name, module = str(node.target), modules[str(node.target)]
+        # an activation without parameters may serve many places, as in torchvision's ResNets
+        if calls[id(module)] > 1 and next(module.parameters(), None) is not None:
+            return None
+        if _passes(module, is_map and not flat):
+            if isinstance(module, nn.Conv2d) and name not in layers:
+                return None
+            if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
+                between.append(name)
+            flat = flat or isinstance(module, nn.Flatten)
+        elif name in layers and _looks_at(module, channels, is_map=is_map, flat=flat):
+            return Edge(producer, name, tuple(between))
+        else:
+            return None
+    return None
+
+
+def _looks_at(module: nn.Module, channels: int, *, is_map: bool, flat: bool) -> bool:
+    """Return whether a layer looks at the channels one by one."""
+    if isinstance(module, nn.Conv2d):
+        return is_map and not flat and module.groups == 1 and module.in_channels == channels
+    # behind a flattening the sizes agree only where one pixel was left
+    return isinstance(module, nn.Linear) and module.in_features == channels and (flat or not is_map)
+
+
+def _passes(module: nn.Module, is_map: bool) -> bool:
+    """Return whether a module works on each channel alone."""
+    if isinstance(module, _ELEMENTWISE) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
+        return True
+    if not is_map:
+        return False
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1 and module.end_dim == -1
+    if isinstance(module, nn.Conv2d):
+        return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
+    return type(module) is nn.BatchNorm2d or isinstance(module, _POOLING)
+
+
+def _function_step(node: fx.Node, is_map: bool) -> str | None:
+    """Return "channel" for a function on each channel alone, "flatten", or None."""
+    if node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS:
+        return "channel"
+    if node.op == "call_method" and node.target in _ELEMENTWISE_METHODS:
+        return "channel"
+    if not is_map:
+        return None
+    if node.op == "call_function" and node.target in _POOLING_FUNCTIONS:
+        return "channel"
+    is_flatten = node.target in (torch.flatten, "flatten") and node.op in ("call_function", "call_method")
+    if is_flatten and (tuple(node.args[1:]) == (1,) or node.kwargs == {"start_dim": 1}):
+        return "flatten"
+    return None
+
+
+def _find_shortcut(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int]) -> Shortcut | None:
+    """Return what is added to a layer's result, directly or behind a BatchNorm."""
+    norm = None
+    if len(node.users) != 1 or not isinstance(modules[str(node.target)], nn.Conv2d):
+        return None
+    following = next(iter(node.users))
+    if following.op == "call_module" and type(modules[str(following.target)]) is nn.BatchNorm2d:
+        norm, node = str(following.target), following
+        if len(node.users) != 1:
+            return None
+        following = next(iter(node.users))
+    sums = {operator.add, operator.iadd, torch.add}
+    if following.op != "call_function" or following.target not in sums or following.kwargs or len(following.args) != 2:
+        return None
+    other = following.args[1] if following.args[0] is node else following.args[0]
+    if not isinstance(other, fx.Node) or other is node:
+        return None
+    if other.op == "call_module" and calls[id(modules[str(other.target)])] == 1:
+        return Shortcut(norm, str(other.target), "output")
+    for user in other.users:
+        if user.op == "call_module" and user.args[:1] == (other,) and calls[id(modules[str(user.target)])] == 1:
+            return Shortcut(norm, str(user.target), "input")
+    return None

@@ -1,0 +1,176 @@
+"""Training a narrowed network by the original's answers: knowledge distillation, with or without labels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nin.config import one_cycle
+from nin.errors import UserError
+from nin.optim import Descent, adamw, averaging
+from nin.runtime import device
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """How a narrowed network is trained by the original's answers, with AdamW.
+
+    The layers of a narrowed network differ much in the size of their weights and gradients, and most have no
+    normalisation behind them any more: one learning rate for all, as in plain gradient descent, leaves some of them
+    nearly as they were. `benchmarks/narrowing/README.md` has both beside each other.
+
+    Attributes:
+        epochs: passes over the images.
+        learning_rate: at the peak; it rises in a straight line and falls to zero along a cosine.
+        warmup: share of all steps in which it rises.
+        betas: how much of the averages of the gradient and of its square is kept in a step.
+        weight_decay: times the learning rate per step, on weights of more than one dimension.
+        temperature: scores are divided by it before the softmax.
+        label_weight: share of the cross entropy with the labels, where there are any.
+        gradient_clip: largest norm of the gradient.
+        ema: decay per step of the averaged weights, which are the ones that are kept.
+        precision: "auto" takes "bf16" where the processor multiplies in it, else "fp32".
+    """
+
+    epochs: int = 5
+    learning_rate: float = 0.001
+    warmup: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.05
+    temperature: float = 3.0
+    label_weight: float = 0.3
+    gradient_clip: float = 1.0
+    ema: float = 0.99
+    precision: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+
+class Tuner:
+    """A network that learns to answer as its teacher does; `tensors` and `load` carry it over an interruption.
+
+    ``(1 - w) · T² · KL(softmax(teacher / T) ‖ softmax(model / T)) + w · cross entropy(model, labels)``
+
+    Args:
+        model: gives scores (N, classes); it learns in place.
+        teacher: the original network.
+        config: the recipe.
+        steps: in the whole training.
+
+    Source:
+        Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, arXiv 1503.02531.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, config: FinetuneConfig, steps: int) -> None:
+        self.model, self.teacher, self.config, self.steps = model, teacher.eval(), config, steps
+        self.step_number = 0
+        self.device = next(model.parameters()).device
+        self.dtype = device.choose_dtype(config.precision, self.device)
+        optimizer = adamw(
+            model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.descent = Descent(model, copy.deepcopy(model), optimizer)
+
+    def learning_rate(self) -> float:
+        """Return that of the next step."""
+        return one_cycle(self.step_number, self.steps, peak=self.config.learning_rate, warmup=self.config.warmup)
+
+    def step(self, x: Tensor, labels: Tensor | None) -> float:
+        """Take one step and return its loss.
+
+        Args:
+            x: images, as the network takes them.
+            labels: (N,), or None.
+
+        Raises:
+            UserError: the loss is no finite number; no weight has followed it.
+        """
+        self.model.train()
+        x = x.to(self.device)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad():
+                answers = self.teacher(x)
+            scores = self.model(x)
+        labels = None if labels is None else labels.to(self.device)
+        loss = distillation_loss(scores.float(), answers.float(), labels, self.config)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}; "
+                "what was written before is kept. Leave a larger share of the original, or try a lower learning_rate "
+                f"than {self.config.learning_rate}"
+            )
+        self.descent.step(
+            loss,
+            learning_rate=self.learning_rate(),
+            gradient_clip=self.config.gradient_clip,
+            decay=averaging(self.config.ema, self.step_number),
+        )
+        self.step_number += 1
+        return loss.item()
+
+    def finish(self) -> nn.Module:
+        """Return the network with the averaged weights, in evaluation mode."""
+        self.model.load_state_dict(self.descent.average.state_dict())
+        return self.model.eval()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that `load` needs beside the number of the step."""
+        return self.descent.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor], step_number: int) -> None:
+        """Go back to the state that `tensors` returned after that many steps."""
+        self.descent.load(tensors)
+        self.step_number = step_number
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Callable[[int], Iterable[tuple[Tensor, Tensor | None]]],
+    config: FinetuneConfig,
+    *,
+    steps_per_epoch: int,
+    on_progress: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """Train a network to answer as its teacher does, in place, and return it in evaluation mode.
+
+    Args:
+        model: gives scores (N, classes).
+        teacher: the original network.
+        batches: for an epoch's number, the (images, labels) to train on; labels (N,) may be None.
+        config: the recipe.
+        steps_per_epoch: batches in an epoch, for the learning rate.
+        on_progress: called with the steps done, all steps, and the loss.
+
+    Raises:
+        UserError: a loss is no finite number.
+
+    Source:
+        Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, arXiv 1503.02531.
+    """
+    tuner = Tuner(model, teacher, config, config.epochs * steps_per_epoch)
+    for epoch in range(config.epochs):
+        for x, labels in batches(epoch):
+            loss = tuner.step(x, labels)
+            if on_progress:
+                on_progress(tuner.step_number, tuner.steps, loss)
+    return tuner.finish()
+
+
+def distillation_loss(scores: Tensor, answers: Tensor, labels: Tensor | None, config: FinetuneConfig) -> Tensor:
+    """Return the loss of `Tuner` for one batch."""
+    t = config.temperature
+    soft = F.kl_div(
+        F.log_softmax(scores / t, 1), F.log_softmax(answers / t, 1), reduction="batchmean", log_target=True
+    ) * (t * t)
+    if labels is None:
+        return soft
+    return (1 - config.label_weight) * soft + config.label_weight * F.cross_entropy(scores, labels)

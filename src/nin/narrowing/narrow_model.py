@@ -1,0 +1,175 @@
+"""Somebody's own network becomes a narrower one: a factory, its weights, and a folder of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nin import checkpoint, data
+from nin.errors import UserError
+from nin.models import factory as factories
+from nin.narrowing import NarrowResult
+from nin.narrowing.workflow import Progress, Subject, prepare_folder, shrink_subject
+from nin.narrowing.workflow_config import ShrinkingConfig
+from nin.runtime import distributed
+from nin.runtime.files import write_atomically
+from nin.training import Keeping
+
+PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
+
+# Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the network's input.
+
+    Attributes:
+        mean: of each channel, for values from 0 to 1; if not given, ImageNet's for colour, the images' own for grey.
+        std: the same.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def of(self, images: data.Data) -> checkpoint.Preprocessing:
+        """Return the preprocessing for these images.
+
+        Raises:
+            UserError: there is not one number for each channel, or a standard deviation is not above 0.
+        """
+        usual = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
+        mean, std = self.mean or usual[0], self.std or usual[1]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != images.channels:
+                raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
+        if min(std) <= 0:
+            raise UserError(f"std must be above 0, got {min(std)}")
+        return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std))
+
+
+def load_network(factory: str, weights: Path) -> nn.Module:
+    """Return somebody's network with its weights, in evaluation mode.
+
+    Args:
+        factory: as `nin.models.factory.make_network` takes it: "timm:NAME", "package.module:function" and so on.
+        weights: a ``state_dict`` in a .safetensors file, or one that ``torch.save`` wrote; it is read with
+            ``weights_only=True``, so that it cannot run code.
+
+    Raises:
+        UserError: there is no such factory, it gives no network, or the weights do not fit it.
+    """
+    try:
+        model = factories.make_network(factory).model
+    except UserError as error:
+        raise UserError(f"--model {error}") from error
+    state = read_weights(weights)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{weights} does not fit {factory}: {reason[:300]}") from error
+    return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return a ``state_dict`` from a file, out of the wrappings that training scripts put around it.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return checkpoint.read_tensors(path)[0]
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} must hold a state_dict that torch.save wrote, and nothing else: {reason}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} must hold a state_dict, names and tensors, got {type(state).__name__}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def shrink_network(
+    model: nn.Module,
+    images: data.Data,
+    preparation: Preparation,
+    config: ShrinkingConfig,
+    *,
+    out: Path | None,
+    cache: Path,
+    keeping: Keeping | None = None,
+    on_progress: Progress | None = None,
+) -> NarrowResult:
+    """Narrow somebody's network. A call that was interrupted goes on when it is made again.
+
+    Args:
+        model: in evaluation mode.
+        images: to look at, and, where their classes are as many as the network's scores, to test with.
+        preparation: from an image to the network's input.
+        config: what is asked for.
+        out: the folder to make: ``model.safetensors``, ``plan.json`` and ``report.json``; None in a dry run.
+        cache: a file that keeps what is found of the network.
+        keeping: when the state of a fine-tuning is written, and whether to stop.
+        on_progress: called with what is being done, the number done, and the number of all.
+
+    Raises:
+        UserError: as `nin.narrow`, or the network does not take the images.
+        OSError: a folder cannot be written.
+        KeyboardInterrupt: ``keeping.stop`` said so; the same call goes on.
+    """
+    if config.control:
+        raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
+    keeping = keeping or Keeping()
+    preprocessing = preparation.of(images)
+    scores = _try(model, images, preprocessing)
+    if config.finetune and scores is None:
+        raise UserError("--finetune needs a network that gives one table of scores (images, classes)")
+    labelled = scores == len(images.classes)
+    subject = Subject(model, images, preprocessing, labelled, cache)
+    if config.dry_run or out is None:
+        return shrink_subject(subject, config, None, keeping, on_progress)
+    with prepare_folder(out):
+        result = shrink_subject(subject, config, out, keeping, on_progress)
+        if not labelled:
+            found = "no table of scores" if scores is None else f"{scores:,} scores"
+            note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."
+            report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
+            result = dataclasses.replace(result, report=report)
+        if not distributed.is_first():
+            return result
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
+        write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+        write_atomically(out / PLAN_FILE, result.plan.to_json())
+        write_atomically(out / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
+        checkpoint.remove_state(out)
+    return result
+
+
+def _try(model: nn.Module, images: data.Data, p: checkpoint.Preprocessing) -> int | None:
+    """Return how many scores the network gives for an image, or None where it gives something else.
+
+    Raises:
+        UserError: it does not take the images.
+    """
+    pixels = images.train.fetch(torch.arange(min(2, len(images.train))))
+    try:
+        with torch.no_grad():
+            result = model(data.to_float(pixels, p.mean, p.std, dtype=torch.float32))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        size = f"{p.channels}×{p.size}×{p.size}"
+        raise UserError(f"the network does not take images of {size}: {reason}; another --size may help") from error
+    return result.shape[1] if isinstance(result, Tensor) and result.dim() == 2 else None

@@ -1,0 +1,122 @@
+"""A run becomes a narrower run, with what that cost beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from nin import checkpoint, data
+from nin.errors import UserError
+from nin.inference import evaluation
+from nin.narrowing import NarrowResult
+from nin.narrowing.baseline import original_config, train_control
+from nin.narrowing.workflow import Progress, Subject, calibration_batches, prepare_folder, shrink_subject
+from nin.narrowing.workflow_config import CONTROL_FOLDER, ShrinkingConfig
+from nin.runtime import distributed
+from nin.runtime.files import write_atomically
+from nin.training import Keeping
+
+NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
+
+
+def shrink(
+    run: Path,
+    images: data.Data,
+    config: ShrinkingConfig,
+    *,
+    out: Path | None,
+    keeping: Keeping | None = None,
+    on_progress: Progress | None = None,
+) -> NarrowResult:
+    """Narrow the network of a run folder. A call that was interrupted goes on when it is made again.
+
+    Args:
+        run: the folder that ``nin train`` or ``nin narrow`` made.
+        images: the training images that the statistics come from, and the test images that measure the result.
+        config: what is asked for.
+        out: the run folder to make; it may be None in a dry run.
+        keeping: when the state of a fine-tuning is written, and whether to stop.
+        on_progress: called with what is being done, the number done, and the number of all.
+
+    Returns:
+        The narrowed network, its plan and its report; the accuracy is that on the test images.
+
+    Raises:
+        UserError: as `nin.narrow`, or the images are not of the kind that the network takes.
+        OSError: a folder cannot be written.
+        KeyboardInterrupt: ``keeping.stop`` said so; the same call goes on.
+    """
+    keeping = keeping or Keeping()
+    model, info = checkpoint.load_model(run)
+    check_fits(run, info, images)
+    images = augmented_as(info, images)
+    subject = Subject(model, images, info.preprocessing, True, run / CACHE_FILE)
+    if config.control:
+        original_config(info.model)
+    if config.dry_run or out is None:
+        return shrink_subject(subject, config, None, keeping, on_progress)
+    with prepare_folder(out):
+        result = shrink_subject(subject, config, out, keeping, on_progress)
+        if config.control:
+            control = train_control(
+                subject,
+                info,
+                config,
+                result.report,
+                list(calibration_batches(subject, config)),
+                out=out / CONTROL_FOLDER,
+                keeping=keeping,
+                on_progress=on_progress,
+            )
+            result = dataclasses.replace(result, report=dataclasses.replace(result.report, control=control))
+        if distributed.is_first():
+            save(out, run, result, info, images, config)
+    return result
+
+
+def augmented_as(info: checkpoint.RunInfo, images: data.Data) -> data.Data:
+    """Return the images, to be mirrored and shifted as in the training of a run, whatever is usual for them."""
+    usual = {"flip": images.flip, "shift": images.shift}
+    return dataclasses.replace(images, **{name: info.recipe.get(name, value) for name, value in usual.items()})
+
+
+def check_fits(run: Path, info: checkpoint.RunInfo, images: data.Data) -> None:
+    """Stop where the images are not of the kind that the network was trained on.
+
+    Raises:
+        UserError: the classes, the channels or the size differ.
+    """
+    p = info.preprocessing
+    for what, expected, got in (
+        ("classes", info.classes, images.classes),
+        ("channels", p.channels, images.channels),
+        ("size", p.size, images.size),
+    ):
+        if expected != got:
+            raise UserError(f"the images do not fit {run}: its {what} is {expected}, that of {images.name} is {got}")
+
+
+def save(
+    out: Path, run: Path, result: NarrowResult, info: checkpoint.RunInfo, images: data.Data, config: ShrinkingConfig
+) -> None:
+    """Write the narrowed run folder: the model, what it was made from, and what that cost."""
+    right = result.report.accuracy.get("finetuned", result.report.accuracy["corrected"])
+    count = len(images.test)
+    hits = round(right * count)
+    narrowed = dataclasses.replace(
+        info,
+        model=checkpoint.describe_narrowed(info.model, result.plan),
+        recipe={**info.recipe, "narrowed_from": str(run), "narrowing": config.to_dict()},
+        data={**info.data, **images.origin, "name": images.name, "test_images": count},
+        result={
+            "test_accuracy": hits / count,
+            "test_accuracy_interval": evaluation.wilson_interval(hits, count),
+            "test_images": count,
+        },
+        environment=checkpoint.environment(),
+    )
+    checkpoint.save_model(out, result.model, narrowed)
+    content = {"plan": result.plan.to_dict(), "report": result.report.to_dict()}
+    write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
+    checkpoint.remove_state(out)

@@ -1,0 +1,273 @@
+"""Narrow, test, fine-tune: the same for a run folder and for somebody's network. It can be stopped and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nin import checkpoint, data
+from nin.errors import UserError
+from nin.inference import evaluation
+from nin.narrowing import (
+    FinetuneConfig,
+    NarrowOptions,
+    NarrowReport,
+    NarrowResult,
+    Plan,
+    Tuner,
+    apply_plan,
+    fingerprint,
+    narrow,
+)
+from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
+from nin.runtime import device, distributed
+from nin.training import Keeping
+
+BATCH = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network to narrow, and the images that show what it does.
+
+    Attributes:
+        model: in evaluation mode.
+        images: to look at, to train on (mirrored and shifted as they say) and to test with.
+        preprocessing: from an image to the network's input.
+        labelled: whether its scores are for the classes of the images.
+        cache: keeps what is found of it.
+    """
+
+    model: nn.Module
+    images: data.Data
+    preprocessing: checkpoint.Preprocessing
+    labelled: bool
+    cache: Path
+
+
+def shrink_subject(
+    subject: Subject, config: ShrinkingConfig, out: Path | None, keeping: Keeping, on_progress: Progress | None
+) -> NarrowResult:
+    """Narrow a network and train it, if that is asked for.
+
+    Args:
+        subject: the network and the images.
+        config: what is asked for.
+        out: a folder for the state, from which the same call goes on after an interruption; or None.
+        keeping: when the state is written, and whether to stop.
+        on_progress: called with what is being done, the number done, and the number of all.
+
+    Raises:
+        UserError: as `nin.narrow`, the folder's state belongs to other settings, another network or other images, or
+            the loss of the fine-tuning is no finite number.
+        KeyboardInterrupt: ``keeping.stop`` said so; the state is written.
+    """
+
+    def tell(what: str, done: int, total: int) -> None:
+        if on_progress:
+            on_progress(what, done, total)
+        if keeping.stop():
+            raise KeyboardInterrupt
+
+    device.keep_freed_memory()  # else a time depends on which blocks the calls before it gave back
+    result, step_number, tensors = _begin(subject, config, out, tell)
+    if config.dry_run or not config.finetune:
+        return result
+    started = time.perf_counter()
+    tuner = make_tuner(subject, config, result.model)
+    if tensors:
+        tuner.load(tensors, step_number)
+    _tune(subject, config, tuner, _Saver(out, subject, config, result, keeping), tell)
+    if result.plan.layout == "contiguous":  # it was trained in the other one
+        result.model.to(memory_format=torch.contiguous_format)
+    figures = dict(result.report.accuracy)
+    if subject.labelled:
+        figures["finetuned"] = accuracy(result.model, subject)
+    after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if step_number else "")
+    note = f"Fine-tuned for {config.finetune} epochs by the original's answers, in {after}."
+    report = dataclasses.replace(result.report, accuracy=figures, notes=(*result.report.notes, note))
+    return dataclasses.replace(result, report=report)
+
+
+def _begin(
+    subject: Subject, config: ShrinkingConfig, out: Path | None, tell: Progress
+) -> tuple[NarrowResult, int, dict[str, Tensor]]:
+    """Return the narrowed network, the steps of fine-tuning that are done, and the state after them."""
+    if out is not None and (out / checkpoint.STATE_FILE).exists():
+        return _resume(subject, config, out)
+    options = NarrowOptions(
+        cache=subject.cache,
+        dry_run=config.dry_run,
+        budgets=config.budgets,
+        batch=config.batch,
+        layout="channels_last" if config.channels_last else "contiguous",
+        on_progress=tell,
+    )
+    result = narrow(
+        subject.model,
+        list(calibration_batches(subject, config)),
+        **dict(config.budget),
+        evaluate=(lambda m: accuracy(m, subject)) if subject.labelled else None,
+        skip=config.skip,
+        options=options,
+    )
+    return result, 0, {}
+
+
+def _resume(subject: Subject, config: ShrinkingConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
+    tensors, values = checkpoint.load_state(out)
+    check_beginning(out, values, subject, config)
+    plan = Plan.from_dict(values["plan"])
+    model = apply_plan(subject.model, plan)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    result = NarrowResult(model.eval(), plan, NarrowReport.from_dict(values["report"]))
+    return result, int(values["step_number"]), tensors
+
+
+def beginning(subject: Subject, config: ShrinkingConfig) -> dict[str, Any]:
+    """Return what must be the same where a call goes on: the settings, and a number for the network and the images."""
+    images = subject.images
+    seen = [*calibration_batches(subject, config), images.train.labels, images.test.labels]
+    settings = config.to_dict()
+    if config.finetune:
+        settings |= {name: value for name, value in tuning(config).to_dict().items() if name != "epochs"}
+    return {"settings": settings, "subject": fingerprint(subject.model, seen, config.skip)}
+
+
+def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, config: ShrinkingConfig) -> None:
+    """Stop where what lies in the folder belongs to another call.
+
+    Args:
+        out: the folder.
+        before: what lies there; in it what `beginning` returned.
+        subject: the network and the images now.
+        config: what is asked for now.
+
+    Raises:
+        UserError: the settings, the network or the images differ.
+    """
+    now, settings = beginning(subject, config), before.get("settings", {})
+    differing = [f"{k}={settings.get(k)}, now {v}" for k, v in now["settings"].items() if settings.get(k) != v]
+    if not differing and before.get("subject") != now["subject"]:
+        differing = ["another network or other images"]
+    if differing:
+        raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
+
+
+@contextlib.contextmanager
+def prepare_folder(out: Path) -> Iterator[None]:
+    """Make the folder of the result, or find the unfinished one; where nothing was written, it goes away again.
+
+    Of several processes the first one does.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if not distributed.is_first():
+        yield
+        return
+    if out.is_dir():
+        checkpoint.remove_leftovers(out)
+    unfinished = {checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER}
+    if out.exists() and (not out.is_dir() or any(path.name not in unfinished for path in out.iterdir())):
+        raise UserError(f"{out} is not empty: give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not any(out.iterdir()):  # stopped, or refused
+            out.rmdir()
+
+
+class _Saver:
+    """Writes the state of a fine-tuning when it is time."""
+
+    def __init__(
+        self, out: Path | None, subject: Subject, config: ShrinkingConfig, result: NarrowResult, keeping: Keeping
+    ) -> None:
+        self.out, self.result, self.keeping = out, result, keeping
+        self.beginning = {} if out is None else beginning(subject, config)
+        self.saved = time.monotonic()
+
+    def keep(self, tuner: Tuner) -> None:
+        """Write the state if it is time, and stop if somebody asked for it."""
+        stop = self.keeping.stop()
+        if self.out is not None and (stop or time.monotonic() - self.saved > 60 * self.keeping.minutes):
+            self.save(self.out, tuner)
+        if stop:
+            raise KeyboardInterrupt
+
+    def save(self, out: Path, tuner: Tuner) -> None:
+        """Write all that resuming needs."""
+        values = {
+            **self.beginning,
+            "plan": self.result.plan.to_dict(),
+            "report": self.result.report.to_dict(),
+            "step_number": tuner.step_number,
+        }
+        checkpoint.save_state(out, tuner.tensors(), values)
+        self.saved = time.monotonic()
+
+
+def make_tuner(subject: Subject, config: ShrinkingConfig, model: nn.Module) -> Tuner:
+    """Return what trains the narrowed network."""
+    model = model.to(memory_format=torch.channels_last)  # in memory as the convolutions' gradients are fastest
+    return Tuner(model, subject.model, tuning(config), config.finetune * steps_per_epoch(subject))
+
+
+def tuning(config: ShrinkingConfig) -> FinetuneConfig:
+    """Return how the narrowed network is trained."""
+    return FinetuneConfig(epochs=config.finetune)
+
+
+def steps_per_epoch(subject: Subject) -> int:
+    """Return the batches in a pass over the training images."""
+    return -(-len(subject.images.train) // BATCH)
+
+
+def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver, tell: Progress) -> None:
+    """Train the narrowed network by the original's answers and the labels, in place."""
+    images, p, each = subject.images, subject.preprocessing, steps_per_epoch(subject)
+    if saver.out is not None and tuner.step_number == 0:
+        saver.save(saver.out, tuner)
+    while tuner.step_number < tuner.steps:
+        epoch, done = divmod(tuner.step_number, each)
+        order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch)[done * BATCH :]
+        for pixels, labels, indices in data.batches(images.train, order, BATCH):
+            torch.manual_seed(config.seed * 1_000_003 + tuner.step_number)  # dropout, as a function of (seed, step)
+            moved = data.augment(pixels, indices, seed=config.seed, epoch=epoch, flip=images.flip, shift=images.shift)
+            x = data.to_float(moved, p.mean, p.std, dtype=torch.float32)
+            loss = tuner.step(x, labels if subject.labelled else None)
+            saver.keep(tuner)
+            tell(f"Fine-tuning, loss {loss:.3f}", tuner.step_number, tuner.steps)
+    tuner.finish()
+
+
+def calibration_batches(subject: Subject, config: ShrinkingConfig) -> Iterator[Tensor]:
+    """Yield training images as the network takes them, without augmentation; each of n processes every n-th batch."""
+    p, images = subject.preprocessing, subject.images
+    order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
+    order = torch.cat([*order.split(BATCH)[distributed.rank() :: distributed.count()], order[:0]])
+    for pixels, _, _ in data.batches(images.train, order, BATCH):
+        yield data.to_float(pixels, p.mean, p.std, dtype=torch.float32)
+
+
+def accuracy(model: nn.Module, subject: Subject) -> float:
+    """Return the share of right answers on the test images."""
+    p = subject.preprocessing
+    same = dataclasses.replace(subject.images, mean=p.mean, std=p.std)
+    training_mode = model.training
+    scores, labels = evaluation.evaluate(model.eval(), same, device=torch.device("cpu"), dtype=torch.float32)
+    model.train(training_mode)
+    hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
+    right, count = distributed.total(hits).tolist()
+    return float(right / count)

@@ -1,0 +1,65 @@
+"""What `nin narrow` is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nin.config import check_seed
+from nin.errors import UserError
+from nin.runtime import distributed
+
+# Inside the narrowed network's folder: the control's run folder, and the shape that was chosen for it.
+CONTROL_FOLDER, CONTROL_FILE = "control", "control.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkingConfig:
+    """What is asked for.
+
+    Attributes:
+        budget: one of "macs", "latency" and "parameters", with the share to be left.
+        budgets: more shares of it, for the report's curve.
+        skip: layers to leave alone, by name or pattern.
+        images: training images that the statistics come from; no labels are used.
+        finetune: epochs of training by the original network's answers and the labels; 0 trains nothing.
+        control: train a uniformly thinner network as long as the original and the narrowed one, for comparison.
+        batch: images at a time when it is timed; those of a batch of the statistics if not given.
+        channels_last: keep the weights with the channels side by side in memory, and measure that.
+        dry_run: plan only, write nothing but the cache of the statistics.
+        seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
+    """
+
+    budget: Mapping[str, float]
+    budgets: tuple[float, ...] = ()
+    skip: tuple[str, ...] = ()
+    images: int = 512
+    finetune: int = 0
+    control: bool = False
+    batch: int | None = None
+    channels_last: bool = False
+    dry_run: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges, so that a mistake shows before anything is loaded."""
+        given = {name: value for name, value in self.budget.items() if value is not None}
+        if len(given) != 1:
+            raise UserError(f"give one of --latency, --macs and --parameters, got {', '.join(given) or 'none'}")
+        for name, value in [*given.items(), *(("budgets", share) for share in self.budgets)]:
+            if not 0 < value < 1:
+                raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {value}")
+        if self.images < 1 or self.finetune < 0:
+            raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
+        if distributed.count() > 1 and (self.finetune or self.control):
+            raise UserError(
+                "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"
+            )
+        check_seed(self.seed)
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"batch must be at least 1, got {self.batch}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**dataclasses.asdict(self), "budgets": list(self.budgets), "skip": list(self.skip)}

@@ -1,0 +1,99 @@
+"""Shows a benchmark: a table for the terminal, a chart in HTML."""
+
+from __future__ import annotations
+
+from html import escape
+
+from rich.table import Table
+
+from nin.profiling.bench.runner import Benchmark, Machine, Measurement
+
+# of the chart, in pixels
+ROW, LABEL, BARS, MARGIN = 18, 130, 520, 90
+STYLE = """body{font:14px/1.4 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}
+h2{font-size:1em;margin:1.6em 0 .3em}svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
+.spread{stroke:#222;stroke-width:1.5}p,td{color:#444}"""
+
+
+def table(benchmark: Benchmark) -> Table:
+    """Return a table for rich: a row for each engine of each case; the fastest other engine over nin in the last."""
+    result = Table(title=describe(benchmark.machine), title_justify="left", caption_justify="left")
+    if any((m.share_of_limit or 0) > 1 for m in benchmark.measurements):
+        result.caption = "Over 100 %: less arithmetic than tap by tap, of which the limit is (Winograd's transforms)."
+    result.add_column("case")
+    result.add_column("engine")
+    for heading in ("median ms", "20 %", "80 %", "runs", "of the limit", "times nin"):
+        result.add_column(heading, justify="right")
+    for case, dtype in groups(benchmark):
+        rows = rows_of(benchmark, case, dtype)
+        ours = next((m.timing.median_ms for m in rows if m.engine == "nin" and m.timing), None)
+        for i, m in enumerate(rows):
+            name = f"{case}, {dtype}" if i == 0 else ""
+            if m.timing is None:
+                result.add_row(name, m.engine, m.reason)
+                continue
+            t = m.timing
+            share = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
+            times = "" if ours is None else f"{t.median_ms / ours:.2f}"
+            numbers = [f"{value:.3f}" for value in (t.median_ms, t.low_ms, t.high_ms)]
+            engine = f"{m.engine} ({m.ran})" if m.ran else m.engine
+            result.add_row(name, engine, *numbers, str(t.runs), share, times)
+        result.add_section()
+    return result
+
+
+def chart(benchmark: Benchmark) -> str:
+    """Return a page of bars, one group for each case and dtype, with nothing loaded from elsewhere."""
+    parts = [
+        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_bars(rows_of(benchmark, case, dtype))}"
+        for case, dtype in groups(benchmark)
+    ]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>nin bench</title><style>{STYLE}</style>'
+        f"<h1>nin bench</h1><p>{escape(describe(benchmark.machine))}</p>"
+        "<p>Median time in milliseconds, shorter is better; the line spans the 20th to the 80th percentile.</p>"
+        f"{''.join(parts)}</html>\n"
+    )
+
+
+def describe(machine: Machine) -> str:
+    """Return one line: where, when, with what."""
+    peaks = ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in machine.peak_gflops.items() if peak)
+    copy = f", copy {machine.copy_gbytes_per_second:.0f} GB/s" if machine.copy_gbytes_per_second else ""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    return (
+        f"{machine.processor}, {machine.threads} threads; limits: {peaks or 'not measured'}{copy}; "
+        f"malloc {machine.malloc}; {machine.kernel}; {versions}; {machine.date}"
+    )
+
+
+def groups(benchmark: Benchmark) -> list[tuple[str, str]]:
+    """Return each case and dtype once, in order."""
+    return list(dict.fromkeys((m.case, m.dtype) for m in benchmark.measurements))
+
+
+def rows_of(benchmark: Benchmark, case: str, dtype: str) -> list[Measurement]:
+    """Return the measurements of one case and dtype, in order."""
+    return [m for m in benchmark.measurements if (m.case, m.dtype) == (case, dtype)]
+
+
+def _bars(rows: list[Measurement]) -> str:
+    longest = max((m.timing.high_ms for m in rows if m.timing), default=1.0)
+    lines = []
+    for i, m in enumerate(rows):
+        middle = i * ROW + ROW / 2
+        lines.append(f'<text x="{LABEL - 8}" y="{middle + 4}" text-anchor="end">{escape(m.engine)}</text>')
+        if m.timing is None:
+            lines.append(f'<text x="{LABEL}" y="{middle + 4}">{escape(m.reason)}</text>')
+            continue
+        low, median, high = (
+            LABEL + BARS * ms / longest for ms in (m.timing.low_ms, m.timing.median_ms, m.timing.high_ms)
+        )
+        kind = "nin" if m.engine.startswith("nin") else "other"
+        lines.append(
+            f'<rect class="{kind}" x="{LABEL}" y="{i * ROW + 3}" width="{median - LABEL:.1f}" height="{ROW - 6}"/>'
+        )
+        lines.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
+        lines.append(f'<text x="{high + 6:.1f}" y="{middle + 4}">{m.timing.median_ms:.3f}</text>')
+    width = LABEL + BARS + MARGIN
+    return f'<svg width="{width}" height="{len(rows) * ROW}" role="img">{"".join(lines)}</svg>'

@@ -1,0 +1,226 @@
+"""Runs the cases: every engine in turn, medians with percentiles, beside what the machine can do at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nin.ops import backends
+from nin.ops.cpu import peak as limits
+from nin.ops.gpu import dispatch
+from nin.profiling.bench.cases import CASES, Case
+from nin.profiling.bench.engines import ENGINES, Call, UnavailableError, prepare
+from nin.profiling.cost import cost
+from nin.runtime import timer as timing
+from nin.runtime.device import choose_device, keep_freed_memory, processor_name
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
+SECONDS_PER_CASE = 12.0
+# For how long an engine is called before each measured call, see `nin.runtime.timer.compare`. ONNX Runtime's
+# threads spin for 30 to 50 ms after its last call: with 8 ms, whoever came next on two cores took twice its time.
+SETTLE_MS = 100.0
+VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where and when: the processor, its measured limits, and the versions of all that ran.
+
+    Attributes:
+        peak_gflops: by dtype, of multiply-adds on registers with all threads; 1 multiply-add = 2 FLOP.
+        copy_gbytes_per_second: read and written, with all threads.
+        malloc: "tuned" where freed memory stays in the process (glibc's mallopt), else "default".
+    """
+
+    processor: str
+    threads: int
+    kernel: str
+    peak_gflops: dict[str, float | None]
+    copy_gbytes_per_second: float | None
+    malloc: str
+    versions: dict[str, str]
+    python: str
+    system: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One engine on one case, or why there is no time.
+
+    Attributes:
+        case: its name in `CASES`.
+        dtype: "float32" or "bfloat16".
+        engine: its name in `ENGINES`.
+        timing: the times, or None.
+        reason: why there are none, else empty.
+        share_of_limit: the least time that the machine's limits allow for the arithmetic or, where that is longer,
+            for reading the input and the weights and writing the result once, over the median. The arithmetic is that
+            of the taps one by one: Winograd's transforms need less, and may give more than 1.
+        ran: on a GPU, which kernels served this package's operator.
+    """
+
+    case: str
+    dtype: str
+    engine: str
+    timing: timing.Timing | None
+    reason: str = ""
+    share_of_limit: float | None = None
+    ran: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """The result of `run`."""
+
+    machine: Machine
+    measurements: list[Measurement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    def ratio(self, case: str, dtype: str) -> float | None:
+        """Return the fastest other engine's median over ``nin``'s, each in its better layout; None without both."""
+        times = {
+            m.engine: m.timing.median_ms for m in self.measurements if (m.case, m.dtype) == (case, dtype) and m.timing
+        }
+        own = [ms for engine, ms in times.items() if engine.startswith("nin")]
+        others = [ms for engine, ms in times.items() if not engine.startswith("nin")]
+        return min(others) / min(own) if own and others else None
+
+
+def run(
+    cases: Sequence[str] = tuple(CASES),
+    *,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    engines: Sequence[str] = tuple(ENGINES),
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Benchmark:
+    """Time the cases with every engine, in turn within one case and dtype.
+
+    Args:
+        cases: names in `CASES`.
+        dtypes: "float32", "bfloat16".
+        engines: names in `nin.profiling.bench.engines.ENGINES`.
+        device: "cpu", "cuda", "cuda:1". A GPU is waited for after every call, so its times hold the launches too.
+        progress: is called with one line for each case.
+
+    Returns:
+        The machine and all measurements; an engine that is not installed has a reason instead of times.
+
+    Raises:
+        ValueError: a name is not known.
+        UserError: there is no such device here.
+
+    Example:
+        >>> nin.profiling.bench.run([], engines=["nin"]).measurements
+        []
+    """
+    for argument, given, known in (("cases", cases, CASES), ("dtypes", dtypes, DTYPES), ("engines", engines, ENGINES)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
+    # every engine's: its page faults would be timed in place of its arithmetic
+    place = choose_device(device)
+    machine = _machine("tuned" if keep_freed_memory() else "default", place)
+    measurements: list[Measurement] = []
+    for name in cases:
+        for dtype in dtypes:
+            found = _run_case(CASES[name], dtype, engines, machine, place)
+            measurements += found
+            times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in found if m.timing)
+            progress(f"{name} {dtype}, ms: {times}")
+    return Benchmark(machine, measurements)
+
+
+def _run_case(
+    case: Case, dtype: str, engines: Sequence[str], machine: Machine, device: torch.device
+) -> list[Measurement]:
+    calls: dict[str, Call] = {}
+    reasons: dict[str, str] = {}
+    ran: dict[str, str] = {}
+    round_s = 0.0
+    torch._dynamo.reset()
+    for engine in engines:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what exporters and compilers have to say is not the user's
+                with dispatch.watch() as steps:
+                    call = prepare(engine, case, DTYPES[dtype], device)
+                    call()
+                if device.type == "cuda" and engine.startswith("nin"):
+                    ran[engine] = dispatch.summarise(steps)
+                start = time.perf_counter()
+                call()
+                elapsed_s = time.perf_counter() - start
+                round_s += elapsed_s + max(elapsed_s, SETTLE_MS / 1e3)
+            calls[engine] = call
+        except UnavailableError as error:
+            reasons[engine] = str(error)
+    runs = int(min(200, max(5, SECONDS_PER_CASE / max(round_s, 1e-6))))
+    timings = timing.compare(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
+    least_ms = _least_ms(case, dtype, machine)
+    return [
+        Measurement(case.name, dtype, engine, None, reasons[engine])
+        if engine in reasons
+        else Measurement(
+            case.name,
+            dtype,
+            engine,
+            timings[engine],
+            share_of_limit=least_ms / timings[engine].median_ms if least_ms else None,
+            ran=ran.get(engine, ""),
+        )
+        for engine in engines
+    ]
+
+
+def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
+    """Return the time below which no engine can be that does all the arithmetic (a training step: three times it)."""
+    peak, copy = machine.peak_gflops[dtype], machine.copy_gbytes_per_second
+    if peak is None or copy is None:
+        return None
+    model = case.model().eval()
+    macs = cost(model, case.input_shape).macs
+    with torch.no_grad():
+        result = model(torch.empty(case.input_shape))
+    values = torch.Size(case.input_shape).numel() + result.numel() + sum(p.numel() for p in model.parameters())
+    arithmetic_ms = 2 * macs * (3 if case.training else 1) / peak / 1e6
+    memory_ms = values * DTYPES[dtype].itemsize * (3 if case.training else 1) / copy / 1e6
+    return max(arithmetic_ms, memory_ms)
+
+
+def _machine(malloc: str, device: torch.device) -> Machine:
+    versions = {}
+    for package in VERSIONS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    on_gpu = device.type == "cuda"
+    peaks = {name: None if on_gpu else limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = None if on_gpu else limits.measure_copy_bandwidth()
+    return Machine(
+        processor=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+        threads=torch.get_num_threads(),
+        kernel=backends()["cuda" if on_gpu else "cpu"],
+        peak_gflops={name: peak / 1e9 if peak else None for name, peak in peaks.items()},
+        copy_gbytes_per_second=copy / 1e9 if copy else None,
+        malloc=malloc,
+        versions=versions,
+        python=platform.python_version(),
+        system=platform.system(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )

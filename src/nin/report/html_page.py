@@ -1,0 +1,240 @@
+"""From plain data to one HTML file: no script, no network, nothing that is not in the file."""
+
+from __future__ import annotations
+
+import functools
+import math
+import unicodedata
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from nin import checkpoint, data
+from nin.report import charts, heatmaps
+from nin.report.build import Progress, collect
+from nin.report.data import Answer, Confusion, Report
+from nin.runtime.files import write_atomically
+
+# A confusion matrix of more classes is no longer read, and its page no longer fits.
+LARGEST_MATRIX = 30
+
+# Mistakes shown: photos take 20 times the bytes of small images.
+MOST_PHOTOS = 12
+
+MINUS, NO_VALUE, NARROW_SPACE = "−", "–", "\N{NARROW NO-BREAK SPACE}"
+
+
+def write(
+    run: str | Path, images: data.Data | None = None, *, device: str = "cpu", on_progress: Progress | None = None
+) -> Path:
+    """Make ``report.html`` in a run folder.
+
+    Args:
+        run: the folder that `nin.train` or ``nin train`` made.
+        images: what it was trained on. None loads them again, as ``config.json`` records them.
+        device: where to compute.
+        on_progress: called with (what is being done, number done, number of all).
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: as `collect`.
+        OSError: the file cannot be written; it is named.
+    """
+    path = Path(run) / checkpoint.REPORT_FILE
+    write_atomically(path, render(collect(run, images, device=device, on_progress=on_progress)))
+    return path
+
+
+def render(report: Report) -> str:
+    """Return the page as HTML text.
+
+    Every name is escaped, and the page's own policy forbids it to load or run anything.
+
+    Args:
+        report: what `collect` gives.
+
+    Returns:
+        One self-contained file: pictures, charts and styles are in it.
+    """
+    largest = MOST_PHOTOS if report.preprocessing["size"] > heatmaps.LARGEST_PIXELATED else len(report.mistakes)
+    return _template().render(
+        report=report,
+        samples=[_sample(answer) for answer in report.samples],
+        mistakes=[(answer, _image(answer.pixels)) for answer in report.mistakes[:largest]],
+        charts=_charts(report.curves),
+        width=charts.WIDTH,
+        height=charts.HEIGHT,
+        left=charts.LEFT,
+        right=charts.WIDTH - charts.RIGHT,
+        top=charts.TOP,
+        bottom=charts.HEIGHT - charts.BOTTOM,
+        matrix=_matrix(report) if len(report.classes) <= LARGEST_MATRIX else None,
+        confused=_bars(report.confused),
+        per_class=_per_class(report),
+        layers=report.cost.rows(),
+        is_1x1=[layer.is_1x1 for layer in report.cost.layers],
+        shares=[layer.macs / max(1, report.cost.macs) for layer in report.cost.layers],
+        settings=[("Recipe", report.recipe), ("Images", report.preprocessing), ("Made with", report.environment)],
+    )
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "score": score,
+        "count": lambda n: f"{n:,}",
+        "short": short_count,
+        "setting": setting,
+        "minutes": minutes,
+        "interval": interval,
+        "figure": lambda v: f"{v:.6g}",
+    }
+    return environment.from_string(resources.files("nin.report").joinpath("template.html").read_text("utf-8"))
+
+
+def _printable(value: Any) -> Any:
+    """Return text without control characters, and without the halves of characters that file names can hold."""
+    if type(value) is not str:  # Markup is the template's own
+        return value
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in value)
+
+
+def percent(share: float | None, of: int | None = None) -> str:
+    """Return a share as percentage, with as many decimals as ``of`` images tell apart."""
+    if share is None:
+        return NO_VALUE
+    decimals = 1 if of is None or of < 2000 else 2
+    return f"{100 * share:.{decimals}f}{NARROW_SPACE}%"
+
+
+def interval(pair: Sequence[float], of: int) -> str:
+    """Return both ends of an interval as percentages."""
+    decimals = 1 if of < 2000 else 2
+    return f"{100 * pair[0]:.{decimals}f} to {100 * pair[1]:.{decimals}f}{NARROW_SPACE}%"
+
+
+def score(value: float) -> str:
+    """Return a score with its sign and one decimal."""
+    text = f"{abs(value):.1f}"
+    return "0.0" if text == "0.0" else f"{MINUS if value < 0 else '+'}{text}"
+
+
+def short_count(number: int) -> str:
+    """Return a count with three digits: 222 M for 222,486,528."""
+    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            decimals = max(0, 3 - len(str(number // 10**power)))
+            return f"{number / 10**power:,.{decimals}f}{NARROW_SPACE}{unit}"
+    return str(number)
+
+
+def minutes(value: float | None) -> str:
+    """Return a time as people say it."""
+    if value is None:
+        return NO_VALUE
+    if value < 1:
+        return f"{60 * value:.0f}{NARROW_SPACE}s"
+    return f"{value:.1f}{NARROW_SPACE}min" if value < 100 else f"{value / 60:.1f}{NARROW_SPACE}h"
+
+
+def setting(value: Any) -> str:
+    """Return a setting as text."""
+    match value:
+        case None:
+            return NO_VALUE
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(setting(item) for item in value)
+        case dict():
+            return "; ".join(f"{name}: {setting(item)}" for name, item in value.items())
+        case _:
+            return str(value)
+
+
+def _image(pixels: NDArray[Any]) -> str:
+    """Return an image as the page shows it; small ones stay as small as they are, the page enlarges them."""
+    side = pixels.shape[-1]
+    return heatmaps.data_uri(heatmaps.picture(torch.from_numpy(pixels), min(side, heatmaps.display_size(side))))
+
+
+def _sample(answer: Answer) -> dict[str, Any]:
+    """Return a sample's pictures; its maps share one scale."""
+    pixels = torch.from_numpy(answer.pixels)
+    values = [torch.from_numpy(m.values) for m in answer.maps]
+    limit = heatmaps.symmetric_limit(torch.stack(values)) if values else 1.0
+    size = heatmaps.display_size(answer.pixels.shape[-1])
+    overlays = [heatmaps.data_uri(heatmaps.overlay(pixels, v, limit=limit, size=size)) for v in values]
+    return {
+        "answer": answer,
+        "image": _image(answer.pixels),
+        "maps": list(zip(answer.maps, overlays, strict=True)),
+        "limit": f"{limit:.1f}" if limit >= 0.05 else f"{limit:.1g}",
+    }
+
+
+def _charts(curves: Sequence[dict[str, float]]) -> list[charts.Chart]:
+    if not curves:
+        return []
+    epochs = [row.get("epoch", i + 1) for i, row in enumerate(curves)]
+    names = {"test": "test", "training": "train"}
+    made = []
+    for kind, title, factor, write_value, highest in (
+        ("accuracy", "accuracy, %", 100, lambda v: f"{v:.1f}{NARROW_SPACE}%", 100.0),
+        ("loss", "loss (cross entropy), nats", 1, lambda v: f"{v:.3g}", math.inf),
+    ):
+        series = {
+            name: [factor * row[f"{part}_{kind}"] for row in curves]
+            for name, part in names.items()
+            if f"{part}_{kind}" in curves[0]
+        }
+        if series:
+            made.append(charts.line_chart(title, epochs, series, x_label="epoch", write=write_value, highest=highest))
+    return made
+
+
+def _matrix(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of the confusion matrix; each cell with the opacity of its colour."""
+    rows = []
+    for i, (name, counts) in enumerate(zip(report.classes, report.confusion, strict=True)):
+        shares = [n / max(1, sum(counts)) for n in counts]
+        # At most 0.55, so that the numbers keep a contrast of 4.5 in light and dark.
+        shades = [0.55 * (share if i == j else min(1, 3 * share)) for j, share in enumerate(shares)]
+        cells = [
+            {"count": n, "shade": f"{shade:.3f}", "right": i == j}
+            for j, (n, shade) in enumerate(zip(counts, shades, strict=True))
+        ]
+        rows.append({"name": name, "cells": cells})
+    return rows
+
+
+def _bars(confused: Sequence[Confusion]) -> list[tuple[Confusion, float]]:
+    """Return the pairs, each with the length of its bar: 1 for the longest."""
+    longest = max((pair.images for pair in confused), default=1)
+    return [(pair, pair.images / longest) for pair in confused]
+
+
+def _per_class(report: Report) -> list[Any]:
+    """Return the classes in their order, or the worst first where they are too many to look through."""
+    rows = list(report.per_class)
+    if len(rows) > LARGEST_MATRIX:
+        rows.sort(key=lambda row: 2.0 if row.recall is None else row.recall)
+    return rows

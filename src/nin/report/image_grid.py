@@ -1,0 +1,117 @@
+"""Several images beside their class-confidence maps, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from nin.report import heatmaps
+
+INK, QUIET, PAPER = (27, 27, 27), (95, 91, 85), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One map of a sheet's row.
+
+    Attributes:
+        title: such as the class and its probability.
+        values: the map (h, w), in units of the score.
+    """
+
+    title: str
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One row of a sheet.
+
+    Attributes:
+        title: above the image, such as its true class.
+        pixels: uint8 (C, H, W), square.
+        panels: the maps, from left to right.
+    """
+
+    title: str
+    pixels: Tensor
+    panels: Sequence[Panel]
+
+
+def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", size: int = 192) -> Image.Image:
+    """Draw images beside their class-confidence maps: one row per image, on white.
+
+    The maps of a row share a scale, which the bar at its right end gives in units of the score.
+
+    Args:
+        rows: the images and their maps; they may differ in the number of maps.
+        title: a line above everything; none where empty.
+        size: width and height of each panel, in pixels; margins and letters grow with it.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: there are no rows.
+
+    Example:
+        >>> row = SheetRow("seven", torch.zeros(1, 8, 8, dtype=torch.uint8), [Panel("seven 98 %", torch.ones(4, 4))])
+        >>> contact_sheet([row], size=96).mode
+        'RGB'
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one image, got none")
+    margin, gap, label, bar = round(0.1 * size), round(0.07 * size), round(0.15 * size), round(0.3 * size)
+    head = round(0.2 * size) if title else 0
+    columns = 1 + max(len(row.panels) for row in rows)
+    width = 2 * margin + columns * (size + gap) + bar
+    sheet = Image.new("RGB", (width, 2 * margin + head + len(rows) * (label + size + gap) - gap), PAPER)
+    if title:
+        ImageDraw.Draw(sheet).text((margin, margin), title, INK, _font(0.105 * size, bold=True), anchor="lt")
+    for i, row in enumerate(rows):
+        _draw_row(sheet, row, left=margin, top=margin + head + i * (label + size + gap) + label, size=size, gap=gap)
+    return sheet
+
+
+def _draw_row(sheet: Image.Image, row: SheetRow, *, left: int, top: int, size: int, gap: int) -> None:
+    draw, baseline = ImageDraw.Draw(sheet), top - round(0.04 * size)
+    sheet.paste(heatmaps.picture(row.pixels, size).convert("RGB"), (left, top))
+    bold, plain, small = _font(0.08 * size, bold=True), _font(0.08 * size), _font(0.066 * size)
+    draw.text((left, baseline), _fitting(row.title, bold, size), INK, bold, anchor="ls")
+    if not row.panels:
+        return
+    limit = heatmaps.symmetric_limit(torch.cat([panel.values.flatten() for panel in row.panels]))
+    for panel in row.panels:
+        left += size + gap
+        sheet.paste(heatmaps.overlay(row.pixels, panel.values, limit=limit, size=size), (left, top))
+        draw.text((left, baseline), _fitting(panel.title, plain, size), INK, plain, anchor="ls")
+    left += size + gap
+    strip = heatmaps.colour_bar(max(1, size // 20), size)
+    sheet.paste(strip, (left, top))
+    left += strip.width + round(0.03 * size)
+    draw.text((left, top), f"+{limit:.1f}", QUIET, small, anchor="lt")
+    draw.text((left, top + size / 2), "0", QUIET, small, anchor="lm")
+    draw.text((left, top + size), f"−{limit:.1f}", QUIET, small, anchor="lb")
+
+
+def _font(size: float, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, which comes with matplotlib and has the letters of most alphabets."""
+    import matplotlib  # not before it is needed: only sheets are written on
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, max(6, round(size)))
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """Return the text on one line, cut where it is wider than its panel."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,114 @@
+"""The web application: the HTTP API, and the files of the page."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from nin.inference import classifier as prediction
+from nin.server import schemas
+from nin.server.batcher import Answer
+from nin.server.middleware import Guard, Limits, RefusedError
+from nin.server.routes import RunNumber, add_looking
+from nin.server.service import Service
+from nin.server.static_files import add_page
+from nin.server.uploads import IMAGE_BODY
+
+
+def create_app(
+    run: Path | None = None,
+    *,
+    beside: Path | None = None,
+    limits: Limits | None = None,
+    host: str = "127.0.0.1",
+    device: str = "cpu",
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        run: the folder that `nin.train` made; None serves the lesson alone.
+        beside: another one to look at beside it, such as the same network narrowed.
+        limits: on requests; the default ones if None.
+        host: the name or address that it will be served on, which the Host header may say.
+        device: where to compute.
+
+    Raises:
+        UserError: a run folder cannot be read, or the runs do not know the same classes.
+    """
+    limits = limits or Limits()
+    service = Service([folder for folder in (run, beside) if folder is not None], limits, device)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="nin",
+        version=version("nin"),
+        summary="Network in Network: classify images, and look inside the network that does it.",
+        docs_url=None,  # FastAPI's own page loads its scripts from another host; ours is at /api
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=schemas.PROBLEMS,
+    )
+    app.state.service = service
+    app.add_middleware(Guard, limits=limits, host=host)
+
+    @app.exception_handler(RefusedError)
+    async def refuse(_: Request, refused: RefusedError) -> JSONResponse:
+        return refused.response()
+
+    _add_prediction(app, service)
+    add_looking(app, service)
+    add_page(app)
+    return app
+
+
+def _add_prediction(app: FastAPI, service: Service) -> None:
+    """Add what programs ask for."""
+
+    @app.get("/api/health")
+    async def health() -> schemas.Health:
+        """Say that the server answers."""
+        return schemas.Health.of(len(service.runs))
+
+    @app.get("/api/model")
+    async def model(number: RunNumber = 0) -> schemas.Model:
+        """Describe the network."""
+        return service.run(number).description
+
+    @app.post("/api/predict", openapi_extra=IMAGE_BODY, response_model=schemas.Predictions)
+    async def predict(
+        request: Request,
+        maps: Annotated[bool, Query(description="whether to send the class maps too")] = False,
+        number: RunNumber = 0,
+    ) -> Response:
+        """Classify one image (the body) or several (a form)."""
+        run = service.run(number)
+        pixels = await service.pixels(request, run)
+        answer = await service.in_turn(lambda: service.batcher.classify(run.classifier, pixels))
+        return JSONResponse({"predictions": predictions(run.classifier, answer, maps=maps)})
+
+
+def predictions(classifier: prediction.Classifier, answer: Answer, *, maps: bool) -> list[dict[str, object]]:
+    """Return plain data, of the form of `answers.Prediction`, for each image."""
+    names = classifier.classes
+    probabilities = answer.scores.softmax(1)
+    best = probabilities.argmax(1).tolist()
+    return [
+        {
+            "label": names[best[i]],
+            "confidence": row[best[i]],
+            "probabilities": dict(zip(names, row, strict=True)),
+            "scores": dict(zip(names, answer.scores[i].tolist(), strict=True)),
+            "maps": answer.maps[i].tolist() if maps else None,
+        }
+        for i, row in enumerate(probabilities.tolist())
+    ]

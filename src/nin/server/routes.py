@@ -1,0 +1,113 @@
+"""The routes that the page asks to look inside a network."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from fastapi import FastAPI, Path, Query, Request
+
+from nin.profiling import bottleneck
+from nin.server import activations as inspection
+from nin.server import pca, schemas
+from nin.server.middleware import RefusedError
+from nin.server.service import ServedRun, Service
+from nin.server.uploads import IMAGE_BODY
+
+RunNumber: TypeAlias = Annotated[int, Query(alias="run", ge=0, le=1, description="0, or 1 for the run beside it")]
+LayerNumber: TypeAlias = Annotated[int, Path(ge=0, le=100_000, description="its place among the layers of the model")]
+
+
+def add_looking(app: FastAPI, service: Service) -> None:
+    """Add the routes."""
+    _add_images(app, service)
+    _add_layers(app, service)
+    _add_narrowing(app, service)
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    @app.get("/api/samples")
+    async def samples() -> schemas.SampleImages:
+        """Give test images of the run, where they lie on this machine."""
+        if not service.runs:
+            return schemas.SampleImages(state="none", reason="", samples=[])
+        return sample_images(service.run())
+
+    @app.get("/api/dead")
+    async def dead(number: RunNumber = 0) -> schemas.DeadChannels:
+        """Name the channels that say nothing on any of the run's test images looked at."""
+        run = service.run(number)
+        return await service.compute(lambda: dead_channels(run))
+
+    @app.post("/api/bottleneck")
+    async def measured_bottleneck(
+        r: Annotated[int, Query(ge=bottleneck.NARROWEST, le=bottleneck.WIDEST, description="channels it leaves")],
+    ) -> bottleneck.Measurement:
+        """Time 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256 on this machine."""
+        return await service.compute(lambda: bottleneck.measure(r))
+
+
+def _add_layers(app: FastAPI, service: Service) -> None:
+    @app.get("/api/layers/{index}/weights")
+    async def weights(index: LayerNumber, number: RunNumber = 0) -> schemas.Weights:
+        """Give the weights of one convolution."""
+        try:
+            return schemas.Weights.of(*inspection.weights(service.run(number).network, index))
+        except LookupError as error:
+            raise RefusedError(404, str(error.args[0])) from error
+
+    @app.post("/api/layers/{index}/activations", openapi_extra=IMAGE_BODY)
+    async def activations(
+        request: Request,
+        index: LayerNumber,
+        number: RunNumber = 0,
+        sums: Annotated[bool, Query(description="what it gives before its activation")] = False,
+    ) -> schemas.Numbers:
+        """Give what one layer makes of an image: (channels, h, w)."""
+        run = service.run(number)
+        x = run.classifier.inputs((await service.pixels(request, run))[:1])
+        values = await service.compute(lambda: inspection.activations(run.network, x, index, sums=sums))
+        return schemas.Numbers.of(values[0])
+
+
+def _add_narrowing(app: FastAPI, service: Service) -> None:
+    @app.get("/api/layers/{index}/spectrum")
+    async def spectrum(index: LayerNumber, number: RunNumber = 0) -> schemas.Spectrum:
+        """Give the principal components of a convolution's sums over the run's test images looked at."""
+        run = service.run(number)
+        return schemas.Spectrum.of(await service.compute(lambda: run.spectrum(index)))
+
+    @app.get("/api/layers/{index}/narrowed")
+    async def narrowed(
+        index: LayerNumber,
+        rank: Annotated[int, Query(ge=1, le=pca.MOST_CHANNELS, description="directions that are kept")],
+        number: RunNumber = 0,
+    ) -> schemas.Narrowed:
+        """Say how many test images looked at are right with all of a convolution's directions, and with some."""
+        run = service.run(number)
+        return await service.compute(lambda: count_right(run, index, rank))
+
+
+def sample_images(run: ServedRun) -> schemas.SampleImages:
+    """Return what the page shows of a run's test images."""
+    shown = [schemas.SampleImage(label=sample.label, image=sample.uri) for sample in run.samples.shown]
+    return schemas.SampleImages(state=run.samples.state, reason=run.samples.reason, samples=shown)
+
+
+def dead_channels(run: ServedRun) -> schemas.DeadChannels:
+    """Return the channels that are silent on all test images looked at."""
+    x, _ = run.looked_at()
+    return schemas.DeadChannels(images=len(x), channels=inspection.dead_channels(run.network, x))
+
+
+def count_right(run: ServedRun, index: int, rank: int) -> schemas.Narrowed:
+    """Return how many test images are right before and after one layer is narrowed.
+
+    Raises:
+        LookupError: there is no such layer.
+    """
+    x, labels = run.looked_at()
+    found = run.spectrum(index)
+    rank = min(rank, len(found.mean))
+    whole, narrow = (pca.narrowed_scores(run.network, x, index, found, kept) for kept in (len(found.mean), rank))
+    right = [int((scores.argmax(1) == labels).sum()) for scores in (whole, narrow)]
+    return schemas.Narrowed(rank=rank, images=len(x), right=right[1], right_before=right[0])

@@ -1,0 +1,91 @@
+"""Running the application: a socket, uvicorn, and the browser."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from nin.errors import UserError
+from nin.server.app import create_app
+
+# Ports tried, where none was asked for and the first is taken.
+FIRST_PORT, PORTS = 8646, 20
+
+
+def serve(
+    run: Path | None = None,
+    *,
+    beside: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    browser: bool = True,
+    device: str = "cpu",
+    on_start: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the page and the HTTP API until Ctrl-C.
+
+    Args:
+        run: the folder that `nin.train` made; None serves the lesson alone.
+        beside: another one to look at beside it.
+        host: the address to listen on. Other machines reach it only where this is not a loopback address.
+        port: to listen on; 0 takes any that is free. The default is 8646, or the next one that is free.
+        browser: whether to open the page.
+        device: where to compute.
+        on_start: called with the page's address once it answers.
+
+    Raises:
+        UserError: a run folder cannot be read, the runs do not fit, or the port is taken.
+    """
+    app = create_app(run, beside=beside, host=host, device=device)
+    listener = listen(host, port)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
+    config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
+
+    def start() -> None:
+        if on_start is not None:
+            on_start(address)
+        if browser:
+            # some browsers do not return before they are closed
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    _Server(config, start).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_start()
+
+
+def listen(host: str, port: int | None) -> socket.socket:
+    """Return a socket that listens on the port, or on the first free one of ours.
+
+    Raises:
+        UserError: it is taken, or the host is no address of this machine.
+    """
+    ports = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else (port,)
+    for candidate in ports:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, candidate))
+        except (OSError, OverflowError) as error:
+            listener.close()
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE and candidate != ports[-1]:
+                continue
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"cannot listen on {host}, port {candidate}: {reason}") from error
+        return listener
+    raise AssertionError("there is at least one port to try")

@@ -1,0 +1,303 @@
+"""NiNClassifier: a network of 1×1 convolutions with scikit-learn's interface."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, check_random_state, column_or_1d, validate_data
+from torch import Tensor, nn
+
+from nin import data, models
+from nin.config import ResolvedConfig, TrainConfig
+from nin.errors import UserError
+from nin.runtime import device as machine
+from nin.training.step import Learner, make_model
+
+PREDICTION_BATCH = 256
+
+# With so many steps to come, the one-cycle schedule stays at its peak: partial_fit does not know when it ends.
+ENDLESS = 2**50
+
+Array = NDArray[Any]
+
+
+class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
+    """A Network in Network for scikit-learn: images, or tables as images of one pixel.
+
+    A table (n_samples, n_features) is taken as images of one pixel with n_features channels. There a network of 1×1
+    convolutions is a multilayer perceptron, ``hidden_channels`` wide:
+    ``score = W_L relu(… relu(W_1 z + b_1) …) + b_L``, where z are the features, each with mean 0 and variance 1.
+    Images are (n_samples, H, W), (n_samples, H, W, C) or (n_samples, C, H, W), H = W, of any numbers; each channel
+    is brought to mean 0 and variance 1.
+
+    Args:
+        model: a name of `nin.models.MODELS` for images; by their size if not given. Tables have no choice.
+        hidden_channels: widths of the hidden layers, for tables.
+        epochs: passes over the samples; by their number if not given.
+        batch_size: samples per step; by their number if not given.
+        learning_rate: at the peak of the one-cycle schedule; `partial_fit` stays there.
+        weight_decay: per step, on weights only.
+        label_smoothing: share of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
+            `predict_proba` honest.
+        dropout: after each pooling, for images; if not given, 0.2 for ``nin_digits`` and 0 for others.
+        flip: mirror half of the images.
+        shift: largest random translation, in pixels; by the size of the images if not given.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+        precision: "fp32", "bf16", or "auto" for what is fastest here.
+        random_state: a whole number for the same result every time, a RandomState, or None.
+
+    Attributes:
+        classes_: the labels, sorted, in the order of the scores.
+        n_features_in_: columns of a table; for images, the size of the second axis as they were given.
+        sample_shape_: (C, H, W) of a sample, (n_features, 1, 1) of a table.
+        losses_: mean loss of each epoch.
+        n_steps_: steps of the optimiser so far.
+
+    Source:
+        Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> NiNClassifier(epochs=20, random_state=0).fit(X, y).score(X, y) > 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        hidden_channels: Sequence[int] = (64,),
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float = 0.1,
+        weight_decay: float = 5e-4,
+        label_smoothing: float = 0.0,
+        dropout: float | None = None,
+        flip: bool = False,
+        shift: int | None = None,
+        device: str = "auto",
+        precision: str = "fp32",
+        random_state: Any = None,
+    ) -> None:
+        self.model = model
+        self.hidden_channels = hidden_channels
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.dropout = dropout
+        self.flip = flip
+        self.shift = shift
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Train from scratch.
+
+        Args:
+            X: a table (n_samples, n_features), or images (see the class).
+            y: the class of each sample, numbers or strings.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: X and y do not fit together, there is only one class, or the loss became no number.
+        """
+        samples, labels = self._validated(X, y, reset=True)
+        self._begin(samples, np.unique(labels))
+        config = self._config
+        steps_per_epoch = len(samples) // config.batch_size
+        targets = self._targets(labels)
+        with self._computing():
+            for epoch in range(config.epochs):
+                order = data.epoch_order(len(samples), seed=config.seed, epoch=epoch)
+                order = order[: steps_per_epoch * config.batch_size]
+                self._learn(samples, targets, order, epoch=epoch, steps=config.epochs * steps_per_epoch)
+        return self
+
+    def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
+        """Go on learning: once through these samples, in their order, at the full learning rate.
+
+        Args:
+            X: as for `fit`. The first call's samples decide mean and variance of the features.
+            y: the class of each sample.
+            classes: all classes that will ever come; needed in the first call.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: X and y do not fit together, or a class is new.
+        """
+        first = not hasattr(self, "learner_")
+        samples, labels = self._validated(X, y, reset=first)
+        if first:
+            if classes is None:
+                raise ValueError("classes must be given in the first call of partial_fit")
+            self._begin(samples, np.unique(np.asarray(classes)))
+        elif classes is not None and not np.array_equal(np.unique(np.asarray(classes)), self.classes_):
+            raise ValueError(f"classes must be those of the first call, {self.classes_}, got {classes}")
+        with self._computing():
+            order = torch.arange(len(samples))
+            self._learn(samples, self._targets(labels), order, epoch=len(self.losses_), steps=ENDLESS)
+        return self
+
+    def predict(self, X: ArrayLike) -> Array:
+        """Return the most probable class of each sample, (n_samples,)."""
+        scores = self._scores(X)
+        return self.classes_[scores.argmax(1)]
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return the probability of each class, (n_samples, n_classes), in the order of ``classes_``."""
+        return torch.from_numpy(self._scores(X)).softmax(1).numpy()
+
+    def _scores(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return the scores before the softmax, (n_samples, n_classes)."""
+        check_is_fitted(self)
+        samples, _ = self._validated(X, None, reset=False)
+        with self._computing(), torch.inference_mode():
+            parts = [
+                self.learner_.average(self._inputs(samples[start : start + PREDICTION_BATCH])).double().cpu()
+                for start in range(0, len(samples), PREDICTION_BATCH)
+            ]
+        return torch.cat(parts).numpy()
+
+    def _begin(self, samples: Tensor, classes: Array) -> None:
+        """Make the network for these samples and forget the one before."""
+        if len(classes) < 2:
+            raise ValueError(f"y must hold at least two classes, got one class: {classes[0]!r}")
+        self.classes_ = classes
+        self.sample_shape_ = tuple(samples.shape[1:])
+        spread, mean = torch.var_mean(samples.double(), dim=(0, 2, 3), correction=0)
+        self._mean, self._std = mean, torch.where(spread > 0, spread, 1.0).sqrt()
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self._config, self._widths = self._resolve(len(samples), seed), tuple(self.hidden_channels)
+        with torch.random.fork_rng(devices=[]):
+            self.learner_ = Learner(self._make, self._config)
+        self.losses_: list[float] = []
+        self.n_steps_ = 0
+
+    def _resolve(self, count: int, seed: int) -> ResolvedConfig:
+        size = self.sample_shape_[1]
+        if self.model is not None and size == 1:
+            raise UserError(f"model is for images; a table takes hidden_channels, got model={self.model!r}")
+        shift = data.sensible_shift(size) if size > 1 else 0
+        names = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "dropout")
+        given = {name: getattr(self, name) for name in (*names, "flip", "shift", "device", "precision")}
+        config = TrainConfig(**given, seed=seed)
+        resolved = config.resolve(images=count, image_size=size, flip=False, shift=shift)
+        return dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
+
+    def _make(self) -> nn.Module:
+        channels, size, _ = self.sample_shape_
+        if size > 1:
+            return make_model(self._config, channels=channels, classes=len(self.classes_), size=size)
+        block = models.BlockConfig((*self._widths, len(self.classes_)), kernel_size=1)
+        return models.NiN(models.NiNConfig("perceptron", channels, len(self.classes_), 1, (block,)))
+
+    def _learn(self, samples: Tensor, targets: Tensor, order: Tensor, *, epoch: int, steps: int) -> None:
+        """Go once through the samples in that order."""
+        config, total = self._config, 0.0
+        # the one-cycle schedule begins slowly; without an end there is no such beginning
+        self.learner_.config = dataclasses.replace(config, warmup=0.0) if steps == ENDLESS else config
+        for indices in order.split(config.batch_size):
+            pixels = data.augment(
+                samples[indices], indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
+            )
+            labels = targets[indices].to(self.learner_.device)
+            loss, _ = self.learner_.step(self._inputs(pixels), labels, self.n_steps_, steps)
+            if not np.isfinite(loss):
+                raise ValueError(f"the loss became {loss}: learning_rate must be lower than {config.learning_rate}")
+            total += loss * len(indices)
+            self.n_steps_ += 1
+        self.losses_.append(total / len(order))
+
+    def _inputs(self, samples: Tensor) -> Tensor:
+        """Return what the network takes: each channel with mean 0 and variance 1, float32 (B, C, H, W)."""
+        z = (samples.double() - self._mean.view(1, -1, 1, 1)) / self._std.view(1, -1, 1, 1)
+        return z.to(self.learner_.device, torch.float32)
+
+    def _targets(self, labels: Array) -> Tensor:
+        unknown = np.setdiff1d(labels, self.classes_)
+        if len(unknown):
+            raise ValueError(f"y must hold classes of {self.classes_}, got {unknown}")
+        return torch.from_numpy(np.searchsorted(self.classes_, labels))
+
+    def _validated(self, X: ArrayLike, y: ArrayLike | None, *, reset: bool) -> tuple[Tensor, Array]:
+        """Return the samples (N, C, H, W) and the labels (N,); without labels for prediction."""
+        images = np.asarray(X).ndim in (3, 4)
+        options: dict[str, Any] = {"ensure_2d": not images, "allow_nd": images, "reset": reset}
+        labels = np.empty(0)
+        if y is None and not reset:
+            values = validate_data(self, X, **options)
+        else:
+            values, given = validate_data(self, X, y, **options)
+            check_classification_targets(given)
+            labels = column_or_1d(given, warn=True)
+        samples = _as_images(np.asarray(values))
+        if not reset and tuple(samples.shape[1:]) != self.sample_shape_:
+            raise ValueError(f"X must hold samples (C, H, W) of {self.sample_shape_}, got {tuple(samples.shape[1:])}")
+        return samples, labels
+
+    def _computing(self) -> Any:
+        """Return a context that keeps PyTorch's random state and number of threads as they were."""
+        return _undisturbed(self._config.threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: the network as the bytes of a model file, and plain data."""
+        state = dict(super().__getstate__())
+        if "learner_" in state:
+            learner = state.pop("learner_")
+            tensors = {**learner.tensors(), "mean": state.pop("_mean"), "std": state.pop("_std")}
+            plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            state["_config"] = dataclasses.asdict(self._config)
+            state["_file"] = save_tensors(plain)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the network again from a pickle's bytes."""
+        state = dict(state)
+        file = state.pop("_file", None)
+        super().__setstate__(state)
+        if file is None:
+            return
+        tensors = load_tensors(file)
+        self._mean, self._std = tensors.pop("mean"), tensors.pop("std")
+        self._config = ResolvedConfig(**state["_config"])
+        with torch.random.fork_rng(devices=[]):
+            self.learner_ = Learner(self._make, self._config)
+        self.learner_.load(tensors)
+
+
+def _as_images(values: Array) -> Tensor:
+    """Return samples as (N, C, H, W): a table's as images of one pixel. The two equal sides tell where channels are."""
+    if values.ndim == 2:
+        return torch.from_numpy(values.astype(np.float64))[:, :, None, None]
+    if values.ndim == 3:
+        values = values[:, None]
+    elif values.shape[2] != values.shape[3]:
+        values = values.transpose(0, 3, 1, 2)
+    if values.shape[2] != values.shape[3]:
+        raise ValueError(f"X must hold square images (N, H, W), (N, H, W, C) or (N, C, H, W), got {values.shape}")
+    return torch.from_numpy(values.astype(np.uint8 if values.dtype == np.uint8 else np.float32, order="C"))
+
+
+@contextlib.contextmanager
+def _undisturbed(threads: int | None) -> Iterator[None]:
+    """Compute on that many threads, and leave PyTorch's random state and number of threads as they were."""
+    with machine.use_threads(threads), torch.random.fork_rng(devices=[]):
+        yield

@@ -1,0 +1,227 @@
+"""Shards: what is written is read again, any image at any time, and nothing is lost or twice."""
+
+import dataclasses
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nin import data, training
+from nin.config import TrainConfig
+from nin.data import webdataset as shards
+from nin.errors import UserError
+
+
+def noise(seed):
+    values = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """40 images in two classes; a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for number in range(40):
+        path = tmp_path / "images" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(path)
+    return tmp_path / "images"
+
+
+def by_content(images):
+    return sorted((images.pixels(index).tobytes(), int(images.labels[index])) for index in range(len(images)))
+
+
+def test_shards_hold_what_the_folder_holds(folder, tmp_path):
+    files, written = (
+        data.load(folder, memory_limit_bytes=0),
+        data.write_shards(folder, tmp_path / "s", images_per_shard=7),
+    )
+    assert [path.name for path in written] == [
+        *(f"train-{n:06d}.tar" for n in range(5)),
+        *(f"test-{n:06d}.tar" for n in range(2)),
+    ]
+    packed = data.load(tmp_path / "s")
+    assert (packed.classes, packed.size, packed.channels) == (files.classes, files.size, files.channels)
+    assert packed.mean == pytest.approx(files.mean, abs=1e-12)
+    for part in ("train", "test"):
+        assert by_content(getattr(packed, part)) == by_content(getattr(files, part))
+    again = data.write_shards(folder, tmp_path / "again", images_per_shard=7)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_them(folder, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    written = data.write_shards(folder, tmp_path / "s", images_per_shard=16)
+    urls = [str(path) for path in written]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
+    assert len(samples) == 40
+    packed = data.open_shards(tmp_path / "s" / "train-{000000..000001}.tar")
+    packed = dataclasses.replace(packed, size=12)
+    for index, (image, label) in enumerate(samples[: len(packed)]):
+        assert np.array_equal(packed.pixels(index).transpose(1, 2, 0), image)
+        assert int(packed.labels[index]) == label
+
+
+def test_a_stopped_command_goes_on(folder, tmp_path, monkeypatch):
+    out, whole = tmp_path / "s", tmp_path / "whole"
+    data.write_shards(folder, whole, images_per_shard=7)
+
+    class StopHereError(Exception):
+        pass
+
+    def stop(text, done, total):
+        if text == "writing train shards" and done == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        data.write_shards(folder, out, images_per_shard=7, on_progress=stop)
+    (out / ".train-000002.tar.abc").write_bytes(b"half")
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(times) == 2
+    with pytest.raises(UserError, match="not what this command began"):
+        data.write_shards(folder, out, images_per_shard=8)
+    data.write_shards(folder, out, images_per_shard=7)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar") if path.name in times} == times
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    with pytest.raises(UserError, match="not empty"):
+        data.write_shards(folder, out, images_per_shard=7)
+
+
+def test_training_on_shards_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
+    data.write_shards(folder, tmp_path / "s", images_per_shard=7)
+    images = data.load(tmp_path / "s")
+    config = TrainConfig(model="nin_digits", epochs=2, batch_size=4, threads=1, precision="fp32")
+    steps = []
+
+    def stop():
+        steps.append(1)
+        return len(steps) == 5
+
+    training.train(images, config, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(images, config, out=tmp_path / "run", keeping=training.Keeping(stop=stop))
+    training.train(images, config, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    for name in ("model.safetensors", "metrics.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def png(seed):
+    content = io.BytesIO()
+    noise(seed).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_shards_of_others_have_numbers_for_classes(folder, tmp_path):
+    for shard in range(2):
+        members = [(f"a/{n:03d}.{e}", c) for n in range(10) for e, c in (("png", png(n)), ("cls", b"%d\n" % (n % 3)))]
+        write_tar(tmp_path / "other" / f"{shard}.tar", [("readme.txt", b"hello"), *members])
+    images = data.load(tmp_path / "other")
+    assert images.classes == ("0", "1", "2")
+    assert len(images.train) + len(images.test) == 20
+    assert sorted({*images.train.names, *images.test.names})[:2] == ["0.tar/a/000.png", "0.tar/a/001.png"]
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(folder, tmp_path):
+    members = [(f"{n}.{e}", c) for n in range(9) for e, c in (("png", png(n)), ("cls", b"%d" % (n % 2)))]
+    members[6] = ("3.png", b"no image")
+    write_tar(tmp_path / "bad.tar", members)
+    images = dataclasses.replace(data.open_shards(tmp_path / "bad.tar"), size=12)
+    lost = []
+    batches = list(data.batches(images, torch.arange(9), 4, on_lost=lambda *what: lost.append(what)))
+    assert [indices.tolist() for _, _, indices in batches] == [[0, 1, 2], [4, 5, 6, 7], [8]]
+    assert lost == [("bad.tar/3.png", "empty, not an image, or damaged at its start")]
+    assert torch.equal(batches[0][0][2], torch.from_numpy(images.pixels(2)))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.txt", b"x")], "hold no images"),
+        ([("a.png", b"x")], "has no label"),
+        ([("a.png", b"x"), ("a.cls", b"one")], "has no label"),
+        ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"0")], "none of the images looked at"),
+    ],
+)
+def test_shards_that_nobody_can_train_on(folder, tmp_path, members, message):
+    write_tar(tmp_path / "s" / "a.tar", members)
+    with pytest.raises(UserError, match=message):
+        data.load(tmp_path / "s")
+
+
+def test_wrong_shards_are_refused_in_a_line(folder, tmp_path):
+    (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
+    with pytest.raises(UserError, match=r"no\.tar: no tar file, or damaged"):
+        data.load(tmp_path / "no.tar")
+    with pytest.raises(UserError, match="there is no such shard"):
+        data.load(tmp_path / "none-{0..1}.tar")
+    data.write_shards(folder, tmp_path / "s")
+    with pytest.raises(UserError, match="holds shards already"):
+        data.write_shards(tmp_path / "s", tmp_path / "t")
+    for text in ("[", json.dumps({"classes": [1, 2]}), "{}"):
+        (tmp_path / "s" / "nin-shards.json").write_text(text)
+        with pytest.raises(UserError, match=r"nin-shards\.json is damaged"):
+            data.load(tmp_path / "s")
+
+
+def test_the_index_is_remembered_and_forgotten_when_damaged(folder, tmp_path, monkeypatch):
+    data.write_shards(folder, tmp_path / "s")
+    scans = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda path: scans.append(path) or scan(path))
+    first = data.open_shards(tmp_path / "s")
+    assert len(scans) == 2
+    second = data.open_shards(tmp_path / "s")
+    assert len(scans) == 2
+    assert list(first.names) == list(second.names)
+    assert np.array_equal(first.places, second.places)
+    for memory in (tmp_path / "cache").glob("nin/examined/*"):
+        memory.write_bytes(memory.read_bytes()[:50])
+    assert list(data.open_shards(tmp_path / "s").names) == list(first.names)
+    assert len(scans) == 4
+
+
+def test_urls_are_fetched_once(folder, tmp_path):
+    pytest.importorskip("webdataset")
+    (path, _) = data.write_shards(folder, tmp_path / "s")
+    url = f"file:{path}"
+    first = data.open_shards(url)
+    assert len(first) == 32
+    path.unlink()
+    assert list(data.open_shards(url).names) == list(first.names)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        data.open_shards(f"file:{tmp_path}/none.tar")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
+        ("{a,b}-{0..1}.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar"]),
+    ],
+)
+def test_patterns_expand_as_in_the_shell(text, expected):
+    assert list(shards._braces(text)) == expected
+
+
+def test_one_huge_label_does_not_make_a_billion_classes(tmp_path):
+    path = tmp_path / "x.tar"
+    members = [(f"{n}.{e}", c) for n in range(9) for e, c in (("png", png(n)), ("cls", b"%d" % (n % 2)))]
+    write_tar(path, [*members, ("9.png", png(9)), ("9.cls", b"999999999")])
+    with pytest.raises(UserError, match="label 999999999 does not fit 100000 classes"):
+        data.load(str(path))

@@ -1,0 +1,425 @@
+"""`nin narrow` on run folders: the new folder is one like any other."""
+
+import dataclasses
+import functools
+import json
+import pickle
+import shutil
+import sys
+
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
+from torch import nn
+
+import nin
+from nin import checkpoint, data, server
+from nin.cli import app
+from nin.errors import UserError
+from nin.fusion import Chain
+from nin.models import factory as factories
+from nin.narrowing import FinetuneConfig, baseline, workflow, workflow_api
+from nin.training import Keeping
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("narrow") / "run"
+    app.main(["train", "digits", "--out", str(out), "--epochs", "4", "--batch-size", "128"])
+    return out
+
+
+def narrow(run, *arguments):
+    images = [] if "--images" in arguments else ["--images", "128"]
+    app.main(["narrow", str(run), "--data", "digits", *images, *arguments])
+
+
+def fails(capsys, run, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        narrow(run, *arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_narrowed_run_is_a_run(run, tmp_path, capsys):
+    out = tmp_path / "half"
+    narrow(run, "--macs", "0.5", "--finetune", "1", "--out", str(out), "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["macs"][1] <= 0.5 * figures["macs"][0]
+    assert set(figures["accuracy"]) == {"original", "raw", "corrected", "finetuned"}
+    names = {"model.safetensors", "config.json", "narrowing.json", "narrowing.html", "report.html"}
+    assert names == {path.name for path in out.iterdir()}
+    page = (out / "narrowing.html").read_text()
+    assert "<svg" in page
+    assert "blocks.1.0.0" in page
+    assert "http" not in page.replace("http-equiv", "")
+    classifier = nin.load(out)
+    assert classifier.info.result["test_accuracy"] == pytest.approx(figures["accuracy"]["finetuned"], abs=1e-6)
+    image = tmp_path / "grey.png"
+    Image.new("L", (8, 8), 90).save(image)
+    assert classifier.predict(image)[0].label in classifier.classes
+    assert classifier.confidence_maps(image).shape[1] == 10
+    # as it was: not in the layout that the fine-tuning takes
+    assert all(p.is_contiguous() for p in checkpoint.load_model(out)[0].parameters())
+    # the report's own count of right answers agrees, and a narrowed run can be narrowed again
+    app.main(["report", str(out)])
+    app.main(["cost", str(out), "--json"])
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index("{") :])["macs"] == figures["macs"][1]
+    narrow(out, "--macs", "0.7", "--out", str(tmp_path / "third"), "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert again["macs"][0] == figures["macs"][1]
+    assert nin.load(tmp_path / "third").model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_a_narrowed_run_is_exported_and_served(run, tmp_path, capsys):
+    out = tmp_path / "half"
+    narrow(run, "--macs", "0.5", "--out", str(out))
+    app.main(["export", str(out), "--out", str(tmp_path / "half.onnx")])
+    x = torch.randn(2, 1, 8, 8)
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx", providers=["CPUExecutionProvider"])
+    (scores,) = session.run(["scores"], {"images": x.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(scores), nin.load(out).model(x), atol=1e-4, rtol=1e-4)
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    with TestClient(server.create_app(out), base_url="http://127.0.0.1") as client:
+        content = (tmp_path / "grey.png").read_bytes()
+        answer = client.post("/api/predict", content=content, headers={"content-type": "image/png"})
+    assert answer.status_code == 200, answer.text
+    assert nin.load(out).predict(tmp_path / "grey.png")[0].label in answer.text
+
+
+def test_a_narrowed_run_answers_with_the_operator(run, tmp_path):
+    out = tmp_path / "half"
+    narrow(run, "--macs", "0.5", "--out", str(out))
+    classifier = nin.load(out)
+    assert classifier.fastest is not classifier.model
+    assert any(isinstance(value, Chain) for m in classifier.fastest.modules() for value in vars(m).values())
+    both = [dict(network.named_parameters()) for network in (classifier.model, classifier.fastest)]
+    assert [p.data_ptr() for p in both[0].values()] == [both[1][name].data_ptr() for name in both[0]]
+    pixels = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier.score_pixels(pixels), classifier.model(classifier.inputs(pixels)))
+    with torch.no_grad():  # the same tensors
+        next(classifier.model.parameters()).mul_(2)
+    with torch.inference_mode():
+        torch.testing.assert_close(classifier.score_pixels(pixels), classifier.model(classifier.inputs(pixels)))
+    again = pickle.loads(pickle.dumps(classifier))
+    torch.testing.assert_close(again.score_pixels(pixels), classifier.score_pixels(pixels))
+    plain = nin.load(run)
+    assert plain.fastest is plain.model
+
+
+def test_a_dry_run_writes_no_run(run, tmp_path, capsys):
+    narrow(run, "--macs", "0.6", "--dry-run", "--skip", "blocks.0.*")
+    printed = capsys.readouterr().out
+    assert "asked for" in printed
+    assert (run / "narrowing.safetensors").exists()
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    assert "give one of --latency, --macs and --parameters, got none" in fails(capsys, run, "--out", "x")
+    assert "got macs, parameters" in fails(capsys, run, "--macs", "0.5", "--parameters", "0.5", "--out", "x")
+    assert "macs must be a share of the original's" in fails(capsys, run, "--macs", "2", "--out", "x")
+    assert "images must be at least 1" in fails(capsys, run, "--macs", "0.5", "--images", "0", "--out", "x")
+    assert "--out must name the folder to make" in fails(capsys, run, "--macs", "0.5")
+    assert "is not empty" in fails(capsys, run, "--macs", "0.5", "--out", str(run))
+    out = str(tmp_path / "new")
+    assert "skip must match a layer's name" in fails(capsys, run, "--macs", "0.5", "--skip", "stem", "--out", out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_of_another_kind_are_refused(run, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / name / f"{i}.png")
+    with pytest.raises(SystemExit):
+        app.main(["narrow", str(run), "--data", str(folder), "--macs", "0.5", "--out", str(tmp_path / "new")])
+    assert "the images do not fit" in capsys.readouterr().err
+
+
+class Stopper:
+    """Says stop in the middle of something, once."""
+
+    def __init__(self, during):
+        self.during, self.seen = during, 0
+
+    def on_progress(self, what, done, total):
+        self.seen += what.startswith(self.during)
+
+    def stop(self):
+        return self.seen == (1 if self.during == "Fitting" else 2)  # one layer may be all that is fitted
+
+    def arguments(self):
+        return {"keeping": Keeping(stop=self.stop), "on_progress": self.on_progress}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = data.load("digits")
+    few = dataclasses.replace(images.train, images=images.train.images[:256], labels=images.train.labels[:256])
+    return dataclasses.replace(images, train=few)
+
+
+def test_what_is_stopped_goes_on_to_the_same_weights(run, digits, tmp_path):
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=130, finetune=2)
+    through = workflow_api.shrink(run, digits, config, out=tmp_path / "through")
+    assert not (tmp_path / "through" / "state.safetensors").exists()
+    (run / "narrowing.safetensors").unlink()
+    out = tmp_path / "stopped"
+    for during in ("Looking", "Weighing", "Fitting", "Fine-tuning"):
+        with pytest.raises(KeyboardInterrupt):
+            workflow_api.shrink(run, digits, config, out=out, **Stopper(during).arguments())
+        assert (run / "narrowing.safetensors").exists() == (during != "Looking")
+        assert out.exists() == (during == "Fine-tuning")
+    assert [path.name for path in out.iterdir()] == ["state.safetensors"]
+    again = workflow_api.shrink(run, digits, config, out=out)
+    assert again.plan == through.plan
+    assert again.report.accuracy == through.report.accuracy
+    one, other = load_file(tmp_path / "through" / "model.safetensors"), load_file(out / "model.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0)
+
+
+def test_an_unfinished_one_is_not_gone_on_with_under_other_settings(run, digits, tmp_path):
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+    with pytest.raises(UserError, match=r"was begun with finetune=1, now 2: give the same, or another --out"):
+        workflow_api.shrink(run, digits, dataclasses.replace(config, finetune=2), out=out)
+
+
+@pytest.fixture
+def other_run(run, tmp_path):
+    """A run of the same kind with other weights and another recipe."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    weights = {name: 1.01 * value for name, value in load_file(run / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors")
+    values = json.loads((other / "config.json").read_text())
+    values["recipe"] |= {"flip": True, "shift": 0}
+    (other / "config.json").write_text(json.dumps(values))
+    return other
+
+
+def test_an_unfinished_one_is_not_gone_on_with_for_another_network_or_other_images(run, other_run, digits, tmp_path):
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+    shuffled = dataclasses.replace(digits.train, labels=digits.train.labels.flip(0))
+    message = r"out was begun with another network or other images: give the same, or another --out"
+    for path, images in ((other_run, digits), (run, dataclasses.replace(digits, train=shuffled))):
+        with pytest.raises(UserError, match=message):
+            workflow_api.shrink(path, images, config, out=out)
+    workflow_api.shrink(run, digits, config, out=out)
+
+
+def test_an_unfinished_one_is_not_gone_on_with_under_another_recipe(run, digits, tmp_path, monkeypatch):
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+    slower = functools.partial(FinetuneConfig, learning_rate=1e-4)
+    monkeypatch.setattr(workflow, "FinetuneConfig", slower)
+    with pytest.raises(UserError, match=r"out was begun with learning_rate=0\.001, now 0\.0001: give the same"):
+        workflow_api.shrink(run, digits, config, out=out)
+
+
+def test_a_plan_for_a_latency_can_be_stopped_and_keeps_what_was_timed(run, digits, tmp_path):
+    config = workflow_api.ShrinkingConfig({"latency": 0.7}, images=64)
+    with pytest.raises(KeyboardInterrupt):
+        workflow_api.shrink(run, digits, config, out=tmp_path / "out", **Stopper("Timing layers").arguments())
+    (timed,) = json.loads((run / "narrowing.latency.json").read_text()).values()
+    assert timed
+
+
+def test_a_control_is_not_that_of_another_call(run, digits, tmp_path):
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, control=True)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        workflow_api.shrink(run, digits, config, out=out, **Stopper("Training the control").arguments())
+    assert not (out / "state.safetensors").exists()
+    chosen = (out / "control.json").read_bytes()
+    other = dataclasses.replace(config, budget={"macs": 0.8})
+    with pytest.raises(UserError, match=r"was begun with budget=\{'macs': 0.5\}, now \{'macs': 0.8\}"):
+        workflow_api.shrink(run, digits, other, out=out)
+    workflow_api.shrink(run, digits, config, out=out)
+    assert (out / "control.json").read_bytes() == chosen
+
+
+def test_a_fine_tuning_that_diverges_is_stopped_and_the_state_before_is_kept(run, digits, tmp_path, monkeypatch):
+    diverging = functools.partial(FinetuneConfig, learning_rate=1e30, gradient_clip=1e30)
+    monkeypatch.setattr(workflow, "FinetuneConfig", diverging)
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=2)
+    out = tmp_path / "out"
+    message = r"the loss of the fine-tuning became \S+ at step \d of 8; what was written before is kept\. .* lower "
+    with pytest.raises(UserError, match=message):
+        workflow_api.shrink(run, digits, config, out=out, keeping=Keeping(minutes=1e9))
+    assert [path.name for path in out.iterdir()] == ["state.safetensors"]
+    assert all(value.isfinite().all() for value in load_file(out / "state.safetensors").values())
+
+
+def test_the_fine_tuning_mirrors_and_shifts_as_the_runs_recipe_says(run, other_run, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def augment(pixels, indices, *, seed, epoch, flip, shift):
+        seen.append((flip, shift))
+        return pixels
+
+    monkeypatch.setattr(data, "augment", augment)
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    workflow_api.shrink(run, digits, config, out=tmp_path / "one")
+    assert set(seen) == {(digits.flip, digits.shift)} == {(False, 1)}
+    seen.clear()
+    workflow_api.shrink(other_run, digits, config, out=tmp_path / "two")
+    assert set(seen) == {(True, 0)}
+
+
+def test_several_budgets_and_a_control(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    narrow(run, "--macs", "0.5", "--budgets", "0.8,0.6", "--control", "--finetune", "1", "--out", str(out), "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert [point["share"] for point in report["curve"]] == [0.8, 0.6, 0.5]
+    assert [point["macs"] for point in report["curve"]] == sorted((p["macs"] for p in report["curve"]), reverse=True)
+    assert report["curve"][-1]["accuracy"]["corrected"] == report["accuracy"]["corrected"]
+    assert set(report["curve"][0]["latency"]) == {"1", "64"}
+    control = report["control"]
+    assert control["epochs"] == 5
+    assert 0.5 * report["macs"][1] < control["macs"] <= report["macs"][1]
+    assert nin.load(out / "control").info.result["test_accuracy"] == control["accuracy"]
+    page = (out / "narrowing.html").read_text()
+    assert page.count('<svg class="curve"') == 2
+    assert page.count("<circle") == 2 * (1 + 3 + 1 + 1)
+    assert f"{control['accuracy']:.4f}" in page
+    written = json.loads((out / "narrowing.json").read_text())["report"]
+    kept = nin.narrowing.NarrowReport.from_dict(written)
+    assert json.loads(json.dumps(kept.to_dict())) == written
+    assert "control: " in str(kept)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES),
+    )
+
+def demanding(width):
+    return nn.Identity()
+
+def text():
+    return "no network"
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    """A network of somebody else's, its weights in two forms, and a folder of images, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for classes in (2, 7):
+        (tmp_path / f"theirs{classes}.py").write_text(FACTORY.replace("CLASSES", str(classes)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / kind / name).mkdir(parents=True)
+            for i in range(12):
+                pixels = torch.randint(0, 256, (12, 12, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "images" / kind / name / f"{i}.png")
+    import theirs2
+    import theirs7
+
+    torch.manual_seed(0)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs2.make().state_dict().items()}}, "two.pt")
+    save_file(theirs7.make().state_dict(), "seven.safetensors")
+    yield theirs2
+    for name in ("theirs2", "theirs7"):
+        sys.modules.pop(name)
+
+
+def theirs_narrow(*arguments):
+    app.main(["narrow", "--data", "images", "--size", "12", "--macs", "0.6", *arguments])
+
+
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
+def test_somebodys_network_is_narrowed_and_loads_again(theirs, tmp_path, capsys):
+    common = ["--model", "theirs2:make", "--weights", "two.pt", "--mean", "0.5,0.5,0.5", "--std", "0.3,0.3,0.3"]
+    theirs_narrow(*common, "--finetune", "1", "--out", "out", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["macs"][1] <= 0.6 * report["macs"][0]
+    assert set(report["accuracy"]) == {"original", "raw", "corrected", "finetuned"}
+    model = nin.apply_plan(theirs.make(), (tmp_path / "out" / "plan.json").read_text())
+    model.load_state_dict(load_file("out/model.safetensors"))
+    assert model.eval()(torch.zeros(1, 3, 12, 12)).shape == (1, 2)
+    assert "Accuracy" not in (tmp_path / "out" / "report.html").read_text()  # one budget, no curve
+
+
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
+def test_without_fitting_labels_there_is_no_accuracy(theirs, capsys):
+    theirs_narrow("--model", "theirs7:make", "--weights", "seven.safetensors", "--out", "out")
+    printed = capsys.readouterr()
+    assert "The network gives 7 scores, the images have 2 classes: no accuracy." in printed.err
+    assert "accuracy" not in printed.out
+    assert "load_state_dict" in printed.err
+
+
+@pytest.mark.parametrize("factory", ["theirs7:make", "timm:test_resnet"])
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
+def test_the_code_that_is_printed_runs(theirs, factory, capsys):
+    weights = factories.make_network(factory).model.state_dict()
+    save_file(weights, "weights.safetensors")
+    size = "32" if factory.startswith("timm") else "12"
+    given = ["--model", factory, "--weights", "weights.safetensors", "--data", "images", "--size", size]
+    app.main(["narrow", *given, "--macs", "0.6", "--out", "it's out"])
+    code = capsys.readouterr().err.partition("without:\n")[2]
+    names = {}
+    exec(code, names)
+    tensors = load_file("it's out/model.safetensors")
+    found = names["model"].state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in weights.values())
+
+
+def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):
+    def said(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            theirs_narrow(*arguments, "--out", "out")
+        assert stop.value.code == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    two, weights = ["--model", "theirs2:make"], ["--weights", "two.pt"]
+    assert "give a run folder, or --model" in said()
+    assert "give a run folder, or --model" in said(*two)
+    assert "--model 'theirs2' is no name of a network; expected timm:NAME" in said("--model", "theirs2", *weights)
+    assert "--model nowhere:make was not found: No module named 'nowhere'" in said("--model", "nowhere:make", *weights)
+    assert "was not found" in said("--model", "theirs2:missing", *weights)
+    assert "must be callable without arguments" in said("--model", "theirs2:demanding", *weights)
+    assert "must give a torch.nn.Module, got str" in said("--model", "theirs2:text", *weights)
+    assert "missing.pt is missing" in said(*two, "--weights", "missing.pt")
+    assert "does not fit theirs2:make" in said(*two, "--weights", "seven.safetensors")
+    torch.save(nn.ReLU(), "module.pt")
+    assert "module.pt must hold a state_dict" in said(*two, "--weights", "module.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    assert "text.pt must hold a state_dict" in said(*two, "--weights", "text.pt")
+    assert "mean must be 3 numbers, one for each channel, got 2" in said(*two, *weights, "--mean", "0.5,0.5")
+    assert "mean must be numbers with commas" in said(*two, *weights, "--mean", "a,b")
+    assert "std must be above 0" in said(*two, *weights, "--std", "0.5,0,0.5")
+    assert "--control must be given a run folder" in said(*two, *weights, "--control")
+    assert "budgets must be a share" in said(*two, *weights, "--budgets", "0.5,2")
+
+
+def test_a_control_needs_one_of_our_networks():
+    with pytest.raises(UserError, match="must be given a network of mlpconv layers"):
+        baseline.original_config({"kind": "googlenet", "num_classes": 10, "in_channels": 3})

@@ -1,0 +1,398 @@
+"""k×k convolutions by Winograd's transforms: values, gradients, which layers, threads, numbers that are not finite."""
+
+import os
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import nin
+from nin.ops import reference
+from nin.ops.arguments import Layers
+from nin.ops.cpu import abi, conv_backward, dispatch, library, weight_cache
+
+pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason="nin was installed without a C++ compiler")
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+# the size of the squares, the kernel
+KINDS = [(6, 3), (6, 4), (6, 5), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)]
+each_kind = pytest.mark.parametrize(("size", "kernel"), KINDS)
+POINTS = {6: [Fraction(3, 4), Fraction(3, 2)], 8: [Fraction(1, 2), Fraction(1), Fraction(2)]}
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Return a function that has every k×k layer computed with squares of one size; 0: tap by tap."""
+    sizes = []
+
+    def choose(kernels, row, layers):
+        size = sizes[-1] if layers.weights[0].shape[2] > 1 else 0
+        return row[:-8] + struct.pack("q", size), size
+
+    monkeypatch.setattr(abi, "choose_algorithm", choose)
+    monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
+    monkeypatch.setattr(conv_backward, "FEWEST_RESULTS", 0)
+    return sizes.append
+
+
+def layer(channels, columns, kernel, padding, dtype=torch.float32, activation="relu", *more):
+    """Return a k×k layer and 1×1 layers after it, with values of order 1."""
+    widths, kernels = [channels, columns, *more], [kernel] + [1] * len(more)
+    weights = [
+        (torch.randn(o, i, k, k) * (i * k * k) ** -0.5).to(dtype)
+        for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)
+    ]
+    biases = [torch.randn(o).to(dtype) for o in widths[1:]]
+    return Layers(weights, biases, (1, 1), (padding, padding), (1, 1), [activation] * len(weights))
+
+
+def images(count, channels, height, width, dtype=torch.float32, layout=torch.channels_last):
+    return torch.randn(count, channels, height, width).to(dtype).contiguous(memory_format=layout)
+
+
+def in_float64(layers):
+    parameters = [w.double() for w in layers.weights], [None if b is None else b.double() for b in layers.biases]
+    return Layers(*parameters, *layers[2:])
+
+
+def assert_close(got, want, times=1):
+    """Compare with float64: about ten times the error of float32 sums tap by tap, or one rounding to bfloat16."""
+    assert got.shape == want.shape
+    bound = (1e-2 if got.dtype == torch.bfloat16 else 3e-4) * times
+    assert (got.double() - want).abs().max() <= bound * (want.abs().mean() + want.abs().max())
+
+
+@each_kind
+def test_the_weights_matrix_is_that_of_the_points(size, kernel):
+    finite = [Fraction(0), *(sign * p for p in POINTS[size] for sign in (1, -1))]
+    rows = []
+    for p in finite:
+        denominator = Fraction(1)
+        for q in finite:
+            denominator *= p - q if q != p else 1
+        rows.append([p**i / denominator for i in range(kernel)])
+    rows.append([Fraction(int(i == kernel - 1)) for i in range(kernel)])
+    side = torch.empty(size, kernel, dtype=torch.float64)
+    library.LIBRARY.nin_winograd_weights(size, kernel, side.data_ptr())
+    torch.testing.assert_close(side.tolist(), [[float(value) for value in row] for row in rows])
+
+
+@each_kind
+@each_dtype
+@each_layout
+def test_values(isa, force, size, kernel, dtype, layout):
+    for count, channels, columns, height, width, padding in (
+        (1, 5, 7, kernel, kernel, 0),
+        (3, 17, 33, 13, 9, kernel // 2),
+        (2, 32, 40, 9, 19, kernel - 1),
+        (7, 3, 66, 5, 6, 2),
+    ):
+        x, layers = (
+            images(count, channels, height, width, dtype, layout),
+            layer(channels, columns, kernel, padding, dtype),
+        )
+        force(size)
+        result = dispatch.mlpconv(x, layers)
+        assert_close(result, reference.mlpconv(x.double(), in_float64(layers)))
+        assert result.is_contiguous(memory_format=reference.memory_format(x))
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
+def test_chains_after_it(isa, force, dtype, activation):
+    x = images(9, 24, 10, 7, dtype)
+    layers = layer(24, 31, 5, 2, dtype, activation, 50, 17)
+    force(8)
+    assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x.double(), in_float64(layers)), times=2)
+    plain = Layers(layers.weights, [None] * 3, *layers[2:])
+    assert_close(dispatch.mlpconv(x, plain), reference.mlpconv(x.double(), in_float64(plain)), times=2)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 4),
+    st.integers(1, 130),
+    st.integers(1, 130),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(0, 6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1 << 32),
+)
+def test_random_shapes(force, kind, count, channels, columns, height, width, padding, nchw, bfloat16, seed):
+    torch.manual_seed(seed)
+    size, kernel = kind
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    assume(min(height, width) + 2 * padding >= kernel and padding < kernel)
+    x = images(count, channels, height, width, dtype, torch.contiguous_format if nchw else torch.channels_last)
+    layers = layer(channels, columns, kernel, padding, dtype)
+    force(size)
+    y = dispatch.mlpconv(x, layers)
+    exact, grad = in_float64(layers), torch.randn_like(y)
+    assert_close(y, reference.mlpconv(x.double(), exact))
+    got = dispatch.mlpconv_backward(grad, x, y, layers, [True] * 3)
+    want = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, [True] * 3)
+    assert_close(got[0], want[0])
+    assert_close(got[1][0], want[1][0])
+
+
+def test_images_of_any_strides(isa, force):
+    layers = layer(24, 40, 3, 1)
+    force(6)
+    whole = torch.randn(3, 30, 20, 22)
+    for x in (whole[:, 3:27, ::2, 1:-1], whole.transpose(2, 3)[:, :24], whole[:, :24].flip(3)[..., 2:]):
+        assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x.double(), in_float64(layers)))
+
+
+@each_kind
+@each_dtype
+@each_layout
+def test_gradients(isa, force, size, kernel, dtype, layout):
+    for count, channels, columns, height, width, padding in ((3, 17, 33, 13, 9, kernel // 2), (2, 20, 14, 8, 11, 0)):
+        x, layers = (
+            images(count, channels, height, width, dtype, layout),
+            layer(channels, columns, kernel, padding, dtype),
+        )
+        force(size)
+        y = dispatch.mlpconv(x, layers)
+        grad = torch.randn_like(y)
+        got = dispatch.mlpconv_backward(grad, x, y, layers, [True] * 3)
+        exact = in_float64(layers)
+        want = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, [True] * 3)
+        assert_close(got[0], want[0])
+        assert_close(got[1][0], want[1][0])
+        assert_close(got[2][0], want[2][0])
+        assert got[0].is_contiguous(memory_format=reference.memory_format(x))
+        assert got[1][0].is_contiguous()
+
+
+def test_only_wanted_gradients_are_computed(force):
+    x, layers = images(2, 20, 9, 9), layer(20, 30, 3, 1)
+    force(6)
+    y = dispatch.mlpconv(x, layers)
+    for needs in ([True, False, False], [False, True, False], [False, False, True]):
+        grad_x, grad_weights, grad_biases = dispatch.mlpconv_backward(torch.ones_like(y), x, y, layers, needs)
+        assert [t.numel() > 0 for t in (grad_x, *grad_weights, *grad_biases)] == needs
+
+
+def test_a_backward_pass_inside_of_autocast_is_as_exact_as_outside():
+    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    assert chosen(x, layers) == 6
+    weight = layers.weights[0]
+
+    def both(autocast):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = nin.mlpconv(inputs[0], [inputs[1]], layers.biases, padding=1).square().sum()
+        with torch.autocast("cpu", enabled=autocast):
+            return torch.autograd.grad(loss, inputs)
+
+    assert all(torch.equal(a, b) for a, b in zip(both(True), both(False), strict=True))
+
+
+def test_the_precision_of_matrix_products_changes_nothing():
+    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    y = dispatch.mlpconv(x, layers)
+    want = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
+    weight_cache._packed.clear()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(dispatch.mlpconv(x, layers), y)
+        got = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1][0], want[1][0])
+
+
+def test_a_gradient_of_too_many_sums_is_pytorchs(force, monkeypatch):
+    x, layers = images(2, 20, 9, 9), layer(20, 30, 3, 1)
+    force(6)
+    y = dispatch.mlpconv(x, layers)
+    monkeypatch.setattr(conv_backward, "MOST_SUMS", 36 * 20 * 30 - 1)
+    assert conv_backward.weight_gradient(dispatch.KERNELS, y, x, layers) is None
+    _, (grad,), _ = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
+    want = reference.mlpconv_backward(y.double(), x.double(), y.double(), in_float64(layers), [True] * 3)
+    assert_close(grad, want[1][0])
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+def test_the_default_dtype_changes_nothing(channels):
+    x, layers = images(4, channels, 16, 16), layer(channels, 48, 3, 1)
+    y = dispatch.mlpconv(x, layers)
+    needs = [channels > 3, True, True]
+    want = dispatch.mlpconv_backward(y, x, y, layers, needs)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = dispatch.mlpconv_backward(y, x, y, layers, needs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_padding_than_the_taps_reach(force):
+    x, layers = images(2, 20, 9, 9).requires_grad_(), layer(20, 30, 3, 4)
+    force(6)
+    y = nin.mlpconv(x, layers.weights, layers.biases, padding=4)
+    force(0)
+    (want,) = torch.autograd.grad(nin.mlpconv(x, layers.weights, layers.biases, padding=4).sum(), x)
+    force(6)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert_close(got, want.double())
+
+
+# -- which layers ------------------------------------------------------------------------------------------------
+
+
+def chosen(x, layers):
+    y = x.new_empty(layers.result_shape(x)).contiguous(memory_format=reference.memory_format(x))
+    return abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, y, layers), layers)[1]
+
+
+def test_it_serves_where_it_takes_less_time():
+    assert chosen(images(64, 96, 16, 16), layer(96, 192, 5, 2)) == 8
+    assert chosen(images(1, 96, 16, 16), layer(96, 192, 5, 2, torch.float32, "relu", 192, 192)) == 8
+    assert chosen(images(64, 192, 8, 8), layer(192, 192, 3, 1)) == 6
+    assert chosen(images(64, 192, 8, 8), layer(192, 192, 1, 0)) == 0
+    assert chosen(images(64, 3, 32, 32), layer(3, 192, 5, 2)) == 0  # the transforms would take most of the time
+    assert chosen(images(64, 96, 32, 32), layer(96, 192, 11, 5)) == 0  # larger than a square
+    strided = layer(96, 192, 3, 1)._replace(stride=(2, 2))
+    dilated = layer(96, 192, 3, 1)._replace(dilation=(2, 2))
+    assert chosen(images(64, 96, 32, 32), strided) == chosen(images(64, 96, 32, 32), dilated) == 0
+    uneven = Layers([torch.randn(64, 64, 3, 5)], [None], (1, 1), (1, 2), (1, 1), ["relu"])
+    assert chosen(images(4, 64, 32, 32), uneven) == 0
+
+
+def test_the_environment_turns_it_off():
+    code = (
+        "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import Layers\n"
+        "x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
+        "layers = Layers([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
+        "print(abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, x, layers), layers)[1])"
+    )
+    for value, size in (("0", "0"), ("1", "6")):
+        environment = os.environ | {abi.WINOGRAD_VARIABLE: value}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout.strip() == size, result.stderr
+
+
+# -- threads, memory, packed weights, numbers that are not finite -------------------------------------------------
+
+
+# images, channels in and out, height and width, of the 1×1 layers: one task by columns, too few columns for that, whole
+# images, parts of images
+SHARED_OUT = [(1, 96, 192, 16, (160, 96)), (1, 256, 32, 8, ()), (5, 48, 64, 8, (33,)), (3, 24, 40, 21, ())]
+
+
+@each_dtype
+@each_layout
+def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout):
+    for count, channels, columns, side, more in (
+        (1, 96, 192, 16, (160, 96)),
+        (5, 48, 64, 8, (33,)),
+        (3, 24, 40, 21, ()),
+    ):
+        torch.manual_seed(0)
+        x = images(count, channels, side, side, dtype, layout)
+        layers = layer(channels, columns, 5, 2, dtype, "relu", *more)
+        single = layers.part(0, 1)
+        results = []
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            weight_cache._packed.clear()
+            force(8)
+            y = dispatch.mlpconv(x, single)
+            grads = dispatch.mlpconv_backward(y, x, y, single, [True, True, True])
+            results.append([dispatch.mlpconv(x, layers), y, grads[0], grads[1][0]])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each_dtype
+def test_scratch_is_bounded(dtype):
+    def scratch_bytes(images, side, *widths):
+        x, y = (torch.empty(1, dtype=dtype).expand(images, widths[i], side, side) for i in (0, -1))
+        kernels = [3] + [1] * (len(widths) - 2)
+        weights = [torch.empty(o, i, k, k) for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)]
+        layers = Layers(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
+        row = abi.pack(x, y, layers)[:-8] + struct.pack("q", 8)
+        rows = b"".join(struct.pack("4q", 0, 0, width, 1) for width in widths[1:])
+        return library.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
+
+    assert scratch_bytes(1, 60000, 96, 96) == scratch_bytes(1, 6000, 96, 96) <= 3 << 20
+    assert scratch_bytes(64, 16, 512, 512) <= 4 << 20
+    assert scratch_bytes(1, 6000, 16, 32, 4096, 16) <= 5 << 20
+
+
+def test_a_changed_weight_is_transformed_again():
+    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    assert chosen(x, layers) == 6
+    weight = layers.weights[0]
+    x.requires_grad_()
+    for _ in range(3):
+        y = nin.mlpconv(x, [weight], layers.biases, padding=1, activation=None)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        want = F.conv2d(x.detach().double(), weight.double(), layers.biases[0].double(), padding=1)
+        assert_close(y, want)
+        assert_close(grad, F.conv_transpose2d(torch.ones_like(want), weight.double(), padding=1))
+        weight[3, 5, 1, 1] += 1
+
+
+@each_dtype
+@pytest.mark.parametrize("for_input_gradient", [False, True])
+def test_weights_are_transformed_alike_however_they_lie(dtype, for_input_gradient):
+    weight = torch.randn(40, 24, 5, 5).to(dtype)
+    layouts = [
+        weight,
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    ]
+    handle = dispatch.KERNELS.handles[torch.float32]
+    packed = [weight_cache.packed_weight(handle, w, for_input_gradient, winograd=8) for w in layouts]
+    assert all(torch.equal(packed[0], other) for other in packed[1:])
+
+
+@each_dtype
+def test_what_is_not_finite_stays_in_its_squares(isa, force, dtype):
+    x, layers = images(2, 24, 16, 16, dtype), layer(24, 32, 5, 2, dtype)
+    x[0, 3, 4, 4] = float("nan")
+    force(8)  # blocks of 4 × 4; the pixel is in the windows of 2 to 6, which belong to the first two
+    result = dispatch.mlpconv(x, layers)
+    touched = torch.zeros(16, 16, dtype=torch.bool)
+    touched[0:8, 0:8] = True
+    assert (result[0].isnan().all(0) == touched).all()
+    assert (result[0].isnan().any(0) == touched).all()
+    assert not result[1].isnan().any()
+
+
+def test_training_goes_the_same_way():
+    """Ten steps of a small network from the same seed with and without, in float32."""
+
+    def losses():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(
+            nin.MLPConv(24, (32, 24), kernel_size=5, padding=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        )
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        x, target = images(8, 24, 16, 16), torch.randint(24, (8,))
+        for _ in range(10):
+            loss = F.cross_entropy(network(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    with pytest.MonkeyPatch.context() as patch:
+        ours = list(losses())
+        patch.setattr(abi, "WINOGRAD", False)
+        theirs = list(losses())
+    assert ours != theirs  # else it did not serve
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+    assert ours[-1] < ours[0]

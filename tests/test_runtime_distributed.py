@@ -1,0 +1,258 @@
+"""Many processes: they do what one does, one of them writes, and none that dies is waited for."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent import futures
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from nin import checkpoint, data, training
+from nin.config import TrainConfig
+from nin.data import loader
+from nin.errors import UserError
+from nin.narrowing import workflow_api
+from nin.runtime import distributed
+
+# 37 images in a batch: the parts of two processes have 19 and 18
+CONFIG = TrainConfig(epochs=3, batch_size=37, threads=1, precision="fp32", flip=True)
+
+
+def few_digits():
+    images = data.load("digits")
+    keep = torch.arange(200)
+    train = data.ImageSet(images.train.fetch(keep), images.train.labels[keep])
+    return dataclasses.replace(images, train=train)
+
+
+def work(images, out, *, die_at=None, stop_at=None):
+    """Train as one of the processes, or as the only one, and write down the losses; end as the shell would."""
+    losses = []
+
+    def show(p):
+        if p.row is None:
+            losses.append([p.step, p.loss])
+        if p.step == die_at and distributed.rank() == 1 and not distributed.is_restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def stop():
+        return distributed.rank() == 1 and len(losses) == stop_at
+
+    keeping = training.Keeping(steps=3, stop=stop)
+    try:
+        training.train(images, CONFIG, out=out, keeping=keeping, on_progress=show)
+    except UserError as error:
+        out.with_suffix(f".{distributed.rank()}.error").write_text(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if distributed.is_first():
+        out.with_suffix(".json").write_text(json.dumps(losses))
+
+
+def run_job(images, out, count, *, restart=0, **what):
+    """Start processes with the environment that torchrun gives them; return their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": restart}
+    # they are forked from a process that has imported PyTorch and has no threads
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nin.training"])
+    started = []
+    for rank in range(count):
+        environment = {name: str(value) for name, value in {**job, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(context.Process(target=begin, args=(environment, images, out), kwargs=what))
+        started[-1].start()
+    for process in started:
+        process.join(120)
+        process.kill()  # where it hangs
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def begin(environment, images, out, job=None, **what):
+    os.environ.update(environment)
+    (job or work)(images, out, **what)
+
+
+def narrow(images, out, *, run):
+    """Narrow as one of the processes, or as the only one."""
+    torch.set_num_threads(1)
+    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=300)
+    with distributed.together(torch.device("cpu")):
+        result = workflow_api.shrink(run, images, config, out=out)
+    out.with_suffix(f".{distributed.rank()}.json").write_text(json.dumps(result.report.to_dict()))
+    save_file(result.model.state_dict(), out.with_suffix(f".{distributed.rank()}.safetensors"))
+
+
+def losses_of(out):
+    return torch.tensor(json.loads(out.with_suffix(".json").read_text()))
+
+
+def assert_equal_runs(one, other):
+    for name in (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_two_processes_train_as_one_does_and_a_death_changes_no_bit(tmp_path):
+    images = few_digits()
+    one, two, killed, stopped = (tmp_path / name for name in ("one", "two", "killed", "stopped"))
+    assert run_job(images, one, 1) == [0]
+    assert run_job(images, two, 2) == [0, 0]
+    single, shared = losses_of(one), losses_of(two)
+    assert shared[:, 0].tolist() == list(range(1, 16))
+    torch.testing.assert_close(shared[:4], single[:4], rtol=1e-5, atol=0)
+    torch.testing.assert_close(shared, single, rtol=0.02, atol=0)  # roundings grow
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    assert checkpoint.load_info(two).environment["processes"] == 2
+
+    began = time.monotonic()
+    assert run_job(images, killed, 2, die_at=8) == [2, -signal.SIGKILL]
+    assert time.monotonic() - began < 60  # nobody waits for the dead one
+    assert "process 0 of 2 lost the others" in killed.with_suffix(".0.error").read_text()
+    assert run_job(images, killed, 2, restart=1) == [0, 0]  # without being told to resume
+    assert losses_of(killed)[0, 0] == 7  # the last state was that of step 6
+    assert_equal_runs(killed, two)
+
+    assert run_job(images, stopped, 2, stop_at=8) == [130, 130]  # one is asked, both stop after the same step
+    assert run_job(images, stopped, 2, restart=1) == [0, 0]
+    assert losses_of(stopped)[0, 0] == 9
+    assert_equal_runs(stopped, two)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_what_died(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_processes as t\n"
+        "t.work(t.few_digits(), pathlib.Path(sys.argv[2]), die_at=8)\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *torchrun, str(script), os.path.dirname(__file__), str(tmp_path / "run")]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "run")[0, 0] == 7
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_end_leaves_a_state_that_goes_on_exactly(tmp_path):
+    def command(run, *more):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return [sys.executable, *torchrun, "-m", "nin", "train", "digits", "--epochs", "20", "--out", str(run), *more]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run(command(whole), env=environment, capture_output=True, timeout=200, check=True)
+    job = subprocess.Popen(command(stopped), env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (stopped / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    assert "Go on with the same command and --resume" in job.communicate(timeout=60)[1]
+    assert (stopped / "state.safetensors").exists()
+    subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, timeout=200, check=True)
+    for name in ("metrics.csv", "model.safetensors"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_nodes_that_meet_by_rendezvous_are_as_one_with_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "nin", "--local-addr", "127.0.0.1"]
+
+    def start(run, *torchrun):
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "nin", "train", "digits"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, "--epochs", "2", "--out", str(run)], env=environment)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    nodes = [start(two, "--nnodes", "2", "--nproc-per-node", "1", *meeting) for _ in range(2)]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    assert start(one, "--standalone", "--nproc-per-node", "2").wait(timeout=200) == 0
+    for name in ("metrics.csv", "model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_two_processes_narrow_as_one_does(tmp_path):
+    images = few_digits()
+    training.train(images, dataclasses.replace(CONFIG, epochs=1), out=tmp_path / "run")
+    narrow(images, tmp_path / "one", run=tmp_path / "run")
+    (tmp_path / "run" / "narrowing.safetensors").unlink()
+    # once with statistics of their own, once with those that the first time left
+    for name in ("two", "again"):
+        assert run_job(images, tmp_path / name, 2, job=narrow, run=tmp_path / "run") == [0, 0]
+    one, first, second, again = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one.0", "two.0", "two.1", "again.0")
+    )
+    assert first == second
+    assert (tmp_path / "two.0.safetensors").read_bytes() == (tmp_path / "two.1.safetensors").read_bytes()
+    for found in (first, again):
+        assert found["macs"] == one["macs"]
+        assert [layer["after"] for layer in found["layers"]] == [layer["after"] for layer in one["layers"]]
+        assert found["accuracy"] == pytest.approx(one["accuracy"], abs=0.01)
+        assert found["calibration_error"] == pytest.approx(one["calibration_error"], rel=1e-3)
+    for name, value in load_file(tmp_path / "one.0.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "two.0.safetensors")[name], value, atol=1e-3, rtol=1e-3)
+    assert checkpoint.load_info(tmp_path / "two").result["test_images"] == len(images.test)
+
+
+def test_fine_tuning_in_many_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--finetune and --control train in one process"):
+        workflow_api.ShrinkingConfig({"macs": 0.5}, finetune=1)
+
+
+def test_a_job_that_starts_again_finds_a_part_of_the_store_without_the_addresses_of_the_dead():
+    store = dist.HashStore()
+    store.set("nin/1", "somebody who died")
+    store.set("default_pg/0", "an address of the first start")
+    with futures.ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(lambda number: distributed._fresh_part(store, number, 3), range(3)))
+    parts[0].set("here", "1")
+    assert all(part.get("here") == b"1" and not part.check(["default_pg/0"]) for part in parts)
+
+
+@pytest.mark.parametrize(("length", "batch", "count"), [(12, 4, 2), (10, 4, 3), (3, 5, 3), (22, 7, 4)])
+def test_every_sample_goes_to_one_process(monkeypatch, length, batch, count):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    order, seen = torch.randperm(length), []
+    for rank in range(count):
+        monkeypatch.setenv("RANK", str(rank))
+        mine, size = distributed.share(order, batch)
+        seen.append(mine.split(size))
+    assert torch.equal(torch.cat([piece for pieces in seen for piece in pieces]).sort().values, torch.arange(length))
+    for number, whole in enumerate(order.split(batch)):  # and in the same step as with one process
+        parts = [pieces[number] for pieces in seen if number < len(pieces)]
+        assert torch.equal(torch.cat(parts).sort().values, whole.sort().values)
+
+
+def test_a_batch_for_too_few_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="8 processes cannot share 4 images"):
+        training.train("digits", TrainConfig(batch_size=4, epochs=1))
+
+
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert loader.usable_cores() == 1
+
+
+def test_an_error_of_its_own_is_no_lost_process():
+    assert not distributed._tells_of_a_lost_process(RuntimeError("shapes cannot be multiplied"))
+    assert distributed._tells_of_a_lost_process(
+        RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    )
