@@ -51,6 +51,8 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/cpu/csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). PyTorch for Linux is a download of about 2.5 GB: seconds to minutes, once."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@# the distribution was called nin once; left in an environment, it would hide this one
+	@$(BIN)/python -m uv pip uninstall --quiet --python $(BIN)/python nin 2>/dev/null || true
 	$(BIN)/python -m uv pip install --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 

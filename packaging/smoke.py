@@ -25,7 +25,7 @@ CONSUMER = ROOT / "packaging" / "consumer.py"
 
 def main(given: list[str]) -> int:
     """Test the wheel in dist/ with the Pythons given, or with those that are found; return the exit status."""
-    (wheel,) = (ROOT / "dist").glob("nin-*.whl")
+    (wheel,) = (ROOT / "dist").glob("network_in_network-*.whl")
     found = {version: python for python in given or CANDIDATES if (version := version_of(python))}
     for version, python in found.items():
         with tempfile.TemporaryDirectory(prefix="nin-smoke-") as folder:

@@ -232,7 +232,9 @@ def test_mistakes_get_one_line(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"path must end in .xml for OpenVINO"):
         nin.export(run, tmp_path / "model.bin", format="openvino")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"onnx needs onnx, onnxscript, onnxruntime: pip install 'nin\[onnx\]'"):
+    with pytest.raises(
+        UserError, match=r"onnx needs onnx, onnxscript, onnxruntime: pip install 'network-in-network\[onnx\]'"
+    ):
         nin.export(run, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,7 @@ SOURCE = Path(nin.__file__).parent
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
-    {"errors", "optim"},
+    {"distribution", "errors", "optim"},
     {"config", "ops", "runtime"},
     {"data", "layers"},
     {"fusion", "models"},

@@ -1,12 +1,16 @@
 """What is shipped: one wheel for every Python, with the compiled library and the page in it, and a whole sdist."""
 
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from nin import distribution
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +30,12 @@ def test_the_wheel_is_for_every_python_and_holds_what_is_needed(built):
     assert "-py3-none-linux_" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {"nin/py.typed", "nin/ops/libnin_cpu.so", "nin/report/template.html", "nin/server/page/index.html"} <= names
+    assert {
+        "nin/py.typed",
+        "nin/ops/cpu/libnin_cpu.so",
+        "nin/report/template.html",
+        "nin/server/page/index.html",
+    } <= names
     assert not any("csrc" in name or name.startswith("tests/") for name in names)
 
 
@@ -43,3 +52,16 @@ def test_the_sdist_holds_the_sources_and_the_licence(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "CMakeLists.txt", "src/nin/ops/cpu/csrc/kernels.inc", "src/nin/__init__.py"} <= names
     assert not any(name.startswith((".venv", "build", "dist", "runs")) for name in names)
+
+
+def test_nothing_tells_people_to_install_somebody_elses_package():
+    """``nin`` on PyPI is another project: commands and extras name network-in-network."""
+    wrong = re.compile(r"pip install ['\"]?nin\b(?!` installs something else)|\bnin\[[a-z]+\]")
+    files = [ROOT / "README.md", ROOT / "pyproject.toml", *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.py")]
+    found = {path: wrong.findall(path.read_text(encoding="utf-8")) for path in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+def test_the_version_is_that_of_the_distribution():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (project["name"], project["version"]) == (distribution.DISTRIBUTION, distribution.version())

@@ -68,7 +68,9 @@ def test_engines_that_are_missing_are_listed(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     result = bench.run(["small"], dtypes=["float32"], engines=["nin", "OpenVINO", "ONNX Runtime"])
-    assert [m.reason for m in result.measurements][1] == "not installed (openvino; pip install 'nin[bench]')"
+    assert [m.reason for m in result.measurements][
+        1
+    ] == "not installed (openvino; pip install 'network-in-network[bench]')"
     assert "not installed (openvino" in shown(result)
     assert "not installed (onnxruntime" in bench.chart(result)
 

@@ -78,7 +78,7 @@ def main(data_dir):
     about = {
         "processor": processor_name(),
         "torch": torch.__version__,
-        "nin": importlib.metadata.version("nin"),
+        "nin": importlib.metadata.version("network-in-network"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "images": IMAGES,
         "test_images": TEST_IMAGES,

@@ -9,7 +9,6 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nin import models
+from nin import distribution, models
 from nin.errors import UserError
 from nin.models.plan import Plan
 from nin.models.surgery import apply_plan
@@ -313,7 +312,7 @@ def remove_state(folder: Path) -> None:
 def environment() -> dict[str, Any]:
     """Return the versions and the machine, for the record."""
     return {
-        "nin": version("nin"),
+        "nin": distribution.version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -9,7 +9,6 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from nin import checkpoint, models
+from nin import checkpoint, distribution, models
 from nin.checkpoint import Preprocessing, RunInfo
+from nin.distribution import install_command
 from nin.errors import UserError
 from nin.layers import MLPConv
 from nin.ops.arguments import flat
@@ -160,7 +160,7 @@ def check_packages(format: str) -> None:
     missing = [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing:
         extra = "bench" if "openvino" in missing else "onnx"
-        raise UserError(f"{format} needs {', '.join(missing)}: pip install 'nin[{extra}]'")
+        raise UserError(f"{format} needs {', '.join(missing)}: {install_command(extra)}")
 
 
 def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
@@ -184,7 +184,7 @@ def describe(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool)
     pixels = {"name": "pixels", "shape": ["batch", height, width, channels], "dtype": "uint8"}
     images = {"name": "images", "shape": ["batch", channels, height, width], "dtype": "float32"}
     metadata: dict[str, Any] = {
-        "nin": version("nin"),
+        "nin": distribution.version(),
         "input": pixels if preprocessing else images,
         "output": {"name": "scores", "meaning": "one score for each class, before the softmax"},
     }

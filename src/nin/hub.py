@@ -1,7 +1,7 @@
 """Classifiers on the Hugging Face Hub: a run folder with a model card, saved, loaded and pushed.
 
-Importing this module imports ``huggingface_hub`` (``pip install 'nin[hub]'``); nothing else of nin does, and nothing
-here needs the network but loading from the Hub and pushing to it.
+Importing this module imports ``huggingface_hub`` (``pip install 'network-in-network[hub]'``); nothing else of nin
+does, and nothing here needs the network but loading from the Hub and pushing to it.
 """
 
 from __future__ import annotations

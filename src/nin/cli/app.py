@@ -12,11 +12,13 @@ from typing import Annotated, Literal, NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 from nin.config import TrainConfig
+from nin.distribution import version
 from nin.errors import UserError
 
 app = App(
     name="nin",
     help="Network in Network, real: train on your images, see what the network looks at, count what it costs.",
+    version=version,
     version_flags=["--version"],
     result_action="return_value",
     default_parameter=Parameter(negative_iterable=""),

@@ -22,6 +22,7 @@ from nin.data.builtin import cache_folder
 from nin.data.cache import memory_file, recall, remember
 from nin.data.dataset import DecodedSet, PathList
 from nin.data.decoder import EXTENSIONS, decode_pixels
+from nin.distribution import install_command
 from nin.errors import UserError
 
 # Beside the shards that nin wrote: what cannot be seen in them.
@@ -182,7 +183,7 @@ def _local(url: str) -> Path:
     try:
         from webdataset.gopen import gopen
     except ImportError as error:
-        raise UserError(f"{url}: reading shards from URLs needs: pip install 'nin[shards]'") from error
+        raise UserError(f"{url}: reading shards from URLs needs: {install_command('shards')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nin import data
 from nin.data.loader import in_order, usable_cores
+from nin.distribution import install_command
 from nin.errors import UserError
 from nin.inference.classifier import BATCH, Classifier
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
@@ -244,7 +245,7 @@ def _to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
         reading = importlib.import_module("pyarrow.csv")
     except ImportError as error:
-        raise UserError(f"{out}: Parquet needs: pip install 'nin[parquet]'") from error
+        raise UserError(f"{out}: Parquet needs: {install_command('parquet')}") from error
     names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _columns(classes)]
     is_text = [True, True, *[False] * (len(names) - 3), True]
     # read by their places, as text may be no valid Unicode

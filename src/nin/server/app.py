@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from nin import distribution
 from nin.inference import classifier as prediction
 from nin.server import schemas
 from nin.server.batcher import Answer
@@ -51,7 +51,7 @@ def create_app(
 
     app = FastAPI(
         title="nin",
-        version=version("nin"),
+        version=distribution.version(),
         summary="Network in Network: classify images, and look inside the network that does it.",
         docs_url=None,  # FastAPI's own page loads its scripts from another host; ours is at /api
         redoc_url=None,

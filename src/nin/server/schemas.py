@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from nin import distribution
 from nin.server import pca
 
 
@@ -24,7 +24,7 @@ class Health(BaseModel):
     @classmethod
     def of(cls, runs: int) -> Health:
         """Return the answer where that many runs are served."""
-        return cls(model=runs > 0, beside=runs > 1, version=version("nin"))
+        return cls(model=runs > 0, beside=runs > 1, version=distribution.version())
 
 
 class Problem(BaseModel):

@@ -6,10 +6,11 @@ import ctypes
 import struct
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from nin import distribution
 
 LIBRARY_NAME = "libnin_cpu.so"
 ISA_VARIABLE = "NIN_CPU_ISA"
@@ -43,7 +44,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     except OSError as error:
         raise ImportError(f"nin's compiled CPU library {path} cannot be loaded: {error}") from error
     library.nin_version.restype = ctypes.c_char_p
-    built, expected = library.nin_version().decode(), version("nin")
+    built, expected = library.nin_version().decode(), distribution.version()
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
     pointer, row, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import layers
+from nin.distribution import install_command
 from nin.profiling.bench.cases import Case
 
 Call = Callable[[], object]
@@ -173,4 +174,4 @@ def _check_inference(case: Case, x: Tensor, *packages: str) -> None:
         raise UnavailableError("timed on the CPU only")
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UnavailableError(f"not installed ({package}; pip install 'nin[bench]')")
+            raise UnavailableError(f"not installed ({package}; {install_command('bench')})")
