@@ -61,7 +61,7 @@ def first_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed in range(10):
         losses: list[float] = []
 
-        def note(progress: training.Progress, losses: list[float] = losses) -> None:
+        def note(progress: training.TrainProgress, losses: list[float] = losses) -> None:
             losses.append(progress.loss)
             if progress.step == arguments.steps:
                 raise _EnoughError
@@ -86,7 +86,7 @@ class _EnoughError(Exception):
 def one_run(images: data.Data, config: TrainConfig, name: str) -> dict[str, Any]:
     """Train once and return the settings, the curve and the result."""
 
-    def show(progress: training.Progress) -> None:
+    def show(progress: training.TrainProgress) -> None:
         if progress.row and progress.epochs <= 30:
             row = progress.row
             print(f"  epoch {progress.epoch}: {100 * row['test_accuracy']:.2f} % {row['seconds']:.0f} s", flush=True)

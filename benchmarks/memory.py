@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     samples: list[tuple[int, float]] = []
 
-    def look(progress: training.Progress) -> None:
+    def look(progress: training.TrainProgress) -> None:
         if progress.step % EVERY == 0 and progress.row is None:
             samples.append((progress.step, resident_mb()))
 

@@ -77,7 +77,7 @@ def train_visibly(
     """
     with Bar("Training") as bar, stop_requests() as stopped:
 
-        def show(p: training.Progress) -> None:
+        def show(p: training.TrainProgress) -> None:
             bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
             # a hundred short epochs get twenty lines
             if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):

@@ -12,11 +12,12 @@ from nin.data.arrays import load_arrays
 from nin.data.builtin import NAMES, cache_folder, load_named
 from nin.data.dataset import Data
 from nin.data.folder import read_folder
-from nin.data.folder_scan import Progress, ReadingOptions
+from nin.data.folder_scan import ReadingOptions
 from nin.data.loader import usable_cores
 from nin.data.webdataset import is_shards, is_url
 from nin.data.webdataset_writer import read_shards
 from nin.errors import UserError
+from nin.runtime.progress import ProgressCallback
 
 
 def load(
@@ -29,7 +30,7 @@ def load(
     strict: bool = False,
     workers: int | None = None,
     memory_limit_bytes: int = 2 << 30,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Data:
     """Loads labelled images for training and testing.
 

@@ -12,9 +12,10 @@ from nin.data.builtin import NAMES
 from nin.data.dataset import Finding
 from nin.data.folder import channels_and_size, examine, split
 from nin.data.folder_issues import find, imbalance
-from nin.data.folder_scan import Progress, ReadingOptions
+from nin.data.folder_scan import ReadingOptions
 from nin.data.loader import usable_cores
 from nin.errors import UserError
+from nin.runtime.progress import ProgressCallback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def check(
     test_fraction: float | None = None,
     seed: int = 0,
     workers: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Check:
     """Looks at every image of a folder: can it be read, is it there twice, is it what it says.
 

@@ -15,8 +15,8 @@ from nin.data.decoder import FORMATS, decode_pixels, read_header, why
 from nin.data.folder_listing import Listing
 from nin.data.loader import in_order
 from nin.errors import UserError
+from nin.runtime.progress import ProgressCallback
 
-Progress = Callable[[str, int, int], None]
 Problems = dict[int, str]  # why the image at an index cannot be read
 Pixels = NDArray[np.uint8]
 
@@ -51,7 +51,7 @@ class ReadingOptions:
     strict: bool
     workers: int
     memory_limit_bytes: int
-    on_progress: Progress | None
+    on_progress: ProgressCallback | None
 
     def __post_init__(self) -> None:
         """Check what a person may have chosen."""

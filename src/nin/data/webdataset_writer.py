@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from nin.data.dataset import Data, sensible_shift, statistics
 from nin.data.decoder import read_header
 from nin.data.folder import channels_and_size, examine, split, usual_size
-from nin.data.folder_scan import Examination, Progress, ReadingOptions
+from nin.data.folder_scan import Examination, ReadingOptions
 from nin.data.sampling import epoch_order, held_out
 from nin.data.webdataset import DESCRIPTION_FILE, ShardSet, describe, is_shards, open_shards
 from nin.errors import UserError
 from nin.runtime.files import open_atomically, write_atomically
+from nin.runtime.progress import ProgressCallback
 
 # So many headers tell the size and the kind of all images.
 _HEADERS = 1000
@@ -74,7 +75,7 @@ def write_shards(
     test_fraction: float | None = None,
     seed: int = 0,
     workers: int = 1,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[Path, ...]:
     """Writes an image folder as WebDataset shards: OUT/train-000000.tar, …, OUT/test-000000.tar, ….
 

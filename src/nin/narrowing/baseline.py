@@ -13,10 +13,11 @@ from nin import checkpoint, models, training
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.narrowing import Control, NarrowReport, Stopwatch, expand
-from nin.narrowing.workflow import Progress, Subject, beginning, check_beginning
+from nin.narrowing.workflow import Subject, beginning, check_beginning
 from nin.narrowing.workflow_config import CONTROL_FILE, ShrinkingConfig
 from nin.profiling import cost
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback
 from nin.runtime.timer import Timing
 
 # Halvings of the interval in which the ratio lies; each costs two dozen runs of the networks where time decides.
@@ -75,7 +76,7 @@ def train_control(
     *,
     out: Path,
     keeping: training.Keeping,
-    on_progress: Progress | None,
+    on_progress: ProgressCallback | None,
 ) -> Control:
     """Train the control as long as the original and the narrowed network were, into a run folder of its own.
 
@@ -98,7 +99,7 @@ def train_control(
     chosen = choose_once(out.parent, subject, config, lambda: choose(base, config, report, stopwatch, shape))
     recipe = control_recipe(info, config.finetune)
 
-    def tell(p: training.Progress) -> None:
+    def tell(p: training.TrainProgress) -> None:
         if on_progress:
             on_progress(f"Training the control, epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}", p.step, p.steps)
 

@@ -15,10 +15,11 @@ from nin import checkpoint, data
 from nin.errors import UserError
 from nin.models import factory as factories
 from nin.narrowing import NarrowResult
-from nin.narrowing.workflow import Progress, Subject, prepare_folder, shrink_subject
+from nin.narrowing.workflow import Subject, prepare_folder, shrink_subject
 from nin.narrowing.workflow_config import ShrinkingConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback
 from nin.training import Keeping
 
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
@@ -111,7 +112,7 @@ def shrink_network(
     out: Path | None,
     cache: Path,
     keeping: Keeping | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> NarrowResult:
     """Narrow somebody's network. A call that was interrupted goes on when it is made again.
 

@@ -11,10 +11,11 @@ from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing import NarrowResult
 from nin.narrowing.baseline import original_config, train_control
-from nin.narrowing.workflow import Progress, Subject, calibration_batches, prepare_folder, shrink_subject
+from nin.narrowing.workflow import Subject, calibration_batches, prepare_folder, shrink_subject
 from nin.narrowing.workflow_config import CONTROL_FOLDER, ShrinkingConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback
 from nin.training import Keeping
 
 NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
@@ -27,7 +28,7 @@ def shrink(
     *,
     out: Path | None,
     keeping: Keeping | None = None,
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> NarrowResult:
     """Narrow the network of a run folder. A call that was interrupted goes on when it is made again.
 

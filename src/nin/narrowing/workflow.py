@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,10 @@ from nin.narrowing import (
 )
 from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
 from nin.runtime import device, distributed
+from nin.runtime.progress import ProgressCallback
 from nin.training import Keeping
 
 BATCH = 64
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Subject:
 
 
 def shrink_subject(
-    subject: Subject, config: ShrinkingConfig, out: Path | None, keeping: Keeping, on_progress: Progress | None
+    subject: Subject, config: ShrinkingConfig, out: Path | None, keeping: Keeping, on_progress: ProgressCallback | None
 ) -> NarrowResult:
     """Narrow a network and train it, if that is asked for.
 
@@ -99,7 +98,7 @@ def shrink_subject(
 
 
 def _begin(
-    subject: Subject, config: ShrinkingConfig, out: Path | None, tell: Progress
+    subject: Subject, config: ShrinkingConfig, out: Path | None, tell: ProgressCallback
 ) -> tuple[NarrowResult, int, dict[str, Tensor]]:
     """Return the narrowed network, the steps of fine-tuning that are done, and the state after them."""
     if out is not None and (out / checkpoint.STATE_FILE).exists():
@@ -234,7 +233,7 @@ def steps_per_epoch(subject: Subject) -> int:
     return -(-len(subject.images.train) // BATCH)
 
 
-def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver, tell: Progress) -> None:
+def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver, tell: ProgressCallback) -> None:
     """Train the narrowed network by the original's answers and the labels, in place."""
     images, p, each = subject.images, subject.preprocessing, steps_per_epoch(subject)
     if saver.out is not None and tuner.step_number == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nin.inference import classifier as prediction
 from nin.inference.evaluation import wilson_interval
 from nin.profiling import cost as costs
 from nin.report.data import Answer, ClassFigures, ClassMap, Confusion, Headline, Report
+from nin.runtime.progress import ProgressCallback
 from nin.training import metrics
 
 BATCH = 64
@@ -29,8 +29,6 @@ MOST_CONFUSED = 12
 # One sample in this many shows a wrong answer, where there is one.
 WRONG_SAMPLE_EVERY = 3
 
-Progress = Callable[[str, int, int], None]
-
 
 def collect(
     run: str | Path,
@@ -38,7 +36,7 @@ def collect(
     *,
     samples: int = 8,
     device: str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Report:
     """Read a run folder, let its network answer all test images, and count.
 
@@ -116,7 +114,9 @@ def _brief(value: Any) -> str:
 
 
 @torch.inference_mode()
-def _probabilities(classifier: prediction.Classifier, images: data.Data, on_progress: Progress | None) -> Tensor:
+def _probabilities(
+    classifier: prediction.Classifier, images: data.Data, on_progress: ProgressCallback | None
+) -> Tensor:
     """Return the network's answers to all test images, (N, classes), float32."""
     count, rows = len(images.test), []
     done = 0

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from nin import checkpoint, data
 from nin.report import charts, heatmaps
-from nin.report.build import Progress, collect
+from nin.report.build import collect
 from nin.report.data import Answer, Confusion, Report
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback
 
 # A confusion matrix of more classes is no longer read, and its page no longer fits.
 LARGEST_MATRIX = 30
@@ -29,7 +30,11 @@ MINUS, NO_VALUE, NARROW_SPACE = "−", "–", "\N{NARROW NO-BREAK SPACE}"
 
 
 def write(
-    run: str | Path, images: data.Data | None = None, *, device: str = "cpu", on_progress: Progress | None = None
+    run: str | Path,
+    images: data.Data | None = None,
+    *,
+    device: str = "cpu",
+    on_progress: ProgressCallback | None = None,
 ) -> Path:
     """Make ``report.html`` in a run folder.
 

@@ -17,6 +17,7 @@ from nin.errors import UserError
 from nin.ops.reference import activate
 from nin.profiling import bottleneck
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback
 from nin.server import activations, schemas
 from nin.server.app import predictions
 from nin.server.batcher import classify
@@ -37,10 +38,10 @@ MEASURED = (16, 48, 64, 96, 144, 192, 224, 256)
 # What the page may load where it lies: its own files. A browser adds no header to a file.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; base-uri 'none'"
 
-Progress = Callable[[str, int, int], None]
 
-
-def write_copy(run: Path, folder: Path, *, beside: Path | None = None, on_progress: Progress | None = None) -> Path:
+def write_copy(
+    run: Path, folder: Path, *, beside: Path | None = None, on_progress: ProgressCallback | None = None
+) -> Path:
     """Write the page into a folder, with some of a run's test images, so that it needs no server.
 
     Args:

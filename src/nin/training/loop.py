@@ -36,7 +36,7 @@ READ_EVERY, AUGMENTED_TOGETHER, MOST_HELD_BYTES = 50, 8192, 4 << 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
+class TrainProgress:
     """Where a training is; what `train` tells its ``on_progress`` after every step and every epoch.
 
     Attributes:
@@ -100,7 +100,7 @@ def train(
     out: str | Path | None = None,
     keeping: Keeping | None = None,
     network: Callable[[], nn.Module] | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
 
@@ -177,7 +177,7 @@ class _Run:
         learner: Learner,
         folder: Path | None,
         keeping: Keeping,
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[TrainProgress], None],
     ) -> None:
         config = learner.config
         self.config, self.folder = config, folder
@@ -224,7 +224,7 @@ class _Run:
         for x, labels in self.batches():
             loss = self.train_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
-            self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, loss))
+            self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, loss))
             self.keep()
         self.read()
         p.epoch_seconds = before + time.perf_counter() - started
@@ -235,7 +235,7 @@ class _Run:
             assert self.folder is not None
             self.save_state(self.folder)
             self.save_model(self.folder, self.info({}))
-        self.on_progress(Progress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
+        self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
 
     @property
     def writes(self) -> bool:
