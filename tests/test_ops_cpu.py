@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import nin
 from conftest import INSTRUCTION_SETS, build_native
 from nin.ops import ACTIVATIONS, reference
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, dispatch, weight_cache
 from nin.ops.cpu import conv_backward as convolution_gradients
 from nin.ops.cpu import library as compiled
@@ -45,7 +45,7 @@ def assert_within_bound(x, weights, biases, activation, geometry):
     names = [activation] * len(weights) if isinstance(activation, str) else activation
     error = (result.double() - conv_chain(*exact, names, geometry)).abs()
     assert (error <= error_bound(*exact, names, geometry, x.dtype)).all()
-    assert result.is_contiguous(memory_format=reference.memory_format(x))
+    assert result.is_contiguous(memory_format=reference.memory_format_of(x))
 
 
 def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
@@ -53,7 +53,7 @@ def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
     count = len(weights)
     names = [activation] * count if isinstance(activation, str) else activation
     options = [(value, value) if isinstance(value, int) else value for value in geometry.values()]
-    layers = Layers(weights, biases, *options, names)
+    layers = ChainArguments(weights, biases, *options, names)
     needs = [True] * (1 + count) + [b is not None for b in biases]
     if kernel == "compiled":
         y = torch.ops.nin.mlpconv(x, *layers)
@@ -139,11 +139,11 @@ def test_gradients_of_a_first_layers_weights(
     chain = Chain(widths, kernel_size, stride, padding)
     for size in ((13, 17), (8, 300), (71, 30)):
         x, weights, biases = chain.tensors(torch.float32, layout, images=5, size=size)
-        layers = Layers(weights, biases, stride, padding, (1, 1), [activation])
+        layers = ChainArguments(weights, biases, stride, padding, (1, 1), [activation])
         y = dispatch.mlpconv(x, layers)
         grad, needs = torch.randn_like(y), [False, True, True]
         _, (weight,), (bias,) = dispatch.mlpconv_backward(grad, x, y, layers, needs)
-        exact = Layers([weights[0].double()], [biases[0].double()], *layers[2:])
+        exact = ChainArguments([weights[0].double()], [biases[0].double()], *layers[2:])
         _, wants, want_biases = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, needs)
         torch.testing.assert_close(weight.double(), wants[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
         torch.testing.assert_close(bias.double(), want_biases[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
@@ -292,7 +292,7 @@ def test_equal_bits_for_any_number_of_threads(isa, threads):
 
 def test_equal_bits_of_a_first_layers_gradients(isa, threads):
     x, weights, biases = Chain((3, 40), (5, 5)).tensors(torch.float32, images=5, size=(23, 19))
-    layers = Layers(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
+    layers = ChainArguments(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
     y = dispatch.mlpconv(x, layers)
     both = []
     for number in (1, threads):
@@ -355,7 +355,7 @@ def test_scratch_does_not_grow_with_the_images(dtype):
         x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
         weights = [torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)]
-        row = abi.pack(x, y, Layers(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
+        row = abi.pack(x, y, ChainArguments(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
         rows = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
         return compiled.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
 
@@ -567,7 +567,7 @@ def test_the_rule_sends_to_pytorch_what_it_computes_faster(widths, kernel_size, 
     name = dispatch.serving_kernel(x, weights, biases)
     assert name == ("reference" if kernel == "reference" else dispatch.KERNELS.name)
     if kernel == "reference":
-        layers = Layers(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
+        layers = ChainArguments(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
         expected = reference.mlpconv(x, layers)
         assert torch.equal(nin.mlpconv(x, weights, biases), expected)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import nin
 from nin.ops import reference
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, conv_backward, dispatch, library, weight_cache
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason="nin was installed without a C++ compiler")
@@ -49,7 +49,7 @@ def layer(channels, columns, kernel, padding, dtype=torch.float32, activation="r
         for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)
     ]
     biases = [torch.randn(o).to(dtype) for o in widths[1:]]
-    return Layers(weights, biases, (1, 1), (padding, padding), (1, 1), [activation] * len(weights))
+    return ChainArguments(weights, biases, (1, 1), (padding, padding), (1, 1), [activation] * len(weights))
 
 
 def images(count, channels, height, width, dtype=torch.float32, layout=torch.channels_last):
@@ -58,7 +58,7 @@ def images(count, channels, height, width, dtype=torch.float32, layout=torch.cha
 
 def in_float64(layers):
     parameters = [w.double() for w in layers.weights], [None if b is None else b.double() for b in layers.biases]
-    return Layers(*parameters, *layers[2:])
+    return ChainArguments(*parameters, *layers[2:])
 
 
 def assert_close(got, want, times=1):
@@ -100,7 +100,7 @@ def test_values(isa, force, size, kernel, dtype, layout):
         force(size)
         result = dispatch.mlpconv(x, layers)
         assert_close(result, reference.mlpconv(x.double(), in_float64(layers)))
-        assert result.is_contiguous(memory_format=reference.memory_format(x))
+        assert result.is_contiguous(memory_format=reference.memory_format_of(x))
 
 
 @each_dtype
@@ -110,7 +110,7 @@ def test_chains_after_it(isa, force, dtype, activation):
     layers = layer(24, 31, 5, 2, dtype, activation, 50, 17)
     force(8)
     assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x.double(), in_float64(layers)), times=2)
-    plain = Layers(layers.weights, [None] * 3, *layers[2:])
+    plain = ChainArguments(layers.weights, [None] * 3, *layers[2:])
     assert_close(dispatch.mlpconv(x, plain), reference.mlpconv(x.double(), in_float64(plain)), times=2)
 
 
@@ -170,7 +170,7 @@ def test_gradients(isa, force, size, kernel, dtype, layout):
         assert_close(got[0], want[0])
         assert_close(got[1][0], want[1][0])
         assert_close(got[2][0], want[2][0])
-        assert got[0].is_contiguous(memory_format=reference.memory_format(x))
+        assert got[0].is_contiguous(memory_format=reference.memory_format_of(x))
         assert got[1][0].is_contiguous()
 
 
@@ -253,7 +253,7 @@ def test_more_padding_than_the_taps_reach(force):
 
 
 def chosen(x, layers):
-    y = x.new_empty(layers.result_shape(x)).contiguous(memory_format=reference.memory_format(x))
+    y = x.new_empty(layers.output_shape(x)).contiguous(memory_format=reference.memory_format_of(x))
     return abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, y, layers), layers)[1]
 
 
@@ -267,7 +267,7 @@ def test_it_serves_where_it_takes_less_time():
     strided = layer(96, 192, 3, 1)._replace(stride=(2, 2))
     dilated = layer(96, 192, 3, 1)._replace(dilation=(2, 2))
     assert chosen(images(64, 96, 32, 32), strided) == chosen(images(64, 96, 32, 32), dilated) == 0
-    uneven = Layers([torch.randn(64, 64, 3, 5)], [None], (1, 1), (1, 2), (1, 1), ["relu"])
+    uneven = ChainArguments([torch.randn(64, 64, 3, 5)], [None], (1, 1), (1, 2), (1, 1), ["relu"])
     assert chosen(images(4, 64, 32, 32), uneven) == 0
 
 
@@ -275,7 +275,7 @@ def test_the_environment_turns_it_off():
     code = (
         "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import Layers\n"
         "x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
-        "layers = Layers([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
+        "layers = ChainArguments([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
         "print(abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, x, layers), layers)[1])"
     )
     for value, size in (("0", "0"), ("1", "6")):
@@ -303,7 +303,7 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout
         torch.manual_seed(0)
         x = images(count, channels, side, side, dtype, layout)
         layers = layer(channels, columns, 5, 2, dtype, "relu", *more)
-        single = layers.part(0, 1)
+        single = layers.subchain(0, 1)
         results = []
         for number in (1, threads):
             torch.set_num_threads(number)
@@ -321,7 +321,7 @@ def test_scratch_is_bounded(dtype):
         x, y = (torch.empty(1, dtype=dtype).expand(images, widths[i], side, side) for i in (0, -1))
         kernels = [3] + [1] * (len(widths) - 2)
         weights = [torch.empty(o, i, k, k) for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)]
-        layers = Layers(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
+        layers = ChainArguments(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
         row = abi.pack(x, y, layers)[:-8] + struct.pack("q", 8)
         rows = b"".join(struct.pack("4q", 0, 0, width, 1) for width in widths[1:])
         return library.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)

@@ -14,7 +14,7 @@ import torch
 import nin
 from nin.errors import UserError
 from nin.ops import reference
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import dispatch, plan, tiling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -73,7 +73,7 @@ class Case:
         )
 
     def layers(self, weights, biases):
-        return Layers(weights, biases, *self.geometry, list(self.activations))
+        return ChainArguments(weights, biases, *self.geometry, list(self.activations))
 
 
 def chain(*widths, activation="silu", **options):
@@ -137,7 +137,7 @@ def check(case, dtype, layout):
     assert_near(y, want_y, eps)
     grad_x, grad_weights, grad_biases = backward(case, grad, x, y, weights, biases)
     assert grad_x.dtype == dtype
-    assert reference.memory_format(grad_x) == reference.memory_format(x)
+    assert reference.memory_format_of(grad_x) == reference.memory_format_of(x)
     assert_near(grad_x, want_x, eps)
     for got, want, weight in zip(grad_weights, want_weights, weights, strict=True):
         assert got.dtype == dtype

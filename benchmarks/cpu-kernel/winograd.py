@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nin.ops import backends
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, dispatch
 from nin.runtime.device import keep_freed_memory, processor_name
 
@@ -32,7 +32,7 @@ def layer(channels, columns, kernel, dtype):
     """Return a k×k layer that keeps height and width."""
     weight = (torch.randn(columns, channels, kernel, kernel) * (channels * kernel**2) ** -0.5).to(dtype)
     padding = (kernel // 2, kernel // 2)
-    return Layers([weight], [torch.randn(columns).to(dtype)], (1, 1), padding, (1, 1), ["relu"])
+    return ChainArguments([weight], [torch.randn(columns).to(dtype)], (1, 1), padding, (1, 1), ["relu"])
 
 
 def force(size):

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import autotune, backward, forward, plan
 from nin.ops.gpu import tiling as tiles
 
@@ -108,7 +108,7 @@ def record(
             for i, o, k in zip(channels, case.widths, sizes, strict=False)
         ]
         biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
-        layers = Layers(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
+        layers = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
         y = forward.mlpconv(x, layers)
         needs = [True] * (1 + 2 * len(weights))
         backward.mlpconv_backward(torch.empty_like(y), x, y, layers, needs)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nin
 from nin.config import TrainConfig
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import dispatch
 from nin.profiling.bench.engines import plain
 from nin.training.step import Learner, make_model
@@ -161,7 +161,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device, backward: boo
     with setting(ENGINES[0]):
         geometry = ((1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(case.widths))
         convs = build(case).convs
-        layers = Layers([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
+        layers = ChainArguments([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
         steps = dispatch.plan(x[0], layers, backward=backward)
     return {
         "case": case.name + (", forward + backward" if backward else ", forward"),

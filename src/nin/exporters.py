@@ -23,8 +23,8 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.distribution import install_command
 from nin.errors import UserError
 from nin.layers import MLPConv
-from nin.ops.arguments import flat
-from nin.ops.reference import convolve
+from nin.ops.arguments import as_dispatcher_kernel
+from nin.ops.reference import conv2d_chain
 from nin.profiling.cost import format_bytes
 from nin.runtime.files import write_atomically
 
@@ -172,7 +172,7 @@ def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
     """
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
-    program = program.run_decompositions({torch.ops.nin.mlpconv.default: flat(convolve)})
+    program = program.run_decompositions({torch.ops.nin.mlpconv.default: as_dispatcher_kernel(conv2d_chain)})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the code lies on this machine is nobody's business
     return program

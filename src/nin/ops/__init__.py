@@ -127,7 +127,7 @@ def backends() -> dict[str, str]:
         >>> sorted(nin.backends())
         ['cpu', 'cuda']
     """
-    return {"cpu": cpu.describe(), "cuda": gpu.describe()}
+    return {"cpu": cpu.backend_summary(), "cuda": gpu.backend_summary()}
 
 
 def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:

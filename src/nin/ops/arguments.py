@@ -10,16 +10,16 @@ from torch import Tensor
 # of the input, of each weight and of each bias; shape (0,) where it is not wanted
 Gradients = tuple[Tensor, list[Tensor], list[Tensor]]
 
-PLAIN = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation of the 1×1 layers after the first
+POINTWISE_GEOMETRY = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation of the 1×1 layers after the first
 
 
-class Layers(NamedTuple):
+class ChainArguments(NamedTuple):
     """Layers that run one after the other, in the operator's order: ``torch.ops.nin.mlpconv(x, *layers)``.
 
     Attributes:
         weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1).
         biases: as many as weights, each (C_l,) or None.
-        stride: of the first layer, (height, width), as the next two; the others have `PLAIN`.
+        stride: of the first layer, (height, width), as the next two; the others have `POINTWISE_GEOMETRY`.
         padding: zeros around the image, in pixels.
         dilation: distance of the first layer's taps, in pixels.
         activations: as many as weights, each a name of `reference.ACTIVATIONS`.
@@ -32,17 +32,17 @@ class Layers(NamedTuple):
     dilation: Sequence[int]
     activations: Sequence[str]
 
-    def part(self, first: int, count: int) -> Layers:
+    def subchain(self, first: int, count: int) -> ChainArguments:
         """Return ``count`` of the layers from ``first`` on."""
         which = slice(first, first + count)
-        geometry = (self.stride, self.padding, self.dilation) if first == 0 else PLAIN
-        return Layers(self.weights[which], self.biases[which], *geometry, self.activations[which])
+        geometry = (self.stride, self.padding, self.dilation) if first == 0 else POINTWISE_GEOMETRY
+        return ChainArguments(self.weights[which], self.biases[which], *geometry, self.activations[which])
 
     def is_pointwise(self) -> bool:
         """Return whether the first layer too is 1×1 and unpadded: each pixel of the result is made of one pixel."""
         return tuple(self.weights[0].shape[2:]) == (1, 1) and tuple(self.padding) == (0, 0)
 
-    def result_shape(self, x: Tensor) -> tuple[Any, ...]:
+    def output_shape(self, x: Tensor) -> tuple[Any, ...]:
         """Return (N, C_last, H', W') for an input (N, C_in, H, W), whose sizes may be symbolic."""
         weights, _, stride, padding, dilation, _ = self
         images, _, height, width = x.shape
@@ -57,13 +57,13 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def flat(kernel: Callable[[Tensor, Layers], Tensor]) -> Callable[..., Tensor]:
+def as_dispatcher_kernel(kernel: Callable[[Tensor, ChainArguments], Tensor]) -> Callable[..., Tensor]:
     """Return ``kernel(x, layers)`` as the dispatcher calls it: with the fields of the layers one by one."""
-    return lambda x, *fields: kernel(x, Layers(*fields))
+    return lambda x, *fields: kernel(x, ChainArguments(*fields))
 
 
-def flat_backward(
-    kernel: Callable[[Tensor, Tensor, Tensor, Layers, Sequence[bool]], Gradients],
+def as_dispatcher_backward_kernel(
+    kernel: Callable[[Tensor, Tensor, Tensor, ChainArguments, Sequence[bool]], Gradients],
 ) -> Callable[..., Gradients]:
-    """Return ``kernel(grad, x, y, layers, needs)`` as the dispatcher calls it, see `flat`."""
-    return lambda grad, x, y, *rest: kernel(grad, x, y, Layers(*rest[:-1]), rest[-1])
+    """Return ``kernel(grad, x, y, layers, needs)`` as the dispatcher calls it, see `as_dispatcher_kernel`."""
+    return lambda grad, x, y, *rest: kernel(grad, x, y, ChainArguments(*rest[:-1]), rest[-1])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nin.ops.arguments import PLAIN, Gradients, Layers
+from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Gradients
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
@@ -26,7 +26,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
             return z
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the layout of the result for an input ``x``: channels_last where its channels lie side by side.
 
     PyTorch's own rule looks at the weights too and is undecided for one channel; this one depends on ``x``
@@ -35,20 +35,20 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
-def lay_out(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return ``t`` in that layout, in the strides that `memory_format` recognises, one channel included."""
+def to_memory_format(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return ``t`` in that layout, in the strides that `memory_format_of` recognises, one channel included."""
     t = t.contiguous(memory_format=layout)
     # the strides of one channel count as either layout for contiguous(), not for to()
-    return t if memory_format(t) == layout else t.to(memory_format=layout)
+    return t if memory_format_of(t) == layout else t.to(memory_format=layout)
 
 
-def mlpconv(x: Tensor, layers: Layers) -> Tensor:
+def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
     """Compute the chain layer by layer, as ``torch.nn.functional.conv2d`` would."""
-    layout = memory_format(x)
-    return lay_out(convolve(x.contiguous(memory_format=layout), layers), layout)
+    layout = memory_format_of(x)
+    return to_memory_format(conv2d_chain(x.contiguous(memory_format=layout), layers), layout)
 
 
-def convolve(x: Tensor, layers: Layers) -> Tensor:
+def conv2d_chain(x: Tensor, layers: ChainArguments) -> Tensor:
     """Compute the chain by PyTorch's operators alone, which choose the layout of the result."""
     weights, biases, stride, padding, dilation, activations = layers
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
@@ -57,7 +57,7 @@ def convolve(x: Tensor, layers: Layers) -> Tensor:
     return x
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Return the gradients of ``x``, of each weight and of each bias.
 
     The hidden layers are computed again from ``x``; ``y``, the result of the forward pass, spares the last
@@ -71,7 +71,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
             back empty (shape ``(0,)``).
     """
     weights, biases, count = layers.weights, layers.biases, len(layers.weights)
-    geometry = [(layers.stride, layers.padding, layers.dilation), *[PLAIN] * (count - 1)]
+    geometry = [(layers.stride, layers.padding, layers.dilation), *[POINTWISE_GEOMETRY] * (count - 1)]
     inputs, before = _forward_again(x, y, layers, geometry)
     grad_weights = [x.new_empty(0)] * count
     grad_biases = [x.new_empty(0)] * count
@@ -93,15 +93,15 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
         if not go_on:
             break
         g = grad_x
-    grad_input = lay_out(g, memory_format(x)) if needs[0] else x.new_empty(0)
+    grad_input = to_memory_format(g, memory_format_of(x)) if needs[0] else x.new_empty(0)
     return grad_input, grad_weights, grad_biases
 
 
 def _forward_again(
-    x: Tensor, y: Tensor, layers: Layers, geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
+    x: Tensor, y: Tensor, layers: ChainArguments, geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return each layer's input and what its activation's derivative is taken from (see the next function)."""
-    inputs, before = [x.contiguous(memory_format=memory_format(x))], []
+    inputs, before = [x.contiguous(memory_format=memory_format_of(x))], []
     activations, last = layers.activations, len(layers.weights) - 1
     for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
         if i == last and activations[i] in ("none", "relu"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nin.ops import reference
-from nin.ops.arguments import Gradients, Layers, flat, flat_backward
+from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
 
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
@@ -24,22 +24,24 @@ library.define(
     f"mlpconv_backward(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor?[] biases, {GEOMETRY}, "
     "bool[] needs) -> (Tensor, Tensor[], Tensor[])"
 )
-library.impl("mlpconv", flat(reference.mlpconv), "CompositeExplicitAutograd")
-_reference_backward = flat_backward(reference.mlpconv_backward)
+library.impl("mlpconv", as_dispatcher_kernel(reference.mlpconv), "CompositeExplicitAutograd")
+_reference_backward = as_dispatcher_backward_kernel(reference.mlpconv_backward)
 library.impl("mlpconv_backward", _reference_backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nin::mlpconv")
-@flat
-def _mlpconv_fake(x: Tensor, layers: Layers) -> Tensor:
-    shape = layers.result_shape(x)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
+@as_dispatcher_kernel
+def _mlpconv_fake(x: Tensor, layers: ChainArguments) -> Tensor:
+    shape = layers.output_shape(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format_of(x))
 
 
 @torch.library.register_fake("nin::mlpconv_backward")
-@flat_backward
-def _mlpconv_backward_fake(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
-    layout = reference.memory_format(x)
+@as_dispatcher_backward_kernel
+def _mlpconv_backward_fake(
+    grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]
+) -> Gradients:
+    layout = reference.memory_format_of(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     parameters, count = [*layers.weights, *layers.biases], len(layers.weights)
     grads = [
@@ -52,7 +54,7 @@ def _mlpconv_backward_fake(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, n
 class _MLPConv(torch.autograd.Function):
     """Keeps the input and the result; the backward op computes what lies between them again.
 
-    The parameters come flat, as autograd does not look into lists.
+    The parameters come as_dispatcher_kernel, as autograd does not look into lists.
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nin.ops import reference
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import library
 
 WINOGRAD_VARIABLE = "NIN_CPU_WINOGRAD"
@@ -19,7 +19,7 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS
 _PROBLEM = struct.Struct("25q")
 
 
-def pack(x: Tensor, y: Tensor, layers: Layers) -> bytes:
+def pack(x: Tensor, y: Tensor, layers: ChainArguments) -> bytes:
     """Return the library's ``nin_problem``: 25 numbers of eight bytes."""
     weights, _, stride, padding, dilation, _ = layers
     shape, out = x.shape, y.shape
@@ -27,7 +27,7 @@ def pack(x: Tensor, y: Tensor, layers: Layers) -> bytes:
     return _PROBLEM.pack(*values, *x.stride(), *y.stride(), len(weights), 0)
 
 
-def choose_algorithm(kernels: library.Kernels, problem: bytes, layers: Layers) -> tuple[bytes, int]:
+def choose_algorithm(kernels: library.Kernels, problem: bytes, layers: ChainArguments) -> tuple[bytes, int]:
     """Return the problem with the size of Winograd's squares for its first layer, and that size; 0: tap by tap."""
     weight = layers.weights[0]
     if not WINOGRAD or weight.shape[2] == 1:
@@ -37,7 +37,7 @@ def choose_algorithm(kernels: library.Kernels, problem: bytes, layers: Layers) -
     return problem[:-8] + struct.pack("q", size), size
 
 
-def pack_layers(packed: Sequence[Tensor], layers: Layers) -> tuple[bytes, list[Tensor]]:
+def pack_layers(packed: Sequence[Tensor], layers: ChainArguments) -> tuple[bytes, list[Tensor]]:
     """Return the library's ``nin_layer`` for each layer, and what must live as long as they are used."""
     values: list[int] = []
     alive = list(packed)
@@ -51,7 +51,7 @@ def pack_layers(packed: Sequence[Tensor], layers: Layers) -> tuple[bytes, list[T
 
 
 def run_forward(
-    kernels: library.Kernels, problem: bytes, packed: Sequence[Tensor], layers: Layers, x: Tensor, y: Tensor
+    kernels: library.Kernels, problem: bytes, packed: Sequence[Tensor], layers: ChainArguments, x: Tensor, y: Tensor
 ) -> None:
     """Compute ``y``."""
     rows, alive = pack_layers(packed, layers)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nin.ops import reference
-from nin.ops.arguments import Gradients, Layers
+from nin.ops.arguments import ChainArguments, Gradients
 from nin.ops.cpu import abi, library, weight_cache
 
 
 def convolution_backward(
-    kernels: library.Kernels, grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]
+    kernels: library.Kernels, grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]
 ) -> Gradients:
     """Compute a k×k convolution's gradients; its activation is none or ReLU. See ``reference.mlpconv_backward``."""
     weight, bias = layers.weights[0], layers.biases[0]
@@ -29,7 +29,7 @@ def convolution_backward(
     if grad_x is None or grad_weight is None:
         mask, geometry = [grad_x is None, grad_weight is None, False], (layers.stride, layers.padding, layers.dilation)
         rest = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, False, (0, 0), 1, mask)
-        grad_x = reference.lay_out(rest[0], reference.memory_format(x)) if grad_x is None else grad_x
+        grad_x = reference.to_memory_format(rest[0], reference.memory_format_of(x)) if grad_x is None else grad_x
         grad_weight = rest[1].contiguous() if grad_weight is None else grad_weight
     return grad_x, [grad_weight], [g.sum((0, 2, 3)) if need_bias else nothing]
 
@@ -39,13 +39,15 @@ def convolution_backward(
 FEWEST_IN_A_RUN, MOST_CHANNELS = 8, 8
 
 
-def _sums_few_channels(x: Tensor, layers: Layers) -> bool:
+def _sums_few_channels(x: Tensor, layers: ChainArguments) -> bool:
     _, channels, _, width = layers.weights[0].shape
     dense = tuple(layers.dilation) == (1, 1) and x.dtype == torch.float32
     return dense and channels <= MOST_CHANNELS and width * channels >= FEWEST_IN_A_RUN
 
 
-def tap_gradient(kernels: library.Kernels, grad: Tensor, x: Tensor, y: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
+def tap_gradient(
+    kernels: library.Kernels, grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight and of the bias, tap by tap; ReLU's gate is applied on the way."""
     columns, channels, height, width = layers.weights[0].shape
     row = (columns + 15) // 16 * 16
@@ -59,14 +61,14 @@ def tap_gradient(kernels: library.Kernels, grad: Tensor, x: Tensor, y: Tensor, l
     return sums[:-1].view(height, width, channels, columns).permute(3, 2, 0, 1).contiguous(), sums[-1].clone()
 
 
-def input_gradient(kernels: library.Kernels, g: Tensor, x: Tensor, layers: Layers) -> Tensor | None:
+def input_gradient(kernels: library.Kernels, g: Tensor, x: Tensor, layers: ChainArguments) -> Tensor | None:
     """Return the convolution of ``g`` with the taps turned over; None where Winograd's transforms are not faster."""
     weight = layers.weights[0]
     padding = [size - 1 - border for size, border in zip(weight.shape[2:], layers.padding, strict=True)]
     if tuple(layers.stride) != (1, 1) or tuple(layers.dilation) != (1, 1) or min(padding) < 0:
         return None
-    turned = Layers([weight.transpose(0, 1)], [None], (1, 1), padding, (1, 1), ["none"])
-    grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=reference.memory_format(x))
+    turned = ChainArguments([weight.transpose(0, 1)], [None], (1, 1), padding, (1, 1), ["none"])
+    grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=reference.memory_format_of(x))
     given, winograd = abi.choose_algorithm(kernels, abi.pack(g, grad_x, turned), turned)
     if not winograd:
         return None
@@ -81,7 +83,7 @@ def input_gradient(kernels: library.Kernels, g: Tensor, x: Tensor, layers: Layer
 MOST_SUMS, FEWEST_RESULTS = 1 << 24, 1024
 
 
-def weight_gradient(kernels: library.Kernels, g: Tensor, x: Tensor, layers: Layers) -> Tensor | None:
+def weight_gradient(kernels: library.Kernels, g: Tensor, x: Tensor, layers: ChainArguments) -> Tensor | None:
     """Return Gᵀ (Bᵀ x B ⊙ A g Aᵀ) G, summed over all squares; None where Winograd's transforms are not faster."""
     weight = layers.weights[0]
     given, size = abi.choose_algorithm(kernels, abi.pack(x, g, layers), layers)

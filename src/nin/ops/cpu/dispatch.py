@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nin.ops import reference, schema
-from nin.ops.arguments import Gradients, Layers, flat, flat_backward
+from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
 from nin.ops.cpu import abi, conv_backward, library, weight_cache
 
 
@@ -29,7 +29,7 @@ def choose_kernels() -> library.Kernels | None:
     return None if absent else library.find_kernels(library.loaded(), wanted)
 
 
-def describe() -> str:
+def backend_summary() -> str:
     """Return one line for ``nin.backends()``."""
     if library.LIBRARY is None:
         return "reference (PyTorch): installed without a C++ compiler, there is no compiled library"
@@ -40,11 +40,11 @@ def describe() -> str:
     return f"{line}; other dtypes, and single small float32 layers: reference"
 
 
-def mlpconv(x: Tensor, layers: Layers) -> Tensor:
+def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
     """Compute the chain tile by tile; the hidden layers stay in the cache."""
     if KERNELS is None or not _serves(x, layers) or is_faster_in_pytorch(x, layers):
         return reference.mlpconv(x, layers)
-    y = torch.empty(layers.result_shape(x), dtype=x.dtype, memory_format=reference.memory_format(x))
+    y = torch.empty(layers.output_shape(x), dtype=x.dtype, memory_format=reference.memory_format_of(x))
     if y.numel() > 0:
         handle, floats = KERNELS.handles[x.dtype], KERNELS.handles[torch.float32]
         row, winograd = abi.choose_algorithm(KERNELS, abi.pack(x, y, layers), layers)
@@ -61,7 +61,7 @@ FEW_MACS, FEW_PIXELS = 150_000, 512  # calls of 20 µs, of which PyTorch's take 
 FEW_CHANNELS_IN, FEW_CHANNELS_OUT, MANY_PIXELS = 16, 15, 2048  # NCHW: turning the tiles over takes most of the time
 
 
-def is_faster_in_pytorch(x: Tensor, layers: Layers) -> bool:
+def is_faster_in_pytorch(x: Tensor, layers: ChainArguments) -> bool:
     """Return whether the forward pass goes to the reference although the compiled kernel could do it."""
     if len(layers.weights) > 1 or x.dtype != torch.float32:
         return False
@@ -92,7 +92,7 @@ def serving_kernel(
         'reference'
     """
     # dilation and activations decide nothing
-    layers = Layers(weights, biases, stride, padding, (1, 1), ["none"] * len(weights))
+    layers = ChainArguments(weights, biases, stride, padding, (1, 1), ["none"] * len(weights))
     if KERNELS is None or not _serves(x, layers) or is_faster_in_pytorch(x, layers):
         return "reference"
     return KERNELS.name
@@ -103,7 +103,7 @@ def serving_kernel(
 MOST_BACKWARD_WEIGHTS = 1 << 21
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients of a 1×1 chain tile by tile; see ``reference.mlpconv_backward``.
 
     A k×k convolution's are in `gradients`.
@@ -118,7 +118,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
         return reference.mlpconv_backward(grad, x, y, layers, needs)
     assert KERNELS is not None
     count, handle = len(weights), KERNELS.handles[x.dtype]
-    layout = reference.memory_format(x)
+    layout = reference.memory_format_of(x)
     grad_x = torch.empty(x.shape, dtype=x.dtype, memory_format=layout) if needs[0] else x.new_empty(0)
     if tuple(layers.stride) != (1, 1):  # the pixels that it steps over
         grad_x.zero_()
@@ -145,7 +145,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
     return grad_x, grad_weights, grad_biases
 
 
-def _serves(x: Tensor, layers: Layers) -> bool:
+def _serves(x: Tensor, layers: ChainArguments) -> bool:
     """Return whether the tensors fit together; what does not goes to the reference, whose error says why."""
     if x.dtype not in library.DTYPES or x.dim() != 4 or 0 in x.shape[1:]:
         return False
@@ -165,5 +165,5 @@ def _serves(x: Tensor, layers: Layers) -> bool:
 KERNELS = choose_kernels()
 
 if KERNELS is not None:
-    schema.library.impl("mlpconv", flat(mlpconv), "CPU")
-    schema.library.impl("mlpconv_backward", flat_backward(mlpconv_backward), "CPU")
+    schema.library.impl("mlpconv", as_dispatcher_kernel(mlpconv), "CPU")
+    schema.library.impl("mlpconv_backward", as_dispatcher_backward_kernel(mlpconv_backward), "CPU")

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from nin.ops import reference
-from nin.ops.arguments import Gradients, Layers
+from nin.ops.arguments import ChainArguments, Gradients
 from nin.ops.gpu import autotune, backward_kernels, forward, tiling
 from nin.ops.gpu import plan as choosing
 from nin.ops.gpu.strides import needs_64_bits, places, strided
@@ -30,12 +30,12 @@ class Wanted:
         return any(self.weights) or any(self.biases)
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients step by step, last step first; see `reference.mlpconv_backward` for the arguments."""
     weights, biases, count = layers.weights, layers.biases, len(layers.weights)
     shape = forward.describe(x, layers)
     plan = choosing.plan_backward(shape, forward.device_of(x), choosing.read_variable())
-    groups = [layers.part(step.first, step.count) for step in plan]
+    groups = [layers.subchain(step.first, step.count) for step in plan]
     inputs, results = compute_again(x, y, groups, plan)
     grad_weights, grad_biases = [x.new_empty(0) for _ in weights], [x.new_empty(0) for _ in weights]
     for k in reversed(range(len(plan))):
@@ -52,7 +52,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: 
 
 
 def compute_again(
-    x: Tensor, y: Tensor, groups: Sequence[Layers], plan: Sequence[choosing.Step]
+    x: Tensor, y: Tensor, groups: Sequence[ChainArguments], plan: Sequence[choosing.Step]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return each step's input, and its result, from which the gate of its last activation is taken.
 
@@ -61,21 +61,21 @@ def compute_again(
     inputs, results = [x], []
     for layers, step in zip(groups[:-1], plan, strict=False):
         if step.fused:
-            layout = reference.memory_format(inputs[-1])
+            layout = reference.memory_format_of(inputs[-1])
             results.append(forward.mlpconv(inputs[-1], layers))
-            assert reference.memory_format(results[-1]) == layout
+            assert reference.memory_format_of(results[-1]) == layout
         else:
             results.append(reference.mlpconv(inputs[-1], layers))
         inputs.append(results[-1])
     return inputs, [*results, y]
 
 
-def differentiate_by_library(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
+def differentiate_by_library(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, wanted: Wanted) -> Gradients:
     """Compute a step's gradients with PyTorch's own convolutions."""
     return reference.mlpconv_backward(grad, x, y, layers, [wanted.input, *wanted.weights, *wanted.biases])
 
 
-def differentiate(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
+def differentiate(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, wanted: Wanted) -> Gradients:
     """Compute a step's gradients with the Triton kernels."""
     source = y
     if layers.activations[-1] in ("gelu", "silu"):  # cannot be undone from the result: its argument again
@@ -89,12 +89,12 @@ def empty_input_gradient(x: Tensor, stride: Sequence[int], wanted: bool) -> Tens
     """Return room for the input's gradient, in the input's layout; zero where a stride steps over pixels."""
     if not wanted:
         return x.new_empty(0)
-    layout = reference.memory_format(x)
+    layout = reference.memory_format_of(x)
     make = torch.empty if tuple(stride) == (1, 1) else torch.zeros
-    return reference.lay_out(make(x.shape, dtype=x.dtype, device=x.device).to(memory_format=layout), layout)
+    return reference.to_memory_format(make(x.shape, dtype=x.dtype, device=x.device).to(memory_format=layout), layout)
 
 
-def differentiate_pair(grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
+def differentiate_pair(grad: Tensor, x: Tensor, source: Tensor, layers: ChainArguments, wanted: Wanted) -> Gradients:
     """Compute the gradients of two 1×1 layers without their hidden layer."""
     grad_input = empty_input_gradient(x, layers.stride, wanted.input)
     seen = strided(x, layers.stride)
@@ -164,7 +164,7 @@ def chain_constants(cut: tiling.ChainTiles) -> dict[str, int]:
     return {"BM": cut.pixels, **blocks, "num_warps": cut.warps, "num_stages": cut.stages}
 
 
-def differentiate_layer(grad: Tensor, x: Tensor, source: Tensor, layers: Layers, wanted: Wanted) -> Gradients:
+def differentiate_layer(grad: Tensor, x: Tensor, source: Tensor, layers: ChainArguments, wanted: Wanted) -> Gradients:
     """Compute the gradients of one layer, of any kernel, stride, padding and dilation."""
     (weight,), (bias,) = layers.weights, layers.biases
     grad_input = x.new_empty(0)
@@ -177,7 +177,7 @@ def differentiate_layer(grad: Tensor, x: Tensor, source: Tensor, layers: Layers,
     return grad_input, [add(part_weight, weight, wanted.weights[0])], [add(part_bias, bias, wanted.biases[0])]
 
 
-def layer_input_gradient(grad: Tensor, source: Tensor, weight: Tensor, target: Tensor, layers: Layers) -> None:
+def layer_input_gradient(grad: Tensor, source: Tensor, weight: Tensor, target: Tensor, layers: ChainArguments) -> None:
     """Compute one layer's input gradient into the target."""
     matrix, steps = forward.dense(weight)
     sizes = (*target.shape[2:], *grad.shape[2:])
@@ -201,7 +201,9 @@ def layer_input_gradient(grad: Tensor, source: Tensor, weight: Tensor, target: T
     call(autotune.choose("layer_input_gradient", key, target, device_tiles, call))
 
 
-def layer_parts(x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, layers: Layers) -> tuple[Tensor, Tensor]:
+def layer_parts(
+    x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, layers: ChainArguments
+) -> tuple[Tensor, Tensor]:
     """Return the parts of one layer's gradients: the weight's (parts, N C taps) and the bias's (parts, N)."""
     columns, summands = weight.shape[0], weight[0].numel()
     cut = tiling.weight_gradient_tiles(columns, summands)
@@ -223,7 +225,7 @@ def layer_parts(x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, layers:
     return parts[0], parts[1]
 
 
-def layer_constants(weight: Tensor, layers: Layers) -> dict[str, Any]:
+def layer_constants(weight: Tensor, layers: ChainArguments) -> dict[str, Any]:
     """Return one layer's shape as its backward kernels take it."""
     names = ("N", "C", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW", "ACTIVATION")
     values = (*weight.shape, *layers.stride, *layers.padding, *layers.dilation, layers.activations[0])

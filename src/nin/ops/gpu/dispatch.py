@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from nin.ops import reference, schema
-from nin.ops.arguments import Gradients, Layers, flat, flat_backward
+from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
 from nin.ops.gpu import plan as choosing
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -24,7 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 LEAST_CAPABILITY = (8, 0)
 
 
-def describe() -> str:
+def backend_summary() -> str:
     """Return in one line which kernels serve tensors on a GPU, for ``nin.backends()``."""
     if not HAS_TRITON:
         return "reference (PyTorch, cuDNN): Triton is not installed"
@@ -40,7 +40,7 @@ def describe() -> str:
     return f"{kernels}; {torch.cuda.get_device_name()}, Triton {importlib.import_module('triton').__version__}"
 
 
-def plan(x: Tensor, layers: Layers, *, backward: bool = False) -> list[choosing.Step]:
+def plan(x: Tensor, layers: ChainArguments, *, backward: bool = False) -> list[choosing.Step]:
     """Return which layers run together and by which engine; empty where the reference takes the whole call."""
     engine = choosing.read_variable()
     if engine == "reference" or not serves(x, layers.weights):
@@ -89,7 +89,7 @@ def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return max(image, result, *(weight.numel() for weight in weights)) < 1 << 31
 
 
-def mlpconv(x: Tensor, layers: Layers) -> Tensor:
+def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
     """Compute the chain on a GPU, by the kernels where any of its steps is theirs."""
     if any(step.fused for step in plan(x, layers)):
         importlib.import_module("nin.ops.gpu.operators")
@@ -98,7 +98,7 @@ def mlpconv(x: Tensor, layers: Layers) -> Tensor:
     return reference.mlpconv(x, layers)
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: Layers, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients on a GPU, by the kernels where any of the steps is theirs."""
     steps = plan(x, layers, backward=True)
     if grad.dtype == x.dtype and any(step.fused for step in steps):
@@ -127,7 +127,7 @@ def _look_through(kernel: Any, x_place: int) -> Any:
     return rule
 
 
-_forward, _backward = flat(mlpconv), flat_backward(mlpconv_backward)
+_forward, _backward = as_dispatcher_kernel(mlpconv), as_dispatcher_backward_kernel(mlpconv_backward)
 schema.library.impl("mlpconv", _forward, "CUDA")
 schema.library.impl("mlpconv_backward", _backward, "CUDA")
 torch.library.register_torch_dispatch(
@@ -137,4 +137,4 @@ torch.library.register_torch_dispatch(
     "nin::mlpconv_backward", FunctionalTensorMode, _look_through(_backward, 1), lib=schema.library
 )
 
-__all__ = ["describe", "mlpconv", "mlpconv_backward", "plan", "summarise", "watch"]
+__all__ = ["backend_summary", "mlpconv", "mlpconv_backward", "plan", "summarise", "watch"]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from nin.ops import reference
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import autotune, forward_kernels, tiling
 from nin.ops.gpu import plan as choosing
 from nin.ops.gpu.strides import needs_64_bits, places, strided
@@ -35,9 +35,9 @@ def device_of(x: Tensor) -> tiling.Device:
     return tiling.describe_device(x.device.index if x.is_cuda else None)
 
 
-def describe(x: Tensor, layers: Layers) -> choosing.Shape:
+def describe(x: Tensor, layers: ChainArguments) -> choosing.Shape:
     """Return what the choice of an engine depends on."""
-    images, _, height, width = layers.result_shape(x)
+    images, _, height, width = layers.output_shape(x)
     weights = layers.weights
     return choosing.Shape(
         pixels=images * height * width,
@@ -51,19 +51,19 @@ def describe(x: Tensor, layers: Layers) -> choosing.Shape:
     )
 
 
-def mlpconv(x: Tensor, layers: Layers) -> Tensor:
+def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
     """Compute a chain step by step, each step by the engine that `choosing.plan_forward` chose."""
     plan = choosing.plan_forward(describe(x, layers), device_of(x), choosing.read_variable())
-    layout = reference.memory_format(x)
+    layout = reference.memory_format_of(x)
     for step in plan:
-        part = layers.part(step.first, step.count)
+        part = layers.subchain(step.first, step.count)
         x = run_step(x, layout, part) if step.fused else reference.mlpconv(x, part)
     return x
 
 
-def run_step(x: Tensor, layout: torch.memory_format, layers: Layers) -> Tensor:
+def run_step(x: Tensor, layout: torch.memory_format, layers: ChainArguments) -> Tensor:
     """Compute one to three layers by one kernel."""
-    y = torch.empty(layers.result_shape(x), dtype=x.dtype, device=x.device, memory_format=layout)
+    y = torch.empty(layers.output_shape(x), dtype=x.dtype, device=x.device, memory_format=layout)
     run = run_layer if len(layers.weights) == 1 else run_chain
     run(Geometry(x, y, layers), layers)
     return y
@@ -79,7 +79,7 @@ class Geometry:
         weight: the first layer's, dense; ``weight_strides`` its steps from channel to channel and tap to tap.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, layers: Layers) -> None:
+    def __init__(self, x: Tensor, y: Tensor, layers: ChainArguments) -> None:
         stride, dilation = layers.stride, layers.dilation
         self.x, self.y = x, y
         self.weight, self.weight_strides = dense(layers.weights[0])
@@ -115,7 +115,7 @@ def dense(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return weight.contiguous(), (taps, 1)
 
 
-def run_chain(step: Geometry, layers: Layers) -> None:
+def run_chain(step: Geometry, layers: ChainArguments) -> None:
     """Compute two or three layers in one pass."""
     weights, biases, *_, activations = layers
     count, x = len(weights), step.x
@@ -153,7 +153,7 @@ def run_chain(step: Geometry, layers: Layers) -> None:
     call(autotune.choose("chain_forward", (*widths, step.pixels, *step.arguments[5:]), x, candidates, call))
 
 
-def run_layer(step: Geometry, layers: Layers) -> None:
+def run_layer(step: Geometry, layers: ChainArguments) -> None:
     """Compute one layer of any size."""
     x, columns, bias = step.x, layers.weights[0].shape[0], layers.biases[0]
     taps, channels = step.constants["KH"] * step.constants["KW"], step.constants["C"]

@@ -3,7 +3,7 @@
 ``triton_op`` lets torch.compile look into them; eager calls go to the kernels straight. ``nin::mlpconv`` remains the
 one operator that everybody calls: on CUDA it hands over to these (see `nin.ops.gpu.dispatch`). The activations' names
 come as one text with commas, as PyTorch up to 2.11 derives no schema for a list of texts. ``triton_op`` derives the
-schema from the annotations, so the fields of `Layers` are parameters here.
+schema from the annotations, so the fields of `ChainArguments` are parameters here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.library import triton_op
 
-from nin.ops.arguments import Layers
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import backward, forward
 
 
@@ -28,7 +28,7 @@ def mlpconv(
     activations: str,
 ) -> Tensor:
     """Compute the chain; see `launching.mlpconv`."""
-    return forward.mlpconv(x, Layers(weights, biases, stride, padding, dilation, activations.split(",")))
+    return forward.mlpconv(x, ChainArguments(weights, biases, stride, padding, dilation, activations.split(",")))
 
 
 @triton_op("nin::triton_mlpconv_backward", mutates_args=())
@@ -45,5 +45,5 @@ def mlpconv_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Compute the gradients; see `gradients.mlpconv_backward`."""
-    layers = Layers(weights, biases, stride, padding, dilation, activations.split(","))
+    layers = ChainArguments(weights, biases, stride, padding, dilation, activations.split(","))
     return backward.mlpconv_backward(grad, x, y, layers, needs)
