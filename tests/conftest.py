@@ -4,13 +4,13 @@ And what the tests of the CPU kernels share.
 """
 
 import os
-import shutil
-import subprocess
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
+
+from nin import distribution
+from support.browser import CHROMIUM
+from support.native import INSTRUCTION_SETS, build_native
 
 torch.set_num_threads(1)
 
@@ -24,28 +24,14 @@ def _seed():
     torch.manual_seed(0)
 
 
-ROOT = Path(__file__).parent.parent
-
-
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """Build the library with AMX's tile registers computed in plain C++."""
     from nin.ops.cpu import library as compiled
 
     folder = tmp_path_factory.mktemp("emulated")
-    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={version('nin')}")
+    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={distribution.version()}")
     return compiled.load_library(folder / compiled.LIBRARY_NAME)
-
-
-def build_native(folder, target, *options):
-    if shutil.which("g++") is None or shutil.which("cmake") is None:
-        pytest.skip("needs g++ and cmake")
-    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(folder), "--target", target], check=True, capture_output=True)
-
-
-# those of nin.ops.cpu.library, which is not imported before the variable above is set
-INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -72,3 +58,15 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start Chromium; Playwright keeps an event loop in this thread, so it ends with the module."""
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()

@@ -10,7 +10,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from nin import server
-from test_server import Running, make_run, pictures, png
+from support.serving import Running, make_run, pictures, png
 
 EXAMPLES = 10  # of each operation; benchmarks/serve/README.md has a longer run
 

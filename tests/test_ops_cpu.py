@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nin
-from conftest import INSTRUCTION_SETS, build_native
 from nin.ops import ACTIVATIONS, reference
 from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, dispatch, weight_cache
 from nin.ops.cpu import conv_backward as convolution_gradients
 from nin.ops.cpu import library as compiled
-from test_ops import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
+from support.chains import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
+from support.native import INSTRUCTION_SETS, build_native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

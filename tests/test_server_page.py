@@ -1,32 +1,22 @@
 """The page in a real browser: every step, by pointer and by keyboard, and its numbers beside PyTorch's."""
 
 import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from nin import server
 from nin.layers import Bottleneck
 from nin.profiling import bottleneck
 from nin.server import static_files
-from test_server import Running, make_run, png
+from support.browser import Visit, needs_chromium, slide
+from support.serving import Running, make_run, png
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 STEPS = ("one-channel", "many-channels", "dense", "shrinking", "bottleneck", "colours", "network")
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not driven")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -41,36 +31,6 @@ def lesson():
     served = Running(server.create_app())
     yield served
     served.stop()
-
-
-class Visit:
-    """A page with a list of what went wrong on it."""
-
-    def __init__(self, browser, served, path="/", **options):
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
-        self.page, self.wrong, self.served = self.context.new_page(), [], served
-        self.page.on(
-            "console", lambda message: message.type in ("error", "warning") and self.wrong.append(message.text)
-        )
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", self.check_host)
-        self.page.goto(served.url + path)
-        if path == "/":
-            self.page.wait_for_selector("html[data-ready]")
-            expect(self.page.locator("#colours [data-said]")).not_to_be_empty()
-            expect(self.page.locator("#network .best")).to_have_count(1)
-
-    def hear(self, message):
-        if message.type in ("error", "warning"):
-            self.wrong.append(message.text)
-
-    def check_host(self, request):
-        if not request.url.startswith((self.served.url, "data:", "blob:")):
-            self.wrong.append(f"request to {request.url}")
-
-    def close(self):
-        self.context.close()
-        assert self.wrong == []
 
 
 @pytest.fixture
@@ -95,13 +55,6 @@ def values(locator):
 
 def upload(content):
     return {"name": "<b>x</b>.png", "mimeType": "image/png", "buffer": content}
-
-
-def slide(page, label, value):
-    """Move a slider as its own events would."""
-    page.get_by_label(label, exact=True).evaluate(
-        "(one, value) => { one.value = value; one.dispatchEvent(new Event('input', {bubbles: true})) }", value
-    )
 
 
 def test_the_lesson_alone_shows_no_look_inside(visit):

@@ -13,10 +13,8 @@ from nin.errors import UserError
 from nin.narrowing import LayerPlan, Plan
 from nin.profiling import bottleneck
 from nin.server import activations, js_bundle, pca, static_files
-from test_server import Running, make_run, numbers, pictures, png, post
-from test_server_page import CHROMIUM, Visit, browser, slide  # noqa: F401  (browser is a fixture)
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not driven")
+from support.browser import Visit, needs_chromium, slide
+from support.serving import Running, make_run, numbers, pictures, png, post
 
 
 def make_narrowed(folder, run):
@@ -102,7 +100,7 @@ def first_image(served, number):
 
 
 @needs_chromium
-def test_two_runs_beside_each_other_show_the_same_place(browser, both, runs):  # noqa: F811
+def test_two_runs_beside_each_other_show_the_same_place(browser, both, runs):
     made = Visit(browser, both)
     inside = made.page.locator("#inside")
     expect(inside.locator("[data-paths] h3")).to_have_count(2)
@@ -136,7 +134,7 @@ def read_pixels(canvas):
 
 
 @needs_chromium
-def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):  # noqa: F811
+def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):
     made = Visit(browser, both)
     inside = made.page.locator("#inside")
     inside.get_by_role("button", name="block 1, 1×1 (1)").click()
@@ -195,7 +193,7 @@ def slide_end(page, value):
 
 
 @needs_chromium
-def test_channels_are_paired_by_what_they_show(browser, both):  # noqa: F811
+def test_channels_are_paired_by_what_they_show(browser, both):
     made = Visit(browser, both)
     torch.manual_seed(0)
     base, other = torch.randn(3, 6, 6), torch.randn(5, 6, 6)
@@ -241,7 +239,7 @@ def googlenet_run(tmp_path, monkeypatch):
 
 
 @needs_chromium
-def test_inception_modules_are_looked_into(browser, googlenet_run):  # noqa: F811
+def test_inception_modules_are_looked_into(browser, googlenet_run):
     served = Running(server.create_app(googlenet_run))
     served.app.state.service.runs[0].samples.thread.join(timeout=60)
     made = Visit(browser, served)
@@ -287,7 +285,7 @@ def copied(runs, tmp_path_factory):
 
 
 @needs_chromium
-def test_the_copy_opens_from_the_disk(browser, copied, both):  # noqa: F811
+def test_the_copy_opens_from_the_disk(browser, copied, both):
     made = Visit(browser, OnDisk(copied), path="/index.html")
     page = made.page
     page.wait_for_selector("html[data-ready]")

@@ -1,0 +1,1 @@
+"""What tests share: it holds no test, and no test imports another test."""
