@@ -86,11 +86,11 @@ def test_plans_and_narrowing_reports():
 
 def test_reports_come_in_a_frame_of_their_own(tmp_path):
     nin.train("digits", nin.TrainConfig(epochs=1), out=tmp_path / "run")
-    collected = report.collect(tmp_path / "run")
+    collected = report.build_report(tmp_path / "run")
     object.__setattr__(collected, "data_name", NASTY)
     found = shown(collected)
     (frame,) = found.frames
     assert frame["sandbox"] == ""
-    assert frame["srcdoc"] == report.render(collected)
+    assert frame["srcdoc"] == report.render_report(collected)
     assert NASTY in html.unescape(frame["srcdoc"])
     assert NASTY not in frame["srcdoc"]

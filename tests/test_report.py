@@ -77,7 +77,7 @@ def trained(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def collected(trained, digits):
-    return report.collect(trained, digits)
+    return report.build_report(trained, digits)
 
 
 def answers_of(run, images):
@@ -114,14 +114,14 @@ def test_the_headline_is_what_the_training_recorded(collected, trained):
 def test_a_recorded_accuracy_that_differs_is_kept_and_noted(tmp_path):
     images = some_images("ab")
     result = {"test_accuracy": 0.975, "test_accuracy_interval": [0.87, 0.99], "seconds": 4.0}
-    found = report.collect(make_run(tmp_path / "run", images, result=result), images)
+    found = report.build_report(make_run(tmp_path / "run", images, result=result), images)
     assert found.headline.accuracy == 0.975
     right = round(40 * found.headline.counted_accuracy)
     assert found.notes == (
         "The accuracy is the one that the training counted; counted again here, as for the tables, the network is "
         f"right on {right} of 40 images ({100 * right / 40:.2f} %).",
     )
-    assert "97.5" in report.render(found)
+    assert "97.5" in report.render_report(found)
 
 
 def test_the_maps_average_to_the_scores_of_the_classifier(collected, trained, digits):
@@ -205,7 +205,7 @@ def assert_harmless(page):
 
 
 def test_the_page_is_whole_small_and_described(collected):
-    text = report.render(collected)
+    text = report.render_report(collected)
     page = Page(text)
     assert_harmless(page)
     assert len(page.all("img")) == 30 + len(collected.mistakes)
@@ -217,7 +217,7 @@ def test_the_page_is_whole_small_and_described(collected):
     assert text.index("<img") < text.index("In figures")  # pictures first
     assert "url(" not in text
     assert len(text.encode()) < 1_000_000
-    assert text == report.render(collected)
+    assert text == report.render_report(collected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -225,7 +225,7 @@ def test_hostile_names_stay_text(tmp_path, channels):
     files = [f"{HOSTILE[i % 4]}/{i}\udcff'\"><svg onload=alert(1)>.png" for i in range(40)]
     images = some_images(HOSTILE, channels=channels, names=files)
     run = make_run(tmp_path / "run", images, skipped=[["<b>x</b>.png", "damaged <i>"]], name="<script>x</script>")
-    text = report.write(run, images).read_text(encoding="utf-8")
+    text = report.write_report(run, images).read_text(encoding="utf-8")
     page = Page(text)
     assert_harmless(page)
     for name in (*HOSTILE[:2], HOSTILE[3], "{{ 7 * 7 }}", "<script>x</script>", "<b>x</b>.png", "damaged <i>"):
@@ -239,29 +239,29 @@ def test_a_class_that_is_never_the_answer_has_no_precision(tmp_path):
     model = models.nin_digits(3)
     with torch.no_grad():
         model.blocks[-1][0].convs[-1].bias[1] = -1000
-    found = report.collect(make_run(tmp_path / "run", images, model), images)
+    found = report.build_report(make_run(tmp_path / "run", images, model), images)
     assert found.per_class[1].precision is None
     assert found.per_class[1].recall == 0
     assert [row[1] for row in found.confusion] == [0, 0, 0]
     assert json.dumps(found.to_dict(), allow_nan=False)
-    assert Page(report.render(found)).words.count(html_page.NO_VALUE) >= 1
+    assert Page(report.render_report(found)).words.count(html_page.NO_VALUE) >= 1
 
 
 def test_a_class_without_test_images(tmp_path):
     images = some_images("abc")
     test = data.ImageSet(images.test.images, images.test.labels % 2)
     images = dataclasses.replace(images, test=test)
-    found = report.collect(make_run(tmp_path / "run", images), images)
+    found = report.build_report(make_run(tmp_path / "run", images), images)
     assert found.per_class[2].recall is None
     assert {sample.true for sample in found.samples} == {0, 1}
-    report.render(found)
+    report.render_report(found)
 
 
 def test_many_classes_show_pairs_in_place_of_a_matrix(tmp_path):
     names = [f"kind {i}" for i in range(35)]
     images = some_images(names, channels=3, test=105)
-    found = report.collect(make_run(tmp_path / "run", images), images, samples=6)
-    page = Page(report.render(found))
+    found = report.build_report(make_run(tmp_path / "run", images), images, samples=6)
+    page = Page(report.render_report(found))
     assert not [t for t in page.all("table") if "matrix" in t.get("class", "")]
     wrong = sum(map(sum, found.confusion)) - sum(found.confusion[i][i] for i in range(35))
     assert wrong > 0
@@ -276,26 +276,26 @@ def test_no_mistakes_and_one_epoch(tmp_path):
     images = some_images("ab")
     run = make_run(tmp_path / "run", images, rows=1)
     images = dataclasses.replace(images, test=data.ImageSet(images.test.images, answers_of(run, images)))
-    found = report.collect(run, images)
+    found = report.build_report(run, images)
     assert found.mistakes == found.confused == ()
     assert found.headline.counted_accuracy == 1
-    assert "every test image is answered right" in Page(report.render(found)).words
+    assert "every test image is answered right" in Page(report.render_report(found)).words
 
 
 def test_an_interrupted_training_says_so(tmp_path):
     images = some_images("ab")
-    found = report.collect(make_run(tmp_path / "run", images), images)
+    found = report.build_report(make_run(tmp_path / "run", images), images)
     assert not found.finished
     assert found.headline.accuracy == found.headline.counted_accuracy
     assert found.headline.minutes == 1
-    assert "after epoch 2 of 9" in Page(report.render(found)).words
+    assert "after epoch 2 of 9" in Page(report.render_report(found)).words
 
 
 def test_a_run_without_metrics_has_no_curves(tmp_path):
     images = some_images("ab")
-    found = report.collect(make_run(tmp_path / "run", images, rows=0), images)
+    found = report.build_report(make_run(tmp_path / "run", images, rows=0), images)
     assert found.curves == ()
-    assert not Page(report.render(found)).all("svg")
+    assert not Page(report.render_report(found)).all("svg")
 
 
 @pytest.mark.parametrize("line", ["1,x,0,1,0,1", "1,2", "1,2,3,4,5,6,7"])
@@ -305,27 +305,27 @@ def test_damaged_metrics_are_named(tmp_path, line):
     with (run / "metrics.csv").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"metrics\.csv is damaged"):
-        report.collect(run, images)
+        report.build_report(run, images)
 
 
 def test_the_maps_of_a_googlenet_are_shown(tmp_path):
     images = some_images("ab", channels=3, size=32, test=6)
     run = make_run(tmp_path / "run", images, models.googlenet(2))
-    found = report.collect(run, images)
+    found = report.build_report(run, images)
     assert found.samples
     expected = nin.load(run).confidence_maps(torch.from_numpy(found.samples[0].pixels))[0]
     for shown in found.samples[0].maps:
         torch.testing.assert_close(torch.from_numpy(shown.values), expected[shown.label], rtol=1e-4, atol=1e-4)
-    page = Page(report.render(found))
+    page = Page(report.render_report(found))
     assert "makes no class maps" not in page.words
     assert_harmless(page)
 
 
 def test_a_network_without_maps_shows_its_images(tmp_path):
     images = some_images("ab", test=6)
-    found = report.collect(make_run(tmp_path / "run", images), images)
+    found = report.build_report(make_run(tmp_path / "run", images), images)
     bare = tuple(dataclasses.replace(sample, maps=()) for sample in found.samples)
-    page = Page(report.render(dataclasses.replace(found, samples=bare)))
+    page = Page(report.render_report(dataclasses.replace(found, samples=bare)))
     assert "makes no class maps" in page.words
     assert_harmless(page)
 
@@ -333,18 +333,18 @@ def test_a_network_without_maps_shows_its_images(tmp_path):
 def test_images_are_loaded_again_by_name(tmp_path):
     images = data.load("digits")
     run = make_run(tmp_path / "run", images)
-    assert report.collect(run).to_dict() == report.collect(run, images).to_dict()
+    assert report.build_report(run).to_dict() == report.build_report(run, images).to_dict()
 
 
 def test_the_wrong_images_are_refused(tmp_path):
     images = some_images("ab")
     run = make_run(tmp_path / "run", images)
     with pytest.raises(UserError, match=r"its classes is \['a', 'b'\]"):
-        report.collect(run, some_images("ac"))
+        report.build_report(run, some_images("ac"))
     with pytest.raises(UserError, match="number of test images is 40"):
-        report.collect(run, some_images("ab", test=30))
+        report.build_report(run, some_images("ab", test=30))
     with pytest.raises(UserError, match="does not record where its images"):
-        report.collect(run)
+        report.build_report(run)
 
 
 def test_overlay_is_warm_for_cool_against_and_grey_at_zero():

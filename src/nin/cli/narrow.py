@@ -40,7 +40,7 @@ def narrow(
     if not distributed.is_first():
         return
     if out is not None and not config.dry_run:
-        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {run.name}")
+        page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {run.name}")
         write_atomically(out / "narrowing.html", page)
         write_report(out, images)
     show_narrowing(result.report, out, as_json)
@@ -70,7 +70,7 @@ def narrow_network(
     if not distributed.is_first():
         return
     if out is not None and not config.dry_run:
-        page = reports.render_narrowing(result.report, f"{out.name}: narrowed from {factory}")
+        page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {factory}")
         write_atomically(out / "report.html", page)
     show_narrowing(result.report, out, as_json)
     if out is not None and not config.dry_run:

@@ -115,4 +115,4 @@ def show_result(result: training.TrainResult) -> None:
 def write_report(run: Path, images: data.Data | None) -> Path:
     """Write the report, showing progress: it predicts on all test images."""
     with Bar("Writing the report") as bar:
-        return reports.write(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
+        return reports.write_report(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))

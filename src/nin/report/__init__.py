@@ -1,23 +1,22 @@
-"""Looking: a trained run becomes plain data (`collect`), one HTML page (`render`), and both in one step (`write`)."""
+"""The report of a run: its data (`build_report`), its HTML page (`render_report`), and the file (`write_report`)."""
 
-from nin.report.build import collect
-from nin.report.data import Report
+from nin.report.build import Report, build_report, write_report
 from nin.report.examples import example_rows
 from nin.report.heatmaps import overlay, symmetric_limit
-from nin.report.html_page import render, write
+from nin.report.html_page import render_report
 from nin.report.image_grid import Panel, SheetRow, contact_sheet
-from nin.report.narrowing_report import render_narrowing
+from nin.report.narrowing_report import render_narrowing_report
 
 __all__ = [
     "Panel",
     "Report",
     "SheetRow",
-    "collect",
+    "build_report",
     "contact_sheet",
     "example_rows",
     "overlay",
-    "render",
-    "render_narrowing",
+    "render_narrowing_report",
+    "render_report",
     "symmetric_limit",
-    "write",
+    "write_report",
 ]

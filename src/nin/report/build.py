@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from nin.errors import UserError
 from nin.inference import classifier as prediction
 from nin.inference.evaluation import wilson_interval
 from nin.profiling import cost as costs
-from nin.report.data import Answer, ClassFigures, ClassMap, Confusion, Headline, Report
+from nin.report.data import ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
+from nin.report.html_page import render_report
+from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
 from nin.training import metrics
 
@@ -30,7 +33,43 @@ MOST_CONFUSED = 12
 WRONG_SAMPLE_EVERY = 3
 
 
-def collect(
+class Report(ReportData):
+    """A report that a notebook shows as its page."""
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame of its own: neither its styles nor its policy touch the notebook."""
+        page = html.escape(render_report(self), quote=True)
+        return f'<iframe srcdoc="{page}" sandbox="" width="100%" height="800" style="border: 0"></iframe>'
+
+
+def write_report(
+    run: str | Path,
+    images: data.Data | None = None,
+    *,
+    device: str = "cpu",
+    on_progress: ProgressCallback | None = None,
+) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Args:
+        run: the folder that `nin.train` or ``nin train`` made.
+        images: what it was trained on. None loads them again, as ``config.json`` records them.
+        device: where to compute.
+        on_progress: called with (what is being done, number done, number of all).
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: as `build_report`.
+        OSError: the file cannot be written; it is named.
+    """
+    path = Path(run) / checkpoint.REPORT_FILE
+    write_atomically(path, render_report(build_report(run, images, device=device, on_progress=on_progress)))
+    return path
+
+
+def build_report(
     run: str | Path,
     images: data.Data | None = None,
     *,
@@ -133,18 +172,18 @@ def _confusion(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
 
 
-def _per_class(classes: tuple[str, ...], confusion: Tensor) -> list[ClassFigures]:
+def _per_class(classes: tuple[str, ...], confusion: Tensor) -> list[ClassMetrics]:
     counts = (confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diag().tolist())
-    return [ClassFigures(*row) for row in zip(classes, *counts, strict=True)]
+    return [ClassMetrics(*row) for row in zip(classes, *counts, strict=True)]
 
 
-def _most_confused(confusion: Tensor) -> tuple[Confusion, ...]:
+def _most_confused(confusion: Tensor) -> tuple[ConfusedPair, ...]:
     wrong = confusion - confusion.diag().diag()
     order = wrong.flatten().argsort(descending=True, stable=True)[:MOST_CONFUSED]
     of_class = confusion.sum(1)
     pairs = [(int(i) // len(wrong), int(i) % len(wrong)) for i in order]
     return tuple(
-        Confusion(true, answer, int(wrong[true, answer]), float(wrong[true, answer] / of_class[true]))
+        ConfusedPair(true, answer, int(wrong[true, answer]), float(wrong[true, answer] / of_class[true]))
         for true, answer in pairs
         if wrong[true, answer]
     )
@@ -152,11 +191,11 @@ def _most_confused(confusion: Tensor) -> tuple[Confusion, ...]:
 
 def _headline(
     info: checkpoint.RunInfo, curves: tuple[dict[str, float], ...], cost: costs.Cost, hits: int, count: int
-) -> Headline:
+) -> RunSummary:
     result, last = info.result, curves[-1] if curves else {}
     seconds = result.get("seconds", last.get("seconds"))
     flip = result.get("test_accuracy_flip")
-    return Headline(
+    return RunSummary(
         accuracy=result.get("test_accuracy", hits / count),
         accuracy_interval=tuple(result.get("test_accuracy_interval", wilson_interval(hits, count))),
         accuracy_flip=flip,
@@ -173,7 +212,7 @@ def _headline(
     )
 
 
-def _notes(headline: Headline, cost: costs.Cost) -> list[str]:
+def _notes(headline: RunSummary, cost: costs.Cost) -> list[str]:
     notes = []
     if not math.isclose(headline.accuracy, headline.counted_accuracy, abs_tol=1e-9):
         right, count = round(headline.counted_accuracy * headline.test_images), headline.test_images
@@ -186,7 +225,7 @@ def _notes(headline: Headline, cost: costs.Cost) -> list[str]:
     return notes
 
 
-def _mistakes(images: data.Data, probabilities: Tensor) -> tuple[Answer, ...]:
+def _mistakes(images: data.Data, probabilities: Tensor) -> tuple[ExamplePrediction, ...]:
     confidence, answers = probabilities.max(1)
     wrong = (answers != images.test.labels).nonzero().flatten()
     order = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES]
@@ -195,7 +234,7 @@ def _mistakes(images: data.Data, probabilities: Tensor) -> tuple[Answer, ...]:
 
 def _samples(
     classifier: prediction.Classifier, images: data.Data, probabilities: Tensor, count: int
-) -> tuple[Answer, ...]:
+) -> tuple[ExamplePrediction, ...]:
     chosen = _choose_samples(images.test.labels, probabilities.argmax(1), len(images.classes), count)
     answers = _answers(images, probabilities, chosen)
     if not isinstance(classifier.model, models.Network) or not answers:
@@ -225,7 +264,7 @@ def _choose_samples(labels: Tensor, answers: Tensor, classes: int, count: int) -
     return torch.tensor(chosen, dtype=torch.int64)
 
 
-def _answers(images: data.Data, probabilities: Tensor, indices: Tensor) -> tuple[Answer, ...]:
+def _answers(images: data.Data, probabilities: Tensor, indices: Tensor) -> tuple[ExamplePrediction, ...]:
     if not len(indices):
         return ()
     names, rows = images.test.names, []
@@ -233,11 +272,11 @@ def _answers(images: data.Data, probabilities: Tensor, indices: Tensor) -> tuple
         row, true = probabilities[index], int(images.test.labels[index])
         answer = int(row.argmax())
         file = None if names is None else names[index]
-        rows.append(Answer(index, file, pixels.numpy(), true, answer, float(row[answer]), float(row[true])))
+        rows.append(ExamplePrediction(index, file, pixels.numpy(), true, answer, float(row[answer]), float(row[true])))
     return tuple(rows)
 
 
-def _shown_maps(answer: Answer, maps: Tensor) -> tuple[ClassMap, ...]:
+def _shown_maps(answer: ExamplePrediction, maps: Tensor) -> tuple[ClassMap, ...]:
     """Return the maps to show of one image; ``maps`` is (classes, h, w)."""
     scores = maps.mean((1, 2))
     probabilities = scores.softmax(0)

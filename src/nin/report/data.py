@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from nin.profiling import cost as costs
 
 
 @dataclasses.dataclass(frozen=True)
-class Headline:
+class RunSummary:
     """The figures that a reader looks for first.
 
     Attributes:
@@ -50,7 +49,7 @@ class Headline:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassFigures:
+class ClassMetrics:
     """How one class fared on the test images.
 
     Attributes:
@@ -77,7 +76,7 @@ class ClassFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Confusion:
+class ConfusedPair:
     """Images of one class that were taken for another.
 
     Attributes:
@@ -111,7 +110,7 @@ class ClassMap:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Answer:
+class ExamplePrediction:
     """One test image and what the network says of it.
 
     Attributes:
@@ -142,7 +141,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Report:
+class ReportData:
     """Everything that a page about a run shows. Labels are positions in ``classes``.
 
     Attributes:
@@ -169,26 +168,19 @@ class Report:
     model_name: str
     finished: bool
     classes: tuple[str, ...]
-    headline: Headline
+    headline: RunSummary
     curves: tuple[dict[str, float], ...]
-    per_class: tuple[ClassFigures, ...]
+    per_class: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
-    confused: tuple[Confusion, ...]
-    mistakes: tuple[Answer, ...]
-    samples: tuple[Answer, ...]
+    confused: tuple[ConfusedPair, ...]
+    mistakes: tuple[ExamplePrediction, ...]
+    samples: tuple[ExamplePrediction, ...]
     cost: costs.Cost
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     recipe: dict[str, Any]
     preprocessing: dict[str, Any]
     environment: dict[str, Any]
-
-    def _repr_html_(self) -> str:
-        """Return the page in a frame of its own: neither its styles nor its policy touch the notebook."""
-        from nin.report.html_page import render  # which imports this module
-
-        page = html.escape(render(self), quote=True)
-        return f'<iframe srcdoc="{page}" sandbox="" width="100%" height="800" style="border: 0"></iframe>'
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; arrays as {"shape", "dtype", "base64"}, in C order."""

@@ -7,18 +7,13 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from nin import checkpoint, data
 from nin.report import charts, heatmaps
-from nin.report.build import collect
-from nin.report.data import Answer, Confusion, Report
-from nin.runtime.files import write_atomically
-from nin.runtime.progress import ProgressCallback
+from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
 
 # A confusion matrix of more classes is no longer read, and its page no longer fits.
 LARGEST_MATRIX = 30
@@ -29,40 +24,13 @@ MOST_PHOTOS = 12
 MINUS, NO_VALUE, NARROW_SPACE = "−", "–", "\N{NARROW NO-BREAK SPACE}"
 
 
-def write(
-    run: str | Path,
-    images: data.Data | None = None,
-    *,
-    device: str = "cpu",
-    on_progress: ProgressCallback | None = None,
-) -> Path:
-    """Make ``report.html`` in a run folder.
-
-    Args:
-        run: the folder that `nin.train` or ``nin train`` made.
-        images: what it was trained on. None loads them again, as ``config.json`` records them.
-        device: where to compute.
-        on_progress: called with (what is being done, number done, number of all).
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: as `collect`.
-        OSError: the file cannot be written; it is named.
-    """
-    path = Path(run) / checkpoint.REPORT_FILE
-    write_atomically(path, render(collect(run, images, device=device, on_progress=on_progress)))
-    return path
-
-
-def render(report: Report) -> str:
+def render_report(report: ReportData) -> str:
     """Return the page as HTML text.
 
     Every name is escaped, and the page's own policy forbids it to load or run anything.
 
     Args:
-        report: what `collect` gives.
+        report: what `nin.report.build_report` returns.
 
     Returns:
         One self-contained file: pictures, charts and styles are in it.
@@ -181,7 +149,7 @@ def _image(pixels: NDArray[Any]) -> str:
     return heatmaps.data_uri(heatmaps.picture(torch.from_numpy(pixels), min(side, heatmaps.display_size(side))))
 
 
-def _sample(answer: Answer) -> dict[str, Any]:
+def _sample(answer: ExamplePrediction) -> dict[str, Any]:
     """Return a sample's pictures; its maps share one scale."""
     pixels = torch.from_numpy(answer.pixels)
     values = [torch.from_numpy(m.values) for m in answer.maps]
@@ -216,7 +184,7 @@ def _charts(curves: Sequence[dict[str, float]]) -> list[charts.Chart]:
     return made
 
 
-def _matrix(report: Report) -> list[dict[str, Any]]:
+def _matrix(report: ReportData) -> list[dict[str, Any]]:
     """Return the rows of the confusion matrix; each cell with the opacity of its colour."""
     rows = []
     for i, (name, counts) in enumerate(zip(report.classes, report.confusion, strict=True)):
@@ -231,13 +199,13 @@ def _matrix(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _bars(confused: Sequence[Confusion]) -> list[tuple[Confusion, float]]:
+def _bars(confused: Sequence[ConfusedPair]) -> list[tuple[ConfusedPair, float]]:
     """Return the pairs, each with the length of its bar: 1 for the longest."""
     longest = max((pair.images for pair in confused), default=1)
     return [(pair, pair.images / longest) for pair in confused]
 
 
-def _per_class(report: Report) -> list[Any]:
+def _per_class(report: ReportData) -> list[Any]:
     """Return the classes in their order, or the worst first where they are too many to look through."""
     rows = list(report.per_class)
     if len(rows) > LARGEST_MATRIX:

@@ -12,7 +12,7 @@ from nin.runtime.timer import Timing
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 700.0, 14.0, 250.0
 
 
-def render_narrowing(report: NarrowReport, title: str) -> str:
+def render_narrowing_report(report: NarrowReport, title: str) -> str:
     """Return the page as HTML text; it needs nothing that is not in it.
 
     Args:
