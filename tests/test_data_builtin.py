@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nin.data import NAMES, builtin, load
+from nin.data import DATASET_NAMES, builtin, load
 from nin.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -73,7 +73,7 @@ def test_damaged_idx_files_are_named(small_mnist, content, reason):
     assert str(small_mnist) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("name", DATASET_NAMES[1:])
 def test_missing_files_are_told_and_nothing_is_downloaded_into_a_given_folder(name, tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "_download", lambda *_: pytest.fail("must not download"))
     with pytest.raises(UserError, match="leave out data_dir to download") as caught:

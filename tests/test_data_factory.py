@@ -9,7 +9,7 @@ from nin.errors import UserError
 
 def test_the_same_images_come_again():
     images = data.load("digits", seed=3, test_fraction=0.5)
-    again = data.load_recorded(images.origin, size=images.size)
+    again = data.load_from_record(images.origin, size=images.size)
     assert torch.equal(again.test.images, images.test.images)
     assert again.origin["seed"] == 3
 
@@ -30,7 +30,7 @@ def test_the_same_images_come_again():
 )
 def test_what_is_not_here_or_damaged_is_one_clear_line(record, words):
     with pytest.raises(UserError, match=words) as caught:
-        data.load_recorded(record, size=8)
+        data.load_from_record(record, size=8)
     assert "\n" not in str(caught.value)
 
 
@@ -38,8 +38,8 @@ def test_a_record_runs_no_program_and_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     proof = tmp_path / "proof"
     with pytest.raises(UserError, match="URL"):
-        data.load_recorded({"source": f"pipe:touch {proof}; cat /dev/null #.tar"}, size=8)
+        data.load_from_record({"source": f"pipe:touch {proof}; cat /dev/null #.tar"}, size=8)
     assert not proof.exists()
     with pytest.raises(UserError):
-        data.load_recorded({"source": "mnist"}, size=28)
+        data.load_from_record({"source": "mnist"}, size=28)
     assert not (tmp_path / "cache" / "nin").exists() or not any((tmp_path / "cache" / "nin").iterdir())

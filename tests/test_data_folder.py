@@ -13,7 +13,7 @@ from PIL import Image
 
 from nin.data import FileSet, ImageSet, batches, load
 from nin.data.dataset import PathList
-from nin.data.folder import usual_size
+from nin.data.folder import default_size
 from nin.data.folder_listing import natural_key
 from nin.errors import UserError
 
@@ -291,7 +291,7 @@ def test_mean_and_std_are_those_of_the_training_images(animals):
 )
 def test_the_size_follows_the_images(shapes, expected):
     widths, heights = np.array(shapes).T
-    assert usual_size(widths, heights) == expected
+    assert default_size(widths, heights) == expected
 
 
 def test_a_size_can_be_asked_for(animals):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nin.data import ImageSet, augment, batches, epoch_order, sampling, to_float
-from nin.data.sampling import hash_indices, held_out
+from nin.data.sampling import hash_indices, stratified_holdout
 
 DEVICES = [
     "cpu",
@@ -154,8 +154,8 @@ def test_batches_follow_the_order_and_end_with_the_rest():
 def test_held_out_is_stratified_and_a_function_of_the_names():
     names = [f"{number}.png" for number in range(200)]
     labels = [number % 4 for number in range(200)]
-    chosen = held_out(names, labels, fraction=0.2, seed=0)
+    chosen = stratified_holdout(names, labels, fraction=0.2, seed=0)
     assert [sum(chosen[label::4]) for label in range(4)] == [10, 10, 10, 10]
-    backwards = held_out(names[::-1], labels[::-1], fraction=0.2, seed=0)
+    backwards = stratified_holdout(names[::-1], labels[::-1], fraction=0.2, seed=0)
     assert (backwards[::-1] == chosen).all()
-    assert held_out(["only"], [0], fraction=0.5, seed=0).tolist() == [False]
+    assert stratified_holdout(["only"], [0], fraction=0.5, seed=0).tolist() == [False]

@@ -195,7 +195,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         size = self.sample_shape_[1]
         if self.model is not None and size == 1:
             raise UserError(f"model is for images; a table takes hidden_channels, got model={self.model!r}")
-        shift = data.sensible_shift(size) if size > 1 else 0
+        shift = data.default_shift(size) if size > 1 else 0
         names = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "dropout")
         given = {name: getattr(self, name) for name in (*names, "flip", "shift", "device", "precision")}
         config = TrainConfig(**given, seed=seed)

@@ -370,7 +370,7 @@ def narrow(
         Print the figures as JSON on standard output.
     """
     from nin.cli import commands
-    from nin.data import NAMES
+    from nin.data import DATASET_NAMES
     from nin.narrowing.workflow_api import Preparation, ShrinkingConfig
 
     given = {"latency": latency, "macs": macs, "parameters": parameters}
@@ -394,7 +394,7 @@ def narrow(
         return
     assert model is not None
     assert weights is not None
-    size = size or (None if data in NAMES else 224)
+    size = size or (None if data in DATASET_NAMES else 224)
     commands.narrow_network(
         data,
         loading={"data_dir": data_dir, "size": size},

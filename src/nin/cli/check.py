@@ -22,7 +22,7 @@ def show_findings(findings: Sequence[data.Finding], *, most: int = 3) -> None:
     """Tell of each kind of finding how many there are, and the first ones."""
     kinds = Counter(finding.kind for finding in findings)
     for kind, count in kinds.items():
-        words.print(f"{kind}, {count:,} {'file' if count == 1 else 'files'}: {data.MEANINGS[kind]}", style="bold")
+        words.print(f"{kind}, {count:,} {'file' if count == 1 else 'files'}: {data.FINDING_KINDS[kind]}", style="bold")
         for finding in [finding for finding in findings if finding.kind == kind][:most]:
             words.print(f"  {finding.path}: {finding.detail}")
         if count > most:

@@ -98,9 +98,11 @@ def find_images(paths: Sequence[Path]) -> Iterator[str]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(data.images_below(path))
+            inside = sorted(data.find_images(path))
             if not inside:
-                raise UserError(f"{path} holds no image: its files must end in {', '.join(sorted(data.EXTENSIONS))}")
+                raise UserError(
+                    f"{path} holds no image: its files must end in {', '.join(sorted(data.IMAGE_EXTENSIONS))}"
+                )
             yield from inside
         elif path.exists():
             yield str(path)

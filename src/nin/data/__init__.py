@@ -1,22 +1,22 @@
 """Images and labels: named sets, image folders and arrays become `Data`; `Data` becomes batches."""
 
-from nin.data.builtin import NAMES
-from nin.data.dataset import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, sensible_shift
-from nin.data.decoder import EXTENSIONS, decode
-from nin.data.factory import load, load_recorded
+from nin.data.builtin import DATASET_NAMES
+from nin.data.dataset import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, default_shift
+from nin.data.decoder import IMAGE_EXTENSIONS, decode
+from nin.data.factory import load, load_from_record
 from nin.data.folder_check import Check, check
-from nin.data.folder_issues import MEANINGS, findings_csv
-from nin.data.folder_listing import images_below
-from nin.data.loader import batches, hold
+from nin.data.folder_issues import FINDING_KINDS, findings_csv
+from nin.data.folder_listing import find_images
+from nin.data.loader import batches, to_device
 from nin.data.sampling import epoch_order
 from nin.data.transforms import augment, to_float
 from nin.data.webdataset import ShardSet, is_shards, open_shards
 from nin.data.webdataset_writer import write_shards
 
 __all__ = [
-    "EXTENSIONS",
-    "MEANINGS",
-    "NAMES",
+    "DATASET_NAMES",
+    "FINDING_KINDS",
+    "IMAGE_EXTENSIONS",
     "Check",
     "Data",
     "DecodedSet",
@@ -29,15 +29,15 @@ __all__ = [
     "batches",
     "check",
     "decode",
+    "default_shift",
     "epoch_order",
+    "find_images",
     "findings_csv",
-    "hold",
-    "images_below",
     "is_shards",
     "load",
-    "load_recorded",
+    "load_from_record",
     "open_shards",
-    "sensible_shift",
+    "to_device",
     "to_float",
     "write_shards",
 ]

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.dataset import Data, ImageSet, sensible_shift, statistics
+from nin.data.dataset import Data, ImageSet, channel_mean_std, default_shift
 from nin.data.folder_listing import natural_key
-from nin.data.sampling import held_out
+from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
 
 
@@ -40,7 +40,7 @@ def load_arrays(source: tuple[Any, Any], *, test_fraction: float, seed: int) -> 
         images = [images[0][~is_test], images[0][is_test]]
         numbered = [numbered[0][~is_test], numbered[0][is_test]]
     train, test = (ImageSet(*part) for part in zip(images, numbered, strict=True))
-    mean, std = statistics(train)
+    mean, std = channel_mean_std(train)
     _, channels, size, _ = train.images.shape
     return Data(
         name="arrays",
@@ -52,7 +52,7 @@ def load_arrays(source: tuple[Any, Any], *, test_fraction: float, seed: int) -> 
         mean=mean,
         std=std,
         flip=False,  # nothing tells what they show; dataclasses.replace(data, flip=True) says that it may be
-        shift=sensible_shift(size),
+        shift=default_shift(size),
     )
 
 
@@ -91,7 +91,7 @@ def _number(labels: NDArray[Any], classes: list[Any]) -> Tensor:
 
 def _held_out(labels: Tensor, test_fraction: float, seed: int) -> Tensor:
     names = [str(index) for index in range(len(labels))]
-    is_test = held_out(names, labels.tolist(), fraction=test_fraction, seed=seed)
+    is_test = stratified_holdout(names, labels.tolist(), fraction=test_fraction, seed=seed)
     if not is_test.any():
         raise UserError("labels: expected two images or more in a class, got one in each")
     return torch.from_numpy(is_test)

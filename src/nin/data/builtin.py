@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nin.data.dataset import Data, ImageSet, sensible_shift, statistics
-from nin.data.sampling import held_out
+from nin.data.dataset import Data, ImageSet, channel_mean_std, default_shift
+from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
 
-NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
+DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
 
 _DIGIT_NAMES = tuple("0123456789")
 _FASHION_NAMES = (
@@ -52,13 +52,13 @@ _FILES = {
 
 
 def load_named(name: str, *, data_dir: Path | None, test_fraction: float, seed: int) -> Data:
-    """Loads one of NAMES; see `nin.data.load`."""
+    """Loads one of DATASET_NAMES; see `nin.data.load`."""
     if name == "digits":
         train, test = _digits(test_fraction, seed)
         classes = _DIGIT_NAMES
     else:
         train, test, classes = _from_torchvision(name, data_dir)
-    mean, std = statistics(train)
+    mean, std = channel_mean_std(train)
     size = train.images.shape[-1]
     return Data(
         name=name,
@@ -70,7 +70,7 @@ def load_named(name: str, *, data_dir: Path | None, test_fraction: float, seed: 
         mean=mean,
         std=std,
         flip=name in ("fashion-mnist", "cifar10", "cifar100"),  # a mirrored 2 is no 2
-        shift=sensible_shift(size),
+        shift=default_shift(size),
     )
 
 
@@ -80,7 +80,7 @@ def _digits(test_fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     names = [str(index) for index in range(len(labels))]
-    is_test = torch.from_numpy(held_out(names, labels.tolist(), fraction=test_fraction, seed=seed))
+    is_test = torch.from_numpy(stratified_holdout(names, labels.tolist(), fraction=test_fraction, seed=seed))
     return ImageSet(images[~is_test], labels[~is_test]), ImageSet(images[is_test], labels[is_test])
 
 

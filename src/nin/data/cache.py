@@ -11,7 +11,7 @@ from nin.runtime.files import write_atomically
 _DIGEST_BYTES = 16
 
 
-def memory_file(subject: str, version: int) -> Path:
+def cache_path(subject: str, version: int) -> Path:
     """Return where something is kept.
 
     Args:
@@ -22,7 +22,7 @@ def memory_file(subject: str, version: int) -> Path:
     return cache_folder() / "examined" / f"{name}.{version}"
 
 
-def remember(memory: Path, content: bytes) -> None:
+def write_cache(memory: Path, content: bytes) -> None:
     """Keep the content, unless the cache folder cannot be written: then the time to find it out again is lost."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def remember(memory: Path, content: bytes) -> None:
         return
 
 
-def recall(memory: Path) -> bytes | None:
+def read_cache(memory: Path) -> bytes | None:
     """Return what was kept; None where there is nothing, or it is damaged."""
     try:
         kept = memory.read_bytes()

@@ -204,7 +204,7 @@ class Data:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
-def statistics(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_mean_std(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and standard deviation of each channel, in units of 0..1.
 
     They come from a histogram of the 256 values, so they are exact and the same on every machine. A channel
@@ -224,7 +224,7 @@ def statistics(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple
     return tuple(means), tuple(stds)
 
 
-def sensible_shift(size: int) -> int:
+def default_shift(size: int) -> int:
     """Returns how many pixels an image of this size may be moved without losing what it shows."""
     if size <= 32:
         return 1 if size < 16 else 2

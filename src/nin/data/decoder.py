@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nin.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 # Only these are tried, whatever a file is called: Pillow would run Ghostscript on a PostScript file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -59,7 +59,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """What an image file says of itself before its pixels are read.
 
     Attributes:
@@ -124,7 +124,7 @@ def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pi
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def read_header(source: ImageSource) -> Header:
+def read_header(source: ImageSource) -> ImageHeader:
     """Reads the size and kind of an image file, not its pixels.
 
     Raises:
@@ -132,7 +132,7 @@ def read_header(source: ImageSource) -> Header:
     """
     with _opened(source) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-        return Header(image.width, image.height, grey, image.format or "", _has_frames(image))
+        return ImageHeader(image.width, image.height, grey, image.format or "", _has_frames(image))
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -163,10 +163,10 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
             with Image.open(file, formats=FORMATS) as image:
                 yield image
     except _DECODING_ERRORS as error:
-        raise UserError(f"{name}: {why(error)}") from error
+        raise UserError(f"{name}: {failure_reason(error)}") from error
 
 
-def why(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Says in a few words why an image cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"

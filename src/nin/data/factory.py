@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nin.data.arrays import load_arrays
-from nin.data.builtin import NAMES, cache_folder, load_named
+from nin.data.builtin import DATASET_NAMES, cache_folder, load_named
 from nin.data.dataset import Data
 from nin.data.folder import read_folder
-from nin.data.folder_scan import ReadingOptions
+from nin.data.folder_scan import LoadOptions
 from nin.data.loader import usable_cores
 from nin.data.webdataset import is_shards, is_url
 from nin.data.webdataset_writer import read_shards
@@ -70,7 +70,7 @@ def load(
     """
     if isinstance(source, Data):
         return _fixed_size(source, size)
-    options = ReadingOptions(
+    options = LoadOptions(
         size=size,
         test_fraction=test_fraction,
         seed=seed,
@@ -84,7 +84,7 @@ def load(
     # absolute, so that a report can be made from another folder
     folder = None if data_dir is None else Path(data_dir).resolve()
     origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
-    if source in NAMES:
+    if source in DATASET_NAMES:
         named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
         return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
     if is_shards(source):
@@ -95,7 +95,7 @@ def load(
     return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
 
 
-def load_recorded(record: Mapping[str, Any], *, size: int) -> Data:
+def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
     """Loads the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
 
     The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
@@ -109,7 +109,7 @@ def load_recorded(record: Mapping[str, Any], *, size: int) -> Data:
         UserError: it is not recorded where they lie, they are not here, or the record is damaged.
     """
     source = record.get("source", record.get("name"))
-    if not isinstance(source, str) or ("source" not in record and source not in NAMES):
+    if not isinstance(source, str) or ("source" not in record and source not in DATASET_NAMES):
         raise UserError("the run does not record where its images lie")
     if is_url(source):
         raise UserError(f"the run's images lie behind a URL, which is not followed ({source})")
@@ -117,7 +117,7 @@ def load_recorded(record: Mapping[str, Any], *, size: int) -> Data:
     right = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
     if not right:
         raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
-    if source in NAMES:
+    if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
     return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed)
 
@@ -137,6 +137,6 @@ def _check_exists(source: str | Path) -> None:
     """Says what a source that is neither a name nor a path may have meant."""
     if Path(source).exists():
         return
-    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), NAMES, n=1)
+    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), DATASET_NAMES, n=1)
     hint = f"did you mean {near[0]}?" if near else "a name or an image folder is expected"
-    raise UserError(f"{source}: there is no such folder, and the names are {', '.join(NAMES)}; {hint}")
+    raise UserError(f"{source}: there is no such folder, and the names are {', '.join(DATASET_NAMES)}; {hint}")

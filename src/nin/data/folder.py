@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nin.data.dataset import Data, FileSet, ImageSet, sensible_shift, statistics
+from nin.data.dataset import Data, FileSet, ImageSet, channel_mean_std, default_shift
 from nin.data.folder_issues import find, imbalance
-from nin.data.folder_listing import Listing, list_folder
-from nin.data.folder_scan import Examination, Problems, ReadingOptions
-from nin.data.sampling import held_out
+from nin.data.folder_listing import FolderListing, list_folder
+from nin.data.folder_scan import FolderScan, LoadOptions, Problems
+from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
 
 
-def read_folder(root: Path, options: ReadingOptions) -> Data:
+def read_folder(root: Path, options: LoadOptions) -> Data:
     """Makes an image folder into Data; see `nin.data.load`."""
     examination = examine(root, options)
     listing = examination.listing
@@ -37,7 +37,7 @@ def read_folder(root: Path, options: ReadingOptions) -> Data:
         return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names))
 
     train, test = subset(good[~is_test[good]]), subset(good[is_test[good]])
-    mean, std = statistics(train)
+    mean, std = channel_mean_std(train)
     counts = torch.bincount(train.labels, minlength=len(listing.classes)).tolist()
     return Data(
         name=root.resolve().name,
@@ -50,20 +50,20 @@ def read_folder(root: Path, options: ReadingOptions) -> Data:
         std=std,
         # Classes called by single characters are most likely pictures of them: a mirrored 2 is no 2.
         flip=not all(len(name) == 1 for name in listing.classes),
-        shift=sensible_shift(size),
+        shift=default_shift(size),
         skipped=tuple((listing.names[index], problem) for index, problem in sorted(examination.problems.items())),
         notes=(*listing.notes, *imbalance(listing.classes, counts)),
         findings=find(examination, size, is_test),
     )
 
 
-def examine(root: Path, options: ReadingOptions) -> Examination:
+def examine(root: Path, options: LoadOptions) -> FolderScan:
     """Lists a folder and looks at every file in it.
 
     Raises:
         UserError: it has no layout of ours, or none of its images can be read.
     """
-    examination = Examination(list_folder(root), options)
+    examination = FolderScan(list_folder(root), options)
     examination.read_headers()
     if len(examination.good()) == 0:
         name, reason = examination.listing.names[0], examination.problems[0]
@@ -72,14 +72,14 @@ def examine(root: Path, options: ReadingOptions) -> Examination:
     return examination
 
 
-def channels_and_size(examination: Examination) -> tuple[int, int]:
+def channels_and_size(examination: FolderScan) -> tuple[int, int]:
     """Returns how many channels the images have, and the size to train at."""
     records = examination.records[examination.good()]
     channels = 1 if records["grey"].all() else 3
-    return channels, examination.options.size or usual_size(records["width"], records["height"])
+    return channels, examination.options.size or default_size(records["width"], records["height"])
 
 
-def usual_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
+def default_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
     """Chooses the size to train at: small square images as they are, else by the median shorter side."""
     shorter = np.minimum(widths, heights)
     if shorter[0] <= 64 and (widths == shorter[0]).all() and (heights == shorter[0]).all():
@@ -88,7 +88,7 @@ def usual_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
     return next((size for limit, size in ((48, 32), (96, 64), (160, 128)) if middle <= limit), 224)
 
 
-def split(listing: Listing, problems: Problems, options: ReadingOptions) -> NDArray[np.bool_]:
+def split(listing: FolderListing, problems: Problems, options: LoadOptions) -> NDArray[np.bool_]:
     """Returns which images are for testing; every class must keep a readable one to learn from."""
     readable = np.ones(len(listing.names), dtype=np.bool_)
     readable[list(problems)] = False
@@ -97,7 +97,9 @@ def split(listing: Listing, problems: Problems, options: ReadingOptions) -> NDAr
         is_test = listing.is_test & readable
     else:
         names, labels = listing.names.select(np.flatnonzero(readable)), listing.labels[readable]
-        is_test[readable] = held_out(names, labels.tolist(), fraction=options.test_fraction or 0.2, seed=options.seed)
+        is_test[readable] = stratified_holdout(
+            names, labels.tolist(), fraction=options.test_fraction or 0.2, seed=options.seed
+        )
     learnable = np.bincount(listing.labels[readable & ~is_test], minlength=len(listing.classes))
     for label in np.flatnonzero(learnable == 0)[:1]:
         unreadable = sum(int(listing.labels[index]) == label for index in problems)

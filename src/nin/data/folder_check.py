@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nin.data.builtin import NAMES
+from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Finding
 from nin.data.folder import channels_and_size, examine, split
 from nin.data.folder_issues import find, imbalance
-from nin.data.folder_scan import ReadingOptions
+from nin.data.folder_scan import LoadOptions
 from nin.data.loader import usable_cores
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -75,9 +75,9 @@ def check(
     Raises:
         UserError: it is no image folder, or none of its images can be read.
     """
-    if str(source) in NAMES and not Path(source).is_dir():
+    if str(source) in DATASET_NAMES and not Path(source).is_dir():
         raise UserError(f"{source}: a named set is read as it is; expected an image folder to check")
-    options = ReadingOptions(
+    options = LoadOptions(
         size=size,
         test_fraction=test_fraction,
         seed=seed,

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nin.data.dataset import Finding
-from nin.data.folder_scan import FORMAT_NAMES, Examination
+from nin.data.folder_scan import FORMAT_NAMES, FolderScan
 
 UNREADABLE, TWO_CLASSES, IN_BOTH = "unreadable", "in two classes", "in training and test"
 DUPLICATE, EXTENSION, FRAMES, HUGE, TINY = "duplicate", "wrong extension", "several frames", "huge", "tiny"
 
 # The worst first, and what each means.
-MEANINGS = {
+FINDING_KINDS = {
     UNREADABLE: "left out",
     TWO_CLASSES: "the network is taught both",
     IN_BOTH: "the test accuracy will be too good",
@@ -46,7 +46,7 @@ _EXTENSIONS = {
 }
 
 
-def find(examination: Examination, size: int, is_test: NDArray[np.bool_]) -> tuple[Finding, ...]:
+def find(examination: FolderScan, size: int, is_test: NDArray[np.bool_]) -> tuple[Finding, ...]:
     """Returns what there is to know, the worst kind first, files in their order.
 
     Args:
@@ -60,13 +60,13 @@ def find(examination: Examination, size: int, is_test: NDArray[np.bool_]) -> tup
         *_odd_sizes(examination, size),
         *_odd_formats(examination),
     ]
-    order = {kind: place for place, kind in enumerate(MEANINGS)}
+    order = {kind: place for place, kind in enumerate(FINDING_KINDS)}
     names = examination.listing.names
     found.sort(key=lambda row: (order[row[1]], row[0]))
     return tuple(Finding(names[index], kind, detail) for index, kind, detail in found)
 
 
-def _duplicates(examination: Examination, is_test: NDArray[np.bool_]) -> Iterator[tuple[int, str, str]]:
+def _duplicates(examination: FolderScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[int, str, str]]:
     """Yields files whose bytes another file has: (index, kind, detail)."""
     good = examination.good()
     digests = examination.records["digest"][good]
@@ -89,7 +89,7 @@ def _duplicates(examination: Examination, is_test: NDArray[np.bool_]) -> Iterato
                 yield index, DUPLICATE, f"the same as {listing.names[other]}"
 
 
-def _odd_sizes(examination: Examination, size: int) -> Iterator[tuple[int, str, str]]:
+def _odd_sizes(examination: FolderScan, size: int) -> Iterator[tuple[int, str, str]]:
     """Yields files with very many or very few pixels."""
     width, height = (examination.records[side].astype(np.int64) for side in ("width", "height"))
     tiny = (np.minimum(width, height) * 4 < size) & (width > 0)
@@ -98,7 +98,7 @@ def _odd_sizes(examination: Examination, size: int) -> Iterator[tuple[int, str, 
             yield index, kind, f"{width[index]} × {height[index]} pixels"
 
 
-def _odd_formats(examination: Examination) -> Iterator[tuple[int, str, str]]:
+def _odd_formats(examination: FolderScan) -> Iterator[tuple[int, str, str]]:
     """Yields files that are not what their extension says, or more than one picture."""
     for index in examination.good().tolist():
         record, name = examination.records[index], examination.listing.names[index]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.dataset import PathList
-from nin.data.decoder import EXTENSIONS
+from nin.data.decoder import IMAGE_EXTENSIONS
 from nin.errors import UserError
 
 _EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
@@ -21,7 +21,7 @@ _PARTS = {"train": "train", "test": "test", "val": "val", "valid": "val", "valid
 
 
 @dataclass(frozen=True, eq=False)
-class Listing:
+class FolderListing:
     """The image files of a folder.
 
     Attributes:
@@ -41,7 +41,7 @@ class Listing:
     notes: tuple[str, ...]
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path) -> FolderListing:
     """Lists the images of a folder by class.
 
     The layout is `DIR/<class>/**` or, where DIR has a folder called train, `DIR/train/<class>/**` with
@@ -57,7 +57,7 @@ def list_folder(root: Path) -> Listing:
     classes = _classes(train)
     files = {False: dict(_class_files(train, root))}
     if not any(files[False].values()):
-        raise UserError(f"{train}: {_EXPECTED}, got no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{train}: {_EXPECTED}, got no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
     if "test" in parts:
         files[True] = dict(_class_files(parts["test"], root))
         unknown = sorted(set(files[True]) - set(classes), key=natural_key)
@@ -74,7 +74,7 @@ def list_folder(root: Path) -> Listing:
         for label, class_name in enumerate(classes)
         for name in by_class.get(class_name, ())
     ]
-    return Listing(
+    return FolderListing(
         root=root,
         classes=classes,
         names=PathList(name for name, _, _ in rows),
@@ -135,12 +135,12 @@ def _class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields each class name with its sorted image paths relative to root."""
     merged: dict[str, list[str]] = {}
     for subfolder in _subfolders(folder):
-        merged.setdefault(_class_name(subfolder), []).extend(images_below(subfolder))
+        merged.setdefault(_class_name(subfolder), []).extend(find_images(subfolder))
     for name, paths in merged.items():
         yield name, sorted(Path(path).relative_to(root).as_posix() for path in paths)
 
 
-def images_below(folder: Path) -> Iterator[str]:
+def find_images(folder: Path) -> Iterator[str]:
     """Yields the image files of a folder and the folders in it; enters each real folder once.
 
     A link to where we came from would lead round for ever, or into the other classes, so those folders
@@ -183,7 +183,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Goes by the extension. A broken link counts: it is reported when it cannot be read. A pipe does not."""
-    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+    if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
         return False
     if entry.is_symlink():
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)

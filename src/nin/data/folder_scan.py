@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nin.data.cache import memory_file, recall, remember
-from nin.data.decoder import FORMATS, decode_pixels, read_header, why
-from nin.data.folder_listing import Listing
-from nin.data.loader import in_order
+from nin.data.cache import cache_path, read_cache, write_cache
+from nin.data.decoder import FORMATS, decode_pixels, failure_reason, read_header
+from nin.data.folder_listing import FolderListing
+from nin.data.loader import map_in_threads
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
@@ -42,7 +42,7 @@ _MEMORY_VERSION = 2  # raised when RECORD or what it means changes
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
+class LoadOptions:
     """How to read a folder; `nin.data.load` documents each field."""
 
     size: int | None
@@ -61,7 +61,7 @@ class ReadingOptions:
             raise UserError(f"size: expected at least 1 pixel, got {self.size}")
 
 
-class Examination:
+class FolderScan:
     """What the files of a folder are, and which cannot be read.
 
     What is known of a file is kept in the user's cache folder and holds as long as its path, size and time of change
@@ -76,15 +76,15 @@ class Examination:
         problems: why files cannot be read, by index.
     """
 
-    def __init__(self, listing: Listing, options: ReadingOptions) -> None:
+    def __init__(self, listing: FolderListing, options: LoadOptions) -> None:
         self.listing, self.options = listing, options
         self.records = np.zeros(len(listing.names), dtype=RECORD)
         self.problems: Problems = {}
-        self.memory = memory_file(os.fspath(listing.root.resolve()), _MEMORY_VERSION)
+        self.memory = cache_path(os.fspath(listing.root.resolve()), _MEMORY_VERSION)
 
     def read_headers(self) -> None:
         """Fill `records` from what is remembered, else from each file's header and bytes."""
-        known = np.frombuffer(recall(self.memory) or b"", dtype=RECORD)
+        known = np.frombuffer(read_cache(self.memory) or b"", dtype=RECORD)
         keys = np.ascontiguousarray(known["key"])  # else each search would copy them
 
         def read(index: int) -> None:
@@ -97,7 +97,7 @@ class Examination:
                 else:
                     self.records[index] = _examine(path, key)
             except OSError as error:
-                raise UserError(f"{path}: {why(error)}") from error
+                raise UserError(f"{path}: {failure_reason(error)}") from error
 
         self._for_each(range(len(self.records)), read, "looking at files")
 
@@ -144,7 +144,7 @@ class Examination:
             return problems
 
         chunks = (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))
-        results = in_order(read_chunk, chunks, workers=self.options.workers)
+        results = map_in_threads(read_chunk, chunks, workers=self.options.workers)
         for number, found in enumerate(results, start=1):
             self.problems |= found
             self.records[list(found)] = np.zeros((), dtype=RECORD)
@@ -159,7 +159,7 @@ class Examination:
         known = self.records[self.records["width"] > 0]
         if len(known) < _FEWEST_REMEMBERED:
             return
-        remember(self.memory, known[np.argsort(known["key"])].tobytes())
+        write_cache(self.memory, known[np.argsort(known["key"])].tobytes())
 
 
 def _examine(path: str, key: np.uint64) -> NDArray[np.void]:

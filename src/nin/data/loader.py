@@ -56,7 +56,7 @@ def batches(
             return dataset.fetch(piece), piece, []
         return dataset.fetch_readable(piece)
 
-    for images, kept, lost in in_order(fetch, pieces, workers=threads if isinstance(dataset, DecodedSet) else 0):
+    for images, kept, lost in map_in_threads(fetch, pieces, workers=threads if isinstance(dataset, DecodedSet) else 0):
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
@@ -64,7 +64,7 @@ def batches(
             yield images, dataset.labels[kept], kept
 
 
-def hold(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
+def to_device(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
     """Returns the set with all its images decoded, as bytes in the memory of a device.
 
     Raises:
@@ -77,7 +77,7 @@ def hold(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
     return ImageSet(pixels.to(device), dataset.labels.to(device), dataset.names)
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
+def map_in_threads(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Iterator[R]:
     """Maps a function over items in threads and yields the results in the order of the items.
 
     Threads and not processes: Pillow lets other threads run while it decodes and resizes, nothing has to be

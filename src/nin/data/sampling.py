@@ -109,7 +109,7 @@ def _permute(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     return samples
 
 
-def held_out(names: Iterable[str], labels: Sequence[int], *, fraction: float, seed: int) -> NDArray[np.bool_]:
+def stratified_holdout(names: Iterable[str], labels: Sequence[int], *, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Chooses the test samples of each class by the hash of their names.
 
     Names rather than positions: the split is the same whatever order the file system lists files in, and a

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nin.data.builtin import cache_folder
-from nin.data.cache import memory_file, recall, remember
+from nin.data.cache import cache_path, read_cache, write_cache
 from nin.data.dataset import DecodedSet, PathList
-from nin.data.decoder import EXTENSIONS, decode_pixels
+from nin.data.decoder import IMAGE_EXTENSIONS, decode_pixels
 from nin.distribution import install_command
 from nin.errors import UserError
 
 # Beside the shards that nin wrote: what cannot be seen in them.
-DESCRIPTION_FILE = "nin-shards.json"
+METADATA_FILE = "nin-shards.json"
 
 _PART = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 _INDEX_VERSION = 2  # raised when _PART or what _index keeps changes
@@ -116,16 +116,16 @@ def open_shards(source: str | Path) -> ShardSet:
         places.append(found_places)
         names += [f"{path.name}/{name}" for name in found]
     if not names:
-        raise UserError(f"{source}: the shards hold no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{source}: the shards hold no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
     where = np.concatenate(places)
     labels = torch.from_numpy(where["label"].astype(np.int64))
     return ShardSet(tuple(paths), np.concatenate(shard), where, labels, PathList(names))
 
 
-def describe(source: str | Path) -> dict[str, list[str]]:
+def shard_classes(source: str | Path) -> dict[str, list[str]]:
     """Return what is written beside shards of ours: the names of the classes. Empty for those of others."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
-    path = folder / DESCRIPTION_FILE
+    path = folder / METADATA_FILE
     if not path.is_file():
         return {}
     try:
@@ -134,7 +134,7 @@ def describe(source: str | Path) -> dict[str, list[str]]:
             raise TypeError("classes must be names")
         return {"classes": list(classes)}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no {DESCRIPTION_FILE} of nin: {error}") from error
+        raise UserError(f"{path} is damaged or no {METADATA_FILE} of nin: {error}") from error
 
 
 def _expand(source: str | Path) -> list[str]:
@@ -201,12 +201,12 @@ def _index(path: Path) -> tuple[NDArray[np.void], list[str]]:
     """Return places and names of the images in a shard, from the cache folder or from the tar file's headers."""
     found = path.stat()
     text = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
-    memory = memory_file(text, _INDEX_VERSION)
-    kept = recall(memory)
+    memory = cache_path(text, _INDEX_VERSION)
+    kept = read_cache(memory)
     if kept is None:
         places, names = _scan(path)
         lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-        remember(memory, len(places).to_bytes(8, "little") + places.tobytes() + lines)
+        write_cache(memory, len(places).to_bytes(8, "little") + places.tobytes() + lines)
         return places, names
     places = np.frombuffer(kept, dtype=_PART, count=int.from_bytes(kept[:8], "little"), offset=8)
     return places, kept[8 + places.nbytes :].decode(errors="surrogateescape").split("\n")[:-1]
@@ -222,7 +222,7 @@ def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
                 key, extension = os.path.splitext(member.name)
                 if not member.isreg() or "\n" in member.name:
                     continue
-                if extension.lower() in EXTENSIONS:
+                if extension.lower() in IMAGE_EXTENSIONS:
                     images.setdefault(key, (member.name, member.offset_data, member.size))
                 elif extension == ".cls" and member.size <= _LABEL_BYTES:
                     text = os.pread(file.fileno(), member.size, member.offset_data)

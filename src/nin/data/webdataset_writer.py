@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nin.data.dataset import Data, sensible_shift, statistics
+from nin.data.dataset import Data, channel_mean_std, default_shift
 from nin.data.decoder import read_header
-from nin.data.folder import channels_and_size, examine, split, usual_size
-from nin.data.folder_scan import Examination, ReadingOptions
-from nin.data.sampling import epoch_order, held_out
-from nin.data.webdataset import DESCRIPTION_FILE, ShardSet, describe, is_shards, open_shards
+from nin.data.folder import channels_and_size, default_size, examine, split
+from nin.data.folder_scan import FolderScan, LoadOptions
+from nin.data.sampling import epoch_order, stratified_holdout
+from nin.data.webdataset import METADATA_FILE, ShardSet, is_shards, open_shards, shard_classes
 from nin.errors import UserError
 from nin.runtime.files import open_atomically, write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -29,11 +29,11 @@ _HEADERS = 1000
 # So many classes may have no names: a label is a number of nine digits at most, and each class takes memory.
 _MOST_UNNAMED = 100_000
 
-# While shards are being written, what they are made from; it becomes DESCRIPTION_FILE when all are there.
+# While shards are being written, what they are made from; it becomes METADATA_FILE when all are there.
 _UNFINISHED_FILE = "nin-shards.partial.json"
 
 
-def read_shards(source: str | Path, options: ReadingOptions) -> Data:
+def read_shards(source: str | Path, options: LoadOptions) -> Data:
     """Makes shards into Data; see `nin.data.load`.
 
     A folder with shards called train-*.tar and test-*.tar (or val-*.tar) is split so; else each class is.
@@ -43,7 +43,7 @@ def read_shards(source: str | Path, options: ReadingOptions) -> Data:
     if (labels < 0).any():
         missing = shards.names[int(np.flatnonzero(labels < 0)[0])]
         raise UserError(f"{source}: {missing} has no label; expected a member of the same name ending in .cls")
-    classes = tuple(describe(source).get("classes") or map(str, range(min(int(labels.max()) + 1, _MOST_UNNAMED))))
+    classes = tuple(shard_classes(source).get("classes") or map(str, range(min(int(labels.max()) + 1, _MOST_UNNAMED))))
     if labels.max() >= len(classes) or len(classes) < 2:
         raise UserError(f"{source}: label {labels.max()} does not fit {len(classes)} classes")
     channels, size = _kind(shards, options.size)
@@ -52,7 +52,7 @@ def read_shards(source: str | Path, options: ReadingOptions) -> Data:
     train, test = (shards.select(np.flatnonzero(is_test == part)) for part in (False, True))
     if not len(train) or not len(test):
         raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
-    mean, std = statistics(train)
+    mean, std = channel_mean_std(train)
     return Data(
         name=Path(source).name.removesuffix(".tar"),
         train=train,
@@ -63,7 +63,7 @@ def read_shards(source: str | Path, options: ReadingOptions) -> Data:
         mean=mean,
         std=std,
         flip=not all(len(name) == 1 for name in classes),
-        shift=sensible_shift(size),
+        shift=default_shift(size),
     )
 
 
@@ -103,7 +103,7 @@ def write_shards(
         raise UserError(f"images_per_shard must be at least 1, got {images_per_shard}")
     if is_shards(source):
         raise UserError(f"{source} holds shards already; expected an image folder")
-    options = ReadingOptions(None, test_fraction, seed, False, workers, 0, on_progress)
+    options = LoadOptions(None, test_fraction, seed, False, workers, 0, on_progress)
     examination, out = examine(Path(source), options), Path(out)
     channels, size = channels_and_size(examination)
     examination.decode(size, channels, None)
@@ -127,7 +127,7 @@ def write_shards(
             shards.append(path)
             if on_progress is not None:
                 on_progress(f"writing {part} shards", number + 1, len(pieces))
-    os.replace(out / _UNFINISHED_FILE, out / DESCRIPTION_FILE)
+    os.replace(out / _UNFINISHED_FILE, out / METADATA_FILE)
     return tuple(shards)
 
 
@@ -142,10 +142,10 @@ def _kind(shards: ShardSet, size: int | None) -> tuple[int, int]:
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
     widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
-    return 1 if all(h.grey for h in headers) else 3, size or usual_size(widths, heights)
+    return 1 if all(h.grey for h in headers) else 3, size or default_size(widths, heights)
 
 
-def _split(shards: ShardSet, labels: NDArray[np.int64], options: ReadingOptions) -> NDArray[np.bool_]:
+def _split(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions) -> NDArray[np.bool_]:
     """Return which images are for testing."""
     names = np.array([path.name for path in shards.shards])
     for part in ("test", "val"):
@@ -153,10 +153,10 @@ def _split(shards: ShardSet, labels: NDArray[np.int64], options: ReadingOptions)
         if chosen.any() and not chosen.all():
             return chosen[shards.shard]
     fraction = options.test_fraction or 0.2
-    return held_out(shards.names, labels.tolist(), fraction=fraction, seed=options.seed)
+    return stratified_holdout(shards.names, labels.tolist(), fraction=fraction, seed=options.seed)
 
 
-def _fingerprint(examination: Examination, is_test: NDArray[np.bool_], images_per_shard: int, seed: int) -> str:
+def _fingerprint(examination: FolderScan, is_test: NDArray[np.bool_], images_per_shard: int, seed: int) -> str:
     """Return a text that is another one whenever the shards would be others."""
     digest = hashlib.blake2b(f"{images_per_shard} {seed}".encode(), digest_size=16)
     digest.update(examination.records["key"].tobytes() + is_test.tobytes() + examination.listing.labels.tobytes())
@@ -176,7 +176,7 @@ def _begin(out: Path, description: dict[str, object]) -> None:
     write_atomically(unfinished, text)
 
 
-def _write_shard(path: Path, examination: Examination, indices: NDArray[np.int64], *, first: int) -> None:
+def _write_shard(path: Path, examination: FolderScan, indices: NDArray[np.int64], *, first: int) -> None:
     """Write images and labels as one tar file; times and owners are left out, so that it is always the same."""
     with open_atomically(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, index in enumerate(indices.tolist(), start=first):

@@ -97,7 +97,7 @@ def build_report(
     info = classifier.info
     if images is None:
         try:
-            images = data.load_recorded(info.data, size=info.preprocessing.size)
+            images = data.load_from_record(info.data, size=info.preprocessing.size)
         except UserError as error:
             raise UserError(f"{run}: {error}; give the images") from error
     _check_fits(run, images, info)

@@ -506,7 +506,9 @@ def hold_images(images: data.Data, config: ResolvedConfig, device: torch.device)
     total = (len(images.train) + len(images.test)) * images.channels * images.size**2
     if total > MOST_HELD_BYTES or (device.type != "cuda" and config.recipe != "speed"):
         return images
-    return dataclasses.replace(images, train=data.hold(images.train, device), test=data.hold(images.test, device))
+    return dataclasses.replace(
+        images, train=data.to_device(images.train, device), test=data.to_device(images.test, device)
+    )
 
 
 def check_share(config: ResolvedConfig, images: int) -> None:
