@@ -11,6 +11,8 @@ from timm.data import resolve_data_config
 import nin
 import nin.timm
 from nin import models
+from nin.models.layer_shape import expand
+from nin.narrowing import dependency_graph
 
 NAMES = {"nin_digits": 2, "nin_cifar": 3, "nin_imagenet": 4, "nin_googlenet": 5}
 SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 96, "nin_googlenet": 64}
@@ -80,6 +82,11 @@ def test_features_of_every_stage(name):
         assert abs(m.shape[2] - SIZES[name] / reduction) <= 1
     (last,) = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()(x)
     assert last.shape[1:] == maps[-1].shape[1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_narrowing_traces_it(name):
+    assert dependency_graph.trace(expand(timm.create_model(name).eval()), set()).problem is None
 
 
 def test_features_are_those_of_the_network():

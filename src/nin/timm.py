@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-import torch
+import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from nin import models
 from nin.layers import MLPConv
+from nin.models.layout import fastest_layout
 from nin.ops import conv1x1
 
 POOLS = ("avg", "")
+
+torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.layout`
 
 
 def _describe(size: int, **values: Any) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class TimmNiN(models.NiN):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return what the classifier looks at, (N, num_features, h, w)."""
-        x = models.fastest_layout(x)
+        x = fastest_layout(x)
         for block in self.blocks[:-1]:
             x = block(x)
         return self._last.hidden(x) if self.num_classes else self._last(x)
@@ -192,7 +195,7 @@ class TimmGoogLeNet(models.GoogLeNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return what is pooled, (N, 1024, h, w)."""
-        return self.inceptions(self.stem(models.fastest_layout(x)))
+        return self.inceptions(self.stem(fastest_layout(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return scores (N, num_classes) for features; with ``pre_logits``, the pooled features."""

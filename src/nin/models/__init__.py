@@ -1,20 +1,9 @@
-"""Whole networks, what narrowing makes of them, and networks that a string names."""
+"""The networks, what narrowing makes of them, and networks of other packages by name."""
 
-from nin.models.nin import (
-    IMAGE_SIZES,
-    MODELS,
-    BlockConfig,
-    GoogLeNet,
-    Network,
-    NiN,
-    NiNConfig,
-    create,
-    fastest_layout,
-    googlenet,
-    nin_cifar,
-    nin_digits,
-    nin_imagenet,
-)
+from nin.models.googlenet import GoogLeNet, googlenet
+from nin.models.layout import fastest_layout
+from nin.models.nin import BlockConfig, NiN, NiNConfig, nin_cifar, nin_digits, nin_imagenet
+from nin.models.registry import IMAGE_SIZES, MODELS, Network, create
 
 __all__ = [
     "IMAGE_SIZES",
