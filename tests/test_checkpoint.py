@@ -214,3 +214,25 @@ except OSError as error:
     assert done.stdout == f"{path} File too large\n"
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"classes": ("cat", "dog")}, "its classes is ['cat', 'dog'], that of digits is ['0', '1', '2'"),
+        ({"channels": 3}, "its channels is 3, that of digits is 1"),
+        ({"size": 9}, "its size is 9, that of digits is 8"),
+        ({"tested": 7}, "its number of test images is 7, that of digits is 451"),
+        ({"classes": tuple(map(str, range(1000)))}, "…, that of digits is"),
+    ],
+)
+def test_images_that_differ_from_those_of_the_run(change, expected):
+    images = nin.data.load("digits")
+    values = {"classes": images.classes, "channels": 1, "size": 8, "tested": 451, **change}
+    p = Preprocessing(values["size"], values["channels"], (0.5,) * values["channels"], (0.5,) * values["channels"])
+    described = RunInfo({}, values["classes"], p, {}, {"test_images": values["tested"]}, {}, {})
+    mismatch = described.mismatch(images, test_images=True)
+    assert mismatch is None if expected is None else expected in mismatch
+    if "tested" in change:
+        assert described.mismatch(images) is None

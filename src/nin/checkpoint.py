@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nin import distribution, models
+from nin.data import Data
 from nin.errors import UserError
 from nin.models.plan import Plan
 from nin.models.surgery import apply_plan
@@ -103,6 +104,29 @@ class RunInfo:
         """Return the text of ``config.json``."""
         # ASCII, so that a class folder whose name is no valid Unicode can be written down too
         return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
+
+    def mismatch(self, images: Data, *, test_images: bool = False) -> str | None:
+        """Return in what a data set differs from the one that the network was trained on, or None if in nothing.
+
+        Args:
+            images: compared in classes, channels and size.
+            test_images: compare the number of test images too.
+        """
+        p, count = self.preprocessing, len(images.test)
+        for what, expected, got in (
+            ("classes", list(self.classes), list(images.classes)),
+            ("channels", p.channels, images.channels),
+            ("size", p.size, images.size),
+            ("number of test images", self.data.get("test_images", count) if test_images else count, count),
+        ):
+            if expected != got:
+                return f"its {what} is {_shorten(expected)}, that of {images.name} is {_shorten(got)}"
+        return None
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"  # there may be a thousand classes
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def shrink(
     """
     keeping = keeping or Keeping()
     model, info = checkpoint.load_model(run)
-    check_fits(run, info, images)
+    if mismatch := info.mismatch(images):
+        raise UserError(f"the images do not fit {run}: {mismatch}")
     images = augmented_as(info, images)
     subject = Subject(model, images, info.preprocessing, True, run / CACHE_FILE)
     if config.control:
@@ -80,22 +81,6 @@ def augmented_as(info: checkpoint.RunInfo, images: data.Data) -> data.Data:
     """Return the images, to be mirrored and shifted as in the training of a run, whatever is usual for them."""
     usual = {"flip": images.flip, "shift": images.shift}
     return dataclasses.replace(images, **{name: info.recipe.get(name, value) for name, value in usual.items()})
-
-
-def check_fits(run: Path, info: checkpoint.RunInfo, images: data.Data) -> None:
-    """Stop where the images are not of the kind that the network was trained on.
-
-    Raises:
-        UserError: the classes, the channels or the size differ.
-    """
-    p = info.preprocessing
-    for what, expected, got in (
-        ("classes", info.classes, images.classes),
-        ("channels", p.channels, images.channels),
-        ("size", p.size, images.size),
-    ):
-        if expected != got:
-            raise UserError(f"the images do not fit {run}: its {what} is {expected}, that of {images.name} is {got}")
 
 
 def save(

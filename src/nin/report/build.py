@@ -6,7 +6,6 @@ import dataclasses
 import html
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +99,10 @@ def build_report(
             images = data.load_from_record(info.data, size=info.preprocessing.size)
         except UserError as error:
             raise UserError(f"{run}: {error}; give the images") from error
-    _check_fits(run, images, info)
+    if mismatch := info.mismatch(images, test_images=True):
+        raise UserError(f"the images are not those that {run} was tested on: {mismatch}")
+    if not len(images.test):
+        raise UserError(f"{images.name} has no test images: there is nothing to report")
     curves = metrics.read_csv(run / checkpoint.METRICS_FILE)
     probabilities = _probabilities(classifier, images, on_progress)
     labels, answers = images.test.labels, probabilities.argmax(1)
@@ -128,28 +130,6 @@ def build_report(
         preprocessing=dataclasses.asdict(info.preprocessing),
         environment=info.environment,
     )
-
-
-def _check_fits(run: Path, images: data.Data, info: checkpoint.RunInfo) -> None:
-    p = info.preprocessing
-    for what, expected, got in (
-        ("classes", list(info.classes), list(images.classes)),
-        ("channels", p.channels, images.channels),
-        ("size", p.size, images.size),
-        ("number of test images", info.data.get("test_images", len(images.test)), len(images.test)),
-    ):
-        if expected != got:
-            raise UserError(
-                f"the images are not those that {run} was tested on: its {what} is {_brief(expected)}, "
-                f"that of {images.name} is {_brief(got)}"
-            )
-    if not len(images.test):
-        raise UserError(f"{images.name} has no test images: there is nothing to report")
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 @torch.inference_mode()

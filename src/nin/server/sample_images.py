@@ -73,9 +73,8 @@ def looked_at(images: data.Data) -> int:
 
 def _load(info: RunInfo) -> data.Data:
     """Return the run's data."""
-    p = info.preprocessing
-    images = data.load_from_record(info.data, size=p.size)
-    if tuple(images.classes) != info.classes or (images.channels, images.size) != (p.channels, p.size):
+    images = data.load_from_record(info.data, size=info.preprocessing.size)
+    if info.mismatch(images):
         raise UserError("the images found there are not those that the run was trained on")
     if not len(images.test):
         raise UserError("the data have no test images")
