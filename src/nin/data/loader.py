@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nin.data.dataset import DecodedSet, ImageSet
+from nin.runtime import distributed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -104,4 +105,4 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], *, workers: i
 def usable_cores() -> int:
     """Returns the number of processor cores that this process may run on; those of a job of torchrun share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // distributed.local_world_size())
