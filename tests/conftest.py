@@ -4,9 +4,11 @@ And what the tests of the CPU kernels share.
 """
 
 import os
+import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nin import distribution
 from support.browser import CHROMIUM
@@ -24,27 +26,55 @@ def _seed():
     torch.manual_seed(0)
 
 
+def made_once(tmp_path_factory, name, make):
+    """Return a folder that the first of pytest-xdist's processes to ask for it makes, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """A run folder of the digits, made by the program's own verb; nobody may change it, see `run`."""
+
+    def train(folder):
+        from nin.cli import app
+
+        app.main(["train", "digits", "--out", str(folder / "run"), "--epochs", "4", "--batch-size", "128"])
+
+    return made_once(tmp_path_factory, "trained", train) / "run"
+
+
+@pytest.fixture(scope="module")
+def run(trained_run, tmp_path_factory):
+    """A copy of `trained_run` for the tests of one module, which may write into it."""
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("copy") / "run")
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """Build the library with AMX's tile registers computed in plain C++."""
-    from nin.ops.cpu import library as compiled
+    from nin.ops.cpu import library
 
-    folder = tmp_path_factory.mktemp("emulated")
-    build_native(folder, "nin_cpu", "-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={distribution.version()}")
-    return compiled.load_library(folder / compiled.LIBRARY_NAME)
+    options = ("-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={distribution.version()}")
+    folder = made_once(tmp_path_factory, "emulated", lambda folder: build_native(folder, "nin_cpu", *options))
+    return library.load_library(folder / library.LIBRARY_NAME)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request, monkeypatch):
     """Run the test with each instruction set that this machine has, AMX's registers emulated where it lacks them."""
-    from nin.ops.cpu import dispatch
-    from nin.ops.cpu import library as compiled
+    from nin.ops.cpu import dispatch, library
 
-    kernels = compiled.find_kernels(compiled.LIBRARY, request.param)
+    kernels = library.find_kernels(library.LIBRARY, request.param)
     if kernels.name == "avx512_bf16" and request.param == "avx512_amx":
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(compiled, "LIBRARY", library)
-        kernels = compiled.find_kernels(library, request.param)
+        monkeypatch.setattr(library, "LIBRARY", request.getfixturevalue("emulated"))
+        kernels = library.find_kernels(library.LIBRARY, request.param)
         assert kernels.name == request.param, "its product of whole numbers came out wrong"
     if kernels.name != request.param:
         pytest.skip(f"this machine lacks {request.param}")

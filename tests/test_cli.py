@@ -14,19 +14,9 @@ import torch
 from PIL import Image
 
 from nin import data, models, training
-from nin.cli import app, commands, console, demo
+from nin.cli import app, commands, demo
 from nin.config import TrainConfig
 from nin.inference import classifier
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder made by the shell's own verb."""
-    out = tmp_path_factory.mktemp("shell") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
-        cli_main("train", "digits", "--out", str(out), "--epochs", "3", "--batch-size", "128")
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,6 @@ def small_network(monkeypatch, run):
 SURROUNDINGS = {"page.md": serve, "narrowing.md": small_network}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("docs") / "run"
-    nin.train("digits", nin.TrainConfig(epochs=1), out=folder)
-    return folder
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -26,13 +26,6 @@ def _offline(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub") / "run"
-    nin.train("digits", nin.TrainConfig(epochs=4), out=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def saved(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "digits"
     HubClassifier.from_run(run, images="digits").save_pretrained(folder)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import nin
 from nin import data
 from nin.cli import app
 from nin.errors import UserError
@@ -21,13 +20,6 @@ from nin.inference import classifier as prediction
 from nin.inference.batch_predict import Share
 
 COUNT = 200  # more than three batches
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("tabulation") / "run"
-    nin.train("digits", nin.TrainConfig(epochs=1, threads=1), out=out)
-    return out
 
 
 @pytest.fixture(scope="module")

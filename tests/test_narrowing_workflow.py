@@ -25,13 +25,6 @@ from nin.narrowing import FinetuneConfig, baseline, workflow, workflow_api
 from nin.training import Keeping
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("narrow") / "run"
-    app.main(["train", "digits", "--out", str(out), "--epochs", "4", "--batch-size", "128"])
-    return out
-
-
 def narrow(run, *arguments):
     images = [] if "--images" in arguments else ["--images", "128"]
     app.main(["narrow", str(run), "--data", "digits", *images, *arguments])
