@@ -17,7 +17,7 @@ from sklearn import metrics
 import nin
 from nin import checkpoint, data, models, report
 from nin.errors import UserError
-from nin.report import charts, heatmaps, html_page, image_grid
+from nin.report import heatmaps, html_page, image_grid
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -390,29 +390,6 @@ def test_contact_sheet_has_a_row_for_each_image():
     assert image_grid.contact_sheet([row], title="title", size=96).height > one.height
     with pytest.raises(ValueError, match="at least one image"):
         image_grid.contact_sheet([])
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.13, 0.87, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (30, 80, [20, 40, 60, 80]),
-        (2.0, 2.0, [1.5, 2.0, 2.5]),
-        (98.7, 99.2, [98.6, 98.8, 99, 99.2]),
-    ],
-)
-def test_axes_have_round_marks(low, high, expected):
-    assert charts.round_steps(low, high, about=4) == pytest.approx(expected)
-
-
-def test_charts_leave_out_what_is_no_number_and_keep_labels_apart():
-    series = {"test": [1.0, math.nan, 3.0], "training": [1.0, 2.0, 3.0]}
-    chart = charts.line_chart("loss", [1, 2, 3], series, x_label="epoch", write=str)
-    assert [line.path.count("L") for line in chart.lines] == [1, 2]
-    above, below = chart.lines
-    assert below.label_y - above.label_y >= charts.LABEL_DISTANCE
-    assert [tick.text for tick in chart.x_ticks] == ["1", "2", "3"]
-    assert "test ends at 3.0" in chart.description
 
 
 @pytest.mark.parametrize(

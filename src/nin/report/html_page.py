@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from nin.report import charts, heatmaps
+from nin.report import heatmaps
 from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
+from nin.runtime.svg_chart import line_chart
 
 # A confusion matrix of more classes is no longer read, and its page no longer fits.
 LARGEST_MATRIX = 30
@@ -41,12 +42,6 @@ def render_report(report: ReportData) -> str:
         samples=[_sample(answer) for answer in report.samples],
         mistakes=[(answer, _image(answer.pixels)) for answer in report.mistakes[:largest]],
         charts=_charts(report.curves),
-        width=charts.WIDTH,
-        height=charts.HEIGHT,
-        left=charts.LEFT,
-        right=charts.WIDTH - charts.RIGHT,
-        top=charts.TOP,
-        bottom=charts.HEIGHT - charts.BOTTOM,
         matrix=_matrix(report) if len(report.classes) <= LARGEST_MATRIX else None,
         confused=_bars(report.confused),
         per_class=_per_class(report),
@@ -164,24 +159,24 @@ def _sample(answer: ExamplePrediction) -> dict[str, Any]:
     }
 
 
-def _charts(curves: Sequence[dict[str, float]]) -> list[charts.Chart]:
-    if not curves:
-        return []
+def _charts(curves: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Return the training curves as SVG by their titles."""
     epochs = [row.get("epoch", i + 1) for i, row in enumerate(curves)]
-    names = {"test": "test", "training": "train"}
-    made = []
-    for kind, title, factor, write_value, highest in (
+    charts = {}
+    for kind, title, factor, format_value, highest in (
         ("accuracy", "accuracy, %", 100, lambda v: f"{v:.1f}{NARROW_SPACE}%", 100.0),
         ("loss", "loss (cross entropy), nats", 1, lambda v: f"{v:.3g}", math.inf),
     ):
         series = {
             name: [factor * row[f"{part}_{kind}"] for row in curves]
-            for name, part in names.items()
-            if f"{part}_{kind}" in curves[0]
+            for name, part in (("test", "test"), ("training", "train"))
+            if curves and f"{part}_{kind}" in curves[0]
         }
         if series:
-            made.append(charts.line_chart(title, epochs, series, x_label="epoch", write=write_value, highest=highest))
-    return made
+            charts[title] = line_chart(
+                title, epochs, series, x_label="epoch", format_value=format_value, highest=highest
+            )
+    return charts
 
 
 def _matrix(report: ReportData) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from html import escape
 from rich.table import Table
 
 from nin.profiling.bench.runner import Benchmark, Machine, Measurement
+from nin.runtime.svg_chart import Bar, bar_chart
 
-# of the chart, in pixels
-ROW, LABEL, BARS, MARGIN = 18, 130, 520, 90
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}
-h2{font-size:1em;margin:1.6em 0 .3em}svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
+h2{font-size:1em;margin:1.6em 0 .3em}svg{display:block;width:740px;max-width:100%}
+svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
 .spread{stroke:#222;stroke-width:1.5}p,td{color:#444}"""
 
 
@@ -45,7 +45,7 @@ def table(benchmark: Benchmark) -> Table:
 def chart(benchmark: Benchmark) -> str:
     """Return a page of bars, one group for each case and dtype, with nothing loaded from elsewhere."""
     parts = [
-        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_bars(rows_of(benchmark, case, dtype))}"
+        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_bars(case, rows_of(benchmark, case, dtype))}"
         for case, dtype in groups(benchmark)
     ]
     return (
@@ -77,23 +77,17 @@ def rows_of(benchmark: Benchmark, case: str, dtype: str) -> list[Measurement]:
     return [m for m in benchmark.measurements if (m.case, m.dtype) == (case, dtype)]
 
 
-def _bars(rows: list[Measurement]) -> str:
-    longest = max((m.timing.high_ms for m in rows if m.timing), default=1.0)
-    lines = []
-    for i, m in enumerate(rows):
-        middle = i * ROW + ROW / 2
-        lines.append(f'<text x="{LABEL - 8}" y="{middle + 4}" text-anchor="end">{escape(m.engine)}</text>')
-        if m.timing is None:
-            lines.append(f'<text x="{LABEL}" y="{middle + 4}">{escape(m.reason)}</text>')
-            continue
-        low, median, high = (
-            LABEL + BARS * ms / longest for ms in (m.timing.low_ms, m.timing.median_ms, m.timing.high_ms)
+def _bars(case: str, rows: list[Measurement]) -> str:
+    bars = [
+        Bar(m.engine, note=m.reason)
+        if m.timing is None
+        else Bar(
+            m.engine,
+            [("nin" if m.engine.startswith("nin") else "other", m.timing.median_ms, 12)],
+            (m.timing.low_ms, m.timing.high_ms),
+            f"{m.timing.median_ms:.3f}",
         )
-        kind = "nin" if m.engine.startswith("nin") else "other"
-        lines.append(
-            f'<rect class="{kind}" x="{LABEL}" y="{i * ROW + 3}" width="{median - LABEL:.1f}" height="{ROW - 6}"/>'
-        )
-        lines.append(f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>')
-        lines.append(f'<text x="{high + 6:.1f}" y="{middle + 4}">{m.timing.median_ms:.3f}</text>')
-    width = LABEL + BARS + MARGIN
-    return f'<svg width="{width}" height="{len(rows) * ROW}" role="img">{"".join(lines)}</svg>'
+        for m in rows
+    ]
+    description = f"Median milliseconds of each engine for {case}."
+    return bar_chart(bars, description=description, width=740, label_width=130, note_width=90, row=18)

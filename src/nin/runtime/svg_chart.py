@@ -1,0 +1,249 @@
+"""Charts as SVG text: lines over a common x, points with their spread, and horizontal bars.
+
+Shapes have CSS classes and no colours, so that a page's styles adapt them to light and dark. The units of a drawing
+are scaled to the width that the page gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+# Two labels at the ends of lines stand at least this far apart.
+LABEL_DISTANCE = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """The area between the axes of a chart, and the values at its edges.
+
+    Attributes:
+        width: of the whole drawing.
+        height: of the whole drawing.
+        left: the smallest x.
+        right: the largest x.
+        top: the largest y.
+        bottom: the smallest y.
+        x_range: values at the left and the right edge.
+        y_range: values at the bottom and the top edge.
+    """
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        """Return the horizontal position of a value; the middle where the axis has one value only."""
+        first, last = self.x_range
+        fraction = (value - first) / (last - first) if last > first else 0.5
+        return round(self.left + fraction * (self.right - self.left), 1)
+
+    def y(self, value: float) -> float:
+        """Return the vertical position of a value."""
+        low, high = self.y_range
+        return round(self.bottom - (value - low) / (high - low) * (self.bottom - self.top), 1)
+
+    def draw(self, shapes: Sequence[str], x_ticks: Sequence[float], y_ticks: Sequence[float], label: str) -> str:
+        """Return the SVG with a line across and a number for each tick of y, a number for each tick of x."""
+        grid = [
+            element("line", class_="grid", x1=self.left, x2=self.right, y1=self.y(mark), y2=self.y(mark))
+            + text(f"{mark:g}", self.left - 7, self.y(mark) + 4, "end")
+            for mark in y_ticks
+        ]
+        below = [text(f"{mark:g}", self.x(mark), self.bottom + 17, "middle") for mark in x_ticks]
+        return svg(self.width, self.height, label, [*grid, *below, *shapes])
+
+
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """Return an SVG element; ``class_`` is its class, and underscores in other names become hyphens.
+
+    Example:
+        >>> element("text", "a", class_="label", text_anchor="end")
+        '<text class="label" text-anchor="end">a</text>'
+    """
+    named = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    written = "".join(f' {name}="{escape(str(value))}"' for name, value in named.items())
+    return f"<{tag}{written}>{content}</{tag}>"
+
+
+def text(words: str, x: float, y: float, anchor: str = "start") -> str:
+    """Return a line of text, escaped, which starts, ends or has its middle at x."""
+    return element("text", escape(words), x=round(x, 1), y=round(y, 1), text_anchor=anchor)
+
+
+def svg(width: float, height: float, label: str, shapes: Sequence[str]) -> str:
+    """Return a drawing; ``label`` says in words what it shows."""
+    return element("svg", "\n".join(shapes), viewBox=f"0 0 {width:g} {height:g}", role="img", aria_label=label)
+
+
+def line_chart(
+    title: str,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    format_value: Callable[[float], str],
+    highest: float = math.inf,
+) -> str:
+    """Draw curves over a common x, each with its name and its last value beside its end.
+
+    Args:
+        title: what is shown, with the unit; for those who do not see it.
+        x: places along the horizontal axis, ascending.
+        series: the values at these places by the curve's name, which is its CSS class too; those that are not finite
+            are left out.
+        x_label: what x is.
+        format_value: a value as text, for the labels at the ends.
+        highest: the axis does not go above it (100 for percentages).
+    """
+    finite = {
+        name: points
+        for name, values in series.items()
+        if (points := [(a, b) for a, b in zip(x, values, strict=True) if math.isfinite(b)])
+    }
+    values = [b for points in finite.values() for _, b in points] or [0.0]
+    y_ticks = round_steps(min(values), max(values), about=4)
+    if y_ticks[-1] > highest:
+        y_ticks = [mark for mark in y_ticks if mark < highest] + [highest]
+    x_range = (min(x), max(x))
+    x_ticks = [m for m in round_steps(*x_range, about=5) if x_range[0] <= m <= x_range[1] and m == int(m)]
+    # At 328 pixels, the width of a narrow phone's page, a unit is nearly a pixel and the text stays readable.
+    plot = Plot(360, 236, 34, 258, 12, 196, x_range, (y_ticks[0], y_ticks[-1]))
+    label_y = _spread_out({name: plot.y(points[-1][1]) for name, points in finite.items()})
+    shapes, ends = [text(x_label, (plot.left + plot.right) / 2, plot.height - 4, "middle")], []
+    for name, points in finite.items():
+        places = [(plot.x(a), plot.y(b)) for a, b in points]
+        (end_x, end_y), end = places[-1], format_value(points[-1][1])
+        path = "M" + " L".join(f"{a:g} {b:g}" for a, b in places)
+        curve = element("path", class_="line", d=path) + element("circle", class_="dot", cx=end_x, cy=end_y, r=3)
+        shapes.append(element("g", curve + text(f"{name} {end}", end_x + 8, label_y[name] + 4), class_=name))
+        ends.append(f"{name} ends at {end}")
+    return plot.draw(shapes, x_ticks or [x_range[0]], y_ticks, f"{title} over {x_label}: {'; '.join(ends)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadPoint:
+    """A point with a horizontal line for its spread.
+
+    Attributes:
+        kind: CSS class of both.
+        label: above the point.
+        low: x where the line begins.
+        x: of the point.
+        high: x where the line ends.
+        y: of both.
+    """
+
+    kind: str
+    label: str
+    low: float
+    x: float
+    high: float
+    y: float
+
+
+def point_chart(points: Sequence[SpreadPoint], *, x_label: str, description: str, highest: float = math.inf) -> str:
+    """Draw points with their spread in x, over an axis from 0.
+
+    Args:
+        points: at least one.
+        x_label: what x is, with its unit.
+        description: what is shown, for those who do not see it.
+        highest: no tick of y is above it (100 for percentages).
+    """
+    longest = 1.08 * max(point.high for point in points)
+    low, high = min(point.y for point in points), max(point.y for point in points)
+    margin = max(0.1 * (high - low), 0.2)  # room for the labels, and for a line where all are the same
+    y_ticks = round_steps(low - margin, high + margin, about=4)
+    plot = Plot(720, 292, 56, 700, 14, 250, (0, longest), (y_ticks[0], y_ticks[-1]))
+    shapes = [text(x_label, plot.right, plot.bottom + 36, "end")]
+    for point in points:
+        x, y = plot.x(point.x), plot.y(point.y)
+        ends = {"x1": plot.x(point.low), "x2": plot.x(point.high), "y1": y, "y2": y}
+        shapes.append(element("line", class_=f"spread {point.kind}", **ends))
+        shapes.append(element("circle", class_=point.kind, cx=x, cy=y, r=4.5) + text(point.label, x, y - 9, "middle"))
+    x_ticks = [mark for mark in round_steps(0, longest, about=5) if mark <= longest]
+    return plot.draw(shapes, x_ticks, [mark for mark in y_ticks if mark <= highest], description)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A row of a bar chart.
+
+    Attributes:
+        label: to its left.
+        lengths: (CSS class, value, height) of each bar in the row; later ones lie over earlier ones.
+        spread: values between which a line is drawn; none where it is empty.
+        note: behind the bar.
+    """
+
+    label: str
+    lengths: Sequence[tuple[str, float, float]] = ()
+    spread: tuple[float, float] | tuple[()] = ()
+    note: str = ""
+
+
+def bar_chart(
+    bars: Sequence[Bar], *, description: str, width: float, label_width: float, note_width: float, row: float
+) -> str:
+    """Draw rows of horizontal bars, which fill the width where they or their spread are longest.
+
+    Args:
+        bars: from top to bottom.
+        description: what is shown, for those who do not see it.
+        width: of the drawing.
+        label_width: room for the labels.
+        note_width: room behind the longest bar.
+        row: height of a row.
+    """
+    lengths = [(*(value for _, value, _ in bar.lengths), *bar.spread) for bar in bars]
+    scale = (width - label_width - note_width) / (max((max(values, default=0) for values in lengths), default=0) or 1)
+    shapes = []
+    for i, (bar, values) in enumerate(zip(bars, lengths, strict=True)):
+        middle = (i + 0.5) * row
+        shapes.append(text(bar.label, label_width - 8, middle + 4, "end"))
+        for kind, value, height in bar.lengths:
+            place = {"x": label_width, "y": middle - height / 2, "width": round(scale * value, 1), "height": height}
+            shapes.append(element("rect", class_=kind, **place))
+        if bar.spread:
+            low, high = (round(label_width + scale * value, 1) for value in bar.spread)
+            shapes.append(element("line", class_="spread", x1=low, x2=high, y1=middle, y2=middle))
+        if bar.note:
+            shapes.append(text(bar.note, label_width + (scale * max(values) + 6 if values else 0), middle + 4))
+    return svg(width, len(bars) * row, description, shapes)
+
+
+def round_steps(low: float, high: float, *, about: int) -> list[float]:
+    """Return evenly spaced round numbers (1, 2 or 5 times a power of ten apart) that enclose a range.
+
+    Example:
+        >>> round_steps(0.13, 0.87, about=4)
+        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    """
+    if high - low < 1e-9 * max(1.0, abs(low)):
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    # A value on a mark does not open another interval because of rounding.
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _spread_out(heights: Mapping[str, float]) -> dict[str, float]:
+    """Return the heights with neighbours moved apart until there is room for a label at each."""
+    names = sorted(heights, key=lambda name: heights[name])
+    placed = dict(heights)
+    for above, below in itertools.pairwise(names):
+        missing = max(0.0, LABEL_DISTANCE - (placed[below] - placed[above]))
+        placed[above] -= missing / 2
+        placed[below] += missing / 2
+    return placed

@@ -1,0 +1,69 @@
+"""Charts as SVG: their marks, their geometry, and what names of others can do to them."""
+
+import math
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from nin.runtime.svg_chart import LABEL_DISTANCE, Bar, SpreadPoint, bar_chart, line_chart, point_chart, round_steps
+
+
+def words(drawing):
+    return [node.text for node in drawing.iter("text")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.13, 0.87, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (30, 80, [20, 40, 60, 80]),
+        (2.0, 2.0, [1.5, 2.0, 2.5]),
+        (98.7, 99.2, [98.6, 98.8, 99, 99.2]),
+    ],
+)
+def test_axes_have_round_marks(low, high, expected):
+    assert round_steps(low, high, about=4) == pytest.approx(expected)
+
+
+def test_lines_leave_out_what_is_no_number_and_keep_labels_apart():
+    series = {"test": [1.0, math.nan, 3.0], "training": [1.0, 2.0, 3.0], "none": [math.nan] * 3}
+    drawing = ET.fromstring(line_chart("loss", [1, 2, 3], series, x_label="epoch", format_value=str))
+    curves = {group.get("class"): group for group in drawing.iter("g")}
+    assert {name: curve.find("path").get("d").count("L") for name, curve in curves.items()} == {"test": 1, "training": 2}
+    heights = sorted(float(curve.find("text").get("y")) for curve in curves.values())
+    assert heights[1] - heights[0] >= LABEL_DISTANCE
+    assert {"1", "2", "3", "epoch"} <= set(words(drawing))
+    assert "test ends at 3.0" in drawing.get("aria-label")
+
+
+def test_lines_of_percentages_end_at_a_hundred():
+    chart = line_chart("accuracy, %", [1, 2], {"test": [98.0, 99.9]}, x_label="epoch", format_value=str, highest=100)
+    marks = words(ET.fromstring(chart))
+    assert "100" in marks
+    assert not {"100.5", "101", "102"} & set(marks)
+
+
+def test_points_lie_within_the_axes_with_their_spread():
+    points = [SpreadPoint("original", "a", 0.9, 1.0, 1.2, 99.9), SpreadPoint("narrowed", "b", 0.4, 0.5, 0.7, 99.9)]
+    drawing = ET.fromstring(point_chart(points, x_label="milliseconds", description="times", highest=100))
+    (first, second), lines = drawing.findall("circle"), drawing.findall("line[@class='spread original']")
+    assert (first.get("cy"), first.get("class")) == (second.get("cy"), "original")
+    assert float(second.get("cx")) < float(first.get("cx"))
+    assert [float(lines[0].get("x1")) < float(first.get("cx")) < float(lines[0].get("x2")) < 700] == [True]
+    assert not [word for word in words(drawing) if word.replace(".", "").isdigit() and float(word) > 100]
+
+
+def test_bars_fill_the_width_and_escape_names():
+    bars = [
+        Bar("<b>", [("before", 4, 12), ("after", 1, 6)]),
+        Bar("nin", [("nin", 2, 12)], (1.0, 8.0), "2.000"),
+        Bar("missing", note="not installed"),
+    ]
+    sizes = {"width": 740, "label_width": 130, "note_width": 90, "row": 18}
+    drawing = ET.fromstring(bar_chart(bars, description="bars", **sizes))
+    assert [float(rect.get("width")) for rect in drawing.iter("rect")] == [260, 65, 130]
+    (spread,) = drawing.iter("line")
+    assert (float(spread.get("x1")), float(spread.get("x2"))) == (195, 650)
+    assert words(drawing) == ["<b>", "nin", "2.000", "missing", "not installed"]
+    assert drawing.get("viewBox") == "0 0 740 54"
+    ET.fromstring(bar_chart([], description="no bars", **sizes))
