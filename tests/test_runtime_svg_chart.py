@@ -29,7 +29,10 @@ def test_lines_leave_out_what_is_no_number_and_keep_labels_apart():
     series = {"test": [1.0, math.nan, 3.0], "training": [1.0, 2.0, 3.0], "none": [math.nan] * 3}
     drawing = ET.fromstring(line_chart("loss", [1, 2, 3], series, x_label="epoch", format_value=str))
     curves = {group.get("class"): group for group in drawing.iter("g")}
-    assert {name: curve.find("path").get("d").count("L") for name, curve in curves.items()} == {"test": 1, "training": 2}
+    assert {name: curve.find("path").get("d").count("L") for name, curve in curves.items()} == {
+        "test": 1,
+        "training": 2,
+    }
     heights = sorted(float(curve.find("text").get("y")) for curve in curves.values())
     assert heights[1] - heights[0] >= LABEL_DISTANCE
     assert {"1", "2", "3", "epoch"} <= set(words(drawing))
