@@ -65,7 +65,7 @@ def main() -> None:
         per_epoch = len(images.train) // arguments.batch_size
         config = TrainConfig(model="nin_digits", epochs=arguments.steps // per_epoch, batch_size=arguments.batch_size)
         started = time.perf_counter()
-        keeping = training.Keeping(steps=500)
+        keeping = training.CheckpointOptions(steps=500)
         training.train(images, config, out=Path(temporary) / "run", keeping=keeping, on_progress=look)
         seconds = time.perf_counter() - started
     steps, memory = np.array([s for s in samples if s[0] > arguments.steps // 5]).T

@@ -58,7 +58,7 @@ def deal(count: int, world: int, batch: int) -> bool:
         dealt = []
         for rank in range(world):
             os.environ.update(WORLD_SIZE=str(world), RANK=str(rank))
-            dealt.append(distributed.share(order, batch)[0])
+            dealt.append(distributed.local_part(order, batch)[0])
         if not torch.equal(torch.cat(dealt).sort().values, order.sort().values):
             return False
     return True

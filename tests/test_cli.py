@@ -190,7 +190,7 @@ def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
     out, config = tmp_path / "demo", TrainConfig(epochs=2)
     with pytest.raises(KeyboardInterrupt):
-        training.train("digits", config, out=out, keeping=training.Keeping(stop=lambda: True))
+        training.train("digits", config, out=out, keeping=training.CheckpointOptions(stop=lambda: True))
     assert (out / "state.safetensors").exists()
     demo.run(out, as_json=True, config=config)
     assert json.loads(capsys.readouterr().out)["test_images"] == 451

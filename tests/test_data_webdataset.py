@@ -105,8 +105,8 @@ def test_training_on_shards_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
 
     training.train(images, config, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        training.train(images, config, out=tmp_path / "run", keeping=training.Keeping(stop=stop))
-    training.train(images, config, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+        training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
+    training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     for name in ("model.safetensors", "metrics.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -22,7 +22,7 @@ from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models import factory as factories
 from nin.narrowing import FinetuneConfig, baseline, workflow, workflow_api
-from nin.training import Keeping
+from nin.training import CheckpointOptions
 
 
 def narrow(run, *arguments):
@@ -149,7 +149,7 @@ class Stopper:
         return self.seen == (1 if self.during == "Fitting" else 2)  # one layer may be all that is fitted
 
     def arguments(self):
-        return {"keeping": Keeping(stop=self.stop), "on_progress": self.on_progress}
+        return {"keeping": CheckpointOptions(stop=self.stop), "on_progress": self.on_progress}
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_fine_tuning_that_diverges_is_stopped_and_the_state_before_is_kept(run
     out = tmp_path / "out"
     message = r"the loss of the fine-tuning became \S+ at step \d of 8; what was written before is kept\. .* lower "
     with pytest.raises(UserError, match=message):
-        workflow_api.shrink(run, digits, config, out=out, keeping=Keeping(minutes=1e9))
+        workflow_api.shrink(run, digits, config, out=out, keeping=CheckpointOptions(minutes=1e9))
     assert [path.name for path in out.iterdir()] == ["state.safetensors"]
     assert all(value.isfinite().all() for value in load_file(out / "state.safetensors").values())
 

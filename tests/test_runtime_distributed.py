@@ -21,7 +21,7 @@ from nin.config import TrainConfig
 from nin.data import loader
 from nin.errors import UserError
 from nin.narrowing import workflow_api
-from nin.runtime import distributed
+from nin.runtime import distributed, torchrun
 
 # 37 images in a batch: the parts of two processes have 19 and 18
 CONFIG = TrainConfig(epochs=3, batch_size=37, threads=1, precision="fp32", flip=True)
@@ -41,13 +41,13 @@ def work(images, out, *, die_at=None, stop_at=None):
     def show(p):
         if p.row is None:
             losses.append([p.step, p.loss])
-        if p.step == die_at and distributed.rank() == 1 and not distributed.is_restarted():
+        if p.step == die_at and distributed.rank() == 1 and not torchrun.is_restarted():
             os.kill(os.getpid(), signal.SIGKILL)
 
     def stop():
         return distributed.rank() == 1 and len(losses) == stop_at
 
-    keeping = training.Keeping(steps=3, stop=stop)
+    keeping = training.CheckpointOptions(steps=3, stop=stop)
     try:
         training.train(images, CONFIG, out=out, keeping=keeping, on_progress=show)
     except UserError as error:
@@ -55,7 +55,7 @@ def work(images, out, *, die_at=None, stop_at=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    if distributed.is_first():
+    if distributed.is_main_process():
         out.with_suffix(".json").write_text(json.dumps(losses))
 
 
@@ -89,7 +89,7 @@ def narrow(images, out, *, run):
     """Narrow as one of the processes, or as the only one."""
     torch.set_num_threads(1)
     config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=300)
-    with distributed.together(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")):
         result = workflow_api.shrink(run, images, config, out=out)
     out.with_suffix(f".{distributed.rank()}.json").write_text(json.dumps(result.report.to_dict()))
     save_file(result.model.state_dict(), out.with_suffix(f".{distributed.rank()}.safetensors"))
@@ -221,7 +221,7 @@ def test_a_job_that_starts_again_finds_a_part_of_the_store_without_the_addresses
     store.set("nin/1", "somebody who died")
     store.set("default_pg/0", "an address of the first start")
     with futures.ThreadPoolExecutor(3) as pool:
-        parts = list(pool.map(lambda number: distributed._fresh_part(store, number, 3), range(3)))
+        parts = list(pool.map(lambda number: distributed._fresh_prefix_store(store, number, 3), range(3)))
     parts[0].set("here", "1")
     assert all(part.get("here") == b"1" and not part.check(["default_pg/0"]) for part in parts)
 
@@ -232,7 +232,7 @@ def test_every_sample_goes_to_one_process(monkeypatch, length, batch, count):
     order, seen = torch.randperm(length), []
     for rank in range(count):
         monkeypatch.setenv("RANK", str(rank))
-        mine, size = distributed.share(order, batch)
+        mine, size = distributed.local_part(order, batch)
         seen.append(mine.split(size))
     assert torch.equal(torch.cat([piece for pieces in seen for piece in pieces]).sort().values, torch.arange(length))
     for number, whole in enumerate(order.split(batch)):  # and in the same step as with one process
@@ -252,7 +252,7 @@ def test_processes_share_the_cores(monkeypatch):
 
 
 def test_an_error_of_its_own_is_no_lost_process():
-    assert not distributed._tells_of_a_lost_process(RuntimeError("shapes cannot be multiplied"))
-    assert distributed._tells_of_a_lost_process(
+    assert not distributed._is_lost_process_error(RuntimeError("shapes cannot be multiplied"))
+    assert distributed._is_lost_process_error(
         RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     )

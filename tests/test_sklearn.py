@@ -40,7 +40,7 @@ def digits():
 
 def perceptron_of(estimator):
     """Return PyTorch's own multilayer perceptron with the estimator's weights, in float64."""
-    convs = estimator.learner_.average.blocks[0][0].convs
+    convs = estimator.train_step_.ema_model.blocks[0][0].convs
     layers = []
     for conv in convs:
         linear = nn.Linear(conv.in_channels, conv.out_channels)
@@ -57,7 +57,7 @@ def test_on_a_table_it_is_a_multilayer_perceptron(table):
     perceptron = perceptron_of(estimator)
     z = torch.from_numpy((X - X.mean(0)) / X.std(0))
     labels = torch.from_numpy(y)
-    network = estimator.learner_.average.double().requires_grad_()
+    network = estimator.train_step_.ema_model.double().requires_grad_()
     scores, expected = network(z[:, :, None, None]), perceptron(z)
     torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-12)
     # and it learns as one: the gradients are the same

@@ -23,10 +23,10 @@ from nin.data.dataset import PathList
 from nin.errors import UserError
 from nin.inference import evaluation
 from nin.runtime import distributed
-from nin.runtime.cuda_graph import Replay
+from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.files import write_atomically
 from nin.training import loop
-from nin.training.step import Learner, make_model
+from nin.training.step import TrainStep, make_model
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 
@@ -101,12 +101,14 @@ def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path, stop_a
 
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            training.train(digits, config, out=tmp_path / "run", keeping=training.Keeping(resume=resume, stop=stop))
+            training.train(
+                digits, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=resume, stop=stop)
+            )
         steps.clear()
         if stop_at > 7:  # the second time there are fewer steps left than that
             break
     assert (tmp_path / "run" / checkpoint.STATE_FILE).exists()
-    training.train(digits, config, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    training.train(digits, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     for name in FILES:
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
@@ -115,28 +117,28 @@ def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path, stop_a
 def test_state_is_written_by_steps_and_by_time(digits, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoint, "save_state", lambda folder, tensors, values: written.append(values["position"]))
-    training.train(digits, QUICK, out=tmp_path / "a", keeping=training.Keeping(steps=2))
+    training.train(digits, QUICK, out=tmp_path / "a", keeping=training.CheckpointOptions(steps=2))
     assert [(p["epoch"], p["step"]) for p in written] == [
         *((0, 2), (0, 4), (1, 0)),
         *((1, 1), (1, 3), (2, 0)),
         *((2, 2), (2, 4), (3, 0)),
     ]
     written.clear()
-    training.train(digits, QUICK, out=tmp_path / "b", keeping=training.Keeping(minutes=1e-9))
+    training.train(digits, QUICK, out=tmp_path / "b", keeping=training.CheckpointOptions(minutes=1e-9))
     assert len(written) == 15
 
 
 def test_override_goes_on_and_is_recorded(digits, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(stop=lambda: True))
+        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=lambda: True))
     other = dataclasses.replace(QUICK, learning_rate=0.05)
-    keeping = training.Keeping(resume=True, override=True)
+    keeping = training.CheckpointOptions(resume=True, override=True)
     result = training.train(digits, other, out=tmp_path / "run", keeping=keeping)
     assert result.info.recipe["overridden"] == ["learning_rate=0.1, now learning_rate=0.05"]
 
 
 def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
-    out, resume = tmp_path / "run", training.Keeping(resume=True)
+    out, resume = tmp_path / "run", training.CheckpointOptions(resume=True)
     auto = dataclasses.replace(QUICK, precision="auto")
     before = training.train(digits, auto, out=out)
     written = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -179,7 +181,7 @@ def test_files_that_vanish_are_left_out_and_listed(photos, tmp_path):
 
 
 def test_too_many_vanished_files_stop_the_training_and_it_can_go_on(photos, tmp_path):
-    keeping = training.Keeping(steps=1)
+    keeping = training.CheckpointOptions(steps=1)
     moved = tmp_path / "moved"
 
     def remove(progress):
@@ -206,9 +208,9 @@ def test_findings_are_listed_in_the_run_folder(photos, tmp_path):
 
 def test_leftovers_of_a_killed_write_are_removed(digits, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(stop=lambda: True))
+        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=lambda: True))
     (tmp_path / "run" / ".state.safetensors.abc").write_bytes(b"half")
-    training.train(digits, QUICK, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+    training.train(digits, QUICK, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
@@ -228,10 +230,10 @@ def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
             digits,
             dataclasses.replace(QUICK, learning_rate=0.05),
             out=tmp_path / "run",
-            keeping=training.Keeping(resume=True),
+            keeping=training.CheckpointOptions(resume=True),
         )
     with pytest.raises(UserError, match="holds no unfinished training"):
-        training.train(digits, QUICK, out=tmp_path / "none", keeping=training.Keeping(resume=True))
+        training.train(digits, QUICK, out=tmp_path / "none", keeping=training.CheckpointOptions(resume=True))
     with pytest.raises(UserError, match="--resume"):
         training.train(digits, QUICK, out=tmp_path / "run")
 
@@ -278,10 +280,12 @@ def test_a_clock_that_jumps_changes_nothing(digits, tmp_path, monkeypatch, hours
 
     stops = itertools.count()
     with pytest.raises(KeyboardInterrupt):
-        training.train(digits, QUICK, out=tmp_path / "jumped", keeping=training.Keeping(minutes=1e-6, stop=stop))
+        training.train(
+            digits, QUICK, out=tmp_path / "jumped", keeping=training.CheckpointOptions(minutes=1e-6, stop=stop)
+        )
     for path in (tmp_path / "jumped").iterdir():  # written in what is now the past, or the future
         os.utime(path, (next(clock), next(clock)))
-    again = training.train(digits, QUICK, out=tmp_path / "jumped", keeping=training.Keeping(resume=True))
+    again = training.train(digits, QUICK, out=tmp_path / "jumped", keeping=training.CheckpointOptions(resume=True))
     assert_equal_weights(weights(plain), weights(again))
     metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("plain", "jumped")]
     assert metrics[0] == metrics[1]
@@ -293,22 +297,22 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_pat
     plain = training.train(digits, config)
     out, written = tmp_path / "run", {}
 
-    def too_high(step, steps, config):
-        return recipe.learning_rate(step, steps, config) if 3 * step < 2 * steps else 1e30  # in the last epoch
+    def too_high(step, steps, **schedule):
+        return optim.one_cycle_learning_rate(step, steps, **schedule) if 3 * step < 2 * steps else 1e30  # last epoch
 
     def remember(progress):
         if progress.row:
             written[progress.epoch] = {path.name: path.read_bytes() for path in out.iterdir()}
 
     with monkeypatch.context() as patch:
-        patch.setattr("nin.training.step.learning_rate", too_high)
+        patch.setattr("nin.training.step.one_cycle_learning_rate", too_high)
         with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch 3\).*learning_rate"):
             training.train(digits, config, out=out, on_progress=remember)
     assert list(written) == [1, 2]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == written[2]
     assert checkpoint.load_state(out)[1]["position"]["epoch"] == 2
     assert all(tensor.isfinite().all() for tensor in checkpoint.load_model(out)[0].state_dict().values())
-    again = training.train(digits, config, out=out, keeping=training.Keeping(resume=True))
+    again = training.train(digits, config, out=out, keeping=training.CheckpointOptions(resume=True))
     assert_equal_weights(weights(again), weights(plain))
 
 
@@ -375,7 +379,7 @@ def test_what_the_recipe_says_of_the_network_is_what_is_trained(digits):
 
 
 def test_learning_rate_rises_once_and_falls_to_zero():
-    rates = [recipe.learning_rate(step, 1000, TrainConfig()) for step in range(1000)]
+    rates = [optim.one_cycle_learning_rate(step, 1000, peak=0.1, warmup=0.2) for step in range(1000)]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
@@ -401,28 +405,28 @@ def test_weight_decay_spares_biases_and_gains():
 
 
 @pytest.mark.parametrize(("make", "older"), [(optim.sgd, False), (optim.sgd, True), (optim.adamw, False)])
-def test_a_descent_goes_on_with_what_its_optimiser_remembers(make, older):
+def test_an_optimizer_with_ema_goes_on_from_its_state_dict(make, older):
     options = {"momentum": 0.9} if make is optim.sgd else {"betas": (0.9, 0.99)}
 
     def begin():
         torch.manual_seed(0)
-        model, average = nn.Linear(3, 2), nn.Linear(3, 2)
-        return optim.Descent(model, average, make(model, learning_rate=0.1, weight_decay=0.01, **options))
+        model, ema_model = nn.Linear(3, 2), nn.Linear(3, 2)
+        return optim.OptimizerWithEMA(model, ema_model, make(model, learning_rate=0.1, weight_decay=0.01, **options))
 
     def step(work):
-        work.step(work.model(x).square().sum(), learning_rate=0.1, gradient_clip=1.0, decay=0.9)
+        work.step(work.model(x).square().sum(), learning_rate=0.1, gradient_clip=1.0, ema_decay=0.9)
 
     x, one, other = torch.randn(5, 3), begin(), begin()
     for _ in range(3):
         step(one)
-    kept = {name: tensor.clone() for name, tensor in one.tensors().items()}
+    kept = {name: tensor.clone() for name, tensor in one.state_dict().items()}
     if older:  # the names of before there were several optimisers
         kept = {name.replace("optimizer.momentum_buffer.", "momentum."): tensor for name, tensor in kept.items()}
-    other.load(kept)
+    other.load_state_dict(kept)
     step(one)
     step(other)
-    for name, tensor in one.tensors().items():
-        assert torch.equal(other.tensors()[name], tensor), name
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
 
 
 def test_mirrored_view_is_the_mean_of_both(digits):
@@ -476,8 +480,8 @@ def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, ahead, 
         return len(steps) == stop_at
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(digits, SPEED, out=tmp_path / "run", keeping=training.Keeping(stop=stop))
-    training.train(digits, SPEED, out=tmp_path / "run", keeping=training.Keeping(resume=True))
+        training.train(digits, SPEED, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
+    training.train(digits, SPEED, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     for name in FILES:
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -499,8 +503,8 @@ def test_the_speed_recipe_fills_in_what_was_left_alone():
 
 
 def test_the_triangle_falls_in_a_straight_line():
-    config = TrainConfig(schedule="triangle", learning_rate=0.4)
-    rates = [recipe.learning_rate(step, 1000, config) for step in range(1000)]
+    schedule = {"peak": 0.4, "warmup": 0.2, "schedule": "triangle"}
+    rates = [optim.one_cycle_learning_rate(step, 1000, **schedule) for step in range(1000)]
     falls = [a - b for a, b in itertools.pairwise(rates[250:])]
     assert max(rates) == pytest.approx(0.4, rel=1e-2)
     assert min(falls) == pytest.approx(max(falls))
@@ -525,15 +529,15 @@ def test_held_files_are_the_files(tmp_path):
 
 def test_images_are_held_where_the_learner_is(digits):
     config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
-    learner = Learner(nin.models.nin_digits, config)
-    learner.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
-    run = loop._Run(digits, learner, None, training.Keeping(), lambda progress: None)
-    assert run.images.train.images.device == run.images.test.labels.device == learner.device
+    train_step = TrainStep(nin.models.nin_digits, config)
+    train_step.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
+    run = loop._Run(digits, train_step, None, training.CheckpointOptions(), lambda progress: None)
+    assert run.images.train.images.device == run.images.test.labels.device == train_step.device
 
 
 def test_one_process_asks_nobody_whether_to_stop(digits, ahead, monkeypatch):
     # on a GPU the answer would be waited for after every step
-    monkeypatch.setattr(distributed, "total", lambda values: pytest.fail("waited for the device"))
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: pytest.fail("waited for the device"))
     training.train(digits, dataclasses.replace(QUICK, epochs=1))
 
 
@@ -567,9 +571,9 @@ def test_a_step_is_captured_and_replayed_on_its_own_gpu(monkeypatch):
     names = {"device": gpus.device, "stream": gpus.on, "graph": gpus.on, "CUDAGraph": gpus.graph}
     for name, value in {**names, "Stream": gpus.stream, "current_stream": gpus.stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    replay = Replay(lambda x: (2 * x,), torch.device("cuda:1"), plain_calls=1)
+    runner = CUDAGraphRunner(lambda x: (2 * x,), torch.device("cuda:1"), warmup_calls=1)
     for _ in range(3):  # as it is, captured and replayed, replayed
-        assert torch.equal(replay(torch.ones(2))[0], torch.full((2,), 2.0))
+        assert torch.equal(runner(torch.ones(2))[0], torch.full((2,), 2.0))
     assert len(gpus.used) == 4 + 1 + 2
     assert set(gpus.used) == {"cuda:1"}
     assert gpus.current == "cuda:0"

@@ -29,7 +29,7 @@ from nin.config import TrainConfig
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import dispatch
 from nin.profiling.bench.engines import plain
-from nin.training.step import Learner, make_model
+from nin.training.step import TrainStep, make_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROTATED_BYTES = 256 << 20  # of inputs that take turns: five times an H200's L2 cache
@@ -185,15 +185,13 @@ def run_steps(batch: int, device: torch.device, runs: int) -> dict[str, Any]:
 
     x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)
-    learners = {"nin, one graph": Learner(network, recipe), "nin": Learner(network, unreplayed)}
-    learners["eager channels_last"] = Learner(lambda: plain(network()), unreplayed)
+    engines = {"nin, one graph": TrainStep(network, recipe), "nin": TrainStep(network, unreplayed)}
+    engines["eager channels_last"] = TrainStep(lambda: plain(network()), unreplayed)
     if device.type == "cuda":
-        compiled = Learner(lambda: plain(network()), unreplayed)
+        compiled = TrainStep(lambda: plain(network()), unreplayed)
         compiled.model.forward = torch.compile(compiled.model.forward, mode="max-autotune", dynamic=False)
-        learners["compile max-autotune"] = compiled
-    calls: dict[str, Call] = {
-        name: (lambda i, learner=learner: learner.advance(x, labels, 100, 1000)) for name, learner in learners.items()
-    }
+        engines["compile max-autotune"] = compiled
+    calls: dict[str, Call] = {name: (lambda i, step=step: step(x, labels, 100, 1000)) for name, step in engines.items()}
     times = measuring.compare(calls, device, seconds=SECONDS, runs=runs)
     return {"case": f"NiN-CIFAR training step, batch {batch}", "dtype": "autocast", "milliseconds": times}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from nin.errors import UserError
 
-# PyTorch's generators take 64 bits; a training multiplies its seed, so that each step has one of its own.
+# PyTorch's generators take 64 bits, of which `step_seed` needs the rest.
 LARGEST_SEED = 2**32 - 1
 
 
@@ -20,6 +20,14 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed must be 0 to {LARGEST_SEED}, got {seed}")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of one training step's dropout, so that a resumed training draws what it would have drawn.
+
+    Trainings of different seeds share none before step 1,000,003, a prime above the number of steps of most.
+    """
+    return seed * 1_000_003 + step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,34 +168,3 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.98,
     },
 }
-
-
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step; see `one_cycle`."""
-    return one_cycle(step, steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
-
-
-def one_cycle(
-    step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "triangle"] = "cosine"
-) -> float:
-    """Return the one-cycle schedule: up in a straight line, down along a cosine or in a straight line.
-
-    Args:
-        step: which one, from 0.
-        steps: in the whole training; behind them it stays at zero.
-        peak: the largest.
-        warmup: share of all steps in which it rises.
-        schedule: how it falls.
-
-    Source:
-        Smith, Topin: Super-Convergence, 2017, arXiv 1708.07120.
-
-    Example:
-        >>> [one_cycle(step, 6, peak=1.0, warmup=0.5, schedule="triangle") for step in (0, 1, 2, 3, 6)]
-        [0.25, 0.5, 0.75, 1.0, 0.0]
-    """
-    rise = max(1.0, warmup * steps)
-    if step < rise:
-        return peak * (step + 1) / (rise + 1)
-    progress = min(1.0, (step - rise) / max(1.0, steps - rise))
-    return peak * (1 - progress if schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,113 +1,119 @@
-"""A network, the average of its weights and its optimiser: one step at a time, carried over an interruption."""
+"""SGD and AdamW, gradient clipping, an exponential moving average (EMA) of the weights, the one-cycle schedule."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 
-class Descent:
-    """An optimiser at work on a network, and the averaged weights, which are the ones to use.
+class OptimizerWithEMA:
+    """An optimiser of a model, with gradient clipping, and the EMA of the model's weights and buffers.
+
+    Not `torch.optim.swa_utils.AveragedModel`: its decay is a Python number, which a captured CUDA graph would keep for
+    ever; here the decay and the learning rate are tensors on a GPU, so that they change from replay to replay.
 
     Args:
-        model: learns, in place.
-        average: a network of the same architecture, which takes the averaged weights.
-        optimizer: of the model's parameters, such as `sgd` or `adamw` give; `step` is told each step's learning rate.
+        model: trained in place.
+        ema_model: a network of the same architecture; it is overwritten with the averaged weights.
+        optimizer: of the model's parameters, such as `sgd` or `adamw` return; its learning rate is set at each step.
     """
 
-    def __init__(self, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.average, self.optimizer = model, average.eval(), optimizer
-        average.load_state_dict(model.state_dict())
-        self.blend: float | Tensor = 0.0  # how far the averages move
+    def __init__(self, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.ema_model, self.optimizer = model, ema_model.eval(), optimizer
+        ema_model.load_state_dict(model.state_dict())
+        self.lerp_weight: float | Tensor = 0.0  # 1 - decay
         device = next(model.parameters()).device
         if device.type == "cuda":
-            self.blend = torch.zeros((), device=device)
+            self.lerp_weight = torch.zeros((), device=device)
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=device)
 
-    def step(self, loss: Tensor, *, learning_rate: float, gradient_clip: float, decay: float) -> None:
-        """Follow the gradient of a loss.
+    def step(self, loss: Tensor, *, learning_rate: float, gradient_clip: float, ema_decay: float) -> None:
+        """Compute the gradients of a loss, clip them, and update the weights and their average.
 
         Args:
-            loss: of the model, a single number.
+            loss: of the model, a scalar.
             learning_rate: of this step.
-            gradient_clip: largest norm of the gradient of all parameters together.
-            decay: of the averaged weights.
+            gradient_clip: maximum norm of the gradient of all parameters together.
+            ema_decay: of the averaged weights, 0 to 1.
         """
-        self.prepare(learning_rate=learning_rate, decay=decay)
-        self.follow(loss, gradient_clip=gradient_clip)
+        self.set_hyperparameters(learning_rate=learning_rate, ema_decay=ema_decay)
+        self.backward_and_update(loss, gradient_clip=gradient_clip)
 
-    def prepare(self, *, learning_rate: float, decay: float) -> None:
-        """Set the numbers of the next step; see `step`.
+    def set_hyperparameters(self, *, learning_rate: float, ema_decay: float) -> None:
+        """Set the learning rate and the EMA's decay of the next step.
 
-        On a GPU they lie in its memory, where a step that is replayed as a graph finds them.
+        On a GPU they are written into tensors in its memory, where a replayed CUDA graph reads them.
         """
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        if isinstance(self.blend, Tensor):
-            self.blend.fill_(1 - decay)
+        if isinstance(self.lerp_weight, Tensor):
+            self.lerp_weight.fill_(1 - ema_decay)
         else:
-            self.blend = 1 - decay
+            self.lerp_weight = 1 - ema_decay
 
-    def follow(self, loss: Tensor, *, gradient_clip: float) -> None:
-        """Follow the gradient of a loss, by the numbers that were set; see `step`. It does not wait for a GPU."""
+    def backward_and_update(self, loss: Tensor, *, gradient_clip: float) -> None:
+        """Do what `step` does after `set_hyperparameters`. It never synchronises with a GPU."""
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip)
         self.optimizer.step()
-        averages: list[Tensor] = list(self.average.parameters())
+        averages: list[Tensor] = list(self.ema_model.parameters())
         currents: list[Tensor] = list(self.model.parameters())
         with torch.no_grad():
-            if isinstance(self.blend, Tensor):
+            if isinstance(self.lerp_weight, Tensor):
+                # _foreach_lerp_ takes a number: it would copy the tensor to the CPU, which a capture forbids
                 for average, current in zip(averages, currents, strict=True):
-                    average.lerp_(current, self.blend)
+                    average.lerp_(current, self.lerp_weight)
             else:
-                torch._foreach_lerp_(averages, currents, self.blend)
-            for average, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                average.lerp_(current, self.blend) if average.is_floating_point() else average.copy_(current)
+                torch._foreach_lerp_(averages, currents, self.lerp_weight)
+            for average, current in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+                average.lerp_(current, self.lerp_weight) if average.is_floating_point() else average.copy_(current)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, their averages and what the optimiser remembers of each, by name."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, their averages and the optimiser's state of each parameter, by name."""
+        # one flat mapping by parameter names, as safetensors stores it; an optimiser's own counts parameters
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.ema_model.state_dict().items()}
         for name, p in self.model.named_parameters():
-            remembered = {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
-            tensors |= {f"optimizer.{k}.{name}": v for k, v in remembered.items()}
+            state = {k: v for k, v in self.optimizer.state[p].items() if isinstance(v, Tensor)}
+            tensors |= {f"optimizer.{k}.{name}": v for k, v in state.items()}
         return tensors
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to the state that `tensors` returned."""
-        for network, prefix in ((self.model, "model."), (self.average, "average.")):
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the state that `state_dict` returned."""
+        for network, prefix in ((self.model, "model."), (self.ema_model, "average.")):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         parameters = dict(self.model.named_parameters())
         for key, value in tensors.items():
-            if key.startswith("momentum."):  # states of before there were several optimisers
+            if key.startswith("momentum."):  # state files from before AdamW was added
                 key = "optimizer.momentum_buffer." + key.removeprefix("momentum.")
             if not key.startswith("optimizer."):
                 continue
             kind, name = key.removeprefix("optimizer.").split(".", 1)
             p = parameters[name]
-            # as the parameter lies in memory; the number of the step is a single number
-            place = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
-            self.optimizer.state[p][kind] = place.copy_(value)
+            # in the parameter's memory format; AdamW's step count is a scalar
+            buffer = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
+            self.optimizer.state[p][kind] = buffer.copy_(value)
 
 
 def sgd(model: nn.Module, *, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return stochastic gradient descent with Nesterov momentum.
 
     Args:
-        model: whose parameters it changes.
+        model: whose parameters it updates.
         learning_rate: at the first step.
         momentum: of the gradients.
         weight_decay: per step, on weights, not on biases and gains (one-dimensional).
     """
-    groups = _groups(model, weight_decay)
+    groups = _parameter_groups(model, weight_decay)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
@@ -117,25 +123,57 @@ def adamw(
     """Return Adam with decoupled weight decay.
 
     Args:
-        model: whose parameters it changes.
+        model: whose parameters it updates.
         learning_rate: at the first step.
-        betas: how much of the averages of the gradient and of its square is kept in a step.
+        betas: decay of the running averages of the gradient and of its square.
         weight_decay: times the learning rate per step, on weights, not on biases and gains (one-dimensional).
 
     Source:
         Loshchilov, Hutter: Decoupled weight decay regularization, 2017, arXiv 1711.05101.
     """
-    return torch.optim.AdamW(_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters for an optimiser: those that decay, and those that do not."""
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters with weight decay and those without, as an optimiser takes them."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def averaging(decay: float, step: int) -> float:
-    """Return the decay of the averaged weights at a step, from 0: they move quickly in the first ones."""
+def ema_decay_at_step(decay: float, step: int) -> float:
+    """Return the EMA's decay at a step, counted from 0, with the warm-up of TensorFlow's EMA.
+
+    Without the warm-up the average would hold the random initial weights for the first hundreds of steps.
+    """
     return min(decay, (1 + step) / (10 + step))
+
+
+# A function of the step, not a torch.optim.lr_scheduler: those keep a count of their own, which would have to be saved,
+# and OneCycleLR refuses steps behind the last one.
+def one_cycle_learning_rate(
+    step: int, steps: int, *, peak: float, warmup: float, schedule: Literal["cosine", "triangle"] = "cosine"
+) -> float:
+    """Return a step's learning rate on the one-cycle schedule: linear warm-up, then cosine or linear decay to zero.
+
+    Args:
+        step: which one, from 0.
+        steps: in the whole training; behind them it stays at zero.
+        peak: the maximum.
+        warmup: fraction of all steps in which it rises.
+        schedule: how it falls, along a cosine or in a straight line ("triangle").
+
+    Source:
+        Smith, Topin: Super-Convergence, 2017, arXiv 1708.07120.
+
+    Example:
+        >>> rates = [one_cycle_learning_rate(step, 6, peak=1.0, warmup=0.5, schedule="triangle") for step in range(7)]
+        >>> [round(rate, 2) for rate in rates]
+        [0.25, 0.5, 0.75, 1.0, 0.67, 0.33, 0.0]
+    """
+    rise = max(1.0, warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    progress = min(1.0, (step - rise) / max(1.0, steps - rise))
+    return peak * (1 - progress if schedule == "triangle" else 0.5 * (1 + math.cos(math.pi * progress)))

@@ -21,7 +21,7 @@ from nin import data, models
 from nin.config import ResolvedConfig, TrainConfig
 from nin.errors import UserError
 from nin.runtime import device as machine
-from nin.training.step import Learner, make_model
+from nin.training.step import TrainStep, make_model
 
 PREDICTION_BATCH = 256
 
@@ -143,7 +143,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         Raises:
             ValueError: X and y do not fit together, or a class is new.
         """
-        first = not hasattr(self, "learner_")
+        first = not hasattr(self, "train_step_")
         samples, labels = self._validated(X, y, reset=first)
         if first:
             if classes is None:
@@ -171,7 +171,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         samples, _ = self._validated(X, None, reset=False)
         with self._computing(), torch.inference_mode():
             parts = [
-                self.learner_.average(self._inputs(samples[start : start + PREDICTION_BATCH])).double().cpu()
+                self.train_step_.ema_model(self._inputs(samples[start : start + PREDICTION_BATCH])).double().cpu()
                 for start in range(0, len(samples), PREDICTION_BATCH)
             ]
         return torch.cat(parts).numpy()
@@ -187,7 +187,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._config, self._widths = self._resolve(len(samples), seed), tuple(self.hidden_channels)
         with torch.random.fork_rng(devices=[]):
-            self.learner_ = Learner(self._make, self._config)
+            self.train_step_ = TrainStep(self._make, self._config)
         self.losses_: list[float] = []
         self.n_steps_ = 0
 
@@ -213,13 +213,14 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         """Go once through the samples in that order."""
         config, total = self._config, 0.0
         # the one-cycle schedule begins slowly; without an end there is no such beginning
-        self.learner_.config = dataclasses.replace(config, warmup=0.0) if steps == ENDLESS else config
+        self.train_step_.config = dataclasses.replace(config, warmup=0.0) if steps == ENDLESS else config
         for indices in order.split(config.batch_size):
             pixels = data.augment(
                 samples[indices], indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
             )
-            labels = targets[indices].to(self.learner_.device)
-            loss, _ = self.learner_.step(self._inputs(pixels), labels, self.n_steps_, steps)
+            labels = targets[indices].to(self.train_step_.device)
+            loss_tensor, _ = self.train_step_(self._inputs(pixels), labels, self.n_steps_, steps)
+            loss = loss_tensor.item()
             if not np.isfinite(loss):
                 raise ValueError(f"the loss became {loss}: learning_rate must be lower than {config.learning_rate}")
             total += loss * len(indices)
@@ -229,7 +230,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def _inputs(self, samples: Tensor) -> Tensor:
         """Return what the network takes: each channel with mean 0 and variance 1, float32 (B, C, H, W)."""
         z = (samples.double() - self._mean.view(1, -1, 1, 1)) / self._std.view(1, -1, 1, 1)
-        return z.to(self.learner_.device, torch.float32)
+        return z.to(self.train_step_.device, torch.float32)
 
     def _targets(self, labels: Array) -> Tensor:
         unknown = np.setdiff1d(labels, self.classes_)
@@ -260,9 +261,9 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle holds: the network as the bytes of a model file, and plain data."""
         state = dict(super().__getstate__())
-        if "learner_" in state:
-            learner = state.pop("learner_")
-            tensors = {**learner.tensors(), "mean": state.pop("_mean"), "std": state.pop("_std")}
+        if "train_step_" in state:
+            train_step = state.pop("train_step_")
+            tensors = {**train_step.state_dict(), "mean": state.pop("_mean"), "std": state.pop("_std")}
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             state["_config"] = dataclasses.asdict(self._config)
             state["_file"] = save_tensors(plain)
@@ -279,8 +280,8 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self._mean, self._std = tensors.pop("mean"), tensors.pop("std")
         self._config = ResolvedConfig(**state["_config"])
         with torch.random.fork_rng(devices=[]):
-            self.learner_ = Learner(self._make, self._config)
-        self.learner_.load(tensors)
+            self.train_step_ = TrainStep(self._make, self._config)
+        self.train_step_.load_state_dict(tensors)
 
 
 def _as_images(values: Array) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter
 from nin.config import TrainConfig
 from nin.distribution import version
 from nin.errors import UserError
+from nin.runtime import torchrun
 
 app = App(
     name="nin",
@@ -84,7 +84,9 @@ def train(
         out=out,
         loading={"data_dir": data_dir, "size": size, "test_fraction": test_fraction, "strict": strict},
         config=config or TrainConfig(),
-        keeping=training.Keeping(resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps),
+        keeping=training.CheckpointOptions(
+            resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
+        ),
         as_json=json,
     )
 
@@ -532,6 +534,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _stop(message: str, status: int) -> NoReturn:
     """Print one line to standard error and exit."""
-    rank = os.environ.get("RANK", "0")
-    print(f"nin: {'' if rank == '0' else f'process {rank}: '}{' '.join(message.split())}", file=sys.stderr)
+    rank = torchrun.rank()
+    print(f"nin: {f'process {rank}: ' if rank else ''}{' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -15,7 +15,7 @@ from nin.cli import commands
 from nin.config import TrainConfig
 from nin.inference import classifier as prediction
 from nin.profiling import bottleneck, cost
-from nin.training import Keeping, has_begun
+from nin.training import CheckpointOptions, has_begun
 
 SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
 
@@ -35,7 +35,7 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
     config = config or TrainConfig()
     step("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
     images = commands.load_data("digits", seed=config.seed)
-    keeping = Keeping(resume=has_begun(out))
+    keeping = CheckpointOptions(resume=has_begun(out))
     result = commands.train_visibly(images, config, out=out, keeping=keeping, again="the same command")
     if not as_json:
         commands.show_result(result)

@@ -37,7 +37,7 @@ def narrow(
     images = load_data(source, **loading)
     with narrowing_visibly() as how:
         result = workflow_api.shrink(run, images, config, out=out, **how)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {run.name}")
@@ -67,7 +67,7 @@ def narrow_network(
     cache = weights.with_suffix(".narrowing.safetensors")
     with narrowing_visibly() as how:
         result = workflow_api.shrink_network(model, images, preparation, config, out=out, cache=cache, **how)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     if out is not None and not config.dry_run:
         page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {factory}")
@@ -98,10 +98,10 @@ def check_out(out: Path | None, config: workflow_api.ShrinkingConfig) -> None:
 @contextlib.contextmanager
 def narrowing_visibly() -> Iterator[dict[str, Any]]:
     """Show how far a narrowing is; Ctrl-C and SIGTERM end it where it can go on."""
-    with Bar("Narrowing") as bar, stop_requests() as stopped, distributed.together(torch.device("cpu")):
+    with Bar("Narrowing") as bar, stop_requests() as stopped, distributed.process_group(torch.device("cpu")):
         try:
             yield {
-                "keeping": training.Keeping(stop=lambda: bool(stopped)),
+                "keeping": training.CheckpointOptions(stop=lambda: bool(stopped)),
                 "on_progress": lambda text, done, total: bar.update(done, total, text),
             }
         except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def train(
     out: Path,
     loading: dict[str, Any],
     config: TrainConfig,
-    keeping: training.Keeping,
+    keeping: training.CheckpointOptions,
     as_json: bool,
 ) -> None:
     """Train, write the run folder and its report, and show the result."""
@@ -31,7 +31,7 @@ def train(
     if keeping.resume and training.is_finished(out):
         words.print(f"{out} is finished; this is its result.")
     result = train_visibly(images, config, out=out, keeping=keeping)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return
     path = write_report(out, images)
     if as_json:
@@ -43,7 +43,7 @@ def train(
 
 def show_from_first() -> None:
     """Let one of the processes that torchrun started speak, and not all of them."""
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         words.quiet = results.quiet = True
 
 
@@ -67,7 +67,7 @@ def train_visibly(
     config: TrainConfig,
     *,
     out: Path,
-    keeping: training.Keeping | None = None,
+    keeping: training.CheckpointOptions | None = None,
     again: str = "the same command and --resume",
 ) -> training.TrainResult:
     """Train, with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM end it after the step.
@@ -86,7 +86,7 @@ def train_visibly(
                     f"test accuracy {100 * p.row['test_accuracy']:.2f} %  {p.row['seconds']:.0f} s"
                 )
 
-        keeping = dataclasses.replace(keeping or training.Keeping(), stop=lambda: bool(stopped))
+        keeping = dataclasses.replace(keeping or training.CheckpointOptions(), stop=lambda: bool(stopped))
         try:
             return training.train(images, config, out=out, keeping=keeping, on_progress=show)
         except KeyboardInterrupt:

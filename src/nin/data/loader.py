@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nin.data.dataset import DecodedSet, ImageSet
-from nin.runtime import distributed
+from nin.runtime import torchrun
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -105,4 +105,4 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], *, workers: i
 def usable_cores() -> int:
     """Returns the number of processor cores that this process may run on; those of a job of torchrun share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // distributed.local_world_size())
+    return max(1, cores // torchrun.local_world_size())

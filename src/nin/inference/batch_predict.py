@@ -24,6 +24,7 @@ from nin.data.loader import map_in_threads, usable_cores
 from nin.distribution import install_command
 from nin.errors import UserError
 from nin.inference.classifier import BATCH, Classifier
+from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 
 SECONDS_BETWEEN_MARKS = 2.0
@@ -47,7 +48,7 @@ class Share:
     @classmethod
     def of_environment(cls) -> Share:
         """Return what torchrun says, or all of the images."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(distributed.rank(), distributed.world_size())
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return where this share begins and ends."""

@@ -32,7 +32,7 @@ def evaluate(
     them, see `nin.data.batches`.
     """
     scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
-    order = torch.arange(len(images.test))[distributed.rank() :: distributed.count()]
+    order = torch.arange(len(images.test))[distributed.rank() :: distributed.world_size()]
     size = GPU_TEST_BATCH if device.type == "cuda" else TEST_BATCH
     for pixels, batch_labels, _ in data.batches(images.test, order, size, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)

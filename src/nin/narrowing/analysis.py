@@ -87,9 +87,9 @@ def study(
     if not able:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
     wiring = trace(model, {name for name in shapes if name in layers})
-    key = f"format {CACHE_FORMAT}: {' '.join(distributed.gather_text(fingerprint(model, batches, skip)))}"
+    key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint(model, batches, skip)))}"
     known = _read_cache(cache, key)
-    if "" in distributed.gather_text("found" if known else ""):  # a process without the file: all begin again
+    if "" in distributed.all_gather_text("found" if known else ""):  # a process without the file: all begin again
         known = None
     found = known or _Findings({}, {}, {})
     missing = {name: shape for name, shape in able.items() if name not in found.forms}
@@ -171,7 +171,7 @@ def _few(batches: list[Any]) -> list[Any]:
     taken: list[Any] = []
     images = 0
     for batch in batches:
-        if images * distributed.count() >= SENSITIVITY_IMAGES:
+        if images * distributed.world_size() >= SENSITIVITY_IMAGES:
             break
         taken.append(batch)
         first = batch[0] if isinstance(batch, tuple | list) else batch

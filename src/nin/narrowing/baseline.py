@@ -75,7 +75,7 @@ def train_control(
     batches: list[Tensor],
     *,
     out: Path,
-    keeping: training.Keeping,
+    keeping: training.CheckpointOptions,
     on_progress: ProgressCallback | None,
 ) -> Control:
     """Train the control as long as the original and the narrowed network were, into a run folder of its own.

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin.config import one_cycle
 from nin.errors import UserError
-from nin.optim import Descent, adamw, averaging
+from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate
 from nin.runtime import device
 
 
@@ -77,11 +76,12 @@ class Tuner:
         optimizer = adamw(
             model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        self.descent = Descent(model, copy.deepcopy(model), optimizer)
+        self.optimizer = OptimizerWithEMA(model, copy.deepcopy(model), optimizer)
 
     def learning_rate(self) -> float:
         """Return that of the next step."""
-        return one_cycle(self.step_number, self.steps, peak=self.config.learning_rate, warmup=self.config.warmup)
+        config = self.config
+        return one_cycle_learning_rate(self.step_number, self.steps, peak=config.learning_rate, warmup=config.warmup)
 
     def step(self, x: Tensor, labels: Tensor | None) -> float:
         """Take one step and return its loss.
@@ -107,27 +107,27 @@ class Tuner:
                 "what was written before is kept. Leave a larger share of the original, or try a lower learning_rate "
                 f"than {self.config.learning_rate}"
             )
-        self.descent.step(
+        self.optimizer.step(
             loss,
             learning_rate=self.learning_rate(),
             gradient_clip=self.config.gradient_clip,
-            decay=averaging(self.config.ema, self.step_number),
+            ema_decay=ema_decay_at_step(self.config.ema, self.step_number),
         )
         self.step_number += 1
         return loss.item()
 
     def finish(self) -> nn.Module:
         """Return the network with the averaged weights, in evaluation mode."""
-        self.model.load_state_dict(self.descent.average.state_dict())
+        self.model.load_state_dict(self.optimizer.ema_model.state_dict())
         return self.model.eval()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that `load` needs beside the number of the step."""
-        return self.descent.tensors()
+        return self.optimizer.state_dict()
 
     def load(self, tensors: Mapping[str, Tensor], step_number: int) -> None:
         """Go back to the state that `tensors` returned after that many steps."""
-        self.descent.load(tensors)
+        self.optimizer.load_state_dict(tensors)
         self.step_number = step_number
 
 

@@ -58,7 +58,7 @@ class Moments:
 
     def reduce(self) -> None:
         """Add up over all processes of a job."""
-        if distributed.are_together():
+        if distributed.is_initialized():
             for value in self.sums.values():
                 dist.all_reduce(value)
 

@@ -20,7 +20,7 @@ from nin.narrowing.workflow_config import ShrinkingConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
-from nin.training import Keeping
+from nin.training import CheckpointOptions
 
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
 
@@ -111,7 +111,7 @@ def shrink_network(
     *,
     out: Path | None,
     cache: Path,
-    keeping: Keeping | None = None,
+    keeping: CheckpointOptions | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> NarrowResult:
     """Narrow somebody's network. A call that was interrupted goes on when it is made again.
@@ -133,7 +133,7 @@ def shrink_network(
     """
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
-    keeping = keeping or Keeping()
+    keeping = keeping or CheckpointOptions()
     preprocessing = preparation.of(images)
     scores = _try(model, images, preprocessing)
     if config.finetune and scores is None:
@@ -149,7 +149,7 @@ def shrink_network(
             note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."
             report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
             result = dataclasses.replace(result, report=report)
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
         write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))

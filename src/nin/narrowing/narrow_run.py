@@ -16,7 +16,7 @@ from nin.narrowing.workflow_config import CONTROL_FOLDER, ShrinkingConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
-from nin.training import Keeping
+from nin.training import CheckpointOptions
 
 NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
 
@@ -27,7 +27,7 @@ def shrink(
     config: ShrinkingConfig,
     *,
     out: Path | None,
-    keeping: Keeping | None = None,
+    keeping: CheckpointOptions | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> NarrowResult:
     """Narrow the network of a run folder. A call that was interrupted goes on when it is made again.
@@ -48,7 +48,7 @@ def shrink(
         OSError: a folder cannot be written.
         KeyboardInterrupt: ``keeping.stop`` said so; the same call goes on.
     """
-    keeping = keeping or Keeping()
+    keeping = keeping or CheckpointOptions()
     model, info = checkpoint.load_model(run)
     if mismatch := info.mismatch(images):
         raise UserError(f"the images do not fit {run}: {mismatch}")
@@ -72,7 +72,7 @@ def shrink(
                 on_progress=on_progress,
             )
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, control=control))
-        if distributed.is_first():
+        if distributed.is_main_process():
             save(out, run, result, info, images, config)
     return result
 

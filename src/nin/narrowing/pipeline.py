@@ -94,7 +94,9 @@ def narrow(
     kind, share = _budget(macs=macs, latency=latency, parameters=parameters)
     options = options or NarrowOptions()
     images = list(batches)
-    if distributed.total(torch.tensor(float(not images))) > 0:  # all of them end, or the others would wait for one
+    if (
+        distributed.all_reduce_sum(torch.tensor(float(not images))) > 0
+    ):  # all of them end, or the others would wait for one
         raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(expand(model).eval(), options.layout)
     known = study(original, images, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress)
@@ -166,12 +168,12 @@ class _Job:
 
     def narrow(self, share: float) -> _Outcome:
         """Return the network narrowed to a share."""
-        decision = Decision.from_json(distributed.from_first(lambda: self.planner.decide(share).to_json()))
+        decision = Decision.from_json(distributed.broadcast_result(lambda: self.planner.decide(share).to_json()))
         if self.options.dry_run:
             narrowed = to_layout(apply_plan(self.original, decision.plan), self.options.layout)
             return _Outcome(narrowed, decision.plan, self.report(narrowed, decision))
         narrowed, errors = self.refine(decision.plan)
-        distributed.take_from_first(narrowed)
+        distributed.broadcast_model(narrowed)
         if self.evaluate is not None and not self.accuracy:
             self.accuracy = {"original": self.evaluate(self.original)}
         accuracy = {**self.accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
@@ -200,7 +202,7 @@ class _Job:
 
     def report(self, *facts: Any) -> NarrowReport:
         """Return what was done and what it cost; of several processes the first one's, which alone measures times."""
-        text = distributed.from_first(lambda: json.dumps(self.collect_report(*facts).to_dict()))
+        text = distributed.broadcast_result(lambda: json.dumps(self.collect_report(*facts).to_dict()))
         return NarrowReport.from_dict(json.loads(text))
 
     def collect_report(

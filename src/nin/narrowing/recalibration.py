@@ -23,7 +23,7 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
         for a, b in zip(wanted, given, strict=True):
             distance += float((a.double() - b.double()).square().sum())
             total += float((a.double() - a.double().mean(0)).square().sum())
-    distance, total = distributed.total(torch.tensor([distance, total], dtype=torch.float64)).tolist()
+    distance, total = distributed.all_reduce_sum(torch.tensor([distance, total], dtype=torch.float64)).tolist()
     return distance / total if total else distance
 
 
@@ -52,10 +52,10 @@ def renormalise(model: nn.Module, batches: list[Any]) -> nn.Module:
 
 def _average(norm: nn.Module, batches: int) -> None:
     """Make a BatchNorm's statistics the plain average over the batches of all processes."""
-    count = distributed.total(torch.tensor(float(batches)))
+    count = distributed.all_reduce_sum(torch.tensor(float(batches)))
     for name in ("running_mean", "running_var"):
         value = norm.get_buffer(name)
-        value.copy_(distributed.total(value * batches) / count.to(value.device))
+        value.copy_(distributed.all_reduce_sum(value * batches) / count.to(value.device))
 
 
 def correct(model: nn.Module, original: nn.Module, batches: list[Any]) -> tuple[nn.Module, float, bool]:
@@ -68,7 +68,7 @@ def correct(model: nn.Module, original: nn.Module, batches: list[Any]) -> tuple[
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) and m.track_running_stats]
     # a single image, or one place of one image, has no variance
     single = sum(next(_rows(args, kwargs), 2) < 2 for args, kwargs in inputs_of(batches))
-    if not norms or distributed.total(torch.tensor(float(single))) > 0:
+    if not norms or distributed.all_reduce_sum(torch.tensor(float(single))) > 0:
         return model, error, False
     again = renormalise(model, batches)
     other = calibration_error(again, original, batches)

@@ -53,7 +53,7 @@ def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches
         with watch(layers, record), torch.enable_grad():
             for number, (args, kwargs) in enumerate(inputs_of(batches)):
                 # each process of a job has every n-th batch: what is drawn for it is what one process would draw
-                generator.manual_seed(distributed.rank() + number * distributed.count())
+                generator.manual_seed(distributed.rank() + number * distributed.world_size())
                 args, kwargs = pytree.tree_map(_with_gradient, (args, kwargs))
                 loss = _loss(model(*args, **kwargs), generator)
                 if loss.requires_grad:
@@ -92,5 +92,5 @@ def _mean(name: str, shape: LayerShape, sums: dict[str, Tensor], counts: dict[st
     total = sums.get(name)
     if total is None:
         total = torch.zeros(shape.groups, width, width, dtype=torch.float64)
-    count = distributed.total(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
-    return distributed.total(total) / count.clamp_min(1)
+    count = distributed.all_reduce_sum(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
+    return distributed.all_reduce_sum(total) / count.clamp_min(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nin import checkpoint, data
+from nin.config import step_seed
 from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing import (
@@ -29,7 +30,7 @@ from nin.narrowing import (
 from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
 from nin.runtime import device, distributed
 from nin.runtime.progress import ProgressCallback
-from nin.training import Keeping
+from nin.training import CheckpointOptions
 
 BATCH = 64
 
@@ -54,7 +55,11 @@ class Subject:
 
 
 def shrink_subject(
-    subject: Subject, config: ShrinkingConfig, out: Path | None, keeping: Keeping, on_progress: ProgressCallback | None
+    subject: Subject,
+    config: ShrinkingConfig,
+    out: Path | None,
+    keeping: CheckpointOptions,
+    on_progress: ProgressCallback | None,
 ) -> NarrowResult:
     """Narrow a network and train it, if that is asked for.
 
@@ -171,7 +176,7 @@ def prepare_folder(out: Path) -> Iterator[None]:
     Raises:
         UserError: it holds something else.
     """
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         yield
         return
     if out.is_dir():
@@ -191,7 +196,12 @@ class _Saver:
     """Writes the state of a fine-tuning when it is time."""
 
     def __init__(
-        self, out: Path | None, subject: Subject, config: ShrinkingConfig, result: NarrowResult, keeping: Keeping
+        self,
+        out: Path | None,
+        subject: Subject,
+        config: ShrinkingConfig,
+        result: NarrowResult,
+        keeping: CheckpointOptions,
     ) -> None:
         self.out, self.result, self.keeping = out, result, keeping
         self.beginning = {} if out is None else beginning(subject, config)
@@ -242,7 +252,7 @@ def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver
         epoch, done = divmod(tuner.step_number, each)
         order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch)[done * BATCH :]
         for pixels, labels, indices in data.batches(images.train, order, BATCH):
-            torch.manual_seed(config.seed * 1_000_003 + tuner.step_number)  # dropout, as a function of (seed, step)
+            torch.manual_seed(step_seed(config.seed, tuner.step_number))  # of dropout
             moved = data.augment(pixels, indices, seed=config.seed, epoch=epoch, flip=images.flip, shift=images.shift)
             x = data.to_float(moved, p.mean, p.std, dtype=torch.float32)
             loss = tuner.step(x, labels if subject.labelled else None)
@@ -255,7 +265,7 @@ def calibration_batches(subject: Subject, config: ShrinkingConfig) -> Iterator[T
     """Yield training images as the network takes them, without augmentation; each of n processes every n-th batch."""
     p, images = subject.preprocessing, subject.images
     order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
-    order = torch.cat([*order.split(BATCH)[distributed.rank() :: distributed.count()], order[:0]])
+    order = torch.cat([*order.split(BATCH)[distributed.rank() :: distributed.world_size()], order[:0]])
     for pixels, _, _ in data.batches(images.train, order, BATCH):
         yield data.to_float(pixels, p.mean, p.std, dtype=torch.float32)
 
@@ -268,5 +278,5 @@ def accuracy(model: nn.Module, subject: Subject) -> float:
     scores, labels = evaluation.evaluate(model.eval(), same, device=torch.device("cpu"), dtype=torch.float32)
     model.train(training_mode)
     hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
-    right, count = distributed.total(hits).tolist()
+    right, count = distributed.all_reduce_sum(hits).tolist()
     return float(right / count)

@@ -52,7 +52,7 @@ class ShrinkingConfig:
                 raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {value}")
         if self.images < 1 or self.finetune < 0:
             raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
-        if distributed.count() > 1 and (self.finetune or self.control):
+        if distributed.world_size() > 1 and (self.finetune or self.control):
             raise UserError(
                 "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"
             )

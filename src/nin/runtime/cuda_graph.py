@@ -1,4 +1,4 @@
-"""Replays a step of fixed shapes as one CUDA graph, so that its hundreds of launches cost one."""
+"""Capture a function of tensors of fixed shapes as a CUDA graph, so that its hundreds of kernel launches cost one."""
 
 from __future__ import annotations
 
@@ -7,57 +7,61 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Step = Callable[..., tuple[Tensor, ...]]
 
+class CUDAGraphRunner:
+    """Calls a function a few times as it is, then captures it as a CUDA graph and replays that.
 
-class Replay:
-    """Calls a function of tensors a few times as it is, then captures it and replays it from there on.
-
-    The plain calls compile kernels and make what the optimiser keeps; they are steps like any other, so nothing has
-    to be undone. A call with other shapes than the captured one is made as it is.
+    The warm-up calls compile kernels and allocate the optimiser's state; they are training steps like any other, so
+    nothing has to be undone. `torch.cuda.make_graphed_callables` captures a forward and a backward, not
+    a whole step with the optimiser. A call with other shapes than the captured ones runs without the graph.
 
     Args:
-        step: takes and gives tensors, works in place on all else, and never waits for the GPU.
+        function: takes and returns tensors, changes all else in place, and never synchronises with the GPU.
         device: the GPU that it computes on; of several it need not be the current one.
-        plain_calls: before the capture.
+        warmup_calls: before the capture; PyTorch's documentation of CUDA graphs takes 3.
     """
 
-    def __init__(self, step: Step, device: torch.device, plain_calls: int = 3) -> None:
-        self.step, self.device, self.plain_calls = step, device, plain_calls
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], device: torch.device, warmup_calls: int = 3
+    ) -> None:
+        self.function, self.device, self.warmup_calls = function, device, warmup_calls
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: tuple[Tensor, ...] = ()
-        self.results: tuple[Tensor, ...] = ()
+        self.static_inputs: tuple[Tensor, ...] = ()
+        self.static_outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Take one step; the results are the caller's."""
+        """Return the function's results; they are copies, which the next replay does not overwrite."""
         with torch.cuda.device(self.device):  # streams and captures are those of the current GPU
             return self._call(inputs)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.graph is None and self.plain_calls > 0:
-            self.plain_calls -= 1
-            return self._call_beside(inputs)
+        if self.graph is None and self.warmup_calls > 0:
+            self.warmup_calls -= 1
+            return self._call_on_side_stream(inputs)
         if self.graph is None:
             self._capture(inputs)
-        if any(kept.shape != given.shape for kept, given in zip(self.inputs, inputs, strict=True)):
-            return self._call_beside(inputs)
-        for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
+        if any(static.shape != given.shape for static, given in zip(self.static_inputs, inputs, strict=True)):
+            return self._call_on_side_stream(inputs)
+        for static, given in zip(self.static_inputs, inputs, strict=True):
+            static.copy_(given)
         assert self.graph is not None
         self.graph.replay()
-        return tuple(result.clone() for result in self.results)
+        return tuple(output.clone() for output in self.static_outputs)
 
-    def _call_beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Call the step on a stream of its own, as a capture needs what autograd remembers of earlier calls."""
+    def _call_on_side_stream(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Call the function on a stream other than the default one, which a capture must not depend on.
+
+        Autograd's nodes that accumulate gradients remember the stream on which they were made.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            results = self.step(*inputs)
+            outputs = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        return results
+        return outputs
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = tuple(torch.empty_like(given).copy_(given) for given in inputs)
+        self.static_inputs = tuple(torch.empty_like(given).copy_(given) for given in inputs)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.results = self.step(*self.inputs)
+            self.static_outputs = self.function(*self.static_inputs)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import Preprocessing, RunInfo
-from nin.config import ResolvedConfig, TrainConfig, learning_rate
+from nin.config import ResolvedConfig, TrainConfig
 from nin.errors import UserError
 from nin.inference.evaluation import evaluate, wilson_interval
 from nin.runtime import device as machine
-from nin.runtime import distributed
+from nin.runtime import distributed, torchrun
 from nin.runtime.files import write_atomically
 from nin.training import metrics
-from nin.training.step import Learner, make_model
+from nin.training.step import TrainStep, make_model
 
 # So many files may vanish while a training runs, or a hundredth of all, before it stops.
 MOST_LOST_FILES = 10
@@ -74,7 +74,7 @@ class TrainResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Keeping:
+class CheckpointOptions:
     """When and how a training is kept, and gone on with. None of it changes the numbers.
 
     Attributes:
@@ -98,7 +98,7 @@ def train(
     config: TrainConfig | None = None,
     *,
     out: str | Path | None = None,
-    keeping: Keeping | None = None,
+    keeping: CheckpointOptions | None = None,
     network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
@@ -138,14 +138,14 @@ def train(
             f"images: a run folder is for grey or RGB images, got {images.channels} channels: leave out= away and keep "
             "the result's model"
         )
-    keeping = keeping or Keeping()
-    if folder is not None and distributed.is_restarted() and has_begun(folder):
+    keeping = keeping or CheckpointOptions()
+    if folder is not None and torchrun.is_restarted() and has_begun(folder):
         keeping = dataclasses.replace(keeping, resume=True)
     with machine.use_threads(recipe.threads):
         sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
-        learner = Learner(network or (lambda: make_model(recipe, **sizes)), recipe)
-        run = _Run(images, learner, folder, keeping, on_progress or (lambda progress: None))
-        if folder is None or not distributed.is_first():
+        train_step = TrainStep(network or (lambda: make_model(recipe, **sizes)), recipe)
+        run = _Run(images, train_step, folder, keeping, on_progress or (lambda progress: None))
+        if folder is None or not distributed.is_main_process():
             return run.train_together()
         prepare_folder(folder, resume=run.keeping.resume)
         try:
@@ -174,17 +174,17 @@ class _Run:
     def __init__(
         self,
         images: data.Data,
-        learner: Learner,
+        train_step: TrainStep,
         folder: Path | None,
-        keeping: Keeping,
+        keeping: CheckpointOptions,
         on_progress: Callable[[TrainProgress], None],
     ) -> None:
-        config = learner.config
+        config = train_step.config
         self.config, self.folder = config, folder
         self.keeping, self.on_progress = keeping, on_progress
-        self.learner = learner
-        self.images = hold_images(images, config, learner.device)
-        self.description = describe(learner.average, folder)
+        self.train_step = train_step
+        self.images = hold_images(images, config, train_step.device)
+        self.description = describe(train_step.ema_model, folder)
         self.steps_per_epoch = max(1, len(images.train) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.position = _Position()
@@ -193,17 +193,17 @@ class _Run:
         self.lost: dict[str, str] = {}
         self.saved = time.monotonic()
         # A GPU is waited for after so many steps only; what they gave is read together.
-        self.read_every = READ_EVERY if runs_ahead(self.learner.device) else 1
+        self.read_every = READ_EVERY if runs_ahead(self.train_step.device) else 1
         self.unread: list[tuple[Tensor, Tensor, int]] = []
         self.last_loss = math.nan
 
     def train_together(self) -> TrainResult:
         """Train with the other processes of the job, where there are others."""
-        with distributed.together(self.learner.device):
+        with distributed.process_group(self.train_step.device):
             try:
                 return self.train()
             finally:
-                self.learner.leave()
+                self.train_step.unwrap_ddp()
 
     def train(self) -> TrainResult:
         """Do what is left, and write the result."""
@@ -212,7 +212,7 @@ class _Run:
             if is_finished(self.folder):
                 return self.load_result(self.folder)
             self.load_state(self.folder)
-        self.learner.join(min(self.config.batch_size, len(self.images.train)))
+        self.train_step.wrap_in_ddp(min(self.config.batch_size, len(self.images.train)))
         while self.position.epoch < self.config.epochs:
             self.train_epoch()
         return self.finish()
@@ -222,7 +222,7 @@ class _Run:
         p, epochs = self.position, self.config.epochs
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in self.batches():
-            loss = self.train_step(x, labels)
+            loss = self.take_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
             self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, loss))
             self.keep()
@@ -240,19 +240,19 @@ class _Run:
     @property
     def writes(self) -> bool:
         """Whether this process writes the run folder: one does."""
-        return self.folder is not None and distributed.is_first()
+        return self.folder is not None and distributed.is_main_process()
 
     @property
     def step(self) -> int:
         """Steps done since the beginning."""
         return self.position.epoch * self.steps_per_epoch + self.position.step
 
-    def train_step(self, x: Tensor, labels: Tensor) -> float:
+    def take_step(self, x: Tensor, labels: Tensor) -> float:
         """Take one step and count it; return the last loss that is known."""
-        loss, scores = self.learner.advance(x, labels, self.step, self.steps)
+        loss, scores = self.train_step(x, labels, self.step, self.steps)
         hits, count = (scores.argmax(1) == labels).sum(), len(labels)
-        if distributed.count() > 1:
-            hits, images = distributed.total(torch.stack([hits, hits.new_tensor(count)]))
+        if distributed.world_size() > 1:
+            hits, images = distributed.all_reduce_sum(torch.stack([hits, hits.new_tensor(count)]))
             count = int(images)
         self.unread.append((loss, hits, count))
         self.position.step += 1
@@ -285,13 +285,13 @@ class _Run:
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's figures."""
         p, testing = self.position, time.perf_counter()
-        test_loss, test_hits, tested = self.test(dtype=self.learner.dtype)
-        for text in distributed.gather_text(json.dumps(self.lost)):
+        test_loss, test_hits, tested = self.test(dtype=self.train_step.dtype)
+        for text in distributed.all_gather_text(json.dumps(self.lost)):
             self.lost |= json.loads(text)
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
-            "learning_rate": learning_rate(self.step - 1, self.steps, self.config),
+            "learning_rate": self.train_step.learning_rate(self.step - 1, self.steps),
             "train_loss": p.loss_sum / p.seen,
             "train_accuracy": p.hits / p.seen,
             "test_loss": test_loss,
@@ -303,22 +303,22 @@ class _Run:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rest of this epoch: augmented images (B, C, H, W), as the network takes them, and labels (B,)."""
         config, images, p = self.config, self.images, self.position
-        several = distributed.count() > 1
+        several = distributed.world_size() > 1
         # A GPU augments many batches at once: what an image becomes does not depend on the batch it is in.
-        together = AUGMENTED_TOGETHER // config.batch_size if runs_ahead(self.learner.device) and not several else 1
+        together = AUGMENTED_TOGETHER // config.batch_size if runs_ahead(self.train_step.device) and not several else 1
         for order, size in self.orders():
             stored = data.batches(images.train, order, size * max(1, together), on_lost=self.lose, empty=several)
             for pixels, labels, indices in stored:
                 pixels = data.augment(
-                    pixels.to(self.learner.device),
-                    indices.to(self.learner.device),
+                    pixels.to(self.train_step.device),
+                    indices.to(self.train_step.device),
                     seed=config.seed,
                     epoch=p.epoch,
                     flip=config.flip,
                     shift=config.shift,
                 )
                 x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
-                labels = labels.to(self.learner.device)
+                labels = labels.to(self.train_step.device)
                 yield from zip(x.split(size), labels.split(size), strict=True)
 
     def orders(self) -> Iterator[tuple[Tensor, int]]:
@@ -330,21 +330,21 @@ class _Run:
         for begin in range(start, last, piece):
             stop = min(begin + piece, last)
             order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch, start=begin, stop=stop)
-            order, size = distributed.share(order, config.batch_size)
+            order, size = distributed.local_part(order, config.batch_size)
             yield order.to(images.train.labels.device), size
 
     def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
         """Test the averaged weights; return the mean cross entropy, the right answers, and the number of images."""
-        learner, images = self.learner, self.images
+        train_step, images = self.train_step, self.images
         scores, labels = evaluate(
-            learner.average, images, device=learner.device, dtype=dtype, flip=flip, on_lost=self.lose
+            train_step.ema_model, images, device=train_step.device, dtype=dtype, flip=flip, on_lost=self.lose
         )
         hits = int((scores.argmax(1) == labels).sum())
-        if distributed.count() == 1:
+        if distributed.world_size() == 1:
             return F.cross_entropy(scores, labels).item(), hits, len(labels)
         loss = F.cross_entropy(scores, labels, reduction="sum").item()
-        sums = torch.tensor([loss, hits, len(labels)], dtype=torch.float64, device=learner.device)
-        loss, all_hits, count = distributed.total(sums).tolist()
+        sums = torch.tensor([loss, hits, len(labels)], dtype=torch.float64, device=train_step.device)
+        loss, all_hits, count = distributed.all_reduce_sum(sums).tolist()
         return loss / count, int(all_hits), int(count)
 
     def lose(self, path: str, reason: str) -> None:
@@ -364,8 +364,8 @@ class _Run:
         """Write the state if it is time, and stop if somebody asked for it."""
         keeping = self.keeping
         stop = keeping.stop()
-        if distributed.count() > 1:  # one of them may have been asked: all end after the same step
-            stop = bool(distributed.total(torch.tensor(int(stop), device=self.learner.device)))
+        if distributed.world_size() > 1:  # one of them may have been asked: all end after the same step
+            stop = bool(distributed.all_reduce_sum(torch.tensor(int(stop), device=self.train_step.device)))
         if self.writes:
             assert self.folder is not None
             by_steps = keeping.steps is not None and self.step % keeping.steps == 0
@@ -386,7 +386,7 @@ class _Run:
             "lost": self.lost,
             **self.settings(),
         }
-        checkpoint.save_state(folder, self.learner.tensors(), values)
+        checkpoint.save_state(folder, self.train_step.state_dict(), values)
         self.saved = time.monotonic()
 
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -408,7 +408,7 @@ class _Run:
             )
         self.overridden = [*values["overridden"], *differing]
         self.lost = dict(values["lost"])
-        self.learner.load(tensors)
+        self.train_step.load_state_dict(tensors)
         self.position, self.metrics = _Position(**values["position"]), values["metrics"]
 
     def load_result(self, folder: Path) -> TrainResult:
@@ -449,20 +449,20 @@ class _Run:
             assert self.folder is not None
             self.save_model(self.folder, info)
             checkpoint.remove_state(self.folder)
-        return TrainResult(self.learner.average, info, self.metrics, self.folder)
+        return TrainResult(self.train_step.ema_model, info, self.metrics, self.folder)
 
     def save_model(self, folder: Path, info: RunInfo) -> None:
         """Write the averaged weights, what they are, and the figures so far."""
         if self.images.findings:
             write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(self.images.findings))
-        checkpoint.save_model(folder, self.learner.average, info)
+        checkpoint.save_model(folder, self.train_step.ema_model, info)
         write_atomically(folder / checkpoint.METRICS_FILE, metrics.csv_text(self.metrics, metrics.METRICS))
         write_atomically(folder / checkpoint.TIMINGS_FILE, metrics.csv_text(self.metrics, metrics.TIMINGS))
 
     def info(self, result: dict[str, Any]) -> RunInfo:
         """Return what ``config.json`` says."""
         images = self.images
-        precision = "fp32" if self.learner.dtype == torch.float32 else "bf16"
+        precision = "fp32" if self.train_step.dtype == torch.float32 else "bf16"
         overridden = {"overridden": self.overridden} if self.overridden else {}
         lost = {"lost": list(self.lost.items())} if self.lost else {}
         return RunInfo(
@@ -474,8 +474,8 @@ class _Run:
             result=result,
             environment={
                 **checkpoint.environment(),
-                "device": str(self.learner.device),
-                "processes": distributed.count(),
+                "device": str(self.train_step.device),
+                "processes": distributed.world_size(),
             },
         )
 
@@ -518,9 +518,9 @@ def check_share(config: ResolvedConfig, images: int) -> None:
         UserError: there are more processes than images in a batch.
     """
     least = min(config.batch_size, images)
-    if distributed.count() > least:
+    if distributed.world_size() > least:
         raise UserError(
-            f"batch_size is that of all processes together: {distributed.count()} processes cannot share {least} "
+            f"batch_size is that of all processes together: {distributed.world_size()} processes cannot share {least} "
             "images; give a larger --batch-size or start fewer"
         )
 

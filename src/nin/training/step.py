@@ -1,4 +1,4 @@
-"""What learns: the network, its averaged weights and the optimiser, one step at a time."""
+"""One training step: forward, loss, backward, optimiser and EMA; with DDP or replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,133 +11,142 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import models
-from nin.config import ResolvedConfig, learning_rate
+from nin.config import ResolvedConfig, step_seed
 from nin.errors import UserError
-from nin.optim import Descent, averaging, sgd
-from nin.runtime import device, distributed
-from nin.runtime.cuda_graph import Replay
+from nin.optim import OptimizerWithEMA, ema_decay_at_step, one_cycle_learning_rate, sgd
+from nin.runtime import distributed, torchrun
+from nin.runtime.cuda_graph import CUDAGraphRunner
+from nin.runtime.device import choose_device, choose_dtype
 
 
-class Learner:
-    """The network and all that a step changes; `tensors` and `load` carry it over an interruption, bit for bit.
+class TrainStep:
+    """A network, its EMA and its optimiser; a call takes one step of the optimiser.
+
+    What `state_dict` returns and `load_state_dict` restores is all that a step changes: a training that is loaded goes
+    on with the same bits.
 
     Args:
-        make: builds the network, the same each time it is called after the same seed.
-        config: the recipe.
+        build_model: returns the network, the same each time it is called after the same seed.
+        config: the training settings.
+
+    Attributes:
+        model: the trained network, on the device, in channels_last.
+        ema_model: the same network with the averaged weights.
 
     Raises:
         UserError: the device is unknown.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], config: ResolvedConfig) -> None:
+    def __init__(self, build_model: Callable[[], nn.Module], config: ResolvedConfig) -> None:
         self.config = config
-        self.device = device.choose_device(
-            config.device, gpu=distributed.local_rank() if distributed.count() > 1 else None
-        )
-        self.dtype = device.choose_dtype(config.precision, self.device)
+        self.device = choose_device(config.device, gpu=torchrun.local_rank() if distributed.world_size() > 1 else None)
+        self.dtype = choose_dtype(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.model = self.place(make())
-        # The average lives in a second network, so that testing it needs no swapping of weights.
-        self.average = self.place(make())
-        self.network: nn.Module = self.model  # what a step calls
+        self.model = self._to_device(build_model())
+        # a second network, so that the averages are tested without swapping weights
+        self.ema_model = self._to_device(build_model())
+        self.forward_model: nn.Module = self.model  # in DDP's wrapper where several processes train
         optimizer = sgd(
             self.model,
             learning_rate=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.descent = Descent(self.model, self.average, optimizer)
+        self.optimizer = OptimizerWithEMA(self.model, self.ema_model, optimizer)
+        # dropout's mask is a function of the step's seed; a replayed graph does not promise that
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
-        replays = self.device.type == "cuda" and config.recipe == "speed" and not drops
-        self._take_step = Replay(self._plain_step, self.device) if replays else self._plain_step
+        uses_graph = self.device.type == "cuda" and config.recipe == "speed" and not drops
+        self._run = CUDAGraphRunner(self._run_eagerly, self.device) if uses_graph else self._run_eagerly
 
-    def join(self, batch_size: int) -> None:
-        """Share the steps with the other processes of the job: each sees its part of a batch, all change alike.
-
-        Args:
-            batch_size: images in the batch of all processes together.
-        """
-        if distributed.count() > 1:
-            share_dropout(self.model, batch_size)
-            # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            self._take_step = self._plain_step
-            self.network = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=devices, gradient_as_bucket_view=True
-            )
-
-    def leave(self) -> None:
-        """Take steps alone again."""
-        self.network = self.model
-
-    def place(self, model: nn.Module) -> nn.Module:
-        """Return the network on the device, with its filters' channels side by side in memory."""
+    def _to_device(self, model: nn.Module) -> nn.Module:
         return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def step(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[float, Tensor]:
-        """Take one step of the optimiser.
+    def __call__(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Take one step of the optimiser. It does not synchronise with a GPU.
 
         Args:
-            x: images (B, C, H, W); of this process, where several share the batch. It may be none then.
+            x: images (B, C, H, W); this process's part of the batch. B may be 0 where there are several processes.
             labels: int64 (B,).
             step: which one it is, from 0.
             steps: in the whole training.
 
         Returns:
-            The loss, and the scores (B, classes). Where the loss is no finite number, nothing has changed on a CPU;
-            a GPU is not waited for to ask, so there the weights are lost, and what was saved before is not.
+            The loss, a scalar, and the scores (B, classes). A loss that is not finite changes nothing on a CPU; a GPU
+            is not waited for to find out, so there the weights are lost, and what was saved before is not.
         """
-        loss, scores = self.advance(x, labels, step, steps)
-        return loss.item(), scores
-
-    def advance(self, x: Tensor, labels: Tensor, step: int, steps: int) -> tuple[Tensor, Tensor]:
-        """Take a step as `step` does, without waiting for the device: the loss is still a tensor."""
-        config = self.config
         self.model.train()
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, as a function of (seed, step)
-        self.descent.prepare(learning_rate=learning_rate(step, steps, config), decay=averaging(config.ema, step))
-        loss, scores = self._take_step(x, labels)
+        torch.manual_seed(step_seed(self.config.seed, step))  # of dropout
+        self.optimizer.set_hyperparameters(
+            learning_rate=self.learning_rate(step, steps), ema_decay=ema_decay_at_step(self.config.ema, step)
+        )
+        loss, scores = self._run(x, labels)
         return loss, scores
 
-    def _plain_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        c = self.config
+        return one_cycle_learning_rate(step, steps, peak=c.learning_rate, warmup=c.warmup, schedule=c.schedule)
+
+    def _run_eagerly(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            scores = self.network(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
+            # DDP's all-reduce waits for every process, so one without images runs a blank one
+            scores = self.forward_model(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
         scores = scores.float()
-        loss, share = self._loss(scores, labels)
-        if self.device.type == "cuda" or torch.isfinite(loss):
-            self.descent.follow(share, gradient_clip=self.config.gradient_clip)
-        return loss.detach(), scores.detach()
+        mean_loss, local_loss = self._loss(scores, labels)
+        if self.device.type == "cuda" or torch.isfinite(mean_loss):
+            self.optimizer.backward_and_update(local_loss, gradient_clip=self.config.gradient_clip)
+        return mean_loss.detach(), scores.detach()
 
     def _loss(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean cross entropy over the batch of all processes, and what this one differentiates.
+        """Return the mean cross entropy over the batch of all processes, and the loss that this one differentiates.
 
-        DDP takes the mean of the processes' gradients. Their parts of a batch may differ in size, so each
-        differentiates its sum divided by the size of the whole batch, times the number of processes: the mean of
-        those gradients is that of the whole batch.
+        DDP averages the gradients of the processes, whose parts of a batch may differ in size. So each differentiates
+        its sum divided by the size of the whole batch, times the number of processes: the average of those gradients is
+        the gradient of the mean over the whole batch.
         """
-        smoothing, size = self.config.label_smoothing, distributed.count()
-        if size == 1:
+        smoothing, world_size = self.config.label_smoothing, distributed.world_size()
+        if world_size == 1:
             loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
             return loss, loss
-        part = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
-        whole = distributed.total(torch.stack([part.detach(), part.new_tensor(len(labels))]))
-        images = whole[1].clamp(min=1)
-        return whole[0] / images, part * (size / images)
+        local_sum = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
+        sums = distributed.all_reduce_sum(torch.stack([local_sum.detach(), local_sum.new_tensor(len(labels))]))
+        batch_size = sums[1].clamp(min=1)
+        return sums[0] / batch_size, local_sum * (world_size / batch_size)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights, their averages and what the optimiser remembers, by name."""
-        return self.descent.tensors()
+    def wrap_in_ddp(self, batch_size: int) -> None:
+        """Average gradients over the processes of the job; nothing happens where there is one.
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go back to the state that `tensors` returned."""
-        self.descent.load(tensors)
+        Args:
+            batch_size: of all processes together.
+        """
+        if distributed.world_size() == 1:
+            return
+        use_distributed_dropout(self.model, batch_size)
+        # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        self._run = self._run_eagerly
+        self.forward_model = nn.parallel.DistributedDataParallel(
+            self.model, device_ids=devices, gradient_as_bucket_view=True
+        )
+
+    def unwrap_ddp(self) -> None:
+        """Release DDP's process group."""
+        self.forward_model = self.model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights, their averages and the optimiser's state, by name."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self.optimizer.load_state_dict(tensors)
 
 
-class SharedDropout(nn.Dropout):
-    """Drops what one process would drop from the whole batch, where each of several holds every n-th image of it.
+class DistributedDropout(nn.Dropout):
+    """Dropout with the mask of one process for the whole batch, of which each process holds every n-th image.
 
-    Each process draws for the whole batch: that is what makes their losses those of one process.
+    Each process draws the mask of the whole batch: so the losses do not depend on the number of processes.
     """
 
     def __init__(self, p: float, batch_size: int) -> None:
@@ -145,28 +154,29 @@ class SharedDropout(nn.Dropout):
         self.batch_size = batch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x, some values of which are zero while training and the others larger by 1 / (1 - p)."""
+        """Return x with some values set to zero while training, the others multiplied by 1 / (1 - p)."""
         if not self.training or self.p == 0:
             return x
+        # the generator fills memory in its order, so the mask must lie in memory as x does
         layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
         ones = torch.ones((self.batch_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        kept = F.dropout(ones.contiguous(memory_format=layout), self.p)
-        return x * kept[distributed.rank() :: distributed.count()][: len(x)]
+        mask = F.dropout(ones.contiguous(memory_format=layout), self.p)
+        return x * mask[distributed.rank() :: distributed.world_size()][: len(x)]
 
 
-def share_dropout(model: nn.Module, batch_size: int) -> None:
-    """Put `SharedDropout` in the place of every dropout of a network."""
+def use_distributed_dropout(model: nn.Module, batch_size: int) -> None:
+    """Replace every dropout of a network by `DistributedDropout`, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout):
-                setattr(parent, name, SharedDropout(child.p, batch_size))
+                setattr(parent, name, DistributedDropout(child.p, batch_size))
 
 
 def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:
-    """Return a fresh network for images of so many channels, classes, and pixels in height and width.
+    """Return a network with random weights for images (channels, size, size).
 
     Raises:
-        UserError: the model is unknown, needs larger images, or cannot be as the recipe says.
+        UserError: the model is unknown, needs larger images, or does not have what the settings ask for.
     """
     options: dict[str, Any] = {"in_channels": channels, "dropout": config.dropout}
     if config.model.startswith("nin_"):
@@ -176,10 +186,10 @@ def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int
         if config.model == "googlenet" and getattr(config, name) != "none":
             raise UserError(f"{name} must be none for googlenet, got {getattr(config, name)}: nin_… networks have it")
     model = models.create(config.model, classes, **options)
-    least = getattr(model, "smallest_input", 1)
-    if size < least:
+    smallest = getattr(model, "smallest_input", 1)
+    if size < smallest:
         raise UserError(
-            f"{config.model} needs images of at least {least}×{least} pixels, got {size}×{size}: "
+            f"{config.model} needs images of at least {smallest}×{smallest} pixels, got {size}×{size}: "
             f"give a larger --size, or another --model ({', '.join(models.MODELS)})"
         )
     return model
