@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin.models import factory
-from nin.profiling.cost import _copy_shapes, format_bytes
+from nin.profiling.cost import _copy_shapes
 
 
 def test_known_values():
@@ -197,10 +197,3 @@ def test_the_table():
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match="input_shape must be"):
         nin.cost(nin.models.nin_cifar(), shape)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1_500_000, "1.5 MB"), (1e9, "1.0 GB"), (5e12, "5000.0 GB")]
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text

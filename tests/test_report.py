@@ -392,13 +392,6 @@ def test_contact_sheet_has_a_row_for_each_image():
         image_grid.contact_sheet([])
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(7, "7"), (957_386, "957 k"), (2_020_000, "2.02 M"), (12_345_678_901, "12.3 G")]
-)
-def test_large_counts_are_short(count, text):
-    assert html_page.short_count(count).replace(html_page.NARROW_SPACE, " ") == text
-
-
 def test_importing_the_report_is_cheap():
     for path in pathlib.Path(report.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -25,8 +25,8 @@ from nin.errors import UserError
 from nin.layers import MLPConv
 from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
-from nin.profiling.cost import format_bytes
 from nin.runtime.files import write_atomically
+from nin.runtime.formatting import format_bytes
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}

@@ -19,9 +19,10 @@ from torch import nn
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
 from nin.inference.classifier import Classifier, load
-from nin.profiling.cost import Cost, cost, format_bytes
+from nin.profiling.cost import Cost, cost
 from nin.report import contact_sheet, example_rows
 from nin.runtime.files import write_atomically
+from nin.runtime.formatting import format_bytes, format_percent, format_percent_range
 
 PICTURE = "confidence-maps.png"
 CLASSES_SHOWN = 4
@@ -180,9 +181,8 @@ def _accuracy(info: RunInfo) -> str:
     rows = [("test images", "accuracy", "95 % interval")]
     for key, what in (("test_accuracy", ""), ("test_accuracy_flip", ", and their mirror images")):
         if key in info.result:
-            low, high = info.result[f"{key}_interval"]
-            interval = f"{100 * low:.2f} to {100 * high:.2f} %"
-            rows.append((f"{info.result['test_images']:,}{what}", f"{100 * info.result[key]:.2f} %", interval))
+            interval = f"{format_percent_range(info.result[f'{key}_interval'], 2)} %"
+            rows.append((f"{info.result['test_images']:,}{what}", format_percent(info.result[key], 2), interval))
     return _table(rows)
 
 

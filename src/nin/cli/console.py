@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nin.runtime import distributed
+from nin.runtime.formatting import format_percent, format_percent_range
 
 # what is shown is shown as it is: files and classes are called "[red]" and ":cat:" too
 AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -105,7 +106,7 @@ def stop_requests() -> Iterator[list[int]]:
 
 def percent(value: float, interval: Sequence[float]) -> str:
     """Return a share with its interval, in percent."""
-    return f"{100 * value:.2f} % (95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+    return f"{format_percent(value, 2)} (95 % interval {format_percent_range(interval, 2)})"
 
 
 def print_json(value: Any) -> None:

@@ -17,6 +17,7 @@ from nin.errors import UserError
 from nin.inference import batch_predict
 from nin.inference import classifier as prediction
 from nin.runtime.files import write_atomically
+from nin.runtime.formatting import format_percent
 
 
 def predict(
@@ -127,8 +128,8 @@ def predictions_table(
     """Return the predictions for the terminal."""
     table = Table("image", "class", "confidence", "then")
     for path, p in zip(paths, predictions, strict=True):
-        others = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best(classes, p, top)[1:])
-        table.add_row(str(path), p.label, f"{100 * p.confidence:.1f} %", others)
+        others = ", ".join(f"{name} {format_percent(value)}" for name, value in best(classes, p, top)[1:])
+        table.add_row(str(path), p.label, format_percent(p.confidence), others)
     return table
 
 

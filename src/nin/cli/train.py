@@ -14,6 +14,7 @@ from nin.cli.check import show_findings
 from nin.cli.console import Bar, percent, print_json, results, stop_requests, words
 from nin.config import TrainConfig
 from nin.runtime import distributed
+from nin.runtime.formatting import format_percent
 
 
 def train(
@@ -83,7 +84,7 @@ def train_visibly(
             if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
                 bar.line(
                     f"epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
-                    f"test accuracy {100 * p.row['test_accuracy']:.2f} %  {p.row['seconds']:.0f} s"
+                    f"test accuracy {format_percent(p.row['test_accuracy'], 2)}  {p.row['seconds']:.0f} s"
                 )
 
         keeping = dataclasses.replace(keeping or training.CheckpointOptions(), stop=lambda: bool(stopped))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nin import checkpoint, data, fusion, models
 from nin.checkpoint import RunInfo
 from nin.errors import UserError
+from nin.runtime.formatting import format_percent
 from nin.runtime.html_table import html_table
 
 BATCH = 64
@@ -48,7 +49,7 @@ class Prediction:
     def _repr_html_(self) -> str:
         named = zip(self.probabilities, self.classes, strict=True) if self.classes else [(self.confidence, self.label)]
         best = sorted(named, reverse=True)[:SHOWN]
-        return html_table([("class", "probability"), *((name, f"{100 * share:.1f} %") for share, name in best)])
+        return html_table([("class", "probability"), *((name, format_percent(p)) for p, name in best)])
 
 
 class Classifier:

@@ -13,6 +13,7 @@ from torch import nn
 from nin.models.layer_shape import LayerShape
 from nin.models.plan import Plan
 from nin.models.surgery import chain_of
+from nin.runtime.formatting import format_percent
 from nin.runtime.html_table import html_table
 from nin.runtime.timer import Timing
 
@@ -191,9 +192,9 @@ class NarrowReport:
             ms = ""
             if layer.latency_ms_before is not None and layer.latency_ms_after is not None:
                 ms = f"{layer.latency_ms_before:.2f} → {layer.latency_ms_after:.2f}"
-            error = f"{100 * layer.predicted_error:.1f} %" if layer.after else ""
+            error = format_percent(layer.predicted_error) if layer.after else ""
             if layer.measured_error is not None:
-                error += f" → {100 * layer.measured_error:.1f} %"
+                error += f" → {format_percent(layer.measured_error)}"
             macs = f"× {layer.macs_after / layer.macs_before:.2f}" if layer.macs_before else ""
             count = f"× {layer.parameters_after / layer.parameters_before:.2f}" if layer.parameters_before else ""
             rows.append((layer.name, layer.before, layer.after, macs, count, ms, error, layer.reason))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from nin.layers import Conv1x1, MLPConv
 from nin.ops.schema import chain_macs
 from nin.profiling.roofline import Measured, measure
+from nin.runtime.formatting import format_bytes, format_percent
 from nin.runtime.html_table import html_table
 
 
@@ -111,7 +112,7 @@ class Cost:
             )
             for layer in self.layers
         ]
-        total = ("total", f"1×1: {100 * self.share_1x1:.0f} %", "", "", f"{self.parameters:,}", f"{self.macs:,}")
+        total = ("total", f"1×1: {format_percent(self.share_1x1, 0)}", "", "", f"{self.parameters:,}", f"{self.macs:,}")
         rows.append((*total, "100.0", format_bytes(self.activation_bytes)))
         if self.measured is not None:
             rows = [row + times for row, times in zip(rows, self._time_cells(self.measured), strict=True)]
@@ -305,12 +306,3 @@ def _kernel_text(layer: LayerCost) -> str:
     if layer.kind == "conv":
         return "×".join(map(str, layer.kernel_size))
     return "dense" if layer.kind == "linear" else layer.kind
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as people read it: 1.5 MB for 1,500,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

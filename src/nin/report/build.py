@@ -18,6 +18,7 @@ from nin.profiling import cost as costs
 from nin.report.data import ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
 from nin.report.html_page import render_report
 from nin.runtime.files import write_atomically
+from nin.runtime.formatting import format_percent
 from nin.runtime.progress import ProgressCallback
 from nin.training import metrics
 
@@ -198,7 +199,7 @@ def _notes(headline: RunSummary, cost: costs.Cost) -> list[str]:
         right, count = round(headline.counted_accuracy * headline.test_images), headline.test_images
         notes.append(
             f"The accuracy is the one that the training counted; counted again here, as for the tables, the network is "
-            f"right on {right:,} of {count:,} images ({100 * right / count:.2f} %)."
+            f"right on {right:,} of {count:,} images ({format_percent(right / count, 2)})."
         )
     if cost.uncounted:
         notes.append(f"The MACs leave out {', '.join(cost.uncounted)}.")

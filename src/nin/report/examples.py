@@ -9,6 +9,7 @@ import torch
 from nin import data
 from nin.inference.classifier import Classifier
 from nin.report.image_grid import Panel, SheetRow
+from nin.runtime.formatting import format_percent
 
 SURE = 0.5
 LOOKED_AT = 64
@@ -36,7 +37,7 @@ def example_rows(classifier: Classifier, images: data.Data, classes: Sequence[st
             if prediction.label == name and prediction.confidence > SURE:
                 maps = classifier.confidence_maps(image)[0]
                 order = torch.tensor(prediction.probabilities).argsort(descending=True)[:2].tolist()
-                titles = [f"{classifier.classes[i]} {100 * prediction.probabilities[i]:.0f} %" for i in order]
+                titles = [f"{classifier.classes[i]} {format_percent(prediction.probabilities[i], 0)}" for i in order]
                 panels = [Panel(title, maps[i]) for title, i in zip(titles, order, strict=True)]
                 rows.append(SheetRow(name, image, panels))
                 break

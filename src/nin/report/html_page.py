@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nin.report import heatmaps
 from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
+from nin.runtime.formatting import format_count, format_percent, format_percent_range
 from nin.runtime.svg_chart import line_chart
 
 # A confusion matrix of more classes is no longer read, and its page no longer fits.
@@ -67,7 +68,7 @@ def _template() -> Any:
         "percent": percent,
         "score": score,
         "count": lambda n: f"{n:,}",
-        "short": short_count,
+        "short": lambda n: format_count(n, NARROW_SPACE),
         "setting": setting,
         "minutes": minutes,
         "interval": interval,
@@ -83,33 +84,24 @@ def _printable(value: Any) -> Any:
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in value)
 
 
-def percent(share: float | None, of: int | None = None) -> str:
-    """Return a share as percentage, with as many decimals as ``of`` images tell apart."""
-    if share is None:
-        return NO_VALUE
-    decimals = 1 if of is None or of < 2000 else 2
-    return f"{100 * share:.{decimals}f}{NARROW_SPACE}%"
+def percent(fraction: float | None, of: int | None = None) -> str:
+    """Return a percentage, with as many decimals as ``of`` images tell apart."""
+    return NO_VALUE if fraction is None else format_percent(fraction, _decimals(of), NARROW_SPACE)
 
 
 def interval(pair: Sequence[float], of: int) -> str:
     """Return both ends of an interval as percentages."""
-    decimals = 1 if of < 2000 else 2
-    return f"{100 * pair[0]:.{decimals}f} to {100 * pair[1]:.{decimals}f}{NARROW_SPACE}%"
+    return f"{format_percent_range(pair, _decimals(of))}{NARROW_SPACE}%"
+
+
+def _decimals(images: int | None) -> int:
+    return 1 if images is None or images < 2000 else 2
 
 
 def score(value: float) -> str:
     """Return a score with its sign and one decimal."""
     text = f"{abs(value):.1f}"
     return "0.0" if text == "0.0" else f"{MINUS if value < 0 else '+'}{text}"
-
-
-def short_count(number: int) -> str:
-    """Return a count with three digits: 222 M for 222,486,528."""
-    for power, unit in ((9, "G"), (6, "M"), (3, "k")):
-        if number >= 10**power:
-            decimals = max(0, 3 - len(str(number // 10**power)))
-            return f"{number / 10**power:,.{decimals}f}{NARROW_SPACE}{unit}"
-    return str(number)
 
 
 def minutes(value: float | None) -> str:
