@@ -59,6 +59,13 @@ def test_every_model_comes_back(make, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+def test_loading_initialises_no_weights(run):
+    before = torch.get_rng_state()
+    model, _ = checkpoint.load_model(run)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
 def test_a_foreign_model_is_refused():
     with pytest.raises(TypeError, match="got Linear"):
         checkpoint.describe_model(torch.nn.Linear(1, 1))

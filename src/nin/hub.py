@@ -18,7 +18,7 @@ from torch import nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
-from nin.inference.classifier import Classifier, load
+from nin.inference.classifier import Classifier
 from nin.profiling.cost import Cost, cost
 from nin.report import contact_sheet, example_rows
 from nin.runtime.files import write_atomically
@@ -69,7 +69,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         model, info = checkpoint.load_model(Path(run))
         picture = None
         if images is not None and isinstance(model, models.Network):
-            rows = example_rows(load(run), data.load(images), info.classes[:CLASSES_SHOWN])
+            rows = example_rows(Classifier(model, info), data.load(images), info.classes[:CLASSES_SHOWN])
             picture = contact_sheet(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)
 
