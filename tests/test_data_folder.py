@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from nin.data import FileSet, ImageSet, batches, load
-from nin.data.dataset import PathList
-from nin.data.folder import default_size
+from nin.data.dataset import PathList, default_size
 from nin.data.folder_listing import natural_key
 from nin.errors import UserError
 

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def by_content(images):
-    return sorted((images.pixels(index).tobytes(), int(images.labels[index])) for index in range(len(images)))
+    return sorted((images.decode(index).tobytes(), int(images.labels[index])) for index in range(len(images)))
 
 
 def test_shards_hold_what_the_folder_holds(folder, tmp_path):
@@ -64,7 +64,7 @@ def test_webdataset_reads_them(folder, tmp_path):
     packed = data.open_shards(tmp_path / "s" / "train-{000000..000001}.tar")
     packed = dataclasses.replace(packed, size=12)
     for index, (image, label) in enumerate(samples[: len(packed)]):
-        assert np.array_equal(packed.pixels(index).transpose(1, 2, 0), image)
+        assert np.array_equal(packed.decode(index).transpose(1, 2, 0), image)
         assert int(packed.labels[index]) == label
 
 
@@ -145,7 +145,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(folder, tmp_path)
     batches = list(data.batches(images, torch.arange(9), 4, on_lost=lambda *what: lost.append(what)))
     assert [indices.tolist() for _, _, indices in batches] == [[0, 1, 2], [4, 5, 6, 7], [8]]
     assert lost == [("bad.tar/3.png", "empty, not an image, or damaged at its start")]
-    assert torch.equal(batches[0][0][2], torch.from_numpy(images.pixels(2)))
+    assert torch.equal(batches[0][0][2], torch.from_numpy(images.decode(2)))
 
 
 @pytest.mark.parametrize(
@@ -181,14 +181,14 @@ def test_wrong_shards_are_refused_in_a_line(folder, tmp_path):
 def test_the_index_is_remembered_and_forgotten_when_damaged(folder, tmp_path, monkeypatch):
     data.write_shards(folder, tmp_path / "s")
     scans = []
-    scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda path: scans.append(path) or scan(path))
+    scan = shards._read_members
+    monkeypatch.setattr(shards, "_read_members", lambda path: scans.append(path) or scan(path))
     first = data.open_shards(tmp_path / "s")
     assert len(scans) == 2
     second = data.open_shards(tmp_path / "s")
     assert len(scans) == 2
     assert list(first.names) == list(second.names)
-    assert np.array_equal(first.places, second.places)
+    assert np.array_equal(first.members, second.members)
     for memory in (tmp_path / "cache").glob("nin/examined/*"):
         memory.write_bytes(memory.read_bytes()[:50])
     assert list(data.open_shards(tmp_path / "s").names) == list(first.names)
@@ -216,7 +216,7 @@ def test_urls_are_fetched_once(folder, tmp_path):
     ],
 )
 def test_patterns_expand_as_in_the_shell(text, expected):
-    assert list(shards._braces(text)) == expected
+    assert list(shards._expand_braces(text)) == expected
 
 
 def test_one_huge_label_does_not_make_a_billion_classes(tmp_path):

@@ -517,7 +517,7 @@ def test_held_files_are_the_files(tmp_path):
         pixels = torch.randint(0, 256, (9, 9, 3), dtype=torch.uint8, generator=generator).numpy()
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     names = PathList(f"{i}.png" for i in range(6))
-    files = data.FileSet(tmp_path, torch.arange(6) % 2, names, channels=3, size=9)
+    files = data.FileSet(labels=torch.arange(6) % 2, names=names, channels=3, size=9, root=tmp_path)
     images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
     sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
     held = training.hold_images(images, SPEED.resolve(**sizes), torch.device("cpu"))

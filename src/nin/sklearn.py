@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nin import data, models
 from nin.config import ResolvedConfig, TrainConfig
+from nin.data.arrays import to_nchw
 from nin.errors import UserError
 from nin.runtime import device as machine
 from nin.training.step import TrainStep, make_model
@@ -285,16 +286,12 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
 
 def _as_images(values: Array) -> Tensor:
-    """Return samples as (N, C, H, W): a table's as images of one pixel. The two equal sides tell where channels are."""
+    """Return samples as (N, C, H, W), those of a table as images of one pixel; uint8 stays, the rest becomes floats."""
     if values.ndim == 2:
         return torch.from_numpy(values.astype(np.float64))[:, :, None, None]
-    if values.ndim == 3:
-        values = values[:, None]
-    elif values.shape[2] != values.shape[3]:
-        values = values.transpose(0, 3, 1, 2)
-    if values.shape[2] != values.shape[3]:
-        raise ValueError(f"X must hold square images (N, H, W), (N, H, W, C) or (N, C, H, W), got {values.shape}")
-    return torch.from_numpy(values.astype(np.uint8 if values.dtype == np.uint8 else np.float32, order="C"))
+    error = "X must hold square images (N, H, W), (N, H, W, C) or (N, C, H, W), got {shape}"
+    images = to_nchw(values, error=error)
+    return torch.from_numpy(images.astype(np.uint8 if images.dtype == np.uint8 else np.float32, order="C"))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""Data sets with a name: digits from scikit-learn, the others in the files that torchvision knows."""
+"""Built-in data sets: digits from scikit-learn; MNIST, Fashion-MNIST, CIFAR and SVHN from torchvision's files."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import importlib
-import os
 import sys
 from math import prod
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import ArrayLike
 
-from nin.data.dataset import Data, ImageSet, channel_mean_std, default_shift
-from nin.data.sampling import stratified_holdout
+from nin.data.arrays import load_arrays, to_nchw
+from nin.data.cache import cache_folder
+from nin.data.dataset import Data, ImageSet
+from nin.data.decoder import Pixels
 from nin.errors import UserError
 
 DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
@@ -41,7 +43,7 @@ _TORCHVISION_CLASS = {
     "cifar100": "CIFAR100",
     "svhn": "SVHN",
 }
-# Where the files of a set lie below data_dir, as torchvision lays them out.
+# Where the files of a set lie below data_dir: as torchvision puts them.
 _FILES = {
     "mnist": "MNIST/raw/train-images-idx3-ubyte.gz and three more",
     "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte.gz and three more",
@@ -51,41 +53,24 @@ _FILES = {
 }
 
 
-def load_named(name: str, *, data_dir: Path | None, test_fraction: float, seed: int) -> Data:
-    """Loads one of DATASET_NAMES; see `nin.data.load`."""
+def load_builtin(name: str, *, data_dir: Path | None, test_fraction: float | None, seed: int) -> Data:
+    """Load one of DATASET_NAMES; see `nin.data.load`."""
     if name == "digits":
-        train, test = _digits(test_fraction, seed)
-        classes = _DIGIT_NAMES
-    else:
-        train, test, classes = _from_torchvision(name, data_dir)
-    mean, std = channel_mean_std(train)
-    size = train.images.shape[-1]
-    return Data(
-        name=name,
-        train=train,
-        test=test,
-        classes=classes,
-        channels=train.images.shape[1],
-        size=size,
-        mean=mean,
-        std=std,
-        flip=name in ("fashion-mnist", "cifar10", "cifar100"),  # a mirrored 2 is no 2
-        shift=default_shift(size),
-    )
+        return _load_digits(test_fraction or 0.25, seed)
+    train, test, classes = _load_torchvision(name, data_dir)
+    return Data.from_sets(name, train, test, classes)
 
 
-def _digits(test_fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """The 1,797 digits of 8 x 8 pixels, 0..16, that scikit-learn brings along."""
+def _load_digits(test_fraction: float, seed: int) -> Data:
+    """Load the 1,797 digits of 8 x 8 pixels, 0..16, that scikit-learn brings along."""
     bunch = importlib.import_module("sklearn.datasets").load_digits()  # slow, and only this needs it
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    names = [str(index) for index in range(len(labels))]
-    is_test = torch.from_numpy(stratified_holdout(names, labels.tolist(), fraction=test_fraction, seed=seed))
-    return ImageSet(images[~is_test], labels[~is_test]), ImageSet(images[is_test], labels[is_test])
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    digits = load_arrays((images, bunch.target), test_fraction=test_fraction, seed=seed)
+    return dataclasses.replace(digits, name="digits")
 
 
-def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """Reads the files in data_dir; without data_dir those of our cache, downloaded where they are missing.
+def _load_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """Read the files in data_dir; without data_dir those of the cache folder, downloaded where they are missing.
 
     A data_dir that the user names is only read, never written to.
     """
@@ -93,7 +78,7 @@ def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
         raise UserError(f"data_dir: expected a folder, got {data_dir}, which is none")
     folder = data_dir if data_dir is not None else cache_folder()
     try:
-        return _read(name, folder)
+        return _read_sets(name, folder)
     except FileNotFoundError as missing:
         if data_dir is not None:
             raise UserError(
@@ -101,7 +86,7 @@ def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
             ) from missing
     try:
         _download(name, folder)
-        return _read(name, folder)
+        return _read_sets(name, folder)
     except (OSError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         raise UserError(
@@ -110,31 +95,26 @@ def _from_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
         ) from error
 
 
-def cache_folder() -> Path:
-    """Returns where the files of the named sets lie unless a folder is given."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nin"
-
-
 def _download(name: str, folder: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to results
         for split in _splits(name):
             _torchvision_class(name)(folder, download=True, **split)
 
 
-def _read(name: str, folder: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """Reads both halves of a set. Raises FileNotFoundError where its files are not there."""
+def _read_sets(name: str, folder: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """Read the training and the test set. Raises FileNotFoundError where the files are not there."""
     if name in ("mnist", "fashion-mnist"):
         raw = folder / _TORCHVISION_CLASS[name] / "raw"
         classes = _DIGIT_NAMES if name == "mnist" else _FASHION_NAMES
-        return _idx_set(raw, "train"), _idx_set(raw, "t10k"), classes
-    kind = _torchvision_class(name)
+        return _read_idx_set(raw, "train"), _read_idx_set(raw, "t10k"), classes
+    dataset_class = _torchvision_class(name)
     try:
-        train, test = (kind(folder, download=False, **split) for split in _splits(name))
+        train, test = (dataset_class(folder, download=False, **split) for split in _splits(name))
     except RuntimeError as error:
         raise FileNotFoundError("no such files, or damaged ones") from error
     if name == "svhn":
-        return _svhn_set(train), _svhn_set(test), _DIGIT_NAMES
-    return _cifar_set(train), _cifar_set(test), tuple(train.classes)
+        return _image_set(train.data, train.labels), _image_set(test.data, test.labels), _DIGIT_NAMES
+    return _image_set(train.data, train.targets), _image_set(test.data, test.targets), tuple(train.classes)
 
 
 def _torchvision_class(name: str) -> Any:
@@ -143,37 +123,32 @@ def _torchvision_class(name: str) -> Any:
 
 
 def _splits(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of torchvision's class for the training and the test half."""
+    """Return the arguments of torchvision's class for the training and the test set."""
     if name == "svhn":
         return {"split": "train"}, {"split": "test"}
     return {"train": True}, {"train": False}
 
 
-def _cifar_set(dataset: Any) -> ImageSet:
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(dataset.targets, dtype=torch.int64))
+def _image_set(images: Pixels, labels: ArrayLike) -> ImageSet:
+    pixels = np.array(to_nchw(images), order="C")
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(np.array(labels, dtype=np.int64)))
 
 
-def _svhn_set(dataset: Any) -> ImageSet:
-    images = torch.from_numpy(np.ascontiguousarray(dataset.data))
-    return ImageSet(images, torch.from_numpy(dataset.labels.astype(np.int64)))
-
-
-def _idx_set(raw: Path, part: str) -> ImageSet:
-    """Reads one half of an MNIST-like set, packed or not.
+def _read_idx_set(raw: Path, part: str) -> ImageSet:
+    """Read the training or the test set of an MNIST, packed or not.
 
     torchvision reads only files that it has unpacked beside the packed ones, and the folder may be
     read-only.
     """
-    images = read_idx(raw / f"{part}-images-idx3-ubyte.gz", dimensions=3)
-    labels = read_idx(raw / f"{part}-labels-idx1-ubyte.gz", dimensions=1)
+    images = _read_idx(raw / f"{part}-images-idx3-ubyte.gz", dimensions=3)
+    labels = _read_idx(raw / f"{part}-labels-idx1-ubyte.gz", dimensions=1)
     if len(images) != len(labels):
         raise UserError(f"{raw}: expected as many labels as images, got {len(labels)} and {len(images)}")
-    return ImageSet(images[:, None], labels.to(torch.int64))
+    return _image_set(images, labels)
 
 
-def read_idx(path: Path, *, dimensions: int) -> Tensor:
-    """Reads an idx file of bytes: 0, 0, type 8, dimensions, the sizes as big-endian int32, the values.
+def _read_idx(path: Path, *, dimensions: int) -> Pixels:
+    """Read an idx file of bytes: 0, 0, type 8, dimensions, the sizes as big-endian int32, the values.
 
     Args:
         path: the file ending in .gz; where it is missing, the unpacked file beside it is read.
@@ -197,5 +172,4 @@ def read_idx(path: Path, *, dimensions: int) -> Tensor:
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4)]
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != header + prod(shape):
         raise UserError(f"{path}: expected an idx file of bytes with {dimensions} dimensions, got something else")
-    values = np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
-    return torch.from_numpy(values.copy())
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)

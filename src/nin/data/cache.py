@@ -1,45 +1,55 @@
-"""What was found out about files and is kept for the next time, in the user's cache folder."""
+"""The user's cache folder, and files in it that keep what was computed from other files, each with a checksum."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
-from nin.data.builtin import cache_folder
 from nin.runtime.files import write_atomically
 
-_DIGEST_BYTES = 16
+_CHECKSUM_BYTES = 16
 
 
-def cache_path(subject: str, version: int) -> Path:
-    """Return where something is kept.
+def cache_folder() -> Path:
+    """Return the cache folder of nin: ``$XDG_CACHE_HOME/nin``, else ``~/.cache/nin``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nin"
+
+
+def digest(content: bytes, *, size: int) -> bytes:
+    """Return the BLAKE2b digest of a content, `size` bytes."""
+    return hashlib.blake2b(content, digest_size=size).digest()
+
+
+def file_state(path: str | Path, stat: os.stat_result) -> bytes:
+    """Return bytes that change when a file's path, size or time of modification does."""
+    return os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}".encode()
+
+
+def cache_path(key: bytes, version: int) -> Path:
+    """Return the cache file for a key.
 
     Args:
-        subject: what it is about, a path perhaps with more.
-        version: raised when the form of the content changes.
+        key: what the content was computed from, a path or a `file_state`.
+        version: of the format of the content.
     """
-    name = hashlib.blake2b(subject.encode(errors="surrogateescape"), digest_size=12).hexdigest()
-    return cache_folder() / "examined" / f"{name}.{version}"
+    return cache_folder() / "examined" / f"{digest(key, size=12).hex()}.{version}"
 
 
-def write_cache(memory: Path, content: bytes) -> None:
-    """Keep the content, unless the cache folder cannot be written: then the time to find it out again is lost."""
+def write_cache(path: Path, content: bytes) -> None:
+    """Write a cache file; do nothing if the folder cannot be written: then the content is computed again next time."""
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, _digest(content) + content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, digest(content, size=_CHECKSUM_BYTES) + content)
     except OSError:
         return
 
 
-def read_cache(memory: Path) -> bytes | None:
-    """Return what was kept; None where there is nothing, or it is damaged."""
+def read_cache(path: Path) -> bytes | None:
+    """Return the content of a cache file, or None if it is missing or its checksum is wrong."""
     try:
-        kept = memory.read_bytes()
+        stored = path.read_bytes()
     except OSError:
         return None
-    content = kept[_DIGEST_BYTES:]
-    return content if kept[:_DIGEST_BYTES] == _digest(content) else None
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+    content = stored[_CHECKSUM_BYTES:]
+    return content if stored[:_CHECKSUM_BYTES] == digest(content, size=_CHECKSUM_BYTES) else None

@@ -1,4 +1,4 @@
-"""What the rest of the package is handed: sets of labelled images, in memory or in files."""
+"""Data sets: images in memory (ImageSet) or decoded on demand (DecodedSet, FileSet), and Data: train and test set."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from statistics import median
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.decoder import decode_pixels
+from nin.data.decoder import Pixels, decode_pixels
 from nin.errors import UserError
 
 # Where images are not in memory, mean and std are those of this many, evenly spaced: the standard error of the mean
@@ -48,7 +49,7 @@ class PathList(Sequence[str]):
         return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1]])
 
     def select(self, indices: Iterable[int]) -> PathList:
-        """Returns the paths at the indices, in their order."""
+        """Return the paths at the indices, in their order."""
         return PathList(self[int(index)] for index in indices)
 
 
@@ -69,13 +70,24 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return self.images.shape[-1]
+
     def fetch(self, indices: Tensor) -> Tensor:
-        """Returns the images at the indices: uint8 (B, C, H, W)."""
+        """Return the images at the indices: uint8 (B, C, H, W)."""
         return self.images[indices]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DecodedSet(ABC):
-    """Labelled images that are decoded each time they are asked for; a subclass says where their bytes lie.
+    """Labelled images that are decoded each time they are fetched; a subclass says where their bytes lie.
 
     Attributes:
         labels: int64 (N,).
@@ -90,8 +102,8 @@ class DecodedSet(ABC):
     size: int
 
     @abstractmethod
-    def pixels(self, index: int) -> NDArray[np.uint8]:
-        """Decodes one image: (channels, size, size).
+    def decode(self, index: int) -> Pixels:
+        """Decode one image: (channels, size, size).
 
         Raises:
             UserError: it cannot be read; the message begins with its path.
@@ -101,18 +113,18 @@ class DecodedSet(ABC):
         return len(self.names)
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Decodes the images at the indices: uint8 (B, C, size, size).
+        """Decode the images at the indices: uint8 (B, C, size, size).
 
         Raises:
             UserError: one cannot be read (it was readable when the set was made).
         """
         images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
         for image, index in zip(images, indices.tolist(), strict=True):
-            image[:] = self.pixels(index)
+            image[:] = self.decode(index)
         return torch.from_numpy(images)
 
     def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-        """Decodes those of the images that can still be read.
+        """Decode those of the images that can still be read.
 
         Returns:
             uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
@@ -122,43 +134,35 @@ class DecodedSet(ABC):
         lost: list[tuple[str, str]] = []
         for index in indices.tolist():
             try:
-                images[len(kept)] = self.pixels(index)
+                images[len(kept)] = self.decode(index)
                 kept.append(index)
             except UserError as error:
                 lost.append((self.names[index], str(error).rpartition(f"{self.names[index]}: ")[2]))
         return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), lost
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FileSet(DecodedSet):
     """Labelled images in files.
 
     Attributes:
         root: the folder that the names are relative to.
-        labels: int64 (N,).
-        names: the path of each image relative to root.
-        channels: 1 or 3, of the decoded images.
-        size: height and width of the decoded images in pixels.
     """
 
     root: Path
-    labels: Tensor
-    names: PathList
-    channels: int
-    size: int
 
-    def pixels(self, index: int) -> NDArray[np.uint8]:
-        """Decodes one image: (channels, size, size)."""
+    def decode(self, index: int) -> Pixels:
+        """Decode one image: (channels, size, size)."""
         return decode_pixels(os.path.join(self.root, self.names[index]), size=self.size, channels=self.channels)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one file.
+    """What is odd about one file.
 
     Attributes:
         path: of the file, relative to its folder.
-        kind: one of the kinds of `nin.data.folder_issues`.
+        kind: one of `nin.data.FINDING_KINDS`.
         detail: the rest of the sentence.
     """
 
@@ -173,7 +177,7 @@ class Data:
 
     Attributes:
         name: what it is called: the name of the set, or of the folder.
-        train: the images to learn from.
+        train: the images to train on.
         test: the images that measure the result.
         classes: the name of each label, in the order of the labels.
         channels: of every image.
@@ -203,9 +207,35 @@ class Data:
     findings: tuple[Finding, ...] = field(default=())
     origin: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_sets(
+        cls,
+        name: str,
+        train: ImageSet | DecodedSet,
+        test: ImageSet | DecodedSet,
+        classes: tuple[str, ...],
+        *,
+        flip: bool | None = None,
+        **details: Any,
+    ) -> Self:
+        """Return a data set with what follows from its images and classes: channels, size, mean, std, shift, flip.
+
+        Args:
+            name: of the data set.
+            train: the images to train on.
+            test: the images that measure the result.
+            classes: the name of each label.
+            flip: whether a mirrored image keeps its label; `default_flip` if not given.
+            details: the other attributes.
+        """
+        mean, std = channel_mean_std(train)
+        flip = default_flip(classes) if flip is None else flip
+        channels, size, shift = train.channels, train.size, default_shift(train.size)
+        return cls(name, train, test, classes, channels, size, mean, std, flip, shift, **details)
+
 
 def channel_mean_std(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of each channel, in units of 0..1.
+    """Return mean and standard deviation of each channel, in units of 0..1.
 
     They come from a histogram of the 256 values, so they are exact and the same on every machine. A channel
     that never changes gets the spread of one grey level, so that dividing by it is safe.
@@ -217,15 +247,29 @@ def channel_mean_std(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...],
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = float((share * levels).sum())
+        frequency = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float((frequency * levels).sum())
         means.append(mean)
-        stds.append(max(float((share * (levels - mean) ** 2).sum()) ** 0.5, 1 / 255))
+        stds.append(max(float((frequency * (levels - mean) ** 2).sum()) ** 0.5, 1 / 255))
     return tuple(means), tuple(stds)
 
 
+def default_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
+    """Return the size to train at: that of small square images, else one by the median shorter side."""
+    shorter = np.minimum(widths, heights)
+    if shorter[0] <= 64 and (widths == shorter[0]).all() and (heights == shorter[0]).all():
+        return int(shorter[0])
+    middle = median(shorter.tolist())
+    return next((size for limit, size in ((48, 32), (96, 64), (160, 128)) if middle <= limit), 224)
+
+
 def default_shift(size: int) -> int:
-    """Returns how many pixels an image of this size may be moved without losing what it shows."""
+    """Return how many pixels an image of this size may be moved without losing what it shows."""
     if size <= 32:
         return 1 if size < 16 else 2
     return size // 16
+
+
+def default_flip(classes: Sequence[str]) -> bool:
+    """Return whether images may be mirrored: not those of characters, whose classes are called by single ones."""
+    return not all(len(name) == 1 for name in classes)  # a mirrored 2 is no 2

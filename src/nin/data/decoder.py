@@ -1,4 +1,4 @@
-"""One image file becomes one tensor: upright, flattened to grey or RGB, resized, cropped."""
+"""Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, grey or RGB, centre crop, resize."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nin.errors import UserError
@@ -43,8 +43,8 @@ _DECODING_ERRORS = (
     Image.DecompressionBombError,
 )
 
-_ORIENTATION = 0x0112  # EXIF tag
-_TURNS = {
+# Not ImageOps.exif_transpose: it writes the EXIF block anew, which can fail where only that block is damaged.
+_ORIENTATION_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -60,7 +60,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image file says of itself before its pixels are read.
+    """The header of an image file, read without its pixels.
 
     Attributes:
         width: in pixels.
@@ -78,7 +78,7 @@ class ImageHeader:
 
 
 def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
-    """Reads one image.
+    """Decode one image.
 
     EXIF orientation is applied. Transparent pixels are laid over white, the paper that viewers show behind
     them; what colour a file stores under full transparency is arbitrary. 16-bit values are divided by 257,
@@ -102,22 +102,23 @@ def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
 
 
 def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pixels:
-    """Does the work of `decode` in NumPy: small tensor copies would start a thread pool in each worker."""
+    """Decode one image in NumPy, for `decode`: small tensor copies would start a thread pool in each worker."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    with _opened(source) as image:
+    with _open_image(source) as image:
         if size is not None and not isinstance(source, Image.Image):
             # Lets libjpeg decode at a fraction of the size, with twice what is needed left to the filter.
             image.draft(None, (2 * size, 2 * size))
         image.load()
-        turn = _TURNS.get(_orientation(image))  # after load(): for TIFF that has turned the image itself
+        # after load(): for TIFF that has turned the image itself
+        transpose = _ORIENTATION_TRANSPOSE.get(_orientation(image))
         flat = _flatten(image).convert("L" if channels == 1 else "RGB")
-        if turn is not None:
-            flat = flat.transpose(turn)
+        if transpose is not None:
+            flat = flat.transpose(transpose)
         if size is not None:
-            flat = _centre_square(flat, size)
+            flat = ImageOps.fit(flat, (size, size), Image.Resampling.BICUBIC)
         pixels = np.array(flat, dtype=np.uint8)
     if channels == 1:
         return pixels[None]
@@ -125,18 +126,18 @@ def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pi
 
 
 def read_header(source: ImageSource) -> ImageHeader:
-    """Reads the size and kind of an image file, not its pixels.
+    """Read the size and kind of an image file, not its pixels.
 
     Raises:
         UserError: the file is missing, empty or not an image.
     """
-    with _opened(source) as image:
+    with _open_image(source) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
         return ImageHeader(image.width, image.height, grey, image.format or "", _has_frames(image))
 
 
 def _has_frames(image: Image.Image) -> bool:
-    """Whether a second frame follows. What is damaged behind the first does not concern us."""
+    """Return whether a second frame follows. What is damaged behind the first does not concern us."""
     try:
         return bool(getattr(image, "is_animated", False))
     except _DECODING_ERRORS:
@@ -144,8 +145,8 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Opens the source; an error of Pillow's inside the block becomes a UserError that names the file."""
+def _open_image(source: ImageSource) -> Iterator[Image.Image]:
+    """Open the source, and make an error of Pillow's inside the block a UserError that names the file."""
     file: io.BytesIO | io.BufferedReader | str
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "image")
@@ -167,7 +168,7 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
 
 
 def failure_reason(error: BaseException) -> str:
-    """Says in a few words why an image cannot be read."""
+    """Return in a few words why an image cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, UnidentifiedImageError):
@@ -179,17 +180,17 @@ def failure_reason(error: BaseException) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
+    """Return the EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DECODING_ERRORS:
         return 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Returns the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
+    """Return the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_bytes(np.asarray(image)))
+        return Image.fromarray(_scale_to_uint8(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
@@ -197,18 +198,10 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_bytes(values: NDArray[Any]) -> Pixels:
-    """Scales 16-bit integers (0..65535) or floats (0..1) to 0..255."""
+def _scale_to_uint8(values: NDArray[Any]) -> Pixels:
+    """Scale 16-bit integers (0..65535) or floats (0..1) to 0..255."""
     top = 1 if values.dtype.kind == "f" else 65535
     if values.size == 0 or not (values.min() >= 0 and values.max() <= top):
         raise ValueError(f"pixel values must be in 0..{top} for {values.dtype}")
     scaled: Pixels = np.rint(values * (255 / top)).astype(np.uint8)
     return scaled
-
-
-def _centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the largest centred square to size x size."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -1,4 +1,4 @@
-"""`load`: the one way in, whatever the images come from."""
+"""Load data sets: `load` dispatches on the source, a name, a folder, shards or arrays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nin.data.arrays import load_arrays
-from nin.data.builtin import DATASET_NAMES, cache_folder, load_named
+from nin.data.builtin import DATASET_NAMES, load_builtin
+from nin.data.cache import cache_folder
 from nin.data.dataset import Data
 from nin.data.folder import read_folder
-from nin.data.folder_scan import LoadOptions
-from nin.data.loader import usable_cores
-from nin.data.webdataset import is_shards, is_url
-from nin.data.webdataset_writer import read_shards
+from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
@@ -32,7 +31,7 @@ def load(
     memory_limit_bytes: int = 2 << 30,
     on_progress: ProgressCallback | None = None,
 ) -> Data:
-    """Loads labelled images for training and testing.
+    """Load labelled images for training and testing.
 
     Args:
         source: one of
@@ -49,7 +48,7 @@ def load(
             downloaded. A folder given here is only read.
         size: height and width in pixels that the images of a folder are brought to. The default keeps
             square images of one size up to 64, else takes 32, 64, 128 or 224 by the median shorter side.
-        test_fraction: share of each class that is held out where the source has no test set: 0.25 for
+        test_fraction: fraction of each class that is held out where the source has no test set: 0.25 for
             digits and 0.2 for all others by default.
         seed: chooses which images are held out. The choice goes by name, not by position.
         strict: stop at the first file that cannot be read, where it would else be listed in Data.skipped.
@@ -69,24 +68,17 @@ def load(
         (torch.Size([1346, 1, 8, 8]), 451, ('0', '1', '2'))
     """
     if isinstance(source, Data):
-        return _fixed_size(source, size)
-    options = LoadOptions(
-        size=size,
-        test_fraction=test_fraction,
-        seed=seed,
-        strict=strict,
-        workers=usable_cores() if workers is None else workers,
-        memory_limit_bytes=memory_limit_bytes,
-        on_progress=on_progress,
-    )
+        return _check_size(source, size)
+    options = LoadOptions(size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress)
     if isinstance(source, tuple):
-        return _fixed_size(load_arrays(source, test_fraction=test_fraction or 0.2, seed=seed), size)
+        arrays = load_arrays(source, test_fraction=test_fraction or DEFAULT_TEST_FRACTION, seed=seed)
+        return _check_size(arrays, size)
     # absolute, so that a report can be made from another folder
     folder = None if data_dir is None else Path(data_dir).resolve()
     origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
     if source in DATASET_NAMES:
-        named = load_named(str(source), data_dir=folder, test_fraction=test_fraction or 0.25, seed=seed)
-        return _fixed_size(dataclasses.replace(named, origin={"source": str(source), **origin}), size)
+        builtin = load_builtin(str(source), data_dir=folder, test_fraction=test_fraction, seed=seed)
+        return _check_size(dataclasses.replace(builtin, origin={"source": str(source), **origin}), size)
     if is_shards(source):
         images = read_shards(str(source), options)
     else:
@@ -96,7 +88,7 @@ def load(
 
 
 def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
-    """Loads the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
+    """Load the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
 
     The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
     run a program.
@@ -114,8 +106,8 @@ def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
     if is_url(source):
         raise UserError(f"the run's images lie behind a URL, which is not followed ({source})")
     data_dir, fraction, seed = record.get("data_dir"), record.get("test_fraction"), record.get("seed", 0)
-    right = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
-    if not right:
+    valid = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
+    if not valid:
         raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
@@ -123,18 +115,19 @@ def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
 
 
 def _absolute(source: str) -> str:
-    """A path from the root, so that a report can be made from another folder; a URL stays."""
+    """Return a path from the root, so that a report can be made from another folder; a URL stays."""
     return source if is_url(source) else str(Path(source).resolve())
 
 
-def _fixed_size(data: Data, size: int | None) -> Data:
+def _check_size(data: Data, size: int | None) -> Data:
+    """Return the data set, whose size is fixed; raise UserError if another one was asked for."""
     if size is not None and size != data.size:
         raise UserError(f"size: expected {data.size}, the size of {data.name}, got {size}; leave it out")
     return data
 
 
 def _check_exists(source: str | Path) -> None:
-    """Says what a source that is neither a name nor a path may have meant."""
+    """Raise UserError where a source is neither a name nor a path; say what it may have meant."""
     if Path(source).exists():
         return
     near = difflib.get_close_matches(str(source).lower().replace("_", "-"), DATASET_NAMES, n=1)

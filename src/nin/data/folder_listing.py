@@ -1,4 +1,4 @@
-"""Finds the images and the classes of a folder. Reads no image."""
+"""Find the classes and the image files of a folder, without reading any."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nin.data.decoder import IMAGE_EXTENSIONS
 from nin.errors import UserError
 
 _EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
-_PARTS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class FolderListing:
 
 
 def list_folder(root: Path) -> FolderListing:
-    """Lists the images of a folder by class.
+    """List the images of a folder by class.
 
     The layout is `DIR/<class>/**` or, where DIR has a folder called train, `DIR/train/<class>/**` with
     `DIR/test` or `DIR/val` (also spelled valid or validation) beside it. Classes are matched by name. Where
@@ -52,22 +52,22 @@ def list_folder(root: Path) -> FolderListing:
     Raises:
         UserError: there is no such folder, or it does not have this layout with two classes of images.
     """
-    parts, notes = _find_parts(root)
-    train = parts["train"]
-    classes = _classes(train)
-    files = {False: dict(_class_files(train, root))}
+    splits, notes = _find_splits(root)
+    train = splits["train"]
+    classes = _find_classes(train)
+    files = {False: dict(_find_class_files(train, root))}
     if not any(files[False].values()):
         raise UserError(f"{train}: {_EXPECTED}, got no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    if "test" in parts:
-        files[True] = dict(_class_files(parts["test"], root))
+    if "test" in splits:
+        files[True] = dict(_find_class_files(splits["test"], root))
         unknown = sorted(set(files[True]) - set(classes), key=natural_key)
         if unknown:
             raise UserError(
-                f"{parts['test']}: class {unknown[0]!r} is not in {train}, so it cannot be recognised; "
-                f"rename or remove it (classes to learn: {_some(classes)})"
+                f"{splits['test']}: class {unknown[0]!r} is not in {train}, so it cannot be recognised; "
+                f"rename or remove it (classes to learn: {_first_few(classes)})"
             )
         if not any(files[True].values()):
-            raise UserError(f"{parts['test']}: expected test images in class folders, got no images")
+            raise UserError(f"{splits['test']}: expected test images in class folders, got no images")
     rows = [
         (name, label, is_test)
         for is_test, by_class in files.items()
@@ -79,51 +79,51 @@ def list_folder(root: Path) -> FolderListing:
         classes=classes,
         names=PathList(name for name, _, _ in rows),
         labels=np.array([label for _, label, _ in rows], dtype=np.int64),
-        is_test=np.array([is_test for _, _, is_test in rows]) if "test" in parts else None,
+        is_test=np.array([is_test for _, _, is_test in rows]) if "test" in splits else None,
         notes=tuple(notes),
     )
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
-    """Sorts "2" before "10": runs of digits compare as numbers, before any letter."""
+    """Return the key that sorts "2" before "10": runs of digits compare as numbers, before any letter."""
     parts = re.split(r"([0-9]+)", name)  # every second one is a run of digits
     key = [(1, part.casefold()) if place % 2 == 0 else (0, int(part)) for place, part in enumerate(parts) if part]
     return key, name  # names that differ only in case or leading zeros still have one order
 
 
-def _find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folders that hold the classes, as {"train": ..., "test": ...}, and notes."""
+def _find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return the folders that hold the classes, as {"train": ..., "test": ...}, and notes."""
     if not root.exists():
         raise UserError(f"{root}: there is no such file or folder; {_EXPECTED}")
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder, got a file; {_EXPECTED}")
     found: dict[str, Path] = {}
     for folder in _subfolders(root):
-        part = _PARTS.get(folder.name.lower())
-        if part is not None:
-            found.setdefault(part, folder)
-    others = [f.name for f in _subfolders(root) if f.name.lower() not in _PARTS]
+        split = _SPLIT_FOLDERS.get(folder.name.lower())
+        if split is not None:
+            found.setdefault(split, folder)
+    others = [f.name for f in _subfolders(root) if f.name.lower() not in _SPLIT_FOLDERS]
     if "train" not in found or (len(found) == 1 and others):
         return {"train": root}, []
-    parts = {"train": found["train"]}
+    splits = {"train": found["train"]}
     notes = [f"{root / other} is not used: it is beside train" for other in others]
     if "test" in found or "val" in found:
-        parts["test"] = found.get("test", found.get("val", root))
+        splits["test"] = found.get("test", found.get("val", root))
     if "test" in found and "val" in found:
         notes.append(f"{found['val']} is not used: {found['test']} gives the final figure")
-    return parts, notes
+    return splits, notes
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    """Returns the names of the class folders in natural order; there must be two."""
+def _find_classes(folder: Path) -> tuple[str, ...]:
+    """Return the names of the class folders in natural order; there must be two."""
     subfolders = _subfolders(folder)
     names = sorted({_class_name(f) for f in subfolders}, key=natural_key)
     if len(names) >= 2:
         return tuple(names)
     if not names:
-        images = sum(_is_image(entry) for entry in _entries(folder))
+        images = sum(_is_image(entry) for entry in _visible_entries(folder))
         got = f"{images} images directly in the folder" if images else "an empty folder"
-        if not images and _entries(folder):
+        if not images and _visible_entries(folder):
             got = "files that are no images"
         raise UserError(f"{folder}: {_EXPECTED}, got {got}")
     inner = _subfolders(subfolders[0])
@@ -131,8 +131,8 @@ def _classes(folder: Path) -> tuple[str, ...]:
     raise UserError(f"{folder}: expected two classes or more, got only {names[0]!r}{hint}")
 
 
-def _class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields each class name with its sorted image paths relative to root."""
+def _find_class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each class name with its sorted image paths relative to root."""
     merged: dict[str, list[str]] = {}
     for subfolder in _subfolders(folder):
         merged.setdefault(_class_name(subfolder), []).extend(find_images(subfolder))
@@ -141,29 +141,29 @@ def _class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def find_images(folder: Path) -> Iterator[str]:
-    """Yields the image files of a folder and the folders in it; enters each real folder once.
+    """Yield the image files of a folder and of the folders in it; enter each real folder once.
 
-    A link to where we came from would lead round for ever, or into the other classes, so those folders
-    count as entered.
+    Links are followed, which os.walk can do too, but a link to a parent would lead it round for ever, or into the
+    other classes: the parents count as entered.
     """
-    entered = {_identity(place) for place in folder.resolve().parents}
-    entered |= {_identity(place) for place in folder.absolute().parents}
+    entered = {_device_and_inode(parent) for parent in folder.resolve().parents}
+    entered |= {_device_and_inode(parent) for parent in folder.absolute().parents}
     waiting = [os.fspath(folder)]
     while waiting:
-        place = waiting.pop()
-        identity = _identity(place)
+        directory = waiting.pop()
+        identity = _device_and_inode(directory)
         if identity in entered:
             continue
         entered.add(identity)
-        for entry in _entries(place):
+        for entry in _visible_entries(directory):
             if _is_folder(entry):
                 waiting.append(entry.path)
             elif _is_image(entry):
                 yield entry.path
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Returns what is in a folder, by name, without what is hidden."""
+def _visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as entries:
             visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
@@ -173,7 +173,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [folder / entry.name for entry in _entries(folder) if _is_folder(entry)]
+    return [folder / entry.name for entry in _visible_entries(folder) if _is_folder(entry)]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -182,7 +182,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Goes by the extension. A broken link counts: it is reported when it cannot be read. A pipe does not."""
+    """Go by the extension. A broken link counts: it is reported when it cannot be read. A pipe does not."""
     if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
         return False
     if entry.is_symlink():
@@ -190,15 +190,15 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     return entry.is_file()
 
 
-def _identity(path: str | Path) -> tuple[int, int]:
+def _device_and_inode(path: str | Path) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
 
 
 def _class_name(folder: Path) -> str:
-    """The folder's name in the composed Unicode form: "é" is one class whichever system wrote it."""
+    """Return the folder's name in the composed Unicode form: "é" is one class whichever system wrote it."""
     return unicodedata.normalize("NFC", folder.name)
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _first_few(names: tuple[str, ...]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -1,27 +1,28 @@
-"""Looks at every image file of a folder once and remembers what was found."""
+"""FolderScan: read the header and the bytes of every image file of a folder once, and cache what was found."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nin.data.cache import cache_path, read_cache, write_cache
-from nin.data.decoder import FORMATS, decode_pixels, failure_reason, read_header
-from nin.data.folder_listing import FolderListing
+from nin.data.cache import cache_path, digest, file_state, read_cache, write_cache
+from nin.data.dataset import default_size
+from nin.data.decoder import FORMATS, Pixels, decode_pixels, failure_reason, read_header
+from nin.data.folder_listing import list_folder
 from nin.data.loader import map_in_threads
+from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
-from nin.runtime.progress import ProgressCallback
 
 Problems = dict[int, str]  # why the image at an index cannot be read
-Pixels = NDArray[np.uint8]
 
-# One row for each file: 36 bytes. `key` stands for path, size and time of change; `digest` for the content; `format`
-# is a position in FORMAT_NAMES; `whole` says that all of it has been decoded.
+# One row for each file: 36 bytes. `key` is a hash of path, size and time of modification; `digest` one of the content;
+# `format` is a position in FORMAT_NAMES; `frames` says that there are several; `decoded` that the pixels were decoded.
 RECORD = np.dtype(
     [
         ("key", "<u8"),
@@ -31,105 +32,127 @@ RECORD = np.dtype(
         ("format", "u1"),
         ("grey", "?"),
         ("frames", "?"),
-        ("whole", "?"),
+        ("decoded", "?"),
     ]
 )
 FORMAT_NAMES = ("", *FORMATS, "MPO")
 
 _CHUNK = 64  # images that a thread reads between two reports of progress
-_FEWEST_REMEMBERED = 100  # reading fewer files again takes less than a second
-_MEMORY_VERSION = 2  # raised when RECORD or what it means changes
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How to read a folder; `nin.data.load` documents each field."""
-
-    size: int | None
-    test_fraction: float | None
-    seed: int
-    strict: bool
-    workers: int
-    memory_limit_bytes: int
-    on_progress: ProgressCallback | None
-
-    def __post_init__(self) -> None:
-        """Check what a person may have chosen."""
-        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
-            raise UserError(f"test_fraction: expected a number between 0 and 1, got {self.test_fraction}")
-        if self.size is not None and self.size < 1:
-            raise UserError(f"size: expected at least 1 pixel, got {self.size}")
+_MIN_CACHED_FILES = 100  # reading fewer files again takes less than a second
+_CACHE_VERSION = 2  # raised when RECORD or what it means changes
 
 
 class FolderScan:
-    """What the files of a folder are, and which cannot be read.
+    """The image files of a folder: what their headers say, which can be read, and how to train on them.
 
-    What is known of a file is kept in the user's cache folder and holds as long as its path, size and time of change
-    stay. Only readable files are remembered: a file that was refused is looked at again.
+    What is known of a file is kept in the user's cache folder and holds as long as its path, size and time of
+    modification stay. Only readable files are cached: a file that was refused is read again.
 
     Args:
-        listing: the files.
-        options: how to read them.
+        root: the folder.
+        options: how to read it.
 
     Attributes:
+        listing: the files.
         records: one `RECORD` for each file of the listing; zeros where it cannot be read.
         problems: why files cannot be read, by index.
+        channels: 1 if all readable images are grey, else 3.
+        size: height and width to train at, in pixels.
+
+    Raises:
+        UserError: it has no layout of ours, or none of its images can be read.
     """
 
-    def __init__(self, listing: FolderListing, options: LoadOptions) -> None:
-        self.listing, self.options = listing, options
-        self.records = np.zeros(len(listing.names), dtype=RECORD)
+    def __init__(self, root: Path, options: LoadOptions) -> None:
+        self.listing, self.options = list_folder(root), options
+        self.records = np.zeros(len(self.listing.names), dtype=RECORD)
         self.problems: Problems = {}
-        self.memory = cache_path(os.fspath(listing.root.resolve()), _MEMORY_VERSION)
+        self._cache = cache_path(os.fsencode(root.resolve()), _CACHE_VERSION)
+        self._read_headers()
+        readable = self.records[self.readable()]
+        if len(readable) == 0:
+            name, reason = self.listing.names[0], self.problems[0]
+            count = len(self.records)
+            raise UserError(f"{root}: none of the {count} images can be read; the first is {name}: {reason}")
+        self.channels = 1 if readable["grey"].all() else 3
+        self.size = options.size or default_size(readable["width"], readable["height"])
 
-    def read_headers(self) -> None:
-        """Fill `records` from what is remembered, else from each file's header and bytes."""
-        known = np.frombuffer(read_cache(self.memory) or b"", dtype=RECORD)
-        keys = np.ascontiguousarray(known["key"])  # else each search would copy them
+    def _read_headers(self) -> None:
+        """Fill `records` from the cache, else from each file's header and bytes."""
+        cached = np.frombuffer(read_cache(self._cache) or b"", dtype=RECORD)
+        keys = np.ascontiguousarray(cached["key"])  # else each search would copy them
 
         def read(index: int) -> None:
             path = self.path(index)
             try:
-                key = _key(self.listing.names[index], os.stat(path))
+                key = _file_key(self.listing.names[index], os.stat(path))
                 place = int(np.searchsorted(keys, key))
                 if place < len(keys) and keys[place] == key:
-                    self.records[index] = known[place]
+                    self.records[index] = cached[place]
                 else:
-                    self.records[index] = _examine(path, key)
+                    self.records[index] = _read_record(path, key)
             except OSError as error:
                 raise UserError(f"{path}: {failure_reason(error)}") from error
 
         self._for_each(range(len(self.records)), read, "looking at files")
 
-    def decode(self, size: int, channels: int, pixels: Pixels | None) -> None:
-        """Decode images: only then is it known that they are whole.
+    def decode(self, pixels: Pixels | None = None) -> None:
+        """Decode the images at `size`: only then is it known that they are whole.
 
         Args:
-            size: height and width to bring them to, in pixels.
-            channels: 1 or 3.
             pixels: takes all images, (N, channels, size, size); None decodes only what was never decoded.
         """
 
         def read(index: int) -> None:
-            image = decode_pixels(self.path(index), size=size, channels=channels)
+            image = decode_pixels(self.path(index), size=self.size, channels=self.channels)
             if pixels is not None:
                 pixels[index] = image
-            self.records["whole"][index] = True
+            self.records["decoded"][index] = True
 
-        readable = self.records["width"] > 0
-        wanted = readable if pixels is not None else readable & ~self.records["whole"]
+        wanted = self.readable()
+        if pixels is None:
+            wanted = wanted[~self.records["decoded"][wanted]]
         try:
-            self._for_each(np.flatnonzero(wanted).tolist(), read, "reading images")
+            self._for_each(wanted.tolist(), read, "reading images")
         finally:  # stopped half-way, it goes on from there
-            self._remember()
+            self._write_cache()
 
     def path(self, index: int) -> str:
         """Return the path of the file at an index."""
         return os.path.join(self.listing.root, self.listing.names[index])
 
-    def good(self) -> NDArray[np.int64]:
+    def readable(self) -> NDArray[np.int64]:
         """Return the indices of the files that can be read."""
         return np.flatnonzero(self.records["width"] > 0)
+
+    def test_mask(self) -> NDArray[np.bool_]:
+        """Return which files are for testing, bool (N,): those of the test folder, else a part of each class.
+
+        Raises:
+            UserError: a class has no readable image to train on, or none is left for testing.
+        """
+        listing, readable, is_test = self.listing, self.readable(), np.zeros(len(self.records), dtype=np.bool_)
+        labels = listing.labels[readable]
+        if listing.is_test is not None:
+            is_test[readable] = listing.is_test[readable]
+        else:
+            names, fraction = listing.names.select(readable), self.options.test_fraction or DEFAULT_TEST_FRACTION
+            is_test[readable] = stratified_holdout(names, labels.tolist(), fraction=fraction, seed=self.options.seed)
+        train_counts = np.bincount(labels[~is_test[readable]], minlength=len(listing.classes))
+        for label in np.flatnonzero(train_counts == 0)[:1]:
+            unreadable = sum(int(listing.labels[index]) == label for index in self.problems)
+            raise UserError(
+                f"{listing.root}: class {listing.classes[label]!r} has no readable training image "
+                f"({unreadable} unreadable); add images to its folder, or remove the folder"
+            )
+        if not is_test.any():
+            raise UserError(f"{listing.root}: no image is left for testing; expected two images or more in a class")
+        return is_test
+
+    def partition(self, is_test: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the indices of the readable files for training, and of those for testing."""
+        readable = self.readable()
+        return readable[~is_test[readable]], readable[is_test[readable]]
 
     def _for_each(self, indices: Sequence[int], read: Callable[[int], None], stage: str) -> None:
         """Call read(index) in threads; note why it failed where it did, or raise that if strict."""
@@ -154,26 +177,25 @@ class FolderScan:
             if self.options.on_progress is not None:
                 self.options.on_progress(stage, min(number * _CHUNK, len(indices)), len(indices))
 
-    def _remember(self) -> None:
-        """Keep what is known for the next time."""
-        known = self.records[self.records["width"] > 0]
-        if len(known) < _FEWEST_REMEMBERED:
-            return
-        write_cache(self.memory, known[np.argsort(known["key"])].tobytes())
+    def _write_cache(self) -> None:
+        """Cache the records of the readable files, sorted by key."""
+        known = self.records[self.readable()]
+        if len(known) >= _MIN_CACHED_FILES:
+            write_cache(self._cache, known[np.argsort(known["key"])].tobytes())
 
 
-def _examine(path: str, key: np.uint64) -> NDArray[np.void]:
-    """Return the record of a file."""
+def _read_record(path: str, key: np.uint64) -> NDArray[np.void]:
+    """Return the `RECORD` of a file."""
     with open(path, "rb") as file:
         header = read_header(file)
         file.seek(0)
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-    kind = FORMAT_NAMES.index(header.format)
-    row = (key, np.frombuffer(digest, "<u8"), header.width, header.height, kind, header.grey, header.frames, False)
+        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    file_format = FORMAT_NAMES.index(header.format)
+    halves = np.frombuffer(content, "<u8")
+    row = (key, halves, header.width, header.height, file_format, header.grey, header.frames, False)
     return np.array(row, dtype=RECORD)
 
 
-def _key(name: str, found: os.stat_result) -> np.uint64:
-    """Return 64 bits that stand for a file as it is now."""
-    text = os.fsencode(name) + f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
-    return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+def _file_key(name: str, stat: os.stat_result) -> np.uint64:
+    """Return a 64-bit hash of a file's `file_state`."""
+    return np.uint64(int.from_bytes(digest(file_state(name, stat), size=8), "little"))

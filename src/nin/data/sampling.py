@@ -1,7 +1,8 @@
-"""Randomness without state: every draw is a hash of (seed, epoch, index).
+"""Counter-based random numbers: sample order, augmentation draws and test split as hashes of (seed, epoch, index).
 
-What a sample gets depends neither on the batch it is in, nor on the number of workers, nor on what was
-drawn before. That is what makes a resumed run equal to an uninterrupted one.
+Not torch's Sampler and Generator, whose draws depend on what was drawn before: here what a sample gets depends neither
+on its batch, nor on the number of workers or processes, nor on where a run was interrupted, so a resumed run equals an
+uninterrupted one. The digests are SHA-256, and must stay it: they decide the order and the split of released versions.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_SHIFTS = (30, 27, 31)
+_MASK64 = (1 << 64) - 1
+_SPLITMIX_GAMMA = 0x9E3779B97F4A7C15
+_SPLITMIX_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SPLITMIX_SHIFTS = (30, 27, 31)
 
-# So many samples are sorted for an epoch, in 40 bytes each; above, the order is computed part by part.
-MOST_SORTED = 2**24
-_ROUNDS = 6
+# Up to so many samples are sorted for an epoch, in 40 bytes each (0.7 GB); above, the order is computed in parts.
+MAX_SORTED = 2**24
+_FEISTEL_ROUNDS = 6  # an even number: they alternate between rows and columns
 
 
 def _signed(value: int) -> int:
-    """The int64 that has the same 64 bits as `value`."""
-    value &= _MASK
+    """Return the int64 that has the same 64 bits as `value`."""
+    value &= _MASK64
     return value - (1 << 64) if value >> 63 else value
 
 
 def stream_key(*parts: int | str) -> int:
-    """Turns what names a stream, such as ("shift", seed, epoch), into 64 bits."""
+    """Return the 64-bit key of a random stream that parts such as ("shift", seed, epoch) name."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
 def hash_indices(indices: Tensor, key: int) -> Tensor:
-    """Hashes each index with splitmix64, on the device where the indices are.
+    """Hash each index with splitmix64, on the device where the indices are.
 
     Args:
         indices: int64, any shape.
@@ -52,17 +53,17 @@ def hash_indices(indices: Tensor, key: int) -> Tensor:
     Source:
         Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014, figure 17.
     """
-    state = indices * _signed(_GAMMA) + _signed(key)
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+    state = indices * _signed(_SPLITMIX_GAMMA) + _signed(key)
+    for shift, multiplier in zip(_SPLITMIX_SHIFTS, (*_SPLITMIX_MULTIPLIERS, 1), strict=True):
         # int64 has only the arithmetic shift: the mask makes it the logical one.
-        state = (state ^ ((state >> shift) & (_MASK >> shift))) * _signed(multiplier)
-    return (state >> 1) & (_MASK >> 1)
+        state = (state ^ ((state >> shift) & (_MASK64 >> shift))) * _signed(multiplier)
+    return (state >> 1) & (_MASK64 >> 1)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> Tensor:
-    """Returns the order in which an epoch visits the samples, as a pure function of its arguments.
+    """Return the order in which an epoch visits the samples, as a pure function of its arguments.
 
-    Up to `MOST_SORTED` samples are sorted by their hashes. Of more, any part of the order is computed alone, so that
+    Up to `MAX_SORTED` samples are sorted by their hashes. Of more, any part of the order is computed alone, so that
     the order of 10⁹ samples takes the memory of the part that is asked for.
 
     Args:
@@ -80,14 +81,14 @@ def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int 
         [0, 1, 2, 3, 4]
     """
     stop = count if stop is None else min(stop, count)
-    if count > MOST_SORTED:
-        return _permute(torch.arange(start, stop), count, seed=seed, epoch=epoch)
+    if count > MAX_SORTED:
+        return _feistel_permutation(torch.arange(start, stop), count, seed=seed, epoch=epoch)
     hashes = hash_indices(torch.arange(count), stream_key("order", seed, epoch))
     return torch.argsort(hashes, stable=True)[start:stop]
 
 
-def _permute(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
-    """Returns the samples at places of a permutation that is never held as a whole.
+def _feistel_permutation(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the samples at places of a permutation that is never held as a whole.
 
     A Feistel network permutes a rectangle of at least `count` cells. A place that lands outside walks on until it
     lands inside, which keeps it a permutation; the rectangle is so close that few do.
@@ -97,7 +98,7 @@ def _permute(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     """
     rows = math.isqrt(count - 1) + 1
     columns = -(-count // rows)
-    keys = [stream_key("order", seed, epoch, number) for number in range(_ROUNDS)]
+    keys = [stream_key("order", seed, epoch, number) for number in range(_FEISTEL_ROUNDS)]
     samples, outside = places.clone(), torch.ones_like(places, dtype=torch.bool)
     while outside.any():
         left, right = samples[outside] // columns, samples[outside] % columns
@@ -110,7 +111,7 @@ def _permute(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def stratified_holdout(names: Iterable[str], labels: Sequence[int], *, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Chooses the test samples of each class by the hash of their names.
+    """Choose the test samples of each class by the hash of their names.
 
     Names rather than positions: the split is the same whatever order the file system lists files in, and a
     file that comes or goes moves at most one other file of its class to the other side.

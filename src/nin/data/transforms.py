@@ -1,4 +1,8 @@
-"""From stored bytes to what a network is fed: flips and shifts of whole batches, then normalised floats."""
+"""Transforms of whole uint8 batches: augmentation (flip, shift), and normalisation to floats.
+
+Not torchvision's transforms: these draw from no generator but from hashes of (seed, epoch, index), see
+`nin.data.sampling`, and give each image of a batch its own draw.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from nin.data.sampling import hash_indices, stream_key
 
 
 def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int, flip: bool, shift: int) -> Tensor:
-    """Mirrors and translates each image by what (seed, epoch, index) decide.
+    """Mirror and translate each image by what (seed, epoch, index) decide.
 
     Flips alternate: half of the images, chosen by (seed, index), are mirrored in even epochs and the other
     half in odd ones, so that two epochs show every image both ways (Jordan, 94 % on CIFAR-10 in 3.29
@@ -58,7 +62,7 @@ def to_float(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Normalises images: (image / 255 - mean) / std.
+    """Normalise images: (image / 255 - mean) / std.
 
     Args:
         images: uint8 (B, C, H, W), on any device.

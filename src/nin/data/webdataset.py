@@ -1,39 +1,51 @@
-"""Images in WebDataset shards: tar files whose members are KEY.jpg (or .png, …) beside KEY.cls, the label."""
+"""Read WebDataset shards: tar files whose members are KEY.jpg (or .png, …) beside KEY.cls, the label.
+
+Not the webdataset package's pipeline, which streams shards through a shuffle buffer: there the order depends on the
+number of workers, and going on in the middle of an epoch means to read it again from its beginning. Here an index of
+the tar members gives random access. The package is needed for URLs only.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import glob
-import hashlib
 import json
 import os
 import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from nin.data.builtin import cache_folder
-from nin.data.cache import cache_path, read_cache, write_cache
-from nin.data.dataset import DecodedSet, PathList
-from nin.data.decoder import IMAGE_EXTENSIONS, decode_pixels
+from nin.data.cache import cache_folder, cache_path, digest, file_state, read_cache, write_cache
+from nin.data.dataset import Data, DecodedSet, PathList, default_size
+from nin.data.decoder import IMAGE_EXTENSIONS, Pixels, decode_pixels, read_header
+from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.sampling import stratified_holdout
 from nin.distribution import install_command
 from nin.errors import UserError
+from nin.runtime.files import open_atomically
 
-# Beside the shards that nin wrote: what cannot be seen in them.
+# Beside the shards that nin wrote: the names of the classes, which tar files do not hold.
 METADATA_FILE = "nin-shards.json"
 
-_PART = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
-_INDEX_VERSION = 2  # raised when _PART or what _index keeps changes
-_LABEL_BYTES = 32  # of a .cls: a number
+# Where the image lies in its tar file, in bytes, and its label, -1 where there is none.
+_MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
+_INDEX_VERSION = 2  # raised when _MEMBER or what _index keeps changes
+_MAX_LABEL_BYTES = 32  # of a .cls: a number
+
+# Size and channels of all images are taken from the headers of so many.
+_SAMPLED_HEADERS = 1000
+
+# So many classes may have no names: a label is a number of nine digits at most, and each class takes memory.
+_MAX_UNNAMED_CLASSES = 100_000
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ShardSet(DecodedSet):
     """Labelled images in tar files, read at their places each time they are asked for.
 
@@ -43,19 +55,15 @@ class ShardSet(DecodedSet):
 
     Attributes:
         shards: the tar files.
-        shard: int32 (N,), the position in shards of the one that holds each image.
-        places: offset and size of each image.
+        shard_indices: int32 (N,), the position in shards of the one that holds each image.
+        members: offset, size and label of each image, (N,).
         labels: int64 (N,), -1 where there is none.
         names: SHARD/MEMBER of each image.
-        channels: 1 or 3, of the decoded images.
-        size: height and width of the decoded images in pixels.
     """
 
     shards: tuple[Path, ...]
-    shard: NDArray[np.int32]
-    places: NDArray[np.void]
-    labels: Tensor
-    names: PathList
+    shard_indices: NDArray[np.int32]
+    members: NDArray[np.void]
     channels: int = 3
     size: int = 32
 
@@ -65,19 +73,15 @@ class ShardSet(DecodedSet):
         Raises:
             UserError: the shard cannot be read any more.
         """
-        path, place = self.shards[self.shard[index]], self.places[index]
+        path, member = self.shards[self.shard_indices[index]], self.members[index]
         try:
             with path.open("rb") as file:
-                return os.pread(file.fileno(), int(place["size"]), int(place["offset"]))
+                return os.pread(file.fileno(), int(member["size"]), int(member["offset"]))
         except OSError as error:
             raise UserError(f"{self.names[index]}: cannot be opened ({error.strerror})") from error
 
-    def pixels(self, index: int) -> NDArray[np.uint8]:
-        """Return one decoded image, (channels, size, size).
-
-        Raises:
-            UserError: it cannot be read.
-        """
+    def decode(self, index: int) -> Pixels:
+        """Decode one image: (channels, size, size)."""
         try:
             return decode_pixels(self.read(index), size=self.size, channels=self.channels)
         except UserError as error:
@@ -85,8 +89,13 @@ class ShardSet(DecodedSet):
 
     def select(self, indices: NDArray[np.int64]) -> ShardSet:
         """Return the images at the indices, in their order."""
-        labels, names = self.labels[torch.from_numpy(indices)], self.names.select(indices)
-        return ShardSet(self.shards, self.shard[indices], self.places[indices], labels, names, self.channels, self.size)
+        return dataclasses.replace(
+            self,
+            shard_indices=self.shard_indices[indices],
+            members=self.members[indices],
+            labels=self.labels[torch.from_numpy(indices)],
+            names=self.names.select(indices),
+        )
 
 
 def is_shards(source: str | Path) -> bool:
@@ -108,33 +117,85 @@ def open_shards(source: str | Path) -> ShardSet:
     Raises:
         UserError: there are none, or one is no tar file.
     """
-    paths = [_local(url) for url in _expand(source)]
-    shard, places, names = [], [], []
+    paths = [_local_path(url) for url in _expand(source)]
+    shard_indices, members, names = [], [], []
     for number, path in enumerate(paths):
-        found_places, found = _index(path)
-        shard.append(np.full(len(found), number, dtype=np.int32))
-        places.append(found_places)
-        names += [f"{path.name}/{name}" for name in found]
+        shard_members, shard_names = _index(path)
+        shard_indices.append(np.full(len(shard_names), number, dtype=np.int32))
+        members.append(shard_members)
+        names += [f"{path.name}/{name}" for name in shard_names]
     if not names:
         raise UserError(f"{source}: the shards hold no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    where = np.concatenate(places)
-    labels = torch.from_numpy(where["label"].astype(np.int64))
-    return ShardSet(tuple(paths), np.concatenate(shard), where, labels, PathList(names))
+    all_members = np.concatenate(members)
+    return ShardSet(
+        shards=tuple(paths),
+        shard_indices=np.concatenate(shard_indices),
+        members=all_members,
+        labels=torch.from_numpy(all_members["label"].astype(np.int64)),
+        names=PathList(names),
+    )
 
 
-def shard_classes(source: str | Path) -> dict[str, list[str]]:
-    """Return what is written beside shards of ours: the names of the classes. Empty for those of others."""
+def read_shards(source: str | Path, options: LoadOptions) -> Data:
+    """Return shards as Data; see `nin.data.load`.
+
+    A folder with shards called train-*.tar and test-*.tar (or val-*.tar) is split so; else each class is.
+    """
+    shards = open_shards(source)
+    labels = shards.labels.numpy()
+    if (labels < 0).any():
+        missing = shards.names[int(np.flatnonzero(labels < 0)[0])]
+        raise UserError(f"{source}: {missing} has no label; expected a member of the same name ending in .cls")
+    classes = tuple(_class_names(source) or map(str, range(min(int(labels.max()) + 1, _MAX_UNNAMED_CLASSES))))
+    if labels.max() >= len(classes) or len(classes) < 2:
+        raise UserError(f"{source}: label {labels.max()} does not fit {len(classes)} classes")
+    channels, size = _channels_and_size(shards, options.size)
+    shards = dataclasses.replace(shards, channels=channels, size=size)
+    is_test = _test_mask(shards, labels, options)
+    train, test = (shards.select(np.flatnonzero(is_test == part)) for part in (False, True))
+    if not len(train) or not len(test):
+        raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
+    return Data.from_sets(Path(source).name.removesuffix(".tar"), train, test, classes)
+
+
+def _class_names(source: str | Path) -> list[str]:
+    """Return the names of the classes that nin wrote beside its shards; none for those of others."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
     path = folder / METADATA_FILE
     if not path.is_file():
-        return {}
+        return []
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))["classes"]
         if not all(isinstance(name, str) for name in classes):
             raise TypeError("classes must be names")
-        return {"classes": list(classes)}
+        return list(classes)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no {METADATA_FILE} of nin: {error}") from error
+
+
+def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
+    """Return channels and size from the headers of images spread evenly over the shards."""
+    headers = []
+    for index in range(0, len(shards), max(1, len(shards) // _SAMPLED_HEADERS)):
+        try:
+            headers.append(read_header(shards.read(index)))
+        except UserError:
+            continue  # training lists it when it meets it; what is sought here are those that can be read
+    if not headers:
+        raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
+    widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
+    return 1 if all(h.grey for h in headers) else 3, size or default_size(widths, heights)
+
+
+def _test_mask(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions) -> NDArray[np.bool_]:
+    """Return which images are for testing, bool (N,): those of the shards called so, else a part of each class."""
+    names = np.array([path.name for path in shards.shards])
+    for split in ("test", "val"):
+        chosen = np.char.startswith(names, split)
+        if chosen.any() and not chosen.all():
+            return chosen[shards.shard_indices]
+    fraction = options.test_fraction or DEFAULT_TEST_FRACTION
+    return stratified_holdout(shards.names, labels.tolist(), fraction=fraction, seed=options.seed)
 
 
 def _expand(source: str | Path) -> list[str]:
@@ -142,7 +203,7 @@ def _expand(source: str | Path) -> list[str]:
     text = str(source)
     if os.path.isdir(text):
         return sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
-    found = list(_braces(text))
+    found = list(_expand_braces(text))
     if not is_url(text):
         found = [path for pattern in found for path in (sorted(glob.glob(pattern)) or [pattern])]
         for path in found:
@@ -151,7 +212,7 @@ def _expand(source: str | Path) -> list[str]:
     return found
 
 
-def _braces(text: str) -> Iterator[str]:
+def _expand_braces(text: str) -> Iterator[str]:
     """Yield the texts that {000..012} and {a,b} stand for, as the shell does."""
     match = re.search(r"\{([^{}]*)\}", text)
     if match is None:
@@ -164,7 +225,7 @@ def _braces(text: str) -> Iterator[str]:
     else:
         choices = match[1].split(",")
     for choice in choices:
-        yield from _braces(text[: match.start()] + choice + text[match.end() :])
+        yield from _expand_braces(text[: match.start()] + choice + text[match.end() :])
 
 
 def is_url(text: str) -> bool:
@@ -172,11 +233,11 @@ def is_url(text: str) -> bool:
     return re.match(r"[a-z][a-z0-9+]*:", text) is not None
 
 
-def _local(url: str) -> Path:
-    """Return the path of a shard; one behind a URL is copied to the cache folder, whole or not at all."""
+def _local_path(url: str) -> Path:
+    """Return the path of a shard; download one behind a URL to the cache folder, whole or not at all."""
     if not is_url(url):
         return Path(url)
-    name = hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+    name = digest(url.encode(), size=12).hex()
     path = cache_folder() / "shards" / f"{name}-{os.path.basename(url)}"
     if path.exists():
         return path
@@ -185,35 +246,30 @@ def _local(url: str) -> Path:
     except ImportError as error:
         raise UserError(f"{url}: reading shards from URLs needs: {install_command('shards')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with gopen(url) as source, partial.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        os.replace(partial, path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{url}: cannot be fetched ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_atomically(path) as target:
+        try:
+            with gopen(url) as source:  # closing it raises where the program behind a pipe failed
+                shutil.copyfileobj(source, target, 1 << 20)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{url}: cannot be fetched ({error})") from error
     return path
 
 
 def _index(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    """Return places and names of the images in a shard, from the cache folder or from the tar file's headers."""
-    found = path.stat()
-    text = f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
-    memory = cache_path(text, _INDEX_VERSION)
-    kept = read_cache(memory)
-    if kept is None:
-        places, names = _scan(path)
+    """Return members and names of the images in a shard, from the cache or from the tar file."""
+    cached_index = cache_path(file_state(path.resolve(), path.stat()), _INDEX_VERSION)
+    content = read_cache(cached_index)
+    if content is None:
+        members, names = _read_members(path)
         lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-        write_cache(memory, len(places).to_bytes(8, "little") + places.tobytes() + lines)
-        return places, names
-    places = np.frombuffer(kept, dtype=_PART, count=int.from_bytes(kept[:8], "little"), offset=8)
-    return places, kept[8 + places.nbytes :].decode(errors="surrogateescape").split("\n")[:-1]
+        write_cache(cached_index, len(members).to_bytes(8, "little") + members.tobytes() + lines)
+        return members, names
+    members = np.frombuffer(content, dtype=_MEMBER, count=int.from_bytes(content[:8], "little"), offset=8)
+    return members, content[8 + members.nbytes :].decode(errors="surrogateescape").split("\n")[:-1]
 
 
-def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    """Read the headers of a tar file, and the labels; nothing is unpacked."""
+def _read_members(path: Path) -> tuple[NDArray[np.void], list[str]]:
+    """Return members and names of the images in a tar file, from its headers and the .cls members."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -224,11 +280,11 @@ def _scan(path: Path) -> tuple[NDArray[np.void], list[str]]:
                     continue
                 if extension.lower() in IMAGE_EXTENSIONS:
                     images.setdefault(key, (member.name, member.offset_data, member.size))
-                elif extension == ".cls" and member.size <= _LABEL_BYTES:
+                elif extension == ".cls" and member.size <= _MAX_LABEL_BYTES:
                     text = os.pread(file.fileno(), member.size, member.offset_data)
                     labels[key] = int(text) if re.fullmatch(rb"\s*\d{1,9}\s*", text) else -1
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: no tar file, or damaged ({error})") from error
     rows = [(offset, size, labels.get(key, -1)) for key, (_, offset, size) in images.items()]
-    return np.array(rows, dtype=_PART), [name for name, _, _ in images.values()]
+    return np.array(rows, dtype=_MEMBER), [name for name, _, _ in images.values()]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nin import data
-from nin.data.loader import map_in_threads, usable_cores
+from nin.data.loader import map_in_threads
 from nin.distribution import install_command
 from nin.errors import UserError
 from nin.inference.classifier import BATCH, Classifier
@@ -156,9 +156,7 @@ class _Source:
         a call goes on, so that its rows are those of a call that nobody interrupted.
         """
         batches = [range(first, min(first + BATCH, stop)) for first in range(start, stop, BATCH)]
-        for indices, (pixels, problems) in zip(
-            batches, map_in_threads(self.decode, batches, workers=usable_cores()), strict=True
-        ):
+        for indices, (pixels, problems) in zip(batches, map_in_threads(self.decode, batches), strict=True):
             scores = self.classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
             yield [self.row(i, p, problems.get(i)) for i, p in zip(indices, scores, strict=True)], len(problems)
 

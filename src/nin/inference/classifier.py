@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, fusion, models
 from nin.checkpoint import RunInfo
+from nin.data.arrays import to_pillow, unstack
 from nin.errors import UserError
 from nin.runtime.formatting import format_percent
 from nin.runtime.html_table import html_table
 
 BATCH = 64
-
-# Channels that a picture has: grey, grey with transparency, colour, colour with transparency.
-DEPTHS = (1, 2, 3, 4)
 
 # A notebook shows so many classes of a prediction.
 SHOWN = 5
@@ -189,7 +187,7 @@ def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Ten
     """Yield uint8 batches (B, channels, size, size)."""
     items: Sequence[Any]
     if isinstance(images, np.ndarray | Tensor):
-        items = _images_of_array(torch.as_tensor(images), channels)
+        items = unstack(torch.as_tensor(images), channels)
     elif isinstance(images, list | tuple):
         items = images
     else:
@@ -198,43 +196,11 @@ def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Ten
         yield torch.stack([_pixels(item, size=size, channels=channels) for item in items[start : start + BATCH]])
 
 
-def _images_of_array(array: Tensor, channels: int) -> list[Tensor]:
-    """Return the single images in an array; `Classifier.predict` has the rule."""
-    if array.dim() <= 2:
-        return [array]
-    if array.dim() == 3 and (array.shape[2] in DEPTHS or array.shape[0] in (1, channels)):
-        return [array]
-    if array.dim() == 3 and array.shape[0] in DEPTHS:
-        count, height, width = array.shape
-        raise ValueError(
-            f"an array {tuple(array.shape)} may be one image of {count} channels or {count} grey images: give it as "
-            f"(1, {count}, {height}, {width}) or as ({count}, 1, {height}, {width})"
-        )
-    return list(array)
-
-
 def _pixels(image: Any, *, size: int, channels: int) -> Tensor:
     if isinstance(image, np.ndarray | Tensor):
-        image = _picture(torch.as_tensor(image))
+        image = to_pillow(torch.as_tensor(image))
     if not isinstance(image, str | os.PathLike | bytes | Image.Image):
         raise TypeError(
             f"an image must be a path, bytes, a Pillow image, an array or a tensor, got {type(image).__name__}"
         )
     return data.decode(image, size=size, channels=channels)
-
-
-def _picture(array: Tensor) -> Image.Image:
-    """Return a Pillow image of an array (H, W), (H, W, C) or (C, H, W)."""
-    if array.dim() == 3 and array.shape[2] not in DEPTHS:
-        array = array.permute(1, 2, 0)  # (C, H, W) -> (H, W, C)
-    if array.dim() not in (2, 3) or array.numel() == 0 or (array.dim() == 3 and array.shape[2] not in DEPTHS):
-        raise ValueError(f"an image must have shape (H, W), (H, W, C) or (C, H, W), got {tuple(array.shape)}")
-    if array.is_floating_point():
-        low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"an image of floats must have values from 0 to 1, got {low:g} to {high:g}")
-        array = (array * 255).round()
-    elif array.dtype != torch.uint8:
-        raise ValueError(f"an image must be of uint8, or of floats from 0 to 1, got {array.dtype}")
-    values = array.to("cpu", torch.uint8).numpy()
-    return Image.fromarray(values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values)
