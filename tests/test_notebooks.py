@@ -10,7 +10,7 @@ import nin
 from nin import report
 from nin.inference.classifier import Prediction
 from nin.models.plan import LayerPlan, Plan, Thinning
-from nin.runtime.html_table import html_table
+from nin.runtime.tables import html_table
 
 NASTY = '<script>alert("1")</script> & co'
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from nin.profiling.cost import Cost, cost
 from nin.report import contact_sheet, example_rows
 from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_bytes, format_percent, format_percent_range
+from nin.runtime.tables import escape_markdown, markdown_table
 
 PICTURE = "confidence-maps.png"
 CLASSES_SHOWN = 4
@@ -117,7 +117,8 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
 def card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
     """Return the model card of a run as Markdown with its YAML head."""
     result, recipe, trained_on = info.result, info.recipe, info.data
-    name, source = _plain(recipe.get("model", "network")), _plain(trained_on.get("name", "images"))
+    name = escape_markdown(str(recipe.get("model", "network")))
+    source = escape_markdown(str(trained_on.get("name", "images")))
     size = f"{info.preprocessing.size}×{info.preprocessing.size}"
     colour = "grey" if info.preprocessing.channels == 1 else "colour"
     parts = [
@@ -143,12 +144,12 @@ def card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
         f"{source}: {trained_on.get('train_images', 0):,} images to train on, {trained_on.get('test_images', 0):,} to "
         f"test, {len(trained_on.get('skipped', []))} left out because they could not be read.",
         "## Recipe",
-        _table([("setting", "value"), *((k, str(v)) for k, v in recipe.items())]),
+        markdown_table([("setting", "value"), *((k, str(v)) for k, v in recipe.items())]),
         "## Costs",
         f"For one image; one MAC is two floating-point operations. Activations {format_bytes(cost.activation_bytes)}.",
-        _table(cost.rows()),
+        markdown_table(cost.rows()),
         "## Made with",
-        _table([("what", "version"), *((k, str(v)) for k, v in info.environment.items())]),
+        markdown_table([("what", "version"), *((k, str(v)) for k, v in info.environment.items())]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -183,20 +184,9 @@ def _accuracy(info: RunInfo) -> str:
         if key in info.result:
             interval = f"{format_percent_range(info.result[f'{key}_interval'], 2)} %"
             rows.append((f"{info.result['test_images']:,}{what}", format_percent(info.result[key], 2), interval))
-    return _table(rows)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    head, *body = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+    return markdown_table(rows)
 
 
 def _listed(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(_plain(name) for name in classes[:20])
+    shown = ", ".join(escape_markdown(name) for name in classes[:20])
     return shown if len(classes) <= 20 else f"{shown} and {len(classes) - 20} more"
-
-
-def _plain(text: str) -> str:
-    """Return text that Markdown shows as it is: a class may be called anything."""
-    visible = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#|!&~$" else c for c in visible)

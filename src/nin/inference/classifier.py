@@ -20,7 +20,7 @@ from nin.checkpoint import RunInfo
 from nin.data.arrays import to_pillow, unstack
 from nin.errors import UserError
 from nin.runtime.formatting import format_percent
-from nin.runtime.html_table import html_table
+from nin.runtime.tables import html_table
 
 BATCH = 64
 

@@ -14,7 +14,7 @@ from nin.models.layer_shape import LayerShape
 from nin.models.plan import Plan
 from nin.models.surgery import chain_of
 from nin.runtime.formatting import format_percent
-from nin.runtime.html_table import html_table
+from nin.runtime.tables import html_table, text_table
 from nin.runtime.timer import Timing
 
 
@@ -227,17 +227,18 @@ class NarrowReport:
             rows.append(("error of the result", "0", f"{self.calibration_error:.3g}", "of its variance"))
         return rows
 
+    def tables(self) -> list[list[tuple[str, ...]]]:
+        """Return the rows of each table that is not empty, header first: the whole, the curve, the control, layers."""
+        summary: list[tuple[str, ...]] = [("", "before", "after", "share"), *self.summary()]
+        return [rows for rows in (summary, self.curve_rows(), self.control_rows(), self.rows()) if rows]
+
     def __str__(self) -> str:
         """Return the tables as text."""
-        header = ("", "before", "after", "share")
-        tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
-        return "\n\n".join([*(_text(table) for table in tables if table), "\n".join(self.notes)]).rstrip()
+        return "\n\n".join([*map(text_table, self.tables()), "\n".join(self.notes)]).rstrip()
 
     def _repr_html_(self) -> str:
-        header = ("", "before", "after", "share")
-        tables: list[list[Any]] = [[header, *self.summary()], self.curve_rows(), self.control_rows(), self.rows()]
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return "".join(html_table(table) for table in tables if table) + notes
+        return "".join(map(html_table, self.tables())) + notes
 
 
 def _milliseconds(t: Timing) -> str:
@@ -251,11 +252,6 @@ def _timings(values: dict[Any, Any]) -> dict[int, tuple[Timing, Timing]]:
         return value if isinstance(value, Timing) else Timing(**value)
 
     return {int(size): (timing(a), timing(b)) for size, (a, b) in values.items()}
-
-
-def _text(rows: list[Any]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def describe(chain: tuple[LayerShape, ...]) -> str:

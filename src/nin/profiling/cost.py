@@ -17,7 +17,7 @@ from nin.layers import Conv1x1, MLPConv
 from nin.ops.schema import chain_macs
 from nin.profiling.roofline import Measured, measure
 from nin.runtime.formatting import format_bytes, format_percent
-from nin.runtime.html_table import html_table
+from nin.runtime.tables import html_table, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +133,8 @@ class Cost:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        if self.uncounted:
-            lines.append(f"not counted: {', '.join(self.uncounted)}")
-        return "\n".join(line.rstrip() for line in lines)
+        uncounted = f"\nnot counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+        return text_table(self.rows(), left=4) + uncounted
 
     def _repr_html_(self) -> str:
         return html_table(self.rows())
