@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from nin import checkpoint, data
-from nin.cli import app, commands
+from nin.cli import app, console
 from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--inside", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    commands.words.quiet = commands.results.quiet = True
+    console.messages.quiet = console.results.quiet = True
     data.load("digits")  # imports here what every training would import again
     chance, counts = random.Random(arguments.seed), {"kills": 0, "inside_a_write": 0, "trainings": 0, "equal": 0}
     lost: list[str] = []

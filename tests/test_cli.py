@@ -1,6 +1,8 @@
 """The shell: what a person types, what they get, and one line for each mistake."""
 
 import csv
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 from nin import data, models, training
-from nin.cli import app, commands, demo
+from nin.cli import app, check, console, demo, predict
 from nin.config import TrainConfig
 from nin.inference import classifier
 
@@ -84,11 +86,11 @@ def test_names_are_shown_as_they_are(run, tmp_path, capsys):
     assert "odd[/p].csv" in capsys.readouterr().err
     classes = ("[red]", "[/x]", ":cat:")
     prediction_of_three = classifier.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
-    commands.results.print(commands.predictions_table(classes, ["a.png"], [prediction_of_three], 3))
-    commands.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
-    with commands.Bar("Reading [/x]") as bar:
+    console.results.print(predict.predictions_table(["a.png"], [prediction_of_three], 3))
+    check.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
+    with console.ProgressBar("Reading [/x]") as bar:
         bar.progress.add_task(bar.text)
-        commands.words.print(bar.progress.get_renderable())
+        console.messages.print(bar.progress.get_renderable())
         bar.line("[red]")
     printed = capsys.readouterr()
     assert all(name in printed.out for name in classes)
@@ -166,12 +168,12 @@ def test_bench_lists_measures_and_draws(tmp_path, capsys):
 def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
     out = tmp_path / "demo"
-    demo.run(out, as_json=True, config=TrainConfig(epochs=2))
+    demo.demo(out=out, json=True, config=TrainConfig(epochs=2))
     result = json.loads(capsys.readouterr().out)
     assert len(result["predictions"]) == demo.SAMPLES
     assert (out / "report.html").exists()
     # a second one replaces the first
-    demo.clear(out)
+    demo.remove_earlier_demo(out)
     assert not out.exists()
 
 
@@ -182,7 +184,7 @@ def test_a_demo_removes_no_one_elses_folder(tmp_path, stranger):
     (out / stranger).write_text("{}")
     if stranger == "config.json":
         (out / "samples").rmdir()
-    demo.clear(out)
+    demo.remove_earlier_demo(out)
     assert (out / stranger).exists()
 
 
@@ -192,7 +194,7 @@ def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", config, out=out, keeping=training.CheckpointOptions(stop=lambda: True))
     assert (out / "state.safetensors").exists()
-    demo.run(out, as_json=True, config=config)
+    demo.demo(out=out, json=True, config=config)
     assert json.loads(capsys.readouterr().out)["test_images"] == 451
 
 
@@ -321,6 +323,19 @@ def test_help_does_not_import_torch():
     assert "train" in done.stdout
 
 
+@pytest.mark.parametrize("verb", app.VERBS)
+def test_the_description_of_a_verb_begins_its_docstring(verb):
+    """It is there twice, because `nin --help` does not import the verb's module."""
+    function = getattr(importlib.import_module(f"nin.cli.{verb}"), verb)
+    assert inspect.getdoc(function).partition("\n\nArgs:")[0] == app.VERBS[verb]
+
+
+@pytest.mark.parametrize("option", ["--no-json", "--no-strict", "--empty-skip", "--config"])
+def test_options_have_no_negative_form(option, capsys):
+    verb = ("narrow", "r", "--data", "d") if option == "--empty-skip" else ("train", "d", "--out", "o")
+    assert "Unknown option" in fails(capsys, *verb, option)[1]
+
+
 def test_every_model_has_an_image_size():
     assert models.IMAGE_SIZES.keys() == models.MODELS.keys()
     for name, size in models.IMAGE_SIZES.items():
@@ -341,7 +356,7 @@ def test_out_of_memory_says_what_to_lower(error, monkeypatch, tmp_path, capsys):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(commands, "train", fail)
+    monkeypatch.setattr(training, "train", fail)
     code, line = fails(capsys, "train", "digits", "--out", str(tmp_path / "run"))
     assert code == 1
     assert "out of memory; lower --batch-size" in line
@@ -351,6 +366,6 @@ def test_other_errors_of_ours_are_not_hidden(monkeypatch, tmp_path):
     def fail(*arguments, **options):
         raise RuntimeError("a mistake in nin")
 
-    monkeypatch.setattr(commands, "train", fail)
+    monkeypatch.setattr(training, "train", fail)
     with pytest.raises(RuntimeError, match="a mistake in nin"):
         app.main(["train", "digits", "--out", str(tmp_path / "run")])

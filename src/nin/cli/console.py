@@ -1,4 +1,4 @@
-"""What every verb shows with: progress and words on standard error, results on standard output."""
+"""Terminal output of every verb: progress and messages on standard error, results on standard output."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nin.runtime import distributed
-from nin.runtime.formatting import format_percent, format_percent_range
 
-# what is shown is shown as it is: files and classes are called "[red]" and ":cat:" too
-AS_IT_IS: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+# files and classes have names such as "[red]" and ":cat:", which rich would take for markup
+PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 
-words = Console(stderr=True, soft_wrap=True, **AS_IT_IS)
+messages = Console(stderr=True, soft_wrap=True, **PLAIN_TEXT)
 
-# a file or a pipe has no width: its lines are not broken
-results = Console(width=None if sys.stdout.isatty() else 240, **AS_IT_IS)
+# a file or a pipe has no width: 240 columns keep the lines of a table whole
+results = Console(width=None if sys.stdout.isatty() else 240, **PLAIN_TEXT)
 
-# A log file gets a line about something that takes long no more often than this.
+# of a log file, so that a long job does not fill it
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Bar:
+class ProgressBar:
     """A progress bar on a terminal; plain lines elsewhere, so that a log stays readable.
 
     Args:
-        total: steps to be done; None where it is known later.
         text: what is being done.
+        total: its steps; None where they are known later.
     """
 
     def __init__(self, text: str, total: int | None = None) -> None:
-        self.text, self.total, self.told = text, total, time.monotonic()
+        self.text, self.total, self.last_line_s = text, total, time.monotonic()
         self.task: TaskID | None = None
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -47,13 +46,13 @@ class Bar:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=words,
+            console=messages,
             transient=True,
         )
 
-    def __enter__(self) -> Bar:
-        """Start to show."""
-        if words.is_terminal:
+    def __enter__(self) -> ProgressBar:
+        """Show the bar, if standard error is a terminal."""
+        if messages.is_terminal:
             self.progress.start()
             self.task = self.progress.add_task(self.text, total=self.total)
         return self
@@ -61,54 +60,64 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.task is not None:
             self.progress.stop()
 
     def update(self, done: int, total: int, text: str | None = None) -> None:
-        """Say that ``done`` of ``total`` steps are done, or ``done`` steps where the total is not known and 0."""
+        """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
         text = text or self.text
         if self.task is not None:
             self.progress.update(self.task, completed=done, total=total or None, description=text)
-        elif time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
-            self.told = time.monotonic()
-            words.print(f"{text}: {done} of {total}" if total else f"{text}: {done}")
+        elif time.monotonic() - self.last_line_s > SECONDS_BETWEEN_LINES:
+            self.line(f"{text}: {done} of {total}" if total else f"{text}: {done}")
+
+    def on_progress(self, text: str, done: int, total: int) -> None:
+        """Update the bar; this is a `nin.runtime.progress.ProgressCallback`."""
+        self.update(done, total, text)
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
-        self.told = time.monotonic()
-        words.print(text)
+        self.last_line_s = time.monotonic()
+        messages.print(text)
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a step is not torn; a second one ends the program at once.
+def catch_stop_signals() -> Iterator[list[int]]:
+    """Yield a list that SIGINT and SIGTERM are added to, so that the work stops between two steps.
 
-    Where torchrun watches, it does not: the terminal and torchrun both pass a Ctrl-C on, and torchrun kills who does
-    not end in time.
+    A second signal ends the program at once. Not under torchrun: the terminal sends a Ctrl-C to each process and
+    torchrun sends it again, and torchrun kills a process that does not end in time.
     """
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if distributed.world_size() == 1:
-            signal.signal(number, before[signal.Signals(number)])
+            signal.signal(number, handlers[signal.Signals(number)])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, note)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, receive)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def percent(value: float, interval: Sequence[float]) -> str:
-    """Return a share with its interval, in percent."""
-    return f"{format_percent(value, 2)} (95 % interval {format_percent_range(interval, 2)})"
+def exit_on_sigterm(received: Sequence[int]) -> None:
+    """Exit with the shell's status for SIGTERM, 143, if that was the first signal."""
+    if received[:1] == [signal.SIGTERM]:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def silence_other_ranks() -> None:
+    """Print from the first of the processes that torchrun started only."""
+    if not distributed.is_main_process():
+        messages.quiet = results.quiet = True
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on standard output, in ASCII: a file's name that is no valid Unicode can be written down too."""
+    """Print JSON on standard output, in ASCII: a file's name that is no valid Unicode can be printed, too."""
     print(json.dumps(value, indent=2))

@@ -1,62 +1,76 @@
-"""``nin demo``: the main job on images that come along, and what a bottleneck saves, measured here."""
+"""`nin demo`: train on digits, report, predict, and time a bottleneck beside the convolution that it replaces."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from cyclopts import Parameter
 from PIL import Image
 from rich.table import Table
 
 from nin import checkpoint
-from nin.cli import commands
+from nin.cli.console import messages, print_json, results
+from nin.cli.predict import prediction_dict, predictions_table
+from nin.cli.train import load_data, show_result, train_with_progress, write_report
 from nin.config import TrainConfig
-from nin.inference import classifier as prediction
-from nin.profiling import bottleneck, cost
+from nin.data import Data
+from nin.inference.classifier import load
+from nin.profiling import bottleneck
+from nin.profiling.cost import cost
 from nin.training import CheckpointOptions, has_begun
 
 SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
 
 # channels that the bottleneck leaves, and images in a call
-NARROW, BATCH = 64, 16
+BOTTLENECK_CHANNELS, BOTTLENECK_BATCH_SIZE = 64, 16
 
 
-def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) -> None:
-    """Train on digits, test, write the report, predict a few images, and time the notes' bottleneck.
+def demo(
+    *,
+    out: Path = Path("runs/demo"),
+    json: bool = False,
+    config: Annotated[TrainConfig | None, Parameter(parse=False)] = None,
+) -> None:
+    """Do the main job on images that come along: train, test, look, predict, and time a bottleneck.
 
     Args:
-        out: the run folder; that of an earlier demo is replaced, one that was interrupted goes on.
-        as_json: print the figures as JSON on standard output in place of tables.
-        config: the recipe; the default one if None.
+        out: The run folder to make; one that an earlier demo made is replaced.
+        json: Print the result as JSON on standard output.
+        config: The recipe, for tests; the default one if not given.
     """
-    clear(out)
+    remove_earlier_demo(out)
     config = config or TrainConfig()
-    step("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
-    images = commands.load_data("digits", seed=config.seed)
+    print_heading("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
+    images = load_data("digits", seed=config.seed)
     keeping = CheckpointOptions(resume=has_begun(out))
-    result = commands.train_visibly(images, config, out=out, keeping=keeping, again="the same command")
-    if not as_json:
-        commands.show_result(result)
-    step("2. Write what it learned into a report")
-    report = commands.write_report(out, images)
-    step("3. Predict images that it has not seen")
+    result = train_with_progress(images, config, out=out, keeping=keeping, command="the same command")
+    if not json:
+        show_result(result)
+    print_heading("2. Write what it learned into a report")
+    report = write_report(out, images)
+    print_heading("3. Predict images that it has not seen")
     paths = write_samples(images, out / SAMPLES_FOLDER)
-    classifier = prediction.load(out)
-    predictions = classifier.predict(paths)
-    if not as_json:
-        commands.results.print(commands.predictions_table(classifier.classes, paths, predictions, 2))
-    step("4. Shrink channels with a 1×1 convolution: 256 → 64 → 4×4 → 256 beside 256 → 4×4 → 256, on 28×28 pixels")
+    predictions = load(out).predict(paths)
+    if not json:
+        results.print(predictions_table(paths, predictions, 2))
+    print_heading(
+        "4. Shrink channels with a 1×1 convolution: 256 → 64 → 4×4 → 256 beside 256 → 4×4 → 256, on 28×28 pixels"
+    )
     rows = compare_bottleneck()
-    if as_json:
-        answers = [
-            commands.prediction_dict(classifier.classes, *pair, 2) for pair in zip(paths, predictions, strict=True)
-        ]
-        commands.print_json({"run": str(out), **result.info.result, "predictions": answers, "bottleneck": rows})
+    if json:
+        samples = [prediction_dict(*pair, 2) for pair in zip(paths, predictions, strict=True)]
+        print_json({"run": str(out), **result.info.result, "predictions": samples, "bottleneck": rows})
     else:
-        commands.results.print(bottleneck_table(rows))
-    commands.words.print(
+        results.print(bottleneck_table(rows))
+    print_next_steps(out, report)
+
+
+def print_next_steps(out: Path, report: Path) -> None:
+    """Print which files the demo wrote, and commands to try."""
+    messages.print(
         f"\nWhat is where\n"
         f"  {report}  open it in a browser: accuracy, mistakes, and where the network looks\n"
         f"  {out / checkpoint.MODEL_FILE}  the weights; {checkpoint.CONFIG_FILE} beside it says what they are\n"
@@ -69,23 +83,23 @@ def run(out: Path, *, as_json: bool = False, config: TrainConfig | None = None) 
     )
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier demo made, where nothing else is in the folder.
+def remove_earlier_demo(out: Path) -> None:
+    """Remove the folder of an earlier demo, if nothing else is in it.
 
-    Its samples tell it from other runs. One that was interrupted before them goes on.
+    The names of its samples tell it from other runs. A demo that was interrupted before them is resumed.
     """
     names, samples = {*checkpoint.FILES, SAMPLES_FOLDER, MAPS_FOLDER}, out / SAMPLES_FOLDER
-    ours = samples.is_dir() and all("-is-a-" in path.name for path in samples.iterdir())
-    if ours and all(path.name in names for path in out.iterdir()):
+    is_demo = samples.is_dir() and all("-is-a-" in path.name for path in samples.iterdir())
+    if is_demo and all(path.name in names for path in out.iterdir()):
         shutil.rmtree(out)
 
 
-def step(text: str) -> None:
-    """Print a heading."""
-    commands.words.print(f"\n{text}", style="bold")
+def print_heading(text: str) -> None:
+    """Print the heading of a part of the demo."""
+    messages.print(f"\n{text}", style="bold")
 
 
-def write_samples(images: Any, folder: Path) -> list[Path]:
+def write_samples(images: Data, folder: Path) -> list[Path]:
     """Write some test images as PNG files, named by their class, and return their paths."""
     folder.mkdir()
     chosen = torch.linspace(0, len(images.test) - 1, SAMPLES).long()
@@ -97,23 +111,23 @@ def write_samples(images: Any, folder: Path) -> list[Path]:
 
 
 def compare_bottleneck() -> list[dict[str, Any]]:
-    """Return MACs, parameters and measured milliseconds of the two forms of the notes, float32, channels_last."""
-    measured = bottleneck.measure(NARROW, images=BATCH)
-    narrow, wide = bottleneck.forms(NARROW)
+    """Return MACs, parameters and measured milliseconds of the 4×4 convolution alone and behind a bottleneck."""
+    measured = bottleneck.measure(BOTTLENECK_CHANNELS, images=BOTTLENECK_BATCH_SIZE)
+    narrow, wide = bottleneck.forms(BOTTLENECK_CHANNELS)
     rows = []
     for form, network, timing in (
         ("256 → 4×4 → 256", wide, measured.wide),
-        (f"256 → 1×1 → {NARROW} → 4×4 → 256", narrow, measured.narrow),
+        (f"256 → 1×1 → {BOTTLENECK_CHANNELS} → 4×4 → 256", narrow, measured.narrow),
     ):
-        counted = cost.cost(network, (1, *measured.shape[1:]))
+        counted = cost(network, (1, *measured.shape[1:]))
         figures = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
         rows.append({"form": form, "macs": counted.macs, "parameters": counted.parameters, **figures})
     return rows
 
 
 def bottleneck_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the comparison for the terminal, the last line with the ratios."""
-    table = Table(title=f"batch {BATCH}, float32, {torch.get_num_threads()} threads")
+    """Return the comparison for the terminal; its last row has the ratios."""
+    table = Table(title=f"batch {BOTTLENECK_BATCH_SIZE}, float32, {torch.get_num_threads()} threads")
     table.add_column("form")
     for name in ("MACs per image", "parameters", "milliseconds (20th to 80th percentile)"):
         table.add_column(name, justify="right")

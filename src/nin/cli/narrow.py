@@ -1,10 +1,8 @@
-"""`nin narrow`: a run, or anybody's network, becomes a narrower one."""
+"""`nin narrow`: prune and factorise the network of a run, or of another package, into a narrower one."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,106 +11,172 @@ import torch
 from rich.table import Table
 
 from nin import checkpoint, training
-from nin import report as reports
-from nin.cli.console import Bar, print_json, results, stop_requests, words
-from nin.cli.train import load_data, show_from_first, write_report
+from nin.cli.console import (
+    ProgressBar,
+    catch_stop_signals,
+    exit_on_sigterm,
+    messages,
+    print_json,
+    results,
+    silence_other_ranks,
+)
+from nin.cli.train import load_data, write_report
+from nin.data import DATASET_NAMES, Data
 from nin.errors import UserError
 from nin.narrowing import NarrowReport, workflow_api
+from nin.report import render_narrowing_report
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 
 
 def narrow(
-    source: str,
+    run: Path | None = None,
+    /,
     *,
-    loading: dict[str, Any],
-    config: workflow_api.ShrinkingConfig,
-    out: Path | None,
-    run: Path,
-    as_json: bool,
+    data: str,
+    out: Path | None = None,
+    latency: float | None = None,
+    macs: float | None = None,
+    parameters: float | None = None,
+    budgets: str | None = None,
+    finetune: int = 0,
+    control: bool = False,
+    skip: tuple[str, ...] = (),
+    images: int = 512,
+    batch: int | None = None,
+    channels_last: bool = False,
+    model: str | None = None,
+    weights: Path | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    data_dir: Path | None = None,
+    dry_run: bool = False,
+    json: bool = False,
 ) -> None:
-    """Narrow the network of a run folder, write the new one with its reports, and show what it cost."""
-    check_out(out, config)
-    show_from_first()
-    images = load_data(source, **loading)
-    with narrowing_visibly() as how:
-        result = workflow_api.shrink(run, images, config, out=out, **how)
-    if not distributed.is_main_process():
-        return
-    if out is not None and not config.dry_run:
-        page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {run.name}")
-        write_atomically(out / "narrowing.html", page)
-        write_report(out, images)
-    show_narrowing(result.report, out, as_json)
-    if out is not None and not config.dry_run:
-        words.print(f"What it cost: {out / 'narrowing.html'}\nUse it:       nin predict {out} IMAGE…")
+    """Make a trained network narrower, and so faster: fewer channels where they are missed least.
 
+    Stopped with Ctrl-C, the same command goes on.
 
-def narrow_network(
-    source: str,
-    *,
-    loading: dict[str, Any],
-    config: workflow_api.ShrinkingConfig,
-    out: Path | None,
-    factory: str,
-    weights: Path,
-    preparation: workflow_api.Preparation,
-    as_json: bool,
-) -> None:
-    """Narrow somebody's network, write the new one with its plan and its report, and show what it cost."""
-    check_out(out, config)
-    show_from_first()
-    model = workflow_api.load_network(factory, weights)
-    images = load_data(source, **loading)
-    cache = weights.with_suffix(".narrowing.safetensors")
-    with narrowing_visibly() as how:
-        result = workflow_api.shrink_network(model, images, preparation, config, out=out, cache=cache, **how)
-    if not distributed.is_main_process():
-        return
-    if out is not None and not config.dry_run:
-        page = reports.render_narrowing_report(result.report, f"{out.name}: narrowed from {factory}")
-        write_atomically(out / "report.html", page)
-    show_narrowing(result.report, out, as_json)
-    if out is not None and not config.dry_run:
-        words.print(f"What it cost: {out / 'report.html'}\nUse it, in Python, with nin or, once it is loaded, without:")
-        words.print(code_to_load(factory, out))
-
-
-def code_to_load(factory: str, out: Path) -> str:
-    """Return Python that makes the narrowed network of a folder again."""
-    plan, weights = str(out / "plan.json"), str(out / checkpoint.MODEL_FILE)
-    return (
-        "import pathlib, nin, safetensors.torch\n"
-        "from nin.models.factory import make_network\n"
-        f"model = nin.apply_plan(make_network({factory!r}).model, pathlib.Path({plan!r}).read_text())\n"
-        f"model.load_state_dict(safetensors.torch.load_file({weights!r}))"
+    Args:
+        run: The folder that `nin train` or `nin narrow` made; or give --model and --weights.
+        data: What it was trained on, as for `nin train`. Some training images without their labels are looked at; the
+            test images measure what was lost.
+        out: The folder to make. That of a run is a run: predict, report and narrow take it like any other. That of
+            --model holds model.safetensors, plan.json, report.json and report.html.
+        latency: Time to be left, as a share of the original's, measured on this machine.
+        macs: Multiply-accumulates to be left, as a share of the original's.
+        parameters: Parameters to be left, as a share of the original's.
+        budgets: More shares, such as 0.8,0.6,0.45: accuracy against latency at each of them, in the report.
+        finetune: Epochs of training afterwards, by the original network's answers and the labels.
+        control: Train a uniformly thinner network for as many epochs as the original and the narrowed one together,
+            and show it beside.
+        skip: Layers to leave alone: names, or patterns such as "blocks.0.*".
+        images: Training images to look at.
+        batch: Images at a time when it is timed: 1 for a program that answers one request after the other. 64 if not
+            given.
+        channels_last: Keep the weights with the channels side by side in memory, which is often faster, and measure
+            that.
+        model: Anybody's network: timm:NAME, torchvision:NAME, or package.module:function that makes it without
+            arguments.
+        weights: Its weights: model.safetensors, or a state_dict that torch.save wrote (read without running code).
+        size: With --model: height and width that images are brought to, in pixels; 224 for a folder of images.
+        mean: With --model: the channels' mean, such as 0.485,0.456,0.406; ImageNet's if not given.
+        std: With --model: the channels' standard deviation; ImageNet's if not given.
+        data_dir: Where the files of mnist to svhn lie.
+        dry_run: Print the plan only.
+        json: Print the figures as JSON on standard output.
+    """
+    budget = {"latency": latency, "macs": macs, "parameters": parameters}
+    config = workflow_api.ShrinkingConfig(
+        {name: value for name, value in budget.items() if value is not None},
+        parse_numbers("budgets", budgets),
+        skip,
+        images=images,
+        finetune=finetune,
+        control=control,
+        batch=batch,
+        channels_last=channels_last,
+        dry_run=dry_run,
     )
-
-
-def check_out(out: Path | None, config: workflow_api.ShrinkingConfig) -> None:
-    """Stop where it is not said where the result goes."""
-    if out is None and not config.dry_run:
+    if (run is None) == (model is None) or (model is None) != (weights is None):
+        raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
+    if run is not None and (size is not None or mean is not None or std is not None):
+        raise UserError("--size, --mean and --std go with --model: a run folder knows its own")
+    preparation = workflow_api.Preparation(parse_numbers("mean", mean), parse_numbers("std", std))
+    if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
+    silence_other_ranks()
+    if run is not None:
+        samples = load_data(data, data_dir=data_dir)
+        with narrowing_progress() as progress:
+            result = workflow_api.shrink(run, samples, config, out=out, **progress)
+    else:
+        assert model is not None
+        assert weights is not None
+        network = workflow_api.load_network(model, weights)
+        samples = load_data(data, data_dir=data_dir, size=size or (None if data in DATASET_NAMES else 224))
+        cache = weights.with_suffix(".narrowing.safetensors")
+        with narrowing_progress() as progress:
+            result = workflow_api.shrink_network(
+                network, samples, preparation, config, out=out, cache=cache, **progress
+            )
+    if not distributed.is_main_process():
+        return
+    hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
+    show_narrowing(result.report, out, json)
+    if hint:
+        messages.print(hint)
+
+
+def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
+    """Return the numbers of a text with commas between them.
+
+    Raises:
+        UserError: a part of it is no number.
+    """
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"{name} must be numbers with commas between them, such as 0.8,0.6, got {text!r}") from error
 
 
 @contextlib.contextmanager
-def narrowing_visibly() -> Iterator[dict[str, Any]]:
-    """Show how far a narrowing is; Ctrl-C and SIGTERM end it where it can go on."""
-    with Bar("Narrowing") as bar, stop_requests() as stopped, distributed.process_group(torch.device("cpu")):
+def narrowing_progress() -> Iterator[dict[str, Any]]:
+    """Yield the options that let a narrowing show a progress bar, and stop at Ctrl-C and SIGTERM where it can go on."""
+    with (
+        ProgressBar("Narrowing") as bar,
+        catch_stop_signals() as received,
+        distributed.process_group(torch.device("cpu")),
+    ):
         try:
-            yield {
-                "keeping": training.CheckpointOptions(stop=lambda: bool(stopped)),
-                "on_progress": lambda text, done, total: bar.update(done, total, text),
-            }
+            yield {"keeping": training.CheckpointOptions(stop=lambda: bool(received)), "on_progress": bar.on_progress}
         except KeyboardInterrupt:
             bar.line("What was found is kept: the same command goes on.")
-            if stopped[:1] == [signal.SIGTERM]:
-                sys.exit(128 + signal.SIGTERM)
+            exit_on_sigterm(received)
             raise
 
 
+def write_pages(report: NarrowReport, out: Path, run: Path | None, model: str | None, images: Data) -> str:
+    """Write the report in HTML, and that of the new run; return where it is and how the network is used."""
+    page = out / ("report.html" if run is None else "narrowing.html")
+    original = model if run is None else run.name
+    write_atomically(page, render_narrowing_report(report, f"{out.name}: narrowed from {original}"))
+    if run is not None:
+        write_report(out, images)
+        return f"What it cost: {page}\nUse it:       nin predict {out} IMAGE…"
+    return (
+        f"What it cost: {page}\nUse it, in Python, with nin or, once it is loaded, without:\n"
+        "import pathlib, nin, safetensors.torch\n"
+        "from nin.models.factory import make_network\n"
+        f"model = nin.apply_plan(make_network({model!r}).model, "
+        f"pathlib.Path({str(out / 'plan.json')!r}).read_text())\n"
+        f"model.load_state_dict(safetensors.torch.load_file({str(out / checkpoint.MODEL_FILE)!r}))"
+    )
+
+
 def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> None:
-    """Print what a narrowing cost."""
+    """Print what was narrowed and what that cost, as tables or as JSON."""
     if as_json:
         print_json({"run": None if out is None else str(out), **report.to_dict()})
         return
@@ -128,4 +192,4 @@ def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> Non
                 table.add_row(*row)
             results.print(table)
     for note in report.notes:
-        words.print(note)
+        messages.print(note)

@@ -1,82 +1,121 @@
-"""`nin train`: from a source of images to a run folder and its report."""
+"""`nin train`: train a network on images, and write the run folder with its report."""
 
 from __future__ import annotations
 
 import dataclasses
-import signal
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from nin import checkpoint, data, training
-from nin import report as reports
+from cyclopts import Parameter
+
+import nin.data
+import nin.report
+from nin import checkpoint, training
 from nin.cli.check import show_findings
-from nin.cli.console import Bar, percent, print_json, results, stop_requests, words
+from nin.cli.console import (
+    ProgressBar,
+    catch_stop_signals,
+    exit_on_sigterm,
+    messages,
+    print_json,
+    results,
+    silence_other_ranks,
+)
 from nin.config import TrainConfig
+from nin.errors import UserError
 from nin.runtime import distributed
-from nin.runtime.formatting import format_percent
+from nin.runtime.formatting import format_percent, format_percent_range
 
 
 def train(
-    source: str,
+    data: str,
+    /,
     *,
     out: Path,
-    loading: dict[str, Any],
-    config: TrainConfig,
-    keeping: training.CheckpointOptions,
-    as_json: bool,
+    data_dir: Path | None = None,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
+    resume: bool = False,
+    override: bool = False,
+    checkpoint_minutes: float = 5.0,
+    checkpoint_steps: int | None = None,
+    strict: bool = False,
+    json: bool = False,
 ) -> None:
-    """Train, write the run folder and its report, and show the result."""
-    show_from_first()
-    images = load_data(source, seed=config.seed, **loading)
-    if keeping.resume and training.is_finished(out):
-        words.print(f"{out} is finished; this is its result.")
-    result = train_visibly(images, config, out=out, keeping=keeping)
+    """Train a Network in Network on images, test it, and write a run folder with a report.
+
+    Args:
+        data: "digits" (comes along), an image folder (DIR/CLASS/*, or DIR/train and DIR/test), WebDataset shards (a
+            folder or a pattern of tar files), or mnist, fashion-mnist, cifar10, cifar100, svhn.
+        out: The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
+        data_dir: Where the files of mnist to svhn lie; without it they are downloaded to ~/.cache/nin.
+        size: Height and width that images are brought to, in pixels. Chosen from the images if not given.
+        test_fraction: Share of each class that is held out for testing, where the data have no test images of their
+            own.
+        config: The recipe.
+        resume: Go on with the training in the run folder that was interrupted; the result is that of one never
+            stopped.
+        override: Resume although settings or data are not those of the run; what differs is recorded in config.json.
+        checkpoint_minutes: Write the state at least this often.
+        checkpoint_steps: Write the state after every so many steps, too.
+        strict: Stop at the first file that cannot be read, instead of leaving it out.
+        json: Print the result as JSON on standard output.
+    """
+    if checkpoint_minutes <= 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
+        raise UserError("checkpoint_minutes must be above 0 and checkpoint_steps at least 1")
+    config = config or TrainConfig()
+    keeping = training.CheckpointOptions(
+        resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
+    )
+    silence_other_ranks()
+    images = load_data(data, data_dir=data_dir, size=size, test_fraction=test_fraction, seed=config.seed, strict=strict)
+    if resume and training.is_finished(out):
+        messages.print(f"{out} is finished; this is its result.")
+    result = train_with_progress(images, config, out=out, keeping=keeping)
     if not distributed.is_main_process():
         return
-    path = write_report(out, images)
-    if as_json:
+    page = write_report(out, images)
+    if json:
         print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
         return
     show_result(result)
-    words.print(f"Look at what it learned: {path}\nUse it:                  nin predict {out} IMAGE…")
+    messages.print(f"Look at what it learned: {page}\nUse it:                  nin predict {out} IMAGE…")
 
 
-def show_from_first() -> None:
-    """Let one of the processes that torchrun started speak, and not all of them."""
-    if not distributed.is_main_process():
-        words.quiet = results.quiet = True
-
-
-def load_data(source: str, **options: Any) -> data.Data:
-    """Load a data set, showing progress, and tell what was left out."""
-    with Bar(f"Reading {source}") as bar:
-        images = data.load(source, on_progress=lambda text, done, total: bar.update(done, total, text), **options)
+def load_data(source: str, **options: Any) -> nin.data.Data:
+    """Load a data set with a progress bar, and print what was left out."""
+    with ProgressBar(f"Reading {source}") as bar:
+        images = nin.data.load(source, on_progress=bar.on_progress, **options)
     for note in images.notes:
-        words.print(note)
+        messages.print(note)
     show_findings(images.findings)
     size = f"{images.size}×{images.size} {'grey' if images.channels == 1 else 'colour'}"
-    words.print(
+    messages.print(
         f"{images.name}: {len(images.train):,} images to train on, {len(images.test):,} to test, {size}, "
         f"{len(images.classes)} classes"
     )
     return images
 
 
-def train_visibly(
-    images: data.Data,
+def train_with_progress(
+    images: nin.data.Data,
     config: TrainConfig,
     *,
     out: Path,
-    keeping: training.CheckpointOptions | None = None,
-    again: str = "the same command and --resume",
+    keeping: training.CheckpointOptions,
+    command: str = "the same command and --resume",
 ) -> training.TrainResult:
-    """Train, with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM end it after the step.
+    """Train with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM stop it after the step.
 
     Args:
-        again: how a training that was ended goes on, for the person who ended it.
+        images: to train on and to test.
+        config: the recipe.
+        out: the run folder to make.
+        keeping: when the state is written, and whether to resume from it.
+        command: what resumes the training, to be printed when it was stopped.
     """
-    with Bar("Training") as bar, stop_requests() as stopped:
+    with ProgressBar("Training") as bar, catch_stop_signals() as received:
 
         def show(p: training.TrainProgress) -> None:
             bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
@@ -87,33 +126,35 @@ def train_visibly(
                     f"test accuracy {format_percent(p.row['test_accuracy'], 2)}  {p.row['seconds']:.0f} s"
                 )
 
-        keeping = dataclasses.replace(keeping or training.CheckpointOptions(), stop=lambda: bool(stopped))
+        keeping = dataclasses.replace(keeping, stop=lambda: bool(received))
         try:
             return training.train(images, config, out=out, keeping=keeping, on_progress=show)
         except KeyboardInterrupt:
-            kept = (out / checkpoint.STATE_FILE).exists()
-            bar.line(f"Go on with {again}: {out}" if kept else "Nothing was written.")
-            if stopped[:1] == [signal.SIGTERM]:
-                sys.exit(128 + signal.SIGTERM)
+            is_saved = (out / checkpoint.STATE_FILE).exists()
+            bar.line(f"Go on with {command}: {out}" if is_saved else "Nothing was written.")
+            exit_on_sigterm(received)
             raise
 
 
 def show_result(result: training.TrainResult) -> None:
-    """Print the test accuracy with its interval, and what the network is."""
-    r, info = result.info.result, result.info
+    """Print the test accuracy with its interval, the model, its size and the time it took."""
+    r, recipe = result.info.result, result.info.recipe
     parameters = sum(p.numel() for p in result.model.parameters())
-    results.print(
-        f"test accuracy {percent(r['test_accuracy'], r['test_accuracy_interval'])}, {r['test_images']:,} images"
-    )
+    results.print(f"test accuracy {accuracy_text(r, 'test_accuracy')}, {r['test_images']:,} images")
     if "test_accuracy_flip" in r:
-        value = percent(r["test_accuracy_flip"], r["test_accuracy_flip_interval"])
-        results.print(f"  with a mirrored second view of each: {value}")
-    seconds, recipe = r["seconds"], info.recipe
+        results.print(f"  with a mirrored second view of each: {accuracy_text(r, 'test_accuracy_flip')}")
+    seconds = r["seconds"]
     duration = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
-    words.print(f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}")
+    messages.print(f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}")
 
 
-def write_report(run: Path, images: data.Data | None) -> Path:
-    """Write the report, showing progress: it predicts on all test images."""
-    with Bar("Writing the report") as bar:
-        return reports.write_report(run, images, on_progress=lambda text, done, total: bar.update(done, total, text))
+def accuracy_text(result: dict[str, Any], name: str) -> str:
+    """Return an accuracy of a run's result with its interval, in percent."""
+    interval = format_percent_range(result[f"{name}_interval"], 2)
+    return f"{format_percent(result[name], 2)} (95 % interval {interval})"
+
+
+def write_report(run: Path, images: nin.data.Data | None) -> Path:
+    """Write the report with a progress bar: it predicts all test images."""
+    with ProgressBar("Writing the report") as bar:
+        return nin.report.write_report(run, images, on_progress=bar.on_progress)

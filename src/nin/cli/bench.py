@@ -1,0 +1,47 @@
+"""`nin bench`: time the operator and whole networks beside other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nin.profiling.bench
+from nin.cli.console import messages, print_json, results
+from nin.errors import UserError
+from nin.runtime.files import write_atomically
+
+
+def bench(
+    cases: list[str] | None = None,
+    /,
+    *,
+    dtype: list[str] | None = None,
+    engine: list[str] | None = None,
+    device: str = "cpu",
+    html: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Time the operator and whole networks beside other engines, in turn in one run, against this machine's limits.
+
+    Args:
+        cases: Which to time; all if not given. `nin bench list` names them.
+        dtype: float32 or bfloat16; both if not given. May be given several times, as may the next.
+        engine: nin, eager NCHW, … ; all that are installed if not given.
+        device: Where to time: cpu, cuda, cuda:1.
+        html: Write a chart into this file.
+        json: Print the measurements as JSON on standard output.
+    """
+    if cases == ["list"]:
+        results.print("\n".join(nin.profiling.bench.CASES))
+        return
+    chosen = {"cases": cases, "dtypes": dtype, "engines": engine}
+    given = {name: values for name, values in chosen.items() if values}
+    try:
+        benchmark = nin.profiling.bench.run(**given, device=device, progress=messages.print)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if html is not None:
+        write_atomically(html, nin.profiling.bench.chart(benchmark))
+    if json:
+        print_json(benchmark.to_dict())
+    else:
+        results.print(nin.profiling.bench.table(benchmark))

@@ -1,0 +1,111 @@
+"""`nin cost`: count and time what a network costs, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.table import Table
+from torch import nn
+
+import nin.profiling.cost
+from nin import checkpoint, models
+from nin.cli.console import ProgressBar, messages, print_json, results
+from nin.errors import UserError
+from nin.models import factory
+from nin.profiling.cost import Cost
+
+
+def cost(
+    model: str,
+    /,
+    *,
+    classes: int | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    count_only: Annotated[bool, Parameter(negative=None)] = False,
+    json: bool = False,
+) -> None:
+    """Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer, and time them.
+
+    Args:
+        model: nin_cifar, nin_imagenet, nin_digits, googlenet, or a run folder; or timm:NAME, torchvision:NAME,
+            package.module:factory.
+        classes: Number of classes. The network's usual one if not given.
+        size: Height and width of the image, in pixels. What the network is meant for if not given.
+        channels: 1 for grey images, 3 for colour.
+        count_only: Count, without running the network: no milliseconds, and no memory for the weights' results.
+        json: Print the figures as JSON on standard output.
+    """
+    for name, value in (("classes", classes), ("size", size), ("channels", channels)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    network, (usual_channels, height, width) = find_network(model, classes, channels)
+    shape = (1, channels or usual_channels, size or height, size or width)
+    # Counted first: it takes milliseconds, and its errors say that the size does not fit.
+    counted = count(model, network, shape)
+    if not count_only:
+        with ProgressBar("Timing the layers") as bar:
+            counted = nin.profiling.cost.cost(network, shape, measured=True, on_progress=bar.update)
+    if json:
+        print_json(counted.to_dict())
+    else:
+        show_cost(model, counted)
+
+
+def find_network(model: str, classes: int | None, channels: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return nin's, a run folder's or another package's network, and the (C, H, W) that it is meant for.
+
+    Raises:
+        UserError: there is none of that name, or a run folder is to have other classes or channels than its own.
+    """
+    if model in models.MODELS:
+        options = {} if channels is None else {"in_channels": channels}
+        usual_classes = 10 if model in ("nin_digits", "nin_cifar") else 1000
+        pixels = models.IMAGE_SIZES[model]
+        network: nn.Module = models.create(model, classes or usual_classes, **options)
+        return network, (1 if model == "nin_digits" else 3, pixels, pixels)
+    if Path(model).is_dir():
+        if classes is not None or channels is not None:
+            raise UserError(f"--classes and --channels go with the name of a network: {model} knows its own")
+        network, info = checkpoint.load_model(Path(model))
+        p = info.preprocessing
+        return network, (p.channels, p.size, p.size)
+    if factory.is_name(model):
+        named = factory.make_network(model, classes=classes, channels=channels)
+        return named.model.eval(), (named.channels, named.height, named.width)
+    names = ", ".join(models.MODELS)
+    raise UserError(f"model must be one of {names}, a run folder, or {factory.FORMS}; got {model!r}")
+
+
+def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
+    """Return the cost without times.
+
+    Raises:
+        UserError: the network does not take images of that shape.
+    """
+    try:
+        return nin.profiling.cost.cost(network, shape)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each network has its own
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        images = "×".join(map(str, shape[1:]))
+        raise UserError(f"{model} does not take images of {images}: {reason}; another --size may help") from error
+
+
+def show_cost(model: str, counted: Cost) -> None:
+    """Print the cost as a table, and what is not in it."""
+    header, *rows, total = counted.rows()
+    shape = "×".join(map(str, counted.input_shape))
+    table = Table(title=f"{model}, input {shape}; 1 MAC = 2 floating-point operations")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < 4 else "right")
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*total)
+    results.print(table)
+    if counted.uncounted:
+        messages.print(f"not counted: {', '.join(counted.uncounted)}")
+    if counted.measured is not None:
+        results.print(str(counted.measured))

@@ -1,0 +1,38 @@
+"""`nin export`: write a trained network as ONNX, a torch.export program or OpenVINO."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from nin import exporters
+from nin.cli.console import messages, print_json, results
+
+
+def export(
+    run: Path,
+    /,
+    *,
+    format: Literal["onnx", "pt2", "openvino"] = "onnx",
+    out: Path | None = None,
+    preprocessing: bool = False,
+    json: bool = False,
+) -> None:
+    """Write a trained network into a file that runs where nin is not installed, and check it.
+
+    Args:
+        run: The folder that `nin train` or `nin narrow` made.
+        format: onnx; pt2, for torch.export.load; or openvino.
+        out: The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
+        preprocessing: Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+        json: Print what was written as JSON on standard output.
+    """
+    path = out or run / f"model{exporters.SUFFIXES[format]}"
+    exported = exporters.export(run, path, format=format, preprocessing=preprocessing)
+    if json:
+        print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
+        return
+    results.print(str(exported))
+    for key, value in exported.metadata.items():
+        messages.print(f"  {key}: {value}")

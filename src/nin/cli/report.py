@@ -1,0 +1,32 @@
+"""`nin report`: write the report of a run folder, or a static copy of the page of `nin serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nin.cli.console import ProgressBar, messages, results
+from nin.cli.train import write_report
+from nin.errors import UserError
+
+
+def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None) -> None:
+    """Write the report of a run folder again.
+
+    Args:
+        run: The folder that `nin train` made.
+        page: Write into this folder instead a copy of the page of `nin serve`, with some of the run's test images: it
+            opens from the disk, or from any web host.
+        beside: With --page: another run folder to look at beside it, as for `nin serve`.
+    """
+    if beside is not None and page is None:
+        raise UserError("--beside is for the page: nin report RUN --page DIR --beside RUN")
+    if page is None:
+        results.print(str(write_report(run, None)))
+        return
+    from nin import server  # the report alone needs no web framework
+
+    with ProgressBar("Writing the page") as bar:
+        index = server.write_copy(run, page, beside=beside, on_progress=bar.on_progress)
+    size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
+    messages.print(f"{size / 2**20:.1f} MiB: open index.html in a browser, or put the folder on any web host.")
+    results.print(str(index), soft_wrap=True)

@@ -1,0 +1,44 @@
+"""`nin serve`: serve the lesson and a run's page over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from nin import server
+from nin.cli.console import messages
+from nin.errors import UserError
+
+
+def serve(
+    run: Path | None = None,
+    /,
+    *,
+    beside: Path | None = None,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    browser: Annotated[bool, Parameter(negative=None)] = True,
+    device: str = "cpu",
+) -> None:
+    """Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.
+
+    Args:
+        run: The folder that `nin train` made. Without it there is the lesson alone.
+        beside: Another run folder of the same classes, such as the one that `nin narrow` made, to look at side by
+            side.
+        port: To listen on. 8646, or the next one that is free, if not given; 0 takes any.
+        host: The address to listen on. The default is reached from this machine only.
+        browser: Open the page in the browser.
+        device: Where to compute: cpu, cuda, cuda:1, mps.
+    """
+    if beside is not None and run is None:
+        raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
+
+    def show_address(address: str) -> None:
+        runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
+        what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
+        messages.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.")
+
+    server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show_address)

@@ -1,0 +1,43 @@
+"""`nin shards`: write an image folder as WebDataset shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nin.cli.console import ProgressBar, messages, print_json
+from nin.data import write_shards
+
+
+def shards(
+    data: str,
+    /,
+    *,
+    out: Path,
+    images_per_shard: int = 10_000,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.
+
+    Args:
+        data: An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+        out: The folder to make: train-000000.tar, …, test-000000.tar, …, and nin-shards.json with the classes.
+        images_per_shard: At most so many images in a shard.
+        test_fraction: Share of each class for the test shards, where the folder has no test images of its own.
+        seed: Of the order of the images, and of what is held out.
+        json: Print the names of the shards as JSON on standard output.
+    """
+    with ProgressBar(f"Reading {data}") as bar:
+        paths = write_shards(
+            data,
+            out,
+            images_per_shard=images_per_shard,
+            test_fraction=test_fraction,
+            seed=seed,
+            on_progress=bar.on_progress,
+        )
+    if json:
+        print_json({"shards": [str(path) for path in paths]})
+    else:
+        messages.print(f"{len(paths):,} shards in {out}\nUse them:  nin train {out} --out RUN")
