@@ -25,7 +25,6 @@ from typing import Any
 
 from nin import checkpoint
 from nin.runtime.files import write_atomically
-from nin.training import metrics
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = (1, 2, 4)
@@ -44,7 +43,7 @@ def command(out: Path, count: int, *settings: str, restarts: int = 0) -> list[st
 def train(out: Path, count: int, *settings: str) -> dict[str, Any]:
     """Train to the end; return the loss curve, the accuracy and the speed."""
     subprocess.run(command(out, count, *settings), env=ENVIRONMENT, capture_output=True, check=True)
-    rows, times = (metrics.read_csv(out / name) for name in (checkpoint.METRICS_FILE, checkpoint.TIMINGS_FILE))
+    rows, times = (checkpoint.read_csv(out / name) for name in (checkpoint.METRICS_FILE, checkpoint.TIMINGS_FILE))
     return {
         "train_loss": [row["train_loss"] for row in rows],
         "test_accuracy": checkpoint.load_info(out).result["test_accuracy"],

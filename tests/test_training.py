@@ -25,7 +25,7 @@ from nin.inference import evaluation
 from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.files import write_atomically
-from nin.training import loop
+from nin.training import batches, loop
 from nin.training.step import TrainStep, make_model
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
@@ -453,8 +453,8 @@ def test_config_json_is_plain_json(digits, tmp_path):
 @pytest.fixture
 def ahead(monkeypatch):
     """Train on the CPU as on a GPU: images held, many batches augmented together, losses read late."""
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(loop, "READ_EVERY", 3)
+    monkeypatch.setattr(batches, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(loop, "LOSS_READ_INTERVAL", 3)
 
 
 SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
@@ -463,8 +463,8 @@ SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
 @pytest.mark.parametrize("config", [QUICK, SPEED], ids=["default", "speed"])
 def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, monkeypatch, config):
     training.train(digits, config, out=tmp_path / "waits")
-    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(loop, "READ_EVERY", 3)
+    monkeypatch.setattr(batches, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(loop, "LOSS_READ_INTERVAL", 3)
     training.train(digits, config, out=tmp_path / "ahead")
     for name in FILES:
         assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "waits" / name).read_bytes(), name
@@ -531,7 +531,7 @@ def test_images_are_held_where_the_learner_is(digits):
     config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
     train_step = TrainStep(nin.models.nin_digits, config)
     train_step.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
-    run = loop._Run(digits, train_step, None, training.CheckpointOptions(), lambda progress: None)
+    run = loop.Trainer(digits, train_step, None, training.CheckpointOptions(), lambda progress: None)
     assert run.images.train.images.device == run.images.test.labels.device == train_step.device
 
 

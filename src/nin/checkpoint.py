@@ -1,14 +1,13 @@
-"""Run folders: model files (safetensors + JSON), training state, and writes that are whole or not there."""
+"""Run folders: model.safetensors and config.json, the training state, metrics.csv and timings.csv."""
 
 from __future__ import annotations
 
-import contextlib
+import csv
 import dataclasses
-import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from nin.models.surgery import apply_plan
 from nin.ops import backends
 from nin.runtime import device
 from nin.runtime.files import write_atomically
+from nin.runtime.fingerprint import fingerprint
 
 # Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
 FORMAT_VERSION = 1
@@ -34,6 +34,10 @@ MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state
 METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
 FINDINGS_FILE = "findings.csv"
 FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE)
+
+# The columns of metrics.csv are the same for every run with the same settings; those of timings.csv are the clock's.
+METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+TIMINGS = ("epoch", "seconds", "images_per_second")
 
 # What building a network from a description that is not ours may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
@@ -315,12 +319,11 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    """Return the SHA-256 of names, shapes, values and text."""
-    digest = hashlib.sha256(text.encode())
+    """Return the SHA-256 of the text, and of the tensors' names, shapes, dtypes and values."""
+    parts: list[str | Tensor] = [text]
     for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        parts += [f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}", tensors[name]]
+    return fingerprint(parts)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -332,8 +335,30 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_state(folder: Path) -> None:
     """Remove the training state of a run that has ended."""
-    with contextlib.suppress(FileNotFoundError):
-        (Path(folder) / STATE_FILE).unlink()
+    (Path(folder) / STATE_FILE).unlink(missing_ok=True)
+
+
+def save_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write the rows of the epochs into ``metrics.csv`` and ``timings.csv``."""
+    for name, columns in ((METRICS_FILE, METRICS), (TIMINGS_FILE, TIMINGS)):
+        lines = [[f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+        write_atomically(folder / name, "".join(",".join(line) + "\n" for line in [list(columns), *lines]))
+
+
+def read_csv(path: Path) -> tuple[dict[str, float], ...]:
+    """Return the rows of a file that `save_metrics` wrote, none where there is no file.
+
+    Raises:
+        UserError: a line has other columns than the first one, or holds something else than numbers.
+    """
+    if not path.is_file():
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            rows = list(csv.DictReader(file, strict=True))
+            return tuple({str(name): float(value) for name, value in row.items()} for row in rows)
+        except (ValueError, TypeError, csv.Error) as error:
+            raise UserError(f"{path} is damaged: every line must hold one number for each column ({error})") from error
 
 
 def environment() -> dict[str, Any]:

@@ -20,7 +20,6 @@ from nin.report.html_page import render_report
 from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_percent
 from nin.runtime.progress import ProgressCallback
-from nin.training import metrics
 
 BATCH = 64
 
@@ -104,7 +103,7 @@ def build_report(
         raise UserError(f"the images are not those that {run} was tested on: {mismatch}")
     if not len(images.test):
         raise UserError(f"{images.name} has no test images: there is nothing to report")
-    curves = metrics.read_csv(run / checkpoint.METRICS_FILE)
+    curves = checkpoint.read_csv(run / checkpoint.METRICS_FILE)
     probabilities = _probabilities(classifier, images, on_progress)
     labels, answers = images.test.labels, probabilities.argmax(1)
     confusion = _confusion(labels, answers, len(images.classes))

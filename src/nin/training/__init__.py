@@ -1,5 +1,8 @@
-"""Training a network: the loop over epochs, and one step of it."""
+"""Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
-from nin.training.loop import CheckpointOptions, TrainProgress, TrainResult, has_begun, hold_images, is_finished, train
+from nin.training.batches import hold_images
+from nin.training.loop import TrainProgress, train
+from nin.training.result import TrainResult
+from nin.training.state import CheckpointOptions, has_begun, is_finished
 
 __all__ = ["CheckpointOptions", "TrainProgress", "TrainResult", "has_begun", "hold_images", "is_finished", "train"]

@@ -1,0 +1,124 @@
+"""The result of a training: the network, its test accuracy, and the files of the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nin import checkpoint, data, models
+from nin.checkpoint import Preprocessing, RunInfo
+from nin.errors import UserError
+from nin.runtime import distributed
+from nin.runtime.files import write_atomically
+from nin.training.state import TrainState, list_changed
+from nin.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `nin.train` returns.
+
+    Attributes:
+        model: the averaged weights, in evaluation mode.
+        info: what ``config.json`` says; its ``result`` has the test accuracy and its interval.
+        metrics: one row per epoch, as in ``metrics.csv`` and ``timings.csv``.
+        out: the run folder, or None.
+    """
+
+    model: nn.Module
+    info: RunInfo
+    metrics: list[dict[str, float]]
+    out: Path | None
+
+
+def load_result(folder: Path, expected: RunInfo) -> TrainResult:
+    """Return the result of a training that has ended in the folder.
+
+    Args:
+        folder: the run folder.
+        expected: of a training with the settings and data that were asked for.
+
+    Raises:
+        UserError: it was trained with other settings or data.
+    """
+    model, info = checkpoint.load_model(folder)
+    changed = list_changed({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
+    if changed:
+        raise UserError(f"{folder} is finished, with {'; '.join(changed)}: give another --out")
+    metrics, timings = (
+        checkpoint.read_csv(folder / name) for name in (checkpoint.METRICS_FILE, checkpoint.TIMINGS_FILE)
+    )
+    rows = [row | timing for row, timing in zip(metrics, timings, strict=True)]
+    return TrainResult(model, info, rows, folder)
+
+
+def write_run(folder: Path, model: nn.Module, info: RunInfo, state: TrainState, images: data.Data) -> None:
+    """Write the weights, ``config.json``, the metrics so far, and what was found wrong with the image files."""
+    if images.findings:
+        write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(images.findings))
+    checkpoint.save_model(folder, model, info)
+    checkpoint.save_metrics(folder, state.metrics)
+
+
+def run_info(
+    train_step: TrainStep, images: data.Data, network: dict[str, Any], state: TrainState, result: dict[str, Any]
+) -> RunInfo:
+    """Return the contents of ``config.json``.
+
+    Args:
+        train_step: has the settings and the device.
+        images: the data set.
+        network: from `describe_network`.
+        state: of the training.
+        result: test accuracy and other figures; empty while training.
+    """
+    # not "auto": the results depend on what it became
+    precision = "fp32" if train_step.dtype == torch.float32 else "bf16"
+    overridden = {"overridden": state.overridden} if state.overridden else {}
+    lost = {"lost": list(state.lost.items())} if state.lost else {}
+    return RunInfo(
+        model=network,
+        classes=images.classes,
+        preprocessing=Preprocessing(images.size, images.channels, images.mean, images.std),
+        recipe={**dataclasses.asdict(train_step.config), "precision": precision, **overridden},
+        data={**data_record(images), **lost},
+        result=result,
+        environment={
+            **checkpoint.environment(),
+            "device": str(train_step.device),
+            "processes": distributed.world_size(),
+        },
+    )
+
+
+def data_record(images: data.Data) -> dict[str, Any]:
+    """Return the ``data`` of ``config.json``: name, counts, what was left out, and where the images came from."""
+    return {
+        "name": images.name,
+        "train_images": len(images.train),
+        "test_images": len(images.test),
+        "skipped": [list(pair) for pair in images.skipped],
+        "notes": list(images.notes),
+        **images.origin,
+    }
+
+
+def describe_network(model: nn.Module, folder: Path | None) -> dict[str, Any]:
+    """Return the ``model`` of ``config.json``; without a run folder any network has one.
+
+    Raises:
+        UserError: a run folder could not build it again.
+    """
+    if isinstance(model, models.NiN | models.GoogLeNet):
+        return checkpoint.describe_model(model)
+    kind = type(model).__name__
+    if folder is not None:
+        raise UserError(
+            f"network: a run folder holds networks of nin.models, got {kind}: leave out= away and keep the result's "
+            "model"
+        )
+    return {"kind": kind}

@@ -1,0 +1,132 @@
+"""The state of a training: what of it is saved, when, and how it is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nin import checkpoint
+from nin.errors import UserError
+from nin.runtime.fingerprint import changed_settings
+from nin.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """When the state of a training is saved, and whether to resume from it. None of it changes the results.
+
+    Attributes:
+        resume: go on with the training that was interrupted in the run folder.
+        override: resume although settings or data differ; the differences are recorded in ``config.json``.
+        minutes: save the state at least this often; it is saved at the end of every epoch too.
+        steps: save the state after every so many steps, or None.
+        stop: called after every step; when it returns True, the state is saved and the training ends with
+            KeyboardInterrupt.
+    """
+
+    resume: bool = False
+    override: bool = False
+    minutes: float = 5.0
+    steps: int | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    def is_due(self, *, step: int, seconds: float) -> bool:
+        """Return whether to save the state after a step, so many seconds after it was last saved."""
+        return (self.steps is not None and step % self.steps == 0) or seconds > 60 * self.minutes
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a training is, and the sums over the steps of the current epoch."""
+
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    loss_sum: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0  # of the epochs before
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What changes during a training, apart from the tensors of `TrainStep`.
+
+    Attributes:
+        position: epoch, step and sums.
+        metrics: one row for each epoch that has ended.
+        overridden: settings that were changed when it was resumed, in words.
+        lost: images that cannot be read any more: the reason by path.
+    """
+
+    position: Position = dataclasses.field(default_factory=Position)
+    metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    overridden: list[str] = dataclasses.field(default_factory=list)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def save_state(folder: Path, train_step: TrainStep, state: TrainState, settings: dict[str, dict[str, Any]]) -> None:
+    """Write ``state.safetensors`` into a run folder.
+
+    Args:
+        folder: the run folder.
+        train_step: whose tensors are saved.
+        state: the rest.
+        settings: of recipe and data, compared when the training is resumed.
+    """
+    checkpoint.save_state(folder, train_step.state_dict(), {**dataclasses.asdict(state), **settings})
+
+
+def load_state(
+    folder: Path, train_step: TrainStep, settings: dict[str, dict[str, Any]], *, override: bool
+) -> TrainState:
+    """Restore what `save_state` wrote: the tensors into ``train_step``, the rest as the result.
+
+    Raises:
+        UserError: it is damaged, or it has other settings and ``override`` is False.
+    """
+    tensors, values = checkpoint.load_state(folder)
+    changed = list_changed({**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]})
+    if changed and not override:
+        raise UserError(f"{folder} was begun with {'; '.join(changed)}: give the same, or --override to go on anyway")
+    train_step.load_state_dict(tensors)
+    overridden = [*values["overridden"], *changed]
+    return TrainState(Position(**values["position"]), values["metrics"], overridden, dict(values["lost"]))
+
+
+def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return the settings that are not what they were, in words."""
+    return [f"{name}={old}, now {name}={new}" for name, old, new in changed_settings(now, before)]
+
+
+def prepare_folder(out: Path, *, resume: bool) -> None:
+    """Create the run folder, or remove what an interrupted write left in it.
+
+    Raises:
+        UserError: it holds another run, or something that is no run; or there is none to resume.
+        OSError: it cannot be made.
+    """
+    if resume:
+        if not has_begun(out):
+            raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
+        checkpoint.remove_leftovers(out)
+        return
+    if (out / checkpoint.STATE_FILE).exists():
+        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
+    if out.is_dir():
+        checkpoint.remove_leftovers(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def has_begun(folder: Path) -> bool:
+    """Return whether a run folder has a state to resume from, or a result."""
+    return (folder / checkpoint.STATE_FILE).exists() or is_finished(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run folder has a result and no state: its training has ended."""
+    return (folder / checkpoint.CONFIG_FILE).exists() and not (folder / checkpoint.STATE_FILE).exists()
