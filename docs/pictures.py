@@ -12,11 +12,11 @@ from pathlib import Path
 
 import nin
 from nin import data
-from nin.report import contact_sheet, example_rows
+from nin.report import draw_image_grid, example_rows
 
 if __name__ == "__main__":
     run, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    sheet = contact_sheet(example_rows(nin.load(run), data.load(folder), ["airplane", "cat", "horse"]), size=200)
+    picture = draw_image_grid(example_rows(nin.load(run), data.load(folder), ["airplane", "cat", "horse"]), size=200)
     path = Path(__file__).parent / "confidence-maps.png"
-    sheet.save(path)
-    print(path, sheet.size)
+    picture.save(path)
+    print(path, picture.size)

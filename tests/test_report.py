@@ -8,6 +8,7 @@ import html.parser
 import json
 import math
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -380,16 +381,23 @@ def test_overlay_says_what_it_expected(pixels, values, limit, words):
 
 
 def test_contact_sheet_has_a_row_for_each_image():
-    panel = image_grid.Panel("a name that is much too long for its panel\n", torch.randn(4, 4))
-    row = image_grid.SheetRow("$x$", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel, panel])
-    photo = image_grid.SheetRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
-    one, two = image_grid.contact_sheet([row], size=96), image_grid.contact_sheet([row, photo], size=96)
+    panel = image_grid.MapPanel("a name that is much too long for its panel\n", torch.randn(4, 4))
+    row = image_grid.ImageRow("$x$", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel, panel])
+    photo = image_grid.ImageRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
+    one, two = image_grid.draw_image_grid([row], size=96), image_grid.draw_image_grid([row, photo], size=96)
     assert two.width == one.width
     assert two.height > one.height + 96
     assert one.getpixel((0, 0)) == (255, 255, 255)
-    assert image_grid.contact_sheet([row], title="title", size=96).height > one.height
+    assert image_grid.draw_image_grid([row], title="title", size=96).height > one.height
     with pytest.raises(ValueError, match="at least one image"):
-        image_grid.contact_sheet([])
+        image_grid.draw_image_grid([])
+
+
+def test_a_missing_font_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = image_grid.ImageRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
+    with pytest.raises(UserError, match=r"needs matplotlib's font: pip install 'network-in-network\[hub\]'"):
+        image_grid.draw_image_grid([row])
 
 
 def test_importing_the_report_is_cheap():

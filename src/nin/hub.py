@@ -19,7 +19,7 @@ from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
 from nin.inference.classifier import Classifier
 from nin.profiling.cost import Cost, cost
-from nin.report import contact_sheet, example_rows
+from nin.report import draw_image_grid, example_rows
 from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_bytes, format_percent, format_percent_range
 from nin.runtime.tables import escape_markdown, markdown_table
@@ -70,7 +70,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         picture = None
         if images is not None and isinstance(model, models.Network):
             rows = example_rows(Classifier(model, info), data.load(images), info.classes[:CLASSES_SHOWN])
-            picture = contact_sheet(rows, size=160) if rows else None
+            picture = draw_image_grid(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
-from PIL import Image
 from rich.table import Table
 
 from nin import checkpoint
@@ -17,6 +16,7 @@ from nin.cli.predict import prediction_dict, predictions_table
 from nin.cli.train import load_data, show_result, train_with_progress, write_report
 from nin.config import TrainConfig
 from nin.data import Data
+from nin.data.arrays import to_pillow
 from nin.inference.classifier import load
 from nin.profiling import bottleneck
 from nin.profiling.cost import cost
@@ -106,7 +106,7 @@ def write_samples(images: Data, folder: Path) -> list[Path]:
     paths = []
     for pixels, index in zip(images.test.fetch(chosen), chosen.tolist(), strict=True):
         paths.append(folder / f"{index:03d}-is-a-{images.classes[int(images.test.labels[index])]}.png")
-        Image.fromarray(pixels[0].numpy()).save(paths[-1])
+        to_pillow(pixels[0]).save(paths[-1])
     return paths
 
 

@@ -4,15 +4,15 @@ from nin.report.build import Report, build_report, write_report
 from nin.report.examples import example_rows
 from nin.report.heatmaps import overlay, symmetric_limit
 from nin.report.html_page import render_report
-from nin.report.image_grid import Panel, SheetRow, contact_sheet
+from nin.report.image_grid import ImageRow, MapPanel, draw_image_grid
 from nin.report.narrowing_report import render_narrowing_report
 
 __all__ = [
-    "Panel",
+    "ImageRow",
+    "MapPanel",
     "Report",
-    "SheetRow",
     "build_report",
-    "contact_sheet",
+    "draw_image_grid",
     "example_rows",
     "overlay",
     "render_narrowing_report",

@@ -1,4 +1,4 @@
-"""What a report holds: plain data, without any thought of how it looks."""
+"""The data of a report as dataclasses, and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nin.profiling import cost as costs
+from nin.profiling.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """The figures that a reader looks for first.
+    """The figures at the top of a report.
 
     Attributes:
-        accuracy: share of test images that are answered right, as the training recorded it; as counted here where
-            it recorded none.
+        accuracy: on the test images, as the training recorded it; as counted for the report where it recorded none.
         accuracy_interval: its 95 % interval.
         accuracy_flip: with the scores averaged over each image and its mirror image; None where not measured.
         accuracy_flip_interval: its 95 % interval.
-        counted_accuracy: as counted for this report, in float32, like `nin.Classifier.predict`.
-        train_images: how many it learned from; None where not recorded.
-        test_images: how many it was tested on.
-        epochs: passes over the training images that were made.
+        counted_accuracy: as counted for the report, in float32, like `nin.Classifier.predict`.
+        train_images: their number; None where not recorded.
+        test_images: their number.
+        epochs: that were trained.
         planned_epochs: that the recipe asks for; None where not recorded.
         minutes: that the training took; None where not recorded.
         parameters: of the network, as it is used.
         macs: multiply-accumulates for one image.
-        share_1x1: share of the MACs that 1×1 convolutions make.
+        share_1x1: fraction of the MACs that 1×1 convolutions make.
     """
 
     accuracy: float
@@ -50,13 +49,13 @@ class RunSummary:
 
 @dataclasses.dataclass(frozen=True)
 class ClassMetrics:
-    """How one class fared on the test images.
+    """Counts, recall and precision of one class on the test images.
 
     Attributes:
         name: of the class.
         images: test images of the class.
-        predicted: test images that were answered with the class.
-        right: those that are both.
+        predicted: test images that the network named so.
+        right: test images of the class that the network named so.
     """
 
     name: str
@@ -66,24 +65,24 @@ class ClassMetrics:
 
     @property
     def recall(self) -> float | None:
-        """Share of the class's images that were found: the accuracy on this class. None where there are none."""
+        """Fraction of the class's images that were named rightly; None where there are none."""
         return self.right / self.images if self.images else None
 
     @property
     def precision(self) -> float | None:
-        """Share of the answers with this class that were right. None where it was never the answer."""
+        """Fraction of the predictions of this class that were right; None where it was never predicted."""
         return self.right / self.predicted if self.predicted else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfusedPair:
-    """Images of one class that were taken for another.
+    """A true class and the class that it was mistaken for.
 
     Attributes:
-        true: label of what they are.
-        predicted: label of what they were taken for.
-        images: how many.
-        share: of the images of the true class.
+        true: label of the true class.
+        predicted: label of the predicted class.
+        images: their number.
+        share: their fraction of the images of the true class.
     """
 
     true: int
@@ -94,7 +93,7 @@ class ConfusedPair:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassMap:
-    """The evidence for one class at each place of one image.
+    """The class-confidence map of one class for one image.
 
     Attributes:
         label: of the class.
@@ -111,18 +110,18 @@ class ClassMap:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExamplePrediction:
-    """One test image and what the network says of it.
+    """A test image with the network's prediction.
 
     Attributes:
         index: its position in the test images.
         file: its path relative to the data's folder, or None.
         pixels: uint8 (C, H, W).
-        true: label of what it is.
-        predicted: label of the answer.
-        confidence: probability of the answer.
+        true: label of the true class.
+        predicted: label of the predicted class.
+        confidence: probability of the predicted class.
         true_confidence: probability of the true class.
-        maps: of the answer, and of the true class, or of the runner-up where the answer is right; empty where the
-            network makes none, and for images that are shown without.
+        maps: of the predicted class, and of the true class, or of the runner-up where the prediction is right; empty
+            where the network makes none, and for images that are shown without.
     """
 
     index: int
@@ -136,32 +135,32 @@ class ExamplePrediction:
 
     @property
     def right(self) -> bool:
-        """Whether the answer is the true class."""
+        """Whether the predicted class is the true one."""
         return self.predicted == self.true
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReportData:
-    """Everything that a page about a run shows. Labels are positions in ``classes``.
+    """Everything that the report of a run shows. Labels are positions in ``classes``.
 
     Attributes:
-        data_name: what the images are called.
-        model_name: what the architecture is called.
+        data_name: name of the data set.
+        model_name: name of the architecture.
         finished: whether the training came to its end.
         classes: their names.
         headline: the main figures.
         curves: the rows of ``metrics.csv``.
         per_class: figures of each class.
-        confusion: counts (true class, answer).
-        confused: the pairs that were mixed up most, the most frequent first.
-        mistakes: the wrong answers with the highest confidence, the highest first.
+        confusion: counts (true class, predicted class).
+        confused: the most frequent confusions, the most frequent first.
+        mistakes: the misclassified images of the highest confidence, the highest first.
         samples: images with their class-confidence maps.
         cost: the table of layers.
         skipped: (file, reason) of the images that could not be read.
-        notes: what else a reader must know, in sentences.
+        notes: warnings and remarks, in sentences.
         recipe: the settings of the training.
         preprocessing: from image to input.
-        environment: versions and machine.
+        environment: versions, and the machine.
     """
 
     data_name: str
@@ -175,7 +174,7 @@ class ReportData:
     confused: tuple[ConfusedPair, ...]
     mistakes: tuple[ExamplePrediction, ...]
     samples: tuple[ExamplePrediction, ...]
-    cost: costs.Cost
+    cost: Cost
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     recipe: dict[str, Any]
@@ -192,7 +191,7 @@ class ReportData:
 
 
 def _plain(value: Any) -> Any:
-    """Return dataclasses as dicts and arrays as text, all the way down."""
+    """Return dataclasses as dicts and arrays as text, recursively."""
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Class-confidence maps as pictures: the evidence for a class as colour over its image."""
+"""Class-confidence maps drawn as colour over their images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from nin.data.arrays import to_pillow
 
 # Vermilion and blue of Okabe and Ito's palette: people with any kind of colour vision tell them apart. One fixed
 # hue on each side, mixed in by |value|: the amount of colour is the amount of evidence, on dark images too, where
@@ -50,14 +52,13 @@ def overlay(pixels: Tensor, values: Tensor, *, limit: float, size: int) -> Image
         raise ValueError(f"values must have shape (h, w), got {tuple(values.shape)}")
     if not limit > 0:
         raise ValueError(f"limit must be above 0, got {limit}")
-    grey = np.asarray(picture(pixels, size).convert("L"), dtype=np.float32)
+    grey = np.asarray(resized_image(pixels, size).convert("L"), dtype=np.float32)
     base = DARKEST_GREY + grey * ((255 - DARKEST_GREY) / 255)
-    share = (_enlarge(values, size) / limit).clip(-1, 1)
-    return Image.fromarray(_tint(base, share))
+    return Image.fromarray(_tint(base, (_enlarge(values, size) / limit).clip(-1, 1)))
 
 
-def picture(pixels: Tensor, size: int) -> Image.Image:
-    """Return an image as a Pillow image of size × size: small ones enlarged pixel by pixel, photos smoothly.
+def resized_image(pixels: Tensor, size: int) -> Image.Image:
+    """Return a Pillow image of size × size: small images are enlarged pixel by pixel, photos smoothly.
 
     Args:
         pixels: uint8 (C, H, H); C is 1 or 3.
@@ -68,8 +69,7 @@ def picture(pixels: Tensor, size: int) -> Image.Image:
     """
     if pixels.dim() != 3 or pixels.shape[0] not in (1, 3) or pixels.shape[1] != pixels.shape[2]:
         raise ValueError(f"pixels must have shape (1, H, H) or (3, H, H), got {tuple(pixels.shape)}")
-    array = pixels.to("cpu", torch.uint8).permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image = to_pillow(pixels.to(torch.uint8).permute(1, 2, 0))
     pixelated = image.width <= LARGEST_PIXELATED
     return image.resize((size, size), Image.Resampling.NEAREST if pixelated else Image.Resampling.BICUBIC)
 
@@ -80,12 +80,12 @@ def symmetric_limit(values: Tensor) -> float:
 
 
 def display_size(side: int) -> int:
-    """Return the size to draw an image of that side at: a whole multiple near 160 pixels, photos at most 224."""
+    """Return the size to draw an image of that side at: a whole multiple near 160 pixels; of photos at most 224."""
     return side * max(1, 160 // side) if side <= LARGEST_PIXELATED else min(side, 224)
 
 
 def data_uri(image: Image.Image) -> str:
-    """Return a picture as a ``data:`` address: lossless where it is small, as JPEG where that saves much."""
+    """Return an image as a ``data:`` URI: a PNG up to 64 pixels, above it a JPEG, a quarter of the size."""
     file = io.BytesIO()
     if max(image.size) <= LARGEST_PIXELATED:
         image.save(file, "PNG", optimize=True)
@@ -98,19 +98,20 @@ def data_uri(image: Image.Image) -> str:
 
 def colour_bar(width: int, height: int) -> Image.Image:
     """Return the scale of `overlay` as a strip: ``limit`` at the top, 0 in the middle, ``-limit`` at the bottom."""
-    share = np.linspace(1, -1, height, dtype=np.float32)[:, None].repeat(width, axis=1)
-    return Image.fromarray(_tint(np.full_like(share, (DARKEST_GREY + 255) / 2), share))
+    evidence = np.linspace(1, -1, height, dtype=np.float32)[:, None].repeat(width, axis=1)
+    return Image.fromarray(_tint(np.full_like(evidence, (DARKEST_GREY + 255) / 2), evidence))
 
 
-def _tint(grey: NDArray[np.float32], share: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Mix the colour of the evidence, from -1 (against) to 1 (for), into greys (H, W); returns (H, W, 3)."""
-    colour = np.where(share[..., None] > 0, np.array(WARM, np.float32), np.array(COOL, np.float32))
-    alpha = STRONGEST_ALPHA * np.abs(share[..., None])
+def _tint(grey: NDArray[np.float32], evidence: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return (H, W, 3): the colour of the evidence, from -1 (against) to 1 (for), mixed into greys (H, W)."""
+    colour = np.where(evidence[..., None] > 0, np.array(WARM, np.float32), np.array(COOL, np.float32))
+    alpha = STRONGEST_ALPHA * np.abs(evidence[..., None])
     return np.rint(grey[..., None] * (1 - alpha) + colour * alpha).astype(np.uint8)
 
 
 def _enlarge(values: Tensor, size: int) -> NDArray[np.float32]:
-    """Return the map at size × size, smooth and within its own range."""
+    """Return the map at size × size, smooth."""
     values = values.detach().to("cpu", torch.float32)
     large = F.interpolate(values[None, None], size=(size, size), mode="bicubic", align_corners=False)[0, 0]
+    # bicubic interpolation overshoots: without this a picture would show more evidence than the map holds
     return large.clamp(values.min(), values.max()).numpy()

@@ -1,4 +1,4 @@
-"""From plain data to one HTML file: no script, no network, nothing that is not in the file."""
+"""The report of a run as one HTML file, which loads and runs nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
 from nin.runtime.formatting import format_count, format_percent, format_percent_range
 from nin.runtime.svg_chart import line_chart
 
-# A confusion matrix of more classes is no longer read, and its page no longer fits.
-LARGEST_MATRIX = 30
+# Nobody reads a confusion matrix of more classes, and it is wider than the page.
+MAX_MATRIX_CLASSES = 30
 
-# Mistakes shown: photos take 20 times the bytes of small images.
-MOST_PHOTOS = 12
+# Misclassified photos shown: each takes 20 times the bytes of a small image.
+MAX_PHOTOS = 12
 
 MINUS, NO_VALUE, NARROW_SPACE = "−", "–", "\N{NARROW NO-BREAK SPACE}"
 
@@ -37,13 +37,14 @@ def render_report(report: ReportData) -> str:
     Returns:
         One self-contained file: pictures, charts and styles are in it.
     """
-    largest = MOST_PHOTOS if report.preprocessing["size"] > heatmaps.LARGEST_PIXELATED else len(report.mistakes)
+    are_photos = report.preprocessing["size"] > heatmaps.LARGEST_PIXELATED
+    mistakes = report.mistakes[:MAX_PHOTOS] if are_photos else report.mistakes
     return _template().render(
         report=report,
-        samples=[_sample(answer) for answer in report.samples],
-        mistakes=[(answer, _image(answer.pixels)) for answer in report.mistakes[:largest]],
+        samples=[_sample(example) for example in report.samples],
+        mistakes=[(example, _image(example.pixels)) for example in mistakes],
         charts=_charts(report.curves),
-        matrix=_matrix(report) if len(report.classes) <= LARGEST_MATRIX else None,
+        matrix=_matrix(report) if len(report.classes) <= MAX_MATRIX_CLASSES else None,
         confused=_bars(report.confused),
         per_class=_per_class(report),
         layers=report.cost.rows(),
@@ -78,7 +79,7 @@ def _template() -> Any:
 
 
 def _printable(value: Any) -> Any:
-    """Return text without control characters, and without the halves of characters that file names can hold."""
+    """Return text without control characters and without the lone surrogates that file names can hold."""
     if type(value) is not str:  # Markup is the template's own
         return value
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in value)
@@ -105,7 +106,7 @@ def score(value: float) -> str:
 
 
 def minutes(value: float | None) -> str:
-    """Return a time as people say it."""
+    """Return a duration in seconds, minutes or hours."""
     if value is None:
         return NO_VALUE
     if value < 1:
@@ -131,22 +132,22 @@ def setting(value: Any) -> str:
 
 
 def _image(pixels: NDArray[Any]) -> str:
-    """Return an image as the page shows it; small ones stay as small as they are, the page enlarges them."""
+    """Return an image as a ``data:`` URI; a small one in its own size, which the page enlarges."""
     side = pixels.shape[-1]
-    return heatmaps.data_uri(heatmaps.picture(torch.from_numpy(pixels), min(side, heatmaps.display_size(side))))
+    return heatmaps.data_uri(heatmaps.resized_image(torch.from_numpy(pixels), min(side, heatmaps.display_size(side))))
 
 
-def _sample(answer: ExamplePrediction) -> dict[str, Any]:
-    """Return a sample's pictures; its maps share one scale."""
-    pixels = torch.from_numpy(answer.pixels)
-    values = [torch.from_numpy(m.values) for m in answer.maps]
+def _sample(example: ExamplePrediction) -> dict[str, Any]:
+    """Return an image and its maps, drawn on one scale, as ``data:`` URIs."""
+    pixels = torch.from_numpy(example.pixels)
+    values = [torch.from_numpy(m.values) for m in example.maps]
     limit = heatmaps.symmetric_limit(torch.stack(values)) if values else 1.0
-    size = heatmaps.display_size(answer.pixels.shape[-1])
+    size = heatmaps.display_size(pixels.shape[-1])
     overlays = [heatmaps.data_uri(heatmaps.overlay(pixels, v, limit=limit, size=size)) for v in values]
     return {
-        "answer": answer,
-        "image": _image(answer.pixels),
-        "maps": list(zip(answer.maps, overlays, strict=True)),
+        "example": example,
+        "image": _image(example.pixels),
+        "maps": list(zip(example.maps, overlays, strict=True)),
         "limit": f"{limit:.1f}" if limit >= 0.05 else f"{limit:.1g}",
     }
 
@@ -175,9 +176,9 @@ def _matrix(report: ReportData) -> list[dict[str, Any]]:
     """Return the rows of the confusion matrix; each cell with the opacity of its colour."""
     rows = []
     for i, (name, counts) in enumerate(zip(report.classes, report.confusion, strict=True)):
-        shares = [n / max(1, sum(counts)) for n in counts]
+        fractions = [n / max(1, sum(counts)) for n in counts]
         # At most 0.55, so that the numbers keep a contrast of 4.5 in light and dark.
-        shades = [0.55 * (share if i == j else min(1, 3 * share)) for j, share in enumerate(shares)]
+        shades = [0.55 * (f if i == j else min(1, 3 * f)) for j, f in enumerate(fractions)]
         cells = [
             {"count": n, "shade": f"{shade:.3f}", "right": i == j}
             for j, (n, shade) in enumerate(zip(counts, shades, strict=True))
@@ -193,8 +194,8 @@ def _bars(confused: Sequence[ConfusedPair]) -> list[tuple[ConfusedPair, float]]:
 
 
 def _per_class(report: ReportData) -> list[Any]:
-    """Return the classes in their order, or the worst first where they are too many to look through."""
+    """Return the classes in their order; where there are many, those of the lowest recall first."""
     rows = list(report.per_class)
-    if len(rows) > LARGEST_MATRIX:
+    if len(rows) > MAX_MATRIX_CLASSES:
         rows.sort(key=lambda row: 2.0 if row.recall is None else row.recall)
     return rows

@@ -1,4 +1,4 @@
-"""Several images beside their class-confidence maps, as one picture."""
+"""Images beside their class-confidence maps in rows, as one picture."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from nin.distribution import install_command
+from nin.errors import UserError
 from nin.report import heatmaps
 
 INK, QUIET, PAPER = (27, 27, 27), (95, 91, 85), (255, 255, 255)
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One map of a sheet's row.
+class MapPanel:
+    """One map in a row of the grid.
 
     Attributes:
         title: such as the class and its probability.
@@ -29,8 +31,8 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class SheetRow:
-    """One row of a sheet.
+class ImageRow:
+    """One row of the grid.
 
     Attributes:
         title: above the image, such as its true class.
@@ -40,10 +42,10 @@ class SheetRow:
 
     title: str
     pixels: Tensor
-    panels: Sequence[Panel]
+    panels: Sequence[MapPanel]
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", size: int = 192) -> Image.Image:
+def draw_image_grid(rows: Sequence[ImageRow], *, title: str = "", size: int = 192) -> Image.Image:
     """Draw images beside their class-confidence maps: one row per image, on white.
 
     The maps of a row share a scale, which the bar at its right end gives in units of the score.
@@ -58,10 +60,12 @@ def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", size: int = 192)
 
     Raises:
         ValueError: there are no rows.
+        UserError: matplotlib is not installed, whose font is used.
 
     Example:
-        >>> row = SheetRow("seven", torch.zeros(1, 8, 8, dtype=torch.uint8), [Panel("seven 98 %", torch.ones(4, 4))])
-        >>> contact_sheet([row], size=96).mode
+        >>> panel = MapPanel("seven 98 %", torch.ones(4, 4))
+        >>> row = ImageRow("seven", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel])
+        >>> draw_image_grid([row], size=96).mode
         'RGB'
     """
     if not rows:
@@ -70,17 +74,17 @@ def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", size: int = 192)
     head = round(0.2 * size) if title else 0
     columns = 1 + max(len(row.panels) for row in rows)
     width = 2 * margin + columns * (size + gap) + bar
-    sheet = Image.new("RGB", (width, 2 * margin + head + len(rows) * (label + size + gap) - gap), PAPER)
+    grid = Image.new("RGB", (width, 2 * margin + head + len(rows) * (label + size + gap) - gap), PAPER)
     if title:
-        ImageDraw.Draw(sheet).text((margin, margin), title, INK, _font(0.105 * size, bold=True), anchor="lt")
+        ImageDraw.Draw(grid).text((margin, margin), title, INK, _font(0.105 * size, bold=True), anchor="lt")
     for i, row in enumerate(rows):
-        _draw_row(sheet, row, left=margin, top=margin + head + i * (label + size + gap) + label, size=size, gap=gap)
-    return sheet
+        _draw_row(grid, row, left=margin, top=margin + head + i * (label + size + gap) + label, size=size, gap=gap)
+    return grid
 
 
-def _draw_row(sheet: Image.Image, row: SheetRow, *, left: int, top: int, size: int, gap: int) -> None:
-    draw, baseline = ImageDraw.Draw(sheet), top - round(0.04 * size)
-    sheet.paste(heatmaps.picture(row.pixels, size).convert("RGB"), (left, top))
+def _draw_row(grid: Image.Image, row: ImageRow, *, left: int, top: int, size: int, gap: int) -> None:
+    draw, baseline = ImageDraw.Draw(grid), top - round(0.04 * size)
+    grid.paste(heatmaps.resized_image(row.pixels, size).convert("RGB"), (left, top))
     bold, plain, small = _font(0.08 * size, bold=True), _font(0.08 * size), _font(0.066 * size)
     draw.text((left, baseline), _fitting(row.title, bold, size), INK, bold, anchor="ls")
     if not row.panels:
@@ -88,11 +92,11 @@ def _draw_row(sheet: Image.Image, row: SheetRow, *, left: int, top: int, size: i
     limit = heatmaps.symmetric_limit(torch.cat([panel.values.flatten() for panel in row.panels]))
     for panel in row.panels:
         left += size + gap
-        sheet.paste(heatmaps.overlay(row.pixels, panel.values, limit=limit, size=size), (left, top))
+        grid.paste(heatmaps.overlay(row.pixels, panel.values, limit=limit, size=size), (left, top))
         draw.text((left, baseline), _fitting(panel.title, plain, size), INK, plain, anchor="ls")
     left += size + gap
     strip = heatmaps.colour_bar(max(1, size // 20), size)
-    sheet.paste(strip, (left, top))
+    grid.paste(strip, (left, top))
     left += strip.width + round(0.03 * size)
     draw.text((left, top), f"+{limit:.1f}", QUIET, small, anchor="lt")
     draw.text((left, top + size / 2), "0", QUIET, small, anchor="lm")
@@ -100,15 +104,20 @@ def _draw_row(sheet: Image.Image, row: SheetRow, *, left: int, top: int, size: i
 
 
 def _font(size: float, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which comes with matplotlib and has the letters of most alphabets."""
-    import matplotlib  # not before it is needed: only sheets are written on
+    """Return DejaVu Sans: it has the letters of most alphabets, in which classes may be named.
 
+    It comes with matplotlib, which the hub extra installs. Pillow's own font has ASCII alone, without × and −.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"a picture with titles needs matplotlib's font: {install_command('hub')}") from error
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, max(6, round(size)))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Return the text on one line, cut where it is wider than its panel."""
+    """Return the text on one line, truncated to a width in pixels."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     if font.getlength(text) <= width:
         return text

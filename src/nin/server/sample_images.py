@@ -8,11 +8,11 @@ import io
 import threading
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nin import data
 from nin.checkpoint import RunInfo
+from nin.data.arrays import to_pillow
 from nin.errors import UserError
 
 SHOWN = 24
@@ -95,7 +95,6 @@ def _choose(images: data.Data) -> list[Sample]:
 
 
 def _png(pixels: Tensor) -> bytes:
-    array = pixels.permute(1, 2, 0).contiguous().numpy()  # (H, W, C)
     file = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    to_pillow(pixels.permute(1, 2, 0)).save(file, "PNG")
     return file.getvalue()
