@@ -20,7 +20,7 @@ from nin.errors import UserError
 CHANNEL_COUNTS = (1, 2, 3, 4)
 
 
-def load_arrays(source: tuple[Any, Any], *, test_fraction: float, seed: int) -> Data:
+def load_arrays(source: tuple[Any, Any], *, test_fraction: float | None, seed: int) -> Data:
     """Return (images, labels) or ((images, labels), (images, labels)) as Data; see `nin.data.load`."""
     if len(source) != 2:
         raise UserError(f"source: expected (images, labels) or (train, test), got a tuple of {len(source)}")
@@ -155,7 +155,7 @@ def _class_indices(labels: NDArray[Any], classes: list[Any]) -> Tensor:
         raise UserError(f"test labels: expected classes of the training labels, got {error}") from error
 
 
-def _train_test_split(images: ImageSet, *, test_fraction: float, seed: int) -> list[ImageSet]:
+def _train_test_split(images: ImageSet, *, test_fraction: float | None, seed: int) -> list[ImageSet]:
     """Return the images for training and those held out for testing, chosen by their positions.
 
     Raises:

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.decoder import Pixels, decode_pixels
-from nin.errors import UserError
+from nin.data.decoder import DecodeError, Pixels, decode_pixels
 
 # Where images are not in memory, mean and std are those of this many, evenly spaced: the standard error of the mean
 # is then about 1/60 of the spread between images.
@@ -106,7 +105,7 @@ class DecodedSet(ABC):
         """Decode one image: (channels, size, size).
 
         Raises:
-            UserError: it cannot be read; the message begins with its path.
+            DecodeError: it cannot be read; the message begins with its path.
         """
 
     def __len__(self) -> int:
@@ -116,7 +115,7 @@ class DecodedSet(ABC):
         """Decode the images at the indices: uint8 (B, C, size, size).
 
         Raises:
-            UserError: one cannot be read (it was readable when the set was made).
+            DecodeError: one cannot be read (it was readable when the set was made).
         """
         images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
         for image, index in zip(images, indices.tolist(), strict=True):
@@ -136,8 +135,8 @@ class DecodedSet(ABC):
             try:
                 images[len(kept)] = self.decode(index)
                 kept.append(index)
-            except UserError as error:
-                lost.append((self.names[index], str(error).rpartition(f"{self.names[index]}: ")[2]))
+            except DecodeError as error:
+                lost.append((self.names[index], error.reason))
         return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), lost
 
 

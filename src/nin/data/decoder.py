@@ -77,6 +77,19 @@ class ImageHeader:
     frames: bool
 
 
+class DecodeError(UserError):
+    """An image that cannot be read.
+
+    Args:
+        name: the path of its file, or what stands for it.
+        reason: why, in a few words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
+
+
 def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
     """Decode one image.
 
@@ -95,7 +108,7 @@ def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
         uint8 (channels, size, size), or (channels, H, W) with size=None.
 
     Raises:
-        UserError: the file cannot be read; the message names it and says why.
+        DecodeError: the file cannot be read; the message names it and says why.
         ValueError: channels is neither 1 nor 3, or size is below 1.
     """
     return torch.from_numpy(decode_pixels(source, size=size, channels=channels))
@@ -129,7 +142,7 @@ def read_header(source: ImageSource) -> ImageHeader:
     """Read the size and kind of an image file, not its pixels.
 
     Raises:
-        UserError: the file is missing, empty or not an image.
+        DecodeError: the file is missing, empty or not an image.
     """
     with _open_image(source) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
@@ -146,7 +159,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 @contextmanager
 def _open_image(source: ImageSource) -> Iterator[Image.Image]:
-    """Open the source, and make an error of Pillow's inside the block a UserError that names the file."""
+    """Open the source, and make an error of Pillow's inside the block a DecodeError that names the file."""
     file: io.BytesIO | io.BufferedReader | str
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "image")
@@ -164,7 +177,7 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
             with Image.open(file, formats=FORMATS) as image:
                 yield image
     except _DECODING_ERRORS as error:
-        raise UserError(f"{name}: {failure_reason(error)}") from error
+        raise DecodeError(name, failure_reason(error)) from error
 
 
 def failure_reason(error: BaseException) -> str:

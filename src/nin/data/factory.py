@@ -13,7 +13,7 @@ from nin.data.builtin import DATASET_NAMES, load_builtin
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data
 from nin.data.folder import read_folder
-from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.options import LoadOptions
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -71,8 +71,7 @@ def load(
         return _check_size(source, size)
     options = LoadOptions(size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress)
     if isinstance(source, tuple):
-        arrays = load_arrays(source, test_fraction=test_fraction or DEFAULT_TEST_FRACTION, seed=seed)
-        return _check_size(arrays, size)
+        return _check_size(load_arrays(source, test_fraction=test_fraction, seed=seed), size)
     # absolute, so that a report can be made from another folder
     folder = None if data_dir is None else Path(data_dir).resolve()
     origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}

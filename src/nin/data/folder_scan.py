@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from nin.data.cache import cache_path, digest, file_state, read_cache, write_cache
 from nin.data.dataset import default_size
-from nin.data.decoder import FORMATS, Pixels, decode_pixels, failure_reason, read_header
+from nin.data.decoder import FORMATS, DecodeError, Pixels, decode_pixels, failure_reason, read_header
 from nin.data.folder_listing import list_folder
 from nin.data.loader import map_in_threads
-from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.options import LoadOptions
 from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
 
@@ -92,7 +92,7 @@ class FolderScan:
                 else:
                     self.records[index] = _read_record(path, key)
             except OSError as error:
-                raise UserError(f"{path}: {failure_reason(error)}") from error
+                raise DecodeError(path, failure_reason(error)) from error
 
         self._for_each(range(len(self.records)), read, "looking at files")
 
@@ -136,8 +136,10 @@ class FolderScan:
         if listing.is_test is not None:
             is_test[readable] = listing.is_test[readable]
         else:
-            names, fraction = listing.names.select(readable), self.options.test_fraction or DEFAULT_TEST_FRACTION
-            is_test[readable] = stratified_holdout(names, labels.tolist(), fraction=fraction, seed=self.options.seed)
+            names, options = listing.names.select(readable), self.options
+            is_test[readable] = stratified_holdout(
+                names, labels.tolist(), fraction=options.test_fraction, seed=options.seed
+            )
         train_counts = np.bincount(labels[~is_test[readable]], minlength=len(listing.classes))
         for label in np.flatnonzero(train_counts == 0)[:1]:
             unreadable = sum(int(listing.labels[index]) == label for index in self.problems)
@@ -162,8 +164,8 @@ class FolderScan:
             for index in chunk:
                 try:
                     read(index)
-                except UserError as error:
-                    problems[index] = str(error).removeprefix(f"{self.path(index)}: ")
+                except DecodeError as error:
+                    problems[index] = error.reason
             return problems
 
         chunks = (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))

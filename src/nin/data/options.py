@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
-# Of each class, where the source has no test set.
-DEFAULT_TEST_FRACTION = 0.2
-
 
 @dataclass(frozen=True)
 class LoadOptions:

@@ -27,6 +27,8 @@ _SPLITMIX_SHIFTS = (30, 27, 31)
 MAX_SORTED = 2**24
 _FEISTEL_ROUNDS = 6  # an even number: they alternate between rows and columns
 
+_DEFAULT_TEST_FRACTION = 0.2
+
 
 def _signed(value: int) -> int:
     """Return the int64 that has the same 64 bits as `value`."""
@@ -110,7 +112,9 @@ def _feistel_permutation(places: Tensor, count: int, *, seed: int, epoch: int) -
     return samples
 
 
-def stratified_holdout(names: Iterable[str], labels: Sequence[int], *, fraction: float, seed: int) -> NDArray[np.bool_]:
+def stratified_holdout(
+    names: Iterable[str], labels: Sequence[int], *, fraction: float | None, seed: int
+) -> NDArray[np.bool_]:
     """Choose the test samples of each class by the hash of their names.
 
     Names rather than positions: the split is the same whatever order the file system lists files in, and a
@@ -119,12 +123,13 @@ def stratified_holdout(names: Iterable[str], labels: Sequence[int], *, fraction:
     Args:
         names: the name of each sample, unique.
         labels: the class of each sample, same length.
-        fraction: of each class, between 0 and 1. A class of n samples gives at least 1 and at most n - 1.
+        fraction: of each class, between 0 and 1; 0.2 if None. A class of n samples gives at least 1 and at most n - 1.
         seed: another seed gives another split.
 
     Returns:
         bool (N,): True where the sample is held out for testing.
     """
+    fraction = _DEFAULT_TEST_FRACTION if fraction is None else fraction
     members: defaultdict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for index, (name, label) in enumerate(zip(names, labels, strict=True)):
         digest = hashlib.sha256(f"{seed}\0".encode() + os.fsencode(name)).digest()

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from nin.data.cache import cache_folder, cache_path, digest, file_state, read_cache, write_cache
 from nin.data.dataset import Data, DecodedSet, PathList, default_size
-from nin.data.decoder import IMAGE_EXTENSIONS, Pixels, decode_pixels, read_header
-from nin.data.options import DEFAULT_TEST_FRACTION, LoadOptions
+from nin.data.decoder import IMAGE_EXTENSIONS, DecodeError, Pixels, decode_pixels, read_header
+from nin.data.options import LoadOptions
 from nin.data.sampling import stratified_holdout
 from nin.distribution import install_command
 from nin.errors import UserError
@@ -71,21 +71,21 @@ class ShardSet(DecodedSet):
         """Return the bytes of the image file at an index.
 
         Raises:
-            UserError: the shard cannot be read any more.
+            DecodeError: the shard cannot be read any more.
         """
         path, member = self.shards[self.shard_indices[index]], self.members[index]
         try:
             with path.open("rb") as file:
                 return os.pread(file.fileno(), int(member["size"]), int(member["offset"]))
         except OSError as error:
-            raise UserError(f"{self.names[index]}: cannot be opened ({error.strerror})") from error
+            raise DecodeError(self.names[index], f"cannot be opened ({error.strerror})") from error
 
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
         try:
             return decode_pixels(self.read(index), size=self.size, channels=self.channels)
-        except UserError as error:
-            raise UserError(f"{self.names[index]}: {str(error).removeprefix('image bytes: ')}") from error
+        except DecodeError as error:
+            raise DecodeError(self.names[index], error.reason) from error
 
     def select(self, indices: NDArray[np.int64]) -> ShardSet:
         """Return the images at the indices, in their order."""
@@ -179,7 +179,7 @@ def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
     for index in range(0, len(shards), max(1, len(shards) // _SAMPLED_HEADERS)):
         try:
             headers.append(read_header(shards.read(index)))
-        except UserError:
+        except DecodeError:
             continue  # training lists it when it meets it; what is sought here are those that can be read
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
@@ -194,8 +194,7 @@ def _test_mask(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions
         chosen = np.char.startswith(names, split)
         if chosen.any() and not chosen.all():
             return chosen[shards.shard_indices]
-    fraction = options.test_fraction or DEFAULT_TEST_FRACTION
-    return stratified_holdout(shards.names, labels.tolist(), fraction=fraction, seed=options.seed)
+    return stratified_holdout(shards.names, labels.tolist(), fraction=options.test_fraction, seed=options.seed)
 
 
 def _expand(source: str | Path) -> list[str]:

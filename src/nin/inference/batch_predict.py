@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nin import data
+from nin.data.decoder import DecodeError
 from nin.data.loader import map_in_threads
 from nin.distribution import install_command
 from nin.errors import UserError
@@ -169,8 +170,8 @@ class _Source:
             try:
                 content = self.images.read(index) if isinstance(self.images, data.ShardSet) else name
                 pixels[place] = data.decode(content, size=self.size, channels=self.channels).numpy()
-            except UserError as error:
-                problems[index] = str(error).removeprefix(f"{name}: ").removeprefix("image bytes: ")
+            except DecodeError as error:
+                problems[index] = error.reason
         return pixels, problems
 
     def row(self, index: int, probabilities: Tensor, problem: str | None) -> bytes:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from nin import data
 from nin.checkpoint import Preprocessing
-from nin.data.decoder import read_header
-from nin.errors import UserError
+from nin.data.decoder import DecodeError, read_header
 from nin.server.middleware import Limits, RefusedError
 
 # an image file as the whole body, or several in a form
@@ -77,9 +76,9 @@ def _decode(file: bytes, place: int, preprocessing: Preprocessing, limits: Limit
             size = f"{header.width}×{header.height}"
             raise RefusedError(413, f"image {place} must have at most {limits.pixels} pixels, got {size}")
         return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
-    except UserError as error:
-        reason = str(error).removeprefix("image bytes: ")
-        raise RefusedError(_status(error.__cause__), f"image {place}: {reason}; expected {FORMATS}") from error
+    except DecodeError as error:
+        message = f"image {place}: {error.reason}; expected {FORMATS}"
+        raise RefusedError(_status(error.__cause__), message) from error
 
 
 def _status(cause: BaseException | None) -> int:
