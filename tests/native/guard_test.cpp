@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "library.hpp"
+#include "c_api.hpp"
 
 namespace {
 
@@ -75,7 +75,7 @@ struct Case {
   int64_t type;
   Shape shape;
   bool channels_last, at_end;
-  int64_t square;  // 0, or the size of Winograd's squares
+  int64_t winograd_tile;  // 0, or the size of Winograd's squares
 };
 
 void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, bool channels_last) {
@@ -93,7 +93,7 @@ bool close(const Case& c, const char* what, double got, double want, double size
 }
 
 // The gradient of a k×k layer's weights, by Winograd's transforms or tap by tap: some values, beside plain sums.
-bool check_weight_gradient(const Case& c, nin_problem p, const Buffer& x) {
+bool check_weight_gradient(const Case& c, nin_chain p, const Buffer& x) {
   const Shape& s = c.shape;
   const int64_t columns = s.out[0], pixels = s.batch * p.out_height * p.out_width, k = s.kernel;
   Buffer grad(pixels * columns, c.type, c.at_end);
@@ -101,15 +101,15 @@ bool check_weight_gradient(const Case& c, nin_problem p, const Buffer& x) {
   p.layers = 1;
   set_strides(p.y_stride, columns, p.out_height, p.out_width, c.channels_last);
   const int64_t row = (columns + 15) / 16 * 16;
-  Buffer got(c.square ? columns * s.channels * k * k : (k * k * s.channels + 1) * row, 0, c.at_end);
-  const nin_pool pool{nullptr, 2};
+  Buffer got(c.winograd_tile ? columns * s.channels * k * k : (k * k * s.channels + 1) * row, 0, c.at_end);
+  const nin_thread_pool pool{nullptr, 2};
   const void* kernels = nin_find_kernels(c.isa, c.type);
   float* to = reinterpret_cast<float*>(got.data);
-  nin_gradient strides{};
+  nin_gradient_strides strides{};
   std::memcpy(strides.grad_stride, p.y_stride, sizeof strides.grad_stride);
   const int32_t status =
-      c.square ? nin_winograd_gradient(kernels, &p, columns, x.data, grad.data, to, &pool)
-               : nin_tap_gradient(kernels, &p, &strides, columns, x.data, grad.data, nullptr, to, row, &pool);
+      c.winograd_tile ? nin_winograd_gradient(kernels, &p, columns, x.data, grad.data, to, &pool)
+                      : nin_tap_gradient(kernels, &p, &strides, columns, x.data, grad.data, nullptr, to, row, &pool);
   if (status != 0) return false;
   bool good = true;
   for (int64_t i = 0; i < columns * s.channels * k * k; i += 1 + columns * s.channels * k * k / 8) {
@@ -127,7 +127,7 @@ bool check_weight_gradient(const Case& c, nin_problem p, const Buffer& x) {
         }
       }
     }
-    const int64_t at = c.square ? i : (tap * s.channels + channel) * row + column;
+    const int64_t at = c.winograd_tile ? i : (tap * s.channels + channel) * row + column;
     good = good && close(c, "gradient of the weight", got.get(at), want, size + 1);
   }
   return good;
@@ -138,7 +138,7 @@ bool run(const Case& c) {
   const Shape& s = c.shape;
   const void* kernels = nin_find_kernels(c.isa, c.type);
   if (!kernels) return true;
-  nin_problem p{};
+  nin_chain p{};
   p.type = c.type, p.batch = s.batch, p.channels = s.channels, p.height = s.height, p.width = s.width, p.layers = 2;
   for (int d = 0; d < 2; ++d) {
     p.kernel[d] = s.kernel, p.stride[d] = s.stride, p.padding[d] = s.padding, p.dilation[d] = s.dilation;
@@ -159,23 +159,23 @@ bool run(const Case& c) {
     weights[i].fill(s.out[i] * fan[i], 1 / std::sqrt(double(fan[i])));
     biases[i].fill(s.out[i], 1);
     const int64_t k = i == 0 ? s.kernel : 1, channels = fan[i] / (k * k);
-    const nin_weight w{c.type, s.out[i], channels, k, k, fan[i], k * k, k, 1};
+    const nin_weight_view w{c.type, s.out[i], channels, k, k, fan[i], k * k, k, 1};
     packed[i].resize(nin_packed_bytes(kernels, &w));
     nin_pack(kernels, &w, weights[i].data, packed[i].data());
-    const nin_weight t{c.type, channels, s.out[i], 1, 1, 1, fan[i], 1, 1};
+    const nin_weight_view t{c.type, channels, s.out[i], 1, 1, 1, fan[i], 1, 1};
     exchanged[i].resize(nin_packed_bytes(kernels, &t));
     if (k == 1) nin_pack(kernels, &t, weights[i].data, exchanged[i].data());
     layers[i] = {packed[i].data(), biases[i].data, s.out[i], 1};
   }
-  const nin_pool pool{nullptr, 2};
-  if (c.square) {
+  const nin_thread_pool pool{nullptr, 2};
+  if (c.winograd_tile) {
     const void* floats = nin_find_kernels(c.isa, 0);
-    const nin_weight squares{0, s.out[0], s.channels, c.square, c.square, 0, 0, 0, 0};
-    const nin_weight w{c.type, s.out[0], s.channels, s.kernel, s.kernel, fan[0], taps, s.kernel, 1};
-    packed[0].resize(nin_packed_bytes(floats, &squares));
-    if (nin_winograd_pack(floats, &w, c.square, weights[0].data, packed[0].data(), &pool) != 0) return false;
+    const nin_weight_view winograd_shapes{0, s.out[0], s.channels, c.winograd_tile, c.winograd_tile, 0, 0, 0, 0};
+    const nin_weight_view w{c.type, s.out[0], s.channels, s.kernel, s.kernel, fan[0], taps, s.kernel, 1};
+    packed[0].resize(nin_packed_bytes(floats, &winograd_shapes));
+    if (nin_winograd_pack(floats, &w, c.winograd_tile, weights[0].data, packed[0].data(), &pool) != 0) return false;
     layers[0].weight = packed[0].data();
-    p.winograd = c.square;
+    p.winograd_tile_size = c.winograd_tile;
   }
   if (nin_forward(kernels, &p, layers, x.data, y.data, &pool) != 0) return false;
 
@@ -206,14 +206,14 @@ bool run(const Case& c) {
       good = good && close(c, "forward", y.get(at), std::max(0.0, sum), size);
     }
   }
-  if (c.square || (s.kernel > 1 && s.dilation == 1)) return good && check_weight_gradient(c, p, x);
+  if (c.winograd_tile || (s.kernel > 1 && s.dilation == 1)) return good && check_weight_gradient(c, p, x);
   if (s.kernel > 1 || s.padding > 0) return good;
 
   Buffer grad(pixels * s.out[1], c.type, c.at_end), x_grad(in_count, c.type, c.at_end);
   Buffer weight_grads[2] = {{s.out[0] * fan[0], c.type, c.at_end}, {s.out[1] * fan[1], c.type, c.at_end}};
   Buffer bias_grads[2] = {{s.out[0], c.type, c.at_end}, {s.out[1], c.type, c.at_end}};
   grad.fill(pixels * s.out[1], 1);
-  nin_gradient g;
+  nin_gradient_strides g;
   std::memcpy(g.grad_stride, p.y_stride, sizeof g.grad_stride);
   std::memcpy(g.x_grad_stride, p.x_stride, sizeof g.x_grad_stride);
   const nin_layer_gradient gradients[2] = {{exchanged[0].data(), weight_grads[0].data, bias_grads[0].data},
@@ -238,12 +238,13 @@ bool run(const Case& c) {
 
 int main() {
   const Shape shapes[] = {
-      {2, 1, 1, 1, 1, 1, 0, 1, {1, 1}},   {1, 3, 5, 7, 1, 1, 0, 1, {5, 2}},     {2, 17, 3, 9, 1, 1, 0, 1, {33, 18}},
-      {1, 18, 6, 5, 1, 2, 0, 1, {7, 15}}, {1, 64, 4, 4, 1, 1, 0, 1, {64, 32}},  {3, 31, 1, 13, 1, 1, 0, 1, {32, 1}},
-      {1, 3, 9, 8, 5, 1, 2, 1, {20, 9}},  {2, 5, 7, 11, 3, 2, 1, 2, {17, 33}},  {1, 34, 6, 6, 3, 1, 1, 1, {48, 10}},
-      {1, 1, 4, 4, 2, 1, 3, 1, {3, 3}},   {2, 192, 5, 5, 1, 1, 0, 1, {160, 96}}, {1, 3, 23, 23, 11, 4, 0, 1, {24, 24}},
-      {1, 530, 3, 3, 1, 1, 0, 1, {540, 510}},
-      {1, 3, 600, 240, 1, 1, 0, 1, {16, 64}},  // written past the caches
+      {2, 1, 1, 1, 1, 1, 0, 1, {1, 1}},       {1, 3, 5, 7, 1, 1, 0, 1, {5, 2}},
+      {2, 17, 3, 9, 1, 1, 0, 1, {33, 18}},    {1, 18, 6, 5, 1, 2, 0, 1, {7, 15}},
+      {1, 64, 4, 4, 1, 1, 0, 1, {64, 32}},    {3, 31, 1, 13, 1, 1, 0, 1, {32, 1}},
+      {1, 3, 9, 8, 5, 1, 2, 1, {20, 9}},      {2, 5, 7, 11, 3, 2, 1, 2, {17, 33}},
+      {1, 34, 6, 6, 3, 1, 1, 1, {48, 10}},    {1, 1, 4, 4, 2, 1, 3, 1, {3, 3}},
+      {2, 192, 5, 5, 1, 1, 0, 1, {160, 96}},  {1, 3, 23, 23, 11, 4, 0, 1, {24, 24}},
+      {1, 530, 3, 3, 1, 1, 0, 1, {540, 510}}, {1, 3, 600, 240, 1, 1, 0, 1, {16, 64}},  // written past the caches
   };
   int runs = 0;
   for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
@@ -255,16 +256,16 @@ int main() {
       }
     }
   }
-  const Shape squares[] = {
+  const Shape winograd_shapes[] = {
       {2, 5, 7, 11, 3, 1, 1, 1, {17, 33}}, {1, 34, 9, 6, 5, 1, 2, 1, {48, 10}}, {1, 1, 4, 4, 4, 1, 3, 1, {3, 3}},
       {5, 19, 5, 4, 3, 1, 0, 1, {40, 7}},  {1, 16, 30, 9, 7, 1, 3, 1, {33, 5}}, {1, 96, 16, 16, 5, 1, 2, 1, {192, 64}},
   };
   for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
-    for (const Shape& shape : squares) {
-      for (int64_t square : {6, 8}) {
-        if (square - shape.kernel + 1 < 2) continue;
+    for (const Shape& shape : winograd_shapes) {
+      for (int64_t winograd_tile : {6, 8}) {
+        if (winograd_tile - shape.kernel + 1 < 2) continue;
         for (int variant = 0; variant < 8; ++variant, ++runs) {
-          if (!run({isa, variant / 4, shape, (variant & 1) != 0, (variant & 2) != 0, square})) return 1;
+          if (!run({isa, variant / 4, shape, (variant & 1) != 0, (variant & 2) != 0, winograd_tile})) return 1;
         }
       }
     }

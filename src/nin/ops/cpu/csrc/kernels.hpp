@@ -1,82 +1,85 @@
-// What one instruction set provides to the driver: a table of functions on tiles that lie in the cache.
+// The micro-kernels of one instruction set, as a table of functions on tiles in the cache.
 //
-// A tile holds pixels as rows and channels as columns, whatever the layout of the images. Its elements are float,
-// or bfloat16 where the instruction set multiplies pairs of bfloat16 (`dot`); four bytes are one step of a sum.
+// A tile is a matrix of pixels × channels, whatever the layout of the images. Its elements are float, or bfloat16
+// where the instruction set has dot products of bfloat16 pairs. One step along k, the summed dimension, is four bytes:
+// a float or a pair. Strides are in bytes unless noted.
 #pragma once
 
 #include <cstdint>
 
 namespace nin {
 
-enum class Type : int64_t { f32 = 0, bf16 = 1 };
+enum class DataType : int64_t { f32 = 0, bf16 = 1 };
 enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3 };
 
-// How a row of sums becomes a row of a tile or of the result.
-struct Finish {
-  const float* bias = nullptr;           // one for each column of the panel, or null
+// What a GEMM applies to its sums before it stores them.
+struct Epilogue {
+  const float* bias = nullptr;  // one for each column of the panel, or null
   Activation activation = Activation::none;
-  void* out = nullptr;                   // null: only the derivative is wanted
-  int64_t out_row = 0;                   // bytes from pixel to pixel, as all "row" values here
-  Type out_type = Type::f32;
-  bool round = false;                    // floats are rounded to bfloat16 values
-  bool stream = false;                   // past the caches; `out` and its rows are aligned by 64 bytes
-  bool whole = false;                    // `out` is scratch: columns past the last become zero
-  float* derivative = nullptr;           // the activation's derivative is written here, or null
-  int64_t derivative_row = 0;
-  const void* gate = nullptr;            // multiplies the result, for the backward pass, or null
-  int64_t gate_row = 0;
-  bool gate_is_result = false;           // the gate is a ReLU's result (of the tile's type), else its derivative
+  void* out = nullptr;  // null: only the derivative is needed
+  int64_t out_row_stride = 0;
+  DataType out_type = DataType::f32;
+  bool round_to_bf16 = false;   // `out` holds floats, rounded to bfloat16 values
+  bool non_temporal = false;    // stores that bypass the caches; `out` and its rows are aligned to 64 bytes
+  bool zero_tail = false;       // `out` is scratch: columns past the last are set to zero
+  float* derivative = nullptr;  // where the activation's derivative goes, or null
+  int64_t derivative_row_stride = 0;
+  const void* gate = nullptr;  // backward pass: the activation's derivative, which multiplies the sums, or null
+  int64_t gate_row_stride = 0;
+  bool gate_is_relu_output = false;  // `gate` holds a ReLU's output (in the tile's type) instead of a derivative
 };
 
-// rows × columns sums over taps and channels: pixels times a panel of packed weights.
-struct Product {
-  const void* a = nullptr;               // first pixel
-  int64_t a_row = 0;
-  const int64_t* taps = nullptr;         // byte offsets from a pixel to where each run of channels starts
+// out[rows × columns] = epilogue(sum over taps of A_tap · panel_tap): pixels times a panel of packed weights. The taps
+// of a k×k convolution are addressed by offsets, so no im2col copy is needed.
+struct GemmArguments {
+  const void* a = nullptr;  // first pixel
+  int64_t a_row_stride = 0;
+  const int64_t* tap_offsets = nullptr;  // bytes from a pixel to the first channel that each tap reads
   int64_t tap_count = 0;
-  int64_t steps = 0;                     // of four bytes in one run
-  const void* panel = nullptr;           // (tap_count * steps, vectors * lanes) of four bytes
-  int64_t panel_skip = 0;                // bytes of the panel to leave out after each run
-  const void* next = nullptr;            // comes into the second cache meanwhile, so many bytes a step
-  int64_t next_step = 0;
-  int64_t columns = 0;                   // of the panel that exist
-  // With Kernels::tiles also two lines of at most 16 pixels: `rows` is then that of one line.
+  int64_t k_steps = 0;             // of each tap
+  const void* panel = nullptr;     // (tap_count * k_steps, vectors * lanes) of four bytes
+  int64_t panel_skip_bytes = 0;    // bytes of the panel to skip after each tap
+  const void* prefetch = nullptr;  // fetched into the L2 cache meanwhile
+  int64_t prefetch_bytes_per_step = 0;
+  int64_t columns = 0;  // of the panel, without its padding
+  // AMX only: two lines of at most 16 pixels in one call, with `rows` pixels each, so that both register blocks are
+  // used.
   bool two_lines = false;
-  int64_t a_line = 0, out_line = 0;      // bytes from the first line to the second
-  Finish finish;
+  int64_t a_line_stride = 0, out_line_stride = 0;  // bytes from the first line to the second
+  Epilogue epilogue;
 };
 
-// rows × columns sums over pixels, added to `sums`: the gradient of a weight.
-struct OuterProduct {
-  const void* a = nullptr;               // (pixel, row) of four bytes: inputs, consecutive rows side by side
-  int64_t a_step = 0;                    // bytes from a pixel (pair) to the next; with Kernels::tiles from row to row
-  const int64_t* segments = nullptr;     // byte offsets from `a` to where each run of pixels starts
+// sums[rows × columns] += Aᵀ · B, summed over pixels: the gradient of a weight.
+struct OuterProductArguments {
+  const void* a = nullptr;                   // inputs: (pixel, row) of four bytes, rows contiguous
+  int64_t a_k_stride = 0;                    // from a pixel (pair) to the next; with AMX from row to row
+  const int64_t* segment_offsets = nullptr;  // bytes from `a` to each segment of consecutive pixels
   int64_t segment_count = 0;
-  int64_t steps = 0;                     // pixels (pairs) in a run
-  const void* b = nullptr;               // (pixel, column) of four bytes: gradients
-  int64_t b_step = 0;
+  int64_t k_steps = 0;      // pixels (pairs) in a segment
+  const void* b = nullptr;  // gradients: (pixel, column) of four bytes
+  int64_t b_k_stride = 0;
   float* sums = nullptr;
-  int64_t sums_row = 0;                  // floats
+  int64_t sums_row_stride = 0;  // floats
 };
 
-// channels × count values at any strides (bytes), to or from rows of a tile.
-struct Pixels {
-  void* at = nullptr;
+// `count` pixels of an image at any strides, to be copied to or from the rows of a tile.
+struct StridedPixels {
+  void* data = nullptr;
   int64_t channel_stride = 0;
   int64_t pixel_stride = 0;
-  Type type = Type::f32;
+  DataType type = DataType::f32;
   int64_t channels = 0;
   int64_t count = 0;
 };
 
-// Where pixels lie: `row` bytes from one to the next of a line, `line` from one line to the next.
-struct Grid {
-  char* at;
-  int64_t row, line;
+// A rectangle of pixels in memory. A line is a row of an image; rows are those of matrices.
+struct PixelGrid {
+  char* data;
+  int64_t pixel_stride, line_stride;
 };
 
-// The points of Winograd's transforms of squares of 6 or 8 pixels a side, besides 0 and infinity: ±each. Of fractions
-// of small numbers these give the least error (root mean square, beside sums in float64).
+// The interpolation points of Winograd's transforms with input tiles of 6 × 6 or 8 × 8, besides 0 and infinity: ± each.
+// Of twelve sets of small fractions these have the lowest root-mean-square error against float64.
 constexpr double winograd_point(int64_t size, int i) {
   constexpr double points[2][3] = {{0.75, 1.5}, {0.5, 1, 2}};
   return points[size == 8][i];
@@ -84,46 +87,50 @@ constexpr double winograd_point(int64_t size, int i) {
 
 struct Kernels {
   const char* name;
-  int lanes;                             // floats in a vector
-  int rows;                              // pixels that a product takes at most
-  Type type;                             // of a tile's elements: bf16 where pairs of bfloat16 are multiplied
-  const Kernels* floats;                 // the same lanes, of tiles of floats
-  // AMX: a product takes blocks of 16 × 16 instead of rows and vectors. A weight's gradient then reads inputs as
-  // (row, pixel), a multiple of 16 rows and of 32 pixels, of which those past the last are zero.
-  bool tiles;
-  void (*multiply)(const Product&, int rows, int vectors);
-  void (*accumulate)(const OuterProduct&, int rows, int vectors);
-  void (*load)(const Pixels&, void* tile, int64_t row);
-  void (*store)(const Pixels&, const void* tile, int64_t row);
-  // tile[p][c] *= gate[p][c], see Finish
-  void (*apply_gate)(void* tile, int64_t row, const Finish&, int64_t count, int64_t channels);
+  int lanes;                     // floats in a vector
+  int max_rows;                  // largest number of pixels of a GEMM call
+  DataType tile_type;            // bf16 where the set has dot products of bfloat16 pairs
+  const Kernels* float_kernels;  // the same set for tiles of floats
+  // AMX works on blocks of 16 × 16. Its outer product reads inputs as (row, pixel), zero-padded to multiples of 16 rows
+  // and 32 pixels.
+  bool uses_amx;
+  void (*gemm)(const GemmArguments&, int rows, int vectors);
+  void (*outer_product)(const OuterProductArguments&, int rows, int vectors);
+  void (*load)(const StridedPixels&, void* tile, int64_t row_stride);
+  void (*store)(const StridedPixels&, const void* tile, int64_t row_stride);
+  // tile[p][c] *= gate[p][c], see Epilogue
+  void (*apply_gate)(void* tile, int64_t row_stride, const Epilogue&, int64_t count, int64_t channels);
   // sums[c] += tile[p][c]
-  void (*sum_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, float* sums);
-  // pairs[p][c] = (tile[2p][c], tile[2p + 1][c]), bfloat16; a missing last pixel is zero
-  void (*pair_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* pairs, int64_t pairs_row);
-  // turned[c][p] = tile[p][c], bfloat16, for `tiles`
-  void (*turn_pixels)(const void* tile, int64_t row, int64_t count, int64_t channels, void* turned, int64_t turned_row);
-  // The frequencies of a square of size × size pixels of a tile, `step` bytes between two; whole vectors of channels.
-  void (*to_frequencies)(int size, const Grid& from, int64_t channels, float* to, int64_t step);
-  // Back from those of products: lines × columns of a block of results.
-  void (*from_frequencies)(int size, int block, const float* from, int64_t step, const Finish&, const Grid& to,
-                           int lines, int columns, int64_t channels);
-  // The gradient of the frequencies' products, from that of a block of results.
-  void (*spread_block)(int size, int block, const Grid& from, int64_t channels, float* to, int64_t step);
-  // M f Mᵀ for `count` squares of in × in numbers f that lie side by side; M, `matrix`, is out × in. Steps in bytes.
-  void (*transform_sides)(int out, int in, const float* matrix, const float* from, int64_t from_step, float* to,
-                          int64_t to_step, int64_t count);
-  // before and after a thread's products; they keep 64 bytes in `state`. Null where there is nothing to do
-  void (*begin)(void* state);
-  void (*end)(const void* state);
-  // multiply-adds without memory, for the machine's limit; returns how many FLOP it did
-  double (*peak)(int64_t rounds, float* sink);
+  void (*add_column_sums)(const void* tile, int64_t row_stride, int64_t count, int64_t channels, float* sums);
+  // pairs[p][c] = (tile[2p][c], tile[2p + 1][c]), bfloat16; an odd last pixel is paired with zero
+  void (*interleave_pixel_pairs)(const void* tile, int64_t row_stride, int64_t count, int64_t channels, void* pairs,
+                                 int64_t pairs_row_stride);
+  // transposed[c][p] = tile[p][c], bfloat16, for AMX
+  void (*transpose_pixels)(const void* tile, int64_t row_stride, int64_t count, int64_t channels, void* transposed,
+                           int64_t transposed_row_stride);
+  // Winograd's input transform Bᵀ x B of a tile of size × size pixels: as many components, `component_stride` bytes
+  // apart.
+  void (*input_transform)(int size, const PixelGrid& from, int64_t channels, float* to, int64_t component_stride);
+  // The output transform Aᵀ m A and the epilogue: the first lines × columns pixels of an output tile.
+  void (*output_transform)(int size, int output_tile, const float* from, int64_t component_stride, const Epilogue&,
+                           const PixelGrid& to, int lines, int columns, int64_t channels);
+  // A g Aᵀ, the transpose of the output transform: from the gradient of an output tile to that of its components.
+  void (*gradient_transform)(int size, int output_tile, const PixelGrid& from, int64_t channels, float* to,
+                             int64_t component_stride);
+  // M f Mᵀ for `count` contiguous filters f of in × in values; M is out × in. G w Gᵀ of weights, Gᵀ s G of gradients.
+  void (*filter_transform)(int out, int in, const float* matrix, const float* from, int64_t from_step, float* to,
+                           int64_t to_step, int64_t count);
+  // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
+  void (*enter)(void* state);
+  void (*leave)(const void* state);
+  // Multiply-adds on registers, to measure the peak; returns their FLOP.
+  double (*peak_flop)(int64_t rounds, float* sink);
 };
 
-// Pixels that the gradient of a weight takes at a time with Kernels::tiles, and rows of its sums.
+// AMX's outer product: pixels that it sums at a time, and rows of its result.
 constexpr int64_t tile_depth = 32, tile_height = 16;
 
-// Vectors that a product takes at most: 14 × 2 sums fill 28 of AVX-512's 32 registers.
+// The register tile is at most two vectors wide: 14 × 2 sums fill 28 of AVX-512's 32 registers.
 constexpr int max_vectors = 2;
 
 extern const Kernels portable_kernels;

@@ -1,4 +1,4 @@
-// AVX2 with FMA: 6 × 2 sums, two columns and a pixel fill 15 of 16 registers.
+// AVX2 with FMA: a register tile of 6 × 2; with two columns and a pixel it fills 15 of 16 registers.
 #define NIN_ISA avx2
 #define NIN_LANES 8
 #define NIN_ROWS 6

@@ -1,4 +1,4 @@
-// AVX-512 with products of bfloat16 pairs, summed in float (vdpbf16ps).
+// AVX-512 with dot products of bfloat16 pairs, summed in float (vdpbf16ps).
 #define NIN_ISA avx512_bf16
 #define NIN_LANES 16
 #define NIN_ROWS 14

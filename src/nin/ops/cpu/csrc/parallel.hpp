@@ -1,4 +1,4 @@
-// Tasks over a pool of threads, each thread with scratch memory of its own that stays for the next call.
+// Parallel loops over tasks, and scratch memory that each thread keeps for the next call.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,12 @@
 #include <thread>
 #include <vector>
 
-#include "library.hpp"
+#include "c_api.hpp"
 
 namespace nin {
 
-// One per thread. It grows to the largest tile that the thread has met and is given back when the thread ends;
-// more than `kept_bytes` is given back at the end of the call.
+// A thread's buffer. It grows to the largest tile so far and is freed with the thread; more than `kept_bytes` is freed
+// at the end of the call.
 class Scratch {
  public:
   static constexpr size_t kept_bytes = 8 << 20;
@@ -43,12 +43,12 @@ class Scratch {
 };
 
 inline thread_local Scratch thread_scratch;
-// What the threads of one call work on together; its owner is the thread that made the call.
+// A buffer that all threads of one call share; it belongs to the calling thread.
 inline thread_local Scratch shared_scratch;
 
-// Calls run(task, scratch) for every task in [0, count); a thread takes the next one when it is done with its last.
+// Calls run(task, scratch) for every task in [0, count), scheduled dynamically.
 template <typename Run>
-nin_status run_tasks(const nin_pool& pool, int64_t count, size_t scratch_bytes, const Run& run) {
+nin_status run_tasks(const nin_thread_pool& pool, int64_t count, size_t scratch_bytes, const Run& run) {
   struct Job {
     const Run& run;
     int64_t count;
@@ -69,13 +69,13 @@ nin_status run_tasks(const nin_pool& pool, int64_t count, size_t scratch_bytes, 
     job.work();
   } else if (pool.parallel_for) {
     const auto body = [](int64_t, int64_t, void* context) { static_cast<Job*>(context)->work(); };
-    if (pool.parallel_for(0, workers, 1, body, &job) != 0) return nin_pool_failed;
+    if (pool.parallel_for(0, workers, 1, body, &job) != 0) return nin_thread_pool_failed;
   } else {
     std::vector<std::thread> threads;
     try {
       threads.reserve(size_t(workers - 1));
       for (int64_t i = 1; i < workers; ++i) threads.emplace_back([&job] { job.work(); });
-    } catch (const std::exception&) {  // no memory, or no more threads for this process: those that are there do it all
+    } catch (const std::exception&) {  // out of memory or threads: the existing threads do all tasks
     }
     job.work();
     for (std::thread& thread : threads) thread.join();

@@ -1,53 +1,53 @@
+// When a convolution runs in the Winograd domain, how its tiles are divided into tasks, and the forward pass.
 #include "winograd.hpp"
 
 namespace nin {
 namespace {
 
-constexpr int64_t smallest_kernel = 3, largest_kernel = 7, sizes[] = {6, 8};
+constexpr int64_t min_kernel = 3, max_kernel = 7, tile_sizes[] = {6, 8};
 
-// Bytes of the frequencies of a task's squares and of their products with one panel of weights: what a second cache
-// holds beside the weights that come in, and more where it cannot hold the weights, so that they are read less often.
-constexpr int64_t task_bytes = 640 << 10, wide_task_bytes = 1280 << 10;
-// Bytes of what the layers behind it make of a task's pixels, at most.
-constexpr int64_t behind_bytes = 2 << 20;
+// Bytes of a task's components and of their products with one panel of weights: what an L2 cache holds beside the
+// streamed weights; more if it cannot hold the weights, so that they are read less often.
+constexpr int64_t max_task_bytes = 640 << 10, large_weights_max_task_bytes = 1280 << 10;
+// Bytes of a task's pixels in the layers that follow.
+constexpr int64_t max_hidden_bytes = 2 << 20;
 
-// Products of fewer channels than this take less time than the transforms around them.
-constexpr int64_t least_channels = 16;
+// With fewer channels the transforms take longer than the GEMMs.
+constexpr int64_t min_channels = 16;
 
-// For the choice. Transforms: additions, loads and stores for a channel of a frequency, in multiply-adds. Reading the
-// weights: while those of one channel come from the second, the third cache or memory, so many pixels are multiplied
-// with them; a product of fewer waits. Winograd must be faster by a margin, because it is less exact.
+// The cost model, in multiply-adds. `transform_cost`: additions, loads and stores for a channel of a component.
+// `pixels_per_weight`: pixels that can be multiplied while a weight is loaded from the L2 cache, the L3 cache or
+// memory; a GEMM of fewer is bound by that load. Winograd must be faster by a margin, because it is less accurate.
 constexpr double transform_cost = 10, margin = 1.2;
-constexpr int64_t second_cache = 1 << 20, third_cache = 24 << 20;
-double pixels_per_weight(int64_t bytes) { return bytes <= second_cache ? 3 : bytes <= third_cache ? 8 : 16; }
+constexpr int64_t l2_bytes = 1 << 20, l3_bytes = 24 << 20;
+double pixels_per_weight(int64_t bytes) { return bytes <= l2_bytes ? 3 : bytes <= l3_bytes ? 8 : 16; }
 
-// Taps of one side that reach into the image, over all results.
-int64_t taps_inside(const nin_problem& p, int side, int64_t size, int64_t out_size) {
+// The taps along one side that do not fall into the padding, summed over all outputs.
+int64_t count_taps(const nin_chain& chain, int side, int64_t size, int64_t out_size) {
   int64_t count = 0;
-  for (int64_t i = 0; i < out_size; ++i) {
-    const int64_t start = i - p.padding[side];
-    count += std::max<int64_t>(0, std::min(start + p.kernel[side], size) - std::max<int64_t>(start, 0));
-  }
+  for (const TapRange& taps : taps_inside_image(chain, side, size, out_size)) count += taps.count();
   return count;
 }
 
 }  // namespace
 
-void take_apart(const Kernels& k, const nin_problem& p, int64_t size, const Images& x, const Squares& s,
-                const Grid& copy, const Frequencies& to) {
-  const int64_t block = size - p.kernel[0] + 1;
-  copy_bordered(k, p, x,
-                {s.image, s.line - p.padding[0], s.column - p.padding[1], s.down * block + p.kernel[0] - 1,
-                 s.across * block + p.kernel[1] - 1},
-                copy);
+void transform_input_tiles(const Kernels& k, const nin_chain& chain, int64_t size, const ImageView& x,
+                           const WinogradTiles& s, const PixelGrid& copy, const TransformedTiles& to) {
+  const int64_t output_tile = size - chain.kernel[0] + 1;
+  copy_padded(k, chain, x,
+              {s.image, s.line - chain.padding[0], s.column - chain.padding[1],
+               s.tiles_down * output_tile + chain.kernel[0] - 1, s.tiles_across * output_tile + chain.kernel[1] - 1},
+              copy);
   for (int64_t i = 0; i < s.count(); ++i) {
-    const int64_t line = i / s.across * block, column = i % s.across * block;
-    const Grid square{copy.at + line * copy.line + column * copy.row, copy.row, copy.line};
-    k.to_frequencies(int(size), square, p.channels, reinterpret_cast<float*>(to.at + i * to.square), to.frequency);
+    const int64_t line = i / s.tiles_across * output_tile, column = i % s.tiles_across * output_tile;
+    const PixelGrid tile{copy.data + line * copy.line_stride + column * copy.pixel_stride, copy.pixel_stride,
+                         copy.line_stride};
+    k.input_transform(int(size), tile, chain.channels, reinterpret_cast<float*>(to.data + i * to.tile_stride),
+                      to.component_stride);
   }
 }
 
-void Winograd::weights_matrix(int64_t size, int64_t kernel, double* matrix) {
+void Winograd::filter_transform_matrix(int64_t size, int64_t kernel, double* matrix) {
   const int pairs = int(size - 2) / 2;
   const auto row = [&](int64_t i, double point, double denominator) {
     double power = 1 / denominator;
@@ -69,129 +69,137 @@ void Winograd::weights_matrix(int64_t size, int64_t kernel, double* matrix) {
   for (int64_t j = 0; j < kernel; ++j) matrix[(size - 1) * kernel + j] = j == kernel - 1;
 }
 
-std::vector<float> Winograd::weights_matrix(int64_t size, int64_t kernel) {
+std::vector<float> Winograd::filter_transform_matrix(int64_t size, int64_t kernel) {
   std::vector<double> exact(size_t(size * kernel));
-  weights_matrix(size, kernel, exact.data());
+  filter_transform_matrix(size, kernel, exact.data());
   return {exact.begin(), exact.end()};
 }
 
-// Nothing here knows of the threads: the bits of a result must not depend on their number.
-int64_t Winograd::choose_size(const Kernels& k, const nin_problem& p, int64_t columns) {
+// Independent of the number of threads, as the choice changes the bits of the result.
+int64_t Winograd::choose_tile_size(const Kernels& k, const nin_chain& chain, int64_t columns) {
   for (const int side : {0, 1}) {
-    if (p.stride[side] != 1 || p.dilation[side] != 1) return 0;
+    if (chain.stride[side] != 1 || chain.dilation[side] != 1) return 0;
   }
-  const int64_t kernel = p.kernel[0];
-  if (kernel != p.kernel[1] || kernel < smallest_kernel || kernel > largest_kernel) return 0;
-  if (std::min(p.channels, columns) < least_channels) return 0;
-  // tap by tap, pairs of bfloat16 take half of the time and less memory, tile registers a sixteenth
-  const double speed = k.tiles ? 16 : k.type == Type::bf16 ? 2.25 : 1;
-  double least = double(p.batch * taps_inside(p, 0, p.height, p.out_height) *
-                        taps_inside(p, 1, p.width, p.out_width) * p.channels * round_up(columns, k.lanes)) /
-                 speed / margin;
+  const int64_t kernel = chain.kernel[0];
+  if (kernel != chain.kernel[1] || kernel < min_kernel || kernel > max_kernel) return 0;
+  if (std::min(chain.channels, columns) < min_channels) return 0;
+  // direct convolution: dot products of bfloat16 pairs take less than half of float32's time, AMX a sixteenth
+  const double speed = k.uses_amx ? 16 : k.tile_type == DataType::bf16 ? 2.25 : 1;
+  double least =
+      double(chain.batch * count_taps(chain, 0, chain.height, chain.out_height) *
+             count_taps(chain, 1, chain.width, chain.out_width) * chain.channels * round_up(columns, k.lanes)) /
+      speed / margin;
   int64_t best = 0;
-  for (const int64_t size : sizes) {
+  for (const int64_t size : tile_sizes) {
     if (size - kernel + 1 < 2) continue;
-    const double cost = Winograd(k, p, size, columns, 0, 1).cost();
+    const double cost = Winograd(k, chain, size, columns, 0, 1).cost();
     if (cost < least) least = cost, best = size;
   }
   return best;
 }
 
-Winograd::Winograd(const Kernels& k, const nin_problem& p, int64_t size, int64_t columns, int64_t pixel_bytes,
+Winograd::Winograd(const Kernels& k, const nin_chain& chain, int64_t size, int64_t columns, int64_t pixel_bytes,
                    int64_t threads)
-    : k_(k), floats_(*k.floats), p_(p), size_(size), block_(size - p.kernel[0] + 1), columns_(columns),
-      down_(divide_up(p.out_height, block_)), across_(divide_up(p.out_width, block_)), cut_() {
-  const Panels panels(floats_, columns, 1);
-  copy_row_ = tile_row(k, p.channels);
-  row_ = tile_row(floats_, p.channels);
-  const int64_t width_bytes = std::min(panels.width, round_up(columns, floats_.lanes)) * 4;
-  products_row_ = odd_lines(size * size * width_bytes);
-  const int64_t bytes = weight_bytes() > second_cache ? wide_task_bytes : task_bytes;
-  const int64_t behind = std::max<int64_t>(1, block_ * block_ * pixel_bytes);
-  const int64_t most =
-      std::max<int64_t>(1, std::min(bytes / (size * size * row_ + products_row_), behind_bytes / behind));
-  const int64_t of_image = down_ * across_;
-  const bool stacked = p.y_stride[0] == p.out_height * p.y_stride[2];
-  whole_images_ = stacked && p.batch > 1 && 2 * of_image <= most;
+    : k_(k), float_kernels_(*k.float_kernels), chain_(chain), tile_size_(size),
+      output_tile_(size - chain.kernel[0] + 1), columns_(columns),
+      tiles_down_(ceil_div(chain.out_height, output_tile_)), tiles_across_(ceil_div(chain.out_width, output_tile_)),
+      tile_grid_() {
+  const Panels panels(float_kernels_, columns, 1);
+  copy_row_bytes_ = tile_row_bytes(k, chain.channels);
+  input_tile_stride_ = tile_row_bytes(float_kernels_, chain.channels);
+  const int64_t width_bytes = std::min(panels.width, round_up(columns, float_kernels_.lanes)) * 4;
+  product_tile_stride_ = odd_cache_lines(size * size * width_bytes);
+  const int64_t bytes = weight_bytes() > l2_bytes ? large_weights_max_task_bytes : max_task_bytes;
+  const int64_t hidden_bytes = std::max<int64_t>(1, output_tile_ * output_tile_ * pixel_bytes);
+  const int64_t max_tiles = std::max<int64_t>(
+      1, std::min(bytes / (size * size * input_tile_stride_ + product_tile_stride_), max_hidden_bytes / hidden_bytes));
+  const int64_t image_tiles = tiles_down_ * tiles_across_;
+  const bool stacked = chain.y_stride[0] == chain.out_height * chain.y_stride[2];
+  whole_images_ = stacked && chain.batch > 1 && 2 * image_tiles <= max_tiles;
   if (whole_images_) {
-    cut_ = cut(1, p.batch, 1, most / of_image, threads);
-    most_squares_ = cut_.lines * of_image;
+    tile_grid_ = make_tile_grid(1, chain.batch, 1, max_tiles / image_tiles, threads);
+    max_tiles_ = tile_grid_.lines * image_tiles;
   } else {
-    cut_ = cut(p.batch, down_, across_, most, threads);
-    most_squares_ = cut_.lines * cut_.columns;
+    tile_grid_ = make_tile_grid(chain.batch, tiles_down_, tiles_across_, max_tiles, threads);
+    max_tiles_ = tile_grid_.lines * tile_grid_.columns;
   }
-  const int64_t lines = whole_images_ ? down_ : cut_.lines, across = whole_images_ ? across_ : cut_.columns;
-  copy_line_ = (across * block_ + p.kernel[1] - 1) * copy_row_;
-  copy_bytes_ = round_up((lines * block_ + p.kernel[0] - 1) * copy_line_ + 64, 64);
-  step_ = odd_lines(most_squares_ * row_);
-  products_step_ = width_bytes;
-  frequencies_bytes_ = size * size * step_;
-  products_bytes_ = most_squares_ * products_row_;
+  const int64_t lines = whole_images_ ? tiles_down_ : tile_grid_.lines,
+                across = whole_images_ ? tiles_across_ : tile_grid_.columns;
+  copy_line_stride_ = (across * output_tile_ + chain.kernel[1] - 1) * copy_row_bytes_;
+  copy_bytes_ = round_up((lines * output_tile_ + chain.kernel[0] - 1) * copy_line_stride_ + 64, 64);
+  input_component_stride_ = odd_cache_lines(max_tiles_ * input_tile_stride_);
+  product_component_stride_ = width_bytes;
+  transformed_bytes_ = size * size * input_component_stride_;
+  products_bytes_ = max_tiles_ * product_tile_stride_;
 }
 
-// In multiply-adds of floats.
+// The estimated time, in float32 multiply-adds.
 double Winograd::cost() const {
-  const double frequencies = double(size_ * size_), squares = double(p_.batch * down_ * across_);
-  const double waits = std::max(1.0, pixels_per_weight(weight_bytes()) / most_squares_);
-  const double channels = double(round_up(p_.channels, floats_.lanes));
-  const double columns = double(round_up(columns_, floats_.lanes));
-  return squares * frequencies * (waits * p_.channels * columns + transform_cost * (channels + columns));
+  const double components = double(tile_size_ * tile_size_), tiles = double(chain_.batch * tiles_down_ * tiles_across_);
+  const double wait = std::max(1.0, pixels_per_weight(weight_bytes()) / max_tiles_);
+  const double channels = double(round_up(chain_.channels, float_kernels_.lanes));
+  const double columns = double(round_up(columns_, float_kernels_.lanes));
+  return tiles * components * (wait * chain_.channels * columns + transform_cost * (channels + columns));
 }
 
 Tile Winograd::tile(int64_t task) const {
-  Tile t = tile_of(cut_, task);
-  if (whole_images_) return {t.line, 0, 0, t.lines * p_.out_height, p_.out_width};
-  t.line *= block_, t.column *= block_;
-  t.lines = std::min(t.lines * block_, p_.out_height - t.line);
-  t.columns = std::min(t.columns * block_, p_.out_width - t.column);
+  Tile t = tile_at(tile_grid_, task);
+  if (whole_images_) return {t.line, 0, 0, t.lines * chain_.out_height, chain_.out_width};
+  t.line *= output_tile_, t.column *= output_tile_;
+  t.lines = std::min(t.lines * output_tile_, chain_.out_height - t.line);
+  t.columns = std::min(t.columns * output_tile_, chain_.out_width - t.column);
   return t;
 }
 
-void Winograd::run(const Tile& t, const Images& x, const void* weight, const Finish& finish, const Grid& out,
-                   const Panels& part, char* scratch) const {
-  char *frequencies = scratch + copy_bytes_, *products = frequencies + frequencies_bytes_;
+void Winograd::run(const Tile& t, const ImageView& x, const void* weight, const Epilogue& epilogue,
+                   const PixelGrid& out, const Panels& part, char* scratch) const {
+  char *components = scratch + copy_bytes_, *products = components + transformed_bytes_;
   const int64_t count = images(t), lines = t.lines / count;
-  const int64_t down = divide_up(lines, block_), across = divide_up(t.columns, block_);
-  const int64_t squares = count * down * across, groups = divide_up(squares, floats_.rows);
+  const int64_t down = ceil_div(lines, output_tile_), across = ceil_div(t.columns, output_tile_);
+  const int64_t tiles = count * down * across, groups = ceil_div(tiles, float_kernels_.max_rows);
   for (int64_t i = 0; i < count; ++i) {
-    take_apart(k_, p_, size_, x, {t.image + i, t.line, t.column, down, across}, {scratch, copy_row_, copy_line_},
-               {frequencies + i * down * across * row_, row_, step_});
+    transform_input_tiles(
+        k_, chain_, tile_size_, x, {t.image + i, t.line, t.column, down, across},
+        {scratch, copy_row_bytes_, copy_line_stride_},
+        {components + i * down * across * input_tile_stride_, input_tile_stride_, input_component_stride_});
   }
   static constexpr int64_t no_offset = 0;
-  const Panels panels(floats_, columns_, size_ * size_ * p_.channels);
-  Product p;
-  p.a_row = row_;
-  p.taps = &no_offset, p.tap_count = 1, p.steps = p_.channels;
-  p.finish.out_row = products_row_;
-  p.finish.whole = true;
+  const Panels panels(float_kernels_, columns_, tile_size_ * tile_size_ * chain_.channels);
+  GemmArguments args;
+  args.a_row_stride = input_tile_stride_;
+  args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = chain_.channels;
+  args.epilogue.out_row_stride = product_tile_stride_;
+  args.epilogue.zero_tail = true;
   for (int64_t j = part.begin; j < part.end; ++j) {
-    const int vectors = panels.vectors(floats_, j);
-    const int64_t width = vectors * floats_.lanes, weights = p_.channels * width * 4;
+    const int vectors = panels.vectors(float_kernels_, j);
+    const int64_t width = vectors * float_kernels_.lanes, weights = chain_.channels * width * 4;
     const char* panel = static_cast<const char*>(weight) + j * panels.full_bytes;
-    p.columns = width;
-    p.next_step = width * 4 / groups;
-    for (int64_t f = 0; f < size_ * size_; ++f, panel += weights) {
-      p.panel = panel;
+    args.columns = width;
+    args.prefetch_bytes_per_step = width * 4 / groups;
+    for (int64_t component = 0; component < tile_size_ * tile_size_; ++component, panel += weights) {
+      args.panel = panel;
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = squares * g / groups;
-        p.a = frequencies + f * step_ + first * row_;
-        p.finish.out = products + f * products_step_ + first * products_row_;
-        p.next = panel + weights + weights * g / groups;
-        floats_.multiply(p, int(squares * (g + 1) / groups - first), vectors);
+        const int64_t first = tiles * g / groups;
+        args.a = components + component * input_component_stride_ + first * input_tile_stride_;
+        args.epilogue.out = products + component * product_component_stride_ + first * product_tile_stride_;
+        args.prefetch = panel + weights + weights * g / groups;
+        float_kernels_.gemm(args, int(tiles * (g + 1) / groups - first), vectors);
       }
     }
     const int64_t from = j * panels.width;
-    Finish finished = finish;
-    if (finish.bias) finished.bias = finish.bias + from;
+    Epilogue panel_epilogue = epilogue;
+    if (epilogue.bias) panel_epilogue.bias = epilogue.bias + from;
     const int64_t channels = std::min(panels.width, panels.columns - from);
     const char* product = products;
     for (int64_t i = 0; i < count * down; ++i) {
-      const int64_t below = i % down * block_, line = i / down * lines + below;  // in its image, and of all
-      for (int64_t column = 0; column < t.columns; column += block_, product += products_row_) {
-        char* at = out.at + line * out.line + column * out.row + from * size_of(finish.out_type);
-        k_.from_frequencies(int(size_), int(block_), reinterpret_cast<const float*>(product), products_step_, finished,
-                            {at, out.row, out.line}, int(std::min(block_, lines - below)),
-                            int(std::min(block_, t.columns - column)), channels);
+      const int64_t below = i % down * output_tile_, line = i / down * lines + below;  // of the image, of the task
+      for (int64_t column = 0; column < t.columns; column += output_tile_, product += product_tile_stride_) {
+        char* at =
+            out.data + line * out.line_stride + column * out.pixel_stride + from * element_size(epilogue.out_type);
+        k_.output_transform(int(tile_size_), int(output_tile_), reinterpret_cast<const float*>(product),
+                            product_component_stride_, panel_epilogue, {at, out.pixel_stride, out.line_stride},
+                            int(std::min(output_tile_, lines - below)), int(std::min(output_tile_, t.columns - column)),
+                            channels);
       }
     }
   }
@@ -200,9 +208,9 @@ void Winograd::run(const Tile& t, const Images& x, const void* weight, const Fin
 }  // namespace nin
 
 void nin_winograd_weights(int64_t size, int64_t kernel, double* matrix) {
-  nin::Winograd::weights_matrix(size, kernel, matrix);
+  nin::Winograd::filter_transform_matrix(size, kernel, matrix);
 }
 
-int64_t nin_winograd_size(const void* kernels, const nin_problem* problem, int64_t columns) {
-  return nin::Winograd::choose_size(*static_cast<const nin::Kernels*>(kernels), *problem, columns);
+int64_t nin_winograd_size(const void* kernels, const nin_chain* chain, int64_t columns) {
+  return nin::Winograd::choose_tile_size(*static_cast<const nin::Kernels*>(kernels), *chain, columns);
 }

@@ -1,18 +1,17 @@
-// AMX's eight tile registers of 16 rows × 64 bytes, or with NIN_EMULATE_AMX the same in plain C++, for tests on
+// AMX's eight tile registers of 16 rows × 64 bytes, or with NIN_EMULATE_AMX an emulation in plain C++, for tests on
 // machines that lack them. The emulation follows the operation sections of the Intel 64 manual, volume 2 (TILELOADD,
 // TDPBF16PS), but for denormals, which AMX takes as zero.
 #pragma once
 
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-
-#include <immintrin.h>
 
 namespace nin {
 namespace {
 namespace registers {
 
-// What LDTILECFG reads: how many bytes of a row, and how many rows, each register has.
+// The operand of LDTILECFG: the bytes of a row and the rows of each register.
 struct alignas(64) Configuration {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -20,7 +19,7 @@ struct alignas(64) Configuration {
 };
 static_assert(sizeof(Configuration) == 64);
 
-// Numbers of the registers: sums by block of pixels and of columns, then the pixels and the weights.
+// Register numbers: sums by block of pixels and of columns, then pixels and weights.
 constexpr int sums[2][2] = {{0, 1}, {2, 3}}, pixels[2] = {4, 5}, weights[2] = {6, 7};
 
 // Pixels and sums of `rows` rows; weights of 16 pairs of channels.
@@ -82,7 +81,7 @@ inline void multiply_add() {
 
 #else
 
-// The "memory" clobbers are missing in GCC's own functions: it would put stores off until after the loads.
+// GCC's own intrinsics lack the "memory" clobbers, so it would move stores past the loads that depend on them.
 inline void configure(const Configuration& c) { __asm__ volatile("ldtilecfg %0" ::"m"(c) : "memory"); }
 inline void read_configuration(void* to) { __asm__ volatile("sttilecfg %0" : "=m"(*(Configuration*)to)::"memory"); }
 inline void release() { __asm__ volatile("tilerelease" ::: "memory"); }

@@ -1,7 +1,7 @@
-// Which kernels this machine can run.
-#include "library.hpp"
-
+// The instruction sets of the library, and which of them this machine runs.
 #include <cstring>
+
+#include "c_api.hpp"
 #if NIN_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -20,7 +20,7 @@ bool has_avx512_bf16() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// The processor has the tile registers, the system saves them, and this process may use them.
+// The processor has tile registers, the system saves them, and this process may use them.
 bool has_tile_registers() {
 #if NIN_EMULATE_AMX
   return true;
@@ -40,11 +40,11 @@ bool has_tile_registers() {
 #endif
 }
 
-// Whether a product comes out right: 32 × 40 by 40 × 32 small whole numbers, which no rounding touches. These kernels
-// have been tested on emulated tile registers only; where the real ones gave anything else, the next set serves.
-bool multiplies_right() {
+// Whether a GEMM of small integers, 32 × 40 by 40 × 32, is exact. These kernels have been tested on emulated tile
+// registers only: if the real ones deviate, the next instruction set serves.
+bool gemm_is_exact() {
   constexpr int pixels = 32, steps = 20, columns = 32;
-  const auto half = [](int value) {
+  const auto to_bf16 = [](int value) {
     const float number = float(value);
     uint32_t bits;
     std::memcpy(&bits, &number, 4);
@@ -53,20 +53,20 @@ bool multiplies_right() {
   alignas(64) uint16_t a[pixels][2 * steps], b[steps][columns][2];
   alignas(64) float got[pixels][columns];
   for (int k = 0; k < 2 * steps; ++k) {
-    for (int i = 0; i < pixels; ++i) a[i][k] = half((i * 3 + k) % 7 - 3);
-    for (int j = 0; j < columns; ++j) b[k / 2][j][k % 2] = half((j + 5 * k) % 9 - 4);
+    for (int i = 0; i < pixels; ++i) a[i][k] = to_bf16((i * 3 + k) % 7 - 3);
+    for (int j = 0; j < columns; ++j) b[k / 2][j][k % 2] = to_bf16((j + 5 * k) % 9 - 4);
   }
   const int64_t tap = 0;
-  Product p;
-  p.a = a, p.a_row = sizeof a[0];
-  p.taps = &tap, p.tap_count = 1, p.steps = steps;
-  p.panel = b, p.next = b;
-  p.columns = columns;
-  p.finish.out = got, p.finish.out_row = sizeof got[0];
+  GemmArguments args;
+  args.a = a, args.a_row_stride = sizeof a[0];
+  args.tap_offsets = &tap, args.tap_count = 1, args.k_steps = steps;
+  args.panel = b, args.prefetch = b;
+  args.columns = columns;
+  args.epilogue.out = got, args.epilogue.out_row_stride = sizeof got[0];
   alignas(64) char state[64];
-  avx512_amx_kernels.begin(state);
-  avx512_amx_kernels.multiply(p, pixels, max_vectors);
-  avx512_amx_kernels.end(state);
+  avx512_amx_kernels.enter(state);
+  avx512_amx_kernels.gemm(args, pixels, max_vectors);
+  avx512_amx_kernels.leave(state);
   for (int i = 0; i < pixels; ++i) {
     for (int j = 0; j < columns; ++j) {
       int sum = 0;
@@ -78,19 +78,19 @@ bool multiplies_right() {
 }
 #endif
 
-struct Set {
+struct InstructionSet {
   const char* name;
   const Kernels* f32;
   const Kernels* bf16;
   bool (*runs)();
 };
 
-const Set sets[] = {
+const InstructionSet instruction_sets[] = {
 #if NIN_X86
-    // these two multiply bfloat16 alone: float32 takes the AVX-512 kernels
+    // these two have dot products of bfloat16 alone: float32 takes the AVX-512 kernels
     {"avx512_amx", &avx512_kernels, &avx512_amx_kernels,
      [] {
-       static const bool right = has_avx512_bf16() && has_tile_registers() && multiplies_right();
+       static const bool right = has_avx512_bf16() && has_tile_registers() && gemm_is_exact();
        return right;
      }},
     {"avx512_bf16", &avx512_kernels, &avx512_bf16_kernels, has_avx512_bf16},
@@ -111,9 +111,9 @@ const Set sets[] = {
 const char* nin_version() { return NIN_VERSION; }
 
 const void* nin_find_kernels(const char* name, int64_t type) {
-  for (const nin::Set& set : nin::sets) {
+  for (const nin::InstructionSet& set : nin::instruction_sets) {
     if (std::strcmp(set.name, name) == 0) {
-      return !set.runs() ? nullptr : nin::Type(type) == nin::Type::bf16 ? set.bf16 : set.f32;
+      return !set.runs() ? nullptr : nin::DataType(type) == nin::DataType::bf16 ? set.bf16 : set.f32;
     }
   }
   return nullptr;

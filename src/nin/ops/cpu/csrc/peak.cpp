@@ -1,4 +1,4 @@
-// What the machine can do at most: multiply-adds without memory, and copies without arithmetic.
+// The machine's roofline: peak multiply-adds on registers, and the bandwidth of a copy.
 #include <chrono>
 #include <cstring>
 
@@ -13,14 +13,14 @@ double seconds_now() {
 
 }  // namespace
 
-double nin_peak_flops(const void* kernels, const nin_pool* pool, double seconds) {
+double nin_peak_flops(const void* kernels, const nin_thread_pool* pool, double seconds) {
   const auto& k = *static_cast<const nin::Kernels*>(kernels);
   std::atomic<double> done{0};
   const double start = seconds_now();
   const nin_status status = nin::run_tasks(*pool, pool->threads, 64, [&](int64_t, char*) {
     float sink = 0;
     while (seconds_now() - start < seconds) {
-      const double flop = k.peak(100000, &sink);
+      const double flop = k.peak_flop(100000, &sink);
       double before = done;
       while (!done.compare_exchange_weak(before, before + flop)) {
       }
@@ -29,7 +29,7 @@ double nin_peak_flops(const void* kernels, const nin_pool* pool, double seconds)
   return status == nin_ok ? done / (seconds_now() - start) : 0;
 }
 
-double nin_copy_bytes_per_second(const nin_pool* pool, char* to, const char* from, int64_t bytes) {
+double nin_copy_bytes_per_second(const nin_thread_pool* pool, char* to, const char* from, int64_t bytes) {
   const int64_t threads = std::max<int64_t>(1, pool->threads);
   const double start = seconds_now();
   const nin_status status = nin::run_tasks(*pool, threads, 64, [&](int64_t thread, char*) {

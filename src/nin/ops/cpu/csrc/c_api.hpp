@@ -1,0 +1,96 @@
+// The C interface of the compiled CPU library, loaded with ctypes by library.py. Sizes and strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+#define NIN_API extern "C" __attribute__((visibility("default")))
+
+enum nin_status : int32_t { nin_ok = 0, nin_out_of_memory = 1, nin_thread_pool_failed = 2 };
+
+// PyTorch's exported torch_parallel_for, or null: then the library starts threads of its own.
+typedef int32_t (*nin_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                    void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+struct nin_thread_pool {
+  nin_parallel_for parallel_for;
+  int64_t threads;
+};
+
+// A chain: a k×k convolution followed by 1×1 ones. All fields have eight bytes, so that Python packs them with struct.
+struct nin_chain {
+  int64_t type;  // data type of every tensor: 0 float32, 1 bfloat16
+  int64_t batch, channels, height, width;
+  int64_t out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t x_stride[4], y_stride[4];  // N, C, H, W
+  int64_t layers;
+  int64_t winograd_tile_size;  // 6 or 8: size of the first layer's Winograd input tiles; 0: direct convolution
+};
+
+struct nin_layer {
+  const void* weight;  // packed by nin_pack
+  const void* bias;    // or null
+  int64_t channels;    // output channels
+  int64_t activation;  // none, relu, gelu, silu
+};
+
+// A weight of any strides, as a GEMM operand: columns are the output channels.
+struct nin_weight_view {
+  int64_t type;
+  int64_t columns, channels, height, width;
+  int64_t column_stride, channel_stride, height_stride, width_stride;  // elements; may be negative
+};
+
+// Returns the kernels of an instruction set for a data type; null if the name is unknown or the machine lacks the set.
+NIN_API const void* nin_find_kernels(const char* name, int64_t type);
+NIN_API const char* nin_version();
+NIN_API int64_t nin_packed_bytes(const void* kernels, const nin_weight_view* weight);
+NIN_API void nin_pack(const void* kernels, const nin_weight_view* weight, const void* data, void* packed);
+// A hash of 64 evenly spaced values. It detects most changes that bypass a tensor's version counter, at no cost.
+NIN_API uint64_t nin_sample(const void* data, int64_t bytes);
+// A hash of all values, for weights without a version counter.
+NIN_API uint64_t nin_hash(const void* data, int64_t bytes);
+// Returns the Winograd input tile size (6 or 8) that the cost model chooses for the first layer, which has `columns`
+// output channels; 0: direct convolution.
+NIN_API int64_t nin_winograd_size(const void* kernels, const nin_chain* chain, int64_t columns);
+// Writes G, the matrix of the filter transform G w Gᵀ: size × kernel.
+NIN_API void nin_winograd_weights(int64_t size, int64_t kernel, double* matrix);
+// Applies the filter transform and packs the result, as large as a size × size kernel. `kernels`: those of float32.
+NIN_API int32_t nin_winograd_pack(const void* kernels, const nin_weight_view* weight, int64_t size, const void* data,
+                                  void* packed, const nin_thread_pool* pool);
+// The scratch memory of one thread, in bytes.
+NIN_API int64_t nin_forward_scratch_bytes(const void* kernels, const nin_chain* chain, const nin_layer* layers,
+                                          int64_t threads);
+NIN_API int32_t nin_forward(const void* kernels, const nin_chain* chain, const nin_layer* layers, const void* x,
+                            void* y, const nin_thread_pool* pool);
+
+// Where the gradients of a chain of 1×1 layers without padding go; null: not needed.
+struct nin_layer_gradient {
+  const void* weight;  // packed with columns and channels exchanged; unused if no earlier layer needs a gradient
+  void* weight_grad;   // (channels out, channels in), contiguous
+  void* bias_grad;
+};
+struct nin_gradient_strides {
+  int64_t grad_stride[4], x_grad_stride[4];
+};
+
+NIN_API int64_t nin_backward_scratch_bytes(const void* kernels, const nin_chain* chain, const nin_layer* layers,
+                                           const nin_gradient_strides* gradient, const nin_layer_gradient* gradients);
+// Deterministic for any number of threads. Of `x_grad`, only the pixels that the stride visits are written.
+NIN_API int32_t nin_backward(const void* kernels, const nin_chain* chain, const nin_layer* layers,
+                             const nin_gradient_strides* gradient, const nin_layer_gradient* gradients,
+                             const void* grad, const void* x, const void* y, void* x_grad, const nin_thread_pool* pool);
+// The weight gradient of a k×k layer in the Winograd domain: (columns, input channels, kernel, kernel) floats.
+// `y_stride` of the chain holds the strides of `grad`. Deterministic for any number of threads.
+NIN_API int32_t nin_winograd_gradient(const void* kernels, const nin_chain* chain, int64_t columns, const void* x,
+                                      const void* grad, float* weight_grad, const nin_thread_pool* pool);
+// The weight and bias gradients of a k×k layer without dilation, computed directly: `sums` has a row of `sums_row`
+// floats (a multiple of 16) for each tap and input channel, and one for the bias. `y` is the output of a ReLU, whose
+// derivative masks `grad`; null: no activation. Deterministic for any number of threads.
+NIN_API int32_t nin_tap_gradient(const void* kernels, const nin_chain* chain, const nin_gradient_strides* gradient,
+                                 int64_t columns, const void* x, const void* grad, const void* y, float* sums,
+                                 int64_t sums_row, const nin_thread_pool* pool);
+
+// The machine's roofline: FLOP/s of multiply-adds on registers, and bytes/s (read and written) of a copy.
+NIN_API double nin_peak_flops(const void* kernels, const nin_thread_pool* pool, double seconds);
+NIN_API double nin_copy_bytes_per_second(const nin_thread_pool* pool, char* to, const char* from, int64_t bytes);
