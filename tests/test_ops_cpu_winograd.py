@@ -273,7 +273,7 @@ def test_it_serves_where_it_takes_less_time():
 
 def test_the_environment_turns_it_off():
     code = (
-        "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import Layers\n"
+        "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import ChainArguments\n"
         "x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
         "layers = ChainArguments([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
         "print(abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, x, layers), layers)[1])"
