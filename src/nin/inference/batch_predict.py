@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from nin.errors import UserError
 from nin.inference.classifier import BATCH, Classifier
 from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
+from nin.runtime.fingerprint import fingerprint
 
 SECONDS_BETWEEN_MARKS = 2.0
 
@@ -205,13 +207,14 @@ def _line(fields: Sequence[str]) -> bytes:
 
 
 def _fingerprint(images: Sequence[str] | data.ShardSet, classifier: Classifier) -> str:
-    """Return a text that is another one for other images or another network."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in images.names if isinstance(images, data.ShardSet) else images:
-        digest.update(os.fsencode(name) + b"\0")
-    for name, tensor in sorted(classifier.model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Return a hash of the images' names and the network's weights."""
+    names = images.names if isinstance(images, data.ShardSet) else images
+    weights = sorted(classifier.model.state_dict().items())
+    parts = itertools.chain(
+        (os.fsencode(name) + b"\0" for name in names),
+        (part for name, tensor in weights for part in (name, tensor)),
+    )
+    return fingerprint(parts, hashlib.blake2b(digest_size=16))
 
 
 def _write_mark(file: BinaryIO, part: Path, mark: _Mark) -> None:

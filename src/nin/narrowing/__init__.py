@@ -3,7 +3,7 @@
 from nin.models.layer_shape import expand
 from nin.models.plan import LayerPlan, Plan, Thinning
 from nin.models.surgery import apply_plan
-from nin.narrowing.analysis import fingerprint
+from nin.narrowing.analysis import fingerprint_subject
 from nin.narrowing.distillation import FinetuneConfig, Tuner, finetune
 from nin.narrowing.latency import Stopwatch
 from nin.narrowing.options import NarrowOptions
@@ -26,6 +26,6 @@ __all__ = [
     "apply_plan",
     "expand",
     "finetune",
-    "fingerprint",
+    "fingerprint_subject",
     "narrow",
 ]

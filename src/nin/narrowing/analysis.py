@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from nin.narrowing.moments import Moments, measure_shapes, observe
 from nin.narrowing.sensitivity import measure_sensitivity
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
+from nin.runtime.fingerprint import fingerprint
 
 # Gradients are taken on at most this many batches' worth of images.
 SENSITIVITY_IMAGES = 512
@@ -87,7 +87,7 @@ def study(
     if not able:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
     wiring = trace(model, {name for name in shapes if name in layers})
-    key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint(model, batches, skip)))}"
+    key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint_subject(model, batches, skip)))}"
     known = _read_cache(cache, key)
     if "" in distributed.all_gather_text("found" if known else ""):  # a process without the file: all begin again
         known = None
@@ -186,15 +186,13 @@ def _without(candidates: Candidates, reasons: dict[str, str]) -> Candidates:
     return Candidates(forms, widths)
 
 
-def fingerprint(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:
-    """Return a number that changes with the weights, the images and what is skipped."""
-    digest = hashlib.sha256(json.dumps(skip).encode())
-    tensors = [*model.state_dict().values(), *torch.utils._pytree.tree_leaves(batches)]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def fingerprint_subject(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:
+    """Return a hash of the network's weights, the images and the patterns of layers to skip."""
+    parts: list[str | Tensor] = [json.dumps(skip)]
+    for value in [*model.state_dict().values(), *torch.utils._pytree.tree_leaves(batches)]:
+        if isinstance(value, Tensor):
+            parts += [str((value.dtype, tuple(value.shape))), value]
+    return fingerprint(parts)
 
 
 def _read_cache(path: Path | None, key: str) -> _Findings | None:

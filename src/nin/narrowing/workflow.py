@@ -24,11 +24,12 @@ from nin.narrowing import (
     Plan,
     Tuner,
     apply_plan,
-    fingerprint,
+    fingerprint_subject,
     narrow,
 )
 from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
 from nin.runtime import device, distributed
+from nin.runtime.fingerprint import changed_settings
 from nin.runtime.progress import ProgressCallback
 from nin.training import CheckpointOptions
 
@@ -144,7 +145,7 @@ def beginning(subject: Subject, config: ShrinkingConfig) -> dict[str, Any]:
     settings = config.to_dict()
     if config.finetune:
         settings |= {name: value for name, value in tuning(config).to_dict().items() if name != "epochs"}
-    return {"settings": settings, "subject": fingerprint(subject.model, seen, config.skip)}
+    return {"settings": settings, "subject": fingerprint_subject(subject.model, seen, config.skip)}
 
 
 def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, config: ShrinkingConfig) -> None:
@@ -160,7 +161,7 @@ def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, conf
         UserError: the settings, the network or the images differ.
     """
     now, settings = beginning(subject, config), before.get("settings", {})
-    differing = [f"{k}={settings.get(k)}, now {v}" for k, v in now["settings"].items() if settings.get(k) != v]
+    differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:
         differing = ["another network or other images"]
     if differing:

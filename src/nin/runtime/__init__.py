@@ -1,1 +1,1 @@
-"""What the machine and the operating system offer: devices, processes, clocks, files."""
+"""Devices, processes, CUDA graphs, timers, files, and text formats: what all other packages use, and no networks."""

@@ -1,4 +1,4 @@
-"""The machine: which device and number type to compute with, how many threads, and how glibc keeps memory."""
+"""Choose device, dtype and number of threads; the processor's name; and how glibc's malloc keeps memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def choose_device(name: str, *, gpu: int | None = None) -> torch.device:
 
     Args:
         name: auto, cpu, cuda, cuda:1, mps.
-        gpu: which GPU "auto" and "cuda" are, where each process of a job has its own.
+        gpu: index of the GPU that "auto" and "cuda" mean, where each process of a job has its own.
 
     Raises:
         UserError: there is no such device here.
@@ -36,21 +36,21 @@ def choose_device(name: str, *, gpu: int | None = None) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the type that convolutions multiply in: bf16 where the processor has instructions for it, else fp32."""
+    """Return the dtype for a precision; "auto" is bf16 where the device has instructions for it, else fp32."""
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_multiplies_bf16()
+        fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else cpu_has_bf16()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Return whether this processor has matrix instructions for bf16 (AVX-512 BF16 or AMX)."""
+def cpu_has_bf16() -> bool:
+    """Return whether this processor multiplies bf16 (AVX-512 BF16, which every processor with AMX has too)."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 @contextlib.contextmanager
 def use_threads(count: int | None) -> Iterator[None]:
-    """Compute on that many threads, and on as many as before afterwards; None changes nothing."""
+    """Let PyTorch use that many threads within the block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -60,7 +60,7 @@ def use_threads(count: int | None) -> Iterator[None]:
 
 
 def processor_name() -> str:
-    """Return the processor's name as Linux tells it, or what Python knows elsewhere."""
+    """Return the processor's name from /proc/cpuinfo, or what Python knows on other systems."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -68,13 +68,13 @@ def processor_name() -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed blocks for the next step instead of giving them back to the system.
+    """Set glibc's malloc to keep freed memory for the next step instead of returning it to the system.
 
-    Without it every step pays for the page faults of its activations again, a third to a half of the time. It
-    holds for the whole process.
+    Without it page faults of the activations take a third to a half of every step. It holds for the whole process and
+    cannot be undone.
 
     Returns:
-        Whether it was done; on other systems there is nothing to do.
+        Whether it was done: not on other systems and C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is None or platform.libc_ver()[0] != "glibc":

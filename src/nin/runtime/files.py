@@ -1,4 +1,7 @@
-"""Writes that are whole or not there."""
+"""Write files atomically: after a crash there is the old file or the new one, never a part of it.
+
+Own code, as the packages for it sync neither the file nor its folder, or pick a mode of their own.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:
-    """Write a file so that after a crash there is the old one or the new one, whole.
+    """Write a file atomically.
 
     Args:
         path: of the file.
         content: of the file.
-        read_back: compare what was written before it takes the old file's place.
+        read_back: read the new file and compare it before it replaces the old one.
 
     Raises:
-        OSError: with the file's name, the disk is full or the folder cannot be written; the old file stays.
+        OSError: the disk is full or the folder cannot be written; it has the file's name, and the old file stays.
     """
     data = content.encode() if isinstance(content, str) else content
     with open_atomically(path) as file:
@@ -32,32 +35,33 @@ def write_atomically(path: Path, content: bytes | str, *, read_back: bool = Fals
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its place when the block ends well, and else is not there.
+    """Open a temporary file that replaces ``path`` when the block ends without an error, and else is removed.
 
     Raises:
         OSError: as `write_atomically`.
     """
-    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # in the same folder, as a rename is atomic within one file system only
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         try:
-            with open(name, "xb") as file:
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
+            os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+                os.unlink(temporary)
             raise
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno is None:  # somebody's own words from inside the block
+        if error.errno is None:  # raised by the caller's block, with words of its own
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
+    """Sync a folder, without which a crash may undo a rename in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,31 +1,23 @@
-"""Is saved work still of the same thing? Hashes of networks, images and texts, and which settings were changed."""
+"""Is saved work still about the same thing? The hash of networks, images and texts, and which settings were changed."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def fingerprint(parts: Iterable[str | bytes | Tensor]) -> str:
-    """Return the SHA-256 of texts, bytes and tensors' values, one after the other, in hexadecimal digits.
+def fingerprint(parts: Iterable[str | bytes | Tensor], digest: Any = None) -> str:
+    """Return the hash of texts, bytes and tensors' values, one after the other, in hexadecimal digits.
 
-    A tensor's shape and dtype are not hashed: put them before it where they matter.
+    Args:
+        parts: what is hashed. Of a tensor only the values are: put shape and dtype before it where they matter.
+        digest: a new hash of `hashlib`, SHA-256 if not given.
     """
-    return _hexdigest(hashlib.sha256, parts)
-
-
-def short_fingerprint(parts: Iterable[str | bytes | Tensor]) -> str:
-    """Return a BLAKE2b of 128 bits of the same; files of version 0.1 hold both kinds."""
-    return _hexdigest(functools.partial(hashlib.blake2b, digest_size=16), parts)
-
-
-def _hexdigest(algorithm: Callable[[], Any], parts: Iterable[str | bytes | Tensor]) -> str:
-    digest = algorithm()
+    digest = digest or hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
             digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -35,7 +27,12 @@ def _hexdigest(algorithm: Callable[[], Any], parts: Iterable[str | bytes | Tenso
 
 
 def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, value before, value now) of each setting that is not what it was when the work was begun."""
+    """Yield (name, value before, value now) of each setting that is not what it was when the work was begun.
+
+    Example:
+        >>> list(changed_settings({"seed": 1, "epochs": 5}, {"seed": 0, "epochs": 5}))
+        [('seed', 0, 1)]
+    """
     for name, value in now.items():
         if before.get(name) != value:
             yield name, before.get(name), value

@@ -1,4 +1,4 @@
-"""A model's forward as a graph."""
+"""Trace a model's forward with torch.fx, with one error for all that cannot be traced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-# What a forward raises when it is called with the proxies of `torch.fx`, which stand for tensors and have no values.
+# What a forward raises on the proxies of torch.fx, which stand for tensors and have no values.
 _ERRORS = (
     ValueError,  # fx's TraceError: an if or a loop over one
     TypeError,  # int() or range() of one
@@ -18,19 +18,19 @@ _ERRORS = (
 
 
 class TracingError(ValueError):
-    """The model does what a graph cannot hold; the text says what, in one line."""
+    """The forward cannot be traced; the message says why, in one line."""
 
 
 def trace(model: nn.Module, tracer: fx.Tracer | None = None, constants: dict[str, Any] | None = None) -> fx.Graph:
-    """Return the graph of what a model computes.
+    """Return the graph of a model's forward.
 
     Args:
-        model: in the mode that is to be traced.
-        tracer: what decides which modules become one node, or PyTorch's own.
-        constants: arguments of the forward that have these values and are no inputs of the graph.
+        model: in the mode, training or evaluation, that is to be traced.
+        tracer: decides which modules become one node; PyTorch's own if None.
+        constants: values for arguments of the forward, which are then no inputs of the graph (`concrete_args` of fx).
 
     Raises:
-        TracingError: the control flow depends on values, or the like.
+        TracingError: for example, the control flow depends on values.
     """
     try:
         return (tracer or fx.Tracer()).trace(model, constants)

@@ -1,8 +1,8 @@
-"""How long work says how far it is."""
+"""The type of the callback that reports progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# called with what is being done, how much of it is done, and how much there is in all
+# called with (what is being done, number done, number of all)
 ProgressCallback = Callable[[str, int, int], None]

@@ -1,4 +1,4 @@
-"""Times calls side by side, so that what else the machine does falls on all of them alike."""
+"""Time several functions in interleaved runs, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """How long a call took over several runs.
+    """The wall time of a function over several runs.
 
     Attributes:
-        median_ms: half of the runs were faster, in milliseconds.
+        median_ms: in milliseconds.
         low_ms: the 20th percentile.
         high_ms: the 80th percentile.
-        runs: how many were measured, the warm-up not among them.
+        runs: how many were measured, without the warm-up.
     """
 
     median_ms: float
@@ -28,19 +28,19 @@ class Timing:
 def compare(
     callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle_ms: float = 0.0
 ) -> dict[str, Timing]:
-    """Time calls in turn: each round runs every one of them once.
+    """Time functions in rounds, each of which runs every one of them once.
 
-    A call that works on a GPU has to wait for it itself.
+    A function that computes on a GPU has to synchronise with it itself.
 
     Args:
-        callables: what to call, by name.
+        callables: the functions, by name.
         runs: measured rounds, at least 2.
         warmup: rounds before them that are not measured.
-        settle_ms: for how long a call is repeated right before it is measured, until nothing is left of what another
-            one left running or in the caches: idle threads of some libraries spin for milliseconds.
+        settle_ms: how long a function is repeated right before its measured run, so that neither the caches nor idle
+            threads of the one before disturb it; those of some libraries spin for milliseconds.
 
     Returns:
-        The timing of each call, in the order given.
+        The timing of each function, in the order given.
 
     Raises:
         ValueError: ``runs`` is less than 2 or ``warmup`` less than 0.
@@ -54,7 +54,7 @@ def compare(
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, got {warmup}")
     times_ms: dict[str, list[float]] = {name: [] for name in callables}
-    for turn in range(-warmup, runs):
+    for number in range(-warmup, runs):
         for name, call in callables.items():
             settled_ns = time.perf_counter_ns() + settle_ms * 1e6
             while settle_ms > 0 and time.perf_counter_ns() < settled_ns:
@@ -62,12 +62,12 @@ def compare(
             start = time.perf_counter_ns()
             call()
             elapsed_ms = (time.perf_counter_ns() - start) / 1e6
-            if turn >= 0:
+            if number >= 0:
                 times_ms[name].append(elapsed_ms)
-    return {name: summary(values) for name, values in times_ms.items()}
+    return {name: summarize(values) for name, values in times_ms.items()}
 
 
-def summary(times_ms: Sequence[float]) -> Timing:
-    """Return the median and the percentiles of measured milliseconds, of at least two runs."""
+def summarize(times_ms: Sequence[float]) -> Timing:
+    """Return the median and the percentiles of at least two times in milliseconds."""
     low, _, _, high = statistics.quantiles(times_ms, n=5, method="inclusive")
     return Timing(statistics.median(times_ms), low, high, len(times_ms))
