@@ -39,10 +39,10 @@ FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT
 METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 TIMINGS = ("epoch", "seconds", "images_per_second")
 
-# What building a network from a description that is not ours may raise.
+# What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
-# Height and width of the largest images that a network may ask for: 800 MB of uint8.
+# Height and width of the largest input that a config.json may ask for: 800 MB of uint8.
 LARGEST_SIZE = 16_384
 
 # A config.json holds names and numbers; one that is larger is not ours.
@@ -51,7 +51,7 @@ LARGEST_CONFIG_BYTES = 16 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What turns an image into the network's input.
+    """How an image becomes the network's input.
 
     Attributes:
         size: height and width, in pixels.
@@ -66,7 +66,7 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def check(self) -> None:
-        """Refuse what no image can be brought to.
+        """Check the ranges of values that came from a file.
 
         Raises:
             ValueError: a field is out of its range.
@@ -87,8 +87,8 @@ class RunInfo:
     """The contents of a run folder's ``config.json``.
 
     Attributes:
-        model: the architecture: its factory's name and arguments, see `model_from_description`.
-        classes: their names, in the order of the scores.
+        model: the architecture, from which `model_from_description` builds the network.
+        classes: names, in the order of the scores.
         preprocessing: from image to input.
         recipe: the settings of the training.
         data: what it was trained on: source, counts, images left out.
@@ -134,7 +134,7 @@ def _shorten(value: Any) -> str:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Return the plain data from which `model_from_description` builds the architecture again.
+    """Return the architecture as plain data for JSON, which `model_from_description` takes.
 
     Raises:
         TypeError: the model is none of `nin.models`.
@@ -152,7 +152,7 @@ def describe_narrowed(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def model_from_description(description: Mapping[str, Any]) -> nn.Module:
-    """Return a new network of that architecture.
+    """Return a network with random weights of an architecture.
 
     Raises:
         ValueError, TypeError, KeyError: the description is not one that `describe_model` wrote.
@@ -253,7 +253,7 @@ def load_info(folder: Path) -> RunInfo:
 
 
 def _check_fields(info: RunInfo) -> None:
-    """Refuse what is not of the type that `RunInfo` says."""
+    """Check that the fields have the types of `RunInfo`."""
     for field in ("model", "recipe", "data", "result", "environment"):
         if not isinstance(getattr(info, field), dict):
             raise TypeError(f"{field} must be an object")
@@ -291,9 +291,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write the training state: tensors, and what JSON can hold, with a checksum over both.
+    """Write ``state.safetensors``: tensors, and values that JSON can hold, with a checksum over both.
 
-    The file is read back before it takes the place of the one before.
+    The file is read back before it replaces the one before.
 
     Raises:
         OSError: the disk is full, the folder cannot be written, or the disk gives back something else.
@@ -327,14 +327,14 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a write that was killed left beside its file."""
+    """Remove temporary files of interrupted writes."""
     for name in FILES:
         for leftover in Path(folder).glob(f".{name}.*"):
             leftover.unlink()
 
 
 def remove_state(folder: Path) -> None:
-    """Remove the training state of a run that has ended."""
+    """Remove ``state.safetensors``, when the training has ended."""
     (Path(folder) / STATE_FILE).unlink(missing_ok=True)
 
 
@@ -362,7 +362,7 @@ def read_csv(path: Path) -> tuple[dict[str, float], ...]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the machine, for the record."""
+    """Return versions and machine for ``config.json``."""
     return {
         "nin": distribution.version(),
         "python": platform.python_version(),

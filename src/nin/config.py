@@ -1,4 +1,4 @@
-"""The training recipe: every setting with its unit and its reason. Importing it does not import PyTorch."""
+"""TrainConfig: every training setting with its unit and its reason. Importing it does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LARGEST_SEED = 2**32 - 1
 
 
 def check_seed(seed: int) -> None:
-    """Stop at a seed that is out of range.
+    """Check that a seed is in range.
 
     Raises:
-        UserError: it is none of 0 … `LARGEST_SEED`.
+        UserError: it is not 0 to `LARGEST_SEED`.
     """
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed must be 0 to {LARGEST_SEED}, got {seed}")
@@ -32,28 +32,28 @@ def step_seed(seed: int, step: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How `nin.train` trains. What is None is chosen from the data by `resolve`, and recorded in the run folder.
+    """The settings of `nin.train`. What is None is chosen from the data by `resolve`, and recorded in the run folder.
 
     Attributes:
-        recipe: what settings that are left at their defaults become: "default", or "speed" (see `RECIPES`).
-        model: a name of `nin.models.MODELS`; if not given, the one made for images of that size.
+        recipe: defaults of the other settings: "default", or "speed" for a GPU (see `RECIPES`).
+        model: a name of `nin.models.MODELS`; if not given, chosen by the size of the images.
         epochs: passes over the training images; if not given, 18, and more where there are few images.
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images.
-        learning_rate: at the peak of the one-cycle schedule, whatever the batch size; 0.1 suits batches of 128.
-        warmup: share of all steps in which the learning rate rises from zero; it falls to zero in the rest.
+        learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; 0.1 suits batches of 128.
+        warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest.
         schedule: how it falls: "cosine", or "triangle" (in a straight line).
-        momentum: of Nesterov's accelerated gradient.
-        weight_decay: per step, on convolution weights only (not on biases and gains).
-        label_smoothing: share of the target that is spread over all classes.
-        gradient_clip: largest norm of the gradient of all parameters together; longer ones are shortened.
-        ema: decay per step of the averaged weights, which are the ones that are tested and kept.
-        dropout: after each pooling; if not given, 0.2 for nin_digits and 0 for others. The paper's 0.5 is for hundreds
-            of epochs.
+        momentum: of SGD, in Nesterov's form.
+        weight_decay: per step, on weights only (not on biases and gains).
+        label_smoothing: probability of the target that is spread evenly over all classes.
+        gradient_clip: maximum norm of the gradient of all parameters together.
+        ema: decay per step of the averaged weights, which are the ones that are tested and saved.
+        dropout: probability, after each pooling; if not given, 0.2 for nin_digits and 0 for others. The paper's 0.5 is
+            for hundreds of epochs.
         normalisation: "weight_standardisation" keeps the 1×1 chains in one piece, "none" is the paper's network; if
             not given, the first for networks of mlpconv layers (nin_…), and "none" for googlenet, which has no other.
         last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes). googlenet has "none".
-        flip: mirror half of the images; if not given, where the data allow it (digits and letters do not).
-        shift: largest random translation, in pixels; if not given, about a fifteenth of the image.
+        flip: mirror half of the images; if not given, where the classes allow it (digits and letters do not).
+        shift: maximum random translation, in pixels; if not given, about a fifteenth of the image.
         seed: of the weights, the order, the augmentation and the dropout, below 2³². Two runs on one machine are
             equal.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
@@ -84,7 +84,7 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges, so that a mistake shows before anything is loaded."""
+        """Check the ranges, before any data are loaded."""
         for name in ("epochs", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,13 +103,13 @@ class TrainConfig:
         check_seed(self.seed)
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> ResolvedConfig:
-        """Return the recipe with every None that the data decide filled in.
+        """Return the settings with every None replaced, apart from those of the machine.
 
         Args:
-            images: how many there are to train on.
+            images: number of training images.
             image_size: their height and width, in pixels.
             flip: whether a mirrored image keeps its label.
-            shift: a sensible translation, in pixels.
+            shift: maximum translation that suits the images, in pixels.
         """
         # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100)
         epochs = min(100, max(18, math.ceil(400_000 / images)))
@@ -137,7 +137,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
-    """A recipe in which everything that the data decide is decided; see `TrainConfig`."""
+    """`TrainConfig` after `resolve`: settings that depend on the data are no longer None."""
 
     model: str = "nin_cifar"
     epochs: int = 20

@@ -1,9 +1,9 @@
-"""The error that is shown to a person as one line."""
+"""The error for mistakes of the user."""
 
 
 class UserError(ValueError):
-    """A mistake that a person can make and mend.
+    """A mistake that the user can correct.
 
-    The message is one line: the file or argument, what was expected, what was got, and what to do. The shell
+    The message is one line: the file or argument, what was expected, what was got, and what to do. The command line
     prints it without a traceback and exits with status 2.
     """

@@ -106,10 +106,10 @@ def measure(
     peak = limits.measure_peak_flops(x.dtype) if known else None
     bandwidth = limits.measure_copy_bandwidth()
     layers = tuple(
-        LayerTime(name, timing.summary(clock.runs_ms), *_bound(2 * macs[name], clock.bytes, peak, bandwidth))
+        LayerTime(name, timing.summarize(clock.runs_ms), *_bound(2 * macs[name], clock.bytes, peak, bandwidth))
         for name, clock in sorted(clocks.items(), key=lambda item: item[1].started_ns)
     )
-    return Measured(timing.summary(whole_ms), layers, torch.get_num_threads(), peak, bandwidth)
+    return Measured(timing.summarize(whole_ms), layers, torch.get_num_threads(), peak, bandwidth)
 
 
 class _Clock:

@@ -1,6 +1,6 @@
 """Write files atomically: after a crash there is the old file or the new one, never a part of it.
 
-Own code, as the packages for it sync neither the file nor its folder, or pick a mode of their own.
+Own code, as the package for it, atomicwrites, is no longer maintained.
 """
 
 from __future__ import annotations
