@@ -65,8 +65,8 @@ def deal(count: int, world: int, batch: int) -> bool:
 
 
 def split(count: int, world: int) -> bool:
-    """Return whether the shares of `nin predict` follow each other without a gap."""
-    bounds = [batch_predict.Share(rank, world).bounds(count) for rank in range(world)]
+    """Return whether the partitions of `nin predict` follow each other without a gap."""
+    bounds = [batch_predict.Partition(rank, world).bounds(count) for rank in range(world)]
     ends = [0, *(stop for _, stop in bounds)]
     return ends[-1] == count and all(start == end for (start, _), end in zip(bounds, ends, strict=False))
 

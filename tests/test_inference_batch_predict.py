@@ -17,7 +17,7 @@ from nin.cli import app
 from nin.errors import UserError
 from nin.inference import batch_predict
 from nin.inference import classifier as prediction
-from nin.inference.batch_predict import Share
+from nin.inference.batch_predict import Partition
 
 COUNT = 200  # more than three batches
 
@@ -48,7 +48,7 @@ def paths(folder):
 @pytest.fixture(scope="module")
 def whole(classifier, paths, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "p.csv"
-    assert batch_predict.tabulate(classifier, paths, out) == batch_predict.Tabulated(COUNT, 0, 1)
+    assert batch_predict.predict_to_file(classifier, paths, out) == batch_predict.PredictionCounts(COUNT, 0, 1)
     assert [path.name for path in out.parent.iterdir()] == ["p.csv"]
     return out.read_bytes()
 
@@ -87,14 +87,14 @@ def test_a_stopped_call_goes_on_with_the_same_bytes(classifier, paths, whole, st
             raise StopHereError
 
     with pytest.raises(StopHereError):
-        batch_predict.tabulate(classifier, paths, out, on_progress=stop)
+        batch_predict.predict_to_file(classifier, paths, out, on_progress=stop)
     assert not out.exists()
     with (tmp_path / "p.csv.partial").open("ab") as file:
         file.write(b"half a li")  # what a kill leaves behind the last mark
     with pytest.raises(UserError, match="go on with --resume"):
-        batch_predict.tabulate(classifier, paths, out)
-    done = batch_predict.tabulate(classifier, paths, out, resume=True)
-    assert done.before == min(64 * -(-stop_at // 64), COUNT)
+        batch_predict.predict_to_file(classifier, paths, out)
+    done = batch_predict.predict_to_file(classifier, paths, out, resume=True)
+    assert done.resumed == min(64 * -(-stop_at // 64), COUNT)
     assert out.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
@@ -107,24 +107,26 @@ def test_resuming_refuses_other_images_and_damage(classifier, paths, tmp_path, m
         raise StopHereError
 
     with pytest.raises(StopHereError):
-        batch_predict.tabulate(classifier, paths, out, on_progress=stop)
+        batch_predict.predict_to_file(classifier, paths, out, on_progress=stop)
     with pytest.raises(UserError, match="about other images"):
-        batch_predict.tabulate(classifier, paths[1:], out, resume=True)
+        batch_predict.predict_to_file(classifier, paths[1:], out, resume=True)
     mark = tmp_path / "p.csv.partial.json"
     content = mark.read_text()
     for text, message in (("[", "is damaged"), (json.dumps({**json.loads(content), "bytes": 10**9}), "does not fit")):
         mark.write_text(text)
         with pytest.raises(UserError, match=message):
-            batch_predict.tabulate(classifier, paths, out, resume=True)
+            batch_predict.predict_to_file(classifier, paths, out, resume=True)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_write_one_file(classifier, paths, whole, world, tmp_path):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_write_one_file(classifier, paths, whole, world_size, tmp_path):
     out = tmp_path / "p.csv"
-    shares = [Share(rank, world) for rank in range(world)]
+    partitions = [Partition(rank, world_size) for rank in range(world_size)]
     threads = [
-        threading.Thread(target=batch_predict.tabulate, args=(classifier, paths, out), kwargs={"share": share})
-        for share in shares
+        threading.Thread(
+            target=batch_predict.predict_to_file, args=(classifier, paths, out), kwargs={"partition": partition}
+        )
+        for partition in partitions
     ]
     for thread in threads:
         thread.start()
@@ -139,17 +141,17 @@ def test_several_processes_write_one_file(classifier, paths, whole, world, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
 
 
-def test_shares_are_all_of_it_once():
+def test_partitions_are_all_of_it_once():
     for count in (0, 1, 5, 1000):
-        for world in (1, 2, 3, 7):
-            bounds = [Share(rank, world).bounds(count) for rank in range(world)]
+        for world_size in (1, 2, 3, 7):
+            bounds = [Partition(rank, world_size).bounds(count) for rank in range(world_size)]
             assert [i for start, stop in bounds for i in range(start, stop)] == list(range(count))
 
 
 def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monkeypatch):
     """Blocks of a few rows, most of them without a problem, and classes that look like numbers."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(batch_predict, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(batch_predict, "PARQUET_BLOCK_BYTES", 1000)
     classifier = prediction.load(run)
     classes = ("007", "1e3", "true", "", "caf\udce9", "5", "6", "7", "nan", "9")
     classifier.info = dataclasses.replace(classifier.info, classes=classes)
@@ -158,7 +160,7 @@ def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monke
     bad = next(i for i, path in enumerate(paths) if path.endswith("005.png"))
     order = data.PathList([*paths[:bad], *paths[bad + 1 :], strange, paths[bad]])  # the problem is the last row
     for name in ("p.csv", "p.parquet"):
-        batch_predict.tabulate(classifier, order, tmp_path / name)
+        batch_predict.predict_to_file(classifier, order, tmp_path / name)
     with open(tmp_path / "p.csv", encoding="utf-8", errors="backslashreplace", newline="") as file:
         head, *texts = csv.reader(file)
     table = parquet.read_table(tmp_path / "p.parquet")
@@ -178,7 +180,7 @@ def test_every_column_has_a_name_of_its_own(run, paths, tmp_path):
     classifier = prediction.load(run)
     classes = ("image", "label", "confidence", "problem", *"abcdef")
     classifier.info = dataclasses.replace(classifier.info, classes=classes)
-    batch_predict.tabulate(classifier, paths[:2], tmp_path / "p.csv")
+    batch_predict.predict_to_file(classifier, paths[:2], tmp_path / "p.csv")
     head = (tmp_path / "p.csv").read_text().splitlines()[0].split(",")
     asked = [f"class {name}" for name in classes[:4]]
     assert head == ["image", "label", "confidence", *asked, *"abcdef", "problem"]

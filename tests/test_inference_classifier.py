@@ -177,7 +177,7 @@ def test_floats_outside_their_range_are_refused(run, value):
 def test_the_caller_can_still_train(run):
     _, classifier, channels = run
     for call in (classifier.predict, classifier.scores, classifier.confidence_maps):
-        call([picture(channels)] * (prediction.BATCH + 1))
+        call([picture(channels)] * (prediction.INFERENCE_BATCH_SIZE + 1))
         assert not torch.is_inference_mode_enabled()
     broken = nin.Classifier(torch.nn.Linear(1, 1), classifier.info)
     kept = []

@@ -14,7 +14,7 @@ from nin import data, report
 from nin.cli.console import ProgressBar, messages, print_json, results
 from nin.errors import UserError
 from nin.inference import batch_predict
-from nin.inference.classifier import BATCH, Classifier, Prediction, load
+from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier, Prediction, load
 from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_percent
 
@@ -97,15 +97,17 @@ def write_predictions(
     classifier: Classifier, source: data.ShardSet | data.PathList, table: Path, *, resume: bool
 ) -> None:
     """Write the predictions into a CSV or Parquet file; under torchrun, each process writes its part."""
-    share, started = batch_predict.Share.of_environment(), time.monotonic()
+    partition, started = batch_predict.Partition.from_environment(), time.monotonic()
     with ProgressBar("Predicting", len(source)) as bar:
-        done = batch_predict.tabulate(classifier, source, table, resume=resume, share=share, on_progress=bar.update)
-    if share.rank:
+        counts = batch_predict.predict_to_file(
+            classifier, source, table, resume=resume, partition=partition, on_progress=bar.update
+        )
+    if partition.rank:
         return
-    new, seconds = done.images - done.before, time.monotonic() - started
+    new, seconds = counts.total - counts.resumed, time.monotonic() - started
     messages.print(f"{len(source):,} images in {table}, {new:,} of them now, {new / seconds:,.0f} per second")
-    if done.unreadable:
-        messages.print(f"{done.unreadable:,} cannot be read: their rows have a problem instead of a label")
+    if counts.unreadable:
+        messages.print(f"{counts.unreadable:,} cannot be read: their rows have a problem instead of a label")
 
 
 def predict_paths(
@@ -125,9 +127,9 @@ def predict_paths(
     paths: list[Path] = []
     predictions: list[Prediction] = []
     with ProgressBar("Predicting", len(source)) as bar:
-        for start in range(0, len(source), BATCH):
+        for start in range(0, len(source), INFERENCE_BATCH_SIZE):
             batch = []
-            for path in source[start : start + BATCH]:
+            for path in source[start : start + INFERENCE_BATCH_SIZE]:
                 try:
                     batch.append(data.decode(path, size=p.size, channels=p.channels))
                     paths.append(Path(path))

@@ -1,4 +1,4 @@
-"""Predictions of any number of images, streamed into a CSV or Parquet file that survives a kill."""
+"""Batch prediction: any number of images into a CSV or Parquet file, by one process or several, resumable."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ from nin.data.decoder import DecodeError
 from nin.data.loader import map_in_threads
 from nin.distribution import install_command
 from nin.errors import UserError
-from nin.inference.classifier import BATCH, Classifier
+from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
 from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
 
 SECONDS_BETWEEN_MARKS = 2.0
 
-# CSV that becomes Parquet at a time
-BLOCK_BYTES = 1 << 20
+# CSV that is converted at a time: one row group of the Parquet file
+PARQUET_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of the images this process takes: the ``rank``-th of ``world`` runs of neighbours.
+class Partition:
+    """The images of one process: those from one index to another, so that the parts can be joined as files.
 
     Attributes:
-        rank: from 0.
-        world: how many processes there are.
+        rank: of the process, from 0.
+        world_size: number of processes.
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @classmethod
-    def of_environment(cls) -> Share:
-        """Return what torchrun says, or all of the images."""
+    def from_environment(cls) -> Partition:
+        """Return the partition of this process of a torchrun job, or all of the images."""
         return cls(distributed.rank(), distributed.world_size())
 
     def bounds(self, count: int) -> tuple[int, int]:
-        """Return where this share begins and ends."""
-        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+        """Return the first index and the one after the last, of ``count`` images."""
+        return count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
 
 
 @dataclass(frozen=True)
-class Tabulated:
-    """What a call of `tabulate` did.
+class PredictionCounts:
+    """Numbers of the rows of one call of `predict_to_file`.
 
     Attributes:
-        images: rows in this share.
-        before: how many of them an earlier call had written.
-        unreadable: how many of the others cannot be read.
+        total: rows of this partition.
+        resumed: those of them that an earlier call wrote.
+        unreadable: those that this call wrote for files that cannot be read.
     """
 
-    images: int
-    before: int
+    total: int
+    resumed: int
     unreadable: int
 
 
@@ -82,41 +82,41 @@ class _Mark:
     bytes: int = 0
 
 
-def tabulate(
+def predict_to_file(
     classifier: Classifier,
     images: Sequence[str] | data.ShardSet,
     out: Path,
     *,
     resume: bool = False,
-    share: Share | None = None,
+    partition: Partition | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Tabulated:
+) -> PredictionCounts:
     """Classify images and write one row for each, in their order: image, label, confidence, every class, problem.
 
-    A class that is called as one of the others has "class " before its name in the first row. Memory does not grow with
-    the number of images. Rows are written to ``out`` with ".partial" behind it, which takes the file's place when it is
-    whole. A file that cannot be read gets a row with the reason as its problem.
+    A class with the name of another column has "class " before it in the header. Memory does not grow with the number
+    of images. Rows are appended to a file whose name ends in ".partial", and ``out`` is replaced when all are there. A
+    file that cannot be read gets a row with the reason as its problem.
 
     Args:
         classifier: of the images.
         images: paths, or shards.
         out: the file; Parquet if its name ends in .parquet, else CSV.
         resume: go on after the rows that an interrupted call wrote, if there are any.
-        share: the part to do, where several processes work. The one with rank 0 joins the parts when all are whole.
-        on_progress: called with (rows, rows in all).
+        partition: the images of this process of several. The one of rank 0 merges the files when all are complete.
+        on_progress: called with the rows that are written and their number in the end.
 
     Returns:
-        What was done.
+        How many rows there are, and how they came about.
 
     Raises:
-        UserError: there are rows of an interrupted call and nobody said to resume, or they are about other images or
-            of another network.
+        UserError: there are rows of an interrupted call without ``resume``, or rows of other images or of another
+            network.
         OSError: the file cannot be written; it is named.
     """
-    share = share or Share()
-    source = _Source(images, classifier)
-    start, stop = share.bounds(len(images))
-    part = _partial(out, share)
+    partition = partition or Partition()
+    predictor = _Predictor(images, classifier)
+    start, stop = partition.bounds(len(images))
+    part = _partial_path(out, partition)
     mark = _Mark(_fingerprint(images, classifier))
     if resume:
         mark = _read_mark(part, mark)
@@ -126,10 +126,10 @@ def tabulate(
     with part.open("r+b" if mark.bytes else "wb") as file:
         file.truncate(mark.bytes)
         file.seek(mark.bytes)
-        if share.rank == 0 and not mark.bytes:
-            file.write(_line(_columns(classifier.classes)))
+        if partition.rank == 0 and not mark.bytes:
+            file.write(_csv_line(_column_names(classifier.classes)))
         marked = time.monotonic()
-        for rows, bad in source.rows(start + before, stop):
+        for rows, bad in predictor.rows(start + before, stop):
             file.write(b"".join(rows))
             unreadable += bad
             mark.rows += len(rows)
@@ -139,13 +139,13 @@ def tabulate(
             if on_progress is not None:
                 on_progress(mark.rows, stop - start)
         _write_mark(file, part, mark)
-    if share.rank == 0:
-        _join(out, share, len(images), mark, classifier.classes)
-    return Tabulated(stop - start, before, unreadable)
+    if partition.rank == 0:
+        _merge(out, partition, len(images), mark, classifier.classes)
+    return PredictionCounts(stop - start, before, unreadable)
 
 
-class _Source:
-    """Images that are decoded by threads ahead of the network."""
+class _Predictor:
+    """Predict images as CSV lines; threads decode ahead of the network."""
 
     def __init__(self, images: Sequence[str] | data.ShardSet, classifier: Classifier) -> None:
         p = classifier.info.preprocessing
@@ -153,37 +153,36 @@ class _Source:
         self.names = images.names if isinstance(images, data.ShardSet) else images
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[list[bytes], int]]:
-        """Yield the rows of one batch after the other, and how many images in it cannot be read.
-
-        A sum depends on its order in the last bit: batches begin at multiples of `BATCH` from the first row, wherever
-        a call goes on, so that its rows are those of a call that nobody interrupted.
-        """
-        batches = [range(first, min(first + BATCH, stop)) for first in range(start, stop, BATCH)]
-        for indices, (pixels, problems) in zip(batches, map_in_threads(self.decode, batches), strict=True):
+        """Yield the rows of each batch, and how many of its images cannot be read."""
+        # Sums depend on the size of the batch in the last bit. The position is written after whole batches only, so a
+        # call that resumes has the batches, and the bytes, of one that was not interrupted.
+        indices = range(start, stop)
+        batches = [indices[i : i + INFERENCE_BATCH_SIZE] for i in range(0, len(indices), INFERENCE_BATCH_SIZE)]
+        for batch, (pixels, problems) in zip(batches, map_in_threads(self.decode, batches), strict=True):
             scores = self.classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
-            yield [self.row(i, p, problems.get(i)) for i, p in zip(indices, scores, strict=True)], len(problems)
+            yield [self.row(i, p, problems.get(i)) for i, p in zip(batch, scores, strict=True)], len(problems)
 
     def decode(self, indices: range) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[int, str]]:
-        """Return uint8 (B, C, size, size), zeros where an image cannot be read, and why by index."""
+        """Return uint8 (B, C, size, size), zeros for an image that cannot be read, and the reasons by index."""
         pixels = np.zeros((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
         problems = {}
-        for place, index in enumerate(indices):
+        for i, index in enumerate(indices):
             name = self.names[index]
             try:
                 content = self.images.read(index) if isinstance(self.images, data.ShardSet) else name
-                pixels[place] = data.decode(content, size=self.size, channels=self.channels).numpy()
+                pixels[i] = data.decode(content, size=self.size, channels=self.channels).numpy()
             except DecodeError as error:
                 problems[index] = error.reason
         return pixels, problems
 
     def row(self, index: int, probabilities: Tensor, problem: str | None) -> bytes:
-        """Return the line of one image."""
+        """Return the CSV line of one image."""
         name, classes = self.names[index], self.classifier.classes
         if problem is not None:
-            return _line([name, "", "", *[""] * len(classes), problem])
+            return _csv_line([name, "", "", *[""] * len(classes), problem])
         best = int(probabilities.argmax())
         values = [f"{value:.6f}" for value in probabilities.tolist()]
-        return _line([name, classes[best], values[best], *values, ""])
+        return _csv_line([name, classes[best], values[best], *values, ""])
 
 
 def mark_file(part: Path) -> Path:
@@ -191,16 +190,16 @@ def mark_file(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _partial(out: Path, share: Share) -> Path:
-    return out.with_name(f"{out.name}.partial" if share.world == 1 else f"{out.name}.{share.rank}.partial")
+def _partial_path(out: Path, partition: Partition) -> Path:
+    return out.with_name(f"{out.name}.partial" if partition.world_size == 1 else f"{out.name}.{partition.rank}.partial")
 
 
-def _columns(classes: Sequence[str]) -> list[str]:
+def _column_names(classes: Sequence[str]) -> list[str]:
     own = ("image", "label", "confidence", "problem")
     return [*own[:3], *(f"class {name}" if name in own else name for name in classes), own[3]]
 
 
-def _line(fields: Sequence[str]) -> bytes:
+def _csv_line(fields: Sequence[str]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(fields)
     return text.getvalue().encode(errors="surrogateescape")  # a path may be no valid Unicode
@@ -242,47 +241,48 @@ def _read_mark(part: Path, fresh: _Mark) -> _Mark:
     return mark
 
 
-def _to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
-    """Write CSV rows as a Parquet file, some at a time: three columns of text, numbers, null where there is none."""
+def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
+    """Convert the rows to Parquet in blocks: image, label and problem are text, the others float64; empty is null."""
     try:
-        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-        reading = importlib.import_module("pyarrow.csv")
+        pa, pq, pa_csv = map(importlib.import_module, ("pyarrow", "pyarrow.parquet", "pyarrow.csv"))
     except ImportError as error:
         raise UserError(f"{out}: Parquet needs: {install_command('parquet')}") from error
-    names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _columns(classes)]
+    names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _column_names(classes)]
     is_text = [True, True, *[False] * (len(names) - 3), True]
-    # read by their places, as text may be no valid Unicode
-    types = {str(place): arrow.binary() if text else arrow.float64() for place, text in enumerate(is_text)}
-    reader = reading.open_csv(
+    # bytes, and numbers in place of names: PyArrow's CSV reader takes valid UTF-8 only, paths and classes need not be it
+    types = {str(i): pa.binary() if text else pa.float64() for i, text in enumerate(is_text)}
+    reader = pa_csv.open_csv(
         rows,
-        read_options=reading.ReadOptions(column_names=list(types), skip_rows_after_names=1, block_size=BLOCK_BYTES),
-        parse_options=reading.ParseOptions(newlines_in_values=True),
-        convert_options=reading.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
+        read_options=pa_csv.ReadOptions(
+            column_names=list(types), skip_rows_after_names=1, block_size=PARQUET_BLOCK_BYTES
+        ),
+        parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa_csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
     )
-    columns = [(name, arrow.string() if text else arrow.float64()) for name, text in zip(names, is_text, strict=True)]
-    schema = arrow.schema(columns)
-    with open_atomically(out) as file, parquet.ParquetWriter(file, schema) as writer:
+    columns = [(name, pa.string() if text else pa.float64()) for name, text in zip(names, is_text, strict=True)]
+    schema = pa.schema(columns)
+    with open_atomically(out) as file, pq.ParquetWriter(file, schema) as writer:
         for batch in reader:
             values = [
-                # with backslashes, as a text in Parquet is valid Unicode
-                arrow.array([value.decode(errors="backslashreplace") for value in column.to_pylist()], arrow.string())
+                # Parquet's strings are valid UTF-8: other bytes are escaped
+                pa.array([value.decode(errors="backslashreplace") for value in column.to_pylist()], pa.string())
                 if text
                 else column
                 for column, text in zip(batch.columns, is_text, strict=True)
             ]
-            writer.write_batch(arrow.record_batch(values, schema=schema))
+            writer.write_batch(pa.record_batch(values, schema=schema))
 
 
-def _join(out: Path, share: Share, count: int, mark: _Mark, classes: Sequence[str]) -> None:
-    """Put the parts of all processes behind each other when they are whole, and the result into its place.
+def _merge(out: Path, partition: Partition, count: int, mark: _Mark, classes: Sequence[str]) -> None:
+    """Wait for the files of the other processes, append them to the first one's, and replace ``out``.
 
-    Another process that dies ends this wait too: whoever started them ends them all.
+    A process that dies leaves its file incomplete; torchrun then ends this one too, so the wait needs no limit.
     """
-    first = _partial(out, share)
+    first = _partial_path(out, partition)
     with first.open("ab") as file:
-        for rank in range(1, share.world):
-            other = Share(rank, share.world)
-            part, (start, stop) = _partial(out, other), other.bounds(count)
+        for rank in range(1, partition.world_size):
+            other = Partition(rank, partition.world_size)
+            part, (start, stop) = _partial_path(out, other), other.bounds(count)
             while _read_mark(part, _Mark(mark.images)).rows < stop - start:
                 time.sleep(0.2)
             with part.open("rb") as rows:
@@ -290,11 +290,11 @@ def _join(out: Path, share: Share, count: int, mark: _Mark, classes: Sequence[st
         file.flush()
         os.fsync(file.fileno())
     if out.suffix == ".parquet":
-        _to_parquet(first, out, classes)
+        _csv_to_parquet(first, out, classes)
     else:
         os.replace(first, out)
         sync_folder(out.parent)
-    for rank in range(share.world):
-        part = _partial(out, Share(rank, share.world))
+    for rank in range(partition.world_size):
+        part = _partial_path(out, Partition(rank, partition.world_size))
         mark_file(part).unlink(missing_ok=True)
         part.unlink(missing_ok=True)

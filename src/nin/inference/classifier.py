@@ -22,7 +22,7 @@ from nin.errors import UserError
 from nin.runtime.formatting import format_percent
 from nin.runtime.tables import html_table
 
-BATCH = 64
+INFERENCE_BATCH_SIZE = 64
 
 # A notebook shows so many classes of a prediction.
 SHOWN = 5
@@ -192,8 +192,10 @@ def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Ten
         items = images
     else:
         items = [images]
-    for start in range(0, len(items), BATCH):
-        yield torch.stack([_pixels(item, size=size, channels=channels) for item in items[start : start + BATCH]])
+    for start in range(0, len(items), INFERENCE_BATCH_SIZE):
+        yield torch.stack(
+            [_pixels(item, size=size, channels=channels) for item in items[start : start + INFERENCE_BATCH_SIZE]]
+        )
 
 
 def _pixels(image: Any, *, size: int, channels: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from nin import data
 from nin.runtime import distributed
 
-TEST_BATCH = 250
-GPU_TEST_BATCH = 2000  # a GPU is not busy with less
+TEST_BATCH_SIZE = 250
+GPU_TEST_BATCH_SIZE = 2000  # a GPU is not busy with less
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def evaluate(
     """
     scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
     order = torch.arange(len(images.test))[distributed.rank() :: distributed.world_size()]
-    size = GPU_TEST_BATCH if device.type == "cuda" else TEST_BATCH
+    size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
     for pixels, batch_labels, _ in data.batches(images.test, order, size, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from nin.inference.classifier import BATCH, Classifier
+from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
 from nin.models import Network
 
 T = TypeVar("T")
@@ -118,11 +118,11 @@ class Batcher:
         return cast(Answer, job.answer)
 
     def _gather(self, first: _Job) -> list[_Job]:
-        """Return the job and those that wait for the same network, of about BATCH images together."""
+        """Return the job and those that wait for the same network, of about INFERENCE_BATCH_SIZE images together."""
         with self._lock:
             batch, count = [first], len(cast(Tensor, first.pixels))
             for job in self._waiting:
-                if job is not first and job.classifier is first.classifier and count < BATCH:
+                if job is not first and job.classifier is first.classifier and count < INFERENCE_BATCH_SIZE:
                     batch.append(job)
                     count += len(cast(Tensor, job.pixels))
             self._waiting = [job for job in self._waiting if job not in batch]
@@ -131,8 +131,8 @@ class Batcher:
 
 @torch.inference_mode()
 def classify(classifier: Classifier, pixels: Tensor) -> Answer:
-    """Return the answers for images, BATCH at a time."""
+    """Return the answers for images, INFERENCE_BATCH_SIZE at a time."""
     network = cast(Network, classifier.fastest)
-    maps = [network.maps(classifier.inputs(part)) for part in pixels.split(BATCH)]
+    maps = [network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]
     whole = torch.cat(maps).float().cpu()
     return Answer(whole.mean((2, 3)), whole)
