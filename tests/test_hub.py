@@ -11,7 +11,8 @@ import nin
 from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE, HubClassifier
-from nin.narrowing.workflow_api import ShrinkingConfig, shrink
+from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.workflow_config import WorkflowConfig
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_without_images_there_is_no_picture(run, tmp_path):
 
 
 def test_a_narrowed_network(run, tmp_path):
-    shrink(run, nin.data.load("digits"), ShrinkingConfig({"macs": 0.7}, images=64), out=tmp_path / "narrow")
+    narrow_run(run, nin.data.load("digits"), WorkflowConfig({"macs": 0.7}, images=64), out=tmp_path / "narrow")
     HubClassifier.from_run(tmp_path / "narrow", images="digits").save_pretrained(tmp_path / "saved")
     x = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     again = HubClassifier.from_pretrained(tmp_path / "saved")

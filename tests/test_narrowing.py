@@ -14,22 +14,24 @@ from torch import nn
 
 import nin
 from nin.errors import UserError
-from nin.models import layer_shape
+from nin.models.surgery import to_plain_layers
 from nin.narrowing import (
+    ChannelPruning,
     FinetuneConfig,
     LayerPlan,
     NarrowOptions,
     Plan,
-    Thinning,
     analysis,
     dependency_graph,
     finetune,
+    knapsack,
     latency,
     pipeline,
     recalibration,
 )
-from nin.narrowing.analysis import study
-from nin.narrowing.reconstruction import Material, refine
+from nin.narrowing.analysis import analyse
+from nin.narrowing.reconstruction import reconstruct
+from nin.narrowing.search_space import SearchSpace
 from nin.runtime import timer
 
 QUIET = NarrowOptions(measure_latency=False, revert_slower=False)
@@ -103,21 +105,20 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def realise(model, batches, forms=None, thinned=()):
+def realise(model, batches, forms=None, pruned=()):
     """Fit a plan made by hand."""
-    original = layer_shape.expand(model).eval()
-    known = study(original, batches, skip=(), cache=None)
+    original = to_plain_layers(model).eval()
+    known = analyse(original, batches, skip=(), cache=None)
     layers = []
-    for name, shape in known.shapes.items():
+    for name, spec in known.specs.items():
         form = (forms or {}).get(name, ("keep", None, None))
-        inputs, outs = shape.in_channels, shape.out_channels
-        for t in thinned:
+        inputs, outs = spec.in_channels, spec.out_channels
+        for t in pruned:
             inputs = t.channels if name in (t.consumer, *t.between) else inputs
             outs = t.channels if name in (t.producer, *t.between) else outs
         layers.append(LayerPlan(name, *form, inputs, outs))
-    plan = Plan(tuple(layers), tuple(thinned), "macs", 0.5)
-    material = Material(original, plan, known.shapes, known.sensitivities, known.shortcuts, batches)
-    new, errors = refine(material, passes=8)
+    plan = Plan(tuple(layers), tuple(pruned), "macs", 0.5)
+    new, errors = reconstruct(original, plan, known, batches, passes=8)
     rebuilt = nin.apply_plan(model, Plan.from_json(plan.to_json()))
     rebuilt.load_state_dict(new.state_dict())
     torch.testing.assert_close(outputs(rebuilt, batches), outputs(new, batches))
@@ -177,7 +178,7 @@ def test_shared_modules_are_narrowed_once_and_everywhere():
 
 def test_thinning_refits_and_is_better_than_dropping():
     model, batches = chain(), images(16, 3, 16, 16)
-    new, errors = realise(model, batches, thinned=[Thinning("0", "3", ("1",), 10, 16)])
+    new, errors = realise(model, batches, pruned=[ChannelPruning("0", "3", ("1",), 10, 16)])
     assert (new[0].out_channels, new[1].num_features, new[3].in_channels) == (10, 10, 10)
     reference = outputs(model, batches)
     weights = model[3].weight.abs().sum((0, 2, 3))
@@ -190,8 +191,8 @@ def test_thinning_refits_and_is_better_than_dropping():
 
 def test_thinning_goes_through_depthwise_layers_and_flattening():
     model, batches = chain(), images(16, 3, 16, 16)
-    thinned = [Thinning("3", "9", ("4", "7"), 20, 24), Thinning("9", "13", (), 12, 16)]
-    new, _ = realise(model, batches, thinned=thinned)
+    pruned = [ChannelPruning("3", "9", ("4", "7"), 20, 24), ChannelPruning("9", "13", (), 12, 16)]
+    new, _ = realise(model, batches, pruned=pruned)
     assert (new[7].groups, new[9].in_channels, new[13].in_features) == (20, 20, 12)
     assert outputs(new, batches).shape == (64, 10)
     assert relative(outputs(new, batches), outputs(model, batches)) < 0.2
@@ -256,7 +257,7 @@ def test_torch_export_agrees():
 def test_our_own_networks_become_plain():
     model = nin.models.nin_digits(normalisation="weight_standardisation")
     batches = images(32, 1, 8, 8)
-    torch.testing.assert_close(outputs(layer_shape.expand(model), batches), outputs(model, batches))
+    torch.testing.assert_close(outputs(to_plain_layers(model), batches), outputs(model, batches))
     result = nin.narrow(model, batches, macs=0.6, options=QUIET)
     assert result.report.macs[1] <= 0.6 * result.report.macs[0]
     assert not any(isinstance(m, nin.MLPConv) for m in result.model.modules())
@@ -301,7 +302,7 @@ def test_what_cannot_be_narrowed_is_left_with_a_reason():
     assert reasons["tied"] == reasons["twin"] == "it shares its weight with another layer"
     assert "cannot be traced" in result.report.notes[0]
     assert result.model(**batches[0])["scores"].shape == (8, 3, 81)
-    assert not result.plan.thinned
+    assert not result.plan.pruned
 
 
 @pytest.mark.parametrize(
@@ -326,8 +327,8 @@ def test_skipped_layers_stay(tmp_path):
 
 def test_the_cache_counts_for_the_same_network_images_and_patterns_only(tmp_path, monkeypatch):
     looks = []
-    observe = analysis.observe
-    monkeypatch.setattr(analysis, "observe", lambda *args: looks.append(1) or observe(*args))
+    collect = analysis.collect_moments
+    monkeypatch.setattr(analysis, "collect_moments", lambda *args: looks.append(1) or collect(*args))
     options = dataclasses.replace(QUIET, cache=tmp_path / "cache.safetensors", dry_run=True)
     model, batches = chain(), images(16, 3, 16, 16)
 
@@ -354,7 +355,7 @@ def test_a_cache_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, n
             table = latency.LatencyTable(torch.zeros(1), 1, cache=tmp_path / name)
             table.known = {"a chain": 1.0}
             return table.save()
-        return analysis._write_cache(tmp_path / name, "key", analysis._Findings({}, {}, {"a": torch.zeros(1)}))
+        return analysis._write_cache(tmp_path / name, "key", SearchSpace({}, {}), {"a": torch.zeros(1)})
 
     save()
     before = (tmp_path / name).read_bytes()
@@ -404,7 +405,7 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
     model, batches = chain(), images(8, 3, 16, 16)
     wanted = outputs(model, batches)
 
-    def correct(narrowed, original, batches):
+    def recalibrate(narrowed, original, batches):
         corrected = copy.deepcopy(narrowed)
         with torch.no_grad():
             corrected[13].bias += 1
@@ -413,7 +414,7 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
     def evaluate(network):
         return relative(outputs(network, batches), wanted)
 
-    monkeypatch.setattr(pipeline, "correct", correct)
+    monkeypatch.setattr(pipeline, "recalibrate_if_better", recalibrate)
     result = nin.narrow(model, batches, macs=0.6, evaluate=evaluate, skip=["13"], options=QUIET)
     accuracy = result.report.accuracy
     assert list(accuracy) == ["original", "raw", "corrected"]
@@ -425,7 +426,7 @@ def test_accuracy_is_reported_at_every_stage(monkeypatch):
 def test_batchnorm_statistics_are_the_average_over_the_images_and_kept_where_they_help():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     batches = [5 + 3 * torch.randn(8, 3, 6, 6) for _ in range(3)]
-    again = recalibration.renormalise(model, batches)
+    again = recalibration.recalibrate_batchnorm(model, batches)
     given = torch.stack([model[0](x).detach() for x in batches])
     torch.testing.assert_close(again[1].running_mean, given.mean((0, 1, 3, 4)))
     torch.testing.assert_close(again[1].running_var, torch.stack([y.var((0, 2, 3)) for y in given]).mean(0))
@@ -435,11 +436,11 @@ def test_batchnorm_statistics_are_the_average_over_the_images_and_kept_where_the
     changed = copy.deepcopy(again)
     with torch.no_grad():
         changed[0].weight *= 2
-    mended, error, kept = recalibration.correct(changed, again, batches)
+    mended, error, kept = recalibration.recalibrate_if_better(changed, again, batches)
     assert kept
     assert error < 0.1 * recalibration.calibration_error(changed, again, batches)
     torch.testing.assert_close(mended[1].running_mean, changed[0](torch.cat(batches)).mean((0, 2, 3)).detach())
-    same, error, kept = recalibration.correct(again, again, batches)
+    same, error, kept = recalibration.recalibrate_if_better(again, again, batches)
     assert (same is again, error, kept) == (True, 0.0, False)
 
 
@@ -461,8 +462,8 @@ def test_a_latency_that_is_not_reached_leaves_the_fastest_and_says_so(monkeypatc
     def nine_tenths(self, narrowed, batch):
         return timer.Timing(10.0, 9.9, 10.1, 9), timer.Timing(9.0, 8.9, 9.1, 9)
 
-    monkeypatch.setattr(latency.Stopwatch, "compare", nine_tenths)
-    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: latency.macs(layers))
+    monkeypatch.setattr(latency.ModelTimer, "compare", nine_tenths)
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: knapsack.macs(layers))
     result = nin.narrow(chain(), images(8, 3, 16, 16), latency=0.2, options=NarrowOptions(revert_slower=False))
     assert "The latency asked for, 0.20 of the original's, was not reached: 0.90." in result.report.notes
 
@@ -475,8 +476,8 @@ def test_a_latency_that_is_more_than_kept_gives_channels_back(monkeypatch):
         shares.append((nin.cost(narrowed, (1, 3, 16, 16)).macs / whole) ** 2)
         return timer.Timing(1.0, 1.0, 1.1, 9), timer.Timing(shares[-1], shares[-1], 9.9, 9)
 
-    monkeypatch.setattr(latency.Stopwatch, "compare", squared)
-    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: latency.macs(layers))
+    monkeypatch.setattr(latency.ModelTimer, "compare", squared)
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: knapsack.macs(layers))
     report = nin.narrow(model, batches, latency=0.5, options=NarrowOptions(measure_latency=False)).report
     assert shares[0] < 0.26
     assert 0.4 < (report.macs[1] / report.macs[0]) ** 2 <= 0.51
@@ -485,7 +486,7 @@ def test_a_latency_that_is_more_than_kept_gives_channels_back(monkeypatch):
 
 def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypatch):
     def measure(self, layers):  # a second layer costs as much as many products, so large ranks do not pay
-        return latency.macs(layers) + 60_000 * (len(layers) - 1)
+        return knapsack.macs(layers) + 60_000 * (len(layers) - 1)
 
     monkeypatch.setattr(latency.LatencyTable, "measure", measure)
     model, batches = chain(), images(16, 3, 16, 16)
@@ -501,7 +502,7 @@ def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypa
 
 
 def test_layers_that_the_budget_needs_stay_though_slower_and_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: 1e9 - latency.macs(layers))
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: 1e9 - knapsack.macs(layers))
     report = nin.narrow(chain(), images(16, 3, 16, 16), macs=0.6).report
     assert report.macs[1] <= 0.6 * report.macs[0]
     assert any(note.startswith("Slower than before, but the budget needs them: ") for note in report.notes)
@@ -577,13 +578,13 @@ def test_subclasses_stay_and_the_plan_still_fits():
     nin.apply_plan(make(), result.plan).load_state_dict(result.model.state_dict())
     layers = tuple(dataclasses.replace(layer, form="output", rank_out=2) for layer in result.plan.layers)
     with pytest.raises(ValueError, match="13 is a TheirLinear, whose forward may differ"):
-        nin.apply_plan(make(), dataclasses.replace(result.plan, layers=layers[-1:], thinned=()))
+        nin.apply_plan(make(), dataclasses.replace(result.plan, layers=layers[-1:], pruned=()))
 
 
 def test_an_activation_that_serves_two_places_does_not_hide_the_channels():
     relu = nn.ReLU()
     model = nn.Sequential(nn.Conv2d(3, 16, 3), relu, nn.Conv2d(16, 8, 3), relu, nn.Flatten())
-    edges = dependency_graph.trace(model, {"0", "2"}).edges
+    edges = dependency_graph.build_dependency_graph(model, {"0", "2"}).edges
     assert [(edge.producer, edge.consumer) for edge in edges] == [("0", "2")]
 
 
@@ -649,8 +650,8 @@ def test_finetuning_brings_a_factorised_network_back():
 
 def test_channels_of_our_own_networks_can_be_left_out():
     for model in (nin.models.nin_digits(), nin.models.nin_cifar()):
-        plain = layer_shape.expand(model)
+        plain = to_plain_layers(model)
         names = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d)]
-        wiring = dependency_graph.trace(plain, set(names))
-        assert wiring.problem is None
-        assert [(edge.producer, edge.consumer) for edge in wiring.edges] == list(itertools.pairwise(names))
+        graph = dependency_graph.build_dependency_graph(plain, set(names))
+        assert graph.problem is None
+        assert [(edge.producer, edge.consumer) for edge in graph.edges] == list(itertools.pairwise(names))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nin.errors import UserError
-from nin.narrowing import low_rank
+from nin.narrowing import channel_elimination, linalg, low_rank
 
 torch.manual_seed(0)
 
@@ -24,7 +24,7 @@ def problem(outputs=6, channels=5, taps=4, samples=4000, seed=0):
 
 def plain_roots(size):
     eye = torch.eye(size, dtype=torch.float64)
-    return eye, eye
+    return linalg.MatrixRoots(eye, eye)
 
 
 def mean_error(wanted, got):
@@ -34,11 +34,11 @@ def mean_error(wanted, got):
 def test_output_form_is_the_best_of_its_rank():
     x, xx, weight = problem()
     y = weight @ x
-    form = low_rank.output_form(weight @ xx @ weight.T, plain_roots(6))
-    losses = low_rank.output_losses(weight @ xx @ weight.T, plain_roots(6)[0])
+    form = low_rank.output_basis(weight @ xx @ weight.T, plain_roots(6))
+    losses = low_rank.output_losses(weight @ xx @ weight.T, plain_roots(6).sqrt)
     left, strengths, right = torch.linalg.svd(y, full_matrices=False)
     for rank in range(1, 7):
-        u, v = form.bases(rank, plain_roots(6)[0])
+        u, v = form.factors(rank)
         best = left[:, :rank] * strengths[:rank] @ right[:rank]  # Eckart, Young: nothing of this rank is nearer
         torch.testing.assert_close(mean_error(y, u @ v @ y), mean_error(y, best), atol=1e-10, rtol=1e-8)
         torch.testing.assert_close(losses[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
@@ -49,13 +49,13 @@ def test_weighted_output_form_is_the_best_in_its_own_measure():
     y = weight @ x
     gram = torch.randn(6, 6, dtype=torch.float64)
     gram = gram @ gram.T
-    roots = low_rank.root(gram)
-    torch.testing.assert_close(roots[0] @ roots[1], torch.eye(6, dtype=torch.float64))
-    form = low_rank.output_form(weight @ xx @ weight.T, roots)
-    u, v = form.bases(3, roots[0])
-    left, strengths, right = torch.linalg.svd(roots[0] @ y, full_matrices=False)
+    roots = linalg.matrix_roots(gram)
+    torch.testing.assert_close(roots.sqrt @ roots.inverse_sqrt, torch.eye(6, dtype=torch.float64))
+    form = low_rank.output_basis(weight @ xx @ weight.T, roots)
+    u, v = form.factors(3)
+    left, strengths, right = torch.linalg.svd(roots.sqrt @ y, full_matrices=False)
     best = left[:, :3] * strengths[:3] @ right[:3]
-    torch.testing.assert_close(mean_error(roots[0] @ y, roots[0] @ u @ v @ y), mean_error(roots[0] @ y, best))
+    torch.testing.assert_close(mean_error(roots.sqrt @ y, roots.sqrt @ u @ v @ y), mean_error(roots.sqrt @ y, best))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -63,7 +63,7 @@ def test_a_covariance_that_is_not_finite_is_refused(value):
     _, xx, weight = problem()
     xx[3, 3] = value
     with pytest.raises(UserError, match="a covariance must be finite, got NaN or infinity"):
-        low_rank.fit(weight, xx, weight @ xx)
+        linalg.least_squares(weight, xx, weight @ xx)
 
 
 def test_a_covariance_of_rounding_errors_leaves_the_weight():
@@ -71,28 +71,27 @@ def test_a_covariance_of_rounding_errors_leaves_the_weight():
     noise = torch.randn(20, 20, dtype=torch.float64)
     noise = (noise + noise.T) / 2  # no covariance at all: its values have both signs
     assert float(torch.linalg.eigvalsh(noise)[0]) < -float(noise.diagonal().abs().mean())
-    fitted = low_rank.fit(weight, noise * 1e-12, weight @ noise * 1e-12 + 1e-13)
+    fitted = linalg.least_squares(weight, noise * 1e-12, weight @ noise * 1e-12 + 1e-13)
     assert float((fitted - weight).norm()) < 0.1 * float(weight.norm())
 
 
 def test_fit_is_least_squares_and_the_weight_where_nothing_changed():
     x, xx, weight = problem()
-    torch.testing.assert_close(low_rank.fit(weight, xx, weight @ xx), weight)
+    torch.testing.assert_close(linalg.least_squares(weight, xx, weight @ xx), weight)
     noise = 1e-6 * torch.randn(6, x.shape[1], dtype=torch.float64)
     noisy = (weight @ x + noise) @ x.T / x.shape[1]
-    assert low_rank.fit(weight, xx, noisy) is weight  # rounding errors are not fitted
+    assert linalg.least_squares(weight, xx, noisy) is weight  # rounding errors are not fitted
     y = torch.tanh(weight @ x)
-    fitted = low_rank.fit(weight, xx, y @ x.T / x.shape[1], ridge=0)
+    fitted = linalg.least_squares(weight, xx, y @ x.T / x.shape[1], ridge=0)
     torch.testing.assert_close(fitted, torch.linalg.lstsq(x.T, y.T).solution.T, atol=1e-8, rtol=1e-6)
 
 
 def input_error(x, xx, weight, rank, roots=None):
     roots = roots or plain_roots(len(weight))
-    directions = low_rank.input_directions(weight, xx, 4, roots[0])
-    form = low_rank.InputForm(weight, xx, 4, directions)
-    projection, core = form.layers(rank)
+    form = low_rank.InputProjection(weight, xx, 4, roots.sqrt)
+    projection, core = form.factors(rank)
     y = core @ torch.einsum("ri,itm->rtm", projection, x.view(-1, 4, x.shape[1])).flatten(0, 1)
-    torch.testing.assert_close(form.fitted(rank), y @ y.T / x.shape[1])
+    torch.testing.assert_close(form.output_covariance(rank), y @ y.T / x.shape[1])
     return mean_error(weight @ x, y), form
 
 
@@ -105,8 +104,8 @@ def test_input_form_loses_less_with_every_rank_and_nothing_at_full_rank():
 
 def test_input_form_at_full_rank_is_the_weight_where_the_samples_say_nothing():
     _, xx, weight = problem(samples=7)  # of patches with 20 values
-    form = low_rank.InputForm(weight, xx, 4, low_rank.input_directions(weight, xx, 4, plain_roots(6)[0]))
-    projection, core = form.layers(5)
+    form = low_rank.InputProjection(weight, xx, 4, plain_roots(6).sqrt)
+    projection, core = form.factors(5)
     effective = torch.einsum("ort,ri->oit", core.view(6, 5, 4), projection).flatten(1)
     torch.testing.assert_close(effective, weight)
 
@@ -122,7 +121,7 @@ def test_input_form_beats_the_svd_of_the_weight_alone():
 
 def test_elimination_foretells_the_error_of_the_refit():
     x, xx, weight = problem()
-    path = low_rank.eliminate(weight, xx, 4, plain_roots(6)[0])
+    path = channel_elimination.eliminate_channels(weight, xx, 4, plain_roots(6).sqrt)
     assert len(path.order) == 4
     assert list(path.losses) == sorted(path.losses)
     for count in (4, 3, 1):
@@ -141,14 +140,14 @@ def test_elimination_first_spares_a_channel_that_repeats_another():
     x = x.view(5, 4, -1)
     x[3] = x[1]
     x = x.flatten(0, 1)
-    path = low_rank.eliminate(weight, x @ x.T / x.shape[1], 4, plain_roots(6)[0])
+    path = channel_elimination.eliminate_channels(weight, x @ x.T / x.shape[1], 4, plain_roots(6).sqrt)
     assert path.order[0] in (1, 3)
     assert path.losses[1] < 1e-3 * path.losses[2]
 
 
 def test_elimination_in_chunks_is_near_the_exact_one(monkeypatch):
     _, xx, weight = problem(outputs=8, channels=200, taps=1, samples=6000)
-    path = low_rank.eliminate(weight, xx, 1, plain_roots(8)[0], least=20)
+    path = channel_elimination.eliminate_channels(weight, xx, 1, plain_roots(8).sqrt, least=20)
     assert sorted(path.order) == sorted(set(path.order))
     assert len(path.order) == 180
     assert len(path.losses) == 181
@@ -161,8 +160,8 @@ def test_balancing_keeps_what_a_chain_gives_and_evens_the_scales():
     core = torch.randn(4, 3 * 9, generator=generator, dtype=torch.float64) * 1e3
     last = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     before = torch.einsum("ps,srt,ri->pit", last, core.view(4, 3, 9), first)
-    one, two, three = low_rank.balance([first, core, last])
+    one, two, three = low_rank.balance_scales([first, core, last])
     torch.testing.assert_close(torch.einsum("ps,srt,ri->pit", three, two.view(4, 3, 9), one), before)
     torch.testing.assert_close(two.norm(dim=1), three.norm(dim=0))
     assert 0.1 < float(one.norm() / two.norm()) < 10
-    assert low_rank.balance([first * 0, core])[0].isfinite().all()  # a channel that is never used
+    assert low_rank.balance_scales([first * 0, core])[0].isfinite().all()  # a channel that is never used

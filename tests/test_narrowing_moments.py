@@ -7,8 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nin.models.layer_shape import shape_of
-from nin.narrowing import moments as statistics
+from nin.models.layer_spec import LayerSpec
+from nin.narrowing import moments
+from nin.narrowing.calibration import measure_layer_specs
+from nin.narrowing.moments import Moments, collect_moments
+from nin.narrowing.patches import POSITIONS_PER_IMAGE, extract_outputs, extract_patches, sampled_positions
 
 SHAPES = {
     "plain": (nn.Conv2d(4, 6, 3), (5, 4, 9, 8)),
@@ -17,7 +20,7 @@ SHAPES = {
     "groups": (nn.Conv2d(4, 6, 3, groups=2, padding=1), (5, 4, 9, 8)),
     "reflect": (nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"), (5, 4, 9, 8)),
     "circular": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular"), (5, 4, 9, 8)),
-    "more places than are looked at": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 20, 20)),
+    "more positions than are looked at": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 20, 20)),
     "one image without a batch": (nn.Conv2d(4, 6, 3, padding=1), (4, 9, 8)),
     "no image": (nn.Conv2d(4, 6, 3), (0, 4, 9, 8)),
     "linear": (nn.Linear(4, 6), (5, 4)),
@@ -28,18 +31,18 @@ SHAPES = {
 @pytest.mark.parametrize(("layer", "size"), SHAPES.values(), ids=SHAPES.keys())
 def test_patches_are_what_the_layer_multiplies(layer, size):
     x = torch.randn(size)
-    shape = statistics.measure_shapes(layer, {"": layer}, [x])[""]
-    places = statistics.observed_places(shape)
-    assert len(places) == min(shape.places, statistics.PLACES_PER_IMAGE)
-    seen = statistics.patches(x, shape, places)
-    weight = layer.weight.flatten(1).view(shape.groups, -1, shape.patch)
-    expected = statistics.results(layer(x), shape, places)
-    got = weight @ seen + layer.bias.view(shape.groups, -1, 1)
+    spec = measure_layer_specs(layer, {"": layer}, [x])[""]
+    positions = sampled_positions(spec)
+    assert len(positions) == min(spec.positions, POSITIONS_PER_IMAGE)
+    seen = extract_patches(x, spec, positions)
+    weight = layer.weight.flatten(1).view(spec.groups, -1, spec.patch)
+    expected = extract_outputs(layer(x), spec, positions)
+    got = weight @ seen + layer.bias.view(spec.groups, -1, 1)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_moments_are_means_and_covariances():
-    moments = statistics.Moments(2, 3, 4, device=torch.device("cpu"), products=("xx", "yx", "yy"))
+    moments = Moments(2, 3, 4, device=torch.device("cpu"), products=("xx", "yx", "yy"))
     x, y = torch.randn(2, 3, 100), torch.randn(2, 4, 100) + 5
     for part in range(0, 100, 25):
         moments.add(x[:, :, part : part + 25], y[:, :, part : part + 25])
@@ -53,11 +56,11 @@ def test_moments_are_means_and_covariances():
 
 
 def test_wide_patches_keep_the_covariance_of_the_result_only(monkeypatch):
-    monkeypatch.setattr(statistics, "LARGEST_PATCH", 8)
+    monkeypatch.setattr(moments, "LARGEST_PATCH", 8)
     layer = nn.Linear(9, 4)
-    moments = statistics.make_moments(shape_of("", layer), layer, "xx")
-    assert moments.products == ("yy",)
-    assert not moments.full
+    kept = Moments.of_layer(LayerSpec.of_module("", layer), layer, "xx")
+    assert kept.products == ("yy",)
+    assert not kept.full
 
 
 def observe_in_process(rank, port, path):
@@ -65,8 +68,8 @@ def observe_in_process(rank, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     layer, batches = example()
-    shapes = statistics.measure_shapes(layer, {"": layer}, batches)
-    moments = statistics.observe(layer, shapes, batches[rank::2])[""]
+    shapes = measure_layer_specs(layer, {"": layer}, batches)
+    moments = collect_moments(layer, shapes, batches[rank::2])[""]
     if rank == 0:
         torch.save(moments.sums, path)
     dist.destroy_process_group()
@@ -83,8 +86,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(observe_in_process, (port, tmp_path / "sums.pt"), nprocs=2)
     layer, batches = example()
-    shapes = statistics.measure_shapes(layer, {"": layer}, batches)
-    alone = statistics.observe(layer, shapes, batches)[""]
+    shapes = measure_layer_specs(layer, {"": layer}, batches)
+    alone = collect_moments(layer, shapes, batches)[""]
     together = torch.load(tmp_path / "sums.pt", weights_only=True)
     assert together["count"] == 13 * 36
     for name, value in alone.sums.items():

@@ -21,7 +21,9 @@ from nin.cli import app
 from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models import factory as factories
-from nin.narrowing import FinetuneConfig, baseline, workflow, workflow_api
+from nin.narrowing import FinetuneConfig, baseline, workflow
+from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.training import CheckpointOptions
 
 
@@ -160,18 +162,18 @@ def digits():
 
 
 def test_what_is_stopped_goes_on_to_the_same_weights(run, digits, tmp_path):
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=130, finetune=2)
-    through = workflow_api.shrink(run, digits, config, out=tmp_path / "through")
+    config = WorkflowConfig({"macs": 0.5}, images=130, finetune=2)
+    through = narrow_run(run, digits, config, out=tmp_path / "through")
     assert not (tmp_path / "through" / "state.safetensors").exists()
     (run / "narrowing.safetensors").unlink()
     out = tmp_path / "stopped"
     for during in ("Looking", "Weighing", "Fitting", "Fine-tuning"):
         with pytest.raises(KeyboardInterrupt):
-            workflow_api.shrink(run, digits, config, out=out, **Stopper(during).arguments())
+            narrow_run(run, digits, config, out=out, **Stopper(during).arguments())
         assert (run / "narrowing.safetensors").exists() == (during != "Looking")
         assert out.exists() == (during == "Fine-tuning")
     assert [path.name for path in out.iterdir()] == ["state.safetensors"]
-    again = workflow_api.shrink(run, digits, config, out=out)
+    again = narrow_run(run, digits, config, out=out)
     assert again.plan == through.plan
     assert again.report.accuracy == through.report.accuracy
     one, other = load_file(tmp_path / "through" / "model.safetensors"), load_file(out / "model.safetensors")
@@ -180,12 +182,12 @@ def test_what_is_stopped_goes_on_to_the_same_weights(run, digits, tmp_path):
 
 
 def test_an_unfinished_one_is_not_gone_on_with_under_other_settings(run, digits, tmp_path):
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    config = WorkflowConfig({"macs": 0.5}, images=64, finetune=1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+        narrow_run(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     with pytest.raises(UserError, match=r"was begun with finetune=1, now 2: give the same, or another --out"):
-        workflow_api.shrink(run, digits, dataclasses.replace(config, finetune=2), out=out)
+        narrow_run(run, digits, dataclasses.replace(config, finetune=2), out=out)
 
 
 @pytest.fixture
@@ -202,59 +204,59 @@ def other_run(run, tmp_path):
 
 
 def test_an_unfinished_one_is_not_gone_on_with_for_another_network_or_other_images(run, other_run, digits, tmp_path):
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    config = WorkflowConfig({"macs": 0.5}, images=64, finetune=1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+        narrow_run(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     shuffled = dataclasses.replace(digits.train, labels=digits.train.labels.flip(0))
     message = r"out was begun with another network or other images: give the same, or another --out"
     for path, images in ((other_run, digits), (run, dataclasses.replace(digits, train=shuffled))):
         with pytest.raises(UserError, match=message):
-            workflow_api.shrink(path, images, config, out=out)
-    workflow_api.shrink(run, digits, config, out=out)
+            narrow_run(path, images, config, out=out)
+    narrow_run(run, digits, config, out=out)
 
 
 def test_an_unfinished_one_is_not_gone_on_with_under_another_recipe(run, digits, tmp_path, monkeypatch):
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
+    config = WorkflowConfig({"macs": 0.5}, images=64, finetune=1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        workflow_api.shrink(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
+        narrow_run(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     slower = functools.partial(FinetuneConfig, learning_rate=1e-4)
     monkeypatch.setattr(workflow, "FinetuneConfig", slower)
     with pytest.raises(UserError, match=r"out was begun with learning_rate=0\.001, now 0\.0001: give the same"):
-        workflow_api.shrink(run, digits, config, out=out)
+        narrow_run(run, digits, config, out=out)
 
 
 def test_a_plan_for_a_latency_can_be_stopped_and_keeps_what_was_timed(run, digits, tmp_path):
-    config = workflow_api.ShrinkingConfig({"latency": 0.7}, images=64)
+    config = WorkflowConfig({"latency": 0.7}, images=64)
     with pytest.raises(KeyboardInterrupt):
-        workflow_api.shrink(run, digits, config, out=tmp_path / "out", **Stopper("Timing layers").arguments())
+        narrow_run(run, digits, config, out=tmp_path / "out", **Stopper("Timing layers").arguments())
     (timed,) = json.loads((run / "narrowing.latency.json").read_text()).values()
     assert timed
 
 
 def test_a_control_is_not_that_of_another_call(run, digits, tmp_path):
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, control=True)
+    config = WorkflowConfig({"macs": 0.5}, images=64, control=True)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        workflow_api.shrink(run, digits, config, out=out, **Stopper("Training the control").arguments())
+        narrow_run(run, digits, config, out=out, **Stopper("Training the control").arguments())
     assert not (out / "state.safetensors").exists()
     chosen = (out / "control.json").read_bytes()
     other = dataclasses.replace(config, budget={"macs": 0.8})
     with pytest.raises(UserError, match=r"was begun with budget=\{'macs': 0.5\}, now \{'macs': 0.8\}"):
-        workflow_api.shrink(run, digits, other, out=out)
-    workflow_api.shrink(run, digits, config, out=out)
+        narrow_run(run, digits, other, out=out)
+    narrow_run(run, digits, config, out=out)
     assert (out / "control.json").read_bytes() == chosen
 
 
 def test_a_fine_tuning_that_diverges_is_stopped_and_the_state_before_is_kept(run, digits, tmp_path, monkeypatch):
     diverging = functools.partial(FinetuneConfig, learning_rate=1e30, gradient_clip=1e30)
     monkeypatch.setattr(workflow, "FinetuneConfig", diverging)
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=2)
+    config = WorkflowConfig({"macs": 0.5}, images=64, finetune=2)
     out = tmp_path / "out"
     message = r"the loss of the fine-tuning became \S+ at step \d of 8; what was written before is kept\. .* lower "
     with pytest.raises(UserError, match=message):
-        workflow_api.shrink(run, digits, config, out=out, keeping=CheckpointOptions(minutes=1e9))
+        narrow_run(run, digits, config, out=out, keeping=CheckpointOptions(minutes=1e9))
     assert [path.name for path in out.iterdir()] == ["state.safetensors"]
     assert all(value.isfinite().all() for value in load_file(out / "state.safetensors").values())
 
@@ -267,11 +269,11 @@ def test_the_fine_tuning_mirrors_and_shifts_as_the_runs_recipe_says(run, other_r
         return pixels
 
     monkeypatch.setattr(data, "augment", augment)
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=64, finetune=1)
-    workflow_api.shrink(run, digits, config, out=tmp_path / "one")
+    config = WorkflowConfig({"macs": 0.5}, images=64, finetune=1)
+    narrow_run(run, digits, config, out=tmp_path / "one")
     assert set(seen) == {(digits.flip, digits.shift)} == {(False, 1)}
     seen.clear()
-    workflow_api.shrink(other_run, digits, config, out=tmp_path / "two")
+    narrow_run(other_run, digits, config, out=tmp_path / "two")
     assert set(seen) == {(True, 0)}
 
 

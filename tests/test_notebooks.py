@@ -9,7 +9,7 @@ from torch import nn
 import nin
 from nin import report
 from nin.inference.classifier import Prediction
-from nin.models.plan import LayerPlan, Plan, Thinning
+from nin.models.plan import ChannelPruning, LayerPlan, Plan
 from nin.runtime.tables import html_table
 
 NASTY = '<script>alert("1")</script> & co'
@@ -70,7 +70,7 @@ def test_a_classifier_names_the_classes(tmp_path):
 def test_plans_and_narrowing_reports():
     plan = Plan(
         (LayerPlan(NASTY, "tucker", 8, 16, 32, 64, reason="a < b"),),
-        (Thinning("first", NASTY, (), 24, 32),),
+        (ChannelPruning("first", NASTY, (), 24, 32),),
         "macs",
         0.5,
     )

@@ -20,7 +20,8 @@ from nin import checkpoint, data, training
 from nin.config import TrainConfig
 from nin.data import loader
 from nin.errors import UserError
-from nin.narrowing import workflow_api
+from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed, torchrun
 
 # 37 images in a batch: the parts of two processes have 19 and 18
@@ -88,9 +89,9 @@ def begin(environment, images, out, job=None, **what):
 def narrow(images, out, *, run):
     """Narrow as one of the processes, or as the only one."""
     torch.set_num_threads(1)
-    config = workflow_api.ShrinkingConfig({"macs": 0.5}, images=300)
+    config = WorkflowConfig({"macs": 0.5}, images=300)
     with distributed.process_group(torch.device("cpu")):
-        result = workflow_api.shrink(run, images, config, out=out)
+        result = narrow_run(run, images, config, out=out)
     out.with_suffix(f".{distributed.rank()}.json").write_text(json.dumps(result.report.to_dict()))
     save_file(result.model.state_dict(), out.with_suffix(f".{distributed.rank()}.safetensors"))
 
@@ -213,7 +214,7 @@ def test_two_processes_narrow_as_one_does(tmp_path):
 def test_fine_tuning_in_many_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--finetune and --control train in one process"):
-        workflow_api.ShrinkingConfig({"macs": 0.5}, finetune=1)
+        WorkflowConfig({"macs": 0.5}, finetune=1)
 
 
 def test_a_job_that_starts_again_finds_a_part_of_the_store_without_the_addresses_of_the_dead():

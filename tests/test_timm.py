@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 import nin
 import nin.timm
 from nin import models
-from nin.models.layer_shape import expand
+from nin.models.surgery import to_plain_layers
 from nin.narrowing import dependency_graph
 
 NAMES = {"nin_digits": 2, "nin_cifar": 3, "nin_imagenet": 4, "nin_googlenet": 5}
@@ -86,7 +86,9 @@ def test_features_of_every_stage(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_narrowing_traces_it(name):
-    assert dependency_graph.trace(expand(timm.create_model(name).eval()), set()).problem is None
+    assert (
+        dependency_graph.build_dependency_graph(to_plain_layers(timm.create_model(name).eval()), set()).problem is None
+    )
 
 
 def test_features_are_those_of_the_network():

@@ -25,10 +25,10 @@ import torchvision
 from torch import Tensor, nn
 
 import nin
-from nin.models import layer_shape
+from nin.models.surgery import to_plain_layers
 from nin.narrowing import LayerPlan, Plan
-from nin.narrowing.analysis import study
-from nin.narrowing.reconstruction import Material, refine
+from nin.narrowing.analysis import analyse
+from nin.narrowing.reconstruction import reconstruct
 
 NAMES = (
     *("resnet18", "resnet50", "vgg16", "mobilenet_v2", "densenet121", "googlenet", "convnext_tiny", "efficientnet_b0"),
@@ -66,21 +66,19 @@ def at_full_rank(model: nn.Module, batches: list[Tensor], cache: Path) -> float:
 
     Layers get the output form, and every second k×k layer the Tucker form.
     """
-    original = layer_shape.expand(model).eval()
-    known = study(original, batches, skip=(), cache=cache)
+    original = to_plain_layers(model).eval()
+    known = analyse(original, batches, skip=(), cache=cache)
     layers = []
-    for number, (name, shape) in enumerate(known.shapes.items()):
+    for number, (name, spec) in enumerate(known.specs.items()):
         form: tuple[str, int | None, int | None] = ("keep", None, None)
-        whole = shape.out_channels // shape.groups
+        whole = spec.out_channels // spec.groups
         if name in known.sensitivities and name not in known.reasons:
             form = ("output", None, whole)
-            if shape.taps > 1 and shape.groups == 1 and number % 2 and shape.patch <= 1200:
-                form = ("tucker", shape.in_channels, whole)
-        layers.append(LayerPlan(name, *form, shape.in_channels, shape.out_channels))
-    material = Material(
-        original, Plan(tuple(layers), (), "macs", 0.5), known.shapes, known.sensitivities, known.shortcuts, batches
-    )
-    new, _ = refine(material, passes=1)
+            if spec.taps > 1 and spec.groups == 1 and number % 2 and spec.patch <= 1200:
+                form = ("tucker", spec.in_channels, whole)
+        layers.append(LayerPlan(name, *form, spec.in_channels, spec.out_channels))
+    plan = Plan(tuple(layers), (), "macs", 0.5)
+    new, _ = reconstruct(original, plan, known, batches, passes=1)
     with torch.no_grad():
         wanted, got = original(batches[0]), new(batches[0])
     return float((got - wanted).norm() / wanted.norm())
@@ -146,7 +144,7 @@ def check(name: str, size: int, *, timings: bool) -> dict[str, object]:
             right and near and result.report.macs[1] <= 0.7 * result.report.macs[0] and not (timings and slower)
         ),
         "macs": result.report.macs,
-        "thinned": len(result.plan.thinned),
+        "thinned": len(result.plan.pruned),
         "factorised": sum(layer.form != "keep" for layer in result.plan.layers),
         **found,
         "seconds": round(seconds, 1),

@@ -17,7 +17,8 @@ import torch
 
 import nin
 from nin import checkpoint, data, narrowing
-from nin.narrowing import workflow_api
+from nin.narrowing.workflow import NarrowingTask, accuracy, calibration_batches
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import device, timer
 
 
@@ -38,15 +39,15 @@ def main() -> None:
     model, info = checkpoint.load_model(arguments.run)
     images = data.load(arguments.folder)
     cache = arguments.run / "narrowing.safetensors"
-    subject = workflow_api.Subject(model, images, info.preprocessing, True, cache)
-    config = workflow_api.ShrinkingConfig({"latency": arguments.latency})
-    batches = list(workflow_api.calibration_batches(subject, config))
+    task = NarrowingTask(model, images, info.preprocessing, True, cache)
+    config = WorkflowConfig({"latency": arguments.latency})
+    batches = list(calibration_batches(task, config))
     started = time.perf_counter()
     result = nin.narrow(
         model,
         batches,
         latency=arguments.latency,
-        evaluate=lambda m: workflow_api.accuracy(m, subject),
+        evaluate=lambda m: accuracy(m, task),
         options=nin.NarrowOptions(
             cache=cache,
             budgets=tuple(arguments.budgets),
@@ -59,11 +60,11 @@ def main() -> None:
     if arguments.save:
         torch.save(result.model.state_dict(), arguments.save)
         arguments.save.with_suffix(".json").write_text(result.plan.to_json())
-    plain = narrowing.expand(model).eval()
+    plain = narrowing.to_plain_layers(model).eval()
     for size in (64, 1):
         x = batches[0][:size]
         last = x.contiguous(memory_format=torch.channels_last)
-        wide = narrowing.expand(model).eval().to(memory_format=torch.channels_last)
+        wide = narrowing.to_plain_layers(model).eval().to(memory_format=torch.channels_last)
         own = nin.models.NiN(model.config)
         own.load_state_dict(model.state_dict())
         own = own.eval().fold().to(memory_format=torch.channels_last)

@@ -51,7 +51,7 @@ def main() -> None:
         "more memory, MB": round(held_mb() - before),
         "memory, MB": round(held_mb()),
         "layers factorised": sum(layer.form != "keep" for layer in result.plan.layers),
-        "layers thinned": len(result.plan.thinned),
+        "layers thinned": len(result.plan.pruned),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -23,7 +23,10 @@ from nin.cli.console import (
 from nin.cli.train import load_data, write_report
 from nin.data import DATASET_NAMES, Data
 from nin.errors import UserError
-from nin.narrowing import NarrowReport, workflow_api
+from nin.narrowing import NarrowReport
+from nin.narrowing.narrow_model import InputNormalisation, load_network, narrow_model
+from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.report import render_narrowing_report
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
@@ -88,7 +91,7 @@ def narrow(
         json: Print the figures as JSON on standard output.
     """
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
-    config = workflow_api.ShrinkingConfig(
+    config = WorkflowConfig(
         {name: value for name, value in budget.items() if value is not None},
         parse_numbers("budgets", budgets),
         skip,
@@ -103,24 +106,22 @@ def narrow(
         raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
     if run is not None and (size is not None or mean is not None or std is not None):
         raise UserError("--size, --mean and --std go with --model: a run folder knows its own")
-    preparation = workflow_api.Preparation(parse_numbers("mean", mean), parse_numbers("std", std))
+    normalisation = InputNormalisation(parse_numbers("mean", mean), parse_numbers("std", std))
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     silence_other_ranks()
     if run is not None:
         samples = load_data(data, data_dir=data_dir)
         with narrowing_progress() as progress:
-            result = workflow_api.shrink(run, samples, config, out=out, **progress)
+            result = narrow_run(run, samples, config, out=out, **progress)
     else:
         assert model is not None
         assert weights is not None
-        network = workflow_api.load_network(model, weights)
+        network = load_network(model, weights)
         samples = load_data(data, data_dir=data_dir, size=size or (None if data in DATASET_NAMES else 224))
         cache = weights.with_suffix(".narrowing.safetensors")
         with narrowing_progress() as progress:
-            result = workflow_api.shrink_network(
-                network, samples, preparation, config, out=out, cache=cache, **progress
-            )
+            result = narrow_model(network, samples, normalisation, config, out=out, cache=cache, **progress)
     if not distributed.is_main_process():
         return
     hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
@@ -180,16 +181,10 @@ def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> Non
     if as_json:
         print_json({"run": None if out is None else str(out), **report.to_dict()})
         return
-    for title, rows in (
-        ("The whole", [("", "before", "after", "share"), *report.summary()]),
-        ("Several budgets", report.curve_rows()),
-        ("Beside the control", report.control_rows()),
-        ("Each layer", report.rows()),
-    ):
-        if rows:
-            table = Table(*rows[0], title=title)
-            for row in rows[1:]:
-                table.add_row(*row)
-            results.print(table)
+    for title, (header, *rows) in report.tables():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        results.print(table)
     for note in report.notes:
         messages.print(note)

@@ -1,4 +1,4 @@
-"""What is done to each layer: a plan, which is plain data and can be written down as JSON."""
+"""The plan of a narrowed network, as plain data and JSON: factorised layers and pruned channels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ FORMS = ("keep", "output", "input", "tucker")
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer.
+    """The factorisation of one layer and its channels after pruning.
 
     Attributes:
         name: its path in the model.
         form: "keep"; "output": k×k to ``rank_out`` channels, then 1×1; "input": 1×1 to ``rank_in``, then k×k;
             "tucker": 1×1 to ``rank_in``, k×k to ``rank_out``, 1×1.
-        rank_in: channels (per group) that the first 1×1 leaves, or None.
-        rank_out: channels (per group) that the k×k leaves, or None.
-        inputs: channels of its input in the narrowed model.
-        outputs: channels of its output in the narrowed model.
+        rank_in: output channels (per group) of the first 1×1, or None.
+        rank_out: output channels (per group) of the k×k, or None.
+        inputs: its input channels in the narrowed model.
+        outputs: its output channels in the narrowed model.
         dtype: of its weights, such as "float32".
         reason: why it was left as it is, or "".
     """
@@ -40,13 +40,13 @@ class LayerPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Thinning:
-    """Channels that are left out between two layers.
+class ChannelPruning:
+    """Channels that are pruned between two layers.
 
     Attributes:
-        producer: the layer that gave them.
-        consumer: the layer that looked at them.
-        between: BatchNorm and depthwise layers on the way.
+        producer: the layer whose output channels they are.
+        consumer: the only layer that takes them as input.
+        between: BatchNorm and depthwise layers on the way, which lose the same channels.
         channels: how many are left.
         before: how many there were.
     """
@@ -63,11 +63,11 @@ class Plan:
     """Everything that `nin.apply_plan` needs to build the narrowed architecture again.
 
     Attributes:
-        layers: what becomes of each layer, in the order of the calls.
-        thinned: where channels are left out.
-        budget: what was asked for: "macs", "latency" or "parameters".
-        share: of the original's.
-        layout: "contiguous" or "channels_last", of the weights in memory.
+        layers: the plan of each layer, in the order of the calls.
+        pruned: where channels are pruned; "thinned" in JSON.
+        budget: the cost that was limited: "macs", "latency" or "parameters".
+        share: of the original's cost that is left.
+        layout: memory layout of the weights, "contiguous" or "channels_last".
 
     Example:
         >>> Plan((LayerPlan("0", "output", None, 8, 16, 32),), (), "macs", 0.5).to_json()[:21]
@@ -75,14 +75,16 @@ class Plan:
     """
 
     layers: tuple[LayerPlan, ...]
-    thinned: tuple[Thinning, ...]
+    pruned: tuple[ChannelPruning, ...]
     budget: str
     share: float
     layout: str = "contiguous"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, numbers and strings."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        names = {"pruned": "thinned"}  # as it was called when the format began
+        values = {names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
@@ -97,8 +99,8 @@ class Plan:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version}: update nin")
             layers = tuple(LayerPlan(**layer) for layer in values.pop("layers"))
-            thinned = tuple(Thinning(**{**t, "between": tuple(t["between"])}) for t in values.pop("thinned"))
-            plan = cls(layers, thinned, **values)
+            pruned = tuple(ChannelPruning(**{**p, "between": tuple(p["between"])}) for p in values.pop("thinned"))
+            plan = cls(layers, pruned, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"plan must be what Plan.to_dict wrote: {error}") from error
         for layer in plan.layers:
@@ -107,7 +109,7 @@ class Plan:
         return plan
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return a table of the layers, a header first."""
+        """Return a table of the layers, its header first."""
         rows: list[tuple[str, ...]] = [("layer", "form", "channels", "ranks", "note")]
         for layer in self.layers:
             ranks = ", ".join(str(rank) for rank in (layer.rank_in, layer.rank_out) if rank is not None)
@@ -115,12 +117,12 @@ class Plan:
         return rows
 
     def _repr_html_(self) -> str:
-        thinned = [
+        pruned = [
             ("thinned from", "to", "channels"),
-            *((t.producer, t.consumer, f"{t.before} → {t.channels}") for t in self.thinned),
+            *((p.producer, p.consumer, f"{p.before} → {p.channels}") for p in self.pruned),
         ]
         text = f"<p>{self.share:g} of the original's {html.escape(self.budget)}</p>"
-        return text + html_table(self.rows()) + (html_table(thinned) if self.thinned else "")
+        return text + html_table(self.rows()) + (html_table(pruned) if self.pruned else "")
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

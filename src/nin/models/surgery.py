@@ -1,4 +1,4 @@
-"""From a plan to an architecture: plain modules take the places of the originals."""
+"""Network surgery: layers are replaced by what a plan says, and channels are cut from modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nin.models.layer_shape import LayerShape, expand, factors, make_layer, set_module, shape_of
+from nin.layers import Conv1x1, MLPConv
+from nin.models.layer_spec import LayerSpec, factorised_layers
+from nin.models.nin import NiN
 from nin.models.plan import LayerPlan, Plan
 
 
@@ -37,53 +39,65 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         plan = Plan.from_json(plan)
     elif isinstance(plan, dict):
         plan = Plan.from_dict(plan)
-    new = expand(model)
+    new = to_plain_layers(model)
     for layer in plan.layers:
         module = get_layer(new, layer.name)
         if is_changed(layer, module):
             if type(module) not in (nn.Conv2d, nn.Linear):
                 kind = type(module).__name__
                 raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
-            set_module(new, layer.name, build_layer(layer, module))
-    for thinning in plan.thinned:
-        kept = torch.arange(thinning.channels)
-        for name in thinning.between:
+            replace_module(new, layer.name, make_planned_module(layer, module))
+    for pruning in plan.pruned:
+        kept = torch.arange(pruning.channels)
+        for name in pruning.between:
             # depthwise layers are among plan.layers and have their size already
             if isinstance(get_module(new, name), nn.BatchNorm2d):
-                set_module(new, name, select_channels(get_module(new, name), kept))
+                replace_module(new, name, select_channels(get_module(new, name), kept))
     return to_layout(new, plan.layout)
 
 
+def to_plain_layers(model: nn.Module) -> nn.Module:
+    """Return a copy in which nin's own layers are ``nn.Sequential`` of ``nn.Conv2d`` and activations."""
+    model = copy.deepcopy(model)
+    if isinstance(model, NiN):
+        model.fold()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, MLPConv | Conv1x1):
+            if not name:
+                return module.to_sequential()
+            replace_module(model, name, module.to_sequential())
+    return model
+
+
 def to_layout(model: nn.Module, layout: str) -> nn.Module:
-    """Return the model with its weights laid out in memory as the plan says."""
+    """Return the model with its weights in that memory layout, "contiguous" or "channels_last"."""
     if layout == "channels_last":
         return model.to(memory_format=torch.channels_last)
     return model
 
 
 def is_changed(layer: LayerPlan, module: nn.Module) -> bool:
-    """Return whether the plan makes something else of a layer."""
-    shape = shape_of(layer.name, module)
-    return layer.form != "keep" or (layer.inputs, layer.outputs) != (shape.in_channels, shape.out_channels)
+    """Return whether the plan changes a layer."""
+    spec = LayerSpec.of_module(layer.name, module)
+    return layer.form != "keep" or (layer.inputs, layer.outputs) != (spec.in_channels, spec.out_channels)
 
 
-def build_layer(layer: LayerPlan, module: nn.Module) -> nn.Module:
-    """Return the new layer, or the chain of layers, that a plan asks for, with fresh weights."""
-    shape = shape_of(layer.name, module)
-    pieces = chain_of(shape, layer)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    made = [make_layer(piece, weight) for piece in pieces]
-    return made[0] if len(made) == 1 else nn.Sequential(*made)
+def make_planned_module(layer: LayerPlan, module: nn.Module) -> nn.Module:
+    """Return the new layer that a plan asks for, or the ``nn.Sequential`` of its factors, with fresh weights."""
+    chain = planned_layers(LayerSpec.of_module(layer.name, module), layer)
+    modules = [spec.make_layer(module.get_parameter("weight")) for spec in chain]
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-def chain_of(shape: LayerShape, layer: LayerPlan) -> tuple[LayerShape, ...]:
-    """Return the layers that a plan puts in the place of one."""
-    return factors(shape, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs)
+def planned_layers(spec: LayerSpec, layer: LayerPlan) -> tuple[LayerSpec, ...]:
+    """Return the chain of layers that a plan puts in the place of one."""
+    return factorised_layers(
+        spec, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs
+    )
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer of that name; it may be of a subclass, which is left as it is.
+    """Return the convolution or fully connected layer of that name, of a subclass too.
 
     Raises:
         ValueError: there is none.
@@ -106,40 +120,41 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"plan does not fit the model: it has no layer {name}") from error
 
 
-@torch.no_grad()
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the module of that name, under every name by which the model holds it."""
+    old = model.get_submodule(name)
+    module.train(old.training)
+    # remove_duplicate: a module that several parents share is found once for each of them
+    for alias, found in list(model.named_modules(remove_duplicate=False)):
+        if found is old:
+            parent, _, child = alias.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+
+
 def select_channels(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return a copy of a BatchNorm or depthwise layer for these channels only."""
-    new = copy.deepcopy(module)
-    if isinstance(new, nn.Conv2d):
-        new.in_channels = new.out_channels = new.groups = len(kept)
-    else:
-        assert isinstance(new, nn.BatchNorm2d)
-        new.num_features = len(kept)
-    _select(new, kept)
-    return new
+    """Return a copy of a BatchNorm or depthwise layer with these channels only."""
+    attributes = ("num_features",) if isinstance(module, nn.BatchNorm2d) else ("in_channels", "out_channels", "groups")
+    return _select(module, kept, attributes)
 
 
-@torch.no_grad()
 def select_outputs(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return a copy of a layer, or of a chain of layers, that gives these channels only."""
+    """Return a copy of a layer, or of a chain of layers, with these output channels only."""
     if isinstance(module, nn.Sequential):
         return nn.Sequential(*module[:-1], select_outputs(module[-1], kept))
+    return _select(module, kept, ("out_channels",) if isinstance(module, nn.Conv2d) else ("out_features",))
+
+
+@torch.no_grad()
+def _select(module: nn.Module, kept: Tensor, attributes: tuple[str, ...]) -> nn.Module:
+    """Return a copy cut to these channels, the first dimension of all its tensors; the attributes count them."""
     new = copy.deepcopy(module)
-    if isinstance(new, nn.Conv2d):
-        new.out_channels = len(kept)
-    else:
-        assert isinstance(new, nn.Linear)
-        new.out_features = len(kept)
-    _select(new, kept)
-    return new
-
-
-def _select(module: nn.Module, kept: Tensor) -> None:
-    """Cut every parameter and buffer of a module to these channels, which are their first dimension."""
-    for name, parameter in module._parameters.items():
+    for name in attributes:
+        setattr(new, name, len(kept))
+    for name, parameter in new._parameters.items():
         if parameter is not None:
             cut = parameter.detach()[kept.to(parameter.device)].clone()
-            module._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.dim() == 1:
-            module._buffers[name] = buffer[kept.to(buffer.device)].clone()
+            new._parameters[name] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+    for name, buffer in new._buffers.items():
+        if buffer is not None and buffer.dim() == 1:  # not num_batches_tracked
+            new._buffers[name] = buffer[kept.to(buffer.device)].clone()
+    return new

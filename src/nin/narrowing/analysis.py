@@ -1,110 +1,112 @@
-"""Looking at a network before narrowing it: its layers, who feeds whom, and what each choice would lose."""
+"""Analysis of a network before narrowing: its dependency graph, and the loss of every choice for every layer."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nin.errors import UserError
-from nin.models.layer_shape import LayerShape, find_layers
-from nin.narrowing.candidates import Candidates, Form, find_forms, find_widths
-from nin.narrowing.dependency_graph import Edge, Shortcut, Wiring, trace
-from nin.narrowing.moments import Moments, measure_shapes, observe
-from nin.narrowing.sensitivity import measure_sensitivity
+from nin.models.layer_spec import LayerSpec
+from nin.narrowing.calibration import first_batches, measure_layer_specs
+from nin.narrowing.dependency_graph import DependencyGraph, Edge, build_dependency_graph
+from nin.narrowing.eligible_layers import find_eligible_layers
+from nin.narrowing.moments import Moments, collect_moments
+from nin.narrowing.search_space import SearchSpace, factorisation_candidates, width_candidates
+from nin.narrowing.sensitivity import measure_sensitivities
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
+from nin.runtime.progress import ProgressCallback, ignore_progress
 
-# Gradients are taken on at most this many batches' worth of images.
+# Images of all processes together that gradients are computed on; a backward pass takes twice as long as a forward.
 SENSITIVITY_IMAGES = 512
 
-# Raised when what is found of the same network and images changes, or how it is written: a cache of another number is
-# found again.
+# Raised when the analysis of the same network and images changes, or how it is written: a cache of another format is
+# not read.
 CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Analysis:
     """What is known of a network.
 
     Attributes:
-        shapes: of all convolutions and fully connected layers that are called, in the order of the calls.
-        reasons: why layers are left alone, by name.
-        edges: between which layers channels can be left out.
-        shortcuts: what is added to layers' results.
-        candidates: what could be done, and what it would lose.
-        sensitivities: G of each layer that can be narrowed.
-        notes: sentences for the report.
+        specs: of all convolutions and fully connected layers that are called, in the order of the calls.
+        reasons: why layers cannot be narrowed, by name.
+        graph: between which layers channels can be pruned, and what is added to layers' outputs.
+        search_space: the choices for each layer, and their losses.
+        sensitivities: the Fisher information G of each layer that can be narrowed.
     """
 
-    shapes: dict[str, LayerShape]
+    specs: dict[str, LayerSpec]
     reasons: dict[str, str]
-    edges: tuple[Edge, ...]
-    shortcuts: dict[str, Shortcut]
-    candidates: Candidates
+    graph: DependencyGraph
+    search_space: SearchSpace
     sensitivities: dict[str, Tensor]
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the report."""
+        problem = self.graph.problem
+        return (f"Channels are not left out between layers: {problem}.",) if problem else ()
 
 
-def study(
+def analyse(
     model: nn.Module,
     batches: list[Any],
     *,
     skip: tuple[str, ...],
     cache: Path | None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> Study:
-    """Look at a network.
+    on_progress: ProgressCallback = ignore_progress,
+) -> Analysis:
+    """Analyse a network.
 
     Args:
-        model: expanded, in evaluation mode.
-        batches: images.
+        model: of plain layers, in evaluation mode.
+        batches: calibration images.
         skip: patterns of layers to leave alone.
-        cache: a file that keeps what was found, for another budget.
+        cache: a file that keeps the results, for another budget.
         on_progress: called with what is being done, the number done, and the number of all.
 
     Raises:
         UserError: there is nothing to narrow, a pattern matches nothing, or a value is not finite.
     """
-    layers, reasons = find_layers(model, skip)
-    everything: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    shapes = measure_shapes(model, everything, batches)
+    layers, reasons = find_eligible_layers(model, skip)
+    weighted: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    specs = measure_layer_specs(model, weighted, batches)
     for name in layers:
-        if name not in shapes:
+        if name not in specs:
             reasons[name] = "never called"
-        elif shapes[name].is_depthwise:
+        elif specs[name].is_depthwise:
             reasons[name] = "depthwise: each channel is looked at alone"
-    able = {name: shapes[name] for name in shapes if name in layers and name not in reasons}
-    if not able:
+    eligible = {name: specs[name] for name in specs if name in layers and name not in reasons}
+    if not eligible:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
-    wiring = trace(model, {name for name in shapes if name in layers})
-    key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint_subject(model, batches, skip)))}"
+    graph = build_dependency_graph(model, {name for name in specs if name in layers})
+    key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint_analysis(model, batches, skip)))}"
     known = _read_cache(cache, key)
     if "" in distributed.all_gather_text("found" if known else ""):  # a process without the file: all begin again
         known = None
-    found = known or _Findings({}, {}, {})
-    missing = {name: shape for name, shape in able.items() if name not in found.forms}
+    space, sensitivities = known or (SearchSpace({}, {}), {})
+    missing = {name: spec for name, spec in eligible.items() if name not in space.factorisations}
     if missing:
         try:
-            _measure(model, missing, wiring.edges, batches, found, on_progress)
-        finally:  # what is known already need not be found again after an interruption
-            if cache is not None and found.forms and distributed.rank() == 0:
-                _write_cache(cache, key, found)
-    candidates, sensitivities = Candidates(found.forms, found.widths), found.sensitivities
-    for name in able:
+            _analyse_layers(model, missing, graph.edges, batches, space, sensitivities, on_progress)
+        finally:  # after an interruption the finished layers are read from the cache
+            if cache is not None and space.factorisations and distributed.is_main_process():
+                _write_cache(cache, key, space, sensitivities)
+    for name in eligible:
         if not bool(sensitivities[name].any()):
             reasons[name] = "the model's result does not depend on it"
-    candidates = _without(candidates, reasons)
-    return Study(shapes, reasons, wiring.edges, wiring.shortcuts, candidates, sensitivities, _notes(wiring))
+    return Analysis(specs, reasons, graph, _without(space, reasons), sensitivities)
 
 
 def _summary(reasons: dict[str, str]) -> str:
@@ -114,89 +116,67 @@ def _summary(reasons: dict[str, str]) -> str:
     return f"got {len(reasons)} that cannot be ({name}: {reasons[name]})"
 
 
-def _notes(wiring: Wiring) -> tuple[str, ...]:
-    return (f"Channels are not left out between layers: {wiring.problem}.",) if wiring.problem else ()
-
-
-@dataclasses.dataclass
-class _Findings:
-    """What the images tell; it grows layer by layer, and a layer with forms is finished."""
-
-    forms: dict[str, tuple[Form, ...]]
-    widths: dict[tuple[str, str], dict[int, float]]
-    sensitivities: dict[str, Tensor]
-
-
-def _measure(
+def _analyse_layers(
     model: nn.Module,
-    layers: dict[str, LayerShape],
+    layers: dict[str, LayerSpec],
     edges: tuple[Edge, ...],
     batches: list[Any],
-    found: _Findings,
-    on_progress: Callable[[str, int, int], None] | None,
+    space: SearchSpace,
+    sensitivities: dict[str, Tensor],
+    on_progress: ProgressCallback,
 ) -> None:
-    """Run the images through the network, forwards and backwards, and work out what could be done to each layer."""
+    """Add the choices and the Fisher information of layers to the search space and the sensitivities, in place.
 
-    def tell(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: on_progress(what, done, total) if on_progress else None
-
-    moments = observe(model, layers, batches, tell("Looking at the layers"))
+    They grow layer by layer: a layer with factorisations is finished.
+    """
+    moments = collect_moments(model, layers, batches, on_progress)
     _warn_of_few_samples(layers, moments)
-    sensitivities = measure_sensitivity(model, layers, _few(batches))
-    for done, (name, shape) in enumerate(layers.items()):
+    fisher = measure_sensitivities(model, layers, first_batches(batches, SENSITIVITY_IMAGES))
+    for done, (name, spec) in enumerate(layers.items()):
         weight = model.get_submodule(name).get_parameter("weight").detach().flatten(1)
-        seen, matters = moments.pop(name), sensitivities[name]
+        of_layer = moments.pop(name)  # frees the covariance, the largest part of the memory
         for edge in edges:
             if edge.consumer == name:
-                found.widths[edge.producer, name] = find_widths(edge, shape, weight, seen, matters)
-        found.sensitivities[name] = matters
-        found.forms[name] = find_forms(shape, weight, seen, matters)
-        tell("Weighing the choices")(done + 1, len(layers))
+                space.widths[edge.producer, name] = width_candidates(spec, weight, of_layer, fisher[name])
+        sensitivities[name] = fisher[name]
+        space.factorisations[name] = factorisation_candidates(spec, weight, of_layer, fisher[name])
+        on_progress("Weighing the choices", done + 1, len(layers))
 
 
-def _warn_of_few_samples(able: dict[str, LayerShape], moments: dict[str, Moments]) -> None:
-    few = [name for name, shape in able.items() if moments[name].count < shape.patch]
-    if few and distributed.rank() == 0:
-        name = min(few, key=lambda n: moments[n].count / able[n].patch)
+def _warn_of_few_samples(layers: dict[str, LayerSpec], moments: dict[str, Moments]) -> None:
+    few = [name for name, spec in layers.items() if moments[name].count < spec.patch]
+    if few and distributed.is_main_process():
+        name = min(few, key=lambda n: moments[n].count / layers[n].patch)
         warnings.warn(
             f"{len(few)} layers see fewer samples than values: {name} {moments[name].count} samples of "
-            f"{able[name].patch} values; the fit is regularised, give more images for a better one",
+            f"{layers[name].patch} values; the fit is regularised, give more images for a better one",
             UserWarning,
             stacklevel=5,
         )
 
 
-def _few(batches: list[Any]) -> list[Any]:
-    """Return the first batches, up to this process's part of the images that gradients are taken on."""
-    taken: list[Any] = []
-    images = 0
-    for batch in batches:
-        if images * distributed.world_size() >= SENSITIVITY_IMAGES:
-            break
-        taken.append(batch)
-        first = batch[0] if isinstance(batch, tuple | list) else batch
-        images += len(first) if isinstance(first, Tensor) else SENSITIVITY_IMAGES // 8
-    return taken
+def _without(space: SearchSpace, names: dict[str, str]) -> SearchSpace:
+    """Return the search space without the choices of these layers."""
+    factorisations = {name: value for name, value in space.factorisations.items() if name not in names}
+    widths = {edge: value for edge, value in space.widths.items() if edge[1] not in names}
+    return SearchSpace(factorisations, widths)
 
 
-def _without(candidates: Candidates, reasons: dict[str, str]) -> Candidates:
-    """Return the choices without those of layers that are left alone."""
-    forms = {name: value for name, value in candidates.forms.items() if name not in reasons}
-    widths = {edge: value for edge, value in candidates.widths.items() if edge[1] not in reasons}
-    return Candidates(forms, widths)
-
-
-def fingerprint_subject(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:
+def fingerprint_analysis(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:
     """Return a hash of the network's weights, the images and the patterns of layers to skip."""
     parts: list[str | Tensor] = [json.dumps(skip)]
-    for value in [*model.state_dict().values(), *torch.utils._pytree.tree_leaves(batches)]:
+    for value in [*model.state_dict().values(), *pytree.tree_leaves(batches)]:
         if isinstance(value, Tensor):
             parts += [str((value.dtype, tuple(value.shape))), value]
     return fingerprint(parts)
 
 
-def _read_cache(path: Path | None, key: str) -> _Findings | None:
-    """Return what was found before of the same network and images, or None."""
+def _read_cache(path: Path | None, key: str) -> tuple[SearchSpace, dict[str, Tensor]] | None:
+    """Return what the cache holds of the same network and images, or None.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if path is None or not path.is_file():
         return None
     try:
@@ -204,15 +184,13 @@ def _read_cache(path: Path | None, key: str) -> _Findings | None:
             metadata = file.metadata() or {}
             if metadata.get("key") != key:
                 return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            candidates = Candidates.from_json(metadata["candidates"])
-            return _Findings(dict(candidates.forms), dict(candidates.widths), tensors)
+            sensitivities = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return SearchSpace.from_json(metadata["candidates"]), sensitivities
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or no cache of nin: {error}; remove it") from error
 
 
-def _write_cache(path: Path, key: str, found: _Findings) -> None:
+def _write_cache(path: Path, key: str, space: SearchSpace, sensitivities: dict[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in found.sensitivities.items()}
-    candidates = Candidates(found.forms, found.widths).to_json()
-    write_atomically(path, save(tensors, metadata={"key": key, "candidates": candidates}))
+    tensors = {name: value.cpu().contiguous() for name, value in sensitivities.items()}
+    write_atomically(path, save(tensors, metadata={"key": key, "candidates": space.to_json()}))

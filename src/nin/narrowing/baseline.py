@@ -12,9 +12,11 @@ from torch import Tensor
 from nin import checkpoint, models, training
 from nin.config import TrainConfig
 from nin.errors import UserError
-from nin.narrowing import Control, NarrowReport, Stopwatch, expand
-from nin.narrowing.workflow import Subject, beginning, check_beginning
-from nin.narrowing.workflow_config import CONTROL_FILE, ShrinkingConfig
+from nin.models.surgery import to_plain_layers
+from nin.narrowing.latency import ModelTimer
+from nin.narrowing.report import ControlReport, NarrowReport
+from nin.narrowing.workflow import NarrowingTask, beginning, check_beginning
+from nin.narrowing.workflow_config import CONTROL_FILE, WorkflowConfig
 from nin.profiling import cost
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -68,20 +70,20 @@ def find_ratio(price: Callable[[float], float], target: float, halvings: int) ->
 
 
 def train_control(
-    subject: Subject,
+    task: NarrowingTask,
     info: checkpoint.RunInfo,
-    config: ShrinkingConfig,
+    config: WorkflowConfig,
     report: NarrowReport,
     batches: list[Tensor],
     *,
     out: Path,
     keeping: training.CheckpointOptions,
     on_progress: ProgressCallback | None,
-) -> Control:
+) -> ControlReport:
     """Train the control as long as the original and the narrowed network were, into a run folder of its own.
 
     Args:
-        subject: the network that was narrowed, and the images.
+        task: the network that was narrowed, and the images.
         info: of its run folder: its recipe is the control's too.
         config: what was asked for.
         report: of the narrowed network: the control costs as much.
@@ -94,9 +96,9 @@ def train_control(
         UserError: as `training.train`, or the folder holds the control of another call.
     """
     layout = "channels_last" if config.channels_last else "contiguous"
-    stopwatch = Stopwatch(expand(subject.model).eval(), batches, layout)
+    model_timer = ModelTimer(to_plain_layers(task.model).eval(), batches, layout)
     base, shape = original_config(info.model), (1, info.preprocessing.channels, *2 * (info.preprocessing.size,))
-    chosen = choose_once(out.parent, subject, config, lambda: choose(base, config, report, stopwatch, shape))
+    chosen = choose_once(out.parent, task, config, lambda: choose(base, config, report, model_timer, shape))
     recipe = control_recipe(info, config.finetune)
 
     def tell(p: training.TrainProgress) -> None:
@@ -104,26 +106,26 @@ def train_control(
             on_progress(f"Training the control, epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}", p.step, p.steps)
 
     result = training.train(
-        subject.images,
+        task.images,
         recipe,
         out=out,
         keeping=dataclasses.replace(keeping, resume=training.has_begun(out)),
         network=lambda: models.NiN(chosen),
         on_progress=tell,
     )
-    plain = expand(result.model)
-    return Control(
+    plain = to_plain_layers(result.model)
+    return ControlReport(
         ratio=sum(sum(b.channels) for b in chosen.blocks) / sum(sum(b.channels) for b in base.blocks),
         epochs=int(recipe.epochs or 0),
         macs=cost.cost(result.model, shape).macs,
         parameters=sum(p.numel() for p in plain.parameters()),
-        latency={n: stopwatch.compare(plain, n) for n in report.latency},
+        latency={n: model_timer.compare(plain, n) for n in report.latency},
         accuracy=result.info.result["test_accuracy"],
     )
 
 
 def choose_once(
-    folder: Path, subject: Subject, config: ShrinkingConfig, choose: Callable[[], models.NiNConfig]
+    folder: Path, task: NarrowingTask, config: WorkflowConfig, choose: Callable[[], models.NiNConfig]
 ) -> models.NiNConfig:
     """Return the control's network as it was chosen before an interruption, or choose it and write that down.
 
@@ -135,15 +137,19 @@ def choose_once(
     path = folder / CONTROL_FILE
     if path.exists():
         values = json.loads(path.read_text())
-        check_beginning(folder, values, subject, config)
+        check_beginning(folder, values, task, config)
         return models.NiNConfig.from_dict(values["network"])
     chosen = choose()
-    write_atomically(path, json.dumps({**beginning(subject, config), "network": chosen.to_dict()}))
+    write_atomically(path, json.dumps({**beginning(task, config), "network": chosen.to_dict()}))
     return chosen
 
 
 def choose(
-    base: models.NiNConfig, config: ShrinkingConfig, report: NarrowReport, stopwatch: Stopwatch, shape: tuple[int, ...]
+    base: models.NiNConfig,
+    config: WorkflowConfig,
+    report: NarrowReport,
+    model_timer: ModelTimer,
+    shape: tuple[int, ...],
 ) -> models.NiNConfig:
     """Return the widest uniformly thinner network that costs no more than the narrowed one, in what was asked for."""
     kind, batch = next(iter(config.budget)), config.batch or max(report.latency)
@@ -154,7 +160,7 @@ def choose(
     def price(ratio: float) -> float:
         network = models.NiN(thinner(base, ratio))
         if kind == "latency":
-            return share(stopwatch.compare(expand(network), batch))
+            return share(model_timer.compare(to_plain_layers(network), batch))
         counted = cost.cost(network, shape)
         return counted.macs if kind == "macs" else counted.parameters
 

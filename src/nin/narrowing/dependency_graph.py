@@ -1,4 +1,7 @@
-"""Who feeds whom: the pairs of layers between which channels can be left out, from the traced graph."""
+"""The dependency graph of channels: between which layers they can be pruned, and where shortcuts are added.
+
+It is found in the graph that ``torch.fx`` traces.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from torch import fx, nn
 
 from nin.runtime import fx_trace
 
+# What treats every channel alone: pruning a channel before it prunes the same one behind it. Softmax, GLU, PReLU with a
+# parameter per channel, and normalisation over channels are not among them.
 _ELEMENTWISE = (
     nn.ReLU,
     nn.ReLU6,
@@ -54,11 +59,11 @@ _ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous"}
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """A layer whose channels one other layer alone looks at.
+    """A layer and the only one that takes its output channels as input.
 
     Attributes:
-        producer: gives the channels.
-        consumer: looks at them.
+        producer: the layer whose output channels can be pruned.
+        consumer: the layer whose input they are.
         between: BatchNorm and depthwise layers on the way, which lose the same channels.
     """
 
@@ -69,12 +74,12 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Shortcut:
-    """What is added to a layer's result further on.
+    """The other summand of a residual addition behind a layer.
 
     Attributes:
         norm: the BatchNorm between the layer and the sum, or None.
-        source: a module.
-        side: "input" or "output": on which side of that module the other summand is found.
+        source: a module that takes or gives the other summand, where a hook can read it.
+        side: "input" or "output" of that module.
     """
 
     norm: str | None
@@ -83,11 +88,11 @@ class Shortcut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wiring:
-    """What tracing tells of a model.
+class DependencyGraph:
+    """Between which layers channels can be pruned, and what is added to layers' outputs.
 
     Attributes:
-        edges: pairs of layers, in the order of the calls.
+        edges: in the order of the calls.
         shortcuts: by the layer's name.
         problem: why the model could not be traced, or None.
     """
@@ -97,8 +102,8 @@ class Wiring:
     problem: str | None = None
 
 
-def trace(model: nn.Module, layers: set[str]) -> Wiring:
-    """Trace a model, where that is possible.
+def build_dependency_graph(model: nn.Module, layers: set[str]) -> DependencyGraph:
+    """Trace a model; of one that cannot be traced the graph has no edges.
 
     Args:
         model: in evaluation mode.
@@ -107,24 +112,26 @@ def trace(model: nn.Module, layers: set[str]) -> Wiring:
     try:
         graph = fx_trace.trace(model)
     except fx_trace.TracingError as error:
-        return Wiring(problem=str(error))
+        return DependencyGraph(problem=str(error))
     modules = dict(model.named_modules(remove_duplicate=False))
-    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    by_id = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    calls = {name: by_id[id(module)] for name, module in modules.items()}  # under whatever name
     edges, shortcuts = [], {}
     for node in graph.nodes:
-        if node.op != "call_module" or str(node.target) not in layers or calls[id(modules[str(node.target)])] > 1:
+        # a layer that serves several places would have to lose the same channels in all of them
+        if node.op != "call_module" or str(node.target) not in layers or calls[str(node.target)] > 1:
             continue
-        edge = _follow(node, modules, calls, layers)
+        edge = _find_edge(node, modules, calls, layers)
         if edge is not None:
             edges.append(edge)
         shortcut = _find_shortcut(node, modules, calls)
         if shortcut is not None:
             shortcuts[str(node.target)] = shortcut
-    return Wiring(tuple(edges), shortcuts)
+    return DependencyGraph(tuple(edges), shortcuts)
 
 
-def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int], layers: set[str]) -> Edge | None:
-    """Return the edge from a layer to the only one that looks at its result, or None."""
+def _find_edge(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, int], layers: set[str]) -> Edge | None:
+    """Return the edge from a layer to its only consumer, or None."""
     start = modules[str(node.target)]
     if isinstance(start, nn.Conv2d) and start.groups > 1:
         return None
@@ -138,38 +145,38 @@ def _follow(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int], l
         if not node.args or node.args[0] is not before or before in list(node.args[1:]) + list(node.kwargs.values()):
             return None
         if node.op != "call_module":
-            step = _function_step(node, is_map and not flat)
-            if step is None:
+            kind = _function_kind(node, is_map and not flat)
+            if kind is None:
                 return None
-            flat = flat or step == "flatten"
+            flat = flat or kind == "flatten"
             continue
         name, module = str(node.target), modules[str(node.target)]
         # an activation without parameters may serve many places, as in torchvision's ResNets
-        if calls[id(module)] > 1 and next(module.parameters(), None) is not None:
+        if calls[name] > 1 and next(module.parameters(), None) is not None:
             return None
-        if _passes(module, is_map and not flat):
+        if _is_channelwise(module, is_map and not flat):
             if isinstance(module, nn.Conv2d) and name not in layers:
                 return None
             if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
                 between.append(name)
             flat = flat or isinstance(module, nn.Flatten)
-        elif name in layers and _looks_at(module, channels, is_map=is_map, flat=flat):
+        elif name in layers and _consumes(module, channels, is_map=is_map, flat=flat):
             return Edge(producer, name, tuple(between))
         else:
             return None
     return None
 
 
-def _looks_at(module: nn.Module, channels: int, *, is_map: bool, flat: bool) -> bool:
-    """Return whether a layer looks at the channels one by one."""
+def _consumes(module: nn.Module, channels: int, *, is_map: bool, flat: bool) -> bool:
+    """Return whether a layer's input channels are these channels, one for one."""
     if isinstance(module, nn.Conv2d):
         return is_map and not flat and module.groups == 1 and module.in_channels == channels
-    # behind a flattening the sizes agree only where one pixel was left
+    # behind a flattening the sizes agree only where the images had a single pixel
     return isinstance(module, nn.Linear) and module.in_features == channels and (flat or not is_map)
 
 
-def _passes(module: nn.Module, is_map: bool) -> bool:
-    """Return whether a module works on each channel alone."""
+def _is_channelwise(module: nn.Module, is_map: bool) -> bool:
+    """Return whether a module treats each channel alone, or flattens images."""
     if isinstance(module, _ELEMENTWISE) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
         return True
     if not is_map:
@@ -181,24 +188,24 @@ def _passes(module: nn.Module, is_map: bool) -> bool:
     return type(module) is nn.BatchNorm2d or isinstance(module, _POOLING)
 
 
-def _function_step(node: fx.Node, is_map: bool) -> str | None:
-    """Return "channel" for a function on each channel alone, "flatten", or None."""
+def _function_kind(node: fx.Node, is_map: bool) -> str | None:
+    """Return "channelwise" or "flatten" for a function or method that keeps channels apart, or None."""
     if node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS:
-        return "channel"
+        return "channelwise"
     if node.op == "call_method" and node.target in _ELEMENTWISE_METHODS:
-        return "channel"
+        return "channelwise"
     if not is_map:
         return None
     if node.op == "call_function" and node.target in _POOLING_FUNCTIONS:
-        return "channel"
+        return "channelwise"
     is_flatten = node.target in (torch.flatten, "flatten") and node.op in ("call_function", "call_method")
     if is_flatten and (tuple(node.args[1:]) == (1,) or node.kwargs == {"start_dim": 1}):
         return "flatten"
     return None
 
 
-def _find_shortcut(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[int]) -> Shortcut | None:
-    """Return what is added to a layer's result, directly or behind a BatchNorm."""
+def _find_shortcut(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, int]) -> Shortcut | None:
+    """Return what is added to a layer's output, directly or behind a BatchNorm."""
     norm = None
     if len(node.users) != 1 or not isinstance(modules[str(node.target)], nn.Conv2d):
         return None
@@ -214,9 +221,9 @@ def _find_shortcut(node: fx.Node, modules: dict[str, nn.Module], calls: Counter[
     other = following.args[1] if following.args[0] is node else following.args[0]
     if not isinstance(other, fx.Node) or other is node:
         return None
-    if other.op == "call_module" and calls[id(modules[str(other.target)])] == 1:
+    if other.op == "call_module" and calls[str(other.target)] == 1:
         return Shortcut(norm, str(other.target), "output")
     for user in other.users:
-        if user.op == "call_module" and user.args[:1] == (other,) and calls[id(modules[str(user.target)])] == 1:
+        if user.op == "call_module" and user.args[:1] == (other,) and calls[str(user.target)] == 1:
             return Shortcut(norm, str(user.target), "input")
     return None

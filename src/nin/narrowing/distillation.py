@@ -1,4 +1,4 @@
-"""Training a narrowed network by the original's answers: knowledge distillation, with or without labels."""
+"""Fine-tuning of a narrowed network by knowledge distillation from the original, with or without labels."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from nin.runtime import device
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """How a narrowed network is trained by the original's answers, with AdamW.
+    """The settings of the fine-tuning by distillation, with AdamW.
 
-    The layers of a narrowed network differ much in the size of their weights and gradients, and most have no
-    normalisation behind them any more: one learning rate for all, as in plain gradient descent, leaves some of them
-    nearly as they were. `benchmarks/narrowing/README.md` has both beside each other.
+    The layers of a narrowed network differ much in the norms of their weights and gradients, and most have no
+    normalisation behind them any more: with SGD, one learning rate leaves some of them nearly as they were.
+    `benchmarks/narrowing/README.md` compares both.
 
     Attributes:
         epochs: passes over the images.
-        learning_rate: at the peak; it rises in a straight line and falls to zero along a cosine.
-        warmup: share of all steps in which it rises.
-        betas: how much of the averages of the gradient and of its square is kept in a step.
+        learning_rate: at the peak of a linear warmup and a cosine decay to zero.
+        warmup: fraction of all steps in which it rises.
+        betas: decay per step of the averages of the gradient and of its square.
         weight_decay: times the learning rate per step, on weights of more than one dimension.
-        temperature: scores are divided by it before the softmax.
-        label_weight: share of the cross entropy with the labels, where there are any.
+        temperature: of the softmax, which divides the scores by it.
+        label_weight: weight of the cross entropy with the labels, where there are any; the rest is distillation.
         gradient_clip: largest norm of the gradient.
-        ema: decay per step of the averaged weights, which are the ones that are kept.
+        ema: decay per step of the exponential moving average of the weights, which is the result.
         precision: "auto" takes "bf16" where the processor multiplies in it, else "fp32".
     """
 
@@ -53,16 +53,16 @@ class FinetuneConfig:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
 
 
-class Tuner:
-    """A network that learns to answer as its teacher does; `tensors` and `load` carry it over an interruption.
+class DistillationStep:
+    """One training step after the other of a student by its teacher; `tensors` and `load` save and restore it.
 
     ``(1 - w) · T² · KL(softmax(teacher / T) ‖ softmax(model / T)) + w · cross entropy(model, labels)``
 
     Args:
-        model: gives scores (N, classes); it learns in place.
+        model: the student, which gives scores (N, classes); trained in place.
         teacher: the original network.
-        config: the recipe.
-        steps: in the whole training.
+        config: the settings.
+        steps: of the whole training, for the learning rate.
 
     Source:
         Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, arXiv 1503.02531.
@@ -79,28 +79,28 @@ class Tuner:
         self.optimizer = OptimizerWithEMA(model, copy.deepcopy(model), optimizer)
 
     def learning_rate(self) -> float:
-        """Return that of the next step."""
+        """Return the learning rate of the next step."""
         config = self.config
         return one_cycle_learning_rate(self.step_number, self.steps, peak=config.learning_rate, warmup=config.warmup)
 
-    def step(self, x: Tensor, labels: Tensor | None) -> float:
-        """Take one step and return its loss.
+    def __call__(self, x: Tensor, labels: Tensor | None) -> float:
+        """Train on one batch and return its loss.
 
         Args:
             x: images, as the network takes them.
             labels: (N,), or None.
 
         Raises:
-            UserError: the loss is no finite number; no weight has followed it.
+            UserError: the loss is no finite number; the weights are those before the step.
         """
         self.model.train()
         x = x.to(self.device)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
-                answers = self.teacher(x)
+                teacher_scores = self.teacher(x)
             scores = self.model(x)
         labels = None if labels is None else labels.to(self.device)
-        loss = distillation_loss(scores.float(), answers.float(), labels, self.config)
+        loss = distillation_loss(scores.float(), teacher_scores.float(), labels, self.config)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}; "
@@ -122,11 +122,11 @@ class Tuner:
         return self.model.eval()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that `load` needs beside the number of the step."""
+        """Return the state of the training beside the number of the step."""
         return self.optimizer.state_dict()
 
     def load(self, tensors: Mapping[str, Tensor], step_number: int) -> None:
-        """Go back to the state that `tensors` returned after that many steps."""
+        """Restore the state that `tensors` returned after that many steps."""
         self.optimizer.load_state_dict(tensors)
         self.step_number = step_number
 
@@ -140,13 +140,13 @@ def finetune(
     steps_per_epoch: int,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
-    """Train a network to answer as its teacher does, in place, and return it in evaluation mode.
+    """Train a network by distillation from its teacher, in place, and return it in evaluation mode.
 
     Args:
-        model: gives scores (N, classes).
+        model: the student, which gives scores (N, classes).
         teacher: the original network.
-        batches: for an epoch's number, the (images, labels) to train on; labels (N,) may be None.
-        config: the recipe.
+        batches: returns the (images, labels) of an epoch, by its number; labels (N,) may be None.
+        config: the settings.
         steps_per_epoch: batches in an epoch, for the learning rate.
         on_progress: called with the steps done, all steps, and the loss.
 
@@ -156,21 +156,21 @@ def finetune(
     Source:
         Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, arXiv 1503.02531.
     """
-    tuner = Tuner(model, teacher, config, config.epochs * steps_per_epoch)
+    step = DistillationStep(model, teacher, config, config.epochs * steps_per_epoch)
     for epoch in range(config.epochs):
         for x, labels in batches(epoch):
-            loss = tuner.step(x, labels)
+            loss = step(x, labels)
             if on_progress:
-                on_progress(tuner.step_number, tuner.steps, loss)
-    return tuner.finish()
+                on_progress(step.step_number, step.steps, loss)
+    return step.finish()
 
 
-def distillation_loss(scores: Tensor, answers: Tensor, labels: Tensor | None, config: FinetuneConfig) -> Tensor:
-    """Return the loss of `Tuner` for one batch."""
+def distillation_loss(scores: Tensor, teacher_scores: Tensor, labels: Tensor | None, config: FinetuneConfig) -> Tensor:
+    """Return the loss of `DistillationStep` for one batch."""
     t = config.temperature
-    soft = F.kl_div(
-        F.log_softmax(scores / t, 1), F.log_softmax(answers / t, 1), reduction="batchmean", log_target=True
-    ) * (t * t)
+    student, teacher = F.log_softmax(scores / t, 1), F.log_softmax(teacher_scores / t, 1)
+    # T² keeps the gradient's scale: that of softened scores is 1 / T² of it (Hinton, Vinyals, Dean 2015, section 2)
+    soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * (t * t)
     if labels is None:
         return soft
     return (1 - config.label_weight) * soft + config.label_weight * F.cross_entropy(scores, labels)

@@ -1,4 +1,4 @@
-"""What layers and models cost: multiply-accumulates, parameters, or milliseconds measured on this device."""
+"""Measured latencies on this device: of chains of layers, in a table, and of whole models before and after."""
 
 from __future__ import annotations
 
@@ -14,42 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin.models.layer_shape import LayerShape, inputs_of, make_layer
+from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import to_layout
-from nin.runtime import device as machine
+from nin.narrowing.calibration import model_inputs
 from nin.runtime import timer
+from nin.runtime.device import processor_name
 from nin.runtime.files import write_atomically
+from nin.runtime.progress import ProgressCallback, ignore_progress
 
 # Seconds that the calls of one layer, and of one whole model, are timed for, and how many calls these are at least and
 # at most: where others work on the machine too, short ones need many, or all of them fall into a bad moment.
 LAYER_SECONDS, MODEL_SECONDS, RUNS = 0.02, 0.5, (7, 101)
 
-# The price of a chain of layers that runs one after the other.
-Price = Callable[[tuple[LayerShape, ...]], float]
-
-
-def macs(chain: tuple[LayerShape, ...]) -> float:
-    """Return the multiply-accumulates of a chain of layers for one image."""
-    return float(sum(shape.macs for shape in chain))
-
-
-def parameters(chain: tuple[LayerShape, ...]) -> float:
-    """Return the weights and biases of a chain of layers."""
-    return float(sum(shape.parameters for shape in chain))
-
 
 class LatencyTable:
-    """Milliseconds of chains of layers, measured when they are first asked for and remembered.
+    """Milliseconds of chains of layers, measured when they are first asked for and then looked up.
 
-    The 20th percentile of the timings counts: what else the machine does makes them longer only.
+    The 20th percentile of the timings counts: other load on the machine only makes them longer.
 
     Args:
         like: a tensor on the device and in the dtype to measure in.
         batch: images at a time.
         layout: "contiguous" or "channels_last".
-        cache: a JSON file that `save` keeps them in. Those of another machine, PyTorch, number of threads, batch,
-            dtype, layout or time spent on each are kept beside and not used.
-        on_progress: called with the number of chains measured, before each.
+        cache: a JSON file that `save` writes. Tables of another machine, PyTorch, number of threads, batch, dtype,
+            layout or time spent on each stay in it and are not used.
+        on_progress: called before each measurement, with the number of those before it.
     """
 
     def __init__(
@@ -59,47 +48,37 @@ class LatencyTable:
         layout: str = "contiguous",
         *,
         cache: Path | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: ProgressCallback = ignore_progress,
     ) -> None:
         self.like, self.batch, self.layout, self.cache = like, batch, layout, cache
         self.on_progress, self.measured = on_progress, 0
-        name = torch.cuda.get_device_name(like.device) if like.is_cuda else machine.processor_name()
+        name = torch.cuda.get_device_name(like.device) if like.is_cuda else processor_name()
         words = (name, like.device, torch.__version__, torch.get_num_threads(), like.dtype, batch, layout)
         self.setting = " · ".join(map(str, (*words, f"{LAYER_SECONDS * 1e3:g} ms each")))
-        self.others = _read(cache)
+        self.others = _read_tables(cache)
         self.known = self.others.pop(self.setting, {})
 
-    def __call__(self, chain: tuple[LayerShape, ...]) -> float:
+    def __call__(self, chain: tuple[LayerSpec, ...]) -> float:
         """Return the milliseconds of a chain, for as many calls as the model makes."""
-        # the name and the parameters' values do not matter: equal geometries are measured once
-        same = tuple(dataclasses.replace(shape, name="", calls=1) for shape in chain)
-        key = json.dumps([dataclasses.astuple(shape) for shape in same])
+        # equal geometries are measured once, whatever the layers' names
+        same = tuple(dataclasses.replace(spec, name="", calls=1) for spec in chain)
+        key = json.dumps([dataclasses.astuple(spec) for spec in same])
         if key not in self.known:
-            if self.on_progress:
-                self.on_progress(self.measured)
+            self.on_progress("Timing layers", self.measured, 0)
             self.measured += 1
             self.known[key] = self.measure(same)
         return chain[0].calls * self.known[key]
 
-    def measure(self, chain: tuple[LayerShape, ...]) -> float:
-        """Time a chain with random weights."""
-        module = nn.Sequential(*(make_layer(shape, self.like) for shape in chain)).eval()
+    def measure(self, chain: tuple[LayerSpec, ...]) -> float:
+        """Time a chain with random weights: the values do not matter."""
+        module: nn.Module = nn.Sequential(*(spec.make_layer(self.like) for spec in chain)).eval()
         first = chain[0]
-        size = (
-            (self.batch, first.input_size[0], first.in_channels)
-            if first.kind == "linear"
-            else (self.batch, first.in_channels, *first.input_size)
-        )
-        x = torch.randn(size, device=self.like.device, dtype=self.like.dtype)
-        if self.layout == "channels_last" and x.dim() == 4:
-            module, x = module.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-
-        def run() -> None:
-            module(x)
-            wait_for(x.device)
-
-        with torch.inference_mode():
-            return timer.compare({"chain": run}, runs=_runs(run, LAYER_SECONDS), warmup=2)["chain"].low_ms
+        values = (first.input_size[0], first.in_channels)
+        size = values if first.kind == "linear" else (first.in_channels, *first.input_size)
+        x = torch.randn((self.batch, *size), device=self.like.device, dtype=self.like.dtype)
+        if x.dim() == 4:
+            module, x = to_layout(module, self.layout), _in_layout(x, self.layout)
+        return _time({"chain": lambda: module(x)}, x.device, LAYER_SECONDS)["chain"].low_ms
 
     def save(self) -> None:
         """Write what was measured into the cache, if there is one."""
@@ -109,7 +88,7 @@ class LatencyTable:
         write_atomically(self.cache, json.dumps({**self.others, self.setting: self.known}))
 
 
-def _read(cache: Path | None) -> dict[str, dict[str, float]]:
+def _read_tables(cache: Path | None) -> dict[str, dict[str, float]]:
     """Return the tables in the cache by setting; they can be measured again, so a damaged file is an empty one."""
     if cache is None or not cache.is_file():
         return {}
@@ -120,8 +99,8 @@ def _read(cache: Path | None) -> dict[str, dict[str, float]]:
         return {}
 
 
-class Stopwatch:
-    """Times a model and its narrowed form side by side on images of the calibration.
+class ModelTimer:
+    """Times a model and its narrowed form side by side on a calibration batch.
 
     Args:
         original: the model before, in evaluation mode.
@@ -135,32 +114,35 @@ class Stopwatch:
 
     def compare(self, narrowed: nn.Module, batch: int) -> tuple[timer.Timing, timer.Timing]:
         """Return the timings before and after, with that many images at a time."""
-        args, kwargs = pytree.tree_map(lambda t: _resized(t, batch), next(inputs_of(self.batches)))
-        if self.layout == "channels_last":
-            args, kwargs = pytree.tree_map(_channels_last, (args, kwargs))
-
-        def call(model: nn.Module) -> Callable[[], None]:
-            def run() -> None:
-                model(*args, **kwargs)
-                wait_for(self.device)
-
-            return run
-
+        args, kwargs = pytree.tree_map(
+            lambda t: _in_layout(_resized(t, batch), self.layout), next(model_inputs(self.batches))
+        )
         narrowed = to_layout(copy.deepcopy(narrowed), self.layout).eval()
-        before = call(self.original)
-        with torch.inference_mode():
-            runs = _runs(before, MODEL_SECONDS)
-            times = timer.compare({"before": before, "after": call(narrowed)}, runs=runs, warmup=2)
+        calls = {"before": lambda: self.original(*args, **kwargs), "after": lambda: narrowed(*args, **kwargs)}
+        times = _time(calls, self.device, MODEL_SECONDS)
         return times["before"], times["after"]
 
 
-def _runs(call: Callable[[], None], seconds: float) -> int:
-    """Return how often to time a call."""
-    call()  # the first one is slower
+@torch.inference_mode()
+def _time(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, timer.Timing]:
+    """Time calls side by side, the first of them for about so many seconds."""
+
+    def synchronised(call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+    timed: dict[str, Callable[[], object]] = {name: synchronised(call) for name, call in calls.items()}
+    first = next(iter(timed.values()))
+    first()  # the first call is slower
     start = time.perf_counter()
-    call()
+    first()
     least, most = RUNS
-    return min(max(int(seconds / (time.perf_counter() - start)), least), most)
+    runs = min(max(int(seconds / (time.perf_counter() - start)), least), most)
+    return timer.compare(timed, runs=runs, warmup=2)
 
 
 def _resized(value: Any, batch: int) -> Any:
@@ -170,13 +152,8 @@ def _resized(value: Any, batch: int) -> Any:
     return value[torch.arange(batch) % len(value)]
 
 
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() == 4:
+def _in_layout(value: Any, layout: str) -> Any:
+    """Return images (N, C, H, W) in that memory layout, and everything else as it is."""
+    if layout == "channels_last" and isinstance(value, Tensor) and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

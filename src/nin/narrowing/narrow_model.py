@@ -15,8 +15,8 @@ from nin import checkpoint, data
 from nin.errors import UserError
 from nin.models import factory as factories
 from nin.narrowing import NarrowResult
-from nin.narrowing.workflow import Subject, prepare_folder, shrink_subject
-from nin.narrowing.workflow_config import ShrinkingConfig
+from nin.narrowing.workflow import NarrowingTask, prepare_folder, run_workflow
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -29,7 +29,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preparation:
+class InputNormalisation:
     """How an image becomes the network's input.
 
     Attributes:
@@ -103,11 +103,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def shrink_network(
+def narrow_model(
     model: nn.Module,
     images: data.Data,
-    preparation: Preparation,
-    config: ShrinkingConfig,
+    normalisation: InputNormalisation,
+    config: WorkflowConfig,
     *,
     out: Path | None,
     cache: Path,
@@ -119,7 +119,7 @@ def shrink_network(
     Args:
         model: in evaluation mode.
         images: to look at, and, where their classes are as many as the network's scores, to test with.
-        preparation: from an image to the network's input.
+        normalisation: from an image to the network's input.
         config: what is asked for.
         out: the folder to make: ``model.safetensors``, ``plan.json`` and ``report.json``; None in a dry run.
         cache: a file that keeps what is found of the network.
@@ -134,16 +134,16 @@ def shrink_network(
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
     keeping = keeping or CheckpointOptions()
-    preprocessing = preparation.of(images)
+    preprocessing = normalisation.of(images)
     scores = _try(model, images, preprocessing)
     if config.finetune and scores is None:
         raise UserError("--finetune needs a network that gives one table of scores (images, classes)")
     labelled = scores == len(images.classes)
-    subject = Subject(model, images, preprocessing, labelled, cache)
+    task = NarrowingTask(model, images, preprocessing, labelled, cache)
     if config.dry_run or out is None:
-        return shrink_subject(subject, config, None, keeping, on_progress)
+        return run_workflow(task, config, None, keeping, on_progress)
     with prepare_folder(out):
-        result = shrink_subject(subject, config, out, keeping, on_progress)
+        result = run_workflow(task, config, out, keeping, on_progress)
         if not labelled:
             found = "no table of scores" if scores is None else f"{scores:,} scores"
             note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."

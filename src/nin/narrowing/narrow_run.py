@@ -11,8 +11,8 @@ from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing import NarrowResult
 from nin.narrowing.baseline import original_config, train_control
-from nin.narrowing.workflow import Subject, calibration_batches, prepare_folder, shrink_subject
-from nin.narrowing.workflow_config import CONTROL_FOLDER, ShrinkingConfig
+from nin.narrowing.workflow import NarrowingTask, calibration_batches, prepare_folder, run_workflow
+from nin.narrowing.workflow_config import CONTROL_FOLDER, WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -21,10 +21,10 @@ from nin.training import CheckpointOptions
 NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
 
 
-def shrink(
+def narrow_run(
     run: Path,
     images: data.Data,
-    config: ShrinkingConfig,
+    config: WorkflowConfig,
     *,
     out: Path | None,
     keeping: CheckpointOptions | None = None,
@@ -53,20 +53,20 @@ def shrink(
     if mismatch := info.mismatch(images):
         raise UserError(f"the images do not fit {run}: {mismatch}")
     images = augmented_as(info, images)
-    subject = Subject(model, images, info.preprocessing, True, run / CACHE_FILE)
+    task = NarrowingTask(model, images, info.preprocessing, True, run / CACHE_FILE)
     if config.control:
         original_config(info.model)
     if config.dry_run or out is None:
-        return shrink_subject(subject, config, None, keeping, on_progress)
+        return run_workflow(task, config, None, keeping, on_progress)
     with prepare_folder(out):
-        result = shrink_subject(subject, config, out, keeping, on_progress)
+        result = run_workflow(task, config, out, keeping, on_progress)
         if config.control:
             control = train_control(
-                subject,
+                task,
                 info,
                 config,
                 result.report,
-                list(calibration_batches(subject, config)),
+                list(calibration_batches(task, config)),
                 out=out / CONTROL_FOLDER,
                 keeping=keeping,
                 on_progress=on_progress,
@@ -84,7 +84,7 @@ def augmented_as(info: checkpoint.RunInfo, images: data.Data) -> data.Data:
 
 
 def save(
-    out: Path, run: Path, result: NarrowResult, info: checkpoint.RunInfo, images: data.Data, config: ShrinkingConfig
+    out: Path, run: Path, result: NarrowResult, info: checkpoint.RunInfo, images: data.Data, config: WorkflowConfig
 ) -> None:
     """Write the narrowed run folder: the model, what it was made from, and what that cost."""
     right = result.report.accuracy.get("finetuned", result.report.accuracy["corrected"])

@@ -1,27 +1,28 @@
-"""How narrowing works, beside what is asked for."""
+"""The options of `nin.narrow` beside the budget."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
+
+from nin.runtime.progress import ProgressCallback
 
 
 @dataclasses.dataclass(frozen=True)
 class NarrowOptions:
-    """How `nin.narrow` works, beside what is asked for.
+    """The options of `nin.narrow` beside the budget.
 
     Attributes:
-        thin: leave out channels between layers, where the traced graph shows that one layer alone looks at them.
-        factorise: replace layers by two or three with fewer channels between them.
-        passes: times that the images are run through both networks while fitting, at most.
-        renormalise: measure BatchNorm statistics again, and keep them where the result comes nearer to the original's.
+        thin: prune channels between two layers, where the dependency graph shows that no third one takes them.
+        factorise: replace layers by two or three of lower rank.
+        passes: times that the images are run through both networks for the reconstruction, at most.
+        renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.
         revert_slower: keep layers that were measured slower than before, where the budget allows it.
         measure_latency: time the whole model before and after.
         batch: images at a time when measuring; that of the first batch if not given.
-        layout: of the weights: "contiguous", or "channels_last", which is often faster.
+        layout: memory layout of the weights: "contiguous", or "channels_last", which is often faster.
         budgets: more shares of the same budget; the network is narrowed to each of them too, for the report's curve.
-        cache: a file that keeps what was found of the network, so that another budget takes less time, and so that
+        cache: a file that keeps the analysis of the network, so that another budget takes less time, and so that
             an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
         dry_run: make the plan only; the result's ``model`` has fresh weights where the plan changes it.
         on_progress: called with what is being done, the number done, and the number of all, 0 where it is not known.
@@ -38,7 +39,7 @@ class NarrowOptions:
     budgets: tuple[float, ...] = ()
     cache: Path | None = None
     dry_run: bool = False
-    on_progress: Callable[[str, int, int], None] | None = None
+    on_progress: ProgressCallback | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -53,7 +54,7 @@ class NarrowOptions:
 
 
 def check_share(name: str, share: object) -> float:
-    """Return a share of the original's that is to be left.
+    """Return a share of the original's cost as a float.
 
     Raises:
         ValueError: it is no number above 0 and below 1.

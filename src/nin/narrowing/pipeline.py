@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,27 +12,27 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nin.errors import UserError
-from nin.models.layer_shape import expand
 from nin.models.plan import Plan
-from nin.models.surgery import apply_plan, to_layout
-from nin.narrowing.analysis import Study, study
-from nin.narrowing.latency import LatencyTable, Stopwatch
+from nin.models.surgery import apply_plan, to_layout, to_plain_layers
+from nin.narrowing.analysis import Analysis, analyse
+from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions, check_share
-from nin.narrowing.planner import Decision, Planner, count_parameters, first_parameter
-from nin.narrowing.recalibration import calibration_error, correct
-from nin.narrowing.reconstruction import Material, refine
+from nin.narrowing.planner import Planner, PlannerResult, count_parameters, first_parameter
+from nin.narrowing.recalibration import calibration_error, recalibrate_if_better
+from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.runtime import distributed
+from nin.runtime.progress import ignore_progress
 
 
 @dataclasses.dataclass(frozen=True)
 class NarrowResult:
-    """What narrowing gives.
+    """A narrowed network, its plan and its report.
 
     Attributes:
-        model: the new network, of plain PyTorch layers, in the mode (training or evaluation) of the given one.
-        plan: what was done; `nin.apply_plan` builds the architecture from it.
-        report: what it cost.
+        model: of plain PyTorch layers, in the mode (training or evaluation) of the given one.
+        plan: `nin.apply_plan` builds the architecture from it.
+        report: cost and accuracy before and after.
     """
 
     model: nn.Module
@@ -52,11 +51,12 @@ def narrow(
     skip: Iterable[str] = (),
     options: NarrowOptions | None = None,
 ) -> NarrowResult:
-    """Make a trained network narrower by 1×1 bottlenecks and left-out channels.
+    """Narrow a trained network: structured pruning of channels plus low-rank factorisation into 1×1 bottlenecks.
 
-    Each layer ``y = W x + b`` becomes the layer, or chain of layers, of few channels that minimises
-    ``tr(G · Cov(y - ŷ))`` over the images; which layer gets how many is decided by what the whole network loses for
-    what it saves. No labels are needed. The given model is left as it is.
+    Each layer ``y = W x + b`` becomes the layer, or chain of layers, of fewer channels that minimises
+    ``tr(G · Cov(y - ŷ))`` over the images, where the Fisher information G weighs the directions of y. Which layer gets
+    how many channels is a knapsack over the losses and the costs of all layers. No labels are needed. The given model
+    is left as it is.
 
     Args:
         model: any network with ``nn.Conv2d`` or ``nn.Linear`` layers inside.
@@ -65,13 +65,13 @@ def narrow(
         macs: multiply-accumulates to be left, as a share of the original's, above 0 and below 1.
         latency: time to be left, measured on the model's device; give one of the three.
         parameters: parameters to be left.
-        evaluate: gives an accuracy for a model; for the report only.
+        evaluate: returns the accuracy of a model; for the report only.
         skip: names of layers to leave alone, or patterns such as "layer1.*".
         options: see `NarrowOptions`.
 
     In a job of several processes (``torch.distributed`` in use) each of them calls this with every n-th batch: the
-    statistics are added up, the first process decides and measures times, and all get the same network and report.
-    The accuracy in it is the first one's; where images are shared out, ``evaluate`` adds up over the processes.
+    moments are all-reduced, the first process plans and times, and all get the same network and report. The accuracy
+    in it is the first one's; where each process tests some of the images, ``evaluate`` adds up over the processes.
 
     Returns:
         The new model, the plan and the report.
@@ -93,27 +93,30 @@ def narrow(
     """
     kind, share = _budget(macs=macs, latency=latency, parameters=parameters)
     options = options or NarrowOptions()
-    images = list(batches)
-    if (
-        distributed.all_reduce_sum(torch.tensor(float(not images))) > 0
-    ):  # all of them end, or the others would wait for one
+    loaded = list(batches)
+    # refused in all processes, or the others would wait for one that has ended
+    if distributed.all_reduce_sum(torch.tensor(float(not loaded))) > 0:
         raise UserError("batches must hold at least one batch of images (in each process), got none")
-    original = to_layout(expand(model).eval(), options.layout)
-    known = study(original, images, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress)
-    job = _Job(original, images, known, kind, evaluate, options)
+    original = to_layout(to_plain_layers(model).eval(), options.layout)
+    analysis = analyse(
+        original, loaded, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress or ignore_progress
+    )
+    narrower = _Narrower(original, loaded, analysis, kind, evaluate, options)
     try:
-        points = [job.narrow(other).point() for other in options.budgets if other != share]
-        outcome = job.narrow(share)
-        curve = sorted([*points, outcome.point()], key=lambda p: -p.share) if points else []
-        report = dataclasses.replace(outcome.report, curve=tuple(curve))
-    finally:
-        if distributed.rank() == 0:
-            job.table.save()
-    return NarrowResult(outcome.model.train(model.training), report=report, plan=outcome.plan)
+        points = [_curve_point(narrower.narrow(other)) for other in options.budgets if other != share]
+        result = narrower.narrow(share)
+    finally:  # layers that were timed before an interruption need not be timed again
+        if distributed.is_main_process():
+            narrower.table.save()
+    result.model.train(model.training)
+    if not points:
+        return result
+    curve = tuple(sorted([*points, _curve_point(result)], key=lambda p: -p.share))
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, curve=curve))
 
 
 def _budget(**shares: float | None) -> tuple[str, float]:
-    """Return which budget was given, and its share."""
+    """Return the kind of budget that was given, and the share that it leaves."""
     given = {name: value for name, value in shares.items() if value is not None}
     if len(given) != 1:
         got = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
@@ -122,112 +125,95 @@ def _budget(**shares: float | None) -> tuple[str, float]:
     return name, check_share(name, share)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    """A network narrowed to one budget."""
-
-    model: nn.Module
-    plan: Plan
-    report: NarrowReport
-
-    def point(self) -> CurvePoint:
-        """Return what the curve shows of it."""
-        r = self.report
-        return CurvePoint(self.plan.share, r.macs[1], r.parameters[1], r.latency, r.accuracy, r.calibration_error)
+def _curve_point(result: NarrowResult) -> CurvePoint:
+    r = result.report
+    return CurvePoint(result.plan.share, r.macs[1], r.parameters[1], r.latency, r.accuracy, r.calibration_error)
 
 
-class _Job:
-    """The narrowings of one network: what all of their steps look at."""
+class _Narrower:
+    """Narrows one network to one budget after the other; they share the analysis and the latencies."""
 
     def __init__(
         self,
         original: nn.Module,
-        images: list[Any],
-        known: Study,
+        batches: list[Any],
+        analysis: Analysis,
         kind: str,
         evaluate: Callable[[nn.Module], float] | None,
         options: NarrowOptions,
     ) -> None:
-        self.original, self.images, self.known = original, images, known
+        self.original, self.batches, self.analysis = original, batches, analysis
         self.evaluate, self.options = evaluate, options
-        leaf = next(t for t in pytree.tree_leaves(images[0]) if isinstance(t, Tensor))
+        self.on_progress = options.on_progress or ignore_progress
+        images = len(next(t for t in pytree.tree_leaves(batches[0]) if isinstance(t, Tensor)))
+        batch = options.batch or images
+        self.reported_batches = sorted({1, images, batch}) if options.measure_latency else []
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
-        batch = options.batch or len(leaf)
-        self.reported_batches = sorted({1, len(leaf), batch})
-        tell = options.on_progress
-        self.table = LatencyTable(
-            first_parameter(original),
-            batch,
-            options.layout,
-            cache=cache,
-            on_progress=None if tell is None else lambda done: tell("Timing layers", done, 0),
-        )
-        self.stopwatch = Stopwatch(original, images, options.layout)
-        self.planner = Planner(original, known, kind, self.table, self.stopwatch, options)
-        self.accuracy: dict[str, float] = {}  # of the original, once it is known
+        like = first_parameter(original)
+        self.table = LatencyTable(like, batch, options.layout, cache=cache, on_progress=self.on_progress)
+        self.model_timer = ModelTimer(original, batches, options.layout)
+        self.planner = Planner(original, analysis, kind, self.table, self.model_timer, options)
+        self.original_accuracy: dict[str, float] = {}  # evaluated once for all budgets
 
-    def narrow(self, share: float) -> _Outcome:
-        """Return the network narrowed to a share."""
-        decision = Decision.from_json(distributed.broadcast_result(lambda: self.planner.decide(share).to_json()))
+    def narrow(self, share: float) -> NarrowResult:
+        """Return the network narrowed to a share of its cost."""
+        planned = PlannerResult.from_json(distributed.broadcast_result(lambda: self.planner.plan(share).to_json()))
+        layout = self.options.layout
         if self.options.dry_run:
-            narrowed = to_layout(apply_plan(self.original, decision.plan), self.options.layout)
-            return _Outcome(narrowed, decision.plan, self.report(narrowed, decision))
-        narrowed, errors = self.refine(decision.plan)
-        distributed.broadcast_model(narrowed)
-        if self.evaluate is not None and not self.accuracy:
-            self.accuracy = {"original": self.evaluate(self.original)}
-        accuracy = {**self.accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
-        changed = False
-        if self.options.renormalise:
-            narrowed, correction, changed = correct(narrowed, self.original, self.images)
-        else:
-            correction = calibration_error(narrowed, self.original, self.images)
-        if self.evaluate is not None:
-            accuracy["corrected"] = self.evaluate(narrowed) if changed else accuracy["raw"]
-        if changed:
-            notes = (*decision.notes, "BatchNorm statistics were measured again.")
-            decision = dataclasses.replace(decision, notes=notes)
-        narrowed = to_layout(narrowed, self.options.layout)
-        return _Outcome(narrowed, decision.plan, self.report(narrowed, decision, errors, accuracy, correction))
-
-    def refine(self, plan: Plan) -> tuple[nn.Module, dict[str, float]]:
-        """Return the fitted network and the error of each layer."""
-        known, tell = self.known, self.options.on_progress
-        material = Material(self.original, plan, known.shapes, known.sensitivities, known.shortcuts, self.images)
-        return refine(
-            material,
+            return self.result(to_layout(apply_plan(self.original, planned.plan), layout), planned)
+        narrowed, errors = reconstruct(
+            self.original,
+            planned.plan,
+            self.analysis,
+            self.batches,
             passes=self.options.passes,
-            on_progress=None if tell is None else lambda done, total: tell("Fitting the layers", done, total),
+            on_progress=self.on_progress,
         )
+        distributed.broadcast_model(narrowed)
+        if self.evaluate is not None and not self.original_accuracy:
+            self.original_accuracy = {"original": self.evaluate(self.original)}
+        accuracy = {**self.original_accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
+        recalibrated = False
+        if self.options.renormalise:
+            narrowed, error, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
+        else:
+            error = calibration_error(narrowed, self.original, self.batches)
+        if self.evaluate is not None:
+            accuracy["corrected"] = self.evaluate(narrowed) if recalibrated else accuracy["raw"]
+        if recalibrated:
+            notes = (*planned.notes, "BatchNorm statistics were measured again.")
+            planned = dataclasses.replace(planned, notes=notes)
+        return self.result(to_layout(narrowed, layout), planned, errors, accuracy, error)
 
-    def report(self, *facts: Any) -> NarrowReport:
-        """Return what was done and what it cost; of several processes the first one's, which alone measures times."""
-        text = distributed.broadcast_result(lambda: json.dumps(self.collect_report(*facts).to_dict()))
-        return NarrowReport.from_dict(json.loads(text))
+    def result(self, narrowed: nn.Module, planned: PlannerResult, *measured: Any) -> NarrowResult:
+        """Return the result with its report; of several processes the first one's, which alone measures times."""
+        text = distributed.broadcast_result(lambda: json.dumps(self.report(narrowed, planned, *measured).to_dict()))
+        return NarrowResult(narrowed, planned.plan, NarrowReport.from_dict(json.loads(text)))
 
-    def collect_report(
+    def report(
         self,
         narrowed: nn.Module,
-        decision: Decision,
-        errors: Mapping[str, float] = MappingProxyType({}),
-        accuracy: Mapping[str, float] = MappingProxyType({}),
+        planned: PlannerResult,
+        errors: dict[str, float] | None = None,
+        accuracy: dict[str, float] | None = None,
         error: float | None = None,
     ) -> NarrowReport:
-        """Return what was done and what it cost."""
-        known = self.known
-        rows = layer_reports(
-            known.shapes, decision.plan, known.reasons, decision.predicted, dict(errors), decision.latency
-        )
-        sizes = self.reported_batches if self.options.measure_latency else []
+        """Return the report; without errors, accuracy and error in a dry run."""
+        specs, reasons = self.analysis.specs, self.analysis.reasons
+        layers = layer_reports(specs, planned.plan, reasons, planned.predicted, errors or {}, planned.latency)
         return NarrowReport(
-            rows,
-            (sum(r.macs_before for r in rows), sum(r.macs_after for r in rows)),
-            (count_parameters(self.original), count_parameters(narrowed)),
-            (file_bytes(self.original), file_bytes(narrowed)),
-            {size: self.stopwatch.compare(narrowed, size) for size in sizes},
-            dict(accuracy),
-            decision.loss,
-            error,
-            (*known.notes, *decision.notes),
-            {"torch": torch.__version__, "threads": torch.get_num_threads(), "measured on": self.table.setting},
+            layers,
+            macs=(sum(r.macs_before for r in layers), sum(r.macs_after for r in layers)),
+            parameters=(count_parameters(self.original), count_parameters(narrowed)),
+            file_bytes=(file_bytes(self.original), file_bytes(narrowed)),
+            latency={size: self.model_timer.compare(narrowed, size) for size in self.reported_batches},
+            accuracy=accuracy or {},
+            predicted_loss=planned.loss,
+            calibration_error=error,
+            notes=(*self.analysis.notes, *planned.notes),
+            environment={
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "measured on": self.table.setting,
+            },
         )

@@ -1,4 +1,4 @@
-"""From a budget to a plan: choices over what layers cost, checked against what was measured."""
+"""From a budget to a plan: the knapsack's solution, checked against measured latencies."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ import json
 from torch import Tensor, nn
 
 from nin.errors import UserError
-from nin.models.plan import LayerPlan, Plan, Thinning
-from nin.models.surgery import apply_plan, chain_of
-from nin.narrowing import latency as pricing
-from nin.narrowing.analysis import Study
-from nin.narrowing.candidates import Candidates
-from nin.narrowing.dependency_graph import Edge
-from nin.narrowing.knapsack import Choice, Knapsack
-from nin.narrowing.latency import LatencyTable, Price, Stopwatch
+from nin.models.plan import ChannelPruning, LayerPlan, Plan
+from nin.models.surgery import apply_plan, planned_layers
+from nin.narrowing.analysis import Analysis
+from nin.narrowing.knapsack import CostFunction, Knapsack, Solution, macs, parameters
+from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
+from nin.narrowing.search_space import SearchSpace
 
-# The whole model is measured after each plan for a latency; so many plans are made at most.
+# With a latency budget the whole model is timed after each plan; so many plans are made at most.
 LATENCY_PLANS = 5
 
-# A plan is good enough if the time of its whole model, as a share of what was asked for, lies between these.
+# A plan is good enough if the latency of its whole model, as a fraction of the budget, lies between these.
 LATENCY_SPENT, LATENCY_TOLERANCE = 0.96, 1.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
-    """What was decided for a budget.
+class PlannerResult:
+    """A plan for a budget and what is expected of it.
 
     Attributes:
         plan: what to do.
-        loss: sum over the layers of the share of variance that each is expected to lose.
+        loss: sum over the layers of the fraction of variance that each is expected to lose.
         predicted: the same for each layer.
         latency: milliseconds before and after of each layer that changes; empty where they are not measured.
         notes: sentences for the report.
@@ -48,7 +46,7 @@ class Decision:
         return json.dumps({**dataclasses.asdict(self), "plan": self.plan.to_dict()})
 
     @classmethod
-    def from_json(cls, text: str) -> Decision:
+    def from_json(cls, text: str) -> PlannerResult:
         """Return what `to_json` wrote."""
         values = json.loads(text)
         latency = {name: (before, after) for name, (before, after) in values["latency"].items()}
@@ -57,105 +55,101 @@ class Decision:
 
 
 class Planner:
-    """Makes plans for one model; what it measures serves all of them.
+    """Makes plans for one model; the latencies that it measures serve all of them.
 
     Args:
-        original: the model, expanded, in evaluation mode.
-        known: what was found of it.
-        kind: "macs", "latency" or "parameters".
+        original: the model, of plain layers, in evaluation mode.
+        analysis: of the model.
+        kind: of the budget: "macs", "latency" or "parameters".
         table: milliseconds of layers.
-        stopwatch: milliseconds of whole models.
-        options: how to work.
+        model_timer: milliseconds of whole models.
+        options: see `NarrowOptions`.
     """
 
     def __init__(
         self,
         original: nn.Module,
-        known: Study,
+        analysis: Analysis,
         kind: str,
         table: LatencyTable,
-        stopwatch: Stopwatch,
+        model_timer: ModelTimer,
         options: NarrowOptions,
     ) -> None:
-        self.original, self.known, self.kind, self.options = original, known, kind, options
-        self.table, self.stopwatch = table, stopwatch
-        self.candidates = known.candidates
+        self.original, self.analysis, self.kind, self.options = original, analysis, kind, options
+        self.table, self.model_timer = table, model_timer
+        self.space = analysis.search_space
         if not options.factorise:
-            kept = {name: forms[:1] for name, forms in known.candidates.forms.items()}
-            self.candidates = dataclasses.replace(known.candidates, forms=kept)
-        self.edges = known.edges if options.thin else ()
+            kept = {name: choices[:1] for name, choices in self.space.factorisations.items()}
+            self.space = dataclasses.replace(self.space, factorisations=kept)
 
-    def decide(self, share: float) -> Decision:
-        """Return the plan for a share of the original's.
+    def plan(self, share: float) -> PlannerResult:
+        """Return the plan for a share of the original's cost.
 
         Raises:
             UserError: it cannot be reached; the message says what can.
         """
+        knapsack = self._knapsack(self.space)
+        budget = share * knapsack.unchanged().cost
+        notes: tuple[str, ...] = ()
         if self.kind == "latency":
-            knapsack, choice, notes = self._for_latency(share)
+            solution, notes = self._fit_latency(knapsack, share, budget)
         else:
-            knapsack, choice, notes = self._for_count(share)
-        plan = self._plan(knapsack, choice, share)
-        times = self._times(plan) if self.options.measure_latency else {}
-        return Decision(plan, choice.loss, self._predicted(plan, choice), times, notes)
+            solution = knapsack.solve(budget)
+            if self.options.revert_slower:
+                knapsack, solution, notes = self._revert_slower(knapsack, solution, share, budget)
+        plan = self._to_plan(knapsack, solution, share)
+        latency = self._layer_latencies(plan) if self.options.measure_latency else {}
+        return PlannerResult(plan, solution.loss, self._predicted(plan, solution), latency, notes)
 
-    def _knapsack(self, candidates: Candidates, edges: tuple[Edge, ...]) -> Knapsack:
-        prices: dict[str, Price] = {"macs": pricing.macs, "parameters": pricing.parameters, "latency": self.table}
-        price, fixed = prices[self.kind], 0.0
+    def _knapsack(self, space: SearchSpace) -> Knapsack:
+        costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": self.table}
+        fixed = 0.0
         if self.kind == "parameters":  # those of BatchNorm and others stay
-            fixed = count_parameters(self.original) - sum(s.parameters for s in self.known.shapes.values())
-        return Knapsack(self.known.shapes, candidates, edges, price, fixed)
-
-    def _for_count(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
-        """Choose for a number of MACs or parameters."""
-        knapsack = self._knapsack(self.candidates, self.edges)
-        budget = share * knapsack.everything().cost
-        choice = knapsack.choose(budget)
-        if self.options.revert_slower:
-            return self._revert_slower(knapsack, choice, share, budget)
-        return knapsack, choice, ()
+            fixed = count_parameters(self.original) - sum(s.parameters for s in self.analysis.specs.values())
+        edges = self.analysis.graph.edges if self.options.thin else ()
+        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], fixed)
 
     def _revert_slower(
-        self, knapsack: Knapsack, choice: Choice, share: float, budget: float
-    ) -> tuple[Knapsack, Choice, tuple[str, ...]]:
-        """Return a choice in which no layer was measured slower than before, else the fastest one met."""
-        candidates, found = self.candidates, set[str]()
-        fastest: tuple[float, Knapsack, Choice, list[str]] | None = None
+        self, knapsack: Knapsack, solution: Solution, share: float, budget: float
+    ) -> tuple[Knapsack, Solution, tuple[str, ...]]:
+        """Return a solution in which no layer is slower than before, else the fastest one met."""
+        space, found = self.space, set[str]()
+        fastest: tuple[float, Knapsack, Solution, list[str]] | None = None
         while True:
-            times = self._times(self._plan(knapsack, choice, share))
-            slower = [name for name, (before, after) in times.items() if after > before]
+            latencies = self._layer_latencies(self._to_plan(knapsack, solution, share))
+            slower = [name for name, (before, after) in latencies.items() if after > before]
             if not slower:
                 break
             found.update(slower)
-            added = sum(after - before for before, after in times.values())
+            added = sum(after - before for before, after in latencies.values())
             if fastest is None or added < fastest[0]:
-                fastest = added, knapsack, choice, slower
-            candidates = _with_less(candidates, knapsack, choice, slower)
-            knapsack = self._knapsack(candidates, self.edges)
+                fastest = added, knapsack, solution, slower
+            space = _without_slower(space, knapsack, solution, slower)
+            knapsack = self._knapsack(space)
             try:
-                choice = knapsack.choose(budget)
+                solution = knapsack.solve(budget)
             except UserError:
-                _, knapsack, choice, slower = fastest
-                return knapsack, choice, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
+                _, knapsack, solution, slower = fastest
+                return knapsack, solution, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
         if not found:
-            return knapsack, choice, ()
-        names = ", ".join(name for name in self.known.shapes if name in found)
+            return knapsack, solution, ()
+        names = ", ".join(name for name in self.analysis.specs if name in found)
         note = f"Left as they were, or given fewer channels, as more were measured slower: {names}."
-        return knapsack, choice, (note,)
+        return knapsack, solution, (note,)
 
-    def _for_latency(self, share: float) -> tuple[Knapsack, Choice, tuple[str, ...]]:
-        """Choose over the measured table, measure the whole model, and choose again until the time is kept and used."""
-        knapsack = self._knapsack(self.candidates, self.edges)
-        whole, lowest = knapsack.everything().cost, knapsack.cheapest().cost
-        budget, kept, missed = share * whole, 0.0, whole  # budgets of the table; those that kept the time, and not
-        best: tuple[float, Choice] | None = None
+    def _fit_latency(self, knapsack: Knapsack, share: float, budget: float) -> tuple[Solution, tuple[str, ...]]:
+        """Solve with the latencies of layers, time the whole model, and adapt the budget until that meets the share."""
+        lowest = knapsack.cheapest().cost
+        # between budgets of the table whose whole model keeps to the share, and whose does not
+        kept, missed = 0.0, knapsack.unchanged().cost
+        best: tuple[float, Solution] | None = None
         for _ in range(LATENCY_PLANS):
-            choice = knapsack.choose(budget)
-            planned = apply_plan(self.original, self._plan(knapsack, choice, share))
-            before, after = self.stopwatch.compare(planned, self.table.batch)
-            reached = after.low_ms / before.low_ms  # what else the machine does makes times longer only
-            if _better(reached, choice, best, share * LATENCY_TOLERANCE):
-                best = reached, choice
+            solution = knapsack.solve(budget)
+            planned = apply_plan(self.original, self._to_plan(knapsack, solution, share))
+            before, after = self.model_timer.compare(planned, self.table.batch)
+            reached = after.low_ms / before.low_ms  # other load on the machine only makes times longer
+            if _is_better(reached, solution, best, share * LATENCY_TOLERANCE):
+                best = reached, solution
             if reached > share * LATENCY_TOLERANCE:
                 missed = min(missed, budget)
             elif reached < share * LATENCY_SPENT:
@@ -171,68 +165,69 @@ class Planner:
                 break
             budget = following
         assert best is not None
-        notes: tuple[str, ...] = ()
-        if best[0] > share * LATENCY_TOLERANCE:
-            notes = (f"The latency asked for, {share:.2f} of the original's, was not reached: {best[0]:.2f}.",)
-        return knapsack, best[1], notes
+        reached, solution = best
+        if reached <= share * LATENCY_TOLERANCE:
+            return solution, ()
+        return solution, (f"The latency asked for, {share:.2f} of the original's, was not reached: {reached:.2f}.",)
 
-    def _plan(self, knapsack: Knapsack, choice: Choice, share: float) -> Plan:
-        """Return a choice as a plan."""
+    def _to_plan(self, knapsack: Knapsack, solution: Solution, share: float) -> Plan:
         layers = []
-        for name, form in choice.forms.items():
-            inputs = knapsack.width(name, choice.widths, before=True)
-            outputs = knapsack.width(name, choice.widths, before=False)
+        for name, choice in solution.factorisations.items():
+            inputs = knapsack.width(name, solution.widths, before=True)
+            outputs = knapsack.width(name, solution.widths, before=False)
             dtype = str(self.original.get_submodule(name).get_parameter("weight").dtype).removeprefix("torch.")
-            ranks = form.form, form.rank_in, form.rank_out
-            layers.append(LayerPlan(name, *ranks, inputs, outputs, dtype, self.known.reasons.get(name, "")))
-        thinned = []
+            reason = self.analysis.reasons.get(name, "")
+            layers.append(LayerPlan(name, choice.form, choice.rank_in, choice.rank_out, inputs, outputs, dtype, reason))
+        pruned = []
         for number, edge in enumerate(knapsack.edges):
-            full = self.known.shapes[edge.consumer].in_channels
-            left = choice.widths.get(number, full)
+            full = self.analysis.specs[edge.consumer].in_channels
+            left = solution.widths.get(number, full)
             if left < full:
-                thinned.append(Thinning(edge.producer, edge.consumer, edge.between, left, full))
-        return Plan(tuple(layers), tuple(thinned), self.kind, share, self.options.layout)
+                pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full))
+        return Plan(tuple(layers), tuple(pruned), self.kind, share, self.options.layout)
 
-    def _predicted(self, plan: Plan, choice: Choice) -> dict[str, float]:
-        """Return the share of its variance that each layer is expected to lose."""
-        lost = {name: form.loss for name, form in choice.forms.items()}
-        for t in plan.thinned:
-            lost[t.consumer] += self.known.candidates.widths[t.producer, t.consumer][t.channels]
+    def _predicted(self, plan: Plan, solution: Solution) -> dict[str, float]:
+        """Return the fraction of its variance that each layer is expected to lose."""
+        lost = {name: choice.loss for name, choice in solution.factorisations.items()}
+        for p in plan.pruned:
+            lost[p.consumer] += self.analysis.search_space.widths[p.producer, p.consumer][p.channels]
         return lost
 
-    def _times(self, plan: Plan) -> dict[str, tuple[float, float]]:
+    def _layer_latencies(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return the milliseconds before and after of each layer that changes."""
-        found = {}
+        latencies = {}
         for layer in plan.layers:
-            shape = self.known.shapes[layer.name]
-            chain = chain_of(shape, layer)
-            if chain != (shape,):
-                found[layer.name] = self.table((shape,)), self.table(chain)
-        return found
+            before = (self.analysis.specs[layer.name],)
+            after = planned_layers(before[0], layer)
+            if after != before:
+                latencies[layer.name] = self.table(before), self.table(after)
+        return latencies
 
 
-def _better(reached: float, choice: Choice, best: tuple[float, Choice] | None, most: float) -> bool:
-    """Return whether a choice is better than the best one met: one that keeps the time, then one that loses less."""
+def _is_better(reached: float, solution: Solution, best: tuple[float, Solution] | None, most: float) -> bool:
+    """Return whether a solution beats the best one: one that keeps the latency first, then the one that loses less."""
     if best is None:
         return True
     if reached <= most and best[0] <= most:
-        return choice.loss < best[1].loss
+        return solution.loss < best[1].loss
     return reached < best[0]
 
 
-def _with_less(candidates: Candidates, knapsack: Knapsack, choice: Choice, layers: list[str]) -> Candidates:
-    """Return the choices without those that leave these layers as much to compute as a choice does, or more."""
-    forms, widths = dict(candidates.forms), dict(candidates.widths)
-    for name in layers:
-        if choice.forms[name].form != "keep":  # the forms stand by what they cost, the dearest first behind "keep"
-            forms[name] = (forms[name][0], *forms[name][forms[name].index(choice.forms[name]) + 1 :])
+def _without_slower(space: SearchSpace, knapsack: Knapsack, solution: Solution, slower: list[str]) -> SearchSpace:
+    """Return the search space without the solution's choices for these layers, and without costlier ones."""
+    factorisations, widths = dict(space.factorisations), dict(space.widths)
+    for name in slower:
+        choice = solution.factorisations[name]
+        if choice.form != "keep":  # behind "keep" they stand by falling cost
+            keep, *others = factorisations[name]
+            factorisations[name] = (keep, *others[others.index(choice) + 1 :])
             continue
         for ends in (knapsack.edge_before, knapsack.edge_after):
-            if name in ends and ends[name] in choice.widths:
-                edge, left = knapsack.edges[ends[name]], choice.widths[ends[name]]
+            if name in ends and ends[name] in solution.widths:
+                edge, left = knapsack.edges[ends[name]], solution.widths[ends[name]]
                 key = edge.producer, edge.consumer
-                widths[key] = {n: lost for n, lost in widths[key].items() if n < left}
-    return Candidates(forms, widths)
+                widths[key] = {n: loss for n, loss in widths[key].items() if n < left}
+    return SearchSpace(factorisations, widths)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -241,5 +236,5 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def first_parameter(model: nn.Module) -> Tensor:
-    """Return a parameter that tells the model's device and number type."""
+    """Return a parameter with the model's device and dtype."""
     return next(p for p in model.parameters() if p.is_floating_point())

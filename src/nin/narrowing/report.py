@@ -1,4 +1,4 @@
-"""What narrowing did, as plain data: each layer, and the whole before and after."""
+"""The report of a narrowing as plain data and text tables: cost and accuracy before and after, layer by layer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nin.models.layer_shape import LayerShape
+from nin.models.layer_spec import LayerSpec
 from nin.models.plan import Plan
-from nin.models.surgery import chain_of
+from nin.models.surgery import planned_layers
 from nin.runtime.formatting import format_percent
 from nin.runtime.tables import html_table, text_table
 from nin.runtime.timer import Timing
@@ -24,17 +24,17 @@ class LayerReport:
 
     Attributes:
         name: its path in the model.
-        before: its channels and kernel, such as "64 → 64, 3×3".
-        after: the same of what took its place; "" where nothing changed.
+        before: its channels and kernel, such as "64 → 3×3 → 64".
+        after: the same of what replaced it; "" where nothing changed.
         macs_before: multiply-accumulates for one image.
-        macs_after: the same of what took its place.
+        macs_after: the same of what replaced it.
         parameters_before: weights and biases.
-        parameters_after: the same of what took its place.
+        parameters_after: the same of what replaced it.
         latency_ms_before: of the layer alone (20th percentile), or None where it was not measured.
-        latency_ms_after: the same of what took its place.
-        predicted_error: share of its variance, weighted by what it matters, that the plan expected to lose.
-        measured_error: the same once fitted, with the errors that come in from the layers before it; None where
-            the layer was not fitted.
+        latency_ms_after: the same of what replaced it.
+        predicted_error: fraction of its variance, weighted by the Fisher information, that the plan expected to lose.
+        measured_error: the same once fitted, with the errors of the layers before it; None where the layer was not
+            fitted.
         reason: why it was left as it is, or "".
     """
 
@@ -54,10 +54,10 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class CurvePoint:
-    """What one budget of several cost.
+    """Cost and accuracy at one of several budgets.
 
     Attributes:
-        share: of the budget.
+        share: of the original's cost that is left.
         macs: multiply-accumulates that are left, for one image.
         parameters: that are left.
         latency: for each batch size measured, the timing before and after.
@@ -74,16 +74,16 @@ class CurvePoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Control:
-    """A uniformly thinner network that was trained from the beginning, for comparison.
+class ControlReport:
+    """The control, a baseline for comparison: a uniformly thinner network, trained from scratch for as long.
 
     Attributes:
-        ratio: of its channels, hidden ones, to the original's.
+        ratio: of its channels to the original's.
         epochs: that it was trained for.
         macs: multiply-accumulates for one image.
         parameters: weights and biases.
         latency: for each batch size measured, the timing of the original and of it.
-        accuracy: share of right answers.
+        accuracy: on the test images, from 0 to 1.
     """
 
     ratio: float
@@ -96,22 +96,22 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class NarrowReport:
-    """The whole before and after.
+    """Cost and accuracy of a network before and after narrowing.
 
     Attributes:
-        layers: in the order of the calls, those that are left out last.
+        layers: in the order of the calls, those that cannot be narrowed last.
         macs: multiply-accumulates of all convolutions and fully connected layers for one image, before and after.
         parameters: of the whole model, before and after.
         file_bytes: of its ``state_dict``, before and after.
         latency: for each batch size measured, the timing before and after.
-        accuracy: what ``evaluate`` gave for "original", "raw", "corrected" and "finetuned", where there was one.
+        accuracy: what ``evaluate`` returned for "original", "raw", "corrected" and "finetuned", where there was one.
         predicted_loss: sum over the layers of their predicted errors.
-        calibration_error: squared distance from the original's results as a share of their variance; None in a dry
+        calibration_error: squared distance from the original's output as a fraction of its variance; None in a dry
             run.
         notes: sentences about what was done or left.
         environment: versions, threads and what was measured on.
         curve: the budgets, largest first, where there were several.
-        control: a uniformly thinner network, where one was trained.
+        control: the baseline, where one was trained.
     """
 
     layers: tuple[LayerReport, ...]
@@ -125,7 +125,7 @@ class NarrowReport:
     notes: tuple[str, ...]
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
-    control: Control | None = None
+    control: ControlReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -142,51 +142,81 @@ class NarrowReport:
                 **{name: tuple(values[name]) for name in ("macs", "parameters", "file_bytes", "notes")},
                 "latency": _timings(values["latency"]),
                 "curve": tuple(CurvePoint(**{**p, "latency": _timings(p["latency"])}) for p in values["curve"]),
-                "control": control and Control(**{**control, "latency": _timings(control["latency"])}),
+                "control": control and ControlReport(**{**control, "latency": _timings(control["latency"])}),
             }
         )
 
+    def tables(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """Return the tables with their titles, each with its header first; those without rows are left out."""
+        tables = [
+            ("The whole", [("", "before", "after", "share"), *self.summary_rows()]),
+            ("Several budgets", self.curve_rows()),
+            ("Beside the control", self.control_rows()),
+            ("Each layer", self.layer_rows()),
+        ]
+        return [(title, rows) for title, rows in tables if rows]
+
+    def summary_rows(self) -> list[tuple[str, ...]]:
+        """Return the costs and the accuracy of the whole: name, before, after, after as a fraction of before."""
+        counts = (("MACs", self.macs), ("parameters", self.parameters), ("file, bytes", self.file_bytes))
+        rows = [
+            (name, f"{before:,}", f"{after:,}", f"{after / max(1, before):.3f}") for name, (before, after) in counts
+        ]
+        for batch, (before, after) in self.latency.items():
+            ratio = f"{after.median_ms / before.median_ms:.3f}"
+            rows.append((f"ms, batch {batch}", _milliseconds(before), _milliseconds(after), ratio))
+        original = self.accuracy.get("original")
+        for name, value in self.accuracy.items():
+            if name != "original" and original is not None:
+                rows.append((f"accuracy, {name}", f"{original:.4f}", f"{value:.4f}", f"{value - original:+.4f}"))
+        if self.calibration_error is not None:
+            rows.append(("error of the result", "0", f"{self.calibration_error:.3g}", "of its variance"))
+        return list(rows)
+
     def curve_rows(self) -> list[tuple[str, ...]]:
-        """Return the table of the budgets, a header first; empty where there was one budget."""
+        """Return the table of the budgets, its header first; empty where there was one budget."""
         if not self.curve:
             return []
         sizes = list(self.latency)
-        rows: list[tuple[str, ...]] = [("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error")]
-        first = self.accuracy.get("original")
         before = [_milliseconds(self.latency[n][0]) for n in sizes]
-        rows.append(("1", f"{self.macs[0]:,}", *before, "" if first is None else f"{first:.4f}", "0"))
-        for p in self.curve:
-            value = p.accuracy.get("corrected")
-            rows.append(
+        return [
+            ("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error"),
+            ("1", f"{self.macs[0]:,}", *before, _format(self.accuracy.get("original"), ".4f"), "0"),
+            *(
                 (
                     f"{p.share:g}",
                     f"{p.macs:,}",
                     *(_milliseconds(p.latency[n][1]) for n in sizes),
-                    "" if value is None else f"{value:.4f}",
-                    "" if p.calibration_error is None else f"{p.calibration_error:.3g}",
+                    _format(p.accuracy.get("corrected"), ".4f"),
+                    _format(p.calibration_error, ".3g"),
                 )
-            )
-        return rows
+                for p in self.curve
+            ),
+        ]
 
     def control_rows(self) -> list[tuple[str, ...]]:
-        """Return the narrowed network beside the control, a header first; empty where there is no control."""
+        """Return the narrowed network beside the control, the header first; empty where there is no control."""
         c = self.control
         if c is None:
             return []
         sizes = [n for n in self.latency if n in c.latency]
+
+        def row(
+            name: str, macs: int, parameters: int, latency: dict[int, tuple[Timing, Timing]], accuracy: float | None
+        ) -> tuple[str, ...]:
+            times = (_milliseconds(latency[n][1]) for n in sizes)
+            return (name, f"{macs:,}", f"{parameters:,}", *times, _format(accuracy, ".4f"))
+
         best = self.accuracy.get("finetuned", self.accuracy.get("corrected"))
-        header = ("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy")
-        narrowed = (f"{self.macs[1]:,}", f"{self.parameters[1]:,}", *(_milliseconds(self.latency[n][1]) for n in sizes))
-        control = (f"{c.macs:,}", f"{c.parameters:,}", *(_milliseconds(c.latency[n][1]) for n in sizes))
         name = f"control: {c.ratio:.2f} of the channels, trained {c.epochs} epochs"
         return [
-            header,
-            ("narrowed", *narrowed, "" if best is None else f"{best:.4f}"),
-            (name, *control, f"{c.accuracy:.4f}"),
+            ("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy"),
+            row("narrowed", self.macs[1], self.parameters[1], self.latency, best),
+            row(name, c.macs, c.parameters, c.latency, c.accuracy),
         ]
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return the layers' table, a header first."""
+    def layer_rows(self) -> list[tuple[str, ...]]:
+        """Return the table of the layers, its header first."""
         rows: list[tuple[str, ...]] = [("layer", "before", "after", "MACs", "parameters", "ms", "error", "note")]
         for layer in self.layers:
             ms = ""
@@ -200,45 +230,17 @@ class NarrowReport:
             rows.append((layer.name, layer.before, layer.after, macs, count, ms, error, layer.reason))
         return rows
 
-    def summary(self) -> list[tuple[str, str, str, str]]:
-        """Return the whole: what, before, after, and after as a share of before."""
-        rows = [
-            (name, f"{before:,}", f"{after:,}", f"{after / max(1, before):.3f}")
-            for name, (before, after) in (
-                ("MACs", self.macs),
-                ("parameters", self.parameters),
-                ("file, bytes", self.file_bytes),
-            )
-        ]
-        for batch, (before, after) in self.latency.items():
-            rows.append(
-                (
-                    f"ms, batch {batch}",
-                    _milliseconds(before),
-                    _milliseconds(after),
-                    f"{after.median_ms / before.median_ms:.3f}",
-                )
-            )
-        original = self.accuracy.get("original")
-        for name, value in self.accuracy.items():
-            if name != "original" and original is not None:
-                rows.append((f"accuracy, {name}", f"{original:.4f}", f"{value:.4f}", f"{value - original:+.4f}"))
-        if self.calibration_error is not None:
-            rows.append(("error of the result", "0", f"{self.calibration_error:.3g}", "of its variance"))
-        return rows
-
-    def tables(self) -> list[list[tuple[str, ...]]]:
-        """Return the rows of each table that is not empty, header first: the whole, the curve, the control, layers."""
-        summary: list[tuple[str, ...]] = [("", "before", "after", "share"), *self.summary()]
-        return [rows for rows in (summary, self.curve_rows(), self.control_rows(), self.rows()) if rows]
-
     def __str__(self) -> str:
         """Return the tables as text."""
-        return "\n\n".join([*map(text_table, self.tables()), "\n".join(self.notes)]).rstrip()
+        return "\n\n".join([*(text_table(rows) for _, rows in self.tables()), "\n".join(self.notes)]).rstrip()
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return "".join(map(html_table, self.tables())) + notes
+        return "".join(html_table(rows) for _, rows in self.tables()) + notes
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
 
 
 def _milliseconds(t: Timing) -> str:
@@ -254,49 +256,47 @@ def _timings(values: dict[Any, Any]) -> dict[int, tuple[Timing, Timing]]:
     return {int(size): (timing(a), timing(b)) for size, (a, b) in values.items()}
 
 
-def describe(chain: tuple[LayerShape, ...]) -> str:
-    """Return layers as people write them: "64 → 1×1 → 16 → 3×3 → 64"."""
+def chain_notation(chain: tuple[LayerSpec, ...]) -> str:
+    """Return the channels and kernels of a chain of layers, such as "64 → 1×1 → 16 → 3×3 → 64"."""
     text = str(chain[0].in_channels)
-    for shape in chain:
-        kernel = "×".join(map(str, shape.kernel_size)) if shape.kind == "conv" else "dense"
-        text += f" → {kernel} → {shape.out_channels}"
+    for spec in chain:
+        kernel = "×".join(map(str, spec.kernel_size)) if spec.kind == "conv" else "dense"
+        text += f" → {kernel} → {spec.out_channels}"
     return text
 
 
 def layer_reports(
-    shapes: dict[str, LayerShape],
+    specs: dict[str, LayerSpec],
     plan: Plan,
     reasons: dict[str, str],
     predicted: dict[str, float],
     measured: dict[str, float],
     latency: dict[str, tuple[float, float]],
 ) -> tuple[LayerReport, ...]:
-    """Return one line for each layer that was called, then for those that were left out."""
+    """Return the reports of the layers that are called, in that order, then of those that cannot be narrowed."""
     planned = {layer.name: layer for layer in plan.layers}
     rows = []
-    for name, shape in shapes.items():
-        before = after = (shape,)
-        if name in planned:
-            after = chain_of(shape, planned[name])  # type: ignore[assignment]
-        changed = after != before
+    for name, spec in specs.items():
+        after = planned_layers(spec, planned[name]) if name in planned else (spec,)
+        changed = after != (spec,)
         ms_before, ms_after = latency.get(name, (None, None))
         rows.append(
             LayerReport(
                 name,
-                describe(before),
-                describe(after) if changed else "",
-                sum(s.macs for s in before),
-                sum(s.macs for s in after),
-                sum(s.parameters for s in before),
-                sum(s.parameters for s in after),
-                ms_before,
-                ms_after,
-                predicted.get(name, 0.0),
-                measured.get(name),
-                "" if changed else reasons.get(name, "not worth it at this budget"),
+                before=chain_notation((spec,)),
+                after=chain_notation(after) if changed else "",
+                macs_before=spec.macs,
+                macs_after=sum(s.macs for s in after),
+                parameters_before=spec.parameters,
+                parameters_after=sum(s.parameters for s in after),
+                latency_ms_before=ms_before,
+                latency_ms_after=ms_after,
+                predicted_error=predicted.get(name, 0.0),
+                measured_error=measured.get(name),
+                reason="" if changed else reasons.get(name, "not worth it at this budget"),
             )
         )
-    left = [name for name in reasons if name not in shapes]
+    left = [name for name in reasons if name not in specs]
     return (*rows, *(LayerReport(n, "", "", 0, 0, 0, 0, None, None, 0.0, None, reasons[n]) for n in left))
 
 

@@ -1,7 +1,9 @@
-"""How much a model's result depends on each direction of each layer's result, without labels."""
+"""The sensitivity of a model's output to each layer's: its Fisher information, without labels."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,36 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin.models.layer_shape import LayerShape, inputs_of
-from nin.narrowing.moments import observed_places, results, watch
+from nin.models.layer_spec import LayerSpec
+from nin.narrowing.calibration import float_tensors, model_inputs, record_calls
+from nin.narrowing.patches import extract_outputs, sampled_positions
 from nin.runtime import distributed
 
 # Scores are divided by this before the softmax: a network that is sure of its answers still has gradients, and
-# what it says of the wrong classes counts, as in distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
+# the probabilities of the wrong classes count, as in distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531).
 # A CIFAR ResNet-20 kept 73.5, 74.3 and 75.3 % of right answers with 1, 4 and 10.
 TEMPERATURE = 10.0
 
 
-def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches: list[Any]) -> dict[str, Tensor]:
-    """Return G = E[∂ℓ/∂y ∂ℓ/∂yᵀ] of every layer, over images and places: float64 (groups, C / groups, C / groups).
+def measure_sensitivities(model: nn.Module, specs: dict[str, LayerSpec], batches: list[Any]) -> dict[str, Tensor]:
+    """Return the Fisher information of every layer's output y: float64 (groups, C / groups, C / groups).
 
-    ℓ is the cross entropy with a class drawn from the model's own answer: G is the Fisher information, and
-    ``tr(G Cov(y - ŷ))`` says which errors in y change the answer. Where the result is no table of scores, ℓ is its
-    product with normal noise, in units of its spread.
+    ``G = E[∂ℓ/∂y ∂ℓ/∂yᵀ]`` over images and positions, where ℓ is the cross entropy with a class drawn from the model's
+    own prediction: ``tr(G Cov(y - ŷ))`` is how much an error of y changes the prediction. Where the output is no table
+    of scores, ℓ is its product with normal noise, in units of its standard deviation.
 
     Args:
         model: in evaluation mode.
-        shapes: of the layers.
-        batches: images.
+        specs: of the layers.
+        batches: calibration images.
     """
-    layers = {name: model.get_submodule(name) for name in shapes}
-    places = {name: observed_places(shape) for name, shape in shapes.items()}
+    layers = {name: model.get_submodule(name) for name in specs}
+    positions = {name: sampled_positions(spec) for name, spec in specs.items()}
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(shapes, 0)
+    counts = dict.fromkeys(specs, 0)
 
     def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            g = results(gradient, shapes[name], places[name]).double()
+            g = extract_outputs(gradient, specs[name], positions[name]).double()
             sums[name] = sums.get(name, 0) + g @ g.mT
             counts[name] += g.shape[2]
 
@@ -46,37 +49,42 @@ def measure_sensitivity(model: nn.Module, shapes: dict[str, LayerShape], batches
             y.register_hook(add)
 
     generator = torch.Generator()
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    with _frozen(model), record_calls(layers, record), torch.enable_grad():
+        for number, (args, kwargs) in enumerate(model_inputs(batches)):
+            # each process of a job has every n-th batch: its labels are those that one process would draw for it
+            generator.manual_seed(distributed.rank() + number * distributed.world_size())
+            args, kwargs = pytree.tree_map(_require_gradient, (args, kwargs))
+            loss = _loss(model(*args, **kwargs), generator)
+            if loss.requires_grad:
+                loss.backward()
+    return {name: _mean(spec, sums.get(name), counts[name]) for name, spec in specs.items()}
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Compute no gradients of the parameters; only those of layers' outputs are needed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        with watch(layers, record), torch.enable_grad():
-            for number, (args, kwargs) in enumerate(inputs_of(batches)):
-                # each process of a job has every n-th batch: what is drawn for it is what one process would draw
-                generator.manual_seed(distributed.rank() + number * distributed.world_size())
-                args, kwargs = pytree.tree_map(_with_gradient, (args, kwargs))
-                loss = _loss(model(*args, **kwargs), generator)
-                if loss.requires_grad:
-                    loss.backward()
+        model.requires_grad_(False)
+        yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-    return {name: _mean(name, shapes[name], sums, counts) for name in shapes}
+        for p in trainable:
+            p.requires_grad_(True)
 
 
-def _with_gradient(value: Any) -> Any:
-    """Return a floating-point tensor that gradients flow to; it is no leaf, so that it can be changed in place."""
+def _require_gradient(value: Any) -> Any:
+    """Return a floating-point tensor that gradients flow to."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_() * 1
+        return value.detach().requires_grad_() * 1  # no leaf, so that the model may change it in place
     return value
 
 
 def _loss(output: Any, generator: torch.Generator) -> Tensor:
-    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    tensors = float_tensors(output)
     if len(tensors) == 1 and tensors[0].dim() == 2 and tensors[0].shape[1] > 1:
         scores = tensors[0].float() / TEMPERATURE
-        shares = scores.detach().softmax(1).cpu()
-        labels = torch.multinomial(shares, 1, generator=generator)[:, 0].to(scores.device)
+        probabilities = scores.detach().softmax(1).cpu()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(scores.device)
         return F.cross_entropy(scores, labels, reduction="sum")
     total = torch.zeros(())
     for tensor in tensors:
@@ -87,10 +95,10 @@ def _loss(output: Any, generator: torch.Generator) -> Tensor:
     return total
 
 
-def _mean(name: str, shape: LayerShape, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-    width = shape.out_channels // shape.groups
-    total = sums.get(name)
+def _mean(spec: LayerSpec, total: Tensor | None, samples: int) -> Tensor:
+    """Return the mean over the samples of all processes; zeros where no gradient reached the layer."""
     if total is None:
-        total = torch.zeros(shape.groups, width, width, dtype=torch.float64)
-    count = distributed.all_reduce_sum(torch.tensor(counts[name], dtype=torch.float64, device=total.device))
+        width = spec.out_channels // spec.groups
+        total = torch.zeros(spec.groups, width, width, dtype=torch.float64)
+    count = distributed.all_reduce_sum(torch.tensor(samples, dtype=torch.float64, device=total.device))
     return distributed.all_reduce_sum(total) / count.clamp_min(1)

@@ -17,17 +17,17 @@ from nin.config import step_seed
 from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing import (
+    DistillationStep,
     FinetuneConfig,
     NarrowOptions,
     NarrowReport,
     NarrowResult,
     Plan,
-    Tuner,
     apply_plan,
-    fingerprint_subject,
     narrow,
 )
-from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, ShrinkingConfig
+from nin.narrowing.analysis import fingerprint_analysis
+from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, WorkflowConfig
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.runtime.progress import ProgressCallback
@@ -37,7 +37,7 @@ BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class NarrowingTask:
     """A network to narrow, and the images that show what it does.
 
     Attributes:
@@ -55,9 +55,9 @@ class Subject:
     cache: Path
 
 
-def shrink_subject(
-    subject: Subject,
-    config: ShrinkingConfig,
+def run_workflow(
+    task: NarrowingTask,
+    config: WorkflowConfig,
     out: Path | None,
     keeping: CheckpointOptions,
     on_progress: ProgressCallback | None,
@@ -65,7 +65,7 @@ def shrink_subject(
     """Narrow a network and train it, if that is asked for.
 
     Args:
-        subject: the network and the images.
+        task: the network and the images.
         config: what is asked for.
         out: a folder for the state, from which the same call goes on after an interruption; or None.
         keeping: when the state is written, and whether to stop.
@@ -84,19 +84,19 @@ def shrink_subject(
             raise KeyboardInterrupt
 
     device.keep_freed_memory()  # else a time depends on which blocks the calls before it gave back
-    result, step_number, tensors = _begin(subject, config, out, tell)
+    result, step_number, tensors = _begin(task, config, out, tell)
     if config.dry_run or not config.finetune:
         return result
     started = time.perf_counter()
-    tuner = make_tuner(subject, config, result.model)
+    tuner = make_tuner(task, config, result.model)
     if tensors:
         tuner.load(tensors, step_number)
-    _tune(subject, config, tuner, _Saver(out, subject, config, result, keeping), tell)
+    _tune(task, config, tuner, _Saver(out, task, config, result, keeping), tell)
     if result.plan.layout == "contiguous":  # it was trained in the other one
         result.model.to(memory_format=torch.contiguous_format)
     figures = dict(result.report.accuracy)
-    if subject.labelled:
-        figures["finetuned"] = accuracy(result.model, subject)
+    if task.labelled:
+        figures["finetuned"] = accuracy(result.model, task)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if step_number else "")
     note = f"Fine-tuned for {config.finetune} epochs by the original's answers, in {after}."
     report = dataclasses.replace(result.report, accuracy=figures, notes=(*result.report.notes, note))
@@ -104,13 +104,13 @@ def shrink_subject(
 
 
 def _begin(
-    subject: Subject, config: ShrinkingConfig, out: Path | None, tell: ProgressCallback
+    task: NarrowingTask, config: WorkflowConfig, out: Path | None, tell: ProgressCallback
 ) -> tuple[NarrowResult, int, dict[str, Tensor]]:
     """Return the narrowed network, the steps of fine-tuning that are done, and the state after them."""
     if out is not None and (out / checkpoint.STATE_FILE).exists():
-        return _resume(subject, config, out)
+        return _resume(task, config, out)
     options = NarrowOptions(
-        cache=subject.cache,
+        cache=task.cache,
         dry_run=config.dry_run,
         budgets=config.budgets,
         batch=config.batch,
@@ -118,49 +118,49 @@ def _begin(
         on_progress=tell,
     )
     result = narrow(
-        subject.model,
-        list(calibration_batches(subject, config)),
+        task.model,
+        list(calibration_batches(task, config)),
         **dict(config.budget),
-        evaluate=(lambda m: accuracy(m, subject)) if subject.labelled else None,
+        evaluate=(lambda m: accuracy(m, task)) if task.labelled else None,
         skip=config.skip,
         options=options,
     )
     return result, 0, {}
 
 
-def _resume(subject: Subject, config: ShrinkingConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
+def _resume(task: NarrowingTask, config: WorkflowConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
     tensors, values = checkpoint.load_state(out)
-    check_beginning(out, values, subject, config)
+    check_beginning(out, values, task, config)
     plan = Plan.from_dict(values["plan"])
-    model = apply_plan(subject.model, plan)
+    model = apply_plan(task.model, plan)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     result = NarrowResult(model.eval(), plan, NarrowReport.from_dict(values["report"]))
     return result, int(values["step_number"]), tensors
 
 
-def beginning(subject: Subject, config: ShrinkingConfig) -> dict[str, Any]:
+def beginning(task: NarrowingTask, config: WorkflowConfig) -> dict[str, Any]:
     """Return what must be the same where a call goes on: the settings, and a number for the network and the images."""
-    images = subject.images
-    seen = [*calibration_batches(subject, config), images.train.labels, images.test.labels]
+    images = task.images
+    seen = [*calibration_batches(task, config), images.train.labels, images.test.labels]
     settings = config.to_dict()
     if config.finetune:
         settings |= {name: value for name, value in tuning(config).to_dict().items() if name != "epochs"}
-    return {"settings": settings, "subject": fingerprint_subject(subject.model, seen, config.skip)}
+    return {"settings": settings, "subject": fingerprint_analysis(task.model, seen, config.skip)}
 
 
-def check_beginning(out: Path, before: Mapping[str, Any], subject: Subject, config: ShrinkingConfig) -> None:
+def check_beginning(out: Path, before: Mapping[str, Any], task: NarrowingTask, config: WorkflowConfig) -> None:
     """Stop where what lies in the folder belongs to another call.
 
     Args:
         out: the folder.
         before: what lies there; in it what `beginning` returned.
-        subject: the network and the images now.
+        task: the network and the images now.
         config: what is asked for now.
 
     Raises:
         UserError: the settings, the network or the images differ.
     """
-    now, settings = beginning(subject, config), before.get("settings", {})
+    now, settings = beginning(task, config), before.get("settings", {})
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:
         differing = ["another network or other images"]
@@ -199,16 +199,16 @@ class _Saver:
     def __init__(
         self,
         out: Path | None,
-        subject: Subject,
-        config: ShrinkingConfig,
+        task: NarrowingTask,
+        config: WorkflowConfig,
         result: NarrowResult,
         keeping: CheckpointOptions,
     ) -> None:
         self.out, self.result, self.keeping = out, result, keeping
-        self.beginning = {} if out is None else beginning(subject, config)
+        self.beginning = {} if out is None else beginning(task, config)
         self.saved = time.monotonic()
 
-    def keep(self, tuner: Tuner) -> None:
+    def keep(self, tuner: DistillationStep) -> None:
         """Write the state if it is time, and stop if somebody asked for it."""
         stop = self.keeping.stop()
         if self.out is not None and (stop or time.monotonic() - self.saved > 60 * self.keeping.minutes):
@@ -216,7 +216,7 @@ class _Saver:
         if stop:
             raise KeyboardInterrupt
 
-    def save(self, out: Path, tuner: Tuner) -> None:
+    def save(self, out: Path, tuner: DistillationStep) -> None:
         """Write all that resuming needs."""
         values = {
             **self.beginning,
@@ -228,25 +228,27 @@ class _Saver:
         self.saved = time.monotonic()
 
 
-def make_tuner(subject: Subject, config: ShrinkingConfig, model: nn.Module) -> Tuner:
+def make_tuner(task: NarrowingTask, config: WorkflowConfig, model: nn.Module) -> DistillationStep:
     """Return what trains the narrowed network."""
     model = model.to(memory_format=torch.channels_last)  # in memory as the convolutions' gradients are fastest
-    return Tuner(model, subject.model, tuning(config), config.finetune * steps_per_epoch(subject))
+    return DistillationStep(model, task.model, tuning(config), config.finetune * steps_per_epoch(task))
 
 
-def tuning(config: ShrinkingConfig) -> FinetuneConfig:
+def tuning(config: WorkflowConfig) -> FinetuneConfig:
     """Return how the narrowed network is trained."""
     return FinetuneConfig(epochs=config.finetune)
 
 
-def steps_per_epoch(subject: Subject) -> int:
+def steps_per_epoch(task: NarrowingTask) -> int:
     """Return the batches in a pass over the training images."""
-    return -(-len(subject.images.train) // BATCH)
+    return -(-len(task.images.train) // BATCH)
 
 
-def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver, tell: ProgressCallback) -> None:
+def _tune(
+    task: NarrowingTask, config: WorkflowConfig, tuner: DistillationStep, saver: _Saver, tell: ProgressCallback
+) -> None:
     """Train the narrowed network by the original's answers and the labels, in place."""
-    images, p, each = subject.images, subject.preprocessing, steps_per_epoch(subject)
+    images, p, each = task.images, task.preprocessing, steps_per_epoch(task)
     if saver.out is not None and tuner.step_number == 0:
         saver.save(saver.out, tuner)
     while tuner.step_number < tuner.steps:
@@ -256,25 +258,25 @@ def _tune(subject: Subject, config: ShrinkingConfig, tuner: Tuner, saver: _Saver
             torch.manual_seed(step_seed(config.seed, tuner.step_number))  # of dropout
             moved = data.augment(pixels, indices, seed=config.seed, epoch=epoch, flip=images.flip, shift=images.shift)
             x = data.to_float(moved, p.mean, p.std, dtype=torch.float32)
-            loss = tuner.step(x, labels if subject.labelled else None)
+            loss = tuner(x, labels if task.labelled else None)
             saver.keep(tuner)
             tell(f"Fine-tuning, loss {loss:.3f}", tuner.step_number, tuner.steps)
     tuner.finish()
 
 
-def calibration_batches(subject: Subject, config: ShrinkingConfig) -> Iterator[Tensor]:
+def calibration_batches(task: NarrowingTask, config: WorkflowConfig) -> Iterator[Tensor]:
     """Yield training images as the network takes them, without augmentation; each of n processes every n-th batch."""
-    p, images = subject.preprocessing, subject.images
+    p, images = task.preprocessing, task.images
     order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
     order = torch.cat([*order.split(BATCH)[distributed.rank() :: distributed.world_size()], order[:0]])
     for pixels, _, _ in data.batches(images.train, order, BATCH):
         yield data.to_float(pixels, p.mean, p.std, dtype=torch.float32)
 
 
-def accuracy(model: nn.Module, subject: Subject) -> float:
+def accuracy(model: nn.Module, task: NarrowingTask) -> float:
     """Return the share of right answers on the test images."""
-    p = subject.preprocessing
-    same = dataclasses.replace(subject.images, mean=p.mean, std=p.std)
+    p = task.preprocessing
+    same = dataclasses.replace(task.images, mean=p.mean, std=p.std)
     training_mode = model.training
     scores, labels = evaluation.evaluate(model.eval(), same, device=torch.device("cpu"), dtype=torch.float32)
     model.train(training_mode)

@@ -10,12 +10,12 @@ from nin.config import check_seed
 from nin.errors import UserError
 from nin.runtime import distributed
 
-# Inside the narrowed network's folder: the control's run folder, and the shape that was chosen for it.
+# Inside the narrowed network's folder: the control's run folder, and the spec that was chosen for it.
 CONTROL_FOLDER, CONTROL_FILE = "control", "control.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class ShrinkingConfig:
+class WorkflowConfig:
     """What is asked for.
 
     Attributes:

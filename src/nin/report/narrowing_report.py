@@ -20,12 +20,12 @@ def render_narrowing_report(report: NarrowReport, title: str) -> str:
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     text = resources.files("nin.report").joinpath("narrowing.html").read_text("utf-8")
-    header, *rows = report.rows()
+    header, *rows = report.layer_rows()
     return environment.from_string(text).render(
         title=title,
         notes=report.notes,
         environment=[f"{name}: {value}" for name, value in report.environment.items()],
-        summary=report.summary(),
+        summary=report.summary_rows(),
         charts={batch: latency_chart(report, batch) for batch in report.latency},
         curve=report.curve_rows(),
         control=report.control_rows(),

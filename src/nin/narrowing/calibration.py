@@ -1,0 +1,96 @@
+"""Running calibration batches: how a batch is passed to the model, and hooks that record its layers' calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nin.errors import UserError
+from nin.models.layer_spec import LayerSpec
+from nin.runtime import distributed
+
+
+def model_inputs(batches: list[Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield the (args, kwargs) of the model for each batch.
+
+    Raises:
+        UserError: a batch is no tensor, no tuple or list that begins with one, and no dict of keyword arguments.
+    """
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            yield (batch,), {}
+        elif isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+            yield (batch[0],), {}
+        elif isinstance(batch, dict):
+            yield (), batch
+        else:
+            raise UserError(
+                f"a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
+                f"got {type(batch).__name__}"
+            )
+
+
+def first_batches(batches: list[Any], images: int) -> list[Any]:
+    """Return the first batches of this process that with those of the others hold about so many images."""
+    taken: list[Any] = []
+    count = 0
+    for batch in batches:
+        if count * distributed.world_size() >= images:
+            break
+        taken.append(batch)
+        first = batch[0] if isinstance(batch, tuple | list) else batch
+        # a dict of keyword arguments does not say how many images it holds: take eight of them
+        count += len(first) if isinstance(first, Tensor) else images // 8
+    return taken
+
+
+def float_tensors(values: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a model's output, whatever nests them."""
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+@contextlib.contextmanager
+def record_calls(
+    layers: dict[str, nn.Module], record: Callable[[str, nn.Module, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``record(name, module, input, output)`` after each forward of a layer, by hooks."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            record(name, module, args[0] if args else kwargs["input"], output)
+
+        return call
+
+    with contextlib.ExitStack() as handles:
+        for name, module in layers.items():
+            # removes itself as a context manager
+            handles.enter_context(module.register_forward_hook(hook(name), with_kwargs=True))
+        yield
+
+
+def measure_layer_specs(model: nn.Module, layers: dict[str, nn.Module], batches: list[Any]) -> dict[str, LayerSpec]:
+    """Run one batch and return the geometry of the layers that it calls, in the order of the calls."""
+    found: dict[str, LayerSpec] = {}
+
+    def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        if name in found:
+            found[name] = dataclasses.replace(found[name], calls=found[name].calls + 1)
+            return
+        if isinstance(module, nn.Linear):
+            # the first dimension is the batch
+            count = max(1, x[..., 0].numel() // (x.shape[0] if x.dim() > 1 else 1))
+            sizes = (count, 1), (count, 1)
+        else:
+            sizes = (x.shape[-2], x.shape[-1]), (y.shape[-2], y.shape[-1])
+        found[name] = dataclasses.replace(LayerSpec.of_module(name, module), input_size=sizes[0], output_size=sizes[1])
+
+    with record_calls(layers, record), torch.no_grad():
+        for args, kwargs in model_inputs(batches[:1]):
+            model(*args, **kwargs)
+    return found

@@ -1,0 +1,167 @@
+"""The search space: the factorisations and the channel counts that each layer may get, and the loss of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nin.models.layer_spec import LayerSpec, factorised_layers
+from nin.narrowing.channel_elimination import eliminate_channels
+from nin.narrowing.linalg import MatrixRoots, matrix_roots, weighted_variance
+from nin.narrowing.low_rank import InputProjection, output_losses
+from nin.narrowing.moments import Moments
+
+# A layer of fewer than 128 channels is tried at so many ranks and widths.
+SIZES = 16
+
+# A layer keeps at most so many factorisations, evenly spaced on its Pareto front: the knapsack tries each of them in
+# every sweep.
+MAX_FACTORISATIONS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorisation:
+    """One way to factorise a layer.
+
+    Attributes:
+        form: as in `LayerPlan`.
+        rank_in: as in `LayerPlan`.
+        rank_out: as in `LayerPlan`.
+        loss: fraction of the output's variance, weighted by the Fisher information, that is lost.
+    """
+
+    form: str = "keep"
+    rank_in: int | None = None
+    rank_out: int | None = None
+    loss: float = 0.0
+
+    def layers(self, spec: LayerSpec, *, inputs: int, outputs: int) -> tuple[LayerSpec, ...]:
+        """Return the chain of layers in the place of one, with the channels that pruning leaves of it."""
+        return factorised_layers(spec, self.form, self.rank_in, self.rank_out, inputs=inputs, outputs=outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSpace:
+    """The choices among which a budget decides.
+
+    Attributes:
+        factorisations: by layer; the first is to keep it, the others follow by falling cost.
+        widths: by edge (producer and consumer): the consumer's loss by the number of channels left, descending.
+    """
+
+    factorisations: dict[str, tuple[Factorisation, ...]]
+    widths: dict[tuple[str, str], dict[int, float]]
+
+    def to_json(self) -> str:
+        """Return the choices as JSON, for the cache."""
+        forms = {name: [dataclasses.astuple(f) for f in value] for name, value in self.factorisations.items()}
+        widths = [[*edge, list(losses.items())] for edge, losses in self.widths.items()]
+        return json.dumps({"forms": forms, "widths": widths})
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchSpace:
+        """Return the choices that `to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        factorisations = {name: tuple(Factorisation(*f) for f in value) for name, value in values["forms"].items()}
+        widths = {(p, c): {int(n): float(loss) for n, loss in losses} for p, c, losses in values["widths"]}
+        return cls(factorisations, widths)
+
+
+def candidate_sizes(channels: int) -> list[int]:
+    """Return the ranks or widths to try below ``channels``, descending.
+
+    Example:
+        >>> candidate_sizes(16)[:3], candidate_sizes(512)[:3]
+        ([15, 14, 13], [480, 448, 416])
+    """
+    steps = ((512, 32), (256, 16), (128, 8))  # multiples of 8, which vector instructions like; coarser in wider layers
+    step = next((step for width, step in steps if channels >= width), max(1, channels // SIZES))
+    return [n for n in range(channels - 1, 0, -1) if n % step == 0]
+
+
+def factorisation_candidates(
+    spec: LayerSpec, weight: Tensor, moments: Moments, sensitivity: Tensor
+) -> tuple[Factorisation, ...]:
+    """Return the factorisations of a layer on the Pareto front of cost and loss.
+
+    The loss is ``tr(G Cov(y - ŷ)) / tr(G Cov(y))``: G weighs the directions of y, but not one layer against another.
+    With the Fisher information's own scale a CIFAR ResNet-20 at 0.6 of its multiply-accumulates kept 75.3 % of right
+    answers, with these fractions 79.2 %, with fractions without G 76.9 % (81.3 % before): the Fisher information of a
+    layer does not see errors that go on through many positions and layers.
+
+    Args:
+        spec: the layer's geometry.
+        weight: (C_out, C_in / groups · kH · kW).
+        moments: of its patches.
+        sensitivity: G (groups, C_out / groups, C_out / groups).
+    """
+    groups, width = spec.groups, spec.out_channels // spec.groups
+    weights = weight.double().view(groups, width, -1)
+    xx = moments.covariance("xx") if moments.full else None
+    yy = weights @ xx @ weights.mT if xx is not None else moments.covariance("yy")
+    roots = [matrix_roots(g) for g in sensitivity]
+    variance = weighted_variance(yy, roots) or 1.0
+    found = [Factorisation()]
+    losses = torch.stack([output_losses(y, g.sqrt) for y, g in zip(yy, roots, strict=True)]).sum(0)
+    ranks = candidate_sizes(min(width, spec.patch))
+    found += [Factorisation("output", None, rank, float(losses[rank]) / variance) for rank in ranks]
+    if xx is not None and groups == 1 and spec.taps > 1:
+        found += _input_factorisations(spec, weights[0], xx[0], roots[0], variance)
+    return tuple(_pareto_front(spec, found))
+
+
+def _input_factorisations(
+    spec: LayerSpec, weight: Tensor, xx: Tensor, roots: MatrixRoots, variance: float
+) -> list[Factorisation]:
+    """Return the factorisations that begin with a 1×1 convolution: "input" and "tucker"."""
+    projection = InputProjection(weight, xx, spec.taps, roots.sqrt)
+    found = []
+    ranks_in = candidate_sizes(spec.in_channels)
+    for rank_in in ranks_in[:: max(1, len(ranks_in) // 8)]:  # eight of them: each is combined with all output ranks
+        kept = output_losses(projection.output_covariance(rank_in), roots.sqrt)
+        losses = (variance - kept[0] + kept).clamp_min(0)  # kept[0] is all the variance behind the projection
+        found.append(Factorisation("input", rank_in, None, float(losses[-1]) / variance))
+        ranks_out = candidate_sizes(min(spec.out_channels, rank_in * spec.taps))
+        found += [Factorisation("tucker", rank_in, rank, float(losses[rank]) / variance) for rank in ranks_out]
+    return found
+
+
+def _pareto_front(spec: LayerSpec, factorisations: list[Factorisation]) -> list[Factorisation]:
+    """Return those that no other beats in both cost and loss, the layer as it is first, then by falling cost."""
+
+    def cost(factorisation: Factorisation) -> float:
+        chain = factorisation.layers(spec, inputs=spec.in_channels, outputs=spec.out_channels)
+        # parameters decide between equal multiply-accumulates
+        return sum(layer.macs for layer in chain) + 1e-3 * sum(layer.parameters for layer in chain)
+
+    keep, *others = factorisations
+    cheaper = [f for f in others if cost(f) < cost(keep)]
+    front: list[Factorisation] = []
+    for factorisation in sorted(cheaper, key=lambda f: (f.loss, cost(f))):
+        if not front or cost(factorisation) < cost(front[-1]):
+            front.append(factorisation)
+    stride = max(1, -(-len(front) // MAX_FACTORISATIONS))
+    return [keep, *front[::stride]]
+
+
+def width_candidates(consumer: LayerSpec, weight: Tensor, moments: Moments, sensitivity: Tensor) -> dict[int, float]:
+    """Return the loss of pruning a layer's input channels by how many are left, as in `factorisation_candidates`.
+
+    Args:
+        consumer: the geometry of the layer.
+        weight: (C_out, C_in · kH · kW).
+        moments: of its patches.
+        sensitivity: G (1, C_out, C_out).
+    """
+    sizes = candidate_sizes(consumer.in_channels)
+    if not moments.full or not sizes:
+        return {}
+    sqrt = matrix_roots(sensitivity[0]).sqrt
+    weight, xx = weight.double(), moments.covariance("xx")[0]
+    elimination = eliminate_channels(weight, xx, consumer.taps, sqrt, least=sizes[-1])
+    variance = float((sqrt @ weight @ xx @ weight.mT @ sqrt).trace()) or 1.0
+    return {n: elimination.losses[consumer.in_channels - n] / variance for n in sizes}
