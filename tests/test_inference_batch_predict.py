@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import nin
 from nin import data
 from nin.cli import app
 from nin.errors import UserError
 from nin.inference import batch_predict
-from nin.inference import classifier as prediction
 from nin.inference.batch_predict import Partition
 
 COUNT = 200  # more than three batches
@@ -24,7 +24,7 @@ COUNT = 200  # more than three batches
 
 @pytest.fixture(scope="module")
 def classifier(run):
-    return prediction.load(run)
+    return nin.load(run)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ class StopHereError(Exception):
 
 @pytest.mark.parametrize("stop_at", [1, 64, 128, 192])
 def test_a_stopped_call_goes_on_with_the_same_bytes(classifier, paths, whole, stop_at, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_predict, "SECONDS_BETWEEN_MARKS", 0)
+    monkeypatch.setattr(batch_predict, "SECONDS_BETWEEN_SYNCS", 0)
     out = tmp_path / "p.csv"
 
     def stop(rows, all_rows):
@@ -90,7 +90,7 @@ def test_a_stopped_call_goes_on_with_the_same_bytes(classifier, paths, whole, st
         batch_predict.predict_to_file(classifier, paths, out, on_progress=stop)
     assert not out.exists()
     with (tmp_path / "p.csv.partial").open("ab") as file:
-        file.write(b"half a li")  # what a kill leaves behind the last mark
+        file.write(b"half a li")  # what a kill leaves after the last sync point
     with pytest.raises(UserError, match="go on with --resume"):
         batch_predict.predict_to_file(classifier, paths, out)
     done = batch_predict.predict_to_file(classifier, paths, out, resume=True)
@@ -100,7 +100,7 @@ def test_a_stopped_call_goes_on_with_the_same_bytes(classifier, paths, whole, st
 
 
 def test_resuming_refuses_other_images_and_damage(classifier, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(batch_predict, "SECONDS_BETWEEN_MARKS", 0)
+    monkeypatch.setattr(batch_predict, "SECONDS_BETWEEN_SYNCS", 0)
     out = tmp_path / "p.csv"
 
     def stop(rows, all_rows):
@@ -110,10 +110,10 @@ def test_resuming_refuses_other_images_and_damage(classifier, paths, tmp_path, m
         batch_predict.predict_to_file(classifier, paths, out, on_progress=stop)
     with pytest.raises(UserError, match="about other images"):
         batch_predict.predict_to_file(classifier, paths[1:], out, resume=True)
-    mark = tmp_path / "p.csv.partial.json"
-    content = mark.read_text()
+    sync_point = tmp_path / "p.csv.partial.json"
+    content = sync_point.read_text()
     for text, message in (("[", "is damaged"), (json.dumps({**json.loads(content), "bytes": 10**9}), "does not fit")):
-        mark.write_text(text)
+        sync_point.write_text(text)
         with pytest.raises(UserError, match=message):
             batch_predict.predict_to_file(classifier, paths, out, resume=True)
 
@@ -152,7 +152,7 @@ def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monke
     """Blocks of a few rows, most of them without a problem, and classes that look like numbers."""
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(batch_predict, "PARQUET_BLOCK_BYTES", 1000)
-    classifier = prediction.load(run)
+    classifier = nin.load(run)
     classes = ("007", "1e3", "true", "", "caf\udce9", "5", "6", "7", "nan", "9")
     classifier.info = dataclasses.replace(classifier.info, classes=classes)
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.png")
@@ -177,7 +177,7 @@ def test_parquet_holds_the_same_whatever_comes_first(run, paths, tmp_path, monke
 
 
 def test_every_column_has_a_name_of_its_own(run, paths, tmp_path):
-    classifier = prediction.load(run)
+    classifier = nin.load(run)
     classes = ("image", "label", "confidence", "problem", *"abcdef")
     classifier.info = dataclasses.replace(classifier.info, classes=classes)
     batch_predict.predict_to_file(classifier, paths[:2], tmp_path / "p.csv")

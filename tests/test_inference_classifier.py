@@ -9,7 +9,7 @@ import nin
 from nin import checkpoint
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.errors import UserError
-from nin.inference import classifier as prediction
+from nin.inference.classifier import INFERENCE_BATCH_SIZE
 
 
 def make_run(folder, channels):
@@ -177,7 +177,7 @@ def test_floats_outside_their_range_are_refused(run, value):
 def test_the_caller_can_still_train(run):
     _, classifier, channels = run
     for call in (classifier.predict, classifier.scores, classifier.confidence_maps):
-        call([picture(channels)] * (prediction.INFERENCE_BATCH_SIZE + 1))
+        call([picture(channels)] * (INFERENCE_BATCH_SIZE + 1))
         assert not torch.is_inference_mode_enabled()
     broken = nin.Classifier(torch.nn.Linear(1, 1), classifier.info)
     kept = []

@@ -30,7 +30,7 @@ from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
 
-SECONDS_BETWEEN_MARKS = 2.0
+SECONDS_BETWEEN_SYNCS = 2.0
 
 # CSV that is converted at a time: one row group of the Parquet file
 PARQUET_BLOCK_BYTES = 1 << 20
@@ -74,10 +74,10 @@ class PredictionCounts:
 
 
 @dataclass
-class _Mark:
-    """How far the rows on the disk are whole: written after them, so what is behind it is cut off."""
+class _SyncPoint:
+    """The rows that fsync has brought to the disk. A call that resumes cuts off what was written after them."""
 
-    images: str  # what the rows are about, see `_fingerprint`
+    images: str  # of the images and the network, see `_fingerprint`
     rows: int = 0
     bytes: int = 0
 
@@ -117,30 +117,30 @@ def predict_to_file(
     predictor = _Predictor(images, classifier)
     start, stop = partition.bounds(len(images))
     part = _partial_path(out, partition)
-    mark = _Mark(_fingerprint(images, classifier))
+    synced = _SyncPoint(_fingerprint(images, classifier))
     if resume:
-        mark = _read_mark(part, mark)
-    elif part.exists() and mark_file(part).exists():
+        synced = _read_sync_point(part, synced)
+    elif part.exists() and _sync_point_path(part).exists():
         raise UserError(f"{part} holds predictions of an interrupted call: go on with --resume, or remove it")
-    before, unreadable = mark.rows, 0
-    with part.open("r+b" if mark.bytes else "wb") as file:
-        file.truncate(mark.bytes)
-        file.seek(mark.bytes)
-        if partition.rank == 0 and not mark.bytes:
+    before, unreadable = synced.rows, 0
+    with part.open("r+b" if synced.bytes else "wb") as file:
+        file.truncate(synced.bytes)
+        file.seek(synced.bytes)
+        if partition.rank == 0 and not synced.bytes:
             file.write(_csv_line(_column_names(classifier.classes)))
-        marked = time.monotonic()
+        synced_at = time.monotonic()
         for rows, bad in predictor.rows(start + before, stop):
             file.write(b"".join(rows))
             unreadable += bad
-            mark.rows += len(rows)
-            if time.monotonic() - marked > SECONDS_BETWEEN_MARKS:
-                marked = time.monotonic()
-                _write_mark(file, part, mark)
+            synced.rows += len(rows)
+            if time.monotonic() - synced_at > SECONDS_BETWEEN_SYNCS:
+                synced_at = time.monotonic()
+                _write_sync_point(file, part, synced)
             if on_progress is not None:
-                on_progress(mark.rows, stop - start)
-        _write_mark(file, part, mark)
+                on_progress(synced.rows, stop - start)
+        _write_sync_point(file, part, synced)
     if partition.rank == 0:
-        _merge(out, partition, len(images), mark, classifier.classes)
+        _merge(out, partition, len(images), synced, classifier.classes)
     return PredictionCounts(stop - start, before, unreadable)
 
 
@@ -185,8 +185,8 @@ class _Predictor:
         return _csv_line([name, classes[best], values[best], *values, ""])
 
 
-def mark_file(part: Path) -> Path:
-    """Return the file that says how much of a part is whole."""
+def _sync_point_path(part: Path) -> Path:
+    """Return the path of the JSON file with the sync point of a partial file."""
     return part.with_name(f"{part.name}.json")
 
 
@@ -216,29 +216,29 @@ def _fingerprint(images: Sequence[str] | data.ShardSet, classifier: Classifier) 
     return fingerprint(parts, hashlib.blake2b(digest_size=16))
 
 
-def _write_mark(file: BinaryIO, part: Path, mark: _Mark) -> None:
-    """Bring the rows to the disk, then say so."""
+def _write_sync_point(file: BinaryIO, part: Path, synced: _SyncPoint) -> None:
+    """Bring the rows to the disk before the sync point that counts them."""
     file.flush()
     os.fsync(file.fileno())
-    mark.bytes = file.tell()
-    write_atomically(mark_file(part), json.dumps(vars(mark)))
+    synced.bytes = file.tell()
+    write_atomically(_sync_point_path(part), json.dumps(vars(synced)))
 
 
-def _read_mark(part: Path, fresh: _Mark) -> _Mark:
-    """Return how far the rows of an earlier call go; nowhere, if it wrote none."""
-    path = mark_file(part)
+def _read_sync_point(part: Path, fresh: _SyncPoint) -> _SyncPoint:
+    """Return the sync point of an earlier call, or ``fresh`` where there is none."""
+    path = _sync_point_path(part)
     if not path.exists() or not part.exists():
         return fresh
     try:
-        mark = _Mark(**json.loads(path.read_text(encoding="utf-8")))
-        usable = 0 <= mark.bytes <= part.stat().st_size and mark.rows >= 0
+        synced = _SyncPoint(**json.loads(path.read_text(encoding="utf-8")))
+        usable = 0 <= synced.bytes <= part.stat().st_size and synced.rows >= 0
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: remove it to begin again") from error
     if not usable:
         raise UserError(f"{path} does not fit {part}: remove both to begin again")
-    if mark.images != fresh.images:
+    if synced.images != fresh.images:
         raise UserError(f"{part} is about other images or of another network: remove it to begin again")
-    return mark
+    return synced
 
 
 def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
@@ -249,7 +249,7 @@ def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
         raise UserError(f"{out}: Parquet needs: {install_command('parquet')}") from error
     names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _column_names(classes)]
     is_text = [True, True, *[False] * (len(names) - 3), True]
-    # bytes, and numbers in place of names: PyArrow's CSV reader takes valid UTF-8 only, paths and classes need not be it
+    # bytes, and numbers for names: PyArrow's CSV reader takes valid UTF-8 only, which paths and classes need not be
     types = {str(i): pa.binary() if text else pa.float64() for i, text in enumerate(is_text)}
     reader = pa_csv.open_csv(
         rows,
@@ -273,7 +273,7 @@ def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
             writer.write_batch(pa.record_batch(values, schema=schema))
 
 
-def _merge(out: Path, partition: Partition, count: int, mark: _Mark, classes: Sequence[str]) -> None:
+def _merge(out: Path, partition: Partition, count: int, synced: _SyncPoint, classes: Sequence[str]) -> None:
     """Wait for the files of the other processes, append them to the first one's, and replace ``out``.
 
     A process that dies leaves its file incomplete; torchrun then ends this one too, so the wait needs no limit.
@@ -283,7 +283,7 @@ def _merge(out: Path, partition: Partition, count: int, mark: _Mark, classes: Se
         for rank in range(1, partition.world_size):
             other = Partition(rank, partition.world_size)
             part, (start, stop) = _partial_path(out, other), other.bounds(count)
-            while _read_mark(part, _Mark(mark.images)).rows < stop - start:
+            while _read_sync_point(part, _SyncPoint(synced.images)).rows < stop - start:
                 time.sleep(0.2)
             with part.open("rb") as rows:
                 shutil.copyfileobj(rows, file, 1 << 20)
@@ -296,5 +296,5 @@ def _merge(out: Path, partition: Partition, count: int, mark: _Mark, classes: Se
         sync_folder(out.parent)
     for rank in range(partition.world_size):
         part = _partial_path(out, Partition(rank, partition.world_size))
-        mark_file(part).unlink(missing_ok=True)
+        _sync_point_path(part).unlink(missing_ok=True)
         part.unlink(missing_ok=True)

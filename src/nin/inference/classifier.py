@@ -1,4 +1,4 @@
-"""Using a trained network: load a run folder, predict, and see which places of a picture speak for which class."""
+"""The classifier of a run folder: predictions, scores and confidence maps of images."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from nin.runtime.tables import html_table
 
 INFERENCE_BATCH_SIZE = 64
 
-# A notebook shows so many classes of a prediction.
-SHOWN = 5
+# The most probable classes that a notebook shows of a prediction.
+HTML_TOP_CLASSES = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the network says of one image.
+    """The class of one image, and the probability of every class.
 
     Attributes:
         label: the most probable class.
@@ -46,16 +46,16 @@ class Prediction:
 
     def _repr_html_(self) -> str:
         named = zip(self.probabilities, self.classes, strict=True) if self.classes else [(self.confidence, self.label)]
-        best = sorted(named, reverse=True)[:SHOWN]
+        best = sorted(named, reverse=True)[:HTML_TOP_CLASSES]
         return html_table([("class", "probability"), *((name, format_percent(p)) for p, name in best)])
 
 
 class Classifier:
-    """A trained network with all that it takes to use it: class names and preprocessing.
+    """A trained network with its class names and preprocessing.
 
     Args:
         model: scores (N, classes) from images (N, C, H, W); standardised convolutions are folded.
-        info: what the run folder says.
+        info: the contents of the run folder's ``config.json``.
         device: where to compute.
     """
 
@@ -71,22 +71,23 @@ class Classifier:
 
     @functools.cached_property
     def fastest(self) -> nn.Module:
-        """The model in the form that computes fastest, with the same tensors.
+        """The model, or on a CPU and for a narrowed network a fused one that shares its tensors, see `nin.fuse`.
 
-        A narrowed network is plain PyTorch: on a CPU its chains become nin's operator here. It is made when it is
-        first asked for, of what `model` is then.
+        A narrowed network is plain PyTorch, whose chains nin's operator computes faster. It is fused as it is at the
+        first access.
         """
         if self.device.type != "cpu" or self.info.model["kind"] != "narrowed":
             return self.model
         fused = fusion.fuse(self.model).model
-        for name, module in self.model.named_modules():  # the tensors themselves, not copies
-            twin = fused.get_submodule(name)
-            twin._parameters.update(module._parameters)
-            twin._buffers.update(module._buffers)
+        # `fuse` copies; shared tensors need half the memory and follow changes of the model's
+        for name, module in self.model.named_modules():
+            fused_module = fused.get_submodule(name)
+            fused_module._parameters.update(module._parameters)
+            fused_module._buffers.update(module._buffers)
         return fused
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made again: pickle does not know the classes of fused modules."""
+        """Leave out the fused model: pickle cannot find the classes that fusing makes."""
         return {name: value for name, value in vars(self).items() if name != "fastest"}
 
     def predict(self, images: Any) -> list[Prediction]:
@@ -107,36 +108,34 @@ class Classifier:
             ValueError: an array's shape, dtype or range is none of the above.
             TypeError: an image is of none of these kinds.
         """
-        probabilities = self.scores(images).softmax(1)
-        return [self._prediction(row) for row in probabilities]
-
-    def _prediction(self, probabilities: Tensor) -> Prediction:
-        best = int(probabilities.argmax())
-        values = tuple(probabilities.tolist())
-        return Prediction(self.classes[best], values[best], values, self.classes)
+        predictions = []
+        for probabilities in self.scores(images).softmax(1):
+            best, values = int(probabilities.argmax()), tuple(probabilities.tolist())
+            predictions.append(Prediction(self.classes[best], values[best], values, self.classes))
+        return predictions
 
     @torch.inference_mode()
     def scores(self, images: Any) -> Tensor:
-        """Return the scores before the softmax, (N, classes), float32. The arguments are those of `predict`."""
+        """Return the scores before the softmax, (N, classes), float32; the arguments are those of `predict`."""
         results = [self.fastest(x).float().cpu() for x in self._batches(images)]
         return torch.cat(results) if results else torch.empty(0, len(self.classes))
 
     @torch.inference_mode()
     def confidence_maps(self, images: Any, *, size: int | None = None) -> Tensor:
-        """Return what each place of an image adds to each class: the last layer's maps.
+        """Return the last layer's maps, whose means are the scores: how much each pixel adds to each class.
 
-        The score of a class is the mean of its map (global average pooling), so the map is the explanation. A
-        GoogLeNet has a dense layer after the mean; it is linear, so its maps are made in the other order.
+        A GoogLeNet has a fully connected layer after the global average pooling. It is linear, so the maps are made by
+        computing it before the pooling.
 
         Args:
             images: as for `predict`.
-            size: height and width of the maps, interpolated; None gives them as the network makes them.
+            size: height and width to interpolate the maps to; those of the last layer if not given.
 
         Returns:
             (N, classes, h, w), float32, in units of the scores.
 
         Raises:
-            UserError: the network has no such maps: it is neither a `nin.models.NiN` nor a `nin.models.GoogLeNet`.
+            UserError: the network is neither a `nin.models.NiN` nor a `nin.models.GoogLeNet`.
 
         Source:
             Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 4.6.
@@ -151,7 +150,7 @@ class Classifier:
 
     @torch.inference_mode()
     def score_pixels(self, pixels: Tensor) -> Tensor:
-        """Return the scores, (N, classes), of decoded images: uint8 (N, channels, size, size) of the preprocessing."""
+        """Return the scores (N, classes), float32, of decoded images: uint8 (N, channels, size, size)."""
         return self.fastest(self.inputs(pixels)).float().cpu()
 
     def inputs(self, pixels: Tensor) -> Tensor:
@@ -160,10 +159,14 @@ class Classifier:
         return data.to_float(pixels.to(self.device), p.mean, p.std)
 
     def _batches(self, images: Any) -> Iterator[Tensor]:
-        """Yield batches of the network's input."""
+        """Yield batches of the network's input for what `predict` takes."""
         p = self.info.preprocessing
-        for batch in _batches_of_pixels(images, size=p.size, channels=p.channels):
-            yield self.inputs(batch)
+        items: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+        if isinstance(images, np.ndarray | Tensor):
+            items = unstack(torch.as_tensor(images), p.channels)
+        for start in range(0, len(items), INFERENCE_BATCH_SIZE):
+            batch = items[start : start + INFERENCE_BATCH_SIZE]
+            yield self.inputs(torch.stack([_decode(item, size=p.size, channels=p.channels) for item in batch]))
 
 
 def load(run: str | Path, *, device: str = "cpu") -> Classifier:
@@ -183,22 +186,8 @@ def load(run: str | Path, *, device: str = "cpu") -> Classifier:
     return Classifier(model, info, device=device)
 
 
-def _batches_of_pixels(images: Any, *, size: int, channels: int) -> Iterator[Tensor]:
-    """Yield uint8 batches (B, channels, size, size)."""
-    items: Sequence[Any]
-    if isinstance(images, np.ndarray | Tensor):
-        items = unstack(torch.as_tensor(images), channels)
-    elif isinstance(images, list | tuple):
-        items = images
-    else:
-        items = [images]
-    for start in range(0, len(items), INFERENCE_BATCH_SIZE):
-        yield torch.stack(
-            [_pixels(item, size=size, channels=channels) for item in items[start : start + INFERENCE_BATCH_SIZE]]
-        )
-
-
-def _pixels(image: Any, *, size: int, channels: int) -> Tensor:
+def _decode(image: Any, *, size: int, channels: int) -> Tensor:
+    """Return one image of any kind that `Classifier.predict` takes as uint8 (channels, size, size)."""
     if isinstance(image, np.ndarray | Tensor):
         image = to_pillow(torch.as_tensor(image))
     if not isinstance(image, str | os.PathLike | bytes | Image.Image):

@@ -1,4 +1,4 @@
-"""Testing: the scores of a network on test images, and how sure an accuracy is."""
+"""Evaluation: the scores of the test images, and the confidence interval of an accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nin import data
 from nin.runtime import distributed
 
 TEST_BATCH_SIZE = 250
-GPU_TEST_BATCH_SIZE = 2000  # a GPU is not busy with less
+GPU_TEST_BATCH_SIZE = 2000  # smaller batches leave a GPU idle
 
 
 @torch.no_grad()
@@ -25,16 +25,23 @@ def evaluate(
     flip: bool = False,
     on_lost: Callable[[str, str], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scores (N, classes) of the test images, in fp32 on the CPU, and their labels (N,).
+    """Return the scores of the test images and their labels: those of this process, where there are several.
 
-    Where several processes share the work, each gets its part. With ``flip``, the scores are the mean over each image
-    and its mirror image. Files that cannot be read any more are left out where ``on_lost`` is there to be told of
-    them, see `nin.data.batches`.
+    Args:
+        model: in evaluation mode, on ``device``.
+        images: their test images are used.
+        device: where to compute.
+        dtype: of the autocast; float32 for none.
+        flip: take the mean of the scores of each image and its mirror image.
+        on_lost: called for files that cannot be read any more, which are left out; see `nin.data.batches`.
+
+    Returns:
+        Scores (N, classes), float32, and labels (N,), int64, on the CPU.
     """
     scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
     order = torch.arange(len(images.test))[distributed.rank() :: distributed.world_size()]
-    size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
-    for pixels, batch_labels, _ in data.batches(images.test, order, size, on_lost=on_lost):
+    batch_size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
+    for pixels, batch_labels, _ in data.batches(images.test, order, batch_size, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             y = model(x).float()
@@ -46,7 +53,7 @@ def evaluate(
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a proportion.
+    """Return the 95 % confidence interval of a proportion, ``hits`` of ``count``: (low, high), both fractions of 1.
 
     Source:
         Wilson: Probable inference, the law of succession, and statistical inference, 1927.
