@@ -38,7 +38,7 @@ def test_parameters(model, parameters):
 def test_multiply_accumulates():
     assert nin.cost(models.nin_cifar(), (1, 3, 32, 32)).macs == pytest.approx(222.5e6, rel=2e-4)
     assert nin.cost(models.nin_imagenet(), (1, 3, 224, 224)).macs == pytest.approx(1.10e9, rel=5e-3)
-    assert nin.cost(models.nin_cifar(), (1, 3, 32, 32)).share_1x1 == pytest.approx(0.308, abs=5e-4)
+    assert nin.cost(models.nin_cifar(), (1, 3, 32, 32)).fraction_1x1 == pytest.approx(0.308, abs=5e-4)
 
 
 def test_sizes_of_nin_cifar():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin.models import factory
-from nin.profiling.cost import _copy_shapes
+from nin.profiling.cost import _copy_to_meta
 
 
 def test_known_values():
@@ -25,7 +25,52 @@ def test_known_values():
     assert conv.activation_bytes == 4 * 28 * 28 * 32
     assert (linear.kind, linear.macs) == ("linear", 32 * 28 * 28 * 10)
     assert result.macs == conv.macs + linear.macs
-    assert result.share_1x1 == 1
+    assert result.fraction_1x1 == 1
+
+
+def test_a_small_network_counted_on_paper():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nin.MLPConv(8, (6, 5)),
+        nn.Flatten(),
+        nn.Linear(80, 10),
+    )
+    result = nin.cost(model, (1, 3, 8, 8))
+    # 8×8 pixels become 4×4 = 16; a kernel of 3×3 has 9 taps
+    assert [(layer.name, layer.macs, layer.parameters, layer.activation_bytes) for layer in result.layers] == [
+        ("0", 16 * 8 * 3 * 9, 8 * 3 * 9 + 8, 4 * 8 * 16),
+        ("1", 16 * 8 * 9, 8 * 9 + 8, 4 * 8 * 16),
+        ("2.convs.0", 16 * 8 * 6, 8 * 6 + 6, 4 * 6 * 16),
+        ("2.convs.1", 16 * 6 * 5, 6 * 5 + 5, 4 * 5 * 16),
+        ("4", 80 * 10, 80 * 10 + 10, 4 * 10),
+    ]
+    assert (result.macs, result.parameters, result.activation_bytes) == (6656, 1203, 1768)
+    assert result.uncounted == ()
+    assert nin.cost(model, (7, 3, 8, 8)).macs == 7 * 6656
+
+
+def test_each_call_and_each_module_has_its_own_operations():
+    class Products(nn.Module):
+        def forward(self, x):
+            return x @ x.mT
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.products = nn.Conv2d(3, 3, 1, bias=False), Products()
+
+        def forward(self, x):
+            return self.products(self.conv(self.conv(x))) @ x
+
+    result = nin.cost(Network(), (1, 3, 4, 5))
+    # 3×3 channels at 20 pixels, twice; (4×5)·(5×4) and (4×4)·(4×5) in each of three channels
+    assert [(layer.name, layer.macs) for layer in result.layers] == [
+        ("conv", 180),
+        ("conv", 180),
+        ("products", 3 * 80),
+        ("", 3 * 80),
+    ]
 
 
 @pytest.mark.parametrize("name", nin.models.MODELS)
@@ -45,7 +90,7 @@ def test_equals_the_flop_counter_with_groups_and_without_nin():
     assert 2 * result.macs == counter.get_total_flops()
     assert result.uncounted == ("1 BatchNorm2d",)
     assert "not counted: 1 BatchNorm2d" in str(result)
-    assert result.share_1x1 == pytest.approx(16 * 25 / (16 * 25 + 9 * 81))
+    assert result.fraction_1x1 == pytest.approx(16 * 25 / (16 * 25 + 9 * 81))
 
 
 class Attention(nn.Module):
@@ -119,7 +164,7 @@ def test_counting_copies_no_values_and_keeps_what_is_tied():
     assert result.parameters == sum(p.numel() for p in model.parameters())
     assert [layer.macs for layer in result.layers][-3:] == [10**6] * 3
     assert largest.count < 1000
-    copied = _copy_shapes(model)
+    copied = _copy_to_meta(model)
     assert copied[4] is copied[5]
     assert copied[4].weight is copied[6].weight
     assert {t.device.type for t in copied.state_dict().values()} == {"meta"}

@@ -181,7 +181,7 @@ def _run_summary(
         minutes=None if seconds is None else seconds / 60,
         parameters=network_cost.parameters,
         macs=network_cost.macs,
-        share_1x1=network_cost.share_1x1,
+        share_1x1=network_cost.fraction_1x1,
     )
 
 
