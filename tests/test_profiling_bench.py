@@ -33,7 +33,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("make", [SMALL.model, lambda: nin.Inception(8, 4, 4, 4, 2, 3, 5), SMALL_NETWORK.model])
 def test_the_plain_model_computes_the_same(make):
     model = make().eval()
-    plain = engines.plain(model)
+    plain = engines.to_torch_modules(model)
     assert not any(isinstance(m, (nin.MLPConv, nin.Conv1x1)) for m in plain.modules())
     x = torch.randn(2, next(model.parameters()).shape[1], 8, 8)
     torch.testing.assert_close(plain(x), model(x))
@@ -72,7 +72,7 @@ def test_engines_that_are_missing_are_listed(small, monkeypatch):
         1
     ] == "not installed (openvino; pip install 'network-in-network[bench]')"
     assert "not installed (openvino" in shown(result)
-    assert "not installed (onnxruntime" in bench.chart(result)
+    assert "not installed (onnxruntime" in bench.html_page(result)
 
 
 def test_unknown_names_are_refused():
@@ -84,20 +84,20 @@ def test_unknown_names_are_refused():
 
 def shown(result):
     console = Console(width=200, file=io.StringIO())
-    console.print(bench.table(result))
+    console.print(bench.rich_table(result))
     return console.file.getvalue()
 
 
 def test_the_table_and_the_chart_hold_the_numbers():
     machine = bench.Machine("A <chip>", 2, "nin", {"float32": 470.0}, 27.0, "tuned", {"torch": "2"}, "3", "L", "d")
     rows = [
-        bench.Measurement("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), share_of_limit=0.5),
-        bench.Measurement("c", "float32", "eager", Timing(5.0, 4.0, 6.0, 9)),
+        bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), share_of_limit=0.5),
+        bench.EngineResult("c", "float32", "eager", Timing(5.0, 4.0, 6.0, 9)),
     ]
     result = bench.Benchmark(machine, rows)
     assert result.ratio("c", "float32") == 2.5
     assert all(text in shown(result) for text in ("2.000", "50%", "2.50", "470 GFLOP/s"))
-    page = bench.chart(result)
+    page = bench.html_page(result)
     assert "Over 100 %" not in shown(result)
     faster = dataclasses.replace(rows[0], share_of_limit=1.6)
     assert "Over 100 %: less arithmetic" in shown(bench.Benchmark(machine, [faster]))
@@ -118,7 +118,7 @@ def test_what_ran_on_a_gpu_is_in_the_table():
     steps = [plan.Step(0, 1, False), plan.Step(1, 2, True)]
     assert dispatch.summarise(steps) == "Triton 2 layers, cuDNN 1 layers"
     machine = bench.Machine("A GPU", 2, "nin", {"float32": None}, None, "tuned", {"torch": "2"}, "3", "L", "d")
-    row = bench.Measurement("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.summarise(steps))
+    row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.summarise(steps))
     assert "nin (Triton 2 layers, cuDNN 1 layers)" in shown(bench.Benchmark(machine, [row]))
 
 

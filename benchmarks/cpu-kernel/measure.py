@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nin.profiling import bench
 from nin.profiling.bench.engines import ENGINES
-from nin.profiling.bench.report import describe, groups, rows_of
+from nin.profiling.bench.report import machine_summary
 from nin.runtime.timer import Timing
 
 FOLDER = Path(__file__).parent
@@ -22,7 +22,7 @@ def load(path):
     if not path.exists():
         return []
     return [
-        bench.Measurement(**row | {"timing": row["timing"] and Timing(**row["timing"])})
+        bench.EngineResult(**row | {"timing": row["timing"] and Timing(**row["timing"])})
         for row in json.loads(path.read_text())["measurements"]
     ]
 
@@ -32,7 +32,7 @@ def markdown(result):
     lines = [
         "# The CPU kernel beside other engines",
         "",
-        describe(result.machine) + ".",
+        machine_summary(result.machine) + ".",
         "",
         "2 cores of an AMD EPYC (Zen 5) with AVX-512 and bf16, without AMX, shared with other work. Medians in ms, all "
         "engines of a row in turn within one process; `ratio` is the fastest other engine over `nin`, each in its "
@@ -41,8 +41,8 @@ def markdown(result):
         "| case | dtype | " + " | ".join(ENGINES) + " | ratio |",
         "|---|---|" + "---:|" * (len(ENGINES) + 1),
     ]
-    for case, dtype in groups(result):
-        times = {m.engine: m.timing for m in rows_of(result, case, dtype)}
+    for case, dtype in result.cases():
+        times = {m.engine: m.timing for m in result.results_of(case, dtype)}
         cells = [f"{times[e].median_ms:.3f}" if times.get(e) else "–" for e in ENGINES]
         ratio = result.ratio(case, dtype)
         lines.append(f"| {case} | {dtype} | {' | '.join(cells)} | {'–' if ratio is None else f'{ratio:.2f}'} |")
@@ -58,7 +58,7 @@ def main(cases, engines):
     result = dataclasses.replace(new, measurements=rows)
     (FOLDER / "results.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     (FOLDER / "results.md").write_text(markdown(result))
-    (FOLDER / "chart.html").write_text(bench.chart(result))
+    (FOLDER / "chart.html").write_text(bench.html_page(result))
 
 
 if __name__ == "__main__":

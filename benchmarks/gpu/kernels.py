@@ -28,7 +28,7 @@ import nin
 from nin.config import TrainConfig
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import dispatch
-from nin.profiling.bench.engines import plain
+from nin.profiling.bench.engines import to_torch_modules
 from nin.training.step import TrainStep, make_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,7 +86,7 @@ def setting(engine: Engine) -> Iterator[None]:
 
 def prepare(engine: Engine, case: Case, x: list[Tensor], backward: bool) -> tuple[Call, nn.Module]:
     """Return the call of round i, and the model; a backward call computes all gradients of a given gradient."""
-    model = build(case) if engine.ours else plain(build(case))
+    model = build(case) if engine.ours else to_torch_modules(build(case))
     model = model.to(device=x[0].device, dtype=x[0].dtype, memory_format=engine.layout)
     run = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False) if engine.compiled else model
     inputs = [t.contiguous(memory_format=engine.layout) for t in x]
@@ -114,7 +114,7 @@ def error_against_float64(engine: Engine, case: Case, x: Tensor, backward: bool)
     few = [x[:2]]
     call, model = prepare(engine, case, few, backward=False)
     results: Any = (call(0),)
-    exact = plain(build(case)).to(x.device).double()
+    exact = to_torch_modules(build(case)).to(x.device).double()
     exact.load_state_dict(dict(zip(exact.state_dict(), (p.double() for p in model.state_dict().values()), strict=True)))
     leaf = few[0].detach().double().requires_grad_()
     wanted: Any = (exact(leaf),)
@@ -131,7 +131,7 @@ def error_against_float64(engine: Engine, case: Case, x: Tensor, backward: bool)
 
 def kept_bytes(engine: Engine, case: Case, x: Tensor) -> int:
     """Return the bytes that the forward pass keeps for the backward pass, input, result and weights not among them."""
-    model = (build(case) if engine.ours else plain(build(case))).to(device=x.device, dtype=x.dtype)
+    model = (build(case) if engine.ours else to_torch_modules(build(case))).to(device=x.device, dtype=x.dtype)
     leaf = x.detach().contiguous(memory_format=engine.layout).requires_grad_()
     kept: dict[int, int] = {}
 
@@ -186,9 +186,9 @@ def run_steps(batch: int, device: torch.device, runs: int) -> dict[str, Any]:
     x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), device=device)
     engines = {"nin, one graph": TrainStep(network, recipe), "nin": TrainStep(network, unreplayed)}
-    engines["eager channels_last"] = TrainStep(lambda: plain(network()), unreplayed)
+    engines["eager channels_last"] = TrainStep(lambda: to_torch_modules(network()), unreplayed)
     if device.type == "cuda":
-        compiled = TrainStep(lambda: plain(network()), unreplayed)
+        compiled = TrainStep(lambda: to_torch_modules(network()), unreplayed)
         compiled.model.forward = torch.compile(compiled.model.forward, mode="max-autotune", dynamic=False)
         engines["compile max-autotune"] = compiled
     calls: dict[str, Call] = {name: (lambda i, step=step: step(x, labels, 100, 1000)) for name, step in engines.items()}

@@ -40,8 +40,8 @@ def bench(
     except ValueError as error:
         raise UserError(str(error)) from error
     if html is not None:
-        write_atomically(html, nin.profiling.bench.chart(benchmark))
+        write_atomically(html, nin.profiling.bench.html_page(benchmark))
     if json:
         print_json(benchmark.to_dict())
     else:
-        results.print(nin.profiling.bench.table(benchmark))
+        results.print(nin.profiling.bench.rich_table(benchmark))

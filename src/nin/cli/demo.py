@@ -113,7 +113,7 @@ def write_samples(images: Data, folder: Path) -> list[Path]:
 def compare_bottleneck() -> list[dict[str, Any]]:
     """Return MACs, parameters and measured milliseconds of the 4×4 convolution alone and behind a bottleneck."""
     measured = bottleneck.measure(BOTTLENECK_CHANNELS, images=BOTTLENECK_BATCH_SIZE)
-    narrow, wide = bottleneck.forms(BOTTLENECK_CHANNELS)
+    narrow, wide = bottleneck.build_networks(BOTTLENECK_CHANNELS)
     rows = []
     for form, network, timing in (
         ("256 → 4×4 → 256", wide, measured.wide),

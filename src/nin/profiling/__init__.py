@@ -1,1 +1,1 @@
-"""What a network costs: operations, memory and time."""
+"""Profiling: MACs, parameters, memory and time of networks, and benchmarks beside other engines."""

@@ -1,4 +1,4 @@
-"""The bottleneck, timed on this machine: 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256."""
+"""Time a bottleneck, 256 → 1×1 → r → 4×4 → 256, beside the convolution that it replaces, 256 → 4×4 → 256."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 from torch import nn
 
 from nin.layers import Bottleneck, MLPConv
-from nin.runtime import device as machine
+from nin.runtime.device import processor_name
 from nin.runtime.timer import Timing, compare
 
 CHANNELS, KERNEL_SIZE, PIXELS = 256, 4, 28
 
-# What may be asked for, so that no request costs more than the page's own.
-NARROWEST, WIDEST = 8, 256
+# of the bottleneck's channels: the server times any of them on request, and none takes longer than the page's own
+MIN_R, MAX_R = 8, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Both forms, measured in turn in one run, with what a time has to carry.
+    """The times of both networks, measured in turn in one run, and the conditions under which they are valid.
 
     Attributes:
         r: channels of the bottleneck.
-        narrow: the bottleneck.
-        wide: the k×k convolution alone.
-        shape: of the input.
-        dtype: of the numbers.
-        memory_format: their order in memory.
-        threads: that PyTorch uses.
-        torch: its version.
-        device: where it ran.
+        narrow: time of the bottleneck.
+        wide: time of the 4×4 convolution alone.
+        shape: of the input, (N, C, H, W).
+        dtype: of the input and the weights.
+        memory_format: of the input and the weights.
+        threads: of PyTorch.
+        torch: version of PyTorch.
+        device: that computed.
         processor: its name.
     """
 
@@ -46,9 +46,10 @@ class Measurement:
     processor: str
 
 
-def forms(r: int) -> tuple[nn.Module, nn.Module]:
-    """Return the bottleneck with ``r`` channels and what it stands for, in evaluation mode and channels_last."""
+def build_networks(r: int) -> tuple[nn.Module, nn.Module]:
+    """Return the bottleneck of ``r`` channels and the 4×4 convolution alone, in evaluation mode and channels_last."""
     narrow = Bottleneck(CHANNELS, r, CHANNELS, kernel_size=KERNEL_SIZE)
+    # an even kernel that keeps the size needs one pixel more on two sides
     wide = nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), MLPConv(CHANNELS, (CHANNELS,), kernel_size=KERNEL_SIZE))
     for network in (narrow, wide):
         network.eval().to(memory_format=torch.channels_last)
@@ -57,7 +58,7 @@ def forms(r: int) -> tuple[nn.Module, nn.Module]:
 
 @torch.inference_mode()
 def measure(r: int, *, images: int = 1) -> Measurement:
-    """Time the bottleneck and what it stands for.
+    """Time the bottleneck and the 4×4 convolution alone, in float32, channels_last, on the CPU.
 
     Args:
         r: channels that the 1×1 convolution leaves, from 8 to 256.
@@ -66,12 +67,12 @@ def measure(r: int, *, images: int = 1) -> Measurement:
     Raises:
         ValueError: ``r`` is outside that range.
     """
-    if not NARROWEST <= r <= WIDEST:
-        raise ValueError(f"r must be from {NARROWEST} to {WIDEST}, got {r}")
+    if not MIN_R <= r <= MAX_R:
+        raise ValueError(f"r must be from {MIN_R} to {MAX_R}, got {r}")
     shape = (images, CHANNELS, PIXELS, PIXELS)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
-    narrow, wide = forms(r)
+    narrow, wide = build_networks(r)
     timings = compare({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
     return Measurement(
         r=r,
@@ -83,5 +84,5 @@ def measure(r: int, *, images: int = 1) -> Measurement:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         device="cpu",
-        processor=machine.processor_name(),
+        processor=processor_name(),
     )

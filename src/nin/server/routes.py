@@ -40,7 +40,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/bottleneck")
     async def measured_bottleneck(
-        r: Annotated[int, Query(ge=bottleneck.NARROWEST, le=bottleneck.WIDEST, description="channels it leaves")],
+        r: Annotated[int, Query(ge=bottleneck.MIN_R, le=bottleneck.MAX_R, description="channels it leaves")],
     ) -> bottleneck.Measurement:
         """Time 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256 on this machine."""
         return await service.compute(lambda: bottleneck.measure(r))

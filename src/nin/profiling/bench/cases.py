@@ -1,4 +1,4 @@
-"""What is timed: models made of this package's layers, the shape of their input, inference or a training step."""
+"""The cases of the benchmark: models of nin's layers, their input shape, inference or a training step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nin import layers, models
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model, timed.
+    """One model to time.
 
     Attributes:
-        name: what the user asks for.
-        model: makes it, of this package's layers.
+        name: on the command line.
+        model: makes it, of nin's layers.
         input_shape: (N, C, H, W).
         training: forward, backward and, for whole networks, the optimiser's step; else inference.
         network: a classifier, trained with a loss and an optimiser; else the gradient of the result is given.

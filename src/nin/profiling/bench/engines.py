@@ -1,4 +1,4 @@
-"""Who is timed: each engine turns a case's model into a call without arguments, in its best layout."""
+"""The engines of the benchmark: each turns a case's model into a call without arguments, in its best layout."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ class UnavailableError(RuntimeError):
     """The engine cannot run this case; the message says why."""
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """Return a copy of which every `MLPConv` and `Conv1x1` is a sequence of PyTorch's own modules."""
+def to_torch_modules(model: nn.Module) -> nn.Module:
+    """Return a copy with each `MLPConv` and `Conv1x1` replaced by a sequence of PyTorch's own modules."""
     if isinstance(model, layers.MLPConv | layers.Conv1x1):
         sequence = copy.deepcopy(model).to_sequential()
         for module in sequence.modules():
             if isinstance(module, nn.ReLU | nn.SiLU):
-                module.inplace = True  # the faster of the two ways in which people write it
+                module.inplace = True  # faster than out of place, and as common
         return sequence
     changed = copy.copy(model)
-    changed._modules = {name: plain(child) if child is not None else None for name, child in model._modules.items()}
+    changed._modules = {
+        name: to_torch_modules(child) if child is not None else None for name, child in model._modules.items()
+    }
     return changed
 
 
@@ -47,7 +49,7 @@ def compiled(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Cal
     return eager(case, _compile(model), x, dtype)
 
 
-def compiled_most(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
+def compiled_max_autotune(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """Call the model through ``torch.compile`` with frozen weights and the longest search for kernels."""
     if case.training:
         raise UnavailableError("freezing is for inference")
@@ -93,21 +95,21 @@ def openvino(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Cal
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
 
 
-# name → (preparation, channels_last, whether the model is this package's or PyTorch's own)
+# name → (what makes the call, channels_last, whether the layers are nin's; else they are PyTorch's own modules)
 ENGINES: dict[str, tuple[Callable[[Case, nn.Module, Tensor, torch.dtype], Call], bool, bool]] = {
     "nin": (eager, True, True),
     "nin NCHW": (eager, False, True),
     "eager": (eager, True, False),
     "eager NCHW": (eager, False, False),
     "compile": (compiled, True, False),
-    "compile max": (compiled_most, True, False),
+    "compile max": (compiled_max_autotune, True, False),
     "ONNX Runtime": (onnxruntime, False, False),
     "OpenVINO": (openvino, False, False),
 }
 
 
 def prepare(engine: str, case: Case, dtype: torch.dtype, device: torch.device = CPU) -> Call:
-    """Return what to time; on a GPU the call waits for it.
+    """Return the call to time; on a GPU it waits until the work is done.
 
     Raises:
         UnavailableError: the engine is not installed, or cannot do this.
@@ -115,9 +117,9 @@ def prepare(engine: str, case: Case, dtype: torch.dtype, device: torch.device = 
     make, channels_last, ours = ENGINES[engine]
     torch.manual_seed(0)
     model = case.model().train(case.training)
-    model = model if ours else plain(model)
+    model = model if ours else to_torch_modules(model)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    if not (case.training and case.network):  # a network trains in float32 under autocast
+    if not (case.training and case.network):  # a network is trained in float32 under autocast
         model = model.to(dtype)
     x = torch.randn(case.input_shape).to(device, next(model.parameters()).dtype)
     model = model.to(device).to(memory_format=layout)

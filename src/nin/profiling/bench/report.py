@@ -1,4 +1,4 @@
-"""Shows a benchmark: a table for the terminal, a chart in HTML."""
+"""The results of a benchmark as a table for the terminal and as a page of charts in HTML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 
 from rich.table import Table
 
-from nin.profiling.bench.runner import Benchmark, Machine, Measurement
+from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
 from nin.runtime.svg_chart import Bar, bar_chart
 
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}
@@ -15,49 +15,49 @@ svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
 .spread{stroke:#222;stroke-width:1.5}p,td{color:#444}"""
 
 
-def table(benchmark: Benchmark) -> Table:
-    """Return a table for rich: a row for each engine of each case; the fastest other engine over nin in the last."""
-    result = Table(title=describe(benchmark.machine), title_justify="left", caption_justify="left")
+def rich_table(benchmark: Benchmark) -> Table:
+    """Return a row for each engine of each case: its times, the fraction of the limit, its median over nin's."""
+    result = Table(title=machine_summary(benchmark.machine), title_justify="left", caption_justify="left")
     if any((m.share_of_limit or 0) > 1 for m in benchmark.measurements):
         result.caption = "Over 100 %: less arithmetic than tap by tap, of which the limit is (Winograd's transforms)."
     result.add_column("case")
     result.add_column("engine")
     for heading in ("median ms", "20 %", "80 %", "runs", "of the limit", "times nin"):
         result.add_column(heading, justify="right")
-    for case, dtype in groups(benchmark):
-        rows = rows_of(benchmark, case, dtype)
-        ours = next((m.timing.median_ms for m in rows if m.engine == "nin" and m.timing), None)
+    for case, dtype in benchmark.cases():
+        rows = benchmark.results_of(case, dtype)
+        nin_ms = next((m.timing.median_ms for m in rows if m.engine == "nin" and m.timing), None)
         for i, m in enumerate(rows):
             name = f"{case}, {dtype}" if i == 0 else ""
             if m.timing is None:
                 result.add_row(name, m.engine, m.reason)
                 continue
             t = m.timing
-            share = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
-            times = "" if ours is None else f"{t.median_ms / ours:.2f}"
+            fraction = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
+            times = "" if nin_ms is None else f"{t.median_ms / nin_ms:.2f}"
             numbers = [f"{value:.3f}" for value in (t.median_ms, t.low_ms, t.high_ms)]
             engine = f"{m.engine} ({m.ran})" if m.ran else m.engine
-            result.add_row(name, engine, *numbers, str(t.runs), share, times)
+            result.add_row(name, engine, *numbers, str(t.runs), fraction, times)
         result.add_section()
     return result
 
 
-def chart(benchmark: Benchmark) -> str:
-    """Return a page of bars, one group for each case and dtype, with nothing loaded from elsewhere."""
+def html_page(benchmark: Benchmark) -> str:
+    """Return a self-contained page with a bar chart of each case and dtype."""
     parts = [
-        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_bars(case, rows_of(benchmark, case, dtype))}"
-        for case, dtype in groups(benchmark)
+        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_engine_chart(case, benchmark.results_of(case, dtype))}"
+        for case, dtype in benchmark.cases()
     ]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>nin bench</title><style>{STYLE}</style>'
-        f"<h1>nin bench</h1><p>{escape(describe(benchmark.machine))}</p>"
+        f"<h1>nin bench</h1><p>{escape(machine_summary(benchmark.machine))}</p>"
         "<p>Median time in milliseconds, shorter is better; the line spans the 20th to the 80th percentile.</p>"
         f"{''.join(parts)}</html>\n"
     )
 
 
-def describe(machine: Machine) -> str:
-    """Return one line: where, when, with what."""
+def machine_summary(machine: Machine) -> str:
+    """Return a line with the processor, its limits, the kernel, the versions and the date."""
     peaks = ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in machine.peak_gflops.items() if peak)
     copy = f", copy {machine.copy_gbytes_per_second:.0f} GB/s" if machine.copy_gbytes_per_second else ""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
@@ -67,17 +67,7 @@ def describe(machine: Machine) -> str:
     )
 
 
-def groups(benchmark: Benchmark) -> list[tuple[str, str]]:
-    """Return each case and dtype once, in order."""
-    return list(dict.fromkeys((m.case, m.dtype) for m in benchmark.measurements))
-
-
-def rows_of(benchmark: Benchmark, case: str, dtype: str) -> list[Measurement]:
-    """Return the measurements of one case and dtype, in order."""
-    return [m for m in benchmark.measurements if (m.case, m.dtype) == (case, dtype)]
-
-
-def _bars(case: str, rows: list[Measurement]) -> str:
+def _engine_chart(case: str, rows: list[EngineResult]) -> str:
     bars = [
         Bar(m.engine, note=m.reason)
         if m.timing is None

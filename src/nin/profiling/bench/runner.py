@@ -1,4 +1,4 @@
-"""Runs the cases: every engine in turn, medians with percentiles, beside what the machine can do at most."""
+"""Run the benchmark: each case with every engine in turn, beside the roofline bound of this machine."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from typing import Any
 import torch
 
 from nin.ops import backends
-from nin.ops.cpu import peak as limits
+from nin.ops.cpu.peak import measure_copy_bandwidth, measure_peak_flops
 from nin.ops.gpu import dispatch
 from nin.profiling.bench.cases import CASES, Case
 from nin.profiling.bench.engines import ENGINES, Call, UnavailableError, prepare
 from nin.profiling.cost import cost
-from nin.runtime import timer as timing
+from nin.profiling.roofline import roofline_bound
 from nin.runtime.device import choose_device, keep_freed_memory, processor_name
+from nin.runtime.timer import Timing, compare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Time that all engines of a case share, after each has been called twice; 5 to 200 rounds.
+# for the measured rounds of all engines of a case together, of which there are 5 to 200
 SECONDS_PER_CASE = 12.0
 # For how long an engine is called before each measured call, see `nin.runtime.timer.compare`. ONNX Runtime's
-# threads spin for 30 to 50 ms after its last call: with 8 ms, whoever came next on two cores took twice its time.
+# threads spin for 30 to 50 ms after its last call: with 8 ms, the next engine took twice its time on two cores.
 SETTLE_MS = 100.0
 VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where and when: the processor, its measured limits, and the versions of all that ran.
+    """The processor, its measured limits, the versions of the engines, and the date.
 
     Attributes:
         peak_gflops: by dtype, of multiply-adds on registers with all threads; 1 multiply-add = 2 FLOP.
@@ -55,8 +56,8 @@ class Machine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One engine on one case, or why there is no time.
+class EngineResult:
+    """The times of one engine on one case, or why there are none.
 
     Attributes:
         case: its name in `CASES`.
@@ -64,16 +65,17 @@ class Measurement:
         engine: its name in `ENGINES`.
         timing: the times, or None.
         reason: why there are none, else empty.
-        share_of_limit: the least time that the machine's limits allow for the arithmetic or, where that is longer,
-            for reading the input and the weights and writing the result once, over the median. The arithmetic is that
-            of the taps one by one: Winograd's transforms need less, and may give more than 1.
-        ran: on a GPU, which kernels served this package's operator.
+        share_of_limit: the roofline bound over the median: the longer of the times that the machine's limits allow
+            for the arithmetic and for reading the input and the weights and writing the result once. The arithmetic
+            is that of the taps one by one: Winograd's transforms need less, and may give more than 1. (A fraction;
+            files have it under this name.)
+        ran: on a GPU, the kernels that computed nin's operator.
     """
 
     case: str
     dtype: str
     engine: str
-    timing: timing.Timing | None
+    timing: Timing | None
     reason: str = ""
     share_of_limit: float | None = None
     ran: str = ""
@@ -84,17 +86,23 @@ class Benchmark:
     """The result of `run`."""
 
     machine: Machine
-    measurements: list[Measurement]
+    measurements: list[EngineResult]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
         return dataclasses.asdict(self)
 
+    def cases(self) -> list[tuple[str, str]]:
+        """Return each case and dtype once, in order."""
+        return list(dict.fromkeys((m.case, m.dtype) for m in self.measurements))
+
+    def results_of(self, case: str, dtype: str) -> list[EngineResult]:
+        """Return the results of one case and dtype, in order."""
+        return [m for m in self.measurements if (m.case, m.dtype) == (case, dtype)]
+
     def ratio(self, case: str, dtype: str) -> float | None:
         """Return the fastest other engine's median over ``nin``'s, each in its better layout; None without both."""
-        times = {
-            m.engine: m.timing.median_ms for m in self.measurements if (m.case, m.dtype) == (case, dtype) and m.timing
-        }
+        times = {m.engine: m.timing.median_ms for m in self.results_of(case, dtype) if m.timing}
         own = [ms for engine, ms in times.items() if engine.startswith("nin")]
         others = [ms for engine, ms in times.items() if not engine.startswith("nin")]
         return min(others) / min(own) if own and others else None
@@ -108,14 +116,14 @@ def run(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Benchmark:
-    """Time the cases with every engine, in turn within one case and dtype.
+    """Time the cases with every engine, the engines in turn within one case and dtype.
 
     Args:
         cases: names in `CASES`.
         dtypes: "float32", "bfloat16".
         engines: names in `nin.profiling.bench.engines.ENGINES`.
-        device: "cpu", "cuda", "cuda:1". A GPU is waited for after every call, so its times hold the launches too.
-        progress: is called with one line for each case.
+        device: "cpu", "cuda", "cuda:1". Every call on a GPU is synchronised, so its times include the launches.
+        progress: called with a line of text for each case.
 
     Returns:
         The machine and all measurements; an engine that is not installed has a reason instead of times.
@@ -132,22 +140,23 @@ def run(
         for name in given:
             if name not in known:
                 raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
-    # every engine's: its page faults would be timed in place of its arithmetic
-    place = choose_device(device)
-    machine = _machine("tuned" if keep_freed_memory() else "default", place)
-    measurements: list[Measurement] = []
+    torch_device = choose_device(device)
+    # for every engine: returning memory to the system after each call would time page faults, not arithmetic
+    malloc = "tuned" if keep_freed_memory() else "default"
+    machine = _inspect_machine(malloc, torch_device)
+    measurements: list[EngineResult] = []
     for name in cases:
         for dtype in dtypes:
-            found = _run_case(CASES[name], dtype, engines, machine, place)
-            measurements += found
-            times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in found if m.timing)
+            results = _run_case(CASES[name], dtype, engines, machine, torch_device)
+            measurements += results
+            times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in results if m.timing)
             progress(f"{name} {dtype}, ms: {times}")
     return Benchmark(machine, measurements)
 
 
 def _run_case(
     case: Case, dtype: str, engines: Sequence[str], machine: Machine, device: torch.device
-) -> list[Measurement]:
+) -> list[EngineResult]:
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
     ran: dict[str, str] = {}
@@ -156,7 +165,7 @@ def _run_case(
     for engine in engines:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what exporters and compilers have to say is not the user's
+                warnings.simplefilter("ignore")  # of exporters and compilers, about their own code
                 with dispatch.watch() as steps:
                     call = prepare(engine, case, DTYPES[dtype], device)
                     call()
@@ -170,25 +179,25 @@ def _run_case(
         except UnavailableError as error:
             reasons[engine] = str(error)
     runs = int(min(200, max(5, SECONDS_PER_CASE / max(round_s, 1e-6))))
-    timings = timing.compare(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
-    least_ms = _least_ms(case, dtype, machine)
+    timings = compare(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
+    bound_ms = _bound_ms(case, dtype, machine)
     return [
-        Measurement(case.name, dtype, engine, None, reasons[engine])
+        EngineResult(case.name, dtype, engine, None, reasons[engine])
         if engine in reasons
-        else Measurement(
+        else EngineResult(
             case.name,
             dtype,
             engine,
             timings[engine],
-            share_of_limit=least_ms / timings[engine].median_ms if least_ms else None,
+            share_of_limit=bound_ms / timings[engine].median_ms if bound_ms else None,
             ran=ran.get(engine, ""),
         )
         for engine in engines
     ]
 
 
-def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
-    """Return the time below which no engine can be that does all the arithmetic (a training step: three times it)."""
+def _bound_ms(case: Case, dtype: str, machine: Machine) -> float | None:
+    """Return the roofline bound of a case: no engine that does all the arithmetic can be faster."""
     peak, copy = machine.peak_gflops[dtype], machine.copy_gbytes_per_second
     if peak is None or copy is None:
         return None
@@ -197,12 +206,13 @@ def _least_ms(case: Case, dtype: str, machine: Machine) -> float | None:
     with torch.no_grad():
         result = model(torch.empty(case.input_shape))
     values = torch.Size(case.input_shape).numel() + result.numel() + sum(p.numel() for p in model.parameters())
-    arithmetic_ms = 2 * macs * (3 if case.training else 1) / peak / 1e6
-    memory_ms = values * DTYPES[dtype].itemsize * (3 if case.training else 1) / copy / 1e6
-    return max(arithmetic_ms, memory_ms)
+    # a training step computes the result, the gradient of the input and that of the weights
+    passes = 3 if case.training else 1
+    moved_bytes = values * DTYPES[dtype].itemsize * passes
+    return roofline_bound(2 * macs * passes, moved_bytes, peak * 1e9, copy * 1e9)[0]
 
 
-def _machine(malloc: str, device: torch.device) -> Machine:
+def _inspect_machine(malloc: str, device: torch.device) -> Machine:
     versions = {}
     for package in VERSIONS:
         try:
@@ -210,8 +220,8 @@ def _machine(malloc: str, device: torch.device) -> Machine:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     on_gpu = device.type == "cuda"
-    peaks = {name: None if on_gpu else limits.measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
-    copy = None if on_gpu else limits.measure_copy_bandwidth()
+    peaks = {name: None if on_gpu else measure_peak_flops(dtype) for name, dtype in DTYPES.items()}
+    copy = None if on_gpu else measure_copy_bandwidth()
     return Machine(
         processor=torch.cuda.get_device_name(device) if on_gpu else processor_name(),
         threads=torch.get_num_threads(),
