@@ -1,4 +1,4 @@
-"""compare: in turn, after a warm-up, with honest percentiles."""
+"""time_interleaved: in turn, after a warm-up, with honest percentiles."""
 
 import time
 
@@ -9,7 +9,7 @@ from nin.runtime import timer
 
 def test_the_calls_take_turns():
     calls = []
-    result = timer.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=4, warmup=2)
+    result = timer.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=4, warmup=2)
     assert "".join(calls) == "ab" * 6
     assert list(result) == ["a", "b"]
     assert result["a"].runs == 4
@@ -22,7 +22,7 @@ def test_median_and_percentiles(monkeypatch):
     def work():
         clock[0] += next(durations_ms) * 1_000_000
 
-    result = timer.compare({"work": work}, runs=6, warmup=1)["work"]
+    result = timer.time_interleaved({"work": work}, runs=6, warmup=1)["work"]
     assert result == timer.Timing(median_ms=35, low_ms=20, high_ms=50, runs=6)
 
 
@@ -32,4 +32,4 @@ def test_median_and_percentiles(monkeypatch):
 )
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        timer.compare({}, **options)
+        timer.time_interleaved({}, **options)

@@ -21,7 +21,7 @@ import torch
 import nin
 from nin import checkpoint
 from nin.runtime import device
-from nin.runtime.timer import compare
+from nin.runtime.timer import time_interleaved
 
 HERE = Path(__file__).parent
 NETWORKS = {
@@ -67,7 +67,7 @@ def measure(name: str, batch: int, dtype: str, *, compiled: bool, runs: int) -> 
         both = torch.compile(copy.deepcopy(fused.model))
         engines["compile"] = lambda: fast(x)
         engines["fused + compile"] = lambda: both(x)
-    times = compare(engines, runs=runs, warmup=3)
+    times = time_interleaved(engines, runs=runs, warmup=3)
     forms = [chain.form for chain in fused.chains]
     counts = ", ".join(f"{forms.count(form)} {form}" for form in dict.fromkeys(forms))
     return {**{engine: t.median_ms for engine, t in times.items()}, "forms": counts}

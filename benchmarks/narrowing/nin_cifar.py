@@ -69,7 +69,7 @@ def main() -> None:
         own.load_state_dict(model.state_dict())
         own = own.eval().fold().to(memory_format=torch.channels_last)
         with torch.inference_mode():
-            times = timer.compare(
+            times = timer.time_interleaved(
                 {
                     "original, PyTorch": lambda x=x: plain(x),
                     "original, PyTorch, channels_last": lambda x=last, wide=wide: wide(x),

@@ -72,7 +72,7 @@ def compare(models: dict[str, nn.Module], *shape: int) -> None:
     """Print the milliseconds of models side by side."""
     x = torch.randn(shape)
     with torch.inference_mode():
-        times = timer.compare({name: partial(model, x) for name, model in models.items()}, runs=31)
+        times = timer.time_interleaved({name: partial(model, x) for name, model in models.items()}, runs=31)
     for name, t in times.items():
         print(f"{shape}  {name:9s} {t.median_ms:7.3f} ms ({t.low_ms:.3f} to {t.high_ms:.3f})")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import nin
 from nin.profiling.cost import Cost
-from nin.runtime.timer import Timing, compare
+from nin.runtime.timer import Timing, time_interleaved
 
 
 def main(*, images: int = 4, runs: int = 15) -> tuple[dict[str, Cost], dict[str, Timing]]:
@@ -32,7 +32,7 @@ def main(*, images: int = 4, runs: int = 15) -> tuple[dict[str, Cost], dict[str,
     for model in models.values():
         model.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        timings = compare({name: lambda model=model: model(x) for name, model in models.items()}, runs=runs)
+        timings = time_interleaved({name: lambda model=model: model(x) for name, model in models.items()}, runs=runs)
     print()
     threads = torch.get_num_threads()
     print(f"measured: {images} images, float32, channels_last, {threads} threads, torch {torch.__version__}")

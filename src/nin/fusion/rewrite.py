@@ -16,7 +16,7 @@ from nin.fusion.chain import Chain
 from nin.fusion.matcher import Found, Tracer, find_chains
 from nin.layers import Conv1x1, MLPConv
 from nin.runtime.fx_trace import TracingError, trace
-from nin.runtime.timer import Timing, compare
+from nin.runtime.timer import Timing, time_interleaved
 
 # A form must be so much faster than the layers as they are before it takes their place.
 MARGIN = 0.97
@@ -249,7 +249,7 @@ def _choose_forms(
             chain.form = form
             return chain(x)
 
-        timed = compare({form: lambda form=form: run(form) for form in chain.forms}, runs=runs)  # type: ignore[misc]
+        timed = time_interleaved({form: lambda form=form: run(form) for form in chain.forms}, runs=runs)  # type: ignore[misc]
         best = min(timed, key=lambda form: timed[form].median_ms)
         chain.form = best if timed[best].median_ms < MARGIN * timed["original"].median_ms else "original"
         times[key] = timed
@@ -259,5 +259,5 @@ def _choose_forms(
 @torch.no_grad()
 def _measure(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...], runs: int) -> tuple[Timing, Timing]:
     """Time both models in turn."""
-    timed = compare({"before": lambda: before(*inputs), "after": lambda: after(*inputs)}, runs=runs)
+    timed = time_interleaved({"before": lambda: before(*inputs), "after": lambda: after(*inputs)}, runs=runs)
     return timed["before"], timed["after"]

@@ -142,7 +142,7 @@ def _time(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: fl
     first()
     least, most = RUNS
     runs = min(max(int(seconds / (time.perf_counter() - start)), least), most)
-    return timer.compare(timed, runs=runs, warmup=2)
+    return timer.time_interleaved(timed, runs=runs, warmup=2)
 
 
 def _resized(value: Any, batch: int) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 
 from nin.layers import Bottleneck, MLPConv
 from nin.runtime.device import processor_name
-from nin.runtime.timer import Timing, compare
+from nin.runtime.timer import Timing, time_interleaved
 
 CHANNELS, KERNEL_SIZE, PIXELS = 256, 4, 28
 
@@ -73,7 +73,7 @@ def measure(r: int, *, images: int = 1) -> Measurement:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     narrow, wide = build_networks(r)
-    timings = compare({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
+    timings = time_interleaved({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
     return Measurement(
         r=r,
         narrow=timings["narrow"],

@@ -25,7 +25,7 @@ class Timing:
     runs: int
 
 
-def compare(
+def time_interleaved(
     callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle_ms: float = 0.0
 ) -> dict[str, Timing]:
     """Time functions in rounds, each of which runs every one of them once.
@@ -46,7 +46,7 @@ def compare(
         ValueError: ``runs`` is less than 2 or ``warmup`` less than 0.
 
     Example:
-        >>> nin.runtime.timer.compare({"sum": lambda: sum(range(1000))})["sum"].runs
+        >>> nin.runtime.timer.time_interleaved({"sum": lambda: sum(range(1000))})["sum"].runs
         15
     """
     if runs < 2:

@@ -22,12 +22,12 @@ from nin.profiling.bench.engines import ENGINES, Call, UnavailableError, prepare
 from nin.profiling.cost import cost
 from nin.profiling.roofline import roofline_bound
 from nin.runtime.device import choose_device, keep_freed_memory, processor_name
-from nin.runtime.timer import Timing, compare
+from nin.runtime.timer import Timing, time_interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # for the measured rounds of all engines of a case together, of which there are 5 to 200
 SECONDS_PER_CASE = 12.0
-# For how long an engine is called before each measured call, see `nin.runtime.timer.compare`. ONNX Runtime's
+# For how long an engine is called before each measured call, see `nin.runtime.timer.time_interleaved`. ONNX Runtime's
 # threads spin for 30 to 50 ms after its last call: with 8 ms, the next engine took twice its time on two cores.
 SETTLE_MS = 100.0
 VERSIONS = ("torch", "onnxruntime", "openvino", "nin")
@@ -179,7 +179,7 @@ def _run_case(
         except UnavailableError as error:
             reasons[engine] = str(error)
     runs = int(min(200, max(5, SECONDS_PER_CASE / max(round_s, 1e-6))))
-    timings = compare(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
+    timings = time_interleaved(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
     bound_ms = _bound_ms(case, dtype, machine)
     return [
         EngineResult(case.name, dtype, engine, None, reasons[engine])
