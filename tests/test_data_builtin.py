@@ -1,4 +1,4 @@
-"""Named sets, arrays, and what load says of anything else."""
+"""The built-in data sets: their files, and what is said where files are missing or damaged."""
 
 import gzip
 import shutil
@@ -140,94 +140,6 @@ def test_real_files(name, folder, mean, first):
     assert data.mean[0] == pytest.approx(mean, abs=1e-4)
     assert data.classes[data.train.labels[0]] == first
     assert data.flip is (name == "fashion-mnist")
-
-
-@pytest.mark.parametrize(
-    ("source", "hint"),
-    [
-        ("cifar-10", "cifar10"),
-        ("FashionMNIST", "fashion-mnist"),
-        ("fashion_mnist", "fashion-mnist"),
-        ("digit", "digits"),
-    ],
-)
-def test_names_that_are_nearly_right(source, hint):
-    with pytest.raises(UserError, match=f"names are digits, mnist, .*did you mean {hint}"):
-        load(source)
-
-
-def test_names_that_are_not():
-    with pytest.raises(UserError, match="/no/such/place: there is no such folder"):
-        load("/no/such/place")
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((40, 6, 6), (1, 6, 6)),
-        ((40, 6, 6, 3), (3, 6, 6)),
-        ((40, 3, 6, 6), (3, 6, 6)),
-        ((40, 6, 6, 5), (5, 6, 6)),
-    ],
-)
-@pytest.mark.parametrize("kind", ["numpy", "torch", "float"])
-def test_arrays(shape, expected, kind):
-    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    labels = np.arange(40) % 4
-    source = {"numpy": values, "torch": torch.from_numpy(values), "float": (values / 255).astype(np.float32)}[kind]
-    data = load((source, labels))
-    assert tuple(data.train.images.shape[1:]) == expected
-    assert (len(data.train), len(data.test), data.classes) == (32, 8, ("0", "1", "2", "3"))
-    both = load(((source, labels), (source, labels)))
-    laid_out = values if shape[-1] == 6 else values.transpose(0, 3, 1, 2)
-    assert torch.equal(both.test.images.flatten(), torch.from_numpy(laid_out.copy()).flatten())
-    assert load(both) is both
-
-
-def test_array_labels_may_be_words():
-    values = np.zeros((6, 4, 4), dtype=np.uint8)
-    data = load(((values, np.array(["b10", "b9", "a"] * 2)), (values[:2], ["a", "b10"])))
-    assert data.classes == ("a", "b9", "b10")
-    assert data.train.labels.tolist() == [2, 1, 0, 2, 1, 0]
-    assert data.test.labels.tolist() == [0, 2]
-
-
-ZEROS, TWO = np.zeros((4, 5, 5), dtype=np.uint8), [0, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ((ZEROS,), "got a tuple of 1"),
-        ((ZEROS, [0, 1]), r"labels: expected shape \(4,\)"),
-        ((ZEROS, [1, 1, 1, 1]), "two classes or more, got 1"),
-        ((ZEROS, [0, 1, 2, 3]), "two images or more in a class"),
-        ((np.zeros((4, 5, 6), np.uint8), TWO), r"square images .* got \(4, 5, 6\)"),
-        ((ZEROS[:0], []), r"square images .* got \(0, 5, 5\)"),
-        ((ZEROS.astype(np.int32), TWO), "expected uint8, or floats in 0..1, got int32"),
-        ((ZEROS + 2.0, TWO), r"floats in 0\.\.1, got 2\.\.2"),
-        ((ZEROS + np.nan, TWO), r"floats in 0\.\.1, got nan"),
-        (((ZEROS, TWO), (ZEROS[:, :4, :4], TWO)), r"test images: expected shape \(1, 5, 5\)"),
-        (((ZEROS, TWO), (ZEROS, [0, 0, 1, 2])), "classes of the training labels, got 2"),
-    ],
-)
-def test_bad_arrays(source, message):
-    with pytest.raises(UserError, match=message):
-        load(source)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"test_fraction": 0.0}, "test_fraction: expected a number between 0 and 1, got 0.0"),
-        ({"test_fraction": 1}, "test_fraction: expected a number between 0 and 1"),
-        ({"size": 0}, "size: expected at least 1 pixel"),
-        ({"size": 16}, "size: expected 8, the size of digits, got 16"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(UserError, match=message):
-        load("digits", **options)
 
 
 def test_a_data_dir_that_is_none(tmp_path):

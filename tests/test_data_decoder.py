@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nin.data import decode
-from nin.data.decoder import read_header
+from nin.data.decoder import DecodeError, read_header
 from nin.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -245,3 +245,11 @@ def test_headers_tell_grey_from_colour(tmp_path):
         Image.new(mode, (5, 3)).save(path)
         header = read_header(os.fspath(path))
         assert (header.width, header.height, header.grey) == (5, 3, grey)
+
+
+def test_an_error_names_the_file_and_has_the_reason_alone(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DecodeError) as caught:
+        decode(tmp_path / "text.png", size=8, channels=3)
+    assert caught.value.reason == "empty, not an image, or damaged at its start"
+    assert str(caught.value) == f"{tmp_path}/text.png: {caught.value.reason}"

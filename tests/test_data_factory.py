@@ -1,4 +1,4 @@
-"""Images that a run folder says it was trained on: the folder may be another person's."""
+"""load: names, options; load_from_record: what a run folder, perhaps another person's, says it was trained on."""
 
 import pytest
 import torch
@@ -43,3 +43,36 @@ def test_a_record_runs_no_program_and_downloads_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         data.load_from_record({"source": "mnist"}, size=28)
     assert not (tmp_path / "cache" / "nin").exists() or not any((tmp_path / "cache" / "nin").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("cifar-10", "cifar10"),
+        ("FashionMNIST", "fashion-mnist"),
+        ("fashion_mnist", "fashion-mnist"),
+        ("digit", "digits"),
+    ],
+)
+def test_names_that_are_nearly_right(source, hint):
+    with pytest.raises(UserError, match=f"names are digits, mnist, .*did you mean {hint}"):
+        data.load(source)
+
+
+def test_names_that_are_not():
+    with pytest.raises(UserError, match="/no/such/place: there is no such folder"):
+        data.load("/no/such/place")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_fraction": 0.0}, "test_fraction: expected a number between 0 and 1, got 0.0"),
+        ({"test_fraction": 1}, "test_fraction: expected a number between 0 and 1"),
+        ({"size": 0}, "size: expected at least 1 pixel"),
+        ({"size": 16}, "size: expected 8, the size of digits, got 16"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(UserError, match=message):
+        data.load("digits", **options)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nin.data.dataset import Data, ImageSet
-from nin.data.decoder import Pixels
+from nin.data.decoder import Pixels, scale_to_uint8
 from nin.data.folder_listing import natural_key
 from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
@@ -73,7 +73,7 @@ def to_uint8(
     range_error: str = "images: expected floats in 0..1, got {low:g}..{high:g}",
     dtype_error: str = "images: expected uint8, or floats in 0..1, got {dtype}",
 ) -> Pixels:
-    """Return uint8 as it is, and floats from 0 to 1 times 255, rounded to even.
+    """Return uint8 as it is, and floats from 0 to 1 scaled to 0..255.
 
     Args:
         values: any shape, not empty.
@@ -84,10 +84,7 @@ def to_uint8(
         UserError: it holds other values.
     """
     if values.dtype.kind == "f":
-        low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 1):  # so that NaN is refused too
-            raise UserError(range_error.format(low=low, high=high))
-        return np.rint(values * 255).astype(np.uint8)
+        return scale_to_uint8(values, top=1, error=range_error)
     if values.dtype != np.uint8:
         raise UserError(dtype_error.format(dtype=values.dtype))
     return values

@@ -9,7 +9,7 @@ import importlib
 import sys
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from numpy.typing import ArrayLike
 from nin.data.arrays import load_arrays, to_nchw
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, ImageSet
-from nin.data.decoder import Pixels
+from nin.data.decoder import Pixels, scale_to_uint8
 from nin.errors import UserError
-
-DATASET_NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
 
 _DIGIT_NAMES = tuple("0123456789")
 _FASHION_NAMES = (
@@ -36,21 +34,23 @@ _FASHION_NAMES = (
     "Bag",
     "Ankle boot",
 )
-_TORCHVISION_CLASS = {
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
+
+
+class _Source(NamedTuple):
+    """Where a data set comes from: torchvision's class, and the files below data_dir, as that class puts them."""
+
+    class_name: str
+    files: str
+
+
+_TORCHVISION = {
+    "mnist": _Source("MNIST", "MNIST/raw/train-images-idx3-ubyte.gz and three more"),
+    "fashion-mnist": _Source("FashionMNIST", "FashionMNIST/raw/train-images-idx3-ubyte.gz and three more"),
+    "cifar10": _Source("CIFAR10", "cifar-10-batches-py/data_batch_1 and more"),
+    "cifar100": _Source("CIFAR100", "cifar-100-python/train, test and meta"),
+    "svhn": _Source("SVHN", "train_32x32.mat and test_32x32.mat"),
 }
-# Where the files of a set lie below data_dir: as torchvision puts them.
-_FILES = {
-    "mnist": "MNIST/raw/train-images-idx3-ubyte.gz and three more",
-    "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte.gz and three more",
-    "cifar10": "cifar-10-batches-py/data_batch_1 and more",
-    "cifar100": "cifar-100-python/train, test and meta",
-    "svhn": "train_32x32.mat and test_32x32.mat",
-}
+DATASET_NAMES = ("digits", *_TORCHVISION)
 
 
 def load_builtin(name: str, *, data_dir: Path | None, test_fraction: float | None, seed: int) -> Data:
@@ -64,7 +64,7 @@ def load_builtin(name: str, *, data_dir: Path | None, test_fraction: float | Non
 def _load_digits(test_fraction: float, seed: int) -> Data:
     """Load the 1,797 digits of 8 x 8 pixels, 0..16, that scikit-learn brings along."""
     bunch = importlib.import_module("sklearn.datasets").load_digits()  # slow, and only this needs it
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    images = scale_to_uint8(bunch.images, top=16, error="digits: expected values in 0..16, got {low:g}..{high:g}")
     digits = load_arrays((images, bunch.target), test_fraction=test_fraction, seed=seed)
     return dataclasses.replace(digits, name="digits")
 
@@ -81,8 +81,9 @@ def _load_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
         return _read_sets(name, folder)
     except FileNotFoundError as missing:
         if data_dir is not None:
+            files = folder / _TORCHVISION[name].files
             raise UserError(
-                f"{name}: expected {folder / _FILES[name]}, got {missing}; leave out data_dir to download the files"
+                f"{name}: expected {files}, got {missing}; leave out data_dir to download the files"
             ) from missing
     try:
         _download(name, folder)
@@ -91,7 +92,7 @@ def _load_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
         words = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name}: the files are not in {folder} and cannot be downloaded ({words}); "
-            f"put them at DIR/{_FILES[name]}, and give DIR as data_dir"
+            f"put them at DIR/{_TORCHVISION[name].files}, and give DIR as data_dir"
         ) from error
 
 
@@ -104,7 +105,7 @@ def _download(name: str, folder: Path) -> None:
 def _read_sets(name: str, folder: Path) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
     """Read the training and the test set. Raises FileNotFoundError where the files are not there."""
     if name in ("mnist", "fashion-mnist"):
-        raw = folder / _TORCHVISION_CLASS[name] / "raw"
+        raw = folder / _TORCHVISION[name].class_name / "raw"
         classes = _DIGIT_NAMES if name == "mnist" else _FASHION_NAMES
         return _read_idx_set(raw, "train"), _read_idx_set(raw, "t10k"), classes
     dataset_class = _torchvision_class(name)
@@ -119,7 +120,7 @@ def _read_sets(name: str, folder: Path) -> tuple[ImageSet, ImageSet, tuple[str, 
 
 def _torchvision_class(name: str) -> Any:
     datasets = importlib.import_module("torchvision.datasets")  # slow, and only these sets need it
-    return getattr(datasets, _TORCHVISION_CLASS[name])
+    return getattr(datasets, _TORCHVISION[name].class_name)
 
 
 def _splits(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

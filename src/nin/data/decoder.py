@@ -19,10 +19,20 @@ from torch import Tensor
 
 from nin.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+# The extensions of image files, and the format of Pillow's that each names.
+IMAGE_EXTENSIONS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 
 # Only these are tried, whatever a file is called: Pillow would run Ghostscript on a PostScript file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = tuple(dict.fromkeys(IMAGE_EXTENSIONS.values()))
 
 # What Pillow raises on damaged or hostile bytes. DecompressionBombError guards memory; warnings come as
 # exceptions where the caller made them so.
@@ -203,7 +213,10 @@ def _orientation(image: Image.Image) -> int:
 def _flatten(image: Image.Image) -> Image.Image:
     """Return the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_scale_to_uint8(np.asarray(image)))
+        values = np.asarray(image)
+        top = 1 if values.dtype.kind == "f" else 65535
+        error = f"pixel values must be in 0..{top} for {values.dtype}"
+        return Image.fromarray(scale_to_uint8(values, top=top, error=error))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
@@ -211,10 +224,19 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image
 
 
-def _scale_to_uint8(values: NDArray[Any]) -> Pixels:
-    """Scale 16-bit integers (0..65535) or floats (0..1) to 0..255."""
-    top = 1 if values.dtype.kind == "f" else 65535
-    if values.size == 0 or not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(f"pixel values must be in 0..{top} for {values.dtype}")
+def scale_to_uint8(values: NDArray[Any], *, top: float, error: str) -> Pixels:
+    """Return numbers from 0 to `top` scaled to 0..255 and rounded, ties to even.
+
+    Args:
+        values: any shape, not empty.
+        top: the value that becomes 255.
+        error: the message for values outside, with {low} and {high} in it where it names them.
+
+    Raises:
+        UserError: a value is outside, or NaN.
+    """
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):
+        raise UserError(error.format(low=low, high=high))
     scaled: Pixels = np.rint(values * (255 / top)).astype(np.uint8)
     return scaled

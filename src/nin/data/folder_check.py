@@ -16,6 +16,7 @@ from PIL import Image
 
 from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Finding
+from nin.data.decoder import IMAGE_EXTENSIONS
 from nin.data.folder_scan import FORMAT_NAMES, FolderScan
 from nin.data.options import LoadOptions
 from nin.errors import UserError
@@ -41,16 +42,6 @@ IMBALANCE_RATIO = 10
 
 # From here on Pillow warns of a decompression bomb; from twice as many on it refuses.
 HUGE_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-
-_FORMAT_EXTENSIONS = {
-    "JPEG": {".jpg", ".jpeg"},
-    "MPO": {".jpg", ".jpeg"},
-    "PNG": {".png"},
-    "WEBP": {".webp"},
-    "GIF": {".gif"},
-    "BMP": {".bmp"},
-    "TIFF": {".tif", ".tiff"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +182,13 @@ def _odd_formats(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
     """Yield files that are not what their extension says, or more than one picture."""
     for index in scan.readable().tolist():
         record, name = scan.records[index], scan.listing.names[index]
-        kind = FORMAT_NAMES[int(record["format"])]
-        extension = os.path.splitext(name)[1].lower()
-        if extension not in _FORMAT_EXTENSIONS[kind]:
-            yield index, EXTENSION, f"it is {kind}"
-        if record["frames"] and kind != "MPO":  # phones put a second picture behind a JPEG
-            yield index, FRAMES, kind
+        file_format = FORMAT_NAMES[int(record["format"])]
+        named = IMAGE_EXTENSIONS[os.path.splitext(name)[1].lower()]
+        phone_photo = file_format == "MPO"  # a JPEG with a second picture behind it
+        if named != ("JPEG" if phone_photo else file_format):
+            yield index, EXTENSION, f"it is {file_format}"
+        if record["frames"] and not phone_photo:
+            yield index, FRAMES, file_format
 
 
 def imbalance_notes(classes: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:

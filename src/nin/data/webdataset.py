@@ -100,8 +100,7 @@ class ShardSet(DecodedSet):
 
 def is_shards(source: str | Path) -> bool:
     """Return whether a source names shards: a tar file, a pattern or URL of tar files, or a folder of them."""
-    text = str(source)
-    return text.endswith(".tar") or (os.path.isdir(text) and bool(glob.glob(os.path.join(glob.escape(text), "*.tar"))))
+    return str(source).endswith(".tar") or bool(_tar_files(source))
 
 
 def open_shards(source: str | Path) -> ShardSet:
@@ -197,11 +196,15 @@ def _test_mask(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions
     return stratified_holdout(shards.names, labels.tolist(), fraction=options.test_fraction, seed=options.seed)
 
 
+def _tar_files(folder: str | Path) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*.tar")))
+
+
 def _expand(source: str | Path) -> list[str]:
     """Return the shards that a folder, a path, a pattern or a URL names."""
     text = str(source)
     if os.path.isdir(text):
-        return sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
+        return _tar_files(text)
     found = list(_expand_braces(text))
     if not is_url(text):
         found = [path for pattern in found for path in (sorted(glob.glob(pattern)) or [pattern])]
