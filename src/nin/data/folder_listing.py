@@ -29,7 +29,7 @@ class FolderListing:
         classes: their names, in natural order; labels are positions in it.
         names: paths relative to root, with "/" on every system.
         labels: int64 (N,).
-        is_test: bool (N,), or None where the folder leaves the split to us.
+        is_test: bool (N,), or None where the folder has no test images.
         notes: what was left out, in sentences for the user.
     """
 
@@ -46,8 +46,8 @@ def list_folder(root: Path) -> FolderListing:
 
     The layout is `DIR/<class>/**` or, where DIR has a folder called train, `DIR/train/<class>/**` with
     `DIR/test` or `DIR/val` (also spelled valid or validation) beside it. Classes are matched by name. Where
-    both are there, test gives the final figure and val is not used. Train alone is split as a DIR would be.
-    Hidden files and folders, and files that are no images by their extension, are passed over.
+    both are there, test is the test set and val is not used. Train alone is split as a DIR would be.
+    Hidden files and folders, and files with other extensions than those of images, are skipped.
 
     Raises:
         UserError: there is no such folder, or it does not have this layout with two classes of images.
@@ -55,11 +55,11 @@ def list_folder(root: Path) -> FolderListing:
     splits, notes = _find_splits(root)
     train = splits["train"]
     classes = _find_classes(train)
-    files = {False: dict(_find_class_files(train, root))}
+    files = {False: _find_class_files(train, root)}
     if not any(files[False].values()):
         raise UserError(f"{train}: {_EXPECTED}, got no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
     if "test" in splits:
-        files[True] = dict(_find_class_files(splits["test"], root))
+        files[True] = _find_class_files(splits["test"], root)
         unknown = sorted(set(files[True]) - set(classes), key=natural_key)
         if unknown:
             raise UserError(
@@ -98,20 +98,21 @@ def _find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
     if not root.is_dir():
         raise UserError(f"{root}: expected a folder, got a file; {_EXPECTED}")
     found: dict[str, Path] = {}
+    others = []
     for folder in _subfolders(root):
-        split = _SPLIT_FOLDERS.get(folder.name.lower())
-        if split is not None:
-            found.setdefault(split, folder)
-    others = [f.name for f in _subfolders(root) if f.name.lower() not in _SPLIT_FOLDERS]
+        if folder.name.lower() in _SPLIT_FOLDERS:
+            found.setdefault(_SPLIT_FOLDERS[folder.name.lower()], folder)
+        else:
+            others.append(folder)
     if "train" not in found or (len(found) == 1 and others):
         return {"train": root}, []
-    splits = {"train": found["train"]}
-    notes = [f"{root / other} is not used: it is beside train" for other in others]
-    if "test" in found or "val" in found:
-        splits["test"] = found.get("test", found.get("val", root))
-    if "test" in found and "val" in found:
-        notes.append(f"{found['val']} is not used: {found['test']} gives the final figure")
-    return splits, notes
+    notes = [f"{other} is not used: it is beside train" for other in others]
+    val = found.pop("val", None)
+    if val is not None and "test" in found:
+        notes.append(f"{val} is not used: {found['test']} gives the final figure")
+    elif val is not None:
+        found["test"] = val
+    return found, notes
 
 
 def _find_classes(folder: Path) -> tuple[str, ...]:
@@ -131,13 +132,12 @@ def _find_classes(folder: Path) -> tuple[str, ...]:
     raise UserError(f"{folder}: expected two classes or more, got only {names[0]!r}{hint}")
 
 
-def _find_class_files(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each class name with its sorted image paths relative to root."""
+def _find_class_files(folder: Path, root: Path) -> dict[str, list[str]]:
+    """Return the sorted image paths, relative to root, by class name."""
     merged: dict[str, list[str]] = {}
     for subfolder in _subfolders(folder):
         merged.setdefault(_class_name(subfolder), []).extend(find_images(subfolder))
-    for name, paths in merged.items():
-        yield name, sorted(Path(path).relative_to(root).as_posix() for path in paths)
+    return {name: sorted(Path(path).relative_to(root).as_posix() for path in paths) for name, paths in merged.items()}
 
 
 def find_images(folder: Path) -> Iterator[str]:

@@ -39,7 +39,7 @@ FORMAT_NAMES = ("", *FORMATS, "MPO")
 
 _CHUNK = 64  # images that a thread reads between two reports of progress
 _MIN_CACHED_FILES = 100  # reading fewer files again takes less than a second
-_CACHE_VERSION = 2  # raised when RECORD or what it means changes
+_CACHE_VERSION = 2  # increased when RECORD or the meaning of a field changes
 
 
 class FolderScan:
@@ -97,7 +97,7 @@ class FolderScan:
         self._for_each(range(len(self.records)), read, "looking at files")
 
     def decode(self, pixels: Pixels | None = None) -> None:
-        """Decode the images at `size`: only then is it known that they are whole.
+        """Decode the images at `size`: a file that is truncated fails here, not when its header is read.
 
         Args:
             pixels: takes all images, (N, channels, size, size); None decodes only what was never decoded.
@@ -114,7 +114,7 @@ class FolderScan:
             wanted = wanted[~self.records["decoded"][wanted]]
         try:
             self._for_each(wanted.tolist(), read, "reading images")
-        finally:  # stopped half-way, it goes on from there
+        finally:  # a scan that is interrupted goes on from there the next time
             self._write_cache()
 
     def path(self, index: int) -> str:
@@ -157,7 +157,7 @@ class FolderScan:
         return readable[~is_test[readable]], readable[is_test[readable]]
 
     def _for_each(self, indices: Sequence[int], read: Callable[[int], None], stage: str) -> None:
-        """Call read(index) in threads; note why it failed where it did, or raise that if strict."""
+        """Call read(index) in threads; record why it failed in `problems`, or raise that if strict."""
 
         def read_chunk(chunk: Sequence[int]) -> Problems:
             problems = {}

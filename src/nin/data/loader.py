@@ -1,4 +1,4 @@
-"""Load batches in a given order; threads decode images that are not in memory.
+"""Load batches in a given order; threads decode the images that are not in memory.
 
 Not torch's DataLoader: see `map_in_threads` for the numbers. The order is an argument, so a resumed run goes on in the
 middle of an epoch, and a file that vanished is left out of its batch and not drawn again.
@@ -85,10 +85,10 @@ def to_device(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:
 def map_in_threads(function: Callable[[T], R], items: Iterable[T], *, workers: int | None = None) -> Iterator[R]:
     """Map a function over items in threads and yield the results in the order of the items.
 
-    Threads and not processes: Pillow lets other threads run while it decodes and resizes, nothing has to be
-    copied between processes, and the paths are held once. On photographs of 640 x 427 two threads on two
-    cores decoded 814 images/s, one 456; on images of 32 x 32, where Python's own work dominates, 8,000 and
-    11,000. At most 2 * workers + 1 results wait in memory (Executor.map of Python 3.11 takes all items at once).
+    Threads and not processes: Pillow releases the GIL while it decodes and resizes, nothing is copied between
+    processes, and the paths are held once. On photographs of 640 x 427 two threads on two cores decoded 814 images/s,
+    one 456; on images of 32 x 32, where Python's own work dominates, 8,000 and 11,000. At most 2 * workers + 1 results
+    wait in memory; Executor.map would take all items at once (its buffersize is new in Python 3.14).
 
     Args:
         function: called in the threads.

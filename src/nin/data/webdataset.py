@@ -33,9 +33,9 @@ from nin.runtime.files import open_atomically
 # Beside the shards that nin wrote: the names of the classes, which tar files do not hold.
 METADATA_FILE = "nin-shards.json"
 
-# Where the image lies in its tar file, in bytes, and its label, -1 where there is none.
+# Offset and size of an image in its tar file, in bytes, and its label, -1 where there is none.
 _MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
-_INDEX_VERSION = 2  # raised when _MEMBER or what _index keeps changes
+_INDEX_VERSION = 2  # increased when _MEMBER or what _index writes changes
 _MAX_LABEL_BYTES = 32  # of a .cls: a number
 
 # Size and channels of all images are taken from the headers of so many.
@@ -47,11 +47,11 @@ _MAX_UNNAMED_CLASSES = 100_000
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ShardSet(DecodedSet):
-    """Labelled images in tar files, read at their places each time they are asked for.
+    """Labelled images in tar files, read at their offsets each time they are fetched.
 
-    An index says where each image lies, so any image can be read at any time: the order of a training over shards is
-    the same function of seed and epoch as over files, it goes on in the middle of an epoch, and no image is dropped or
-    repeated however many read. It takes 40 bytes an image and those of the name.
+    An index says where each image lies, so access is random: the order of a training over shards is the same function
+    of seed and epoch as over files, it resumes in the middle of an epoch, and no image is dropped or repeated however
+    many processes read. The index takes 40 bytes an image and those of the name.
 
     Attributes:
         shards: the tar files.
@@ -179,7 +179,7 @@ def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
         try:
             headers.append(read_header(shards.read(index)))
         except DecodeError:
-            continue  # training lists it when it meets it; what is sought here are those that can be read
+            continue  # training lists it when it gets there; the headers that can be read are enough here
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
     widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
@@ -187,7 +187,7 @@ def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
 
 
 def _test_mask(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions) -> NDArray[np.bool_]:
-    """Return which images are for testing, bool (N,): those of the shards called so, else a part of each class."""
+    """Return which images are for testing, bool (N,): those of shards called test or val, else a part of each class."""
     names = np.array([path.name for path in shards.shards])
     for split in ("test", "val"):
         chosen = np.char.startswith(names, split)
