@@ -26,7 +26,7 @@ def load_arrays(source: tuple[Any, Any], *, test_fraction: float | None, seed: i
         raise UserError(f"source: expected (images, labels) or (train, test), got a tuple of {len(source)}")
     is_split = all(isinstance(part, tuple) and len(part) == 2 for part in source)
     parts = source if is_split else (source,)
-    images = [_images(part[0]) for part in parts]
+    images = [images_from_array(part[0]) for part in parts]
     labels = [_to_numpy(part[1]) for part in parts]
     for x, y in zip(images, labels, strict=True):
         if y.shape != (len(x),):
@@ -43,6 +43,18 @@ def load_arrays(source: tuple[Any, Any], *, test_fraction: float | None, seed: i
     train, test = sets if is_split else _train_test_split(sets[0], test_fraction=test_fraction, seed=seed)
     # nothing tells what the images show; dataclasses.replace(data, flip=True) says that they may be mirrored
     return Data.from_sets("arrays", train, test, tuple(str(value) for value in classes), flip=False)
+
+
+def images_from_array(values: Any) -> Tensor:
+    """Return a batch of square images as uint8 (N, C, H, W), a copy.
+
+    Args:
+        values: an array or tensor that `to_nchw` and `to_uint8` take.
+
+    Raises:
+        UserError: it has another shape, dtype or range.
+    """
+    return torch.from_numpy(np.array(to_uint8(to_nchw(_to_numpy(values))), order="C"))
 
 
 def to_nchw(
@@ -136,11 +148,6 @@ def _to_numpy(values: Any) -> NDArray[Any]:
         # NumPy has no bfloat16
         return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
     return np.asarray(values)
-
-
-def _images(values: Any) -> Tensor:
-    """Return images as uint8 (N, C, H, W), a copy."""
-    return torch.from_numpy(np.array(to_uint8(to_nchw(_to_numpy(values))), order="C"))
 
 
 def _class_indices(labels: NDArray[Any], classes: list[Any]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from nin.data.arrays import load_arrays, to_nchw
+from nin.data.arrays import images_from_array, load_arrays
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, ImageSet
 from nin.data.decoder import Pixels, scale_to_uint8
@@ -131,8 +131,7 @@ def _splits(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _image_set(images: Pixels, labels: ArrayLike) -> ImageSet:
-    pixels = np.array(to_nchw(images), order="C")
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(np.array(labels, dtype=np.int64)))
+    return ImageSet(images_from_array(images), torch.from_numpy(np.array(labels, dtype=np.int64)))
 
 
 def _read_idx_set(raw: Path, part: str) -> ImageSet:

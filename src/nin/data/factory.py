@@ -83,7 +83,8 @@ def load(
     else:
         _check_exists(source)
         images = read_folder(Path(source), options)
-    return dataclasses.replace(images, origin={"source": _absolute(str(source)), **origin})
+    path = str(source) if is_url(str(source)) else str(Path(source).resolve())
+    return dataclasses.replace(images, origin={"source": path, **origin})
 
 
 def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
@@ -111,11 +112,6 @@ def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
     return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed)
-
-
-def _absolute(source: str) -> str:
-    """Return a path from the root, so that a report can be made from another folder; a URL stays."""
-    return source if is_url(source) else str(Path(source).resolve())
 
 
 def _check_size(data: Data, size: int | None) -> Data:

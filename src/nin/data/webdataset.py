@@ -7,6 +7,7 @@ the tar members gives random access. The package is needed for URLs only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -176,10 +177,9 @@ def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
     """Return channels and size from the headers of images spread evenly over the shards."""
     headers = []
     for index in range(0, len(shards), max(1, len(shards) // _SAMPLED_HEADERS)):
-        try:
+        # training lists what cannot be read when it gets there; the headers of the others are enough here
+        with contextlib.suppress(DecodeError):
             headers.append(read_header(shards.read(index)))
-        except DecodeError:
-            continue  # training lists it when it gets there; the headers that can be read are enough here
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
     widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
