@@ -1,4 +1,4 @@
-"""Networks named by a string: what is there is made, and what is not gets one line."""
+"""Networks of other packages by name: what is there is made, and what is not gets one line."""
 
 import json
 
@@ -7,18 +7,18 @@ from torch import nn
 
 from nin.cli import app
 from nin.errors import UserError
-from nin.models import factory
+from nin.models.factory import create_external_model
 
 
 def test_networks_of_other_packages():
-    named = factory.make_network("torchvision:squeezenet1_1", classes=7)
-    assert (named.channels, named.height, named.width) == (3, 224, 224)
-    assert named.model.classifier[1].out_channels == 7
+    external = create_external_model("torchvision:squeezenet1_1", classes=7)
+    assert (external.channels, external.height, external.width) == (3, 224, 224)
+    assert external.model.classifier[1].out_channels == 7
     pytest.importorskip("timm")
-    named = factory.make_network("timm:lcnet_035", classes=5, channels=1)
-    assert (named.channels, named.height) == (1, 224)
-    assert named.model.num_classes == 5
-    assert isinstance(factory.make_network("torch.nn:Identity").model, nn.Identity)
+    external = create_external_model("timm:lcnet_035", classes=5, channels=1)
+    assert (external.channels, external.height) == (1, 224)
+    assert external.model.num_classes == 5
+    assert isinstance(create_external_model("torch.nn:Identity").model, nn.Identity)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_networks_of_other_packages():
 )
 def test_names_that_name_nothing(name, message):
     with pytest.raises(UserError, match=message):
-        factory.make_network(name)
+        create_external_model(name)
 
 
 def test_the_shell_counts_them(capsys):

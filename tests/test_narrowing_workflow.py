@@ -20,7 +20,7 @@ from nin import checkpoint, data, server
 from nin.cli import app
 from nin.errors import UserError
 from nin.fusion import Chain
-from nin.models import factory as factories
+from nin.models.factory import create_external_model
 from nin.narrowing import FinetuneConfig, baseline, workflow
 from nin.narrowing.narrow_run import narrow_run
 from nin.narrowing.workflow_config import WorkflowConfig
@@ -371,7 +371,7 @@ def test_without_fitting_labels_there_is_no_accuracy(theirs, capsys):
 @pytest.mark.parametrize("factory", ["theirs7:make", "timm:test_resnet"])
 @pytest.mark.filterwarnings("ignore:.*see fewer samples than values")
 def test_the_code_that_is_printed_runs(theirs, factory, capsys):
-    weights = factories.make_network(factory).model.state_dict()
+    weights = create_external_model(factory).model.state_dict()
     save_file(weights, "weights.safetensors")
     size = "32" if factory.startswith("timm") else "12"
     given = ["--model", factory, "--weights", "weights.safetensors", "--data", "images", "--size", size]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
-from nin.models import factory
+from nin.models.factory import create_external_model
 from nin.profiling.cost import _copy_to_meta
 
 
@@ -122,7 +122,7 @@ def test_products_outside_layers_are_counted_and_what_has_no_formula_is_listed()
     ("name", "size"), [("torchvision:vit_b_16", 224), ("torchvision:shufflenet_v2_x0_5", 64), ("timm:levit_128s", 224)]
 )
 def test_equals_the_flop_counter_for_others(name, size):
-    model = factory.make_network(name).model.eval()
+    model = create_external_model(name).model.eval()
     shape = (1, 3, size, size)
     torch.backends.mha.set_fastpath_enabled(False)  # it has no formula
     try:

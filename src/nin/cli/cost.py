@@ -13,7 +13,7 @@ import nin.profiling.cost
 from nin import checkpoint, models
 from nin.cli.console import ProgressBar, messages, print_json, results
 from nin.errors import UserError
-from nin.models import factory
+from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
 from nin.profiling.cost import Cost
 
 
@@ -72,11 +72,11 @@ def find_network(model: str, classes: int | None, channels: int | None) -> tuple
         network, info = checkpoint.load_model(Path(model))
         p = info.preprocessing
         return network, (p.channels, p.size, p.size)
-    if factory.is_name(model):
-        named = factory.make_network(model, classes=classes, channels=channels)
-        return named.model.eval(), (named.channels, named.height, named.width)
+    if is_external_name(model):
+        external = create_external_model(model, classes=classes, channels=channels)
+        return external.model.eval(), (external.channels, external.height, external.width)
     names = ", ".join(models.MODELS)
-    raise UserError(f"model must be one of {names}, a run folder, or {factory.FORMS}; got {model!r}")
+    raise UserError(f"model must be one of {names}, a run folder, or {NAME_FORMS}; got {model!r}")
 
 
 def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:

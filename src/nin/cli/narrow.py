@@ -169,8 +169,8 @@ def write_pages(report: NarrowReport, out: Path, run: Path | None, model: str | 
     return (
         f"What it cost: {page}\nUse it, in Python, with nin or, once it is loaded, without:\n"
         "import pathlib, nin, safetensors.torch\n"
-        "from nin.models.factory import make_network\n"
-        f"model = nin.apply_plan(make_network({model!r}).model, "
+        "from nin.models.factory import create_external_model\n"
+        f"model = nin.apply_plan(create_external_model({model!r}).model, "
         f"pathlib.Path({str(out / 'plan.json')!r}).read_text())\n"
         f"model.load_state_dict(safetensors.torch.load_file({str(out / checkpoint.MODEL_FILE)!r}))"
     )

@@ -1,4 +1,4 @@
-"""A network named by a string: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
+"""Networks of other packages by name: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from torch import nn
 
 from nin.errors import UserError
 
-FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
+NAME_FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
 
-# What a network of unknown habits is given: three channels, and the size that most networks are published for.
-USUAL_CHANNELS, USUAL_SIZE = 3, 224
+# The input of a network that does not say: colour images of the size at which most networks are published.
+DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 224
 
 
 @dataclasses.dataclass(frozen=True)
-class NamedNetwork:
-    """A network, and the images that it is meant for.
+class ExternalModel:
+    """A network of another package, and the input that it is meant for.
 
     Attributes:
         model: with random weights, unless its own factory gives others.
         channels: of an image.
         height: of an image, in pixels.
-        width: the same.
+        width: of an image, in pixels.
     """
 
     model: nn.Module
-    channels: int = USUAL_CHANNELS
-    height: int = USUAL_SIZE
-    width: int = USUAL_SIZE
+    channels: int = DEFAULT_CHANNELS
+    height: int = DEFAULT_SIZE
+    width: int = DEFAULT_SIZE
 
 
-def is_name(text: str) -> bool:
-    """Return whether a string has the form of a name that `make_network` takes; it may name nothing."""
-    home, colon, name = text.partition(":")
-    return bool(colon and home and name) and all(part.isidentifier() for part in home.split("."))
+def is_external_name(text: str) -> bool:
+    """Return whether a string has a form that `create_external_model` takes; there need not be such a network."""
+    package, _, name = text.partition(":")
+    return bool(name) and all(part.isidentifier() for part in package.split("."))
 
 
-def make_network(text: str, *, classes: int | None = None, channels: int | None = None) -> NamedNetwork:
-    """Make the network of that name; nothing is downloaded.
+def create_external_model(text: str, *, classes: int | None = None, channels: int | None = None) -> ExternalModel:
+    """Return a new network of that name, without downloading weights.
 
     Args:
-        text: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``, a function or class that is called
-            without arguments; the folder that one is in is searched too.
-        classes: number of classes; the network's usual one if not given.
-        channels: of the images; the network's usual number if not given.
+        text: ``timm:NAME``, ``torchvision:NAME``, or ``package.module:factory``: a function or class that is called
+            without arguments. The working directory is searched for the package too.
+        classes: number of classes; the network's default if not given.
+        channels: of the images; the network's default if not given.
 
     Raises:
         UserError: there is no such network, its package is not installed, or it does not take classes or channels.
 
     Example:
-        >>> from nin.models.factory import make_network
-        >>> make_network("torchvision:squeezenet1_1", classes=10).model.classifier[1].out_channels
+        >>> from nin.models.factory import create_external_model
+        >>> create_external_model("torchvision:squeezenet1_1", classes=10).model.classifier[1].out_channels
         10
     """
-    if not is_name(text):
-        raise UserError(f"{text!r} is no name of a network; expected {FORMS}")
-    home, _, name = text.partition(":")
-    if home == "timm":
+    if not is_external_name(text):
+        raise UserError(f"{text!r} is no name of a network; expected {NAME_FORMS}")
+    package, _, name = text.partition(":")
+    if package == "timm":
         return _from_timm(name, classes, channels)
-    if home == "torchvision":
+    if package == "torchvision":
         return _from_torchvision(name, classes, channels)
     if classes is not None:
         raise UserError(f"classes must not be given with {text}: the factory is called without arguments")
-    return NamedNetwork(_from_factory(text), channels or USUAL_CHANNELS)
+    return ExternalModel(_from_factory(text), channels or DEFAULT_CHANNELS)
 
 
-def _from_timm(name: str, classes: int | None, channels: int | None) -> NamedNetwork:
+def _from_timm(name: str, classes: int | None, channels: int | None) -> ExternalModel:
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
@@ -81,58 +81,59 @@ def _from_timm(name: str, classes: int | None, channels: int | None) -> NamedNet
         raise UserError(f"timm {timm.__version__} has no network {name!r}; timm.list_models() lists them")
     given = {"num_classes": classes, "in_chans": channels}
     model = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if v is not None})
-    usual, height, width = model.default_cfg.get("input_size", (USUAL_CHANNELS, USUAL_SIZE, USUAL_SIZE))
-    return NamedNetwork(model, channels or usual, height, width)
+    default_input = (DEFAULT_CHANNELS, DEFAULT_SIZE, DEFAULT_SIZE)
+    default_channels, height, width = model.default_cfg.get("input_size", default_input)
+    return ExternalModel(model, channels or default_channels, height, width)
 
 
-def _from_torchvision(name: str, classes: int | None, channels: int | None) -> NamedNetwork:
-    models: Any = importlib.import_module("torchvision.models")  # slow, and only these need it
+def _from_torchvision(name: str, classes: int | None, channels: int | None) -> ExternalModel:
+    models: Any = importlib.import_module("torchvision.models")  # slow to import, and only these names need it
     if name not in models.list_models():
         raise UserError(f"torchvision has no network {name!r}; torchvision.models.list_models() lists them")
-    if channels not in (None, USUAL_CHANNELS):
+    if channels not in (None, DEFAULT_CHANNELS):
         raise UserError(f"channels must be 3 with torchvision:{name}, got {channels}: its networks take colour images")
-    known = inspect.signature(models.get_model_builder(name)).parameters
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
     options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if "weights_backbone" in known:
-        options["weights_backbone"] = None  # else the backbone's weights would be downloaded
+    if "weights_backbone" in parameters:
+        options["weights_backbone"] = None  # segmentation and detection networks download them by default
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = True  # the two that warn where they are not told
+        options["init_weights"] = True  # these two warn that their default will change
     model = models.get_model(name, weights=None, **options)
     size = _torchvision_size(models.get_model_weights(name))
-    return NamedNetwork(model, USUAL_CHANNELS, size, size)
+    return ExternalModel(model, DEFAULT_CHANNELS, size, size)
 
 
 def _torchvision_size(weights: Any) -> int:
-    """Return the size of the images that the published weights are for."""
+    """Return the height and width of the images that the published weights were trained with."""
     transforms = getattr(getattr(weights, "DEFAULT", None), "transforms", None)
-    size = getattr(transforms, "keywords", {}).get("crop_size", USUAL_SIZE)
+    size = getattr(transforms, "keywords", {}).get("crop_size", DEFAULT_SIZE)
     return int(size[0] if isinstance(size, tuple | list) else size)
 
 
 def _from_factory(text: str) -> nn.Module:
-    """Call the factory."""
+    """Import ``package.module:factory`` and return what the factory returns."""
     module_name, _, name = text.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as python -m does; a console script does not
+        sys.path.insert(0, str(Path.cwd()))  # python -m puts it there, a console script does not
     try:
-        made: Any = importlib.import_module(module_name)
+        factory: Any = importlib.import_module(module_name)
         for part in name.split("."):
-            made = getattr(made, part)
+            factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{text} was not found: {error}") from error
-    if not callable(made):
-        raise UserError(f"{text} must be a function or class that makes the network, got {type(made).__name__}")
-    _check_takes_nothing(text, made)
-    network = made()
-    if not isinstance(network, nn.Module):
-        raise UserError(f"{text} must give a torch.nn.Module, got {type(network).__name__}")
-    return network
+    if not callable(factory):
+        raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")
+    _check_takes_no_arguments(text, factory)
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{text} must give a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
-def _check_takes_nothing(text: str, made: Callable[..., Any]) -> None:
+def _check_takes_no_arguments(text: str, factory: Callable[..., Any]) -> None:
     try:
-        inspect.signature(made).bind()
+        inspect.signature(factory).bind()
     except ValueError:
-        return  # written in C, and does not say what it takes
+        return  # written in C, without a signature
     except TypeError as error:
         raise UserError(f"{text} must be callable without arguments: {error}") from error

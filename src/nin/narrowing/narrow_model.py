@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data
 from nin.errors import UserError
-from nin.models import factory as factories
+from nin.models.factory import create_external_model
 from nin.narrowing import NarrowResult
 from nin.narrowing.workflow import NarrowingTask, prepare_folder, run_workflow
 from nin.narrowing.workflow_config import WorkflowConfig
@@ -60,7 +60,7 @@ def load_network(factory: str, weights: Path) -> nn.Module:
     """Return somebody's network with its weights, in evaluation mode.
 
     Args:
-        factory: as `nin.models.factory.make_network` takes it: "timm:NAME", "package.module:function" and so on.
+        factory: "timm:NAME", "package.module:function" and so on, see `nin.models.factory.create_external_model`.
         weights: a ``state_dict`` in a .safetensors file, or one that ``torch.save`` wrote; it is read with
             ``weights_only=True``, so that it cannot run code.
 
@@ -68,7 +68,7 @@ def load_network(factory: str, weights: Path) -> nn.Module:
         UserError: there is no such factory, it gives no network, or the weights do not fit it.
     """
     try:
-        model = factories.make_network(factory).model
+        model = create_external_model(factory).model
     except UserError as error:
         raise UserError(f"--model {error}") from error
     state = read_weights(weights)
