@@ -380,7 +380,7 @@ def test_overlay_says_what_it_expected(pixels, values, limit, words):
         heatmaps.overlay(torch.zeros(pixels, dtype=torch.uint8), torch.zeros(values), limit=limit, size=64)
 
 
-def test_contact_sheet_has_a_row_for_each_image():
+def test_the_image_grid_has_a_row_for_each_image():
     panel = image_grid.MapPanel("a name that is much too long for its panel\n", torch.randn(4, 4))
     row = image_grid.ImageRow("$x$", torch.zeros(1, 8, 8, dtype=torch.uint8), [panel, panel])
     photo = image_grid.ImageRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
