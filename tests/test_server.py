@@ -22,7 +22,7 @@ from nin.errors import UserError
 from nin.ops import mlpconv
 from nin.profiling import bottleneck
 from nin.server import activations, static_files, uvicorn_server
-from nin.server import batcher as batching
+from nin.server.batcher import Batcher, FullError, classify
 from nin.server.middleware import SECURITY_HEADERS
 from support.serving import Running, make_run, numbers, pictures, png, post
 
@@ -80,7 +80,7 @@ def test_requests_of_many_clients_are_batched_and_get_their_own_numbers(running,
     with ThreadPoolExecutor(len(files)) as pool, running.client() as client:
         answers = [pool.submit(post, client, file) for file in files]
         deadline = time.monotonic() + 10
-        while running.app.state.service.batcher.waiting < len(files) and time.monotonic() < deadline:
+        while running.app.state.service.batcher.queued < len(files) and time.monotonic() < deadline:
             time.sleep(0.01)
         release.set()
         got = [list(a.result().json()["predictions"][0]["scores"].values()) for a in answers]
@@ -374,7 +374,7 @@ def test_the_description_lists_every_operation(client):
 
 
 def test_an_error_while_computing_reaches_those_who_wait_and_no_one_else():
-    batcher = batching.Batcher(most_waiting=4)
+    batcher = Batcher(max_queued=4)
     with pytest.raises(ZeroDivisionError):
         batcher.compute(lambda: 1 // 0).result(timeout=10)
     thread = batcher.compute(threading.current_thread).result(timeout=10)
@@ -383,7 +383,7 @@ def test_an_error_while_computing_reaches_those_who_wait_and_no_one_else():
 
 
 def test_images_that_fail_in_a_batch_do_not_fail_the_others(run):
-    batcher, classifier = batching.Batcher(most_waiting=4), nin.load(run)
+    batcher, classifier = Batcher(max_queued=4), nin.load(run)
     good = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8)
     release = threading.Event()
     batcher.compute(lambda: release.wait(10))
@@ -391,17 +391,17 @@ def test_images_that_fail_in_a_batch_do_not_fail_the_others(run):
     release.set()
     with pytest.raises(RuntimeError, match="9"):
         bad.result(timeout=10)
-    torch.testing.assert_close(fine.result(timeout=10).scores, batching.classify(classifier, good).scores)
+    torch.testing.assert_close(fine.result(timeout=10).scores, classify(classifier, good).scores)
     batcher.stop()
 
 
 def test_those_who_have_gone_away_leave_their_place():
-    batcher = batching.Batcher(most_waiting=1)
+    batcher = Batcher(max_queued=1)
     release, started = threading.Event(), threading.Event()
     batcher.compute(lambda: (started.set(), release.wait(10)))
     started.wait(10)
     gone = batcher.compute(lambda: 1)
-    with pytest.raises(batching.FullError):
+    with pytest.raises(FullError):
         batcher.compute(lambda: 2)
     assert gone.cancel()
     following = batcher.compute(lambda: 3)

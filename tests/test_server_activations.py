@@ -10,7 +10,7 @@ import nin
 from nin import models
 from nin.narrowing import LayerPlan, Plan
 from nin.server import activations, pca
-from nin.server.layer_graph import walk
+from nin.server.layer_graph import layer_nodes
 
 
 def small_nin():
@@ -49,21 +49,21 @@ def network(request, monkeypatch):
 def test_the_layers_are_the_network(network):
     model, x = network
     layers = activations.layers(model)
-    values = [activations.activations(model, x, index) for index in range(len(layers))]
+    values = [activations.layer_activations(model, x, index) for index in range(len(layers))]
     with torch.inference_mode():
         torch.testing.assert_close(values[-1], model.maps(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(values[-1].mean((2, 3)), model(x), atol=1e-5, rtol=1e-4)
-    for layer, step, value in zip(layers, walk(model), values, strict=True):
+    for layer, node, value in zip(layers, layer_nodes(model), values, strict=True):
         given = [values[i] for i in layer.inputs]
         assert value.shape[1] == layer.channels
         if layer.kind == "convolution":
-            weight, bias = activations.weights(model, layers.index(layer))
+            weight, bias = activations.layer_weights(model, layers.index(layer))
             expected = F.conv2d(given[0], weight, bias, stride=layer.stride, padding=layer.padding)
             expected = expected.relu() if layer.activation == "relu" else expected
         elif layer.kind == "joining":
             expected = torch.cat(given, 1)
         elif layer.kind == "pooling":
-            expected = step.module(given[0])
+            expected = node.module(given[0])
         else:
             expected = x
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
@@ -89,19 +89,19 @@ def test_inceptions_are_named_as_in_their_paper():
 
 def test_sums_are_what_comes_before_the_activation(network):
     model, x = network
-    sums = activations.activations(model, x, 1, sums=True)
+    sums = activations.layer_activations(model, x, 1, sums=True)
     assert (sums < 0).any()
-    assert torch.equal(sums.relu(), activations.activations(model, x, 1))
+    assert torch.equal(sums.relu(), activations.layer_activations(model, x, 1))
 
 
 def test_dead_channels_do_not_depend_on_how_many_images_go_at_once(network, monkeypatch):
     model, x = network
     with torch.no_grad():
-        step = next(step for step in walk(model) if step.layer.activation == "relu")
-        step.bias[1] = -1e6
-    index = next(i for i, one in enumerate(walk(model)) if one.layer == step.layer)
+        node = next(node for node in layer_nodes(model) if node.layer.activation == "relu")
+        node.bias[1] = -1e6
+    index = next(i for i, one in enumerate(layer_nodes(model)) if one.layer == node.layer)
     together = activations.dead_channels(model, x)
-    monkeypatch.setattr(activations, "AT_ONCE", 2)
+    monkeypatch.setattr(activations, "ACTIVATION_BATCH_SIZE", 2)
     assert activations.dead_channels(model, x) == together
     assert 1 in together[index]
 
@@ -113,9 +113,9 @@ def covariance(rows):
 
 def test_a_spectrum_is_the_covariance_of_the_sums(network, monkeypatch):
     model, x = network
-    monkeypatch.setattr(pca, "AT_ONCE", 2)
-    found = pca.spectrum(model, x, 1)
-    sums = activations.activations(model, x, 1, sums=True)
+    monkeypatch.setattr(pca, "ACTIVATION_BATCH_SIZE", 2)
+    found = pca.principal_components(model, x, 1)
+    sums = activations.layer_activations(model, x, 1, sums=True)
     rows = sums.movedim(1, -1).flatten(0, 2).double()
     expected = covariance(rows)
     rebuilt = found.directions.mT @ found.variances.diag() @ found.directions
@@ -124,34 +124,34 @@ def test_a_spectrum_is_the_covariance_of_the_sums(network, monkeypatch):
     assert (found.pixels, found.images) == (sums.shape[2] * sums.shape[3], len(x))
     # what is lost with r directions is the variance of the others, and with all of them nothing
     for rank in (1, 3, len(found.mean)):
-        back = pca.rebuild(sums, found, rank, "none").movedim(1, -1).flatten(0, 2).double()
+        back = pca.low_rank_output(sums, found, rank, "none").movedim(1, -1).flatten(0, 2).double()
         lost = ((back - rows) ** 2).sum(1).mean()
         assert lost.item() == pytest.approx(found.variances[rank:].sum().item(), rel=1e-3, abs=1e-5)
 
 
 def test_no_two_convolutions_of_that_rank_come_closer():
     model, x = small_nin(), torch.rand(16, 1, 8, 8)
-    found = pca.spectrum(model, x, 2)
-    y = activations.activations(model, x, 2, sums=True)
-    best = (pca.rebuild(y, found, 3, "none") - y).square().mean()
+    found = pca.principal_components(model, x, 2)
+    y = activations.layer_activations(model, x, 2, sums=True)
+    best = (pca.low_rank_output(y, found, 3, "none") - y).square().mean()
     for seed in range(5):
         other, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(seed)))
         guess = dataclasses.replace(found, directions=other.double())
-        assert (pca.rebuild(y, guess, 3, "none") - y).square().mean() > best
+        assert (pca.low_rank_output(y, guess, 3, "none") - y).square().mean() > best
 
 
 def test_scores_of_a_narrowed_layer_are_those_of_two_convolutions(network):
     model, x = network
     index, rank = 1, 4
     layer = activations.layers(model)[index]
-    found = pca.spectrum(model, x, index)
+    found = pca.principal_components(model, x, index)
     kept, mean = found.directions[:rank].float(), found.mean.float()
-    weight, bias = activations.weights(model, index)
+    weight, bias = activations.layer_weights(model, index)
     narrow = torch.einsum("rc,cikl->rikl", kept, weight)
     inner = F.conv2d(x, narrow, kept @ (bias - mean), stride=layer.stride, padding=layer.padding)
     outer = F.conv2d(inner, kept.mT[:, :, None, None], mean).relu()
-    steps = walk(model)
-    *_, (_, maps) = activations.outputs(steps, x, lambda place, value: outer if place == index else value)
+    nodes = layer_nodes(model)
+    *_, (_, maps) = activations.layer_outputs(nodes, x, lambda place, value: outer if place == index else value)
     scores = pca.narrowed_scores(model, x, index, found, rank)
     torch.testing.assert_close(scores, maps.mean((2, 3)), atol=1e-4, rtol=1e-4)
     with torch.inference_mode():
@@ -163,4 +163,4 @@ def test_what_has_no_spectrum_is_refused():
     model, x = small_nin(), torch.rand(2, 1, 8, 8)
     for index in (0, 4, 99):
         with pytest.raises(LookupError, match="layer"):
-            pca.spectrum(model, x, index)
+            pca.principal_components(model, x, index)

@@ -75,10 +75,10 @@ def test_runs_of_other_classes_are_a_users_error(tmp_path):
 
 def test_spectra_and_right_answers_are_served(both):
     run = both.app.state.service.runs[0]
-    x, labels = run.looked_at()
+    x, labels = run.calibration_batch()
     with both.client() as client:
         answer = client.get("/api/layers/2/spectrum").json()
-        found = pca.spectrum(run.network, x, 2)
+        found = pca.principal_components(run.network, x, 2)
         torch.testing.assert_close(numbers(answer["variances"]), found.variances.float())
         assert (answer["pixels"], answer["images"]) == (64, 256)
         told = client.get("/api/layers/2/narrowed?rank=5").json()
@@ -118,7 +118,7 @@ def test_two_runs_beside_each_other_show_the_same_place(browser, both, runs):
         index = [layer.place for layer in activations.layers(network)].index(place)
         total = float(inside.locator("[data-paths] [data-sum]").nth(number).get_attribute("value"))
         assert total == pytest.approx(
-            activations.activations(network, x, index, sums=True)[0, 7, 4, 4].item(), abs=1e-4
+            activations.layer_activations(network, x, index, sums=True)[0, 7, 4, 4].item(), abs=1e-4
         )
     inside.get_by_role("button", name="test image 2, a 1").click()
     expect(inside.locator(".look").nth(1)).to_contain_text("it is: 1")
@@ -145,15 +145,15 @@ def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):
     rank = 9
     slide(made.page, "r, channels between:", rank)
     run = both.app.state.service.runs[0]
-    found = run.spectrum(2)
+    found = run.principal_components(2)
     shares = found.variances.cumsum(0) / found.variances.sum()
     share = float(narrowed.locator("[data-kept]").get_attribute("value"))
     assert share == pytest.approx(100 * shares[rank - 1].item(), abs=1e-3)
     assert float(narrowed.locator("[data-macs]").get_attribute("value")) == 64 * (64 * rank + rank * 64)
     expect(narrowed).to_contain_text("It stops paying at r = 32.")
     network, x = first_image(both, 0)
-    sums = activations.activations(network, x, 2, sums=True)
-    rebuilt = pca.rebuild(sums, found, rank, "relu")[0, 5]
+    sums = activations.layer_activations(network, x, 2, sums=True)
+    rebuilt = pca.low_rank_output(sums, found, rank, "relu")[0, 5]
     limit = sums[0, 5].relu().max()
     drawn = torch.tensor(read_pixels(narrowed.locator(".trio canvas").nth(1)))
     torch.testing.assert_close(drawn, (rebuilt.flatten() / limit).clamp(max=1), atol=0.01, rtol=0)
@@ -172,10 +172,12 @@ def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):
         [rank],
     )
     for values, name in zip(got, ("relu", "gelu", "silu", "none"), strict=True):
-        expected = pca.rebuild(sums, found, rank, name)[0]
+        expected = pca.low_rank_output(sums, found, rank, name)[0]
         assert values == pytest.approx(expected.flatten().tolist(), abs=1e-5)
     slide_end(made.page, rank)
-    told = pca.narrowed_scores(network, run.looked_at()[0], 2, found, rank).argmax(1) == run.looked_at()[1]
+    told = (
+        pca.narrowed_scores(network, run.calibration_batch()[0], 2, found, rank).argmax(1) == run.calibration_batch()[1]
+    )
     expect(narrowed.locator("[data-right]")).to_contain_text(f"{int(told.sum())} of 256 test images")
     narrowed.get_by_label("Show all maps above this way").check()
     above = torch.tensor(read_pixels(inside.locator(".channels canvas").nth(5)))
@@ -249,7 +251,7 @@ def test_inception_modules_are_looked_into(browser, googlenet_run):
     x = run.classifier.inputs(nin.data.decode(run.samples.shown[0].png, size=32, channels=3)[None])
     layers = activations.layers(run.network)
     total = float(inside.locator("[data-paths] [data-sum]").get_attribute("value"))
-    maps = activations.activations(run.network, x, len(layers) - 1)[0]
+    maps = activations.layer_activations(run.network, x, len(layers) - 1)[0]
     channel = int(maps.mean((1, 2)).argmax())  # that of the answer is shown first
     assert total == pytest.approx(maps[channel, maps.shape[1] // 2, maps.shape[2] // 2].item(), abs=1e-4)
     inside.get_by_role("button", name="inception 3a, joined").click()
@@ -257,7 +259,7 @@ def test_inception_modules_are_looked_into(browser, googlenet_run):
     expect(inside.locator("[data-paths]")).to_contain_text("channel 2 of inception 3a, 5×5")
     value = float(inside.locator("[data-paths] [data-value]").get_attribute("value"))
     joined = [layer.name for layer in layers].index("inception 3a, joined")
-    assert value == pytest.approx(activations.activations(run.network, x, joined)[0, 17, 2, 2].item(), abs=1e-4)
+    assert value == pytest.approx(activations.layer_activations(run.network, x, joined)[0, 17, 2, 2].item(), abs=1e-4)
     inside.get_by_role("button", name="inception 3a, before the 5×5, 1×1").click()
     expect(inside.locator("[data-narrowed]")).to_contain_text("192 → 1×1 → r → 1×1 → 4")
     made.close()
@@ -277,7 +279,7 @@ def copied(runs, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(bottleneck, "PIXELS", 4)
     told = []
-    index = server.write_copy(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
+    index = server.export_page(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
     patch.undo()
     assert index == folder / "index.html"
     assert told[-1][1] == told[-1][2] == len(told) == len(list((folder / "data").iterdir()))
@@ -310,7 +312,7 @@ def test_the_copy_opens_from_the_disk(browser, copied, both):
         inside.locator('[data-channel="3"]').first.click()
         expect(inside.locator("[data-paths] h3").first).to_contain_text("channel 4")
         network, x = first_image(both, 0)
-        expected = activations.activations(network, x, index)[0, 3]
+        expected = activations.layer_activations(network, x, index)[0, 3]
         place = expected.shape[0] // 2
         value = float(inside.locator("[data-paths] [data-value]").first.get_attribute("value"))
         assert value == pytest.approx(expected[place, place].item(), abs=1e-5)
@@ -339,10 +341,10 @@ def test_a_copy_takes_only_its_own_folder(copied, runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="it holds something else"):
-        server.write_copy(runs[0], tmp_path / "mine")
+        server.export_page(runs[0], tmp_path / "mine")
     gone = make_run(tmp_path / "gone", source=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="needs the test images of gone"):
-        server.write_copy(gone, tmp_path / "copy")
+        server.export_page(gone, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 

@@ -26,7 +26,7 @@ def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None
     from nin import server  # the report alone needs no web framework
 
     with ProgressBar("Writing the page") as bar:
-        index = server.write_copy(run, page, beside=beside, on_progress=bar.on_progress)
+        index = server.export_page(run, page, beside=beside, on_progress=bar.on_progress)
     size = sum(path.stat().st_size for path in page.rglob("*") if path.is_file())
     messages.print(f"{size / 2**20:.1f} MiB: open index.html in a browser, or put the folder on any web host.")
     results.print(str(index), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Inside a network: its layers in order, what each makes of an image, and which channels never say anything."""
+"""The layers of a network, their weights, their activations on images, and their dead channels."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from torch import Tensor
 
 from nin.models import Network
 from nin.ops import mlpconv
-from nin.server.layer_graph import Layer, Step, walk
+from nin.server.layer_graph import Layer, LayerNode, layer_nodes
 
-# Images that go through a network at once, where many are looked at.
-AT_ONCE = 32
+# Images that go through a network at once: for 32 photos the first layer of a GoogLeNet gives 103 MB.
+ACTIVATION_BATCH_SIZE = 32
 
 
 def layers(model: Network) -> list[Layer]:
     """Return the layers of a network from the image to the class maps."""
-    return [step.layer for step in walk(model)]
+    return [node.layer for node in layer_nodes(model)]
 
 
-def weights(model: Network, index: int) -> tuple[Tensor, Tensor | None]:
-    """Return weight (C_out, C_in, k, k) and bias (C_out,) of the layer at that place in `layers`.
+def layer_weights(model: Network, index: int) -> tuple[Tensor, Tensor | None]:
+    """Return weight (C_out, C_in, k, k) and bias (C_out,) of one of `layers`.
 
     Raises:
         LookupError: there is no such layer, or it has no weights.
     """
-    step = find(model, index)
-    if step.weight is None:
-        raise LookupError(f"layer {index}, {step.layer.name}, has no weights")
-    return step.weight.detach().float().cpu(), None if step.bias is None else step.bias.detach().float().cpu()
+    node = find_layer(model, index)
+    if node.weight is None:
+        raise LookupError(f"layer {index}, {node.layer.name}, has no weights")
+    return node.weight.detach().float().cpu(), None if node.bias is None else node.bias.detach().float().cpu()
 
 
-def find(model: Network, index: int) -> Step:
-    """Return a layer with what computes it.
+def find_layer(model: Network, index: int) -> LayerNode:
+    """Return one of `layers` with what computes it.
 
     Raises:
         LookupError: there is no such layer.
     """
-    steps = walk(model)
-    if not 0 <= index < len(steps):
-        raise LookupError(f"the layer must be from 0 (the image) to {len(steps) - 1}, got {index}")
-    return steps[index]
+    nodes = layer_nodes(model)
+    if not 0 <= index < len(nodes):
+        raise LookupError(f"the layer must be from 0 (the image) to {len(nodes) - 1}, got {index}")
+    return nodes[index]
 
 
 @torch.inference_mode()
-def activations(model: Network, x: Tensor, index: int, *, sums: bool = False) -> Tensor:
-    """Return what the layer at that place in `layers` makes of the network's input ``x``, (N, C, h, w).
+def layer_activations(model: Network, x: Tensor, index: int, *, sums: bool = False) -> Tensor:
+    """Return the output of one of `layers` for the network's input, (N, C, h, w).
 
     Args:
         model: the network.
         x: its input (N, C, H, W).
         index: of the layer.
-        sums: what it gives before its activation.
+        sums: return the layer's pre-activations.
 
     Raises:
         LookupError: there is no such layer.
     """
-    find(model, index)
-    steps = walk(model)[: index + 1]
+    find_layer(model, index)
+    nodes = layer_nodes(model)[: index + 1]
     if sums:
-        steps[-1] = without_activation(steps[-1])
-    *_, (_, last) = outputs(steps, x)
+        nodes[-1] = without_activation(nodes[-1])
+    *_, (_, last) = layer_outputs(nodes, x)
     return last.float().cpu()
 
 
@@ -72,47 +72,47 @@ def dead_channels(model: Network, x: Tensor) -> list[list[int]]:
 
     Args:
         model: the network.
-        x: its input (N, C, H, W); a channel that is silent here may still speak on other images.
+        x: its input (N, C, H, W); a channel that is dead here may be active on other images.
     """
-    steps = walk(model)
-    silent = [torch.full((step.layer.channels,), step.layer.activation == "relu", device=x.device) for step in steps]
-    for part in x.split(AT_ONCE):
-        for index, output in outputs(steps, part):
-            silent[index] &= (output == 0).all(dim=0).all(dim=-1).all(dim=-1)
-    return [found.nonzero().flatten().tolist() for found in silent]
+    nodes = layer_nodes(model)
+    dead = [torch.full((node.layer.channels,), node.layer.activation == "relu", device=x.device) for node in nodes]
+    for part in x.split(ACTIVATION_BATCH_SIZE):
+        for index, output in layer_outputs(nodes, part):
+            dead[index] &= (output == 0).all(dim=0).all(dim=-1).all(dim=-1)
+    return [is_dead.nonzero().flatten().tolist() for is_dead in dead]
 
 
-def outputs(
-    steps: list[Step], x: Tensor, change: Callable[[int, Tensor], Tensor] | None = None
+def layer_outputs(
+    nodes: list[LayerNode], x: Tensor, change: Callable[[int, Tensor], Tensor] | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield place and output of each layer in turn; an output is let go of once no later layer takes it.
+    """Yield index and output of each layer in order; an output is freed once no later layer takes it.
 
     Args:
-        steps: of the network.
+        nodes: of the network.
         x: its input (N, C, H, W).
-        change: given place and output of a layer, what later layers take in its stead.
+        change: given index and output of a layer, returns what takes the place of the output.
     """
-    needed = {source: index for index, step in enumerate(steps) for source in step.layer.inputs}
+    last_use = {source: index for index, node in enumerate(nodes) for source in node.layer.inputs}
     kept: dict[int, Tensor] = {}
-    for index, step in enumerate(steps):
-        given = [kept[source] for source in step.layer.inputs]
-        output = apply(step, given) if given else x
+    for index, node in enumerate(nodes):
+        inputs = [kept[source] for source in node.layer.inputs]
+        output = apply_layer(node, inputs) if inputs else x
         kept[index] = output = output if change is None else change(index, output)
         yield index, output
-        for source in (*step.layer.inputs, index):
-            if needed.get(source, -1) <= index:
+        for source in (*node.layer.inputs, index):
+            if last_use.get(source, -1) <= index:
                 del kept[source]
 
 
-def without_activation(step: Step) -> Step:
-    """Return the step that leaves its sums as they are."""
-    return dataclasses.replace(step, layer=dataclasses.replace(step.layer, activation="none"))
+def without_activation(node: LayerNode) -> LayerNode:
+    """Return the layer without its activation: its output are its sums."""
+    return dataclasses.replace(node, layer=dataclasses.replace(node.layer, activation="none"))
 
 
-def apply(step: Step, given: list[Tensor]) -> Tensor:
-    """Return a layer's output by the same operator that the whole network uses."""
-    layer = step.layer
-    if step.weight is not None:
+def apply_layer(node: LayerNode, inputs: list[Tensor]) -> Tensor:
+    """Return a layer's output, by the operator that the whole network uses."""
+    layer = node.layer
+    if node.weight is not None:
         geometry = {"stride": layer.stride, "padding": layer.padding}
-        return mlpconv(given[0], [step.weight], [step.bias], activation=layer.activation, **geometry)
-    return torch.cat(given, dim=1) if step.module is None else step.module(given[0])
+        return mlpconv(inputs[0], [node.weight], [node.bias], activation=layer.activation, **geometry)
+    return torch.cat(inputs, dim=1) if node.module is None else node.module(inputs[0])

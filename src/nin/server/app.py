@@ -1,4 +1,4 @@
-"""The web application: the HTTP API, and the files of the page."""
+"""The FastAPI application: the HTTP API, and the files of the page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from nin import distribution
-from nin.inference import classifier as prediction
+from nin.inference.classifier import Classifier
 from nin.server import schemas
-from nin.server.batcher import Answer
-from nin.server.middleware import Guard, Limits, RefusedError
-from nin.server.routes import RunNumber, add_looking
+from nin.server.batcher import ClassScores
+from nin.server.middleware import Limits, SecurityMiddleware
+from nin.server.routes import RunNumber, add_inspection_routes
 from nin.server.service import Service
 from nin.server.static_files import add_page
 from nin.server.uploads import IMAGE_BODY
@@ -33,8 +33,8 @@ def create_app(
 
     Args:
         run: the folder that `nin.train` made; None serves the lesson alone.
-        beside: another one to look at beside it, such as the same network narrowed.
-        limits: on requests; the default ones if None.
+        beside: a second one to show beside it, such as the same network narrowed.
+        limits: on requests; the defaults if None.
         host: the name or address that it will be served on, which the Host header may say.
         device: where to compute.
 
@@ -59,20 +59,15 @@ def create_app(
         responses=schemas.PROBLEMS,
     )
     app.state.service = service
-    app.add_middleware(Guard, limits=limits, host=host)
+    app.add_middleware(SecurityMiddleware, limits=limits, host=host)
 
-    @app.exception_handler(RefusedError)
-    async def refuse(_: Request, refused: RefusedError) -> JSONResponse:
-        return refused.response()
-
-    _add_prediction(app, service)
-    add_looking(app, service)
+    _add_model_routes(app, service)
+    add_inspection_routes(app, service)
     add_page(app)
     return app
 
 
-def _add_prediction(app: FastAPI, service: Service) -> None:
-    """Add what programs ask for."""
+def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/health")
     async def health() -> schemas.Health:
@@ -82,7 +77,7 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
     @app.get("/api/model")
     async def model(number: RunNumber = 0) -> schemas.Model:
         """Describe the network."""
-        return service.run(number).description
+        return service.run(number).metadata
 
     @app.post("/api/predict", openapi_extra=IMAGE_BODY, response_model=schemas.Predictions)
     async def predict(
@@ -93,22 +88,22 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
         """Classify one image (the body) or several (a form)."""
         run = service.run(number)
         pixels = await service.pixels(request, run)
-        answer = await service.in_turn(lambda: service.batcher.classify(run.classifier, pixels))
-        return JSONResponse({"predictions": predictions(run.classifier, answer, maps=maps)})
+        result = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
+        return JSONResponse({"predictions": prediction_dicts(run.classifier, result, maps=maps)})
 
 
-def predictions(classifier: prediction.Classifier, answer: Answer, *, maps: bool) -> list[dict[str, object]]:
-    """Return plain data, of the form of `answers.Prediction`, for each image."""
+def prediction_dicts(classifier: Classifier, result: ClassScores, *, maps: bool) -> list[dict[str, object]]:
+    """Return the fields of `schemas.Prediction` for each image; validating maps would take longer than the network."""
     names = classifier.classes
-    probabilities = answer.scores.softmax(1)
+    probabilities = result.scores.softmax(1)
     best = probabilities.argmax(1).tolist()
     return [
         {
             "label": names[best[i]],
             "confidence": row[best[i]],
             "probabilities": dict(zip(names, row, strict=True)),
-            "scores": dict(zip(names, answer.scores[i].tolist(), strict=True)),
-            "maps": answer.maps[i].tolist() if maps else None,
+            "scores": dict(zip(names, result.scores[i].tolist(), strict=True)),
+            "maps": result.maps[i].tolist() if maps else None,
         }
         for i, row in enumerate(probabilities.tolist())
     ]

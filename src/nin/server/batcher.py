@@ -1,4 +1,4 @@
-"""One thread that computes: the images of all clients who wait are classified together."""
+"""Dynamic batching: one thread classifies the images of all requests that wait, together."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 class FullError(Exception):
-    """Too much is waiting."""
+    """The queue is full."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the network says of a request's images.
+class ClassScores:
+    """Class scores and class maps of a request's images.
 
     Attributes:
         scores: (N, classes), float32.
@@ -35,104 +35,104 @@ class Answer:
 
 
 @dataclasses.dataclass(eq=False)
-class _Job:
-    """What somebody waits for.
+class _QueuedCall:
+    """A request in the queue.
 
     Attributes:
-        classifier: who classifies, or None where something else is computed.
+        classifier: of the images; None where something else is computed.
         pixels: the images, uint8 (N, C, H, W).
-        answer: given by the first of a batch to all others in it.
+        result: set by the first of a batch for all others in it.
     """
 
     classifier: Classifier | None = None
     pixels: Tensor | None = None
-    answer: Answer | None = None
+    result: ClassScores | None = None
 
 
 class Batcher:
     """A thread that computes one thing after the other.
 
     A single thread, because two computations at once take longer than one after the other, and because a batch is
-    what makes many small requests fast. Nobody waits for a batch to fill: it holds what has come in the meantime.
+    what makes many small requests fast. No request waits for a batch to fill: it holds what has come in the meantime.
     Where a batch fails, each of its images is classified in its own turn, so nobody gets the error of another.
 
     Args:
-        most_waiting: jobs that may wait for their turn.
+        max_queued: calls that may wait for their turn.
     """
 
-    def __init__(self, *, most_waiting: int) -> None:
-        self.batches = 0  # computed so far, for tests and the curious
-        self._most_waiting = most_waiting
-        self._waiting: list[_Job] = []  # for an answer or for their turn, in order
+    def __init__(self, *, max_queued: int) -> None:
+        self.batches = 0  # computed so far; tests see by it what was computed together
+        self._max_queued = max_queued
+        self._queue: list[_QueuedCall] = []
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nin-batcher")
 
     @property
-    def waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._waiting)
+    def queued(self) -> int:
+        """Number of calls that wait."""
+        return len(self._queue)
 
-    def classify(self, classifier: Classifier, pixels: Tensor) -> Future[Answer]:
-        """Classify images, uint8 (N, C, H, W); raises `FullError` where too much is waiting."""
-        job = _Job(classifier, pixels)
-        return self._put(job, lambda: self._answer(job))
+    def classify(self, classifier: Classifier, pixels: Tensor) -> Future[ClassScores]:
+        """Classify images, uint8 (N, C, H, W); raises `FullError` where the queue is full."""
+        call = _QueuedCall(classifier, pixels)
+        return self._enqueue(call, lambda: self._classify_batch(call))
 
-    def compute(self, work: Callable[[], T]) -> Future[T]:
-        """Call a function in its turn; raises `FullError` where too much is waiting."""
-        job = _Job()
+    def compute(self, function: Callable[[], T]) -> Future[T]:
+        """Call a function in its turn; raises `FullError` where the queue is full."""
+        call = _QueuedCall()
 
         def begin() -> T:
-            self._leave(job)
-            return work()
+            self._dequeue(call)
+            return function()
 
-        return self._put(job, begin)
+        return self._enqueue(call, begin)
 
     def stop(self) -> None:
         """End the thread; what still waits is cancelled."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _put(self, job: _Job, work: Callable[[], T]) -> Future[T]:
+    def _enqueue(self, call: _QueuedCall, function: Callable[[], T]) -> Future[T]:
         with self._lock:
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._queue) >= self._max_queued:
                 raise FullError
-            self._waiting.append(job)
-            future = self._thread.submit(work)
-        future.add_done_callback(lambda _: self._leave(job))  # one that has gone away never has its turn
+            self._queue.append(call)
+            future = self._thread.submit(function)
+        # a future that its client cancelled never runs, and would take a place in the queue for ever
+        future.add_done_callback(lambda _: self._dequeue(call))
         return future
 
-    def _leave(self, job: _Job) -> None:
+    def _dequeue(self, call: _QueuedCall) -> None:
         with self._lock:
-            if job in self._waiting:
-                self._waiting.remove(job)
+            if call in self._queue:
+                self._queue.remove(call)
 
-    def _answer(self, job: _Job) -> Answer:
-        if job.answer is None:
-            batch = self._gather(job)
+    def _classify_batch(self, call: _QueuedCall) -> ClassScores:
+        if call.result is None:
+            batch = self._next_batch(call)
             parts = [cast(Tensor, each.pixels) for each in batch]
             self.batches += 1
-            answer = classify(cast(Classifier, job.classifier), torch.cat(parts))
+            result = classify(cast(Classifier, call.classifier), torch.cat(parts))
             sizes = [len(part) for part in parts]
-            rows = zip(answer.scores.split(sizes), answer.maps.split(sizes), strict=True)
+            rows = zip(result.scores.split(sizes), result.maps.split(sizes), strict=True)
             for each, (scores, maps) in zip(batch, rows, strict=True):
-                each.answer = Answer(scores, maps)
-        return cast(Answer, job.answer)
+                each.result = ClassScores(scores, maps)
+        return cast(ClassScores, call.result)
 
-    def _gather(self, first: _Job) -> list[_Job]:
-        """Return the job and those that wait for the same network, of about INFERENCE_BATCH_SIZE images together."""
+    def _next_batch(self, first: _QueuedCall) -> list[_QueuedCall]:
+        """Return the call and those that wait for the same network, of about INFERENCE_BATCH_SIZE images together."""
         with self._lock:
             batch, count = [first], len(cast(Tensor, first.pixels))
-            for job in self._waiting:
-                if job is not first and job.classifier is first.classifier and count < INFERENCE_BATCH_SIZE:
-                    batch.append(job)
-                    count += len(cast(Tensor, job.pixels))
-            self._waiting = [job for job in self._waiting if job not in batch]
+            for call in self._queue:
+                if call is not first and call.classifier is first.classifier and count < INFERENCE_BATCH_SIZE:
+                    batch.append(call)
+                    count += len(cast(Tensor, call.pixels))
+            self._queue = [call for call in self._queue if call not in batch]
         return batch
 
 
 @torch.inference_mode()
-def classify(classifier: Classifier, pixels: Tensor) -> Answer:
-    """Return the answers for images, INFERENCE_BATCH_SIZE at a time."""
+def classify(classifier: Classifier, pixels: Tensor) -> ClassScores:
+    """Return class scores and class maps of images, INFERENCE_BATCH_SIZE at a time."""
     network = cast(Network, classifier.fastest)
-    maps = [network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]
-    whole = torch.cat(maps).float().cpu()
-    return Answer(whole.mean((2, 3)), whole)
+    maps = torch.cat([network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]).float().cpu()
+    return ClassScores(maps.mean((2, 3)), maps)

@@ -1,4 +1,4 @@
-"""The page's modules as one plain script: a page that is opened from the disk may not load modules."""
+"""Bundle the page's JavaScript modules into one script: browsers load no modules from a disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _EXPORT = re.compile(r"^export (?=(?:async function|function|class|const) (\w+))
 _LEFT = re.compile(r"^(import|export)\b.*", re.MULTILINE)
 
 
-def bundle(start: str, read: Callable[[str], str], instead: Mapping[str, str] | None = None) -> str:
-    """Return a script that does what a module and all that it imports do.
+def bundle(start: str, read: Callable[[str], str], replacements: Mapping[str, str] | None = None) -> str:
+    """Return a script of a module and all that it imports.
 
     Each module becomes a function that is called once, after those that it imports. It reads the modules of this
     page: named and whole imports from the same folder, and exported functions, classes and constants.
@@ -21,7 +21,7 @@ def bundle(start: str, read: Callable[[str], str], instead: Mapping[str, str] | 
     Args:
         start: the module's name.
         read: gives a module's text by its name.
-        instead: modules that take the place of others, by their names.
+        replacements: modules that take the place of others, by their names.
 
     Raises:
         ValueError: a module imports or exports in another way, or modules import each other in a circle.
@@ -36,19 +36,19 @@ def bundle(start: str, read: Callable[[str], str], instead: Mapping[str, str] | 
             return
         text = read(name)
         for found in IMPORT.finditer(text):
-            add(_instead(found["module"], instead), (*above, name))
+            add(_replaced(found["module"], replacements), (*above, name))
         done.add(name)
-        written.append(_module(name, text, instead))
+        written.append(_module(name, text, replacements))
 
     add(start, ())
     return '"use strict";\n(() => {\n' + "\n".join(written) + "})();\n"
 
 
-def _module(name: str, text: str, instead: Mapping[str, str] | None) -> str:
+def _module(name: str, text: str, replacements: Mapping[str, str] | None) -> str:
     """Return a module as a call whose result are its exports."""
 
     def bind(found: re.Match[str]) -> str:
-        source = _identifier(_instead(found["module"], instead))
+        source = _identifier(_replaced(found["module"], replacements))
         if found["whole"]:
             return f"const {found['whole']} = {source};\n"
         return f"const {{{found['names'].replace(' as ', ': ')}}} = {source};\n"
@@ -64,8 +64,8 @@ def exports(text: str) -> list[str]:
     return _EXPORT.findall(text)
 
 
-def _instead(name: str, instead: Mapping[str, str] | None) -> str:
-    return (instead or {}).get(name, name)
+def _replaced(name: str, replacements: Mapping[str, str] | None) -> str:
+    return (replacements or {}).get(name, name)
 
 
 def _identifier(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What stands before the application: who may ask, how much, how long, and what browsers may do with the answer."""
+"""ASGI middleware: checks of the Host and Origin headers, limits on body and time, and security headers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,21 +27,21 @@ SECURITY_HEADERS = {
 }
 
 # Of a body that is too large this many times the limit is still read and thrown away: a browser that is cut off
-# in the middle of its upload never shows the answer.
-DRAIN = 4
+# in the middle of its upload shows a broken connection, not the response.
+DRAIN_FACTOR = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much one request, and all of them, may take.
+    """Limits on one request, and on all of them.
 
     Attributes:
         body_bytes: of one request.
         pixels: of one image, before it is decoded: a small file can hold a huge picture.
         images: in one request.
-        requests: that are being read or wait for their answer; one more gets 503.
-        seconds: from the first byte of a request to its answer.
-        retry_after_seconds: what a client is told that has to come again.
+        requests: that are being read or wait for their response; one more gets 503.
+        seconds: from the first byte of a request to its response.
+        retry_after_seconds: Retry-After of a 503.
     """
 
     body_bytes: int = 16 * 2**20
@@ -51,77 +52,68 @@ class Limits:
     retry_after_seconds: int = 1
 
 
-class RefusedError(Exception):
-    """A request that gets no other answer than this one."""
-
-    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-    def response(self) -> JSONResponse:
-        """Return the answer, of the form that FastAPI's own errors have."""
-        return JSONResponse({"detail": self.detail}, self.status, self.headers)
+def service_unavailable(limits: Limits) -> HTTPException:
+    """Return the error of a request that comes while too many wait."""
+    headers = {"Retry-After": str(limits.retry_after_seconds)}
+    return HTTPException(503, "too many requests are waiting: come again", headers)
 
 
-def busy(limits: Limits) -> RefusedError:
-    """Return the answer to a request that finds too many before it."""
-    return RefusedError(
-        503, "too many requests are waiting: come again", {"Retry-After": str(limits.retry_after_seconds)}
-    )
-
-
-class Guard:
-    """ASGI middleware that lets a request through where everything about it is in order.
+class SecurityMiddleware:
+    """ASGI middleware that passes on requests of allowed hosts and origins that keep the limits.
 
     Args:
-        app: what it guards.
-        limits: see there.
+        app: the application.
+        limits: on requests.
         host: the name or address that the server listens on.
     """
 
     def __init__(self, app: ASGIApp, *, limits: Limits, host: str) -> None:
         self.app, self.limits = app, limits
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
-        self.open = 0  # requests with a body that are not answered yet
+        self.open_requests = 0  # with a body, and without a response yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Serve one request."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send)
+        sender = _ResponseSender(send)
         try:
             _check_origin(Headers(scope=scope), self.names)
             if scope["method"] in ("GET", "HEAD"):
-                await self.app(scope, receive, answer.send)
+                await self.app(scope, receive, sender.send)
             else:
-                await self._with_body(scope, receive, answer)
-        except RefusedError as refused:
-            await refused.response()(scope, receive, answer.send)
+                await self._pass_with_body(scope, receive, sender)
+        except HTTPException as error:  # outside of FastAPI's own handler: a response of the same form
+            response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+            await response(scope, receive, sender.send)
 
-    async def _with_body(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        if self.open >= self.limits.requests:
-            raise busy(self.limits)
-        self.open += 1
+    async def _pass_with_body(self, scope: Scope, receive: Receive, sender: _ResponseSender) -> None:
+        if self.open_requests >= self.limits.requests:
+            raise service_unavailable(self.limits)
+        self.open_requests += 1
         body: bytes | None = None
         try:
             async with asyncio.timeout(self.limits.seconds):
-                body = await self._read(scope, receive)
-                await self.app(scope, _replay(body, receive), answer.send)
+                body = await self._read_body(scope, receive)
+                await self.app(scope, _replay_body(body, receive), sender.send)
         except TimeoutError:
-            if answer.started:
+            if sender.started:
                 raise
             if body is None:
-                raise RefusedError(408, f"the request did not arrive within {self.limits.seconds:g} seconds") from None
-            raise RefusedError(504, f"the answer took longer than {self.limits.seconds:g} seconds") from None
+                raise HTTPException(408, f"the request did not arrive within {self.limits.seconds:g} seconds") from None
+            raise HTTPException(504, f"the answer took longer than {self.limits.seconds:g} seconds") from None
         finally:
-            self.open -= 1
+            self.open_requests -= 1
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the whole body."""
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Return the whole body.
+
+        It is read before the application runs, so that the limit holds without a Content-Length too.
+        """
         limit, size = self.limits.body_bytes, 0
         parts: list[bytes] = []
         stated = Headers(scope=scope).get("content-length", "0")
@@ -129,21 +121,21 @@ class Guard:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise RefusedError(400, "the request ended before its body did")
+                raise HTTPException(400, "the request ended before its body did")
             part = message.get("body", b"")
             size += len(part)
             fits = fits and size <= limit
             if fits:
                 parts.append(part)
-            if not message.get("more_body") or size > DRAIN * limit:
+            if not message.get("more_body") or size > DRAIN_FACTOR * limit:
                 break
         if not fits:
-            raise RefusedError(413, f"the body must have at most {limit} bytes")
+            raise HTTPException(413, f"the body must have at most {limit} bytes")
         return b"".join(parts)
 
 
-class _Answer:
-    """Passes an answer on, with the security headers, and remembers whether it has begun."""
+class _ResponseSender:
+    """Sends a response with the security headers; ``started`` says whether its beginning is sent."""
 
     def __init__(self, send: Send) -> None:
         self._send, self.started = send, False
@@ -159,20 +151,20 @@ class _Answer:
 
 
 def _check_origin(headers: Headers, names: Iterable[str]) -> None:
-    """Refuse a request that another site's page sent, or that came by a name which that site may own.
+    """Raise 403 for a request that another site's page sent, or that came by a name which that site may own.
 
     A page of another site can point its own name at this machine (DNS rebinding) and would then count as ours. It
     cannot do so with an address, with localhost, or with this machine's name.
     """
     host = headers.get("host", "")
-    if not _is_ours(host, names):
-        raise RefusedError(403, "the Host header must be an address, localhost, or the name that was given as --host")
+    if not _is_allowed(host, names):
+        raise HTTPException(403, "the Host header must be an address, localhost, or the name that was given as --host")
     origin = headers.get("origin")
     if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
-        raise RefusedError(403, "the Origin header must be that of this server: pages of other sites may not ask it")
+        raise HTTPException(403, "the Origin header must be that of this server: pages of other sites may not ask it")
 
 
-def _is_ours(host: str, names: Iterable[str]) -> bool:
+def _is_allowed(host: str, names: Iterable[str]) -> bool:
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     if name.lower() in names:
         return True
@@ -183,15 +175,15 @@ def _is_ours(host: str, names: Iterable[str]) -> bool:
     return True
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a receiver that hands out the body that has been read, and then what comes after it."""
-    told = False
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """Return a receiver of the body that has been read, and of the messages after it."""
+    is_sent = False
 
     async def replay() -> Message:
-        nonlocal told
-        if told:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        told = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

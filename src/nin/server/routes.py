@@ -1,15 +1,15 @@
-"""The routes that the page asks to look inside a network."""
+"""Routes for sample images, weights, activations, dead channels, principal components, and the bottleneck's time."""
 
 from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import FastAPI, HTTPException, Path, Query, Request
 
 from nin.profiling import bottleneck
-from nin.server import activations as inspection
-from nin.server import pca, schemas
-from nin.server.middleware import RefusedError
+from nin.server import schemas
+from nin.server.activations import dead_channels, layer_activations, layer_weights
+from nin.server.pca import MAX_CHANNELS, narrowed_scores
 from nin.server.service import ServedRun, Service
 from nin.server.uploads import IMAGE_BODY
 
@@ -17,14 +17,14 @@ RunNumber: TypeAlias = Annotated[int, Query(alias="run", ge=0, le=1, description
 LayerNumber: TypeAlias = Annotated[int, Path(ge=0, le=100_000, description="its place among the layers of the model")]
 
 
-def add_looking(app: FastAPI, service: Service) -> None:
+def add_inspection_routes(app: FastAPI, service: Service) -> None:
     """Add the routes."""
-    _add_images(app, service)
-    _add_layers(app, service)
-    _add_narrowing(app, service)
+    _add_image_routes(app, service)
+    _add_layer_routes(app, service)
+    _add_narrowing_routes(app, service)
 
 
-def _add_images(app: FastAPI, service: Service) -> None:
+def _add_image_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/samples")
     async def samples() -> schemas.SampleImages:
         """Give test images of the run, where they lie on this machine."""
@@ -36,7 +36,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
     async def dead(number: RunNumber = 0) -> schemas.DeadChannels:
         """Name the channels that say nothing on any of the run's test images looked at."""
         run = service.run(number)
-        return await service.compute(lambda: dead_channels(run))
+        return await service.compute(lambda: find_dead_channels(run))
 
     @app.post("/api/bottleneck")
     async def measured_bottleneck(
@@ -46,14 +46,14 @@ def _add_images(app: FastAPI, service: Service) -> None:
         return await service.compute(lambda: bottleneck.measure(r))
 
 
-def _add_layers(app: FastAPI, service: Service) -> None:
+def _add_layer_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/layers/{index}/weights")
     async def weights(index: LayerNumber, number: RunNumber = 0) -> schemas.Weights:
         """Give the weights of one convolution."""
         try:
-            return schemas.Weights.of(*inspection.weights(service.run(number).network, index))
+            return schemas.Weights.of(*layer_weights(service.run(number).network, index))
         except LookupError as error:
-            raise RefusedError(404, str(error.args[0])) from error
+            raise HTTPException(404, str(error.args[0])) from error
 
     @app.post("/api/layers/{index}/activations", openapi_extra=IMAGE_BODY)
     async def activations(
@@ -65,49 +65,51 @@ def _add_layers(app: FastAPI, service: Service) -> None:
         """Give what one layer makes of an image: (channels, h, w)."""
         run = service.run(number)
         x = run.classifier.inputs((await service.pixels(request, run))[:1])
-        values = await service.compute(lambda: inspection.activations(run.network, x, index, sums=sums))
+        values = await service.compute(lambda: layer_activations(run.network, x, index, sums=sums))
         return schemas.Numbers.of(values[0])
 
 
-def _add_narrowing(app: FastAPI, service: Service) -> None:
+def _add_narrowing_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/layers/{index}/spectrum")
     async def spectrum(index: LayerNumber, number: RunNumber = 0) -> schemas.Spectrum:
         """Give the principal components of a convolution's sums over the run's test images looked at."""
         run = service.run(number)
-        return schemas.Spectrum.of(await service.compute(lambda: run.spectrum(index)))
+        return schemas.Spectrum.of(await service.compute(lambda: run.principal_components(index)))
 
     @app.get("/api/layers/{index}/narrowed")
     async def narrowed(
         index: LayerNumber,
-        rank: Annotated[int, Query(ge=1, le=pca.MOST_CHANNELS, description="directions that are kept")],
+        rank: Annotated[int, Query(ge=1, le=MAX_CHANNELS, description="directions that are kept")],
         number: RunNumber = 0,
     ) -> schemas.Narrowed:
         """Say how many test images looked at are right with all of a convolution's directions, and with some."""
         run = service.run(number)
-        return await service.compute(lambda: count_right(run, index, rank))
+        return await service.compute(lambda: count_correct(run, index, rank))
 
 
 def sample_images(run: ServedRun) -> schemas.SampleImages:
-    """Return what the page shows of a run's test images."""
+    """Return the test images of a run that the page shows, and whether they are loaded."""
     shown = [schemas.SampleImage(label=sample.label, image=sample.uri) for sample in run.samples.shown]
     return schemas.SampleImages(state=run.samples.state, reason=run.samples.reason, samples=shown)
 
 
-def dead_channels(run: ServedRun) -> schemas.DeadChannels:
-    """Return the channels that are silent on all test images looked at."""
-    x, _ = run.looked_at()
-    return schemas.DeadChannels(images=len(x), channels=inspection.dead_channels(run.network, x))
+def find_dead_channels(run: ServedRun) -> schemas.DeadChannels:
+    """Return the channels that are dead on the test images that statistics are computed on."""
+    x, _ = run.calibration_batch()
+    return schemas.DeadChannels(images=len(x), channels=dead_channels(run.network, x))
 
 
-def count_right(run: ServedRun, index: int, rank: int) -> schemas.Narrowed:
-    """Return how many test images are right before and after one layer is narrowed.
+def count_correct(run: ServedRun, index: int, rank: int) -> schemas.Narrowed:
+    """Return how many test images are classified rightly before and after one layer is narrowed.
 
     Raises:
         LookupError: there is no such layer.
     """
-    x, labels = run.looked_at()
-    found = run.spectrum(index)
-    rank = min(rank, len(found.mean))
-    whole, narrow = (pca.narrowed_scores(run.network, x, index, found, kept) for kept in (len(found.mean), rank))
-    right = [int((scores.argmax(1) == labels).sum()) for scores in (whole, narrow)]
-    return schemas.Narrowed(rank=rank, images=len(x), right=right[1], right_before=right[0])
+    x, labels = run.calibration_batch()
+    components = run.principal_components(index)
+    channels = len(components.mean)
+    rank = min(rank, channels)
+    # all directions instead of the layer as it is: both numbers come from the same arithmetic
+    scores = (narrowed_scores(run.network, x, index, components, kept) for kept in (channels, rank))
+    before, after = (int((each.argmax(1) == labels).sum()) for each in scores)
+    return schemas.Narrowed(rank=rank, images=len(x), right=after, right_before=before)

@@ -1,10 +1,11 @@
-"""Test images of the run's own data, where they lie on this machine, for people to look at."""
+"""Test images of a run, loaded in the background where they lie on this machine."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import io
+import itertools
 import threading
 
 import torch
@@ -15,33 +16,33 @@ from nin.checkpoint import RunInfo
 from nin.data.arrays import to_pillow
 from nin.errors import UserError
 
-SHOWN = 24
+MAX_SAMPLES = 24  # more of them do not fit above the layers on the page
 NOT_HERE = "the test images are not here: "
-# Images that statistics are made of, such as which channels are dead; fewer where images are large.
-MOST_LOOKED_AT, FEWEST_LOOKED_AT = 256, 32
+# Images that statistics are computed on, such as which channels are dead; fewer where images are large.
+MAX_CALIBRATION_IMAGES, MIN_CALIBRATION_IMAGES = 256, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One test image: its true class, and a PNG that decodes to the very pixels that the network was tested on."""
+    """A test image: its true class, and a PNG that decodes to exactly the pixels that the network was tested on."""
 
     label: str
     png: bytes
 
     @property
     def uri(self) -> str:
-        """Return it as a ``data:`` address."""
+        """Return it as a ``data:`` URI."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
-class Samples:
-    """The test images of a run, read in the background: a folder of many files takes its time.
+class SampleLoader:
+    """Loads test images of a run in a thread: a folder of many files takes minutes.
 
     Attributes:
         state: "reading", "ready" or "none".
         reason: why there are none.
         shown: a few of each class.
-        pixels: uint8 (N, C, H, W), evenly from the whole test set; None until it is read.
+        pixels: uint8 (N, C, H, W), evenly from the whole test set; None until it is loaded.
         labels: int64 (N,), of those.
     """
 
@@ -50,14 +51,14 @@ class Samples:
         self.shown: list[Sample] = []
         self.pixels: Tensor | None = None
         self.labels: Tensor | None = None
-        self.thread = threading.Thread(target=self._read, args=(info,), daemon=True, name="nin-samples")
+        self.thread = threading.Thread(target=self._load, args=(info,), daemon=True, name="nin-samples")
         self.thread.start()
 
-    def _read(self, info: RunInfo) -> None:
+    def _load(self, info: RunInfo) -> None:
         try:
-            images = _load(info)
-            self.shown = _choose(images)
-            evenly = torch.linspace(0, len(images.test) - 1, looked_at(images)).long()
+            images = load_run_images(info)
+            self.shown = _choose_samples(images)
+            evenly = torch.linspace(0, len(images.test) - 1, calibration_count(images)).long()
             self.labels, self.pixels = images.test.labels[evenly], images.test.fetch(evenly)
         except (UserError, OSError) as error:
             self.reason, self.state = f"{NOT_HERE}{error}", "none"
@@ -65,14 +66,18 @@ class Samples:
             self.state = "ready"
 
 
-def looked_at(images: data.Data) -> int:
-    """Return how many test images statistics are made of: as many pixels as 256 images of 64×64 have."""
-    fitting = MOST_LOOKED_AT * 64**2 // images.size**2
-    return min(len(images.test), max(FEWEST_LOOKED_AT, min(MOST_LOOKED_AT, fitting)))
+def calibration_count(images: data.Data) -> int:
+    """Return how many test images statistics are computed on: as many pixels as 256 images of 64×64 have."""
+    fitting = MAX_CALIBRATION_IMAGES * 64**2 // images.size**2
+    return min(len(images.test), max(MIN_CALIBRATION_IMAGES, min(MAX_CALIBRATION_IMAGES, fitting)))
 
 
-def _load(info: RunInfo) -> data.Data:
-    """Return the run's data."""
+def load_run_images(info: RunInfo) -> data.Data:
+    """Return the data that a run was trained on.
+
+    Raises:
+        UserError: they are not on this machine, or others are, or they have no test images.
+    """
     images = data.load_from_record(info.data, size=info.preprocessing.size)
     if info.mismatch(images):
         raise UserError("the images found there are not those that the run was trained on")
@@ -81,13 +86,12 @@ def _load(info: RunInfo) -> data.Data:
     return images
 
 
-def _choose(images: data.Data) -> list[Sample]:
+def _choose_samples(images: data.Data) -> list[Sample]:
     """Return test images of all classes in turn, the first of each class first."""
     labels = images.test.labels
-    places = [(labels == label).nonzero().flatten().tolist() for label in range(len(images.classes))]
-    rounds = max(map(len, places))
-    order = [of_class[turn] for turn in range(min(rounds, SHOWN)) for of_class in places if turn < len(of_class)]
-    chosen = torch.tensor(order[:SHOWN], dtype=torch.int64)
+    of_class = [(labels == label).nonzero().flatten().tolist() for label in range(len(images.classes))]
+    in_turn = [index for turn in itertools.zip_longest(*of_class) for index in turn if index is not None]
+    chosen = torch.tensor(in_turn[:MAX_SAMPLES], dtype=torch.int64)
     return [
         Sample(images.classes[int(labels[index])], _png(pixels))
         for index, pixels in zip(chosen.tolist(), images.test.fetch(chosen), strict=True)

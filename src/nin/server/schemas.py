@@ -1,4 +1,4 @@
-"""What the application answers, for its OpenAPI description."""
+"""Schemas of the HTTP API's responses; the names of the classes are those of the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from nin import distribution
-from nin.server import pca
+from nin.server.pca import PrincipalComponents
 
 
 class Health(BaseModel):
@@ -23,7 +23,7 @@ class Health(BaseModel):
 
     @classmethod
     def of(cls, runs: int) -> Health:
-        """Return the answer where that many runs are served."""
+        """Return the response where that many runs are served."""
         return cls(model=runs > 0, beside=runs > 1, version=distribution.version())
 
 
@@ -41,7 +41,7 @@ class Numbers(BaseModel):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Numbers:
-        """Return a tensor's numbers."""
+        """Return the encoded numbers of a tensor."""
         array = np.ascontiguousarray(tensor.numpy(), dtype="<f4")
         return cls(shape=list(array.shape), values=base64.b64encode(array.tobytes()).decode())
 
@@ -104,7 +104,7 @@ class Weights(BaseModel):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
-        """Return the answer for a convolution."""
+        """Return the response for a convolution."""
         return cls(weight=Numbers.of(weight), bias=None if bias is None else Numbers.of(bias))
 
 
@@ -118,10 +118,10 @@ class Spectrum(BaseModel):
     images: int = Field(description="test images looked at")
 
     @classmethod
-    def of(cls, found: pca.Spectrum) -> Spectrum:
-        """Return the answer for a spectrum."""
-        parts = {name: Numbers.of(getattr(found, name)) for name in ("mean", "directions", "variances")}
-        return cls(**parts, pixels=found.pixels, images=found.images)
+    def of(cls, components: PrincipalComponents) -> Spectrum:
+        """Return the response for principal components."""
+        parts = {name: Numbers.of(getattr(components, name)) for name in ("mean", "directions", "variances")}
+        return cls(**parts, pixels=components.pixels, images=components.images)
 
 
 class Narrowed(BaseModel):

@@ -1,4 +1,4 @@
-"""The files of the page: read once, each under one fixed address, so that no path comes from a request."""
+"""Static files of the page: read once, each under one fixed URL, so that no path comes from a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {"index.html": "/", "api.html": "/api"}
 
 @cache
 def read_page() -> dict[str, tuple[str, bytes]]:
-    """Return media type and contents of each file, by its address."""
+    """Return media type and content of each file, by its URL."""
     found = {}
     for path in sorted(HERE.rglob("*")):
         if path.suffix in TYPES:

@@ -1,4 +1,4 @@
-"""From the body of a request to pixels: what is no image, too large or too many is refused with a clear answer."""
+"""Decode the images of a request; those that are damaged, too large or too many get an HTTP error that says so."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from torch import Tensor
 
 from nin import data
 from nin.checkpoint import Preprocessing
 from nin.data.decoder import DecodeError, read_header
-from nin.server.middleware import Limits, RefusedError
+from nin.server.middleware import Limits
 
 # an image file as the whole body, or several in a form
 _FILE = {"type": "string", "format": "binary"}
@@ -42,7 +43,7 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
     """Return the image files in a request: its multipart parts, or its body as one file.
 
     Raises:
-        RefusedError: there is none, there are too many, or the content type is no image's.
+        HTTPException: there is none, there are too many, or the content type is no image's.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -50,38 +51,38 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
             parts = [part for _, part in form.multi_items()]
             files = [await part.read() for part in parts if isinstance(part, UploadFile)]
         if not files:
-            raise RefusedError(400, "the form must hold at least one file, got none")
+            raise HTTPException(400, "the form must hold at least one file, got none")
         return files
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise RefusedError(415, f"the body must be an image or multipart/form-data with images, got {kind!r}")
+        raise HTTPException(415, f"the body must be an image or multipart/form-data with images, got {kind!r}")
     body = await request.body()
     if not body:
-        raise RefusedError(400, "the body must be an image, got nothing")
+        raise HTTPException(400, "the body must be an image, got nothing")
     return [body]
 
 
 def decode(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits) -> Tensor:
-    """Return the files' pixels as the network takes them, uint8 (N, C, size, size).
+    """Return the files' pixels in the size and the channels of the network's input, uint8 (N, C, size, size).
 
     Raises:
-        RefusedError: a file is no image, damaged, or has too many pixels; the answer says which.
+        HTTPException: a file is no image, damaged, or has too many pixels; the message says which.
     """
     return torch.stack([_decode(file, i, preprocessing, limits) for i, file in enumerate(files)])
 
 
-def _decode(file: bytes, place: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
+def _decode(file: bytes, index: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
     try:
         header = read_header(file)
         if header.width * header.height > limits.pixels:
             size = f"{header.width}×{header.height}"
-            raise RefusedError(413, f"image {place} must have at most {limits.pixels} pixels, got {size}")
+            raise HTTPException(413, f"image {index} must have at most {limits.pixels} pixels, got {size}")
         return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
     except DecodeError as error:
-        message = f"image {place}: {error.reason}; expected {FORMATS}"
-        raise RefusedError(_status(error.__cause__), message) from error
+        message = f"image {index}: {error.reason}; expected {FORMATS}"
+        raise HTTPException(_status_code(error.__cause__), message) from error
 
 
-def _status(cause: BaseException | None) -> int:
+def _status_code(cause: BaseException | None) -> int:
     if isinstance(cause, UnidentifiedImageError):
         return 415
     return 413 if isinstance(cause, Image.DecompressionBombError | Image.DecompressionBombWarning) else 422

@@ -1,4 +1,4 @@
-"""Running the application: a socket, uvicorn, and the browser."""
+"""Run the application: bind a socket, start uvicorn, open the browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import uvicorn
 from nin.errors import UserError
 from nin.server.app import create_app
 
-# Ports tried, where none was asked for and the first is taken.
+# Tried in order where no port was asked for; 8646 has no entry at IANA, and is free on most machines.
 FIRST_PORT, PORTS = 8646, 20
 
 
@@ -58,7 +58,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it answers."""
+    """A uvicorn server that calls back once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
         super().__init__(config)
@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """Return a socket that listens on the port, or on the first free one of ours.
+    """Return a socket bound to the port, or to the first free one of ours.
 
     Raises:
         UserError: it is taken, or the host is no address of this machine.
