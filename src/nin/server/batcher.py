@@ -134,5 +134,7 @@ class Batcher:
 def classify(classifier: Classifier, pixels: Tensor) -> ClassScores:
     """Return class scores and class maps of images, INFERENCE_BATCH_SIZE at a time."""
     network = cast(Network, classifier.fastest)
-    maps = torch.cat([network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]).float().cpu()
+    maps = (
+        torch.cat([network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]).float().cpu()
+    )
     return ClassScores(maps.mean((2, 3)), maps)
