@@ -1,9 +1,9 @@
-"""A folder of a million image files: how long until the training can begin, and the bytes that each image takes.
+"""Measure `nin.data.load` of a folder with a million image files: seconds, and resident memory per image.
 
     python benchmarks/many_files.py [--images 1000000]
 
 The files are PNG images of 16×16 random grey values in ten classes. The folder is loaded twice, each time in a process
-of its own: with a look at every file, as `nin train` begins, and again with what that one remembered. The memory is
+of its own: without a cache, as the first `nin train` does, and with the cache that the first load wrote. The memory is
 that of the process after the load less that of one that loaded 1,000 images, divided by the images. Writes
 `results/many-files.json`.
 """
@@ -37,23 +37,23 @@ print(json.dumps({"seconds": seconds, "bytes": resident, "images": len(images.tr
 
 
 def make_folder(folder: Path, count: int) -> None:
-    """Write the images, no two alike."""
-    chance = np.random.default_rng(0)
+    """Write the images, each with other pixels."""
+    rng = np.random.default_rng(0)
     for number in range(count):
         path = folder / f"class{number % 10}" / f"image-{number:07d}.png"
         if number < 10:
             path.parent.mkdir(parents=True)
-        Image.fromarray(chance.integers(0, 256, (16, 16), dtype=np.uint8)).save(path, compress_level=1)
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(path, compress_level=1)
 
 
 def load(folder: Path) -> dict[str, float]:
-    """Load a folder in a process of its own."""
+    """Load a folder in a process of its own and return its seconds, resident bytes and images."""
     command = [sys.executable, "-c", LOAD, str(folder)]
     return dict(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
 
 
 def main() -> None:
-    """Make the folder, load it, and write what that took; removing a million files takes some more minutes."""
+    """Make the folder, load it, and write the measurements; removing a million files takes some more minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     count = parser.parse_args().images

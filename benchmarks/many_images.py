@@ -1,10 +1,10 @@
-"""A million small images in shards, classified by `nin predict`, which is killed on the way and goes on.
+"""Measure `nin predict` on a million small images in shards, killed with SIGKILL twice and resumed.
 
     OMP_NUM_THREADS=1 python benchmarks/many_images.py [--images 1000000]
 
-Makes PNG images of 16×16 random grey values in shards of 10,000, trains a network on digits for a moment (the answers
-do not matter), and lets `nin predict SHARDS --csv FILE` run: killed with SIGKILL after a third and after two thirds of
-the rows, then to its end. Every image must have one row, in order. The memory is looked at every half second. Writes
+Makes PNG images of 16×16 random grey values in shards of 10,000, trains a network on digits for an epoch (the
+predictions do not matter), and runs `nin predict SHARDS --csv FILE`: killed after a third and after two thirds of the
+rows, then to its end. Every image must have one row, in order. The resident memory is sampled every half second. Writes
 `results/many-images.json`.
 """
 
@@ -30,18 +30,18 @@ from nin import checkpoint, training
 from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-PER_SHARD = 10_000
+IMAGES_PER_SHARD = 10_000
 
 
 def make_shards(folder: Path, count: int) -> list[str]:
     """Write the shards; return the names of the images."""
-    chance, names = np.random.default_rng(0), []
-    for shard in range(-(-count // PER_SHARD)):
+    rng, names = np.random.default_rng(0), []
+    for shard in range(-(-count // IMAGES_PER_SHARD)):
         path = folder / f"images-{shard:06d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(shard * PER_SHARD, min((shard + 1) * PER_SHARD, count)):
+            for number in range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, count)):
                 content = io.BytesIO()
-                values = chance.integers(0, 256, (16, 16), dtype=np.uint8)
+                values = rng.integers(0, 256, (16, 16), dtype=np.uint8)
                 Image.fromarray(values).save(content, "PNG", compress_level=1)
                 member = tarfile.TarInfo(f"{number:09d}.png")
                 member.size = content.tell()
@@ -52,7 +52,7 @@ def make_shards(folder: Path, count: int) -> list[str]:
 
 
 def predict(run: Path, shards: Path, out: Path, stop_at: int | None) -> dict[str, float]:
-    """Run the command, to its end or to a kill; return rows per second and the memory's course."""
+    """Run the command to its end, or kill it at a row; return rows per second and resident memory."""
     command = [sys.executable, "-m", "nin", "predict", str(run), str(shards), "--csv", str(out), "--resume"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     mark, samples = out.with_name(f"{out.name}.partial.json"), []
@@ -81,7 +81,7 @@ def predict(run: Path, shards: Path, out: Path, stop_at: int | None) -> dict[str
 
 
 def main() -> None:
-    """Make, kill, go on, and compare."""
+    """Make the shards, predict with two kills, compare the rows with the images, and write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     count = parser.parse_args().images

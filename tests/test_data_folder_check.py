@@ -1,4 +1,4 @@
-"""What is found out about a folder before anybody trains on it, and what is remembered."""
+"""check: the findings in an image folder, and the cache of its scan."""
 
 import os
 import shutil

@@ -88,7 +88,7 @@ def _load_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, Image
     try:
         _download(name, folder)
         return _read_sets(name, folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torchvision's where all mirrors fail or a checksum is wrong
         words = " ".join(str(error).split())[:200]
         raise UserError(
             f"{name}: the files are not in {folder} and cannot be downloaded ({words}); "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nin.runtime.files import write_atomically
 
+# A file that was damaged on the disk must not become sizes, labels or offsets of images.
 _CHECKSUM_BYTES = 16
 
 

@@ -259,12 +259,13 @@ def default_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
     if shorter[0] <= 64 and (widths == shorter[0]).all() and (heights == shorter[0]).all():
         return int(shorter[0])
     middle = median(shorter.tolist())
+    # up to 160 pixels the shorter side shrinks by a third at most; 224 is what networks for ImageNet take
     return next((size for limit, size in ((48, 32), (96, 64), (160, 128)) if middle <= limit), 224)
 
 
 def default_shift(size: int) -> int:
     """Return how many pixels an image of this size may be moved without losing what it shows."""
-    if size <= 32:
+    if size <= 32:  # 2 of 32 pixels, as the fastest trainings on CIFAR-10 do
         return 1 if size < 16 else 2
     return size // 16
 

@@ -212,7 +212,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Return the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I") or image.mode == "F":  # Image.convert would clip them at 255 and not scale
         values = np.asarray(image)
         top = 1 if values.dtype.kind == "f" else 65535
         error = f"pixel values must be in 0..{top} for {values.dtype}"

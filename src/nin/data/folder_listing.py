@@ -166,10 +166,11 @@ def _visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder that are not hidden, by name."""
     try:
         with os.scandir(folder) as entries:
+            # __MACOSX: what macOS adds to its zip files
             visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
     except OSError as error:
         raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
-    return sorted(visible, key=lambda entry: entry.name)
+    return sorted(visible, key=lambda entry: entry.name)  # the order of scandir depends on the file system
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -107,11 +107,12 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], *, workers: i
     try:
         for item in items:
             pending.append(pool.submit(function, item))
+            # two items for each thread: it takes the next one while the first result waits for the caller
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
+    finally:  # also where the caller stops early: then it does not wait for all the items
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -86,7 +86,7 @@ def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int 
     if count > MAX_SORTED:
         return _feistel_permutation(torch.arange(start, stop), count, seed=seed, epoch=epoch)
     hashes = hash_indices(torch.arange(count), stream_key("order", seed, epoch))
-    return torch.argsort(hashes, stable=True)[start:stop]
+    return torch.argsort(hashes, stable=True)[start:stop]  # stable: equal hashes have one order everywhere
 
 
 def _feistel_permutation(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
@@ -137,6 +137,7 @@ def stratified_holdout(
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for ranked in members.values():
         ranked.sort()
+        # rounded half up: round() would take the even neighbour
         count = min(max(int(fraction * len(ranked) + 0.5), 1), len(ranked) - 1)
         chosen[[index for _, index in ranked[:count]]] = True
     return chosen

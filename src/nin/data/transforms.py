@@ -49,6 +49,7 @@ def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int, flip: boo
     if flip:
         mirrored = (hash_indices(indices, stream_key("flip", seed)) + epoch) % 2 == 1
         columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    # flip and shift as one gather of bytes, which is exact; grid_sample would interpolate floats
     pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, -1)  # (B, 1, H*W)
     moved = images.reshape(batch, channels, -1).gather(2, pixels.expand(-1, channels, -1))
     return moved.view(batch, channels, height, width)

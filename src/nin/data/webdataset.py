@@ -76,7 +76,7 @@ class ShardSet(DecodedSet):
         """
         path, member = self.shards[self.shard_indices[index]], self.members[index]
         try:
-            with path.open("rb") as file:
+            with path.open("rb") as file:  # each time: there may be more shards than a process may hold open
                 return os.pread(file.fileno(), int(member["size"]), int(member["offset"]))
         except OSError as error:
             raise DecodeError(self.names[index], f"cannot be opened ({error.strerror})") from error
@@ -275,6 +275,7 @@ def _read_members(path: Path) -> tuple[NDArray[np.void], list[str]]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     try:
+        # "r:" is no compression: in a compressed tar file nothing can be read at an offset
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
                 key, extension = os.path.splitext(member.name)

@@ -108,6 +108,7 @@ def _start_or_resume(out: Path, metadata: dict[str, object]) -> None:
 
 def _write_shard(path: Path, scan: FolderScan, indices: NDArray[np.int64], *, first: int) -> None:
     """Write images and labels as one tar file; times and owners are left out, so that it is always the same."""
+    # USTAR: one header of 512 bytes for each member; Python's default, PAX, may add extended ones
     with open_atomically(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, index in enumerate(indices.tolist(), start=first):
             extension = os.path.splitext(scan.listing.names[index])[1].lower()
