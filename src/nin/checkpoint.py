@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nin.errors import UserError
 from nin.models.plan import Plan
 from nin.models.surgery import apply_plan
 from nin.ops import backends
-from nin.runtime import device
+from nin.runtime import device, distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
 
@@ -326,11 +327,36 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return fingerprint(parts)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of interrupted writes."""
-    for name in FILES:
-        for leftover in Path(folder).glob(f".{name}.*"):
+@contextlib.contextmanager
+def output_folder(out: Path, *, may_contain: Collection[str] | None = ()) -> Iterator[None]:
+    """Create a run folder for the block that writes into it; remove it again if nothing was written.
+
+    Temporary files of interrupted writes are removed. Of several processes only rank 0 does anything.
+
+    Args:
+        out: the folder.
+        may_contain: names of files and folders that it may hold already; None allows all.
+
+    Raises:
+        UserError: it holds something else.
+        OSError: it cannot be made.
+    """
+    if not distributed.is_main_process():
+        yield
+        return
+    if out.is_dir():
+        for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):
             leftover.unlink()
+    is_file = out.exists() and not out.is_dir()
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if may_contain is not None and (is_file or not names.issubset(may_contain)):
+        raise UserError(f"{out} is not empty: give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def remove_state(folder: Path) -> None:

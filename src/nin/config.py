@@ -85,21 +85,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges, before any data are loaded."""
-        for name in ("epochs", "batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup", "momentum", "label_smoothing", "ema", "dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
-        for name in ("learning_rate", "gradient_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("weight_decay", "shift"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{name} must be at least 0 and finite, got {value}")
+        for is_valid, requirement, names in (
+            (lambda x: x >= 1, "at least 1", ("epochs", "batch_size", "threads")),
+            (
+                lambda x: 0 <= x < 1,
+                "at least 0 and below 1",
+                ("warmup", "momentum", "label_smoothing", "ema", "dropout"),
+            ),
+            (lambda x: 0 < x < math.inf, "above 0 and finite", ("learning_rate", "gradient_clip")),
+            (lambda x: 0 <= x < math.inf, "at least 0 and finite", ("weight_decay", "shift")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_valid(value):
+                    raise UserError(f"{name} must be {requirement}, got {value}")
         check_seed(self.seed)
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> ResolvedConfig:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class OptimizerWithEMA:
     """An optimiser of a model, with gradient clipping, and the EMA of the model's weights and buffers.
 
-    Not `torch.optim.swa_utils.AveragedModel`: its decay is a Python number, which a captured CUDA graph would keep for
-    ever; here the decay and the learning rate are tensors on a GPU, so that they change from replay to replay.
+    Not `torch.optim.swa_utils.AveragedModel`: each of its updates reads a counter on the CPU (PyTorch 2.15), which a
+    CUDA graph cannot. Here decay and learning rate are tensors on a GPU, so that they change between replays.
 
     Args:
         model: trained in place.

@@ -15,7 +15,7 @@ from nin import checkpoint, data
 from nin.errors import UserError
 from nin.models.factory import create_external_model
 from nin.narrowing import NarrowResult
-from nin.narrowing.workflow import NarrowingTask, prepare_folder, run_workflow
+from nin.narrowing.workflow import NarrowingTask, output_folder, run_workflow
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
@@ -142,7 +142,7 @@ def narrow_model(
     task = NarrowingTask(model, images, preprocessing, labelled, cache)
     if config.dry_run or out is None:
         return run_workflow(task, config, None, keeping, on_progress)
-    with prepare_folder(out):
+    with output_folder(out):
         result = run_workflow(task, config, out, keeping, on_progress)
         if not labelled:
             found = "no table of scores" if scores is None else f"{scores:,} scores"

@@ -11,7 +11,7 @@ from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing import NarrowResult
 from nin.narrowing.baseline import original_config, train_control
-from nin.narrowing.workflow import NarrowingTask, calibration_batches, prepare_folder, run_workflow
+from nin.narrowing.workflow import NarrowingTask, calibration_batches, output_folder, run_workflow
 from nin.narrowing.workflow_config import CONTROL_FOLDER, WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
@@ -58,7 +58,7 @@ def narrow_run(
         original_config(info.model)
     if config.dry_run or out is None:
         return run_workflow(task, config, None, keeping, on_progress)
-    with prepare_folder(out):
+    with output_folder(out):
         result = run_workflow(task, config, out, keeping, on_progress)
         if config.control:
             control = train_control(

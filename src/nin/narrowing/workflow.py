@@ -168,29 +168,13 @@ def check_beginning(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
         raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
 
 
-@contextlib.contextmanager
-def prepare_folder(out: Path) -> Iterator[None]:
-    """Make the folder of the result, or find the unfinished one; where nothing was written, it goes away again.
-
-    Of several processes the first one does.
+def output_folder(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a narrowed network's run folder is written; it may hold an unfinished one.
 
     Raises:
         UserError: it holds something else.
     """
-    if not distributed.is_main_process():
-        yield
-        return
-    if out.is_dir():
-        checkpoint.remove_leftovers(out)
-    unfinished = {checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER}
-    if out.exists() and (not out.is_dir() or any(path.name not in unfinished for path in out.iterdir())):
-        raise UserError(f"{out} is not empty: give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if not any(out.iterdir()):  # stopped, or refused
-            out.rmdir()
+    return checkpoint.output_folder(out, may_contain={checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER})
 
 
 class _Saver:

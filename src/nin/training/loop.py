@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,7 +31,7 @@ from nin.training.state import (
     has_begun,
     is_finished,
     load_state,
-    prepare_folder,
+    run_folder,
     save_state,
 )
 from nin.training.step import TrainStep, make_model
@@ -115,14 +116,8 @@ def train(
         sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
         train_step = TrainStep(network or (lambda: make_model(resolved, **sizes)), resolved)
         trainer = Trainer(images, train_step, folder, options, on_progress or (lambda progress: None))
-        if trainer.output is None:
+        with contextlib.nullcontext() if folder is None else run_folder(folder, resume=options.resume):
             return trainer.run()
-        prepare_folder(trainer.output, resume=options.resume)
-        try:
-            return trainer.run()
-        finally:
-            if not any(trainer.output.iterdir()):  # stopped before anything was written
-                trainer.output.rmdir()
 
 
 class Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from nin import checkpoint
 from nin.errors import UserError
+from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.training.step import TrainStep
 
@@ -101,25 +103,18 @@ def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [f"{name}={old}, now {name}={new}" for name, old, new in changed_settings(now, before)]
 
 
-def prepare_folder(out: Path, *, resume: bool) -> None:
-    """Create the run folder, or remove what an interrupted write left in it.
+def run_folder(out: Path, *, resume: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
 
     Raises:
-        UserError: it holds another run, or something that is no run; or there is none to resume.
-        OSError: it cannot be made.
+        UserError: it holds an unfinished run, or there is none to resume.
     """
-    if resume:
-        if not has_begun(out):
+    if distributed.is_main_process():
+        if resume and not has_begun(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
-        checkpoint.remove_leftovers(out)
-        return
-    if (out / checkpoint.STATE_FILE).exists():
-        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
-    if out.is_dir():
-        checkpoint.remove_leftovers(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty: give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+        if not resume and (out / checkpoint.STATE_FILE).exists():
+            raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
+    return checkpoint.output_folder(out, may_contain=None if resume else ())
 
 
 def has_begun(folder: Path) -> bool:
