@@ -1,4 +1,4 @@
-"""Chains in a traced graph: which nodes one operator can stand for."""
+"""Matching chains in a traced graph: which nodes one operator can replace."""
 
 from __future__ import annotations
 
@@ -19,69 +19,69 @@ _MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
 class Tracer(fx.Tracer):
-    """PyTorch's, that also leaves nin's own layers and chains whole, and BatchNorm of whatever class."""
+    """PyTorch's tracer, for which nin's own layers, chains and every subclass of BatchNorm are leaves too."""
 
     def __init__(self, path: str = "") -> None:
         super().__init__()
-        self.path = path  # of what is traced, in the whole model
+        self.path = path  # name of the traced module in the whole model
 
     def path_of_module(self, mod: nn.Module) -> str:
-        """Return a module's name. A chain is no registered child, so that nobody who runs all children runs it."""
+        """Return a module's name; that of a chain is its own, as it is no registered child, see `rewrite`."""
         return mod.path.removeprefix(f"{self.path}.") if isinstance(mod, Chain) else super().path_of_module(mod)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether a module becomes one node."""
+        """Return whether a module becomes one node of the graph."""
         return isinstance(m, MLPConv | Chain | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclasses.dataclass
-class Found:
+class ChainMatch:
     """A chain in a graph.
 
     Attributes:
         nodes: of the graph, from the first layer to the last activation.
-        links: what they do.
-        names: of the layers.
+        links: the layers of the nodes.
+        layer_names: names of the layers in the traced module.
     """
 
     nodes: list[fx.Node]
     links: list[Link]
-    names: list[str]
+    layer_names: list[str]
 
 
-def find_chains(model: nn.Module, graph: fx.Graph) -> tuple[list[Found], dict[str, str]]:
-    """Return the chains of a graph, none of which shares a node with another.
+def match_chains(model: nn.Module, graph: fx.Graph) -> tuple[list[ChainMatch], dict[str, str]]:
+    """Return the chains of a graph, without nodes in common, and the 1×1 layers in none of them.
 
     Args:
-        model: whose graph it is; its mode, training or evaluation, is the one that chains are for.
+        model: the traced module, in the mode, training or evaluation, in which chains are to run.
         graph: of its forward.
 
     Returns:
-        The chains, and of each 1×1 layer that is in none the reason, by name.
+        The chains, and the reason why each other 1×1 layer is in none, by the layer's name.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     taken: set[fx.Node] = set()
-    found, reasons = [], {}
+    matches, reasons = [], {}
     for node in graph.nodes:
         if node in taken or not _is_layer(node, modules):
             continue
         name = str(node.target)
-        reason = why_not(modules[name], calls[name], first=True)
+        reason = unsupported_reason(modules[name], calls[name], first=True)
         if reason is None:
-            chain = _follow(node, modules, calls)
-            if len(chain.nodes) > 1:
-                found.append(chain)
-                taken.update(chain.nodes)
+            match = _match_from(node, modules, calls)
+            if len(match.nodes) > 1:
+                matches.append(match)
+                taken.update(match.nodes)
                 continue
             reason = "nothing follows it that the operator does"
         if _is_pointwise(modules[name]):
             reasons[name] = reason
-    return found, reasons
+    return matches, reasons
 
 
-def why_not(layer: nn.Module, calls: int, *, first: bool) -> str | None:
-    """Return why a layer cannot be in a chain, or None."""
+def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | None:
+    """Return why a layer cannot be in a chain, or None if it can."""
     if calls > 1:
         return "it is called more than once"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
@@ -107,16 +107,16 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
-def _follow(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str]) -> Found:
-    """Return the longest chain from a layer on."""
+def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str]) -> ChainMatch:
+    """Return the longest chain that begins with a layer."""
     first = modules[str(start.target)]
     assert isinstance(first, nn.Conv2d | nn.Linear)
-    chain, nodes = Found([start], [Link(first)], [str(start.target)]), [start]
+    match, nodes = ChainMatch([start], [Link(first)], [str(start.target)]), [start]
     while len(nodes[-1].users) == 1:
         node = next(iter(nodes[-1].users))
         if node.args[:1] != (nodes[-1],) or nodes[-1] in node.kwargs.values():
             break
-        link, activation = chain.links[-1], _activation(node, modules)
+        link, activation = match.links[-1], _activation(node, modules)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and (module._forward_hooks or module._forward_pre_hooks):
             break
@@ -129,26 +129,28 @@ def _follow(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str]) 
             link.norm, link.activation = module, after
         elif module is not None and _does_nothing(module):
             nodes.append(node)
-            continue  # counts only where something follows
+            continue  # part of the chain only if something follows it
         elif (
             module is not None
             and type(module) is type(first)
-            and why_not(module, calls[str(node.target)], first=False) is None
+            and unsupported_reason(module, calls[str(node.target)], first=False) is None
         ):
             assert isinstance(module, nn.Conv2d | nn.Linear)
-            chain.links.append(Link(module))
-            chain.names.append(str(node.target))
+            match.links.append(Link(module))
+            match.layer_names.append(str(node.target))
         else:
             break
         nodes.append(node)
-        chain.nodes = list(nodes)
-    if isinstance(first, nn.Linear) and len(chain.links) < 2:
-        return Found([start], [Link(first)], chain.names)  # one matrix product: PyTorch's own is as good
-    return chain
+        match.nodes = list(nodes)
+    if isinstance(first, nn.Linear) and len(match.links) < 2:
+        return ChainMatch(
+            [start], [Link(first)], match.layer_names
+        )  # a single matrix product, which PyTorch computes as fast
+    return match
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Return the name of the activation that a node is, or None."""
+    """Return the name of the activation that a node computes, or None if it is not one of the operator's."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
         exact = not isinstance(module, nn.GELU) or module.approximate == "none"
@@ -162,9 +164,9 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 
 def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
-    """Return what a BatchNorm does behind the normalisation: "none", an activation, or None for anything else.
+    """Return the activation that a BatchNorm applies, "none", or None if it computes anything else.
 
-    timm's BatchNormAct2d has it as ``act``, behind a ``drop``.
+    timm's BatchNormAct2d applies its modules ``drop`` and ``act``.
     """
     if type(norm) is nn.BatchNorm2d:
         return "none"
@@ -177,7 +179,7 @@ def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
 
 
 def _can_fold(norm: nn.BatchNorm2d, link: Link) -> bool:
-    """Whether a BatchNorm has fixed statistics that go into a convolution's weights."""
+    """Return whether a BatchNorm has fixed statistics, and follows a convolution into which it can be folded."""
     return isinstance(link.layer, nn.Conv2d) and not norm.training and norm.running_mean is not None
 
 

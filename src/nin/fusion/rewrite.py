@@ -1,4 +1,4 @@
-"""`fuse`: the chains of a model are found, put into its forward, and measured."""
+"""`fuse`: match the chains of a model, rewrite the forwards of its modules, and keep what is faster."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from nin.fusion.chain import Chain
-from nin.fusion.matcher import Found, Tracer, find_chains
+from nin.fusion.matcher import ChainMatch, Tracer, match_chains
 from nin.layers import Conv1x1, MLPConv
 from nin.runtime.fx_trace import TracingError, trace
 from nin.runtime.timer import Timing, time_interleaved
 
-# A form must be so much faster than the layers as they are before it takes their place.
-MARGIN = 0.97
+# A form must take less than this fraction of the original's time: a smaller gain is within the noise of the clock.
+LARGEST_TIME_RATIO = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
 class FusedChain:
-    """What became of one chain.
+    """A chain of the fused model.
 
     Attributes:
         layers: names of its convolutions or fully connected layers.
-        form: how it is computed, one of `FORMS`; "original" where nothing was faster.
-        times: of each form that was measured, on what the chain sees in a run on the example.
+        form: how it is computed, one of `CHAIN_FORMS`; "original" where nothing was faster.
+        times: of each form that was measured, on the chain's input in a run on the example.
         chain: the module that computes it.
     """
 
@@ -40,15 +40,15 @@ class FusedChain:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fused:
-    """What `fuse` made.
+class FuseResult:
+    """The result of `fuse`.
 
     Attributes:
         model: the faster model. Its ``state_dict`` has the keys and tensors of the original's.
-        chains: what was found.
+        chains: its chains.
         left: names of 1×1 layers that are in no chain, with the reason.
-        before: the original model on the example, or None where there was none.
-        after: the faster model on it.
+        before: time of the original model on the example, or None without an example.
+        after: time of the faster model.
     """
 
     model: nn.Module
@@ -59,11 +59,11 @@ class Fused:
 
     @property
     def speedup(self) -> float | None:
-        """Time before over time after."""
+        """The time before over the time after, or None without an example."""
         return None if self.before is None or self.after is None else self.before.median_ms / self.after.median_ms
 
     def __rich__(self) -> Table:
-        """Return the table that the terminal shows."""
+        """Return a table of the chains, and of the layers that are in none, for rich."""
         title = "" if self.speedup is None else f"the whole model: {self.speedup:.2f}× as fast"
         table = Table("layers", "computed as", "ms before", "ms after", title=title)
         for chain in self.chains:
@@ -76,24 +76,24 @@ class Fused:
         return table
 
 
-def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs: int = 9) -> Fused:
-    """Let the 1×1 chains of a model run as one operator each, where that is faster.
+def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs: int = 9) -> FuseResult:
+    """Return a model whose 1×1 chains run as one operator each, where that is faster.
 
-    A chain is a convolution (1×1, or k×k with groups = 1), then 1×1 convolutions, with BatchNorm (folded, in
-    evaluation) and ReLU, GELU or SiLU between and behind them; or fully connected layers that look at every place
-    alone. Its hidden values stay in the cache, see `nin.mlpconv`. The model keeps its classes, its parameters and
-    their names; in the mode that was not asked for it runs as before.
+    A chain is a convolution (1×1, or k×k with groups = 1), then 1×1 convolutions, each with BatchNorm (folded, in
+    evaluation) and ReLU, GELU or SiLU after it; or fully connected layers on every pixel. Its hidden values stay in the
+    cache, see `nin.mlpconv`. The model keeps its classes, its parameters and their names; in the other mode, training
+    or evaluation, it runs as before.
 
     Args:
-        model: any PyTorch model; it is left as it is. Parts that cannot be traced stay as they are.
-        example: an input (or a tuple of them) of the size, layout and dtype that counts. With it, every chain is
-            timed in each of its forms and computed in the fastest, and the model as a whole: where it is slower
-            with them, all chains stay as they were. Without it, all become the operator.
-        training: fuse what runs in training; chains end at a BatchNorm then, and at dropout.
+        model: any PyTorch model; it is not changed. Modules that cannot be traced stay as they are.
+        example: an input (or a tuple of them) of the shape, memory format and dtype to optimise for. With it, every
+            chain is timed in each of its forms and computed in the fastest; and where the whole model is slower with
+            its chains, none is kept. Without it, all become the operator.
+        training: fuse for training; chains end at a BatchNorm then, and at dropout.
         runs: rounds of timing.
 
     Returns:
-        The model and what became of each chain.
+        The fused model, its chains, and the 1×1 layers in none.
 
     Raises:
         TypeError: the model is no module.
@@ -112,8 +112,8 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     mode = model.training
     new = copy.deepcopy(model).train(training)
     chains: dict[str, Chain] = {}
-    left: dict[str, str] = {}
-    new = _fuse_below(new, "", chains, left).train(mode)
+    unfused: dict[str, str] = {}
+    new = _fuse_module(new, "", chains, unfused).train(mode)
     times: dict[str, dict[str, Timing]] = {}
     before = after = None
     if example is not None:
@@ -122,61 +122,62 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
         times = _choose_forms(new, inputs, chains, runs)
         plain = copy.deepcopy(model).train(training)
         before, after = _measure(plain, new, inputs, runs)
-        if after.median_ms > before.median_ms:  # chains that are faster alone, and not among the others
+        if after.median_ms > before.median_ms:  # each is faster alone, but not all together
             reason = f"the whole model took {after.median_ms:.2f} ms with them and {before.median_ms:.2f} ms without"
-            left.update(dict.fromkeys((", ".join(key.split("|")) for key in chains), reason))
+            unfused.update(dict.fromkeys((", ".join(key.split("|")) for key in chains), reason))
             for chain in chains.values():
                 chain.form = "original"
             before, after = _measure(plain, new, inputs, runs)
         new.train(mode)
     found = (FusedChain(tuple(key.split("|")), c.form, times.get(key, {}), c) for key, c in chains.items())
-    return Fused(new, tuple(found), left, before, after)
+    return FuseResult(new, tuple(found), unfused, before, after)
 
 
-def _fuse_below(module: nn.Module, path: str, chains: dict[str, Chain], left: dict[str, str]) -> nn.Module:
-    """Fuse a module, or its children where it cannot be traced; return it."""
+def _fuse_module(module: nn.Module, path: str, chains: dict[str, Chain], unfused: dict[str, str]) -> nn.Module:
+    """Fuse a module in place, or its children where it cannot be traced; return it."""
     if isinstance(module, MLPConv | Conv1x1 | Chain) or not any(module.children()) or _is_hooked(module):
         return module
     graph = _trace(module, path)
     if graph is None:
         for name, child in module.named_children():
-            setattr(module, name, _fuse_below(child, _join(path, name), chains, left))
+            setattr(module, name, _fuse_module(child, _join(path, name), chains, unfused))
         return module
-    found, reasons = find_chains(module, graph)
-    left |= {_join(path, name): reason for name, reason in reasons.items()}
-    # each chain goes into the smallest module that holds all of it, so that the classes above stay what they are
-    for owner in sorted({_owner(chain) for chain in found}, key=lambda name: -name.count(".") - bool(name)):
-        _rewrite(module.get_submodule(owner), _join(path, owner), chains)
+    matches, reasons = match_chains(module, graph)
+    unfused |= {_join(path, name): reason for name, reason in reasons.items()}
+    # Each chain goes into the smallest module with all of its layers, so that the classes above stay what they are;
+    # inner modules first, as their chains are then leaves in the graphs of the outer ones.
+    for owner in sorted({_smallest_owner(match) for match in matches}, key=lambda name: -name.count(".") - bool(name)):
+        _insert_chains(module.get_submodule(owner), _join(path, owner), chains)
     return module
 
 
-def _rewrite(module: nn.Module, path: str, chains: dict[str, Chain]) -> None:
-    """Put the chains of one module into its forward."""
+def _insert_chains(module: nn.Module, path: str, chains: dict[str, Chain]) -> None:
+    """Replace the nodes of a module's chains in its forward by calls of `Chain`."""
     graph = _trace(module, path)
     if graph is None or _is_hooked(module):
         return
-    found, _ = find_chains(module, graph)
-    for number, chain in enumerate(found):
+    matches, _ = match_chains(module, graph)
+    for number, match in enumerate(matches):
         name = f"nin_chain_{number}"
-        made = Chain(chain.links, _join(path, name))
-        vars(module)[name] = made  # past the registration of children, see `Tracer.path_of_module`
-        chains["|".join(_join(path, layer) for layer in chain.names)] = made
-        last = chain.nodes[-1]
+        chain = Chain(match.links, _join(path, name))
+        vars(module)[name] = chain  # not registered: who runs a module's children one by one must not run it
+        chains["|".join(_join(path, layer) for layer in match.layer_names)] = chain
+        last = match.nodes[-1]
         with graph.inserting_after(last):
-            node = graph.call_module(name, args=chain.nodes[0].args[:1])
+            node = graph.call_module(name, args=match.nodes[0].args[:1])
         last.replace_all_uses_with(node)
-        for old in reversed(chain.nodes):
+        for old in reversed(match.nodes):
             graph.erase_node(old)
-    if found:
+    if matches:
         graph.lint()
         _replace_forward(module, type(fx.GraphModule(module, graph)).forward)
 
 
 def _replace_forward(module: nn.Module, fused: Callable[..., Any]) -> None:
-    """Give the module a subclass of its class whose forward is fused where it is called as it was traced.
+    """Give the module a subclass of its class, whose forward is fused where it is called as it was traced.
 
-    That is in the same mode, and with nothing given that has a default: what `if extra is None` decides in a forward
-    is decided in the graph.
+    That is in the same mode, and without the arguments that have a default: the graph holds the branch that a condition
+    such as ``if mask is None`` took for the defaults.
     """
     original, traced, required = type(module).forward, module.training, len(_parameters(module)[0])
 
@@ -189,7 +190,7 @@ def _replace_forward(module: nn.Module, fused: Callable[..., Any]) -> None:
 
 
 def _trace(module: nn.Module, path: str) -> fx.Graph | None:
-    """Return the module's graph, or None where it has control flow or the like."""
+    """Return the module's graph, or None where it cannot be traced."""
     required, optional = _parameters(module)
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in required):
         return None
@@ -210,10 +211,10 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _owner(chain: Found) -> str:
-    """Return the name of the smallest module that all nodes of a chain run in."""
+def _smallest_owner(match: ChainMatch) -> str:
+    """Return the name of the smallest module in which all nodes of a chain run."""
     stacks = []
-    for node in chain.nodes:
+    for node in match.nodes:
         stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
         stacks.append(stack[:-1] if node.op == "call_module" else stack)
     common = ""
@@ -232,17 +233,17 @@ def _join(path: str, name: str) -> str:
 def _choose_forms(
     model: nn.Module, inputs: tuple[Any, ...], chains: dict[str, Chain], runs: int
 ) -> dict[str, dict[str, Timing]]:
-    """Time every chain on what it sees, and let it run in its fastest form."""
-    seen: dict[str, Tensor] = {}
+    """Time every chain on its input in a run of the model, and set its fastest form."""
+    chain_inputs: dict[str, Tensor] = {}
     hooks = [
-        chain.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0].clone()}))
+        chain.register_forward_pre_hook(lambda _, args, key=key: chain_inputs.update({key: args[0].clone()}))
         for key, chain in chains.items()
     ]
     model(*inputs)
     for hook in hooks:
         hook.remove()
     times = {}
-    for key, x in seen.items():
+    for key, x in chain_inputs.items():
         chain = chains[key]
 
         def run(form: str, chain: Chain = chain, x: Tensor = x) -> Tensor:
@@ -251,7 +252,7 @@ def _choose_forms(
 
         timed = time_interleaved({form: lambda form=form: run(form) for form in chain.forms}, runs=runs)  # type: ignore[misc]
         best = min(timed, key=lambda form: timed[form].median_ms)
-        chain.form = best if timed[best].median_ms < MARGIN * timed["original"].median_ms else "original"
+        chain.form = best if timed[best].median_ms < LARGEST_TIME_RATIO * timed["original"].median_ms else "original"
         times[key] = timed
     return times
 
