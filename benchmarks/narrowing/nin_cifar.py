@@ -17,7 +17,7 @@ import torch
 
 import nin
 from nin import checkpoint, data, narrowing
-from nin.narrowing.workflow import NarrowingTask, accuracy, calibration_batches
+from nin.narrowing.workflow import NarrowingTask
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import device, timer
 
@@ -41,13 +41,13 @@ def main() -> None:
     cache = arguments.run / "narrowing.safetensors"
     task = NarrowingTask(model, images, info.preprocessing, True, cache)
     config = WorkflowConfig({"latency": arguments.latency})
-    batches = list(calibration_batches(task, config))
+    batches = task.calibration_batches(config)
     started = time.perf_counter()
     result = nin.narrow(
         model,
         batches,
         latency=arguments.latency,
-        evaluate=lambda m: accuracy(m, task),
+        evaluate=task.accuracy,
         options=nin.NarrowOptions(
             cache=cache,
             budgets=tuple(arguments.budgets),

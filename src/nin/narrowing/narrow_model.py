@@ -1,4 +1,4 @@
-"""Somebody's own network becomes a narrower one: a factory, its weights, and a folder of images."""
+"""Narrow any PyTorch model, given by its factory and its weights, into a folder with the plan and the report."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from nin import checkpoint, data
 from nin.errors import UserError
 from nin.models.factory import create_external_model
-from nin.narrowing import NarrowResult
+from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.workflow import NarrowingTask, output_folder, run_workflow
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
-from nin.runtime.progress import ProgressCallback
+from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.training import CheckpointOptions
 
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
@@ -30,7 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class InputNormalisation:
-    """How an image becomes the network's input.
+    """The mean and the standard deviation that a network's input is normalised with.
 
     Attributes:
         mean: of each channel, for values from 0 to 1; if not given, ImageNet's for colour, the images' own for grey.
@@ -40,7 +40,7 @@ class InputNormalisation:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
-    def of(self, images: data.Data) -> checkpoint.Preprocessing:
+    def preprocessing(self, images: data.Data) -> checkpoint.Preprocessing:
         """Return the preprocessing for these images.
 
         Raises:
@@ -57,7 +57,7 @@ class InputNormalisation:
 
 
 def load_network(factory: str, weights: Path) -> nn.Module:
-    """Return somebody's network with its weights, in evaluation mode.
+    """Return a network from its factory, with its weights, in evaluation mode.
 
     Args:
         factory: "timm:NAME", "package.module:function" and so on, see `nin.models.factory.create_external_model`.
@@ -81,7 +81,7 @@ def load_network(factory: str, weights: Path) -> nn.Module:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return a ``state_dict`` from a file, out of the wrappings that training scripts put around it.
+    """Return the ``state_dict`` in a file, unwrapped from the checkpoint of a training script.
 
     Raises:
         UserError: the file is missing, damaged, or holds something else than tensors.
@@ -112,38 +112,39 @@ def narrow_model(
     out: Path | None,
     cache: Path,
     keeping: CheckpointOptions | None = None,
-    on_progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> NarrowResult:
-    """Narrow somebody's network. A call that was interrupted goes on when it is made again.
+    """Narrow any network; interrupted, the same call resumes it.
 
     Args:
         model: in evaluation mode.
-        images: to look at, and, where their classes are as many as the network's scores, to test with.
-        normalisation: from an image to the network's input.
+        images: to calibrate with, and, where their classes are as many as the network's scores, to test with.
+        normalisation: of the network's input.
         config: what is asked for.
         out: the folder to make: ``model.safetensors``, ``plan.json`` and ``report.json``; None in a dry run.
-        cache: a file that keeps what is found of the network.
-        keeping: when the state of a fine-tuning is written, and whether to stop.
+        cache: a file that keeps the analysis of the network.
+        keeping: when the state of a fine-tuning is saved, and whether to stop.
         on_progress: called with what is being done, the number done, and the number of all.
 
     Raises:
         UserError: as `nin.narrow`, or the network does not take the images.
         OSError: a folder cannot be written.
-        KeyboardInterrupt: ``keeping.stop`` said so; the same call goes on.
+        KeyboardInterrupt: ``keeping.stop`` said so; the same call resumes.
     """
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
     keeping = keeping or CheckpointOptions()
-    preprocessing = normalisation.of(images)
-    scores = _try(model, images, preprocessing)
+    preprocessing = normalisation.preprocessing(images)
+    scores = count_scores(model, images, preprocessing)
     if config.finetune and scores is None:
         raise UserError("--finetune needs a network that gives one table of scores (images, classes)")
     labelled = scores == len(images.classes)
     task = NarrowingTask(model, images, preprocessing, labelled, cache)
-    if config.dry_run or out is None:
-        return run_workflow(task, config, None, keeping, on_progress)
-    with output_folder(out):
-        result = run_workflow(task, config, out, keeping, on_progress)
+    folder = None if config.dry_run else out
+    with output_folder(folder):
+        result = run_workflow(task, config, folder, keeping, on_progress)
+        if folder is None:
+            return result
         if not labelled:
             found = "no table of scores" if scores is None else f"{scores:,} scores"
             note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."
@@ -152,15 +153,15 @@ def narrow_model(
         if not distributed.is_main_process():
             return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
-        write_atomically(out / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
-        write_atomically(out / PLAN_FILE, result.plan.to_json())
-        write_atomically(out / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
-        checkpoint.remove_state(out)
+        write_atomically(folder / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+        write_atomically(folder / PLAN_FILE, result.plan.to_json())
+        write_atomically(folder / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
+        checkpoint.remove_state(folder)
     return result
 
 
-def _try(model: nn.Module, images: data.Data, p: checkpoint.Preprocessing) -> int | None:
-    """Return how many scores the network gives for an image, or None where it gives something else.
+def count_scores(model: nn.Module, images: data.Data, p: checkpoint.Preprocessing) -> int | None:
+    """Return how many scores the network gives for an image, or None where its output is no table of scores.
 
     Raises:
         UserError: it does not take the images.

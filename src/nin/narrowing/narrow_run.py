@@ -1,4 +1,4 @@
-"""A run becomes a narrower run, with what that cost beside it."""
+"""Narrow the network of a run folder into a new run folder, with the plan and the report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from nin import checkpoint, data
 from nin.errors import UserError
 from nin.inference import evaluation
-from nin.narrowing import NarrowResult
 from nin.narrowing.baseline import original_config, train_control
-from nin.narrowing.workflow import NarrowingTask, calibration_batches, output_folder, run_workflow
+from nin.narrowing.pipeline import NarrowResult
+from nin.narrowing.workflow import NarrowingTask, output_folder, run_workflow
 from nin.narrowing.workflow_config import CONTROL_FOLDER, WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
-from nin.runtime.progress import ProgressCallback
+from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.training import CheckpointOptions
 
 NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
@@ -28,16 +28,16 @@ def narrow_run(
     *,
     out: Path | None,
     keeping: CheckpointOptions | None = None,
-    on_progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> NarrowResult:
-    """Narrow the network of a run folder. A call that was interrupted goes on when it is made again.
+    """Narrow the network of a run folder; interrupted, the same call resumes it.
 
     Args:
         run: the folder that ``nin train`` or ``nin narrow`` made.
-        images: the training images that the statistics come from, and the test images that measure the result.
+        images: the training images to calibrate with, and the test images that measure the accuracy.
         config: what is asked for.
         out: the run folder to make; it may be None in a dry run.
-        keeping: when the state of a fine-tuning is written, and whether to stop.
+        keeping: when the state of a fine-tuning is saved, and whether to stop.
         on_progress: called with what is being done, the number done, and the number of all.
 
     Returns:
@@ -46,50 +46,40 @@ def narrow_run(
     Raises:
         UserError: as `nin.narrow`, or the images are not of the kind that the network takes.
         OSError: a folder cannot be written.
-        KeyboardInterrupt: ``keeping.stop`` said so; the same call goes on.
+        KeyboardInterrupt: ``keeping.stop`` said so; the same call resumes.
     """
     keeping = keeping or CheckpointOptions()
     model, info = checkpoint.load_model(run)
     if mismatch := info.mismatch(images):
         raise UserError(f"the images do not fit {run}: {mismatch}")
-    images = augmented_as(info, images)
+    # augmented as in the training of the run, whatever the default of the data set is
+    augmentation = {name: info.recipe[name] for name in ("flip", "shift") if name in info.recipe}
+    images = dataclasses.replace(images, **augmentation)
     task = NarrowingTask(model, images, info.preprocessing, True, run / CACHE_FILE)
     if config.control:
-        original_config(info.model)
-    if config.dry_run or out is None:
-        return run_workflow(task, config, None, keeping, on_progress)
-    with output_folder(out):
-        result = run_workflow(task, config, out, keeping, on_progress)
+        original_config(info.model)  # refuses other networks before anything is computed
+    folder = None if config.dry_run else out
+    with output_folder(folder):
+        result = run_workflow(task, config, folder, keeping, on_progress)
+        if folder is None:
+            return result
         if config.control:
             control = train_control(
-                task,
-                info,
-                config,
-                result.report,
-                list(calibration_batches(task, config)),
-                out=out / CONTROL_FOLDER,
-                keeping=keeping,
-                on_progress=on_progress,
+                task, info, config, result.report, out=folder / CONTROL_FOLDER, keeping=keeping, on_progress=on_progress
             )
             result = dataclasses.replace(result, report=dataclasses.replace(result.report, control=control))
         if distributed.is_main_process():
-            save(out, run, result, info, images, config)
+            save_narrowed_run(folder, run, result, info, images, config)
     return result
 
 
-def augmented_as(info: checkpoint.RunInfo, images: data.Data) -> data.Data:
-    """Return the images, to be mirrored and shifted as in the training of a run, whatever is usual for them."""
-    usual = {"flip": images.flip, "shift": images.shift}
-    return dataclasses.replace(images, **{name: info.recipe.get(name, value) for name, value in usual.items()})
-
-
-def save(
+def save_narrowed_run(
     out: Path, run: Path, result: NarrowResult, info: checkpoint.RunInfo, images: data.Data, config: WorkflowConfig
 ) -> None:
-    """Write the narrowed run folder: the model, what it was made from, and what that cost."""
-    right = result.report.accuracy.get("finetuned", result.report.accuracy["corrected"])
+    """Write the narrowed run folder: the model, its origin, the plan and the report."""
+    accuracy = result.report.accuracy.get("finetuned", result.report.accuracy["corrected"])
     count = len(images.test)
-    hits = round(right * count)
+    hits = round(accuracy * count)
     narrowed = dataclasses.replace(
         info,
         model=checkpoint.describe_narrowed(info.model, result.plan),

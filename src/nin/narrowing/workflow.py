@@ -1,4 +1,4 @@
-"""Narrow, test, fine-tune: the same for a run folder and for somebody's network. It can be stopped and goes on."""
+"""The workflow of `nin narrow`: narrow, test and fine-tune a network; interrupted, the same call resumes it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,33 @@ from nin import checkpoint, data
 from nin.config import step_seed
 from nin.errors import UserError
 from nin.inference import evaluation
-from nin.narrowing import (
-    DistillationStep,
-    FinetuneConfig,
-    NarrowOptions,
-    NarrowReport,
-    NarrowResult,
-    Plan,
-    apply_plan,
-    narrow,
-)
+from nin.models.plan import Plan
+from nin.models.surgery import apply_plan
 from nin.narrowing.analysis import fingerprint_analysis
+from nin.narrowing.distillation import DistillationStep, FinetuneConfig
+from nin.narrowing.options import NarrowOptions
+from nin.narrowing.pipeline import NarrowResult, narrow
+from nin.narrowing.report import NarrowReport
 from nin.narrowing.workflow_config import CONTROL_FILE, CONTROL_FOLDER, WorkflowConfig
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.runtime.progress import ProgressCallback
 from nin.training import CheckpointOptions
 
-BATCH = 64
+# Images at a time, of the calibration and of the fine-tuning.
+NARROWING_BATCH_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class NarrowingTask:
-    """A network to narrow, and the images that show what it does.
+    """A network to narrow, with its data set and preprocessing.
 
     Attributes:
         model: in evaluation mode.
-        images: to look at, to train on (mirrored and shifted as they say) and to test with.
+        images: to calibrate with, to train on (mirrored and shifted as they say) and to test with.
         preprocessing: from an image to the network's input.
         labelled: whether its scores are for the classes of the images.
-        cache: keeps what is found of it.
+        cache: the file that keeps the analysis.
     """
 
     model: nn.Module
@@ -54,113 +51,115 @@ class NarrowingTask:
     labelled: bool
     cache: Path
 
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Return pixels as the network takes them: float32 (N, C, H, W)."""
+        return data.to_float(pixels, self.preprocessing.mean, self.preprocessing.std, dtype=torch.float32)
+
+    def calibration_batches(self, config: WorkflowConfig) -> list[Tensor]:
+        """Return the calibration batches, without augmentation; to each of n processes every n-th."""
+        order = data.epoch_order(len(self.images.train), seed=config.seed, epoch=0)[: config.images]
+        local = order.split(NARROWING_BATCH_SIZE)[distributed.rank() :: distributed.world_size()]
+        order = torch.cat([*local, order[:0]])  # of a process without images too
+        return [self.inputs(pixels) for pixels, _, _ in data.batches(self.images.train, order, NARROWING_BATCH_SIZE)]
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return a model's accuracy on the test images, from 0 to 1."""
+        images = dataclasses.replace(self.images, mean=self.preprocessing.mean, std=self.preprocessing.std)
+        training_mode = model.training
+        scores, labels = evaluation.evaluate(model.eval(), images, device=torch.device("cpu"), dtype=torch.float32)
+        model.train(training_mode)
+        hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
+        right, count = distributed.all_reduce_sum(hits).tolist()
+        return float(right / count)
+
 
 def run_workflow(
     task: NarrowingTask,
     config: WorkflowConfig,
     out: Path | None,
     keeping: CheckpointOptions,
-    on_progress: ProgressCallback | None,
+    on_progress: ProgressCallback,
 ) -> NarrowResult:
-    """Narrow a network and train it, if that is asked for.
+    """Narrow a network and fine-tune it, if that is asked for.
 
     Args:
-        task: the network and the images.
+        task: the network and its data.
         config: what is asked for.
-        out: a folder for the state, from which the same call goes on after an interruption; or None.
-        keeping: when the state is written, and whether to stop.
+        out: a folder for the state, from which the same call resumes after an interruption; or None.
+        keeping: when the state is saved, and whether to stop.
         on_progress: called with what is being done, the number done, and the number of all.
 
     Raises:
         UserError: as `nin.narrow`, the folder's state belongs to other settings, another network or other images, or
             the loss of the fine-tuning is no finite number.
-        KeyboardInterrupt: ``keeping.stop`` said so; the state is written.
+        KeyboardInterrupt: ``keeping.stop`` said so; the state is saved.
     """
 
-    def tell(what: str, done: int, total: int) -> None:
-        if on_progress:
-            on_progress(what, done, total)
+    def progress(what: str, done: int, total: int) -> None:
+        on_progress(what, done, total)
         if keeping.stop():
             raise KeyboardInterrupt
 
     device.keep_freed_memory()  # else a time depends on which blocks the calls before it gave back
-    result, step_number, tensors = _begin(task, config, out, tell)
+    state: tuple[dict[str, Tensor], int] | None = None
+    if out is not None and (out / checkpoint.STATE_FILE).exists():
+        result, state = _load_state(task, config, out)
+    else:
+        result = _narrow(task, config, progress)
     if config.dry_run or not config.finetune:
         return result
     started = time.perf_counter()
-    tuner = make_tuner(task, config, result.model)
-    if tensors:
-        tuner.load(tensors, step_number)
-    _tune(task, config, tuner, _Saver(out, task, config, result, keeping), tell)
-    if result.plan.layout == "contiguous":  # it was trained in the other one
-        result.model.to(memory_format=torch.contiguous_format)
-    figures = dict(result.report.accuracy)
+    _Finetuning(task, config, out, result, keeping).run(state, progress)
+    accuracy = dict(result.report.accuracy)
     if task.labelled:
-        figures["finetuned"] = accuracy(result.model, task)
-    after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if step_number else "")
+        accuracy["finetuned"] = task.accuracy(result.model)
+    after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
     note = f"Fine-tuned for {config.finetune} epochs by the original's answers, in {after}."
-    report = dataclasses.replace(result.report, accuracy=figures, notes=(*result.report.notes, note))
+    report = dataclasses.replace(result.report, accuracy=accuracy, notes=(*result.report.notes, note))
     return dataclasses.replace(result, report=report)
 
 
-def _begin(
-    task: NarrowingTask, config: WorkflowConfig, out: Path | None, tell: ProgressCallback
-) -> tuple[NarrowResult, int, dict[str, Tensor]]:
-    """Return the narrowed network, the steps of fine-tuning that are done, and the state after them."""
-    if out is not None and (out / checkpoint.STATE_FILE).exists():
-        return _resume(task, config, out)
+def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallback) -> NarrowResult:
     options = NarrowOptions(
         cache=task.cache,
         dry_run=config.dry_run,
         budgets=config.budgets,
         batch=config.batch,
-        layout="channels_last" if config.channels_last else "contiguous",
-        on_progress=tell,
+        layout=config.layout,
+        on_progress=progress,
     )
-    result = narrow(
+    return narrow(
         task.model,
-        list(calibration_batches(task, config)),
+        task.calibration_batches(config),
         **dict(config.budget),
-        evaluate=(lambda m: accuracy(m, task)) if task.labelled else None,
+        evaluate=task.accuracy if task.labelled else None,
         skip=config.skip,
         options=options,
     )
-    return result, 0, {}
 
 
-def _resume(task: NarrowingTask, config: WorkflowConfig, out: Path) -> tuple[NarrowResult, int, dict[str, Tensor]]:
-    tensors, values = checkpoint.load_state(out)
-    check_beginning(out, values, task, config)
-    plan = Plan.from_dict(values["plan"])
-    model = apply_plan(task.model, plan)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    result = NarrowResult(model.eval(), plan, NarrowReport.from_dict(values["report"]))
-    return result, int(values["step_number"]), tensors
-
-
-def beginning(task: NarrowingTask, config: WorkflowConfig) -> dict[str, Any]:
-    """Return what must be the same where a call goes on: the settings, and a number for the network and the images."""
-    images = task.images
-    seen = [*calibration_batches(task, config), images.train.labels, images.test.labels]
+def task_fingerprint(task: NarrowingTask, config: WorkflowConfig) -> dict[str, Any]:
+    """Return what must be the same to resume: the settings, and a hash of the network and the images."""
+    seen = [*task.calibration_batches(config), task.images.train.labels, task.images.test.labels]
     settings = config.to_dict()
     if config.finetune:
-        settings |= {name: value for name, value in tuning(config).to_dict().items() if name != "epochs"}
+        settings |= {name: value for name, value in finetune_config(config).to_dict().items() if name != "epochs"}
     return {"settings": settings, "subject": fingerprint_analysis(task.model, seen, config.skip)}
 
 
-def check_beginning(out: Path, before: Mapping[str, Any], task: NarrowingTask, config: WorkflowConfig) -> None:
-    """Stop where what lies in the folder belongs to another call.
+def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, config: WorkflowConfig) -> None:
+    """Refuse to resume what belongs to another call.
 
     Args:
         out: the folder.
-        before: what lies there; in it what `beginning` returned.
-        task: the network and the images now.
+        before: what is saved there, with the values of `task_fingerprint`.
+        task: the network and its data now.
         config: what is asked for now.
 
     Raises:
         UserError: the settings, the network or the images differ.
     """
-    now, settings = beginning(task, config), before.get("settings", {})
+    now, settings = task_fingerprint(task, config), before.get("settings", {})
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:
         differing = ["another network or other images"]
@@ -168,102 +167,98 @@ def check_beginning(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
         raise UserError(f"{out} was begun with {'; '.join(differing)}: give the same, or another --out")
 
 
-def output_folder(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a narrowed network's run folder is written; it may hold an unfinished one.
+def output_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the result's folder is written, which may hold an unfinished one; None makes none.
 
     Raises:
         UserError: it holds something else.
     """
+    if out is None:
+        return contextlib.nullcontext()
     return checkpoint.output_folder(out, may_contain={checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER})
 
 
-class _Saver:
-    """Writes the state of a fine-tuning when it is time."""
-
-    def __init__(
-        self,
-        out: Path | None,
-        task: NarrowingTask,
-        config: WorkflowConfig,
-        result: NarrowResult,
-        keeping: CheckpointOptions,
-    ) -> None:
-        self.out, self.result, self.keeping = out, result, keeping
-        self.beginning = {} if out is None else beginning(task, config)
-        self.saved = time.monotonic()
-
-    def keep(self, tuner: DistillationStep) -> None:
-        """Write the state if it is time, and stop if somebody asked for it."""
-        stop = self.keeping.stop()
-        if self.out is not None and (stop or time.monotonic() - self.saved > 60 * self.keeping.minutes):
-            self.save(self.out, tuner)
-        if stop:
-            raise KeyboardInterrupt
-
-    def save(self, out: Path, tuner: DistillationStep) -> None:
-        """Write all that resuming needs."""
-        values = {
-            **self.beginning,
-            "plan": self.result.plan.to_dict(),
-            "report": self.result.report.to_dict(),
-            "step_number": tuner.step_number,
-        }
-        checkpoint.save_state(out, tuner.tensors(), values)
-        self.saved = time.monotonic()
-
-
-def make_tuner(task: NarrowingTask, config: WorkflowConfig, model: nn.Module) -> DistillationStep:
-    """Return what trains the narrowed network."""
-    model = model.to(memory_format=torch.channels_last)  # in memory as the convolutions' gradients are fastest
-    return DistillationStep(model, task.model, tuning(config), config.finetune * steps_per_epoch(task))
-
-
-def tuning(config: WorkflowConfig) -> FinetuneConfig:
-    """Return how the narrowed network is trained."""
+def finetune_config(config: WorkflowConfig) -> FinetuneConfig:
+    """Return the settings of the fine-tuning."""
     return FinetuneConfig(epochs=config.finetune)
 
 
-def steps_per_epoch(task: NarrowingTask) -> int:
-    """Return the batches in a pass over the training images."""
-    return -(-len(task.images.train) // BATCH)
+class _Finetuning:
+    """The fine-tuning of a narrowed network, in place, and its saved state."""
+
+    def __init__(
+        self,
+        task: NarrowingTask,
+        config: WorkflowConfig,
+        out: Path | None,
+        result: NarrowResult,
+        keeping: CheckpointOptions,
+    ) -> None:
+        self.task, self.config, self.out, self.result, self.keeping = task, config, out, result, keeping
+        self.fingerprint = {} if out is None else task_fingerprint(task, config)
+        self.steps_per_epoch = -(-len(task.images.train) // NARROWING_BATCH_SIZE)
+        # on a CPU the gradients of convolutions are fastest in this layout
+        model = result.model.to(memory_format=torch.channels_last)
+        steps = config.finetune * self.steps_per_epoch
+        self.train_step = DistillationStep(model, task.model, finetune_config(config), steps)
+        self.saved = time.monotonic()
+
+    def run(self, state: tuple[dict[str, Tensor], int] | None, progress: ProgressCallback) -> None:
+        """Train from the beginning, or from a saved state: the tensors and the steps done."""
+        train_step = self.train_step
+        if state:
+            train_step.load(*state)
+        if train_step.step_number == 0:
+            self.save()
+        while train_step.step_number < train_step.steps:
+            for x, labels in self.rest_of_epoch():
+                loss = train_step(x, labels)
+                self.save_if_due()
+                progress(f"Fine-tuning, loss {loss:.3f}", train_step.step_number, train_step.steps)
+        train_step.finish()
+        if self.result.plan.layout == "contiguous":
+            self.result.model.to(memory_format=torch.contiguous_format)
+
+    def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the batches of the current epoch that are left: inputs, and labels where the task has them."""
+        images, seed = self.task.images, self.config.seed
+        epoch, done = divmod(self.train_step.step_number, self.steps_per_epoch)
+        order = data.epoch_order(len(images.train), seed=seed, epoch=epoch)[done * NARROWING_BATCH_SIZE :]
+        for pixels, labels, indices in data.batches(images.train, order, NARROWING_BATCH_SIZE):
+            torch.manual_seed(step_seed(seed, self.train_step.step_number))  # of dropout
+            augmented = data.augment(pixels, indices, seed=seed, epoch=epoch, flip=images.flip, shift=images.shift)
+            yield self.task.inputs(augmented), labels if self.task.labelled else None
+
+    def save_if_due(self) -> None:
+        """Save the state if it is time, and stop if that was asked for."""
+        stop, seconds = self.keeping.stop(), time.monotonic() - self.saved
+        if stop or self.keeping.is_due(step=self.train_step.step_number, seconds=seconds):
+            self.save()
+        if stop:
+            raise KeyboardInterrupt
+
+    def save(self) -> None:
+        """Write the state, if there is a folder for it."""
+        if self.out is None:
+            return
+        values = {
+            **self.fingerprint,
+            "plan": self.result.plan.to_dict(),
+            "report": self.result.report.to_dict(),
+            "step_number": self.train_step.step_number,
+        }
+        checkpoint.save_state(self.out, self.train_step.tensors(), values)
+        self.saved = time.monotonic()
 
 
-def _tune(
-    task: NarrowingTask, config: WorkflowConfig, tuner: DistillationStep, saver: _Saver, tell: ProgressCallback
-) -> None:
-    """Train the narrowed network by the original's answers and the labels, in place."""
-    images, p, each = task.images, task.preprocessing, steps_per_epoch(task)
-    if saver.out is not None and tuner.step_number == 0:
-        saver.save(saver.out, tuner)
-    while tuner.step_number < tuner.steps:
-        epoch, done = divmod(tuner.step_number, each)
-        order = data.epoch_order(len(images.train), seed=config.seed, epoch=epoch)[done * BATCH :]
-        for pixels, labels, indices in data.batches(images.train, order, BATCH):
-            torch.manual_seed(step_seed(config.seed, tuner.step_number))  # of dropout
-            moved = data.augment(pixels, indices, seed=config.seed, epoch=epoch, flip=images.flip, shift=images.shift)
-            x = data.to_float(moved, p.mean, p.std, dtype=torch.float32)
-            loss = tuner(x, labels if task.labelled else None)
-            saver.keep(tuner)
-            tell(f"Fine-tuning, loss {loss:.3f}", tuner.step_number, tuner.steps)
-    tuner.finish()
-
-
-def calibration_batches(task: NarrowingTask, config: WorkflowConfig) -> Iterator[Tensor]:
-    """Yield training images as the network takes them, without augmentation; each of n processes every n-th batch."""
-    p, images = task.preprocessing, task.images
-    order = data.epoch_order(len(images.train), seed=config.seed, epoch=0)[: config.images]
-    order = torch.cat([*order.split(BATCH)[distributed.rank() :: distributed.world_size()], order[:0]])
-    for pixels, _, _ in data.batches(images.train, order, BATCH):
-        yield data.to_float(pixels, p.mean, p.std, dtype=torch.float32)
-
-
-def accuracy(model: nn.Module, task: NarrowingTask) -> float:
-    """Return the share of right answers on the test images."""
-    p = task.preprocessing
-    same = dataclasses.replace(task.images, mean=p.mean, std=p.std)
-    training_mode = model.training
-    scores, labels = evaluation.evaluate(model.eval(), same, device=torch.device("cpu"), dtype=torch.float32)
-    model.train(training_mode)
-    hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
-    right, count = distributed.all_reduce_sum(hits).tolist()
-    return float(right / count)
+def _load_state(
+    task: NarrowingTask, config: WorkflowConfig, out: Path
+) -> tuple[NarrowResult, tuple[dict[str, Tensor], int]]:
+    """Return the narrowed network, and the state of its fine-tuning: the tensors and the steps done."""
+    tensors, values = checkpoint.load_state(out)
+    check_same_task(out, values, task, config)
+    plan = Plan.from_dict(values["plan"])
+    model = apply_plan(task.model, plan)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    result = NarrowResult(model.eval(), plan, NarrowReport.from_dict(values["report"]))
+    return result, (tensors, int(values["step_number"]))

@@ -1,4 +1,4 @@
-"""What `nin narrow` is asked for."""
+"""The settings of `nin narrow`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CONTROL_FOLDER, CONTROL_FILE = "control", "control.json"
 
 @dataclasses.dataclass(frozen=True)
 class WorkflowConfig:
-    """What is asked for.
+    """The settings of `nin narrow`.
 
     Attributes:
-        budget: one of "macs", "latency" and "parameters", with the share to be left.
+        budget: one of "macs", "latency" and "parameters", with the share of the original's that is left.
         budgets: more shares of it, for the report's curve.
         skip: layers to leave alone, by name or pattern.
-        images: training images that the statistics come from; no labels are used.
-        finetune: epochs of training by the original network's answers and the labels; 0 trains nothing.
-        control: train a uniformly thinner network as long as the original and the narrowed one, for comparison.
-        batch: images at a time when it is timed; those of a batch of the statistics if not given.
-        channels_last: keep the weights with the channels side by side in memory, and measure that.
-        dry_run: plan only, write nothing but the cache of the statistics.
+        images: training images to calibrate with; no labels are used.
+        finetune: epochs of distillation from the original network, with the labels; 0 trains nothing.
+        control: train the control, a uniformly thinner network, for as long as the original and the narrowed one.
+        batch: images at a time when it is timed; those of a calibration batch if not given.
+        channels_last: keep the weights in that memory layout, and measure it.
+        dry_run: plan only, write nothing but the cache of the analysis.
         seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
     """
 
@@ -59,6 +59,11 @@ class WorkflowConfig:
         check_seed(self.seed)
         if self.batch is not None and self.batch < 1:
             raise UserError(f"batch must be at least 1, got {self.batch}")
+
+    @property
+    def layout(self) -> str:
+        """The memory layout of the weights, as in `NarrowOptions`."""
+        return "channels_last" if self.channels_last else "contiguous"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
