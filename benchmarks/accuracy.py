@@ -1,4 +1,4 @@
-"""Accuracy of the default recipe: trains, and writes what came out beside this file.
+"""Test accuracy of the default settings on several data sets.
 
     python benchmarks/accuracy.py digits
     python benchmarks/accuracy.py fashion-mnist --data-dir DIR    (DIR holds FashionMNIST/raw)
@@ -61,13 +61,13 @@ def first_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed in range(10):
         losses: list[float] = []
 
-        def note(progress: training.TrainProgress, losses: list[float] = losses) -> None:
+        def record(progress: training.TrainProgress, losses: list[float] = losses) -> None:
             losses.append(progress.loss)
             if progress.step == arguments.steps:
                 raise _EnoughError
 
         with contextlib.suppress(_EnoughError):
-            nin.train(images, TrainConfig(seed=seed), on_progress=note)
+            nin.train(images, TrainConfig(seed=seed), on_progress=record)
         last = statistics.mean(losses[-20:])
         runs.append(
             {"seed": seed, "first_loss": losses[0], "mean_of_the_last_20": last, "below_stuck": last < stuck_at}

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/kills.py [--kills 200] [--inside 50]
 
 A training of the digits writes its state after every third step. It gets SIGKILL at a random moment, or while a file
-is being written (`--inside` counts those), and is resumed until it is through; then the next one begins. Compared
-with the training that nobody killed are the files that a run leaves (averaged weights, metrics) and its last state
+is being written (`--inside` counts those), and is resumed until it has ended; then the next one begins. Compared
+with a training that was never killed are the files of the run folder (averaged weights, metrics) and its last state
 (weights, averages, the optimiser's momenta, the position in the order of the images). The state before each resume
 must be whole: a damaged one would end the resumed training with an error, which counts as lost.
 Adds to `results/kills.json`, a run for each `--seed`.
@@ -38,15 +38,15 @@ KILLED = -signal.SIGKILL
 
 
 def train(out: Path, *more: str) -> None:
-    """Do what `nin train` does, and keep the last state where a finished run removes it."""
+    """Run `nin train`, and copy the last state, which a finished training removes."""
     with out.with_suffix(".errors").open("w") as errors:
         os.dup2(errors.fileno(), sys.stderr.fileno())
 
-    def keep_state(folder: Path) -> None:
+    def copy_and_remove(folder: Path) -> None:
         shutil.copy(folder / checkpoint.STATE_FILE, out.with_suffix(".last"))
         remove(folder)
 
-    remove, checkpoint.remove_state = checkpoint.remove_state, keep_state
+    remove, checkpoint.remove_state = checkpoint.remove_state, copy_and_remove
     app.main(["train", "digits", "--out", str(out), *SETTINGS, *more])
 
 
@@ -57,22 +57,22 @@ def start(out: Path, *more: str) -> multiprocessing.Process:
     return process
 
 
-def run_and_kill(out: Path, *, resume: bool, inside: bool, chance: random.Random) -> tuple[int, bool]:
+def run_and_kill(out: Path, *, resume: bool, inside: bool, rng: random.Random) -> tuple[int, bool]:
     """Start or resume the training and kill it.
 
     Returns:
-        The exit status, `KILLED` or of a training that ended before; and whether it was killed in a write.
+        The exit status, `KILLED` or that of a training that ended before, and whether it was killed during a write.
     """
     process = start(out, *(("--resume",) if resume else ()))
-    # The steps are what is to be killed. A state that changes says that they have begun.
+    # Kill during the steps, not during the start: they have begun when the state changes.
     before = state_time(out)
     while process.is_alive() and state_time(out) == before:
         time.sleep(0.0005)
-    deadline = time.monotonic() + chance.uniform(0, 1.0)
+    deadline = time.monotonic() + rng.uniform(0, 1.0)
     while process.is_alive() and (time.monotonic() < deadline or (inside and not is_writing(out))):
         time.sleep(0 if inside else 0.0005)
     if inside:
-        time.sleep(chance.uniform(0, 0.01))  # a write takes about so long: its start, middle and end are hit
+        time.sleep(rng.uniform(0, 0.01))  # a write takes about so long: its start, middle and end are hit
     process.kill()
     process.join()
     assert process.exitcode is not None
@@ -114,8 +114,8 @@ def last_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     return tensors, values
 
 
-def keep(counts: dict[str, int], lost: list[str], seed: int) -> None:
-    """Write the figures so far; those of other seeds stay."""
+def write_results(counts: dict[str, int], lost: list[str], seed: int) -> None:
+    """Write the counts so far beside those of other seeds."""
     path = RESULTS / "kills.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
     runs[f"seed {seed}"] = {"date": datetime.date.today().isoformat(), **counts, "lost": lost}
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console.messages.quiet = console.results.quiet = True
     data.load("digits")  # imports here what every training would import again
-    chance, counts = random.Random(arguments.seed), {"kills": 0, "inside_a_write": 0, "trainings": 0, "equal": 0}
+    rng, counts = random.Random(arguments.seed), {"kills": 0, "inside_a_write": 0, "trainings": 0, "equal": 0}
     lost: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
@@ -144,7 +144,7 @@ def main() -> None:
             out, resume, status = Path(folder) / f"run{counts['trainings']}", False, KILLED
             while status == KILLED:
                 inside = counts["inside_a_write"] < arguments.inside
-                status, written = run_and_kill(out, resume=resume, inside=inside, chance=chance)
+                status, written = run_and_kill(out, resume=resume, inside=inside, rng=rng)
                 if status == KILLED:
                     counts["kills"] += 1
                     counts["inside_a_write"] += written
@@ -155,7 +155,7 @@ def main() -> None:
             else:
                 lost.append(f"{out.name}: status {status} {out.with_suffix('.errors').read_text().strip()}")
             print(counts, lost, flush=True)
-            keep(counts, lost, arguments.seed)
+            write_results(counts, lost, arguments.seed)
     print(f"{counts['equal']} of {counts['trainings']} trainings equal after {counts['kills']} kills; lost: {lost}")
     sys.exit(bool(lost))
 

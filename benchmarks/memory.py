@@ -1,11 +1,11 @@
-"""The memory of a training over many steps: a line through it after the warm-up.
+"""Memory leaks of a training: the slope of its resident memory over many steps.
 
     python benchmarks/memory.py [--steps 40000] [--workers 2]
 
 Two hours of `nin_cifar` on two cores are about 40,000 steps. So many are taken here with a network and images so small
 that they last minutes: 2,000 PNG files of 8×8 pixels, decoded anew in each epoch by worker threads, augmented, with a
-state on the disk every 500 steps and a test after each epoch. Whatever a step leaves behind is the same as in a large
-one: a tensor, a file, a line of a list. Writes `results/memory.json`.
+state on the disk every 500 steps and a test after each epoch. What a step could leave behind
+is the same as in a large one: a tensor, a file, a line of a list. Writes `results/memory.json`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ EVERY = 250
 
 def make_folder(folder: Path, images: int = 2000) -> None:
     """Write a folder of two classes: brighter on the left, brighter on the right."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(images):
         side = number % 2
-        values = chance.integers(0, 128, (8, 8), dtype=np.uint8)
+        values = rng.integers(0, 128, (8, 8), dtype=np.uint8)
         values[:, 4 * side : 4 * side + 4] += 100
         path = folder / f"class{side}" / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,19 +42,19 @@ def make_folder(folder: Path, images: int = 2000) -> None:
 
 
 def resident_mb() -> float:
-    """Return what the process holds in memory."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:
-    """Train, look at the memory, and write what was seen."""
+    """Train, sample the memory, and write the slope."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     samples: list[tuple[int, float]] = []
 
-    def look(progress: training.TrainProgress) -> None:
+    def sample_memory(progress: training.TrainProgress) -> None:
         if progress.step % EVERY == 0 and progress.row is None:
             samples.append((progress.step, resident_mb()))
 
@@ -66,7 +66,7 @@ def main() -> None:
         config = TrainConfig(model="nin_digits", epochs=arguments.steps // per_epoch, batch_size=arguments.batch_size)
         started = time.perf_counter()
         keeping = training.CheckpointOptions(steps=500)
-        training.train(images, config, out=Path(temporary) / "run", keeping=keeping, on_progress=look)
+        training.train(images, config, out=Path(temporary) / "run", keeping=keeping, on_progress=sample_memory)
         seconds = time.perf_counter() - started
     steps, memory = np.array([s for s in samples if s[0] > arguments.steps // 5]).T
     slope, _ = np.polyfit(steps / 1000, memory, 1)

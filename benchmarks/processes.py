@@ -1,11 +1,12 @@
-"""One, two and four processes train the same; one is killed; what two gain.
+"""Training with one, two and four processes: loss curves, restart after a kill, speed-up.
 
     python benchmarks/processes.py [--epochs 10]
 
 Trains `nin_digits` on the digits with torchrun (gloo on the CPU, one thread for each process), with the same batch of
 64 for all processes together, and keeps the loss curves. Then process 1 of two gets SIGKILL in the middle of an epoch:
-the job starts again by itself (`--max-restarts 1`), and the weights it leaves are compared with those of two that
-nobody killed. The speed of an epoch is timed with one and with two processes in turn. Writes `results/processes.json`.
+the job starts again by itself (`--max-restarts 1`), and the weights it leaves are compared with those of two
+that were never killed. The speed of an epoch is timed with one and with two processes in turn. Writes
+`results/processes.json`.
 """
 
 from __future__ import annotations
