@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nin
-from nin.exporters import Exported
+from nin.exporters import ExportResult
 from nin.inference.classifier import Prediction
 from nin.profiling.cost import Cost
 from nin.training import TrainResult
@@ -20,7 +20,7 @@ def train_and_use(folder: Path) -> dict[str, float]:
     assert_type(classifier, nin.Classifier)
     assert_type(classifier.predict("new.png"), list[Prediction])
     assert_type(classifier.confidence_maps("new.png", size=8), Tensor)
-    assert_type(nin.export(folder, "model.onnx", preprocessing=True), Exported)
+    assert_type(nin.export(folder, "model.onnx", preprocessing=True), ExportResult)
     return {p.label: p.confidence for p in classifier.predict(["a.png", "b.png"])}
 
 

@@ -192,13 +192,13 @@ def test_any_network_of_images(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
-    convert = exporters._CONVERT["pt2"]
+    convert = exporters._CONVERTERS["pt2"]
 
     def wrong(program, metadata):
         contents, scores = convert(program, metadata)
         return contents, lambda x: scores(x) * 1.001
 
-    monkeypatch.setitem(exporters._CONVERT, "pt2", wrong)
+    monkeypatch.setitem(exporters._CONVERTERS, "pt2", wrong)
     with pytest.raises(UserError, match=r"model\.pt2 was not written: its scores differ from the network's"):
         nin.export(run, tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Networks for other programs: ONNX, torch.export and OpenVINO files that need no nin, checked before they are kept."""
+"""Export to ONNX, torch.export and OpenVINO: files that run without nin, compared with the network first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,29 +30,33 @@ from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_bytes
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "onnxscript", "openvino")}
+REQUIRED_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "pt2": (),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
 
-# Every file is run with these numbers of images and compared with the network before it is written.
-CHECKED_BATCHES = (1, 2, 7)
+# Batch sizes at which every file is compared with the network. One is often a special case, and an odd one is no
+# multiple of a vector's length.
+CHECK_BATCH_SIZES = (1, 2, 7)
 
-# The largest difference that rounding may make, as a share of the largest score. The engines sum in other orders:
-# seen were up to 3e-6 in ONNX Runtime and OpenVINO for the networks of `nin.models`.
+# Largest difference from the network, relative to the largest score. The engines sum in other orders: up to 3e-6 was
+# measured in ONNX Runtime and OpenVINO for the networks of `nin.models`.
 TOLERANCE = 1e-4
 
-Run = Callable[[Tensor], Tensor]
+RunModel = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
-    """A file that was written, and how it was checked.
+class ExportResult:
+    """The file that `export` wrote, and how far it is from the network.
 
     Attributes:
-        path: of the file; an OpenVINO file has its weights beside it, in ``.bin``.
+        path: of the file; OpenVINO's weights are in a second one that ends in ``.bin``.
         format: "onnx", "pt2" or "openvino".
-        file_bytes: of the file, the weights included.
-        differences: for each number of images that it was run with, the largest difference from the network's
-            scores, as a share of the largest score.
-        metadata: what the file says of itself: input, output, and where known classes and preprocessing.
+        file_bytes: of the file or files, with the weights.
+        differences: by batch size, the largest difference from the network's scores relative to the largest score.
+        metadata: the metadata in the file: input, output, and where known classes and preprocessing.
     """
 
     path: Path
@@ -61,14 +66,14 @@ class Exported:
     metadata: dict[str, Any]
 
     def __str__(self) -> str:
-        """Return one line: what was written, and that it was checked."""
+        """Return one line: path, size, and the largest difference."""
         checked = ", ".join(map(str, self.differences))
         size, most = format_bytes(self.file_bytes), max(self.differences.values())
         return f"{self.path}: {size}, checked with {checked} images: within {most:.1e} of the network"
 
 
 class Preprocessed(nn.Module):
-    """A network behind its preprocessing: it takes pixels as image decoders give them.
+    """A network with its preprocessing: it takes pixels as image decoders give them.
 
     ``scores = model((pixels / 255 - mean) / std)``
 
@@ -99,28 +104,28 @@ def export(
     format: str | None = None,
     input_shape: Sequence[int] | None = None,
     preprocessing: bool = False,
-) -> Exported:
-    """Write a network into a file that runs where nin is not installed, for any number of images at once.
+) -> ExportResult:
+    """Write a network into a file that runs without nin, at any batch size.
 
-    ``nin::mlpconv`` is taken apart into standard convolutions and activations, weight standardisation is folded.
-    The file is run and compared with the network before it is written, and it is whole or not there.
+    ``nin::mlpconv`` is decomposed into standard convolutions and activations, weight standardisation is folded. The
+    file's scores are compared with the network's before it is written, atomically.
 
     Args:
         model: a run folder, a `nin.Classifier`, what `nin.train` returns, or any network of images.
         path: of the file to write.
-        format: "onnx", "pt2" (``torch.export.load`` reads it) or "openvino"; by the name's end if not given:
-            ``.onnx``, ``.pt2`` or ``.xml``.
+        format: "onnx", "pt2" (for ``torch.export.load``) or "openvino"; if not given, from the ending ``.onnx``,
+            ``.pt2`` or ``.xml`` of the path.
         input_shape: (C, H, W) of one image; known for a run and for the networks of `nin.models`.
-        preprocessing: put the normalisation inside: the file then takes pixels (N, H, W, C), uint8, at the size
-            that the network was trained with. Else it takes ``(pixels / 255 - mean) / std`` as (N, C, H, W).
+        preprocessing: include the normalisation: the file then takes pixels (N, H, W, C), uint8, at the size that the
+            network was trained with. Else it takes ``(pixels / 255 - mean) / std`` as (N, C, H, W), float32.
 
     Returns:
-        What was written, and how far its scores were from the network's.
+        What was written, and how far its scores are from the network's.
 
     Raises:
-        UserError: a package for the format is missing, the file would not compute the same, or the arguments do
-            not fit together.
-        OSError: the file cannot be written; it names it.
+        UserError: a package for the format is missing, the scores differ by more than `TOLERANCE`, or the arguments
+            contradict each other.
+        OSError: the file cannot be written; it is named.
 
     Example:
         >>> import tempfile
@@ -136,50 +141,54 @@ def export(
     if format == "openvino" and path.suffix != ".xml":
         raise UserError(f"path must end in .xml for OpenVINO, which puts the weights beside it, got {path}")
     check_packages(format)
-    network, info = _resolve(model)
+    network, info = _copy_network(model)
     shape = _image_shape(network, info, input_shape)
-    metadata = describe(shape, info, preprocessing=preprocessing)
+    metadata = model_metadata(shape, info, preprocessing=preprocessing)
     if preprocessing:
         if info is None:
             raise UserError("preprocessing is known for a run folder or a Classifier, got a bare network")
         network = Preprocessed(network, info.preprocessing)
-    inputs = [_example(shape, count, pixels=preprocessing) for count in CHECKED_BATCHES]
+    inputs = [_example_input(shape, count, pixels=preprocessing) for count in CHECK_BATCH_SIZES]
     program = portable_program(network, inputs[1])
-    contents, run = _CONVERT[format](program, metadata)
+    contents, run = _CONVERTERS[format](program, metadata)
     with torch.inference_mode():
-        differences = {len(x): _difference(run(x), network(x)) for x in inputs}
+        differences = {len(x): _relative_difference(run(x), network(x)) for x in inputs}
     if max(differences.values()) > TOLERANCE:
         raise UserError(f"{path} was not written: its scores differ from the network's, relative {differences}")
     for suffix, content in contents.items():
         write_atomically(path.with_suffix(suffix or path.suffix), content)
-    return Exported(path, format, sum(map(len, contents.values())), differences, metadata)
+    return ExportResult(path, format, sum(map(len, contents.values())), differences, metadata)
 
 
 def check_packages(format: str) -> None:
-    """Raise UserError where a package that the format needs is not installed."""
-    missing = [name for name in PACKAGES[format] if importlib.util.find_spec(name) is None]
+    """Check that the packages for a format are installed.
+
+    Raises:
+        UserError: one is missing; the message says how to install it.
+    """
+    missing = [name for name in REQUIRED_PACKAGES[format] if importlib.util.find_spec(name) is None]
     if missing:
         extra = "bench" if "openvino" in missing else "onnx"
         raise UserError(f"{format} needs {', '.join(missing)}: {install_command(extra)}")
 
 
 def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
-    """Return the network as a graph of PyTorch's own operators, for any number of images.
+    """Return the network as a graph of PyTorch's own operators, with a dynamic batch size.
 
     Args:
         model: in evaluation mode.
-        x: an input of two images or more.
+        x: an input of two images or more: torch.export specialises sizes of 0 and 1.
     """
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
     program = program.run_decompositions({torch.ops.nin.mlpconv.default: as_dispatcher_kernel(conv2d_chain)})
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where the code lies on this machine is nobody's business
+        node.meta.pop("stack_trace", None)  # paths on this machine
     return program
 
 
-def describe(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool) -> dict[str, Any]:
-    """Return what a file says of itself: input, output, classes in the order of the scores, preprocessing."""
+def model_metadata(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool) -> dict[str, Any]:
+    """Return the metadata of a file: input, output, classes in the order of the scores, preprocessing."""
     channels, height, width = shape
     pixels = {"name": "pixels", "shape": ["batch", height, width, channels], "dtype": "uint8"}
     images = {"name": "images", "shape": ["batch", channels, height, width], "dtype": "float32"}
@@ -194,8 +203,8 @@ def describe(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool)
     return metadata
 
 
-def _resolve(model: Any) -> tuple[nn.Module, RunInfo | None]:
-    """Return a copy of the network, ready to be exported, and what is known of it."""
+def _copy_network(model: Any) -> tuple[nn.Module, RunInfo | None]:
+    """Return a folded copy of the network in evaluation mode, float32 on the CPU, and its run's info where known."""
     if isinstance(model, str | Path):
         network, info = checkpoint.load_model(Path(model))
     elif isinstance(model, nn.Module):
@@ -228,7 +237,7 @@ def _image_shape(model: nn.Module, info: RunInfo | None, given: Sequence[int] | 
     raise UserError(f"input_shape must be given as (C, H, W): it cannot be told from a {type(model).__name__}")
 
 
-def _example(shape: tuple[int, int, int], count: int, *, pixels: bool) -> Tensor:
+def _example_input(shape: tuple[int, int, int], count: int, *, pixels: bool) -> Tensor:
     channels, height, width = shape
     generator = torch.Generator().manual_seed(count)
     if pixels:
@@ -236,16 +245,16 @@ def _example(shape: tuple[int, int, int], count: int, *, pixels: bool) -> Tensor
     return torch.randn(count, channels, height, width, generator=generator)
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a share of the largest value; infinite where the shapes differ or not finite."""
+def _relative_difference(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest value; infinite where shapes differ or a value is NaN."""
     if got.shape != expected.shape:
         return float("inf")
-    share = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-    return share if np.isfinite(share) else float("inf")
+    ratio = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    return ratio if math.isfinite(ratio) else float("inf")
 
 
 def _to_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
-    """Return the bytes of a checked ONNX file."""
+    """Return the bytes of an ONNX file that ``onnx.checker`` accepts."""
     import onnx
 
     name = metadata["input"]["name"]
@@ -253,20 +262,21 @@ def _to_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
     assert converted is not None
     proto = converted.model_proto
     graph = proto.graph
+    # the exporter names the dynamic dimension by a symbol of its own
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == batch:
                 size.dim_param = "batch"
     for part in (*graph.node, *graph.value_info, graph):
-        del part.metadata_props[:]
-    onnx.helper.set_model_props(proto, {key: _text(value) for key, value in metadata.items()})
+        del part.metadata_props[:]  # stack traces with paths of this machine
+    onnx.helper.set_model_props(proto, {key: _metadata_text(value) for key, value in metadata.items()})
     proto.producer_name, proto.producer_version = "nin", metadata["nin"]
     onnx.checker.check_model(proto, full_check=True)
     return bytes(proto.SerializeToString())
 
 
-def _convert_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+def _convert_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], RunModel]:
     import onnxruntime
 
     content = _to_onnx(program, metadata)
@@ -275,26 +285,26 @@ def _convert_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[d
     return {"": content}, lambda x: torch.from_numpy(session.run(["scores"], {name: x.numpy()})[0])
 
 
-def _convert_pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+def _convert_pt2(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], RunModel]:
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"nin.json": json.dumps(metadata)})
     file.seek(0)
     return {"": file.getvalue()}, torch.export.load(file).module()
 
 
-def _convert_openvino(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], Run]:
+def _convert_openvino(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[dict[str, bytes], RunModel]:
     import openvino
 
     core = openvino.Core()
     network = core.read_model(io.BytesIO(_to_onnx(program, metadata)))
     for key, value in metadata.items():
-        network.set_rt_info(_text(value), ["nin", key])
-    # else a processor with bf16 computes in it, and the comparison is one of roundings
+        network.set_rt_info(_metadata_text(value), ["nin", key])
+    # on processors with bf16 instructions OpenVINO computes in bf16 by default, whose rounding is beyond the tolerance
     compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "model.xml"
         openvino.save_model(network, target, compress_to_fp16=False)
-        # the weights first: a program that sees the .xml finds them
+        # weights first: whoever sees the .xml finds the .bin
         contents = {".bin": target.with_suffix(".bin").read_bytes(), ".xml": target.read_bytes()}
 
     def run(x: Tensor) -> Tensor:
@@ -304,8 +314,8 @@ def _convert_openvino(program: ExportedProgram, metadata: dict[str, Any]) -> tup
     return contents, run
 
 
-def _text(value: Any) -> str:
+def _metadata_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-_CONVERT = {"onnx": _convert_onnx, "pt2": _convert_pt2, "openvino": _convert_openvino}
+_CONVERTERS = {"onnx": _convert_onnx, "pt2": _convert_pt2, "openvino": _convert_openvino}

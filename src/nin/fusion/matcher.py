@@ -143,9 +143,8 @@ def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[st
         nodes.append(node)
         match.nodes = list(nodes)
     if isinstance(first, nn.Linear) and len(match.links) < 2:
-        return ChainMatch(
-            [start], [Link(first)], match.layer_names
-        )  # a single matrix product, which PyTorch computes as fast
+        # a single matrix product is as fast in PyTorch
+        return ChainMatch([start], [Link(first)], match.layer_names)
     return match
 
 
