@@ -160,7 +160,7 @@ def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):
     # all of them, to the last digit, from the module itself
     got = made.page.evaluate(
         """async ([rank]) => {
-            const [n, s] = [await import('/narrowing.js'), await import('/server.js')];
+            const [n, s] = [await import('/low-rank.js'), await import('/server.js')];
             const { samples } = await s.samples();
             const bytes = Uint8Array.from(atob(samples[0].image.split(',')[1]), (letter) => letter.charCodeAt(0));
             const sums = await s.sums({ blob: new Blob([bytes], { type: 'image/png' }) }, 2, 0);
@@ -202,7 +202,7 @@ def test_channels_are_paired_by_what_they_show(browser, both):
     other[3] = 2 * base[1] + 0.1 * torch.randn(6, 6)
     got = made.page.evaluate(
         """async ([base, other]) => {
-            const { mostAlike } = await import('/contributions.js');
+            const { mostAlike } = await import('/feature-maps.js');
             const output = (values, channels) => ({ shape: [channels, 6, 6], values: Float32Array.from(values) });
             return mostAlike(output(base, 3), 1, output(other, 5));
         }""",
@@ -348,13 +348,13 @@ def test_a_copy_takes_only_its_own_folder(copied, runs, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_saved_and_server_offer_the_same():
+def test_server_and_server_offline_export_the_same():
     files = {
         address.strip("/"): content.decode()
         for address, (_, content) in static_files.read_page().items()
         if address.endswith(".js")
     }
-    names = [set(js_bundle.exports(files[name])) for name in ("server.js", "saved.js")]
+    names = [set(js_bundle.exports(files[name])) for name in ("server.js", "server-offline.js")]
     assert names[0] == names[1]
 
 
@@ -371,7 +371,7 @@ def test_no_module_imports_or_exports_what_nobody_uses():
                     imported |= {(found["module"], one) for one in re.findall(rf"\b{local}\.(\w+)", text)}
     for name, text in files.items():
         unused = {one for one in js_bundle.exports(text) if (name, one) not in imported}
-        assert unused == set() or name == "saved.js", f"{name} exports {unused} to nobody"
+        assert unused == set() or name == "server-offline.js", f"{name} exports {unused} to nobody"
 
 
 def test_bundling_keeps_names_and_order():

@@ -105,7 +105,7 @@ def _page_files() -> Iterator[tuple[str, str | bytes]]:
         raise ValueError(f"index.html must hold {script} once")
     policy = f'<meta http-equiv="Content-Security-Policy" content="{FILE_CSP}">'
     yield "index.html", html.replace(script, f'{policy}\n<script defer src="page.js"></script>')
-    yield "page.js", bundle("main.js", lambda name: files[name].decode(), {"server.js": "saved.js"})
+    yield "page.js", bundle("main.js", lambda name: files[name].decode(), {"server.js": "server-offline.js"})
     for name in ("style.css", "figures.css", "icon.svg"):
         yield name, files[name]
 

@@ -1,7 +1,7 @@
 // The bottleneck: 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256, counted, and measured by the server on request.
 
 import { announce, count, element, format, slider, svg } from "./elements.js";
-import { STOPS_PAYING, WIDE_MACS, crossed, drawChart, narrowMacs } from "./savings.js";
+import { STOPS_PAYING, WIDE_MACS, measuredCrossing, drawChart, narrowMacs } from "./bottleneck-chart.js";
 import * as service from "./server.js";
 import { volume } from "./volume.js";
 
@@ -62,7 +62,7 @@ export function bottleneck(figure, { health }) {
       const faster = here.wide.median_ms / here.narrow.median_ms;
       said.textContent += ` Measured: ${format(faster, 2)} times ${faster > 1 ? "as fast" : "as fast, so it is slower"}.`;
     }
-    const crossing = crossed(measured);
+    const crossing = measuredCrossing(measured);
     if (crossing) said.textContent += ` ${service.LIVE ? "On this machine" : "On that machine"} it stops paying near r = ${crossing}.`;
     drawChart(chart, r, measured);
     announce(said.textContent);

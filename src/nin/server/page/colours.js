@@ -1,16 +1,16 @@
 // Choosing colours: a 1×1 filter over red, green and blue by hand, and a small network that learns one.
 
 import { announce, calm, element, format, shade, slider } from "./elements.js";
-import { HIDDEN, Learner } from "./learner.js";
+import { ColourNetwork, HIDDEN } from "./colour-network.js";
 import { loadPhoto, picture } from "./photo.js";
 import { asset } from "./server.js";
 
 const STEPS = 400;
-const RADIUS = 1 / 16; // of the longer side: the circle that is told to be wanted
+const RADIUS = 1 / 16; // of the longer side: the circle whose colours are wanted
 const NAMES = ["red", "green", "blue"];
 
 export async function colours(figure) {
-  const state = { photo: null, weights: [1, -0.5, -0.5], learner: null, running: 0 };
+  const state = { photo: null, weights: [1, -0.5, -0.5], running: 0 };
   const said = element("p", { class: "said", "data-said": "" });
   const photo = picture({ label: "photo: choose the colour to be learned", onSelect: (row, column) => learn(row, column) });
   const result = element("canvas");
@@ -73,19 +73,19 @@ export async function colours(figure) {
     photo.mark(row, column, 2 * radius);
     const { values, wanted } = examples(state.photo, row, column, radius);
     if (!wanted.includes(0)) return;
-    const learner = new Learner(values, wanted);
+    const network = new ColourNetwork(values, wanted);
     const each = calm() ? STEPS : 4; // all at once where motion is not wanted
     const start = 4 * (row * width + column);
     units.hidden = false;
     caption.textContent = "what the network picks out";
     const frame = () => {
       let loss = 0;
-      for (let i = 0; i < each && learner.steps < STEPS; i++) loss = learner.step();
-      paint(result, state.photo, (x, y, z) => learner.answer(x, y, z));
-      bars(learner.parameters);
-      const sure = learner.answer(data[start] / 255, data[start + 1] / 255, data[start + 2] / 255);
-      said.textContent = `Step ${learner.steps} of ${STEPS}: loss ${format(loss, 3)}, the clicked pixel is wanted: ${format(100 * sure, 0)} %.`;
-      if (learner.steps < STEPS) state.running = requestAnimationFrame(frame);
+      for (let i = 0; i < each && network.steps < STEPS; i++) loss = network.step();
+      paint(result, state.photo, (x, y, z) => network.predict(x, y, z));
+      bars(network.parameters);
+      const sure = network.predict(data[start] / 255, data[start + 1] / 255, data[start + 2] / 255);
+      said.textContent = `Step ${network.steps} of ${STEPS}: loss ${format(loss, 3)}, the clicked pixel is wanted: ${format(100 * sure, 0)} %.`;
+      if (network.steps < STEPS) state.running = requestAnimationFrame(frame);
       else announce(`${said.textContent} Done.`);
     };
     state.running = requestAnimationFrame(frame);
@@ -105,11 +105,11 @@ function examples({ data, width, height }, row, column, radius) {
   return { values, wanted };
 }
 
-// Draws the photo as grey values: what `answer` gives for a pixel's red, green and blue.
-function paint(canvas, { data, width, height }, answer) {
+// Draws the photo as grey values: `predict` of each pixel's red, green and blue.
+function paint(canvas, { data, width, height }, predict) {
   const out = new ImageData(width, height);
   for (let i = 0; i < data.length; i += 4) {
-    out.data[i] = out.data[i + 1] = out.data[i + 2] = 255 * answer(data[i] / 255, data[i + 1] / 255, data[i + 2] / 255);
+    out.data[i] = out.data[i + 1] = out.data[i + 2] = 255 * predict(data[i] / 255, data[i + 1] / 255, data[i + 2] / 255);
     out.data[i + 3] = 255;
   }
   canvas.width = width;

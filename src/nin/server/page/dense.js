@@ -1,9 +1,9 @@
 // The same weights as a small network, at the chosen pixel.
 
 import { announce, element, format, svg, tint } from "./elements.js";
-import { pixelGrid } from "./grid.js";
+import { pixelGrid } from "./pixel-grid.js";
 import { largest } from "./maths.js";
-import { CHANNELS, SIDE, change, outputs, scene, values, watch, weights } from "./scene.js";
+import { CHANNELS, SIDE, change, outputs, state, values, watch, weights } from "./layer-state.js";
 
 const HIGH = 500;
 const WIDE = 460;
@@ -27,7 +27,7 @@ export function dense(figure) {
   nodes.append(...ins);
 
   function redraw() {
-    const count = Math.min(scene.filters, SHOWN);
+    const count = Math.min(state.filters, SHOWN);
     outs.forEach(({ group }) => group.remove());
     outs = Array.from({ length: count }, (_, f) => {
       const circle = svg("circle", { cx: WIDE - 90, cy: yOut(f, count), r: 10 });
@@ -39,35 +39,35 @@ export function dense(figure) {
   }
 
   watch(() => {
-    if (drawn.filters !== scene.filters) redraw();
+    if (drawn.filters !== state.filters) redraw();
     const [x, y, w] = [values(), outputs(), weights()];
-    const limits = [largest(scene.input), largest(scene.output), largest(scene.weight)];
-    if (drawn.seed !== scene.seed || drawn.filters !== scene.filters || drawn.filter !== scene.filter) drawEdges(edges, limits[2]);
-    if (drawn.seed !== scene.seed) grid.show(scene.input.subarray(0, SIDE * SIDE), limits[0]);
-    Object.assign(drawn, scene);
-    grid.choose(scene.row, scene.column);
+    const limits = [largest(state.input), largest(state.output), largest(state.weight)];
+    if (drawn.seed !== state.seed || drawn.filters !== state.filters || drawn.filter !== state.filter) drawEdges(edges, limits[2]);
+    if (drawn.seed !== state.seed) grid.show(state.input.subarray(0, SIDE * SIDE), limits[0]);
+    Object.assign(drawn, state);
+    grid.choose(state.row, state.column);
     ins.forEach((circle, c) => circle.setAttribute("fill", paint(x[c], limits[0])));
     outs.forEach(({ circle, text }, f) => {
       circle.setAttribute("fill", paint(y[f], limits[1]));
-      circle.classList.toggle("chosen", f === scene.filter);
+      circle.classList.toggle("chosen", f === state.filter);
       text.textContent = format(y[f], 2);
     });
     const strongest = w.map((weight, c) => weight * x[c]).reduce((best, product, c, all) => (Math.abs(product) > Math.abs(all[best]) ? c : best), 0);
-    said.textContent = `Output ${scene.filter + 1} is ${format(y[scene.filter], 3)}. Channel ${strongest + 1} counts most: ${format(x[strongest], 2)} × ${format(w[strongest], 2)}.`;
-    code.textContent = `torch.nn.Linear(32, ${scene.filters})` + (scene.filters > SHOWN ? ` The first ${SHOWN} outputs are drawn.` : "");
+    said.textContent = `Output ${state.filter + 1} is ${format(y[state.filter], 3)}. Channel ${strongest + 1} counts most: ${format(x[strongest], 2)} × ${format(w[strongest], 2)}.`;
+    code.textContent = `torch.nn.Linear(32, ${state.filters})` + (state.filters > SHOWN ? ` The first ${SHOWN} outputs are drawn.` : "");
     announce(said.textContent);
   });
 }
 
 // The weights as lines: those of the chosen output strong, the others faint.
 function drawEdges(group, limit) {
-  const count = Math.min(scene.filters, SHOWN);
+  const count = Math.min(state.filters, SHOWN);
   const faint = [];
   const strong = [];
   for (let f = 0; f < count; f++) {
     for (let c = 0; c < CHANNELS; c++) {
-      const weight = scene.weight[f * CHANNELS + c];
-      const chosen = f === scene.filter;
+      const weight = state.weight[f * CHANNELS + c];
+      const chosen = f === state.filter;
       const line = svg("line", {
         class: "edge", x1: 19, y1: yIn(c), x2: WIDE - 100, y2: yOut(f, count),
         stroke: tint(weight, limit, chosen ? 1 : 0.2), "stroke-width": chosen ? 0.6 + 3 * (Math.abs(weight) / limit) : 1,

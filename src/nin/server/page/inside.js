@@ -1,18 +1,18 @@
-// Look inside the network that is served: images, layers, channels, and the numbers at a pixel; two runs beside each other.
+// Look inside a served network: images, layers, channels, and the numbers at a pixel; two runs beside each other.
 
-import { channel, drawMap, mostAlike } from "./contributions.js";
+import { channel, drawMap, mostAlike } from "./feature-maps.js";
 import { checkbox, element, format } from "./elements.js";
-import { Look } from "./look.js";
+import { ImageView } from "./image-view.js";
 import { largest } from "./maths.js";
-import { Narrowed } from "./narrowed.js";
-import { Network, channelsOf } from "./network.js";
-import { tracePath } from "./path.js";
+import { NarrowingPanel } from "./narrowing-panel.js";
+import { ServedNetwork, channelsOf } from "./served-network.js";
+import { tracePixel } from "./pixel-trace.js";
 import * as server from "./server.js";
 
 const MOST_CHANNELS = 256; // maps shown of one layer
 
 export async function inside(figure, words, { beside }) {
-  const networks = await Promise.all((beside ? [0, 1] : [0]).map(Network.open));
+  const networks = await Promise.all((beside ? [0, 1] : [0]).map(ServedNetwork.open));
   words.replaceChildren(...networks.flatMap((one, i) => (i ? [element("br"), one.words] : [one.words])));
   const { samples, reason } = await readSamples(words);
   const shown = new Inside(networks, samples);
@@ -22,7 +22,7 @@ export async function inside(figure, words, { beside }) {
   await Promise.all(networks.map(async (one) => {
     one.dead = await server.dead(one.run).catch(() => null);
   }));
-  await shown.looks[0].openSample(samples, 0);
+  await shown.views[0].openSample(samples, 0);
 }
 
 class Inside {
@@ -30,24 +30,24 @@ class Inside {
     const [network] = networks;
     Object.assign(this, { network, samples, layer: network.layers.length - 1, channel: 0, place: [0.5, 0.5], turn: 0 });
     this.beside = networks.length > 1;
-    this.looks = this.beside
-      ? networks.map((one, i) => this.makeLook(one, `run ${nameOf(networks, i)}`, i ? null : samples))
-      : [this.makeLook(network, "image A", samples)];
-    this.panels = element("div", { class: "looks" }, ...this.looks.map((look) => this.panel(look)));
+    this.views = this.beside
+      ? networks.map((one, i) => this.makeView(one, `run ${nameOf(networks, i)}`, i ? null : samples))
+      : [this.makeView(network, "image A", samples)];
+    this.panels = element("div", { class: "looks" }, ...this.views.map((view) => this.panel(view)));
     this.layerButtons = network.layers.map((layer, i) => this.layerButton(layer, i));
     this.title = element("h3");
     this.channels = element("div", { class: "looks" });
     this.paths = element("div", { class: "looks", "data-paths": "" });
-    this.narrowed = new Narrowed((rebuilt) => this.redraw(rebuilt));
+    this.narrowed = new NarrowingPanel((rebuilt) => this.redraw(rebuilt));
     this.block = element("div", { class: "block", hidden: true },
       element("h3", {}, "Layer by layer"), this.layerRows(), this.title, this.channels, element("div", { class: "block" }, this.paths), this.narrowed.element);
-    const above = this.beside ? this.looks[0].chooser : element("div", { class: "controls" }, checkbox("Compare with a second image", false, (on) => this.compare(on)));
+    const above = this.beside ? this.views[0].chooser : element("div", { class: "controls" }, checkbox("Compare with a second image", false, (on) => this.compare(on)));
     this.element = element("div", {}, above, this.panels, this.block);
   }
 
-  makeLook(network, name, samples) {
-    return new Look(network, name, samples, {
-      onChange: (look) => this.opened(look),
+  makeView(network, name, samples) {
+    return new ImageView(network, name, samples, {
+      onChange: (view) => this.opened(view),
       onPlace: (place) => {
         this.place = place;
         this.point();
@@ -55,9 +55,9 @@ class Inside {
     });
   }
 
-  panel(look) {
-    if (!this.beside) return element("div", {}, look.chooser, look.element);
-    return element("div", {}, element("h3", {}, look.name), look.element);
+  panel(view) {
+    if (!this.beside) return element("div", {}, view.chooser, view.element);
+    return element("div", {}, element("h3", {}, view.name), view.element);
   }
 
   // The layers, a row for each block.
@@ -75,25 +75,25 @@ class Inside {
     return element("button", { type: "button", "aria-pressed": "false", onclick: choose }, layer.name, element("small", {}, channelsOf(layer)));
   }
 
-  // The second look follows the first where two runs are beside each other.
-  async opened(look) {
-    const [first, second] = this.looks;
-    if (this.block.hidden) this.channel = this.network.model.classes.indexOf(look.answer.label); // the map that counts most
-    if (this.beside && look === first) await second.open(first.image);
+  // The second view follows the first where two runs are beside each other.
+  async opened(view) {
+    const [first, second] = this.views;
+    if (this.block.hidden) this.channel = this.network.model.classes.indexOf(view.prediction.label); // the map that counts most
+    if (this.beside && view === first) await second.open(first.image);
     else await this.update();
   }
 
   async compare(on) {
     if (on) {
-      this.looks.push(this.makeLook(this.network, "image B", this.samples));
-      this.panels.append(this.panel(this.looks[1]));
-      if (this.samples.length > 1) await this.looks[1].openSample(this.samples, 1);
-    } else this.looks.splice(1).forEach((gone) => gone.element.parentElement.remove());
+      this.views.push(this.makeView(this.network, "image B", this.samples));
+      this.panels.append(this.panel(this.views[1]));
+      if (this.samples.length > 1) await this.views[1].openSample(this.samples, 1);
+    } else this.views.splice(1).forEach((gone) => gone.element.parentElement.remove());
     await this.update();
   }
 
   get seen() {
-    return this.looks.filter(({ image }) => image);
+    return this.views.filter(({ image }) => image);
   }
 
   async update() {
@@ -106,55 +106,55 @@ class Inside {
     const silent = network.dead?.channels[this.layer] ?? [];
     this.title.textContent = `${layer.name}: ${channelsOf(layer)}`
       + (network.dead ? `, ${silent.length} dead on all of ${network.dead.images} test images` : "");
-    for (const look of seen) look.index = look.network.layerAt(layer.place);
-    const drawn = await Promise.all(seen.map((look) => this.channelMaps(look)));
+    for (const view of seen) view.index = view.network.layerAt(layer.place);
+    const drawn = await Promise.all(seen.map((view) => this.channelMaps(view)));
     if (turn !== this.turn) return; // another layer was chosen meanwhile
     this.channels.replaceChildren(...drawn);
     await this.choose(this.channel);
   }
 
-  async channelMaps(look) {
-    const { network, index } = look;
-    if (index < 0) return element("p", { class: "quiet" }, `${look.name} has no layer that stands for this one.`);
-    const output = await look.layer(index);
+  async channelMaps(view) {
+    const { network, index } = view;
+    if (index < 0) return element("p", { class: "quiet" }, `${view.name} has no layer that stands for this one.`);
+    const output = await view.layer(index);
     const limit = largest(output.values);
     const count = Math.min(MOST_CHANNELS, output.shape[0]);
     const silent = new Set(network.dead?.channels[index] ?? []);
-    look.canvases = Array.from({ length: count }, () => element("canvas"));
-    const maps = look.canvases.map((canvas, c) => {
+    view.canvases = Array.from({ length: count }, () => element("canvas"));
+    const maps = view.canvases.map((canvas, c) => {
       drawMap(canvas, channel(output, c), output.shape[1], output.shape[2], limit);
       const name = index === network.layers.length - 1 ? network.model.classes[c] : String(c + 1);
       return element("button", {
-        type: "button", "data-channel": c, "aria-pressed": "false", "aria-label": `${look.name}, channel ${name}${silent.has(c) ? ", dead" : ""}`,
-        onclick: () => this.choose(c, look),
+        type: "button", "data-channel": c, "aria-pressed": "false", "aria-label": `${view.name}, channel ${name}${silent.has(c) ? ", dead" : ""}`,
+        onclick: () => this.choose(c, view),
       }, canvas, silent.has(c) ? `${name} ✕` : name);
     });
-    look.note = element("p", { class: "quiet" });
-    return element("div", {}, element("p", { class: "caption" }, caption(look, output, count)), look.note, element("div", { class: "channels" }, ...maps));
+    view.note = element("p", { class: "quiet" });
+    return element("div", {}, element("p", { class: "caption" }, caption(view, output, count)), view.note, element("div", { class: "channels" }, ...maps));
   }
 
-  // Chooses a channel of one look, and in the others the same, or the one most like it where the layers differ.
-  async choose(chosen, from = this.looks[0]) {
-    if (from === this.looks[0]) this.channel = chosen;
+  // Chooses a channel of one view, and in the others the same, or the most correlated one where the layers differ.
+  async choose(chosen, from = this.views[0]) {
+    if (from === this.views[0]) this.channel = chosen;
     from.channel = chosen;
-    const outputs = await Promise.all(this.seen.map((look) => (look.index < 0 ? null : look.layer(look.index))));
+    const outputs = await Promise.all(this.seen.map((view) => (view.index < 0 ? null : view.layer(view.index))));
     const base = outputs[this.seen.indexOf(from)];
-    this.seen.forEach((look, i) => {
+    this.seen.forEach((view, i) => {
       if (!outputs[i]) return;
-      const other = look !== from && outputs[i].shape[0] !== base.shape[0];
+      const other = view !== from && outputs[i].shape[0] !== base.shape[0];
       const alike = other ? mostAlike(base, chosen, outputs[i]) : { channel: chosen };
-      look.channel = alike.channel;
-      look.note.textContent = other ? `channel ${alike.channel + 1} is most like the chosen one on this image: correlation ${format(alike.correlation, 2)}` : "";
+      view.channel = alike.channel;
+      view.note.textContent = other ? `channel ${alike.channel + 1} is most like the chosen one on this image: correlation ${format(alike.correlation, 2)}` : "";
     });
-    this.seen.forEach((look, i) => {
-      for (const button of this.channels.children[i].querySelectorAll("button")) button.setAttribute("aria-pressed", Number(button.dataset.channel) === look.channel);
+    this.seen.forEach((view, i) => {
+      for (const button of this.channels.children[i].querySelectorAll("button")) button.setAttribute("aria-pressed", Number(button.dataset.channel) === view.channel);
     });
     await this.point();
     const [first] = this.seen;
     if (first.index >= 0) await this.narrowed.open(first, first.index, first.channel);
   }
 
-  // Draws the first look's maps as they would be, or as they are.
+  // Draws the first view's maps narrowed, or as they are.
   async redraw(rebuilt) {
     const [first] = this.seen;
     if (!first?.canvases || first.index < 0) return;
@@ -166,18 +166,18 @@ class Inside {
   }
 
   async point() {
-    for (const look of this.seen) look.show(this.place);
+    for (const view of this.seen) view.show(this.place);
     const turn = (this.turn += 1);
-    const traced = await Promise.all(this.seen.map((look) => (look.index < 0 ? element("p") : tracePath(look, look.index, look.channel, this.place))));
+    const traced = await Promise.all(this.seen.map((view) => (view.index < 0 ? element("p") : tracePixel(view, view.index, view.channel, this.place))));
     if (turn === this.turn) this.paths.replaceChildren(...traced);
   }
 }
 
-function caption(look, output, count) {
+function caption(view, output, count) {
   const [channels, height, width] = output.shape;
-  const way = look.network.way(look.network.layers[look.index].place);
-  return `${look.name}, ${height}×${width} pixels${count < channels ? `, the first ${count}` : ""}`
-    + (way.length ? `, ${channels} channels by way of ${way.join(" and ")}` : "");
+  const inner = view.network.innerChannels(view.network.layers[view.index].place);
+  return `${view.name}, ${height}×${width} pixels${count < channels ? `, the first ${count}` : ""}`
+    + (inner.length ? `, ${channels} channels by way of ${inner.join(" and ")}` : "");
 }
 
 // The folder's name, and which of the two it is where both have the same.

@@ -1,7 +1,7 @@
 // Network in Network: a 5×5 convolution, two 1×1 layers, class maps, global average pooling.
 
 import { announce, element, format, number, setNumber, shade } from "./elements.js";
-import { pixelGrid } from "./grid.js";
+import { pixelGrid } from "./pixel-grid.js";
 import { conv1x1, convolve, largest, mean, softmax } from "./maths.js";
 import { asset } from "./server.js";
 

@@ -1,7 +1,7 @@
 // One channel: the source note's 6×6 image times a weight.
 
 import { announce, checkbox, element, format, slider } from "./elements.js";
-import { pixelGrid } from "./grid.js";
+import { pixelGrid } from "./pixel-grid.js";
 import { relu } from "./maths.js";
 
 const IMAGE = [

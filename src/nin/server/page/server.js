@@ -1,7 +1,7 @@
-// What the page asks the server for. An image is {blob, label, sample}: its file, its true class and its place among
-// the run's test images, where it has them. saved.js gives the same where the page lies on a disk.
+// Requests to the server. An image is {blob, label, sample}: its file, its true class and its place among
+// the run's test images, where it has them. server-offline.js has the same functions for an export of the page.
 
-import { numbers, spectrumOf, weightsOf } from "./numbers.js";
+import { numbers, spectrumOf, weightsOf } from "./decode-arrays.js";
 
 async function json(answer) {
   const value = await answer.json().catch(() => ({}));
@@ -12,9 +12,9 @@ async function json(answer) {
 const ask = (path) => fetch(path).then(json);
 const send = (path, { blob }) => fetch(path, { method: "POST", body: blob, headers: { "Content-Type": blob.type || "application/octet-stream" } }).then(json);
 
-export const LIVE = true; // it computes what it is asked for
+export const LIVE = true; // images of the visitor's can be classified, and times measured
 
-// What there is; null where no server answers.
+// What is served; null where no server answers.
 export async function health() {
   try {
     return await ask("api/health");

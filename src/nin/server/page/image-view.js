@@ -1,6 +1,6 @@
-// One image: choosing it, what the network says of it, and where the evidence for each class lies.
+// The view of one image: its choice, the network's prediction, and the map of each class over it.
 
-import { drawMap, pixelAt } from "./contributions.js";
+import { drawMap, pixelAt } from "./feature-maps.js";
 import { announce, element, format, number, setNumber } from "./elements.js";
 import { largest } from "./maths.js";
 import { picture } from "./photo.js";
@@ -8,14 +8,14 @@ import * as server from "./server.js";
 
 const TOP = 4; // classes listed
 
-export class Look {
-  // network: that looks at the image. samples: the run's test images to choose from; null where another look chooses.
-  // onChange() after another image was chosen, onPlace(place) when another pixel is looked at.
+export class ImageView {
+  // network: that classifies the image. samples: the run's test images to choose from; null where another view chooses.
+  // onChange(view) after another image was chosen, onPlace(place) when another pixel is pointed at.
   constructor(network, name, samples, { onChange, onPlace }) {
-    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), answer: null, place: [0.5, 0.5], channel: 0 });
-    const view = (label) => picture({ label, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
-    this.view = view(`${name}, as the network sees it`);
-    this.overlay = view(`map of a class over ${name}`);
+    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), prediction: null, place: [0.5, 0.5], channel: 0 });
+    const makePicture = (label) => picture({ label, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
+    this.picture = makePicture(`${name}, as the network sees it`);
+    this.overlay = makePicture(`map of a class over ${name}`);
     this.overlay.canvas.classList.add("under");
     this.map = element("canvas", { class: "over" });
     this.overlay.canvas.after(this.map);
@@ -62,7 +62,7 @@ export class Look {
     const caption = element("div", { class: "row" }, element("label", { class: "quiet" }, "evidence for ", this.classes), element("span", { class: "quiet" }, "here: ", this.value));
     this.shown = element("div", { hidden: true },
       element("div", { class: "photos" },
-        element("div", { class: "part" }, this.view.element, this.truth),
+        element("div", { class: "part" }, this.picture.element, this.truth),
         element("div", { class: "part" }, this.overlay.element, caption)),
       this.list);
     return this.shown;
@@ -75,8 +75,8 @@ export class Look {
 
   async open(image) {
     try {
-      const answer = await server.predict(image, this.network.run);
-      Object.assign(this, { image, answer, outputs: new Map() });
+      const prediction = await server.predict(image, this.network.run);
+      Object.assign(this, { image, prediction, outputs: new Map() });
     } catch (error) {
       this.problem.textContent = `This image could not be read: ${error.message}`;
       this.problem.hidden = false;
@@ -86,13 +86,13 @@ export class Look {
     this.shown.hidden = false;
     this.choices.forEach((button, i) => button.setAttribute("aria-pressed", i === image.sample));
     this.truth.textContent = image.label === null ? "an image of yours" : `it is: ${image.label}`;
-    this.showAnswer();
+    this.showPrediction();
     await this.showPicture();
-    announce(`${this.name}: ${answerWords(this.answer)}`);
+    announce(`${this.name}: ${predictionWords(this.prediction)}`);
     await this.onChange(this);
   }
 
-  // What a layer makes of the image, asked for once; and its sums, before the activation.
+  // A layer's activations on the image, requested once; and its sums, before the activation.
   layer(index) {
     return this.once(index, () => server.activations(this.image, index, this.network.run));
   }
@@ -101,13 +101,13 @@ export class Look {
     return this.once(`sums ${index}`, () => server.sums(this.image, index, this.network.run));
   }
 
-  once(name, ask) {
-    if (!this.outputs.has(name)) this.outputs.set(name, ask());
+  once(name, request) {
+    if (!this.outputs.has(name)) this.outputs.set(name, request());
     return this.outputs.get(name);
   }
 
-  showAnswer() {
-    const ranked = Object.entries(this.answer.probabilities).sort(([, a], [, b]) => b - a).slice(0, TOP);
+  showPrediction() {
+    const ranked = Object.entries(this.prediction.probabilities).sort(([, a], [, b]) => b - a).slice(0, TOP);
     this.list.replaceChildren(...ranked.flatMap(([label, share], i) => {
       const bar = element("i");
       bar.style.width = `${100 * share}%`;
@@ -117,7 +117,7 @@ export class Look {
         element("dd", {}, number(100 * share, 1, { "data-confidence": label }), " %"),
       ];
     }));
-    this.classes.value = String(this.network.model.classes.indexOf(this.answer.label));
+    this.classes.value = String(this.network.model.classes.indexOf(this.prediction.label));
   }
 
   async showPicture() {
@@ -131,35 +131,35 @@ export class Look {
       }
       image.data[4 * p + 3] = 255;
     }
-    for (const view of [this.view, this.overlay]) {
-      view.draw(image);
-      view.canvas.classList.toggle("pixelated", width <= 64);
+    for (const shown of [this.picture, this.overlay]) {
+      shown.draw(image);
+      shown.canvas.classList.toggle("pixelated", width <= 64);
     }
     this.drawClass();
     this.show(this.place);
   }
 
   drawClass() {
-    const maps = this.answer.maps;
+    const maps = this.prediction.maps;
     const map = maps[Number(this.classes.value)];
     drawMap(this.map, map.flat(), map.length, map[0].length, largest(maps.flat(2)));
     this.show(this.place);
   }
 
   point(row, column, onPlace) {
-    onPlace([(row + 0.5) / this.view.canvas.height, (column + 0.5) / this.view.canvas.width]);
+    onPlace([(row + 0.5) / this.picture.canvas.height, (column + 0.5) / this.picture.canvas.width]);
   }
 
   show(place) {
     this.place = place;
-    if (!this.answer?.maps) return;
-    const [row, column] = pixelAt({ shape: [0, this.view.canvas.height, this.view.canvas.width] }, place);
-    this.view.mark(row, column);
+    if (!this.prediction?.maps) return;
+    const [row, column] = pixelAt({ shape: [0, this.picture.canvas.height, this.picture.canvas.width] }, place);
+    this.picture.mark(row, column);
     this.overlay.mark(row, column);
-    const map = this.answer.maps[Number(this.classes.value)];
+    const map = this.prediction.maps[Number(this.classes.value)];
     const [r, c] = pixelAt({ shape: [0, map.length, map[0].length] }, place);
     setNumber(this.value, map[r][c], 3);
   }
 }
 
-const answerWords = ({ label, confidence }) => `${label}, ${format(100 * confidence, 1)} % sure`;
+const predictionWords = ({ label, confidence }) => `${label}, ${format(100 * confidence, 1)} % sure`;

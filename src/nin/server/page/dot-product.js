@@ -1,15 +1,15 @@
-// Step 2's chosen pixel spelled out: its values, the filter's weights, their products, the sum, channel by channel.
+// The dot product of step 2 at the chosen pixel: its values, the filter's weights, products and sum, by channel.
 
 import { announce, element, format, number, setNumber, shade, slider } from "./elements.js";
 import { largest } from "./maths.js";
-import { CHANNELS, outputs, scene, sum, values, weights } from "./scene.js";
+import { CHANNELS, outputs, state, sum, values, weights } from "./layer-state.js";
 
-export function makeStrip() {
+export function makeDotProduct() {
   const rows = ["values", "weights", "products", "sum so far"].map((name) => {
     const cells = Array.from({ length: CHANNELS }, (_, channel) => {
       const data = number();
       const cell = element("td", {}, data);
-      cell.addEventListener("pointerover", () => look(channel));
+      cell.addEventListener("pointerover", () => showChannel(channel));
       return { cell, data };
     });
     return { line: element("tr", {}, element("th", { scope: "row" }, name), ...cells.map(({ cell }) => cell)), cells, name };
@@ -18,18 +18,18 @@ export function makeStrip() {
   const where = element("span", { class: "quiet" });
   const said = element("p", { class: "said quiet" });
   let channel = 0;
-  const channels = slider({ label: "look at channel", min: 1, max: CHANNELS, value: 1, onInput: (value) => look(value - 1) });
+  const channels = slider({ label: "look at channel", min: 1, max: CHANNELS, value: 1, onInput: (value) => showChannel(value - 1) });
 
-  function look(next) {
+  function showChannel(next) {
     for (const { cells } of rows) {
       cells[channel].cell.classList.remove("chosen");
       cells[next].cell.classList.add("chosen");
     }
     channel = next;
     channels.set(channel + 1);
-    tell();
+    showTerm();
   }
-  function tell() {
+  function showTerm() {
     const [x, w] = [values()[channel], weights()[channel]];
     said.textContent = `channel ${channel + 1}: ${format(x, 3)} × ${format(w, 3)} = ${format(x * w, 3)}`;
     announce(said.textContent);
@@ -50,12 +50,12 @@ export function makeStrip() {
     const z = sum();
     setNumber(result.sum, z, 3);
     setNumber(result.relu, Math.max(0, z), 3);
-    where.textContent = `It lands in map ${scene.filter + 1} of ${scene.filters}, row ${scene.row + 1}, column ${scene.column + 1}. `
-      + `All filters at this pixel: ${outputs().slice(0, 8).map((value) => format(value, 1)).join(", ")}${scene.filters > 8 ? ", …" : ""}.`;
-    tell();
-    announce(`Pixel in row ${scene.row + 1}, column ${scene.column + 1}, filter ${scene.filter + 1}: the sum is ${format(z, 3)}, after the ReLU ${format(Math.max(0, z), 3)}.`);
+    where.textContent = `It lands in map ${state.filter + 1} of ${state.filters}, row ${state.row + 1}, column ${state.column + 1}. `
+      + `All filters at this pixel: ${outputs().slice(0, 8).map((value) => format(value, 1)).join(", ")}${state.filters > 8 ? ", …" : ""}.`;
+    showTerm();
+    announce(`Pixel in row ${state.row + 1}, column ${state.column + 1}, filter ${state.filter + 1}: the sum is ${format(z, 3)}, after the ReLU ${format(Math.max(0, z), 3)}.`);
   }
-  look(0);
+  showChannel(0);
   const table = element("table", { class: "strip", "data-strip": "", "aria-label": "The chosen pixel's 32 values, the filter's weights, their products, and the sum so far" },
     element("tbody", {}, ...rows.map(({ line }) => line)));
   const sums = element("p", { class: "sum" }, "all 32 added up: ", result.sum, " → ReLU → ", result.relu, where);

@@ -1,21 +1,21 @@
-// A network that is looked into: what it is made of, its weights and its layers' spectra, each asked for once.
+// A network of the server: its layers, and their weights and principal components, each requested once.
 
 import { count, format } from "./elements.js";
 import * as server from "./server.js";
 
-export class Network {
+export class ServedNetwork {
   // run: 0, or 1 for the one beside it.
   constructor(run, model) {
-    Object.assign(this, { run, model, layers: model.layers, dead: null, asked: new Map() });
+    Object.assign(this, { run, model, layers: model.layers, dead: null, requested: new Map() });
   }
 
   static async open(run) {
-    return new Network(run, await server.model(run));
+    return new ServedNetwork(run, await server.model(run));
   }
 
-  once(name, ask) {
-    if (!this.asked.has(name)) this.asked.set(name, ask());
-    return this.asked.get(name);
+  once(name, request) {
+    if (!this.requested.has(name)) this.requested.set(name, request());
+    return this.requested.get(name);
   }
 
   weights(layer) {
@@ -30,13 +30,13 @@ export class Network {
     return this.once(`narrowed ${layer} ${rank}`, () => server.narrowed(layer, rank, this.run));
   }
 
-  // The layer that stands for the one of another network at that place; -1 where there is none.
+  // The index of the layer at that place, by which another network's layer is found; -1 where there is none.
   layerAt(place) {
     return this.layers.findIndex((layer) => layer.place === place);
   }
 
-  // The channels that a narrowed layer goes through on the way to its own.
-  way(place) {
+  // The channels between the factors of a narrowed layer.
+  innerChannels(place) {
     return this.layers.filter((layer) => layer.place.startsWith(`${place}, part `)).map(({ channels }) => channels);
   }
 

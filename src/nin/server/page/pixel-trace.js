@@ -1,43 +1,44 @@
-// One channel at one pixel: what its filter takes from each input channel, and the numbers through the whole block.
+// One channel at one pixel: its filter's products with each input channel, and the activations of the whole block.
 
-import { channel, contributions, drawMap, pixelAt } from "./contributions.js";
+import { channel, contributions, drawMap, pixelAt } from "./feature-maps.js";
 import { announce, element, format, number } from "./elements.js";
 import { largest } from "./maths.js";
-import { channelsOf } from "./network.js";
+import { channelsOf } from "./served-network.js";
 
-const LISTED = 8; // input channels with the largest share
-// The path of the numbers as an element, for the look's image. filter is a channel of the layer.
-export async function tracePath(look, index, filter, place) {
-  const { layers, model } = look.network;
+const LISTED = 8; // input channels, those of the largest products
+
+// An element with both, for the image of a view. filter is a channel of the layer.
+export async function tracePixel(view, index, filter, place) {
+  const { layers, model } = view.network;
   const layer = layers[index];
-  const output = await look.layer(index);
+  const output = await view.layer(index);
   const [row, column] = pixelAt(output, place);
   const value = channel(output, filter)[row * output.shape[2] + column];
   const name = index === layers.length - 1 ? `class ${model.classes[filter]}` : `channel ${filter + 1}`;
   const where = `row ${row + 1}, column ${column + 1}`;
-  const heading = element("h3", {}, `${capital(look.name)}: ${name} at ${where}`);
+  const heading = element("h3", {}, `${capital(view.name)}: ${name} at ${where}`);
   if (layer.kind !== "convolution") {
-    announce(`${capital(look.name)}, ${where}: ${name} is ${format(value, 3)}`);
+    announce(`${capital(view.name)}, ${where}: ${name} is ${format(value, 3)}`);
     const from = layer.kind === "joining" ? branchOf(layers, layer, filter) : "";
-    return element("div", {}, heading, element("p", {}, "the value is ", number(value, 3, { "data-value": "" }), from), await strips(look, index, place));
+    return element("div", {}, heading, element("p", {}, "the value is ", number(value, 3, { "data-value": "" }), from), await strips(view, index, place));
   }
-  const [input, { weight, bias }] = await Promise.all([look.layer(layer.inputs[0]), look.network.weights(index)]);
+  const [input, { weight, bias }] = await Promise.all([view.layer(layer.inputs[0]), view.network.weights(index)]);
   const taken = contributions(input, weight, layer, filter, row, column);
   const added = bias ? bias.values[filter] : 0;
   const sum = taken.reduce((a, b) => a + b, added);
-  announce(`${capital(look.name)}, ${where}: the sum is ${format(sum, 3)}, ${name} gives ${format(value, 3)}`);
+  announce(`${capital(view.name)}, ${where}: the sum is ${format(sum, 3)}, ${name} gives ${format(value, 3)}`);
   return element("div", {},
     heading,
     listed(taken, input, weight, filter, row, column),
     element("p", { class: "sum" }, "all of them + bias ", number(added, 3), " = ", number(sum, 3, { "data-sum": "" }),
       layer.activation === "none" ? "" : ` → ${layer.activation} → `,
       layer.activation === "none" ? null : number(value, 3, { "data-value": "" })),
-    await strips(look, index, place));
+    await strips(view, index, place));
 }
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-// Which branch of an Inception module a channel of the joined ones comes from.
+// The branch of an Inception module that a channel of the concatenated ones comes from.
 function branchOf(layers, layer, filter) {
   let first = 0;
   for (const source of layer.inputs) {
@@ -64,11 +65,11 @@ function listed(taken, input, weight, filter, row, column) {
 }
 
 // Every layer of the block at this pixel: one strip each, a cell for each channel.
-async function strips(look, index, place) {
-  const { layers } = look.network;
+async function strips(view, index, place) {
+  const { layers } = view.network;
   const inBlock = layers.map((layer, i) => [layer, i]).filter(([layer]) => layer.block === layers[index].block);
   const drawn = await Promise.all(inBlock.map(async ([layer, i]) => {
-    const values = await look.layer(i);
+    const values = await view.layer(i);
     const [row, column] = pixelAt(values, place);
     const at = Float32Array.from({ length: values.shape[0] }, (_, c) => channel(values, c)[row * values.shape[2] + column]);
     const canvas = element("canvas", { class: "pixel-strip", role: "img", "aria-label": `${layer.name}: ${at.filter((v) => v !== 0).length} of ${at.length} channels are not zero here` });

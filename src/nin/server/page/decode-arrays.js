@@ -1,4 +1,4 @@
-// Arrays as the API sends them: {shape, values}, float32 in base64.
+// Decodes the arrays of the API: {shape, values}, float32 in base64.
 
 export function numbers({ shape, values }) {
   return { shape, values: new Float32Array(bytes(values).buffer) };

@@ -1,37 +1,37 @@
-// How a layer would look narrowed: a slider for the directions that are kept, what that costs, and its maps then.
+// One layer narrowed to r directions: a slider for r, the variance kept, the cost, and the layer's maps.
 
-import { channel, drawMap } from "./contributions.js";
+import { channel, drawMap } from "./feature-maps.js";
 import { announce, checkbox, count, element, format, number, setNumber, slider, svg } from "./elements.js";
 import { largest } from "./maths.js";
-import { coordinates, kept, macs, narrowMacs, rebuild, stopsPaying } from "./narrowing.js";
+import { coordinates, macs, narrowMacs, rebuild, stopsPaying, varianceKept } from "./low-rank.js";
 import { LIVE } from "./server.js";
 
 const [WIDE, HIGH, LEFT, TOP, BOTTOM] = [420, 170, 46, 8, 132];
 
-export class Narrowed {
-  // onRebuilt(output) where all maps shall be shown as they would be, onRebuilt(null) where as they are.
+export class NarrowingPanel {
+  // onRebuilt(output) to show all maps narrowed, onRebuilt(null) to show them as they are.
   constructor(onRebuilt) {
     this.onRebuilt = onRebuilt;
     this.element = element("div", { class: "block", hidden: true, "data-narrowed": "" });
     this.turn = 0;
   }
 
-  // Shows the layer of a look; its image or layer may be another than before.
-  async open(look, index, filter) {
-    const layer = look.network.layers[index];
-    if (this.look === look && this.index === index && this.image === look.image) return this.choose(filter);
+  // Shows the layer of a view; its image or layer may be another than before.
+  async open(view, index, filter) {
+    const layer = view.network.layers[index];
+    if (this.view === view && this.index === index && this.image === view.image) return this.choose(filter);
     const turn = (this.turn += 1);
     this.element.hidden = true;
-    Object.assign(this, { look, index, layer, filter, image: look.image });
+    Object.assign(this, { view, index, layer, filter, image: view.image });
     this.onRebuilt(null);
     if (layer.kind !== "convolution") return;
-    const asked = [look.network.spectrum(index), look.sums(index), look.layer(index)];
+    const asked = [view.network.spectrum(index), view.sums(index), view.layer(index)];
     const found = await Promise.all(asked).catch(() => null);
-    if (turn !== this.turn || !found) return; // another layer meanwhile, or no test images to learn it from
+    if (turn !== this.turn || !found) return; // another layer meanwhile, or no test images to compute components on
     [this.spectrum, this.sums, this.output] = found;
     this.z = coordinates(this.sums, this.spectrum);
-    this.shares = kept(this.spectrum);
-    this.rank = Math.max(1, Math.min(stopsPaying(layer) - 1, this.shares.findIndex((share) => share >= 0.95)));
+    this.fractions = varianceKept(this.spectrum);
+    this.rank = Math.max(1, Math.min(stopsPaying(layer) - 1, this.fractions.findIndex((fraction) => fraction >= 0.95)));
     this.build();
   }
 
@@ -75,7 +75,7 @@ export class Narrowed {
       canvas.setAttribute("aria-label", `the chosen channel ${name}, at most ${format(largest(shown[i]), 2)}`);
     });
     const [whole, narrow] = [macs(layer, spectrum.pixels), narrowMacs(layer, spectrum.pixels, rank)];
-    setNumber(this.share, 100 * this.shares[rank], 1);
+    setNumber(this.share, 100 * this.fractions[rank], 1);
     setNumber(this.cost, narrow, 0);
     const times = narrow < whole ? `${format(whole / narrow, 2)} times fewer than ${count(whole)}` : `no fewer than ${count(whole)}`;
     this.said.replaceChildren(`${rank} of ${layer.channels} directions keep `, this.share, " % of the variance and take ", this.cost, ` multiplications, ${times}. It stops paying at r = ${stopsPaying(layer)}.`);
@@ -85,20 +85,20 @@ export class Narrowed {
   }
 
   drawChart() {
-    const { shares, rank, layer } = this;
+    const { fractions, rank, layer } = this;
     const x = (r) => LEFT + ((WIDE - LEFT - 8) * r) / layer.channels;
-    const y = (share) => BOTTOM - (BOTTOM - TOP) * share;
+    const y = (fraction) => BOTTOM - (BOTTOM - TOP) * fraction;
     const ends = stopsPaying(layer);
     this.chart.replaceChildren(
-      ...[0, 0.5, 1].flatMap((share) => [
-        svg("line", { class: "axis", x1: LEFT, x2: WIDE - 8, y1: y(share), y2: y(share) }),
-        svg("text", { x: LEFT - 6, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`)]),
+      ...[0, 0.5, 1].flatMap((fraction) => [
+        svg("line", { class: "axis", x1: LEFT, x2: WIDE - 8, y1: y(fraction), y2: y(fraction) }),
+        svg("text", { x: LEFT - 6, y: y(fraction) + 4, "text-anchor": "end" }, `${100 * fraction} %`)]),
       svg("rect", { class: "paying", x: x(0), y: TOP, width: x(Math.min(ends, layer.channels)) - x(0), height: BOTTOM - TOP }),
-      svg("polyline", { class: "line narrow", points: shares.map((share, r) => `${x(r)},${y(share)}`).join(" ") }),
+      svg("polyline", { class: "line narrow", points: fractions.map((fraction, r) => `${x(r)},${y(fraction)}`).join(" ") }),
       svg("line", { class: "now", x1: x(rank), x2: x(rank), y1: TOP, y2: BOTTOM }),
-      svg("circle", { class: "dot-narrow", cx: x(rank), cy: y(shares[rank]), r: 4 }),
+      svg("circle", { class: "dot-narrow", cx: x(rank), cy: y(fractions[rank]), r: 4 }),
       svg("text", { x: (LEFT + WIDE) / 2, y: BOTTOM + 18, "text-anchor": "middle" }, "r; grey: it takes fewer multiplications"));
-    this.chart.setAttribute("aria-label", `Share of the variance kept, for r from 0 to ${layer.channels}: ${format(100 * shares[rank], 1)} % with ${rank}.`);
+    this.chart.setAttribute("aria-label", `Share of the variance kept, for r from 0 to ${layer.channels}: ${format(100 * fractions[rank], 1)} % with ${rank}.`);
   }
 
   // How many test images are right, asked for when the slider has come to rest.
@@ -109,7 +109,7 @@ export class Narrowed {
       return;
     }
     this.right.textContent = "counting …";
-    const answer = await this.look.network.narrowed(this.index, rank).catch((error) => error);
+    const answer = await this.view.network.narrowed(this.index, rank).catch((error) => error);
     if (turn !== this.turn || rank !== this.rank) return;
     const { right, right_before: before, images } = answer;
     this.right.textContent = answer instanceof Error ? `This could not be counted: ${answer.message}` : `With this layer narrowed and all others as they are, ${right} of ${images} test images looked at are right; ${before} without.`;

@@ -1,4 +1,4 @@
-// What the bottleneck saves: counted, where it stops paying, and the chart of both.
+// Multiplications of the bottleneck, where it stops paying, and the chart of both with the measured times.
 
 import { format, svg } from "./elements.js";
 
@@ -10,8 +10,8 @@ export const narrowMacs = (r) => PIXELS * (256 * r + r * 256 * 16);
 // 256·r·17 < 256·256·16
 export const STOPS_PAYING = Math.ceil((256 * 16) / 17);
 
-// The first r at which the measured bottleneck is no longer faster, between two measurements; null where it always is.
-export function crossed(measured) {
+// The r at which the measured bottleneck is no longer faster, interpolated; null where it always is.
+export function measuredCrossing(measured) {
   const points = [...measured].sort(([a], [b]) => a - b).map(([r, m]) => [r, m.narrow.median_ms / m.wide.median_ms]);
   for (let i = 1; i < points.length; i++) {
     const [[a, low], [b, high]] = [points[i - 1], points[i]];
@@ -20,12 +20,12 @@ export function crossed(measured) {
   return null;
 }
 
-// Share of the wide form: multiplications as a line, measured times as dots.
+// As fractions of the form without bottleneck: multiplications as a line, measured times as dots.
 export function drawChart(chart, r, measured) {
   const x = (value) => LEFT + ((RIGHT - LEFT) * value) / 256;
-  const y = (share) => BOTTOM - ((BOTTOM - TOP) * share) / 1.3;
+  const y = (fraction) => BOTTOM - ((BOTTOM - TOP) * fraction) / 1.3;
   const text = (value, px, py, options = {}) => svg("text", { x: px, y: py, ...options }, value);
-  const share = narrowMacs(r) / WIDE_MACS;
+  const fraction = narrowMacs(r) / WIDE_MACS;
   const dots = [...measured].map(([value, m]) => svg("circle", { class: "dot-narrow", cx: x(value), cy: y(Math.min(1.3, m.narrow.median_ms / m.wide.median_ms)), r: 5 }));
   chart.replaceChildren(
     ...[0, 0.5, 1].flatMap((value) => [
@@ -36,10 +36,10 @@ export function drawChart(chart, r, measured) {
     text("256 → 4×4 → 256", LEFT + 6, y(1) - 8, { class: "label" }),
     svg("line", { class: "line narrow", x1: x(0), x2: x(256), y1: y(0), y2: y(narrowMacs(256) / WIDE_MACS) }),
     svg("line", { class: "now", x1: x(r), x2: x(r), y1: TOP, y2: BOTTOM }),
-    svg("circle", { class: "dot-wide", cx: x(r), cy: y(share), r: 4 }),
-    text(`${format(100 * share, 0)} % of the multiplications`, x(r) + (r > 150 ? -10 : 10), y(share) + (r > 150 ? 26 : 18), { "text-anchor": r > 150 ? "end" : "start", class: "label" }),
+    svg("circle", { class: "dot-wide", cx: x(r), cy: y(fraction), r: 4 }),
+    text(`${format(100 * fraction, 0)} % of the multiplications`, x(r) + (r > 150 ? -10 : 10), y(fraction) + (r > 150 ? 26 : 18), { "text-anchor": r > 150 ? "end" : "start", class: "label" }),
     ...dots,
     ...[64, 128, 192, 256].map((value) => text(value, x(value), BOTTOM + 18, { "text-anchor": "middle" })),
     text(dots.length ? "r; dots: measured time, as a share of the wide form’s" : "r", (LEFT + RIGHT) / 2, BOTTOM + 37, { "text-anchor": "middle" }));
-  chart.setAttribute("aria-label", `With r = ${r} the bottleneck takes ${format(100 * share, 0)} % of the multiplications.`);
+  chart.setAttribute("aria-label", `With r = ${r} the bottleneck takes ${format(100 * fraction, 0)} % of the multiplications.`);
 }

@@ -1,4 +1,4 @@
-// A small image as a grid of cells that a pixel can be chosen in: by pointing, by touch, by the arrow keys.
+// A small image as a grid of cells, of which one is chosen by pointing, by touch, or by the arrow keys.
 
 import { element, format, moved, shade } from "./elements.js";
 

@@ -1,4 +1,4 @@
-// A layer in few directions, in float64: what `nin narrow` does to one layer, without its weights for what comes later.
+// A layer's output from few principal directions, in float64: what `nin narrow` does, without weighing the channels.
 
 // The error function, to 1.5e-7: Abramowitz and Stegun, 7.1.26.
 function erf(x) {
@@ -28,7 +28,7 @@ export function coordinates({ shape, values }, { mean, directions }) {
   return z;
 }
 
-// What the layer gives with the first `rank` directions: {shape, values}.
+// The layer's output with the first `rank` directions: {shape, values}.
 export function rebuild(z, shape, { mean, directions }, rank, activation) {
   const [channels, height, width] = shape;
   const pixels = height * width;
@@ -44,16 +44,16 @@ export function rebuild(z, shape, { mean, directions }, rank, activation) {
   return { shape, values: y.map(act) };
 }
 
-// Shares of the variance that the first 0, 1, … C directions hold.
-export function kept({ variances }) {
-  const shares = [0];
-  for (const variance of variances.values) shares.push(shares.at(-1) + variance);
-  const total = shares.at(-1) || 1;
-  return shares.map((share) => share / total);
+// Fractions of the variance in the first 0, 1, … C directions.
+export function varianceKept({ variances }) {
+  const sums = [0];
+  for (const variance of variances.values) sums.push(sums.at(-1) + variance);
+  const total = sums.at(-1) || 1;
+  return sums.map((sum) => sum / total);
 }
 
 // Multiply-accumulates for an image: of the layer as it is, and of k×k to `rank` channels with a 1×1 after it.
 export const macs = ({ in_channels: taken, channels, kernel_size: k }, pixels) => pixels * taken * k * k * channels;
 export const narrowMacs = ({ in_channels: taken, channels, kernel_size: k }, pixels, rank) => pixels * rank * (taken * k * k + channels);
-// The first rank that takes no fewer.
+// The first rank that takes no fewer multiply-accumulates.
 export const stopsPaying = ({ in_channels: taken, channels, kernel_size: k }) => Math.ceil((taken * k * k * channels) / (taken * k * k + channels));

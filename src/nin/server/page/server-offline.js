@@ -1,16 +1,16 @@
-// What server.js gives, from files beside the page: for a copy on a disk or a web host, where nothing answers.
+// The functions of server.js from files beside the page, for an export on a disk or a web host.
 // Each file is a script that puts its content into ninSaved, as a page from the disk may read no other files.
 
-import { ACTIVATIONS } from "./narrowing.js";
-import { bytes, numbers, spectrumOf, weightsOf } from "./numbers.js";
+import { ACTIVATIONS } from "./low-rank.js";
+import { bytes, numbers, spectrumOf, weightsOf } from "./decode-arrays.js";
 
 export const LIVE = false;
 
-const asked = new Map();
+const loaded = new Map();
 
 function load(name) {
-  if (!asked.has(name)) {
-    asked.set(name, new Promise((resolve, reject) => {
+  if (!loaded.has(name)) {
+    loaded.set(name, new Promise((resolve, reject) => {
       const script = document.createElement("script");
       script.src = `data/${name}.js`;
       script.onload = () => resolve(globalThis.ninSaved[name]);
@@ -18,7 +18,7 @@ function load(name) {
       document.head.append(script);
     }));
   }
-  return asked.get(name);
+  return loaded.get(name);
 }
 
 const page = () => load("page");
@@ -38,17 +38,17 @@ export const predict = async ({ sample }, run) => (await page()).predictions[run
 export const weights = async (layer, run) => weightsOf((await layerFile(layer, run)).weights);
 export const spectrum = async (layer, run) => spectrumOf((await layerFile(layer, run)).spectrum);
 
-// What is kept of an image: each convolution's sums, and what each pooling gives.
-async function kept({ sample }, layer, run) {
+// The stored sums of an image: each convolution's, and each pooling's output.
+async function storedSums({ sample }, layer, run) {
   return numbers((await load(`run-${run}-image-${sample}`))[layer]);
 }
 
-export const sums = kept;
+export const sums = storedSums;
 
 export async function activations(image, layer, run) {
   const { kind, inputs, activation } = (await model(run)).layers[layer];
   if (kind === "joining") return join(await Promise.all(inputs.map((input) => activations(image, input, run))));
-  const { shape, values } = await kept(image, layer, run);
+  const { shape, values } = await storedSums(image, layer, run);
   return { shape, values: values.map(ACTIVATIONS[activation]) };
 }
 

@@ -1,4 +1,4 @@
-// What a filter takes from each input channel at one pixel, in float64; maps as pictures, and which are alike.
+// The maps of a layer's channels: a filter's products at a pixel, in float64, drawing, correlation.
 
 import { mean } from "./maths.js";
 
@@ -21,7 +21,7 @@ export function contributions(input, weight, { stride, padding }, filter, row, c
 
 export const channel = ({ shape, values }, c) => values.subarray(c * shape[1] * shape[2], (c + 1) * shape[1] * shape[2]);
 
-// The pixel of a map at a place given as shares of height and width.
+// The pixel of a map at a place given as fractions of height and width.
 export const pixelAt = ({ shape }, place) => [Math.floor(place[0] * shape[1]), Math.floor(place[1] * shape[2])];
 
 // Orange for positive, blue for negative, on transparent ground.
@@ -36,8 +36,8 @@ export function drawMap(canvas, values, height, width, limit) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// The channel of another output whose map is most like a channel's: the largest correlation over the pixels, the other
-// map brought to the same pixels where it has more or fewer.
+// The channel of another output whose map correlates most with a channel's over the pixels; the other map is resized
+// where it has more or fewer pixels.
 export function mostAlike(base, chosen, other) {
   const [, height, width] = base.shape;
   const pixels = Array.from({ length: height * width }, (_, p) => {
