@@ -328,20 +328,20 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 @contextlib.contextmanager
-def output_folder(out: Path, *, may_contain: Collection[str] | None = ()) -> Iterator[None]:
+def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ()) -> Iterator[None]:
     """Create a run folder for the block that writes into it; remove it again if nothing was written.
 
     Temporary files of interrupted writes are removed. Of several processes only rank 0 does anything.
 
     Args:
-        out: the folder.
+        out: the folder, or None where nothing is written.
         may_contain: names of files and folders that it may hold already; None allows all.
 
     Raises:
         UserError: it holds something else.
         OSError: it cannot be made.
     """
-    if not distributed.is_main_process():
+    if out is None or not distributed.is_main_process():
         yield
         return
     if out.is_dir():

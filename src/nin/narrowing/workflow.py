@@ -173,8 +173,6 @@ def output_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
     Raises:
         UserError: it holds something else.
     """
-    if out is None:
-        return contextlib.nullcontext()
     return checkpoint.output_folder(out, may_contain={checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER})
 
 

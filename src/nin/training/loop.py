@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -116,7 +115,7 @@ def train(
         sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
         train_step = TrainStep(network or (lambda: make_model(resolved, **sizes)), resolved)
         trainer = Trainer(images, train_step, folder, options, on_progress or (lambda progress: None))
-        with contextlib.nullcontext() if folder is None else run_folder(folder, resume=options.resume):
+        with run_folder(folder, resume=options.resume):
             return trainer.run()
 
 

@@ -103,13 +103,13 @@ def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [f"{name}={old}, now {name}={new}" for name, old, new in changed_settings(now, before)]
 
 
-def run_folder(out: Path, *, resume: bool) -> contextlib.AbstractContextManager[None]:
+def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[None]:
     """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
 
     Raises:
         UserError: it holds an unfinished run, or there is none to resume.
     """
-    if distributed.is_main_process():
+    if out is not None and distributed.is_main_process():
         if resume and not has_begun(out):
             raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
         if not resume and (out / checkpoint.STATE_FILE).exists():
