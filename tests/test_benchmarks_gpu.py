@@ -49,7 +49,9 @@ def test_training(tmp_path, capsys):
 def test_a_threshold_counts_where_every_run_reached_it():
     train = script("train")
     run = {"accuracy": 0.93, "seconds": 2.0}
-    summary = train.summarise([{**run, "seconds_to": {"90%": 1.0, "92%": 1.5}}, {**run, "seconds_to": {"90%": 3.0}}])
+    summary = train.summary_of_runs(
+        [{**run, "seconds_to": {"90%": 1.0, "92%": 1.5}}, {**run, "seconds_to": {"90%": 3.0}}]
+    )
     assert summary["seconds_to"].keys() == {"90%"}
     assert summary["seconds_to"]["90%"]["mean"] == 2.0
 

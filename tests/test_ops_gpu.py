@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -151,14 +152,14 @@ def check(case, dtype, layout):
 @each_case
 @each_layout
 def test_float32_equals_the_reference_forward_and_backward(case, layout):
-    assert all(step.fused for step in plans(case))
+    assert all(group.fused for group in plans(case))
     check(case, torch.float32, layout)
 
 
 def plans(case):
     x, weights, biases = case.tensors()
     layers = case.layers(weights, biases)
-    return [*dispatch.plan(x, layers), *dispatch.plan(x, layers, backward=True)]
+    return [*dispatch.forward_plan(x, layers), *dispatch.backward_plan(x, layers)]
 
 
 # A 16-bit hidden value near zero may fall on the other side of a ReLU's edge than in float64, and then the gradient
@@ -186,11 +187,12 @@ def test_wide_layers(widths, layout):
     check(chain(*widths, images=1, size=(13, 11)), torch.float32, layout)
 
 
-@pytest.mark.parametrize("name", ["3 17 33", "5x5 and two", "3x3 stride 2"])
-def test_two_runs_give_the_same_bits(name, monkeypatch):
-    # several parts, so that there is an order to keep
-    monkeypatch.setattr(tiling, "count_parts", lambda pixels, tile, *rest: min(4, -(-pixels // tile)))
-    case = dataclasses.replace(CASES[name], size=(15, 16))
+# over 512 pixels of the output, as a part of a weight gradient has four tiles of 64: three parts have an order to keep
+@pytest.mark.parametrize(
+    ("name", "size"), [("3 17 33", (15, 18)), ("5x5 and two", (23, 24)), ("3x3 stride 2", (30, 35))]
+)
+def test_two_runs_give_the_same_bits(name, size):
+    case = dataclasses.replace(CASES[name], size=size)
     x, weights, biases = case.tensors()
     y = forward(case, x, weights, biases)
     grad = torch.randn_like(y)
@@ -303,7 +305,7 @@ def test_float64_is_the_references():
     case = chain(3, 5)
     x, weights, biases = case.tensors(torch.float64)
     layers = case.layers(weights, biases)
-    assert dispatch.plan(x, layers) == []
+    assert dispatch.forward_plan(x, layers) == ()
     torch.testing.assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x, layers))
 
 
@@ -313,7 +315,7 @@ def test_float64_is_the_references():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_bytes", [232_448, 166_912, 101_376], ids=["Hopper", "A100", "consumer"])
 def test_tiles_fit_the_chip_for_every_width(itemsize, shared_bytes):
-    device = tiling.Device(shared_bytes, 132)
+    device = tiling.DeviceLimits(shared_bytes, 132)
     widths = (1, 17, 65, 160, 192, 300, 1025, 4097)
     fitting = 0
     for a, b, c in itertools.product(widths, repeat=3):
@@ -329,11 +331,11 @@ def test_tiles_fit_the_chip_for_every_width(itemsize, shared_bytes):
 
 
 def counts(widths, cut):
-    return [tiling.padded(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
+    return [tiling.round_up(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
 
 
 def test_the_networks_own_chains_run_in_one_piece():
-    device = tiling.Device()
+    device = tiling.DeviceLimits()
     assert tiling.chain_tiles((192, 160, 96), 2, device)[0].resident
     assert tiling.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
     assert tiling.pair_input_tiles((192, 160, 96), 2, device)
@@ -343,21 +345,23 @@ def test_the_networks_own_chains_run_in_one_piece():
 # -- which engine -----------------------------------------------------------------------------------------------
 
 
-def roofline(widths, size, images, taps=1, itemsize=2):
-    return plan.Shape(images * size * size, widths[0], widths[1:], taps, taps == 1, itemsize, "tf32",
-                          ("relu",) * (len(widths) - 1))  # fmt: skip
+def problem(widths, size, images, taps=1):
+    activations = ("relu",) * (len(widths) - 1)
+    return plan.ChainProblem(images * size * size, widths[0], widths[1:], activations, taps, pointwise=taps == 1)
+
+
+def engines(groups):
+    return [(group.first, group.count, group.fused) for group in groups]
 
 
 def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
-    device = tiling.Device()
-    assert plan.plan_forward(roofline((192, 160, 96), 32, 512), device) == [plan.Step(0, 2, True)]
-    assert plan.plan_backward(roofline((192, 160, 96), 32, 512), device) == [plan.Step(0, 2, True)]
-    assert plan.plan_forward(roofline((3, 192, 160, 96), 32, 512, taps=25), device) == [plan.Step(0, 3, True)]
+    assert engines(plan.plan_forward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
+    assert engines(plan.plan_backward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
+    assert engines(plan.plan_forward(problem((3, 192, 160, 96), 32, 512, taps=25))) == [(0, 3, True)]
     # 5×5 on 96 channels: arithmetic alone, which cuDNN is better at; the chain after it is ours
-    steps = plan.plan_forward(roofline((96, 192, 192, 192), 16, 512, taps=25), device)
-    assert steps[0] == plan.Step(0, 1, False)
+    assert engines(plan.plan_forward(problem((96, 192, 192, 192), 16, 512, taps=25)))[0] == (0, 1, False)
     # too wide to stay on the chip
-    assert [s.count for s in plan.plan_forward(roofline((768, 3072, 768), 7, 64), device)] == [1, 1]
+    assert [g.count for g in plan.plan_forward(problem((768, 3072, 768), 7, 64))] == [1, 1]
 
 
 def test_the_environment_decides(monkeypatch):
@@ -365,31 +369,62 @@ def test_the_environment_decides(monkeypatch):
     x, weights, biases = case.tensors()
     layers = case.layers(weights, biases)
     monkeypatch.setenv("NIN_GPU", "reference")
-    assert dispatch.plan(x, layers) == []
+    assert dispatch.forward_plan(x, layers) == ()
     assert "NIN_GPU=reference" in nin.backends()["cuda"]
     monkeypatch.setenv("NIN_GPU", "cudnn")
     with pytest.raises(UserError, match="NIN_GPU must be auto, triton or reference, got 'cudnn'"):
-        dispatch.plan(x, layers)
+        dispatch.forward_plan(x, layers)
 
 
 def test_tuning_measures_once_and_keeps_the_answer(monkeypatch, tmp_path):
     from nin.ops.gpu import autotune
 
-    x, ran = torch.zeros(1), []
-    monkeypatch.setattr(autotune, "can_measure", lambda x: True)
-    monkeypatch.setattr(autotune, "measure_ms", lambda call: (call(), {"a": 3.0, "b": 1.0, "c": 2.0}[ran[-1]])[1])
-    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
-    assert ran == []
+    launched = []
+
+    def launch(shape, time_ms=lambda call: (call(), {"a": 3.0, "b": 1.0, "c": 2.0}[launched[-1]])[1]):
+        launched.clear()
+        autotune.launch_tuned("kernel", shape, torch.zeros(1), ["a", "b", "c"], launched.append, time_ms)
+        return launched
+
+    assert launch((1, 2)) == ["a"]
     monkeypatch.setenv("NIN_GPU_TUNE", "1")
-    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
-    assert ran == ["a", "b", "c"]
+    assert launch((1, 2), time_ms=None) == ["a"]  # nothing can be measured on the CPU
+    assert launch((1, 2)) == ["a", "b", "c", "b"]
     monkeypatch.delenv("NIN_GPU_TUNE")
-    autotune.read_answers.cache_clear()
-    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "b"
-    assert autotune.choose("kernel", (1, 3), x, ["a", "b", "c"], ran.append) == "a"
+    autotune.read_cache.cache_clear()
+    assert launch((1, 2)) == ["b"]
+    assert launch((1, 3)) == ["a"]
     (tmp_path / "tiles.json").write_text("{half a fi")
-    autotune.read_answers.cache_clear()
-    assert autotune.choose("kernel", (1, 2), x, ["a", "b", "c"], ran.append) == "a"
+    autotune.read_cache.cache_clear()
+    assert launch((1, 2)) == ["a"]
+
+
+# -- one plan a call --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Count the calls of the planner, and how often it lists the candidate tiles of each kernel."""
+    kernels = ("chain", "layer", "pair_input", "pair_weight", "weight_gradient")
+    calls = {}
+    for module, name in [(plan, "plan_forward"), (plan, "plan_backward"), *((tiling, f"{k}_tiles") for k in kernels)]:
+        calls[name] = mock.Mock(wraps=getattr(module, name))
+        monkeypatch.setattr(module, name, calls[name])
+    return lambda: {name: spy.call_count for name, spy in calls.items() if spy.call_count}
+
+
+def test_a_call_makes_one_plan(planned):
+    case = Case((3, 5, 4, 6, 7), ("gelu", "relu", "silu", "silu"), kernel_size=(3, 3))
+    x, weights, biases = case.tensors()
+    with dispatch.record_groups() as groups:
+        y = forward(case, x, weights, biases)
+    assert engines(groups) == [(0, 3, True), (3, 1, True)]
+    assert planned() == {"plan_forward": 1, "chain_tiles": 1, "layer_tiles": 1}
+    with dispatch.record_groups() as groups:
+        backward(case, torch.ones_like(y), x, y, weights, biases)
+    assert [group.count for group in groups] == [1, 1, 2]
+    counts = planned()
+    assert counts["plan_backward"] == counts["pair_input_tiles"] == counts["pair_weight_tiles"] == 1
 
 
 # -- the dispatcher and the compiler ----------------------------------------------------------------------------
@@ -412,7 +447,10 @@ TRACE = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import torch, nin
+from nin.ops.gpu import plan
 from test_ops_gpu import traced
+planner, plans = plan.plan_forward, []
+plan.plan_forward = lambda problem: plans.append(problem) or planner(problem)
 x, w1, w2 = torch.empty(8, 192, 32, 32), torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)
 geometry = ([1, 1], [0, 0], [1, 1], ["relu", "relu"])
 def forward(x, a, b):
@@ -421,6 +459,7 @@ def backward(g, x, y, a, b):
     return torch.ops.nin.mlpconv_backward(g, x, y, [a, b], [None, None], *geometry, [True] * 3 + [False] * 2)
 y = torch.empty(8, 96, 32, 32)
 print(traced(forward, x, w1, w2))
+print(len(plans))
 print(traced(backward, y, x, y, w1, w2))
 os.environ["NIN_GPU"] = "reference"
 print(traced(forward, x, w1, w2))
@@ -438,9 +477,11 @@ def run_python(code, **environment):
 
 
 def test_the_compiler_sees_the_kernels():
-    first, second, third = run_python(TRACE.format(tests=str(Path(__file__).parent)), NIN_GPU="triton").splitlines()
+    output = run_python(TRACE.format(tests=str(Path(__file__).parent)), NIN_GPU="triton")
+    first, plans, second, third = output.splitlines()
     assert "triton_kernel_wrapper" in first
     assert "mlpconv" not in first
+    assert plans == "1"  # made while the operator is traced
     assert second.count("triton_kernel_wrapper") == 4  # input, parts of the weights, their sums
     assert "triton_kernel_wrapper" not in third
     assert "convolution" in third

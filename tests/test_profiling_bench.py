@@ -115,10 +115,10 @@ def test_a_gpu_that_is_not_there_is_refused():
 def test_what_ran_on_a_gpu_is_in_the_table():
     from nin.ops.gpu import dispatch, plan
 
-    steps = [plan.Step(0, 1, False), plan.Step(1, 2, True)]
-    assert dispatch.summarise(steps) == "Triton 2 layers, cuDNN 1 layers"
+    groups = [plan.LayerGroup(0, 1, fused=False), plan.LayerGroup(1, 2, fused=True)]
+    assert dispatch.engine_summary(groups) == "Triton 2 layers, cuDNN 1 layers"
     machine = bench.Machine("A GPU", 2, "nin", {"float32": None}, None, "tuned", {"torch": "2"}, "3", "L", "d")
-    row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.summarise(steps))
+    row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.engine_summary(groups))
     assert "nin (Triton 2 layers, cuDNN 1 layers)" in shown(bench.Benchmark(machine, [row]))
 
 

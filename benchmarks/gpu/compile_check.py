@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that need not be there, and says what the chip would have to hold.
+"""Compile the kernels for a GPU that need not be there; list registers, shared memory and spills.
 
     python benchmarks/gpu/compile_check.py [--capability 90] [--json FILE]
 
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,11 +30,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import autotune, backward, forward, plan
-from nin.ops.gpu import tiling as tiles
+from nin.ops.gpu import backward, forward, plan
+from nin.ops.gpu.tiling import SHARED_BYTES
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-PLAIN = ((1, 1), (0, 0), (1, 1))
+MAX_CANDIDATES = 6  # tiles of a kernel that tuning tries at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one kernel takes of the chip."""
+    """Resources of one compiled kernel."""
 
     case: str
     dtype: str
@@ -78,41 +78,50 @@ class Compiled:
     matrix_instructions: int
 
 
-def record(
-    case: Case, dtype: torch.dtype, layout: torch.memory_format, every_way: bool = False
+def record_launches(
+    case: Case, dtype: torch.dtype, layout: torch.memory_format, all_candidates: bool = False
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return the launches (kernel, arguments, constants) of a forward and backward pass, on tensors without memory.
 
-    With ``every_way``, those of every way to cut a kernel that tuning would try, not of the default alone.
+    With ``all_candidates``, those with all tiles that tuning would try, not with the defaults alone.
     """
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
-    def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+    def record(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         launches.append((kernel, arguments, constants))
 
-    def try_all(kernel: str, shape: Any, x: Tensor, candidates: list[Any], run: Callable[[Any], None]) -> Any:
-        for way in candidates[1:] if every_way else ():
-            run(way)
-        return candidates[0]
-
-    with (
-        mock.patch.object(forward, "launch", note),
-        mock.patch.object(autotune, "choose", try_all),
-        mock.patch.dict("os.environ", {plan.VARIABLE: "triton"}),
-    ):
-        x = torch.empty(case.input_shape, dtype=dtype, device="meta").to(memory_format=layout)
-        sizes = [case.kernel_size] + [1] * (len(case.widths) - 1)
-        channels = (case.input_shape[1], *case.widths)
-        weights = [
-            torch.empty(o, i, k, k, dtype=dtype, device="meta")
-            for i, o, k in zip(channels, case.widths, sizes, strict=False)
-        ]
-        biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
-        layers = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
-        y = forward.mlpconv(x, layers)
-        needs = [True] * (1 + 2 * len(weights))
-        backward.mlpconv_backward(torch.empty_like(y), x, y, layers, needs)
+    x = torch.empty(case.input_shape, dtype=dtype, device="meta").to(memory_format=layout)
+    sizes = [case.kernel_size] + [1] * (len(case.widths) - 1)
+    channels = (case.input_shape[1], *case.widths)
+    weights = [
+        torch.empty(o, i, k, k, dtype=dtype, device="meta")
+        for i, o, k in zip(channels, case.widths, sizes, strict=False)
+    ]
+    biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
+    layers = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
+    problem = plan.ChainProblem.of(x, layers, "triton")
+    forward_plan, backward_plan = plan.plan_forward(problem), plan.plan_backward(problem)
+    with mock.patch.object(forward, "launch", record):
+        for i in range(MAX_CANDIDATES if all_candidates else 1):
+            y = forward.mlpconv(x, layers, with_candidate(forward_plan, i))
+            needs = [True] * (1 + 2 * len(weights))
+            backward.mlpconv_backward(torch.empty_like(y), x, y, layers, needs, with_candidate(backward_plan, i))
     return launches
+
+
+def with_candidate(groups: Sequence[plan.LayerGroup], i: int) -> list[Any]:
+    """Return a plan in which each kernel has its i-th candidate alone, or its last one where it has fewer."""
+    alone = []
+    for group in groups:
+        changes = {}
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if field.name.endswith("tiles"):
+                changes[field.name] = value[min(i, len(value) - 1) :][:1]
+            elif field.name.endswith("plan"):
+                changes[field.name] = tuple(with_candidate(value, i))
+        alone.append(dataclasses.replace(group, **changes))
+    return alone
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget) -> Any:
@@ -150,14 +159,14 @@ def resource_usage(machine_code: bytes) -> tuple[int, int]:
 
 
 def check(
-    cases: tuple[Case, ...], dtypes: list[torch.dtype], capability: int, every_way: bool = False
+    cases: tuple[Case, ...], dtypes: list[torch.dtype], capability: int, all_candidates: bool = False
 ) -> Iterator[Compiled]:
     """Compile every launch of the cases, in both layouts; launches that are the same are compiled once."""
     target, seen = GPUTarget("cuda", capability, 32), set()
     for case in cases:
         for dtype in dtypes:
             for layout, layout_name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "NCHW")):
-                for kernel, arguments, constants in record(case, dtype, layout, every_way):
+                for kernel, arguments, constants in record_launches(case, dtype, layout, all_candidates):
                     if kernel.__name__ == "add_parts":
                         continue
                     numbers = tuple(a for a in arguments if not isinstance(a, Tensor))
@@ -208,7 +217,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         header = {"date": datetime.date.today().isoformat(), "capability": given.capability, **versions}
         given.json.write_text(json.dumps({**header, "kernels": [dataclasses.asdict(r) for r in rows]}, indent=1) + "\n")
-    return 1 if any(row.shared_bytes > tiles.SHARED_BYTES for row in rows) else 0
+    return 1 if any(row.shared_bytes > SHARED_BYTES for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times the operator on a GPU beside other engines, after checking every engine against float64.
+"""Time the operator on a GPU beside other engines, after checking every engine against float64.
 
     python benchmarks/gpu/kernels.py [--case TEXT] [--dtype bf16] [--out FOLDER] [--dry-run]
 
@@ -162,12 +162,12 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device, backward: boo
         geometry = ((1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(case.widths))
         convs = build(case).convs
         layers = ChainArguments([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
-        steps = dispatch.plan(x[0], layers, backward=backward)
+        groups = (dispatch.backward_plan if backward else dispatch.forward_plan)(x[0], layers)
     return {
         "case": case.name + (", forward + backward" if backward else ", forward"),
         "dtype": str(dtype).removeprefix("torch."),
         "least_bytes": values * dtype.itemsize,
-        "nin_ran": [dataclasses.asdict(step) for step in steps],
+        "nin_ran": [{"first": g.first, "count": g.count, "fused": g.fused} for g in groups],
         "relative_error": errors,
         "kept_bytes": {e.name: kept_bytes(e, case, x[0]) for e in engines if not e.compiled} if backward else {},
         "milliseconds": times,

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the clock, the machine, and where results go."""
+"""Shared by the GPU benchmarks: timing, the machine's description, and result files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def copy_bytes_per_second(device: torch.device) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return where and when."""
+    """Return device, date and environment of a measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, dry run: no measurement"
     return {
         "device": name,

@@ -1,4 +1,4 @@
-"""Everything that a GPU is asked for, in pieces of less than ten minutes each.
+"""Run every test and benchmark that needs a GPU, in pieces of less than ten minutes each.
 
     python benchmarks/gpu/run_all.py [--data DIR] [--piece NAME …] [--out FOLDER] [--list] [--dry-run]
 

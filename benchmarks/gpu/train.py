@@ -1,4 +1,4 @@
-"""Trains NiN several times with the speed recipe: mean accuracy with its interval, and the time.
+"""Train NiN several times with the speed recipe: mean accuracy with its interval, and the time.
 
     python benchmarks/gpu/train.py FOLDER|cifar10|fashion-mnist|mnist [--data-dir DIR] [--runs 10] [--epochs 30]
         [--plain] [--minutes 9] [--out FOLDER] [--dry-run]
@@ -56,7 +56,7 @@ def mean_with_interval(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "half_width": half, "runs": len(values)}
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary_of_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of all runs together; a threshold counts where every run reached it."""
     times = {
         name: mean_with_interval([run["seconds_to"][name] for run in runs])
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         if now - started + 1.2 * (now - begun) > 60 * given.minutes and seed + 1 < given.runs:
             print(f"stopped after {seed + 1} of {given.runs} runs: the next would not end in {given.minutes} minutes")
             break
-    header, summary = measuring.machine(device), summarise(runs)
+    header, summary = measuring.machine(device), summary_of_runs(runs)
     name = Path(given.data).name
     measuring.write(given.out, f"train-{name}", {**header, **summary, "all": runs}, page(name, header, summary))
 

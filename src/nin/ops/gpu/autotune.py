@@ -1,7 +1,7 @@
-"""Chooses among the ways to cut a kernel: by measuring where that is asked for, else the default, the first.
+"""Tiles by measurement: time each candidate once, keep the fastest in a file; without tuning, the default.
 
-``NIN_GPU_TUNE=1`` measures each way once for each kernel, shape and dtype, and keeps the answer in a file
-(``NIN_GPU_CACHE``, else ``~/.cache/nin/gpu-tiles.json``). Kept answers are used whether or not measuring is on.
+``NIN_GPU_TUNE=1`` measures the candidates once for each kernel, shape and dtype, and keeps the fastest in a file
+(``NIN_GPU_CACHE``, else ``~/.cache/nin/gpu-tiles.json``). The file is read whether or not tuning is on.
 """
 
 from __future__ import annotations
@@ -18,37 +18,46 @@ import torch
 import triton
 from torch import Tensor
 
-VARIABLE, CACHE_VARIABLE = "NIN_GPU_TUNE", "NIN_GPU_CACHE"
+TUNE_VARIABLE, CACHE_VARIABLE = "NIN_GPU_TUNE", "NIN_GPU_CACHE"
 RUNS = 7
 
-T = TypeVar("T")
+Tiles = TypeVar("Tiles")
 
 
-def choose(kernel: str, shape: Sequence[Any], x: Tensor, candidates: Sequence[T], run: Callable[[T], None]) -> T:
-    """Return the candidate that is kept for this problem, or the fastest one if measuring is on, or the first.
+def launch_tuned(
+    kernel: str,
+    shape: Sequence[Any],
+    x: Tensor,
+    candidates: Sequence[Tiles],
+    launch: Callable[[Tiles], None],
+    time_ms: Callable[[Callable[[], None]], float] | None = None,
+) -> None:
+    """Launch a kernel with the tiles kept for this problem, with the fastest if tuning is on, or with the default.
 
     Args:
         kernel: its name.
-        shape: the numbers that the answer depends on.
+        shape: the numbers that the speed depends on.
         x: the input, for its dtype and device.
-        candidates: the ways, the default first.
-        run: launches the kernel one way; it may be called several times.
+        candidates: tiles, the default first.
+        launch: of the kernel with some tiles; it may be called several times.
+        time_ms: returns the time of a call; `measure_ms` if not given, where the GPU can measure.
     """
-    if len(candidates) < 2 or not all(isinstance(number, int) for number in shape):
-        return candidates[0]
-    key = f"{kernel} {'x'.join(str(number) for number in shape)} {str(x.dtype).removeprefix('torch.')} {where(x)}"
-    answers = read_answers(cache_file())
-    if key not in answers and os.environ.get(VARIABLE) == "1" and can_measure(x):
-        times = [measure_ms(lambda way=way: run(way)) for way in candidates]  # type: ignore[misc]
-        answers[key] = str(candidates[times.index(min(times))])
-        keep(cache_file(), answers)
-    return next((way for way in candidates if str(way) == answers.get(key)), candidates[0])
+    fastest = candidates[0]
+    if len(candidates) > 1 and all(isinstance(number, int) for number in shape):  # no symbolic shape
+        key = f"{kernel} {'x'.join(str(n) for n in shape)} {str(x.dtype).removeprefix('torch.')} {platform_name(x)}"
+        kept = read_cache(cache_file())
+        if key not in kept and os.environ.get(TUNE_VARIABLE) == "1" and (time_ms is not None or can_measure(x)):
+            times = [(time_ms or measure_ms)(functools.partial(launch, tiles)) for tiles in candidates]
+            kept[key] = str(candidates[times.index(min(times))])
+            write_cache(cache_file(), kept)
+        fastest = next((tiles for tiles in candidates if str(tiles) == kept.get(key)), fastest)
+    launch(fastest)
 
 
-def where(x: Tensor) -> str:
-    """Return the device and the compiler that an answer is good for."""
-    return f"{torch.cuda.get_device_name(x.device) if x.is_cuda and torch.cuda.is_available() else 'no GPU'}, " \
-        f"triton {triton.__version__}"  # fmt: skip
+def platform_name(x: Tensor) -> str:
+    """Return the GPU and the compiler that a measurement is valid for."""
+    gpu = torch.cuda.get_device_name(x.device) if x.is_cuda and torch.cuda.is_available() else "no GPU"
+    return f"{gpu}, triton {triton.__version__}"
 
 
 def can_measure(x: Tensor) -> bool:
@@ -57,7 +66,7 @@ def can_measure(x: Tensor) -> bool:
 
 
 def measure_ms(call: Callable[[], None]) -> float:
-    """Return the median time of a call on the GPU, compiled before."""
+    """Return the median time of a call on the GPU, compilation not included."""
     call()
     times = []
     for _ in range(RUNS):
@@ -71,22 +80,22 @@ def measure_ms(call: Callable[[], None]) -> float:
 
 
 def cache_file() -> Path:
-    """Return where answers are kept."""
+    """Return the file of the measured tiles."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache/nin/gpu-tiles.json")
 
 
 @functools.cache
-def read_answers(path: Path) -> dict[str, str]:
-    """Return the kept answers; a file that is not whole counts as none."""
+def read_cache(path: Path) -> dict[str, str]:
+    """Return the kept tiles by problem; none where the file is absent or broken."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
 
 
-def keep(path: Path, answers: dict[str, str]) -> None:
-    """Write the answers beside their place and rename, so that other processes never see half a file."""
+def write_cache(path: Path, kept: dict[str, str]) -> None:
+    """Write the file beside its place and rename it, so that other processes never see half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(answers, indent=1) + "\n")
+    beside.write_text(json.dumps(kept, indent=1) + "\n")
     beside.replace(path)

@@ -1,7 +1,7 @@
-"""The Triton kernels of ``nin::mlpconv`` on NVIDIA GPUs: registers them over the reference.
+"""Which kernel serves a call on a GPU: the Triton kernels of ``nin::mlpconv``, registered over the reference.
 
 Triton is imported when the first tensor on a GPU arrives. What the kernels do not serve (float64, an empty batch, a
-chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of the two, see `choosing`.
+chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of the two, see `nin.ops.gpu.plan`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
-from nin.ops.gpu import plan as choosing
+from nin.ops.gpu import plan
+from nin.ops.gpu.plan import BackwardGroup, ChainProblem, LayerGroup
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Compute capability from which Triton multiplies bfloat16 in matrix units.
-LEAST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 
 
 def backend_summary() -> str:
@@ -29,97 +30,110 @@ def backend_summary() -> str:
     if not HAS_TRITON:
         return "reference (PyTorch, cuDNN): Triton is not installed"
     kernels = "nin Triton kernels and cuDNN, whichever a roofline says is faster (constants estimated, not measured)"
-    engine = choosing.read_variable()
+    engine = plan.requested_engine()
     if engine != "auto":
         kernels = {"triton": "nin Triton kernels", "reference": "reference (PyTorch, cuDNN)"}[engine]
-        kernels += f": {choosing.VARIABLE}={engine}"
+        kernels += f": {plan.ENGINE_VARIABLE}={engine}"
     if not torch.cuda.is_available():
         return f"no GPU here; there: {kernels}"
-    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         return f"reference (PyTorch, cuDNN): {torch.cuda.get_device_name()} is older than the kernels need"
     return f"{kernels}; {torch.cuda.get_device_name()}, Triton {importlib.import_module('triton').__version__}"
 
 
-def plan(x: Tensor, layers: ChainArguments, *, backward: bool = False) -> list[choosing.Step]:
-    """Return which layers run together and by which engine; empty where the reference takes the whole call."""
-    engine = choosing.read_variable()
-    if engine == "reference" or not serves(x, layers.weights):
-        return []
-    from nin.ops.gpu import forward
-
-    problem = forward.describe(x, layers)
-    make = choosing.plan_backward if backward else choosing.plan_forward
-    steps = make(problem, forward.device_of(x), engine)
-    for seen in _watched:
-        seen.extend(steps)
-    return steps
-
-
-_watched: list[list[choosing.Step]] = []
-
-
-@contextlib.contextmanager
-def watch() -> Iterator[list[choosing.Step]]:
-    """Collect the steps that are chosen meanwhile; none where the reference takes all of a call."""
-    steps: list[choosing.Step] = []
-    _watched.append(steps)
-    try:
-        yield steps
-    finally:
-        _watched.remove(steps)
-
-
-def summarise(steps: Sequence[choosing.Step]) -> str:
-    """Return in a few words which engines ran: "Triton 2 layers, cuDNN 1"."""
-    counts = {"Triton": 0, "cuDNN": 0}
-    for step in steps:
-        counts["Triton" if step.fused else "cuDNN"] += step.count
-    return ", ".join(f"{name} {count} layers" for name, count in counts.items() if count) or "reference (cuDNN)"
-
-
-def serves(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Return whether the kernels can take these tensors at all."""
-    if not HAS_TRITON or x.dtype not in choosing.DTYPES or 0 in x.shape:
-        return False
-    if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < LEAST_CAPABILITY:
-        return False
-    # within one image offsets are counted in 32 bits, and a filter's too
-    image = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    result = max(weight.shape[0] for weight in weights) * x.shape[2] * x.shape[3]
-    return max(image, result, *(weight.numel() for weight in weights)) < 1 << 31
-
-
 def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
-    """Compute the chain on a GPU, by the kernels where any of its steps is theirs."""
-    if any(step.fused for step in plan(x, layers)):
-        importlib.import_module("nin.ops.gpu.operators")
-        y: Tensor = torch.ops.nin.triton_mlpconv(x, *layers[:-1], ",".join(layers.activations))
-        return y
-    return reference.mlpconv(x, layers)
+    """Compute the chain on a GPU, by the kernels where the plan gives them any of its groups."""
+    groups = forward_plan(x, layers)
+    if not any(group.fused for group in groups):
+        return reference.mlpconv(x, layers)
+    from nin.ops.gpu import forward  # imports Triton
+
+    return forward.mlpconv(x, layers, groups)
 
 
 def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
-    """Compute the gradients on a GPU, by the kernels where any of the steps is theirs."""
-    steps = plan(x, layers, backward=True)
-    if grad.dtype == x.dtype and any(step.fused for step in steps):
-        importlib.import_module("nin.ops.gpu.operators")
-        grads: Gradients = torch.ops.nin.triton_mlpconv_backward(
-            grad, x, y, *layers[:-1], ",".join(layers.activations), needs
-        )
-        return grads
-    return reference.mlpconv_backward(grad, x, y, layers, needs)
+    """Compute the gradients on a GPU, by the kernels where the plan gives them any of its groups."""
+    groups = backward_plan(x, layers)
+    if grad.dtype != x.dtype or not any(group.fused for group in groups):
+        return reference.mlpconv_backward(grad, x, y, layers, needs)
+    from nin.ops.gpu import backward  # imports Triton
+
+    return backward.mlpconv_backward(grad, x, y, layers, needs, groups)
 
 
-def _look_through(kernel: Any, x_place: int) -> Any:
-    """Return the rule by which torch.compile takes the operator apart on a GPU into the kernels that it launches.
+def forward_plan(x: Tensor, layers: ChainArguments) -> tuple[LayerGroup, ...]:
+    """Return the plan of a forward call; empty where the reference takes all of it."""
+    problem = _served_problem(x, layers)
+    groups = plan.plan_forward(problem) if problem else ()
+    _record(groups)
+    return groups
 
-    torch.export keeps the operator: an exported program does not depend on what it was exported on.
+
+def backward_plan(x: Tensor, layers: ChainArguments) -> tuple[BackwardGroup, ...]:
+    """Return the plan of a backward call; empty where the reference takes all of it."""
+    problem = _served_problem(x, layers)
+    groups = plan.plan_backward(problem) if problem else ()
+    _record(groups)
+    return groups
+
+
+def _served_problem(x: Tensor, layers: ChainArguments) -> ChainProblem | None:
+    """Return what a plan depends on; None where no kernel can take the call, or ``NIN_GPU`` forbids it."""
+    engine = plan.requested_engine()
+    return None if engine == "reference" or not _serves(x, layers) else ChainProblem.of(x, layers, engine)
+
+
+def _serves(x: Tensor, layers: ChainArguments) -> bool:
+    """Return whether the kernels can take these tensors at all."""
+    if not HAS_TRITON or x.dtype not in plan.DTYPES or 0 in x.shape:
+        return False
+    if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+        return False
+    # offsets within one image, and within a weight, have 32 bits; `needs_64_bit_offsets` widens those of images alone
+    image = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    widest = max(weight.shape[0] for weight in layers.weights) * x.shape[2] * x.shape[3]
+    return max(image, widest, *(weight.numel() for weight in layers.weights)) < 1 << 31
+
+
+_recordings: list[list[LayerGroup]] = []
+
+
+@contextlib.contextmanager
+def record_groups() -> Iterator[list[LayerGroup]]:
+    """Collect the groups that are planned meanwhile; none for a call that the reference takes."""
+    groups: list[LayerGroup] = []
+    _recordings.append(groups)
+    try:
+        yield groups
+    finally:
+        _recordings.remove(groups)
+
+
+def _record(groups: Sequence[LayerGroup]) -> None:
+    for recording in _recordings:
+        recording.extend(groups)
+
+
+def engine_summary(groups: Sequence[LayerGroup]) -> str:
+    """Return in a few words which engines ran: "Triton 2 layers, cuDNN 1 layers"."""
+    counts = {"Triton": 0, "cuDNN": 0}
+    for group in groups:
+        counts["Triton" if group.fused else "cuDNN"] += group.count
+    return ", ".join(f"{name} {count} layers" for name, count in counts.items() if count) or "reference (cuDNN)"
+
+
+def _decompose_on_gpu(kernel: Any, x_index: int) -> Any:
+    """Return a rule for functionalisation: a call on a GPU becomes the kernels that it launches.
+
+    So torch.compile sees Triton kernels and convolutions, and plans while it traces. torch.export keeps the operator:
+    an exported program does not depend on the machine that exported it.
     """
 
     def rule(mode: Any, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # the switch by which torch.export asks the same of PyTorch's own torch.library.triton_op
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-        if not args[x_place].is_cuda or custom_triton_ops_decomposition_disabled():
+        if not args[x_index].is_cuda or custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return kernel(*args, **(kwargs or {}))
@@ -131,10 +145,8 @@ _forward, _backward = as_dispatcher_kernel(mlpconv), as_dispatcher_backward_kern
 schema.library.impl("mlpconv", _forward, "CUDA")
 schema.library.impl("mlpconv_backward", _backward, "CUDA")
 torch.library.register_torch_dispatch(
-    "nin::mlpconv", FunctionalTensorMode, _look_through(_forward, 0), lib=schema.library
+    "nin::mlpconv", FunctionalTensorMode, _decompose_on_gpu(_forward, 0), lib=schema.library
 )
 torch.library.register_torch_dispatch(
-    "nin::mlpconv_backward", FunctionalTensorMode, _look_through(_backward, 1), lib=schema.library
+    "nin::mlpconv_backward", FunctionalTensorMode, _decompose_on_gpu(_backward, 1), lib=schema.library
 )
-
-__all__ = ["backend_summary", "mlpconv", "mlpconv_backward", "plan", "summarise", "watch"]

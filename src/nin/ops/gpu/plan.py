@@ -1,6 +1,7 @@
-"""Which engine runs a layer: a Triton kernel or cuDNN. A roofline decides, from bytes, arithmetic and launches.
+"""Plan a call on a GPU: which layers run together, in a Triton kernel or in cuDNN, and in which tiles.
 
-``NIN_GPU=triton`` or ``NIN_GPU=reference`` takes one of them for everything (for tests and comparisons).
+A roofline model chooses the engine, from bytes, arithmetic and launches. ``NIN_GPU=triton`` or ``NIN_GPU=reference``
+takes one of them for everything (for tests and comparisons).
 """
 
 from __future__ import annotations
@@ -11,72 +12,125 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nin.errors import UserError
+from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import tiling
 
-VARIABLE = "NIN_GPU"
+ENGINE_VARIABLE = "NIN_GPU"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What one H200 is assumed to reach: ESTIMATED from its data sheet's roofline (4.8 TB/s, 989 TFLOP/s dense in 16 bits,
 # half of that in TF32, 67 in plain float32), NOT MEASURED. A run of benchmarks/gpu/kernels.py says what they are.
-BYTES_PER_S = 4.0e12
-CACHE_BYTES_PER_S = 8.0e12  # between L2 and the SMs
-CACHE_BYTES = 40e6  # of 50 MB of L2, what a layer's result may take to be read from there by the next
+DRAM_BYTES_PER_S = 4.0e12
+L2_BYTES_PER_S = 8.0e12
+L2_BYTES = 40e6  # of 50 MB: how large a layer's output may be for the next layer to read it from there
 LAUNCH_S = 4e-6
-LIBRARY_SHARE, KERNEL_SHARE = 0.65, 0.5  # of the arithmetic's peak that cuDNN and the Triton kernels reach
+CUDNN_EFFICIENCY, KERNEL_EFFICIENCY = 0.65, 0.5  # fraction of the peak that cuDNN and the Triton kernels reach
 PEAK_FLOPS = {"half": 989e12, "tf32": 494e12, "ieee": 67e12}
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """Some layers of a chain that run together.
+class ChainProblem:
+    """All that a plan depends on. It holds no tensor, so equal problems have equal plans.
 
     Attributes:
-        first: the first of them.
+        pixels: of the output, over all images; may be symbolic.
+        in_channels: of the input.
+        widths: output channels of each layer.
+        activations: of each layer.
+        taps: kernel height times kernel width of the first layer.
+        pointwise: whether the first layer is 1×1 without padding.
+        itemsize: bytes of a value.
+        precision: of float32 products, "tf32" or "ieee".
+        device: what the GPU offers a program.
+        engine: "auto" for the roofline's choice, "triton" to take the kernels wherever they can.
+    """
+
+    pixels: Any
+    in_channels: int
+    widths: tuple[int, ...]
+    activations: tuple[str, ...]
+    taps: int = 1
+    pointwise: bool = True
+    itemsize: int = 2
+    precision: str = "tf32"
+    device: tiling.DeviceLimits = tiling.H200
+    engine: str = "auto"
+
+    @classmethod
+    def of(cls, x: Tensor, layers: ChainArguments, engine: str) -> ChainProblem:
+        """Return the problem of a call."""
+        images, _, height, width = layers.output_shape(x)
+        return cls(
+            pixels=images * height * width,
+            in_channels=x.shape[1],
+            widths=tuple(weight.shape[0] for weight in layers.weights),
+            activations=tuple(layers.activations),
+            taps=layers.weights[0].shape[2] * layers.weights[0].shape[3],
+            pointwise=layers.is_pointwise(),
+            itemsize=x.dtype.itemsize,
+            precision=float32_precision(),
+            device=tiling.device_limits(x),
+            engine=engine,
+        )
+
+    def subchain(self, first: int, count: int) -> ChainProblem:
+        """Return the problem of ``count`` layers from ``first`` on, as `ChainArguments.subchain` does the layers."""
+        which = slice(first, first + count)
+        part = dataclasses.replace(self, widths=self.widths[which], activations=self.activations[which])
+        if first == 0:
+            return part
+        return dataclasses.replace(part, in_channels=self.widths[first - 1], taps=1, pointwise=True)
+
+    def matrix_widths(self) -> tuple[int, ...]:
+        """Return the columns of the input's im2col matrix, then the layers' widths."""
+        return (self.in_channels * self.taps, *self.widths)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers of a chain that run together.
+
+    Attributes:
+        first: index of the first of them.
         count: how many, 1 to 3.
-        fused: by a Triton kernel; else by PyTorch (cuDNN), which takes them one by one.
+        fused: in a Triton kernel; else in PyTorch (cuDNN), layer by layer.
+        tiles: candidates for the kernel, the default first; `autotune` chooses among them when it launches.
     """
 
     first: int
     count: int
     fused: bool
+    tiles: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the choice depends on.
+class BackwardGroup(LayerGroup):
+    """Consecutive layers, one or two, whose gradients are computed together; `tiles` are the input gradient's.
 
     Attributes:
-        pixels: of the result.
-        channels: of the input.
-        widths: of the layers.
-        taps: of the first layer's kernel.
-        plain: the first layer is 1×1 without padding.
-        itemsize: bytes of a value.
-        precision: a key of `PEAK_FLOPS`.
-        activations: of the layers.
+        weight_tiles: candidates for the kernel of the weight gradients.
+        output_plan: how the group's output is computed again, where a group follows that takes it as input.
+        preactivation_plan: how the argument of the group's last activation is computed again, where its derivative
+            cannot be taken from the output.
     """
 
-    pixels: int
-    channels: int
-    widths: tuple[int, ...]
-    taps: int
-    plain: bool
-    itemsize: int
-    precision: str
-    activations: tuple[str, ...]
+    weight_tiles: tuple[Any, ...] = ()
+    output_plan: tuple[LayerGroup, ...] = ()
+    preactivation_plan: tuple[LayerGroup, ...] = ()
 
 
-def read_variable() -> str:
-    """Return what the environment asks for.
+def requested_engine() -> str:
+    """Return the engine that ``NIN_GPU`` asks for: auto, triton or reference.
 
     Raises:
         UserError: no such engine.
     """
-    engine = os.environ.get(VARIABLE, "auto")
+    engine = os.environ.get(ENGINE_VARIABLE, "auto")
     if engine not in ("auto", "triton", "reference"):
-        raise UserError(f"{VARIABLE} must be auto, triton or reference, got {engine!r}")
+        raise UserError(f"{ENGINE_VARIABLE} must be auto, triton or reference, got {engine!r}")
     return engine
 
 
@@ -86,81 +140,106 @@ def float32_precision() -> str:
     return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
 
 
-def plan_forward(shape: Shape, device: tiling.Device, engine: str = "auto") -> list[Step]:
-    """Return the steps of a forward pass: each as long as fits on the chip, and by the engine that is faster."""
-    steps, first, count = [], 0, len(shape.widths)
-    while first < count:
-        length = next((n for n in (3, 2) if first + n <= count and _fits(shape, first, n, device)), 1)
-        step = Step(first, length, True)
-        steps.append(dataclasses.replace(step, fused=_is_faster(shape, step, engine, backward=False)))
-        first += length
-    return steps
+def plan_forward(problem: ChainProblem) -> tuple[LayerGroup, ...]:
+    """Return the groups of a forward pass: each as long as fits on the chip, and by the engine that is faster."""
+    groups: list[LayerGroup] = []
+    first = 0
+    while first < len(problem.widths):
+        count, tiles = _longest_fused_group(problem, first)
+        fused = _is_faster_fused(problem.subchain(first, count), backward=False)
+        groups.append(LayerGroup(first, count, fused, tuple(tiles)))
+        first += count
+    return tuple(groups)
 
 
-def plan_backward(shape: Shape, device: tiling.Device, engine: str = "auto") -> list[Step]:
-    """Return the steps of a backward pass, in forward order: pairs of 1×1 layers where they fit, else single ones."""
-    steps, first, count = [], 0, len(shape.widths)
-    while first < count:
-        plain = first > 0 or shape.plain
-        # an odd layer goes first: pairs at the end spare its input's gradient from being written twice
-        pair = plain and first + 2 <= count and _pair_fits(shape, first, device) and (count - first) % 2 == 0
-        step = Step(first, 2 if pair else 1, True)
-        steps.append(dataclasses.replace(step, fused=_is_faster(shape, step, engine, backward=True)))
-        first += step.count
-    return steps
+def plan_backward(problem: ChainProblem) -> tuple[BackwardGroup, ...]:
+    """Return the groups of a backward pass, in forward order: pairs of 1×1 layers where they fit, else single ones."""
+    groups: list[BackwardGroup] = []
+    first = 0
+    while first < len(problem.widths):
+        count, tiles, weight_tiles = _backward_tiles(problem, first)
+        chain = problem.subchain(first, count)
+        fused = _is_faster_fused(chain, backward=True)
+        output_plan: tuple[LayerGroup, ...] = ()
+        if first + count < len(problem.widths):
+            output_plan = plan_forward(chain) if fused else (LayerGroup(0, count, fused=False),)
+        preactivation_plan: tuple[LayerGroup, ...] = ()
+        if fused and chain.activations[-1] in ("gelu", "silu"):
+            linear = dataclasses.replace(chain, activations=(*chain.activations[:-1], "none"))
+            preactivation_plan = plan_forward(linear)
+        groups.append(
+            BackwardGroup(first, count, fused, tuple(tiles), tuple(weight_tiles), output_plan, preactivation_plan)
+        )
+        first += count
+    return tuple(groups)
 
 
-def matrix_widths(shape: Shape, first: int, count: int) -> tuple[int, ...]:
-    """Return the columns of a step's input matrix, then its layers' widths."""
-    columns = shape.channels * shape.taps if first == 0 else shape.widths[first - 1]
-    return (columns, *shape.widths[first : first + count])
+def _longest_fused_group(problem: ChainProblem, first: int) -> tuple[int, list[Any]]:
+    """Return how many layers from ``first`` on one forward kernel holds, and its tiles."""
+    for count in (3, 2):
+        if first + count <= len(problem.widths):
+            widths = problem.subchain(first, count).matrix_widths()
+            tiles = tiling.chain_tiles(widths, problem.itemsize, problem.device)
+            if tiles:
+                return count, tiles
+    layer = problem.subchain(first, 1)
+    return 1, tiling.layer_tiles(layer.widths[0], layer.in_channels, layer.taps, layer.itemsize)
 
 
-def _fits(shape: Shape, first: int, count: int, device: tiling.Device) -> bool:
-    return bool(tiling.chain_tiles(matrix_widths(shape, first, count), shape.itemsize, device))
+def _backward_tiles(problem: ChainProblem, first: int) -> tuple[int, list[Any], list[Any]]:
+    """Return how many layers from ``first`` on go backward together, and the tiles for input and weight gradients."""
+    # an odd layer goes first: pairs at the end spare its input's gradient from being written twice
+    pair = problem.subchain(first, 2)
+    if pair.pointwise and (len(problem.widths) - first) % 2 == 0:
+        limits = pair.matrix_widths(), pair.itemsize, pair.device
+        input_tiles, weight_tiles = tiling.pair_input_tiles(*limits), tiling.pair_weight_tiles(*limits)
+        if input_tiles and weight_tiles:
+            return 2, input_tiles, weight_tiles
+    layer = problem.subchain(first, 1)
+    columns, filters = layer.matrix_widths()
+    layer_tiles = tiling.layer_tiles(layer.in_channels, filters, 1, layer.itemsize)
+    return 1, layer_tiles, [tiling.weight_gradient_tiles(filters, columns)]
 
 
-def _pair_fits(shape: Shape, first: int, device: tiling.Device) -> bool:
-    widths = matrix_widths(shape, first, 2)
-    return bool(
-        tiling.pair_input_tiles(widths, shape.itemsize, device)
-        and tiling.pair_weight_tiles(widths, shape.itemsize, device)
-    )
+def _is_faster_fused(problem: ChainProblem, *, backward: bool) -> bool:
+    """Return whether one Triton kernel is to take the chain: forced, or by the roofline less time than cuDNN."""
+    if problem.engine != "auto":
+        return problem.engine == "triton"
+    return estimate_fused_s(problem, backward=backward) < estimate_cudnn_s(problem, backward=backward)
 
 
-def _is_faster(shape: Shape, step: Step, engine: str, *, backward: bool) -> bool:
-    """Return whether a Triton kernel takes less time for the step than cuDNN, both by the roofline."""
-    if engine != "auto":
-        return engine == "triton"
-    return estimate_s(shape, step, backward=backward) < estimate_s(
-        shape, dataclasses.replace(step, fused=False), backward=backward
-    )
+def estimate_fused_s(problem: ChainProblem, *, backward: bool) -> float:
+    """Return the roofline time of one kernel for the chain, in seconds; it reads its input and writes its output."""
+    macs = problem.pixels * sum(a * b for a, b in itertools.pairwise(problem.matrix_widths()))
+    # backward, a pair computes its hidden layer twice, and so the gradient that reaches it
+    passes = 1 if not backward else 3.5 if len(problem.widths) > 1 else 2
+    work = macs * passes * _seconds_per_mac(problem) / KERNEL_EFFICIENCY
+    channels, filters = problem.in_channels, problem.widths[-1]
+    values = 3 * channels + 4 * filters if backward else channels + filters
+    memory = values * (problem.pixels * problem.itemsize) / DRAM_BYTES_PER_S
+    return max(work, memory) + LAUNCH_S * (4 if backward else 1)
 
 
-def estimate_s(shape: Shape, step: Step, *, backward: bool) -> float:
-    """Return the time of a step in seconds, from constants that are estimates themselves.
+def estimate_cudnn_s(problem: ChainProblem, *, backward: bool) -> float:
+    """Return the roofline time of cuDNN for the chain, in seconds.
 
-    cuDNN reads and writes every layer, and its bias and activation once more; a fused step reads its input and
-    writes its result. Where a layer's result fits the L2 cache, the next one reads it from there.
+    It reads and writes every layer, and once more for its bias and activation. Where a layer's output fits the L2
+    cache, the next one reads it from there.
     """
-    columns = matrix_widths(shape, step.first, step.count)
-    plain = (shape.channels if step.first == 0 else columns[0], *columns[1:])
-    macs = shape.pixels * sum(a * b for a, b in itertools.pairwise(columns))
-    peak = 2 / PEAK_FLOPS[shape.precision if shape.itemsize == 4 else "half"]  # seconds for each multiply-add
-    value_bytes = shape.pixels * shape.itemsize
-    if step.fused:
-        # backward: the hidden layer is computed twice, and the gradient that reaches it
-        work = macs * (3.5 if backward and step.count > 1 else 2 if backward else 1) * peak / KERNEL_SHARE
-        values = (3 * plain[0] + 4 * plain[-1]) if backward else plain[0] + plain[-1]
-        return max(work, values * value_bytes / BYTES_PER_S) + LAUNCH_S * (4 if backward else 1)
-    seconds, last = 0.0, step.first + step.count - 1
-    for i, (before, after) in enumerate(itertools.pairwise(plain), start=step.first):
-        layer_macs = shape.pixels * before * after * (shape.taps if i == 0 else 1)
-        passes = (2 if shape.activations[i] == "none" else 4) * after + before
-        values = passes + (2 * before + 3 * after if backward else 0)
-        cached = value_bytes * max(before, after) <= CACHE_BYTES and not (i == step.first and step.count == 1)
-        speed = CACHE_BYTES_PER_S if cached else BYTES_PER_S
-        recomputed = 1 if backward and i < last else 0
-        work = layer_macs * ((2 + recomputed) if backward else 1) * peak / LIBRARY_SHARE
-        seconds += max(work, values * value_bytes / speed) + LAUNCH_S * (6 if backward else 3)
+    value_bytes = problem.pixels * problem.itemsize
+    widths, last = (problem.in_channels, *problem.widths), len(problem.widths) - 1
+    seconds = 0.0
+    for i, (channels, filters) in enumerate(itertools.pairwise(widths)):
+        macs = problem.pixels * channels * filters * (problem.taps if i == 0 else 1)
+        values = (2 if problem.activations[i] == "none" else 4) * filters + channels
+        values += 2 * channels + 3 * filters if backward else 0
+        cached = value_bytes * max(channels, filters) <= L2_BYTES and last > 0
+        bytes_per_s = L2_BYTES_PER_S if cached else DRAM_BYTES_PER_S
+        products = (3 if i < last else 2) if backward else 1  # backward: a hidden layer once more, and two gradients
+        work = macs * products * _seconds_per_mac(problem) / CUDNN_EFFICIENCY
+        seconds += max(work, values * value_bytes / bytes_per_s) + LAUNCH_S * (6 if backward else 3)
     return seconds
+
+
+def _seconds_per_mac(problem: ChainProblem) -> float:
+    return 2 / PEAK_FLOPS[problem.precision if problem.itemsize == 4 else "half"]

@@ -1,4 +1,4 @@
-"""Where pixels lie: the strides of images that a kernel walks through together, with as few divisions as possible."""
+"""Strides of the images that a kernel reads and writes, coalesced to spare it divisions."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the pixels of some tensors of equal (N, H, W) lie.
+class CoalescedPixels:
+    """Tensors of equal (N, H, W) as a kernel walks them: one index over all pixels.
 
     Attributes:
         pixels: N H W.
-        height: rows of an image, 1 where its rows follow each other without a gap.
-        width: pixels of a row.
-        strides: for each tensor (image, channel, row, column).
-        wide: whether offsets need 64 bits.
+        height: rows of an image, 1 where rows follow each other without a gap.
+        width: pixels of a row, N H W where images do too.
+        strides: (image, channel, row, column) of each tensor, in values.
+        needs_64_bits: whether offsets do.
     """
 
     pixels: Any
     height: Any
     width: Any
     strides: tuple[tuple[Any, ...], ...]
-    wide: bool
+    needs_64_bits: bool
+
+    def numbers(self) -> tuple[Any, ...]:
+        """Return pixels, height, width and all strides, in the order of the kernels' arguments."""
+        return (self.pixels, self.height, self.width, *(n for strides in self.strides for n in strides))
 
 
-def places(*tensors: Tensor) -> Places:
-    """Return where the pixels of the tensors lie, rows and images put together where the strides allow it in all.
+def coalesce_pixels(*tensors: Tensor) -> CoalescedPixels:
+    """Return how to walk the tensors together, rows and images merged where the strides of all allow it.
 
-    The layout is in the strides alone: NCHW, channels_last and views are read and written where they lie.
+    NCHW, channels_last and views differ in their strides alone, so all are read and written in place. A merged
+    dimension needs no division to find a pixel's offset.
     """
     images, _, height, width = tensors[0].shape
     strides: list[tuple[Any, ...]] = [t.stride() for t in tensors]
@@ -44,18 +49,19 @@ def places(*tensors: Tensor) -> Places:
     if height == 1 and (images == 1 or all(n == width * w for n, _, _, w in strides)):
         width = images * width
     total = images * tensors[0].shape[2] * tensors[0].shape[3]
-    return Places(total, height, width, tuple(strides), needs_64_bits(*tensors))
+    return CoalescedPixels(total, height, width, tuple(strides), needs_64_bit_offsets(*tensors))
 
 
-def needs_64_bits(*tensors: Tensor) -> bool:
+def needs_64_bit_offsets(*tensors: Tensor) -> bool:
     """Return whether an offset into one of the tensors, or the number of pixels, passes 31 bits."""
     return any(
         sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 1 << 31
+        # the last tile counts on to at most 127 pixels beyond the end
         or t.shape[0] * t.shape[2] * t.shape[3] >= (1 << 31) - 1024
         for t in tensors
     )
 
 
-def strided(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """Return a view of the pixels that a 1×1 convolution with that stride looks at."""
+def subsample(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return a view of the pixels that a 1×1 convolution with that stride reads."""
     return x if tuple(stride) == (1, 1) else x[:, :, :: stride[0], :: stride[1]]

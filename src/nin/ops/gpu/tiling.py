@@ -1,4 +1,4 @@
-"""How a launch is cut: pixels of a tile, chunks of each width, warps and stages, and what must fit on the chip."""
+"""Tile sizes of the kernels: pixels and channel chunks of a tile, warps and stages, and what fits on the chip."""
 
 from __future__ import annotations
 
@@ -6,45 +6,54 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-# What a block may use of an SM's shared memory on Hopper, and SMs of an H200; taken where there is no device to ask.
-SHARED_BYTES, PROCESSORS = 232_448, 132
-# Of 255 registers a thread, what sums and held layers may take; addresses and loads in flight need the rest.
-HELD_REGISTERS = 160
-# Products that a kernel spells out; more make the compiler slow, and such widths are cuDNN's anyway.
-MOST_PRODUCTS = 96
-CHUNKS = (64, 32, 16)
+# Shared memory that a block may use on Hopper, and SMs of an H200: taken where there is no GPU to ask.
+SHARED_BYTES, MULTIPROCESSORS = 232_448, 132
+# Of 255 registers a thread, for sums and hidden layers; addresses and loads in flight need the rest.
+MAX_TILE_REGISTERS = 160
+# Products that a kernel unrolls. More make the compiler slow, and cuDNN is as good at layers that wide.
+MAX_UNROLLED_DOTS = 96
+CHUNK_SIZES = (64, 32, 16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
-    """What the choice of tiles depends on: bytes of shared memory a block may use, and the number of SMs."""
+class DeviceLimits:
+    """What the tiles depend on: bytes of shared memory that a block may use, and the number of SMs."""
 
     shared_bytes: int = SHARED_BYTES
-    processors: int = PROCESSORS
+    multiprocessors: int = MULTIPROCESSORS
+
+
+H200 = DeviceLimits()
+
+
+def device_limits(x: Tensor) -> DeviceLimits:
+    """Return the limits of a tensor's GPU; an H200's where there is none (tracing, the interpreter)."""
+    return _limits_of_gpu(x.device.index) if x.is_cuda and torch.cuda.is_available() else H200
 
 
 @functools.cache
-def describe_device(index: int | None) -> Device:
-    """Return the GPU of that index; an H200 for None, and where there is no GPU (tracing, the interpreter)."""
-    if index is None or not torch.cuda.is_available():
-        return Device()
+def _limits_of_gpu(index: int | None) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(index)
-    return Device(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count))
+    return DeviceLimits(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count))
+
+
+# The names of these two classes and of their fields are part of the tuning cache: it holds their ``str()``.
 
 
 @dataclasses.dataclass(frozen=True)
 class ChainTiles:
-    """How a chain is cut.
+    """Tiles of a kernel that runs several layers.
 
     Attributes:
         pixels: of a tile.
-        chunks: of the input's columns and of each layer's width, powers of two.
+        chunks: columns of a chunk of the input and of each layer, powers of two.
         warps: of a program.
-        stages: tiles of the input that are on their way at once.
+        stages: tiles of the input that are loaded ahead, for Triton's software pipeline.
         resident: whether the weights stay in shared memory.
     """
 
@@ -54,10 +63,27 @@ class ChainTiles:
     stages: int
     resident: bool
 
+    def constants(self) -> dict[str, int]:
+        """Return the kernels' compile-time arguments."""
+        blocks = dict(zip(("BK", "B1", "B2", "B3"), self.chunks, strict=False))
+        return {"BM": self.pixels, **blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+    def padded(self, widths: Sequence[int]) -> list[int]:
+        """Return the widths with their last chunks filled up."""
+        return [round_up(width, size) for width, size in zip(widths, self.chunks, strict=True)]
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerTiles:
-    """How one layer is cut: pixels, columns of the result and summands of a step, then as `ChainTiles`."""
+    """Tiles of one layer's matrix product.
+
+    Attributes:
+        pixels: rows of a tile.
+        columns: of a tile of the result.
+        summands: of an iteration.
+        warps: of a program.
+        stages: iterations that are loaded ahead.
+    """
 
     pixels: int
     columns: int
@@ -65,132 +91,135 @@ class LayerTiles:
     warps: int
     stages: int
 
+    def constants(self) -> dict[str, int]:
+        """Return the kernels' compile-time arguments."""
+        blocks = {"BM": self.pixels, "BK": self.summands, "BN": self.columns}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
-def chunk(width: int, largest: int = 64) -> int:
-    """Return the chunk that a width is cut into: the largest that adds at most 30 %, else the one that adds least.
+
+def chunk_size(width: int, largest: int = 64) -> int:
+    """Return the chunk for a width: the largest that pads it by at most 30 %, else the one that pads it least.
 
     Example:
-        >>> from nin.ops.gpu.tiling import chunk
-        >>> [chunk(width) for width in (192, 160, 96, 75, 33, 1)]
+        >>> from nin.ops.gpu.tiling import chunk_size
+        >>> [chunk_size(width) for width in (192, 160, 96, 75, 33, 1)]
         [64, 64, 32, 32, 16, 16]
     """
-    sizes = [size for size in CHUNKS if size <= largest]
-    good = [size for size in sizes if padded(width, size) <= 1.3 * width]
-    return good[0] if good else min(sizes, key=lambda size: (padded(width, size), -size))
+    sizes = [size for size in CHUNK_SIZES if size <= largest]
+    good = [size for size in sizes if round_up(width, size) <= 1.3 * width]
+    return good[0] if good else min(sizes, key=lambda size: (round_up(width, size), -size))
 
 
-def padded(width: int, size: int) -> int:
-    """Return a width with its last chunk filled up."""
+def round_up(width: int, size: int) -> int:
+    """Return the next multiple of ``size``."""
     return -(-width // size) * size
 
 
 def chain_shared_bytes(widths: Sequence[int], tiles: ChainTiles, itemsize: int, extra_columns: int = 0) -> int:
-    """Return the shared memory of a chain's program, an estimate from above.
+    """Return an upper estimate of the shared memory of a chain's program.
 
     Args:
-        widths: columns of the input's matrix, then each layer's width.
-        tiles: how it is cut.
+        widths: columns of the input's im2col matrix, then each layer's width.
+        tiles: of the kernel.
         itemsize: bytes of a value.
-        extra_columns: further columns that are read for each pixel, as the gradient of the result.
+        extra_columns: further columns that are read for each pixel, as the output's gradient.
     """
-    full = [padded(width, size) for width, size in zip(widths, tiles.chunks, strict=True)]
-    pairs = list(itertools.pairwise(full))
-    steps = [size * after for size, after in itertools.pairwise(tiles.chunks)]
-    weights = sum(a * b for a, b in pairs) if tiles.resident else 2 * max(steps)
+    padded = tiles.padded(widths)
+    if tiles.resident:
+        weights = sum(a * b for a, b in itertools.pairwise(padded))
+    else:  # two tiles of weights: one in use, one on its way
+        weights = 2 * max(a * b for a, b in itertools.pairwise(tiles.chunks))
     # a tile of the input for each stage, and one chunk that changes from sums to factors
-    moving = tiles.pixels * (tiles.stages * (full[0] + extra_columns) + 64)
-    return (weights + moving) * itemsize
+    inputs = tiles.pixels * (tiles.stages * (padded[0] + extra_columns) + 64)
+    return (weights + inputs) * itemsize
 
 
-def held_registers(widths: Sequence[int], tiles: ChainTiles, itemsize: int) -> float:
-    """Return the 32-bit registers of a thread that hold the last layer's sums, a hidden chunk's and a middle layer."""
-    full = [padded(width, size) for width, size in zip(widths, tiles.chunks, strict=True)]
-    middle = full[1] * itemsize / 4 if len(widths) == 4 else 0
-    return tiles.pixels * (full[-1] + max(tiles.chunks[1:-1], default=0) + middle) / (32 * tiles.warps)
+def tile_registers(widths: Sequence[int], tiles: ChainTiles, itemsize: int) -> float:
+    """Return the 32-bit registers a thread for the last layer's sums, a hidden chunk's, and a middle layer's values."""
+    padded = tiles.padded(widths)
+    middle = padded[1] * itemsize / 4 if len(widths) == 4 else 0
+    return tiles.pixels * (padded[-1] + max(tiles.chunks[1:-1], default=0) + middle) / (32 * tiles.warps)
 
 
-def count_products(widths: Sequence[int], tiles: ChainTiles) -> int:
-    """Return how many products of tiles a chain's kernel spells out."""
-    counts = [padded(width, size) // size for width, size in zip(widths, tiles.chunks, strict=True)]
+def count_unrolled_dots(widths: Sequence[int], tiles: ChainTiles) -> int:
+    """Return how many products of tiles a chain's kernel unrolls."""
+    counts = [padded // size for padded, size in zip(tiles.padded(widths), tiles.chunks, strict=True)]
     return sum(a * b for a, b in itertools.pairwise(counts))
 
 
 # (pixels, warps, stages), the default first. The order is a guess from the roofline, not measured.
-CHAIN_SHAPES = ((128, 8, 2), (64, 4, 3), (64, 4, 2), (128, 8, 1), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
+CHAIN_CONFIGS = ((128, 8, 2), (64, 4, 3), (64, 4, 2), (128, 8, 1), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
 
 
-def chain_tiles(widths: Sequence[int], itemsize: int, device: Device) -> list[ChainTiles]:
-    """Return the ways to cut a forward chain that fit on the chip, the default first; none if there is none.
+def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
+    """Return the tiles of a forward chain that fit on the chip, the default first; none if there is none.
 
     Args:
-        widths: columns of the input's matrix (channels times taps), then each layer's width.
+        widths: columns of the input's im2col matrix (channels times taps), then each layer's width.
         itemsize: bytes of a value.
-        device: of which the shared memory counts.
+        device: whose shared memory is the limit.
     """
-    found = []
     for resident in (True, False):
-        for pixels, warps, stages in CHAIN_SHAPES:
-            for largest in (64, 32):
-                chunks = tuple(chunk(width, 64 if i == 0 else largest) for i, width in enumerate(widths))
-                tiles = ChainTiles(pixels, chunks, warps, stages, resident)
-                if _chain_fits(widths, tiles, itemsize, device) and tiles not in found:
-                    found.append(tiles)
-        if found:
-            break
-    return found[:6]
-
-
-def _chain_fits(widths: Sequence[int], tiles: ChainTiles, itemsize: int, device: Device) -> bool:
-    return (
-        chain_shared_bytes(widths, tiles, itemsize) <= device.shared_bytes
-        and held_registers(widths, tiles, itemsize) <= HELD_REGISTERS
-        and count_products(widths, tiles) <= MOST_PRODUCTS
-    )
-
-
-# (pixels, warps, stages, largest hidden chunk), the default first: what the compiler spills least of, not measured.
-PAIR_INPUT_SHAPES = ((128, 8, 1, 64), (64, 4, 1, 32), (128, 8, 1, 32), (64, 4, 2, 64), (32, 4, 2, 64), (32, 4, 1, 16))
-PAIR_WEIGHT_SHAPES = ((64, 8, 2, 64), (64, 8, 2, 32), (64, 8, 1, 32), (64, 4, 2, 32), (32, 4, 1, 16))
-
-
-def pair_input_tiles(widths: Sequence[int], itemsize: int, device: Device) -> list[ChainTiles]:
-    """Return the ways to cut the kernel of a pair's input gradient; its sums are as wide as the input."""
-    found = []
-    for resident in (True, False):
-        for pixels, warps, stages, largest in PAIR_INPUT_SHAPES:
-            chunks = chunk(widths[0]), chunk(widths[1], largest), chunk(widths[2])
+        found = []
+        for (pixels, warps, stages), largest in itertools.product(CHAIN_CONFIGS, (64, 32)):
+            chunks = (chunk_size(widths[0]), *(chunk_size(width, largest) for width in widths[1:]))
             tiles = ChainTiles(pixels, chunks, warps, stages, resident)
-            across = (widths[1], widths[2], widths[0])  # the sums of the kernel: hidden chunks, then the input's width
-            turned = dataclasses.replace(tiles, chunks=(tiles.chunks[1], tiles.chunks[2], tiles.chunks[0]))
-            gradient = padded(widths[2], tiles.chunks[2])
             if (
-                chain_shared_bytes(widths, tiles, itemsize, gradient) <= device.shared_bytes
-                and held_registers(across, turned, itemsize) <= HELD_REGISTERS
-                and 2 * count_products(widths, tiles) <= MOST_PRODUCTS
+                chain_shared_bytes(widths, tiles, itemsize) <= device.shared_bytes
+                and tile_registers(widths, tiles, itemsize) <= MAX_TILE_REGISTERS
+                and count_unrolled_dots(widths, tiles) <= MAX_UNROLLED_DOTS
             ):
                 found.append(tiles)
         if found:
-            break
-    return found
+            # without repetitions: both limits give the same chunks where no width takes 64
+            return list(dict.fromkeys(found))[:6]
+    return []
 
 
-def pair_weight_tiles(widths: Sequence[int], itemsize: int, device: Device) -> list[ChainTiles]:
-    """Return the ways to cut the kernel of a pair's weight gradients; its sums are those of one hidden chunk."""
+# (pixels, warps, stages, largest hidden chunk), the default first: what the compiler spills least of, not measured.
+PAIR_INPUT_CONFIGS = ((128, 8, 1, 64), (64, 4, 1, 32), (128, 8, 1, 32), (64, 4, 2, 64), (32, 4, 2, 64), (32, 4, 1, 16))
+PAIR_WEIGHT_CONFIGS = ((64, 8, 2, 64), (64, 8, 2, 32), (64, 8, 1, 32), (64, 4, 2, 32), (32, 4, 1, 16))
+
+
+def pair_input_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
+    """Return the tiles that fit for the input gradient of a pair of layers; its sums are as wide as the input."""
+    columns, hidden, filters = widths
+    for resident in (True, False):
+        found = []
+        for pixels, warps, stages, largest in PAIR_INPUT_CONFIGS:
+            chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
+            tiles = ChainTiles(pixels, chunks, warps, stages, resident)
+            # backward, the input's gradient is the last layer, whose sums stay in registers
+            as_chain = dataclasses.replace(tiles, chunks=(chunks[1], chunks[2], chunks[0]))
+            gradient_columns = round_up(filters, chunks[2])
+            if (
+                chain_shared_bytes(widths, tiles, itemsize, gradient_columns) <= device.shared_bytes
+                and tile_registers((hidden, filters, columns), as_chain, itemsize) <= MAX_TILE_REGISTERS
+                and 2 * count_unrolled_dots(widths, tiles) <= MAX_UNROLLED_DOTS
+            ):
+                found.append(tiles)
+        if found:
+            return found
+    return []
+
+
+def pair_weight_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
+    """Return the tiles that fit for a pair's weight gradients; a program's sums are those of one hidden chunk."""
+    columns, hidden, filters = widths
     found = []
-    for pixels, warps, stages, largest in PAIR_WEIGHT_SHAPES:
-        chunks = chunk(widths[0]), chunk(widths[1], largest), chunk(widths[2])
-        tiles = ChainTiles(pixels, chunks, warps, stages, True)
-        rows = padded(widths[0], chunks[0]) + padded(widths[2], chunks[2])
-        sums = (rows + 2 * pixels) * chunks[1] / (32 * warps)
-        shared = itemsize * rows * (chunks[1] + (stages + 1) * pixels) + 2 * itemsize * pixels * chunks[1]
-        products = 2 * (padded(widths[0], chunks[0]) // chunks[0] + padded(widths[2], chunks[2]) // chunks[2])
-        if shared <= device.shared_bytes and sums <= HELD_REGISTERS and products <= MOST_PRODUCTS:
-            found.append(tiles)
+    for pixels, warps, stages, largest in PAIR_WEIGHT_CONFIGS:
+        chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
+        rows = round_up(columns, chunks[0]) + round_up(filters, chunks[2])
+        registers = (rows + 2 * pixels) * chunks[1] / (32 * warps)
+        shared_bytes = itemsize * rows * (chunks[1] + (stages + 1) * pixels) + 2 * itemsize * pixels * chunks[1]
+        dots = 2 * (math.ceil(columns / chunks[0]) + math.ceil(filters / chunks[2]))
+        if shared_bytes <= device.shared_bytes and registers <= MAX_TILE_REGISTERS and dots <= MAX_UNROLLED_DOTS:
+            found.append(ChainTiles(pixels, chunks, warps, stages, resident=True))
     return found
 
 
 def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[LayerTiles]:
-    """Return the ways to cut one layer's product, the default first; every width has some.
+    """Return the tiles of one layer's matrix product, the default first; every width has some.
 
     Args:
         columns: of the result.
@@ -198,29 +227,33 @@ def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[L
         taps: of the kernel.
         itemsize: bytes of a value.
     """
-    # where a step's summands lie in one tap, a row's place is found once for all of them
-    sizes = [size for size in CHUNKS if size * itemsize <= 128]
+    # where the summands of an iteration lie in one tap, a row's offset is computed once for all of them
+    sizes = [size for size in CHUNK_SIZES if size * itemsize <= 128]
     whole = [size for size in sizes if channels % size == 0]
-    summands = whole[0] if whole else chunk(channels * taps if taps > 1 else channels, sizes[0])
-    wide = max(16, min(128, _power_of_two(columns)))
-    shapes: Iterable[tuple[int, int, int, int]] = ((128, wide, 8, 3), (64, min(wide, 64), 4, 3), (128, wide, 4, 2))
-    return list(dict.fromkeys(LayerTiles(p, n, summands, w, s) for p, n, w, s in shapes))
+    summands = whole[0] if whole else chunk_size(channels * taps, sizes[0])
+    wide = max(16, min(128, _next_power_of_two(columns)))
+    configs = ((128, wide, 8, 3), (64, min(wide, 64), 4, 3), (128, wide, 4, 2))
+    return list(
+        dict.fromkeys(LayerTiles(pixels, width, summands, warps, stages) for pixels, width, warps, stages in configs)
+    )
 
 
-def weight_gradient_tiles(columns: int, summands: int) -> LayerTiles:
-    """Return how one layer's weight gradient is cut: filters, columns of the matrix, and pixels that are summed."""
-    filters = max(16, min(64, _power_of_two(columns)))
-    return LayerTiles(64, filters, max(16, min(64, _power_of_two(summands))), 4, 3)
+def weight_gradient_tiles(filters: int, columns: int) -> LayerTiles:
+    """Return the tiles of one layer's weight gradient (filters, columns of the im2col matrix), summed over pixels."""
+    width = max(16, min(64, _next_power_of_two(filters)))
+    return LayerTiles(64, width, max(16, min(64, _next_power_of_two(columns))), 4, 3)
 
 
-def count_parts(pixels: int, tile: int, weights: int, blocks: int, device: Device, most_bytes: int = 1 << 26) -> int:
-    """Return into how many parts the pixels of a weight gradient are cut.
+def count_parts(
+    pixels: int, tile: int, weights: int, blocks: int, device: DeviceLimits, max_bytes: int = 1 << 26
+) -> int:
+    """Return into how many parts the pixels of a weight gradient are split (split-K).
 
     Two programs for each SM, each part at least four tiles long, and at most 64 MB of parts.
     """
-    wanted = math.ceil(2 * device.processors / blocks)
-    return max(1, min(wanted, -(-pixels // (4 * tile)), most_bytes // (4 * weights)))
+    wanted = math.ceil(2 * device.multiprocessors / blocks)
+    return max(1, min(wanted, -(-pixels // (4 * tile)), max_bytes // (4 * weights)))
 
 
-def _power_of_two(width: int) -> int:
+def _next_power_of_two(width: int) -> int:
     return 1 << (width - 1).bit_length()

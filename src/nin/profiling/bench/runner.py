@@ -166,11 +166,11 @@ def _run_case(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of exporters and compilers, about their own code
-                with dispatch.watch() as steps:
+                with dispatch.record_groups() as groups:
                     call = prepare(engine, case, DTYPES[dtype], device)
                     call()
                 if device.type == "cuda" and engine.startswith("nin"):
-                    ran[engine] = dispatch.summarise(steps)
+                    ran[engine] = dispatch.engine_summary(groups)
                 start = time.perf_counter()
                 call()
                 elapsed_s = time.perf_counter() - start
