@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 import nin
 from nin.ops import ACTIVATIONS, reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.cpu import abi, dispatch, weight_cache
-from nin.ops.cpu import conv_backward as convolution_gradients
+from nin.ops.cpu import abi, conv_backward, dispatch
 from nin.ops.cpu import library as compiled
+from nin.ops.cpu.weight_cache import packed_weight
 from support.chains import LAYOUTS, PLAIN, Chain, conv_chain, error_bound
 from support.native import INSTRUCTION_SETS, build_native
 
@@ -32,8 +32,8 @@ each_dtype = pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=DTYPES)
 
 @pytest.fixture(autouse=True)
 def all_to_the_kernel(monkeypatch, request):
-    """Compute small layers with the compiled kernel too, but where the rule itself is tested; k×k layers tap by tap."""
-    monkeypatch.setattr(abi, "WINOGRAD", False)  # test_ops_winograd.py
+    """Compute small layers with the compiled kernel too, but where the rule itself is tested; k×k layers directly."""
+    monkeypatch.setattr(abi, "WINOGRAD", False)  # see test_ops_cpu_winograd.py
     if "rule" not in request.node.name:
         monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
 
@@ -134,8 +134,8 @@ def test_gradients_of_a_first_layers_weights(
     isa, layout, activation, widths, kernel_size, stride, padding, monkeypatch
 ):
     served = []
-    kernel = convolution_gradients.tap_gradient
-    monkeypatch.setattr(convolution_gradients, "tap_gradient", lambda *them: served.append(1) or kernel(*them))
+    kernel = conv_backward.direct_weight_gradient
+    monkeypatch.setattr(conv_backward, "direct_weight_gradient", lambda *them: served.append(1) or kernel(*them))
     chain = Chain(widths, kernel_size, stride, padding)
     for size in ((13, 17), (8, 300), (71, 30)):
         x, weights, biases = chain.tensors(torch.float32, layout, images=5, size=size)
@@ -355,7 +355,7 @@ def test_scratch_does_not_grow_with_the_images(dtype):
         x = torch.empty(1, dtype=dtype).expand(images, 192, size, size)
         y = torch.empty(1, dtype=dtype).expand(images, 96, size, size)
         weights = [torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)]
-        row = abi.pack(x, y, ChainArguments(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
+        row = abi.pack_chain(x, y, ChainArguments(weights, [None] * 2, (1, 1), (0, 0), (1, 1), ["relu"] * 2))
         rows = struct.pack("8q", 0, 0, 160, 1, 0, 0, 96, 1)
         return compiled.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
 
@@ -461,9 +461,8 @@ def test_an_optimiser_compiles_with_the_packed_weights_watched():
 
 def test_packed_weights_are_kept_and_die_with_the_weight():
     weight = torch.randn(8, 6, 1, 1)
-    handle = dispatch.KERNELS.handles[torch.float32]
-    packed = weight_cache.packed_weight(handle, weight)
-    assert weight_cache.packed_weight(handle, weight) is packed
+    packed = packed_weight(dispatch.KERNELS, weight)
+    assert packed_weight(dispatch.KERNELS, weight) is packed
     kept = weakref.ref(packed)
     del weight, packed
     gc.collect()
@@ -472,19 +471,18 @@ def test_packed_weights_are_kept_and_die_with_the_weight():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_made_in_inference_mode_are_kept_until_one_of_their_values_changes(dtype):
-    handle = dispatch.KERNELS.handles[dtype]
     with torch.inference_mode():  # they have no version counter
         weight, x = torch.randn(8, 101, 3, 3, dtype=dtype), torch.randn(1, 101, 5, 5, dtype=dtype)
-        packed = weight_cache.packed_weight(handle, weight)
-        assert weight_cache.packed_weight(handle, weight) is packed
+        packed = packed_weight(dispatch.KERNELS, weight)
+        assert packed_weight(dispatch.KERNELS, weight) is packed
         for place in [(0, 0, 0, 0), (3, 50, 1, 1), (7, 100, 2, 2)]:
             weight[place] += 1
-            packed, before = weight_cache.packed_weight(handle, weight), packed
+            packed, before = packed_weight(dispatch.KERNELS, weight), packed
             assert packed is not before
             wanted = F.conv2d(x, weight)
             torch.testing.assert_close(nin.mlpconv(x, [weight], [None], activation=None), wanted, atol=0.3, rtol=0.02)
         part = weight[:, :2]  # not in one piece: packed for every call
-        assert weight_cache.packed_weight(handle, part) is not weight_cache.packed_weight(handle, part)
+        assert packed_weight(dispatch.KERNELS, part) is not packed_weight(dispatch.KERNELS, part)
 
 
 def in_any_layout(shape, dtype):
@@ -500,8 +498,9 @@ def in_any_layout(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 32, 1, 1), (70, 33, 3, 3), (5, 1, 2, 3), (16, 7, 1, 1), (40, 48, 5, 5)])
 def test_weights_are_packed_alike_however_they_lie(isa, shape, dtype, for_input_gradient):
-    handle = dispatch.KERNELS.handles[dtype]
-    packed = [weight_cache._pack(handle, w, for_input_gradient) for w in in_any_layout(shape, dtype)]
+    packed = [
+        packed_weight(dispatch.KERNELS, w, for_input_gradient=for_input_gradient) for w in in_any_layout(shape, dtype)
+    ]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 
@@ -539,7 +538,7 @@ def test_other_dtypes_stay_with_the_reference(monkeypatch):
     def refuse(*_):
         raise AssertionError("the compiled kernel was called")
 
-    monkeypatch.setattr(compiled, "pool", refuse)
+    monkeypatch.setattr(compiled, "thread_pool", refuse)
     for dtype in (torch.float64, torch.float16):
         x, weights, biases = Chain((5, 6)).tensors(dtype)
         torch.testing.assert_close(nin.mlpconv(x, weights, biases), F.conv2d(x, *weights, *biases).relu())
@@ -558,18 +557,15 @@ def test_other_dtypes_stay_with_the_reference(monkeypatch):
         ((3, 16), 1, 64, "float32", "nchw", "compiled"),
         ((17, 8), 1, 64, "float32", "nchw", "compiled"),
         ((3, 8), 1, 64, "bfloat16", "nchw", "compiled"),
-        ((3, 8), 1, 64, "float64", "nchw", "reference"),
     ],
 )
 def test_the_rule_sends_to_pytorch_what_it_computes_faster(widths, kernel_size, size, dtype, layout, kernel):
     chain = Chain(widths, (kernel_size, kernel_size))
     x, weights, biases = chain.tensors(getattr(torch, dtype), LAYOUTS[layout], images=1, size=(size, size))
-    name = dispatch.serving_kernel(x, weights, biases)
-    assert name == ("reference" if kernel == "reference" else dispatch.KERNELS.name)
+    arguments = ChainArguments(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
+    assert dispatch.is_faster_in_pytorch(x, arguments) == (kernel == "reference")
     if kernel == "reference":
-        layers = ChainArguments(weights, biases, (1, 1), (0, 0), (1, 1), ["relu"] * len(weights))
-        expected = reference.mlpconv(x, layers)
-        assert torch.equal(nin.mlpconv(x, weights, biases), expected)
+        assert torch.equal(nin.mlpconv(x, weights, biases), reference.mlpconv(x, arguments))
 
 
 def test_the_library_exports_nothing_but_its_interface():

@@ -35,9 +35,9 @@ def force(monkeypatch):
         size = sizes[-1] if layers.weights[0].shape[2] > 1 else 0
         return row[:-8] + struct.pack("q", size), size
 
-    monkeypatch.setattr(abi, "choose_algorithm", choose)
+    monkeypatch.setattr(abi, "choose_winograd", choose)
     monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
-    monkeypatch.setattr(conv_backward, "FEWEST_RESULTS", 0)
+    monkeypatch.setattr(conv_backward, "MIN_WINOGRAD_PIXELS", 0)
     return sizes.append
 
 
@@ -201,7 +201,7 @@ def test_the_precision_of_matrix_products_changes_nothing():
     x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
     y = dispatch.mlpconv(x, layers)
     want = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
-    weight_cache._packed.clear()
+    weight_cache._cache.clear()
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(dispatch.mlpconv(x, layers), y)
@@ -216,8 +216,8 @@ def test_a_gradient_of_too_many_sums_is_pytorchs(force, monkeypatch):
     x, layers = images(2, 20, 9, 9), layer(20, 30, 3, 1)
     force(6)
     y = dispatch.mlpconv(x, layers)
-    monkeypatch.setattr(conv_backward, "MOST_SUMS", 36 * 20 * 30 - 1)
-    assert conv_backward.weight_gradient(dispatch.KERNELS, y, x, layers) is None
+    monkeypatch.setattr(conv_backward, "MAX_WINOGRAD_SUMS", 36 * 20 * 30 - 1)
+    assert conv_backward.winograd_weight_gradient(dispatch.KERNELS, y, x, layers) is None
     _, (grad,), _ = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
     want = reference.mlpconv_backward(y.double(), x.double(), y.double(), in_float64(layers), [True] * 3)
     assert_close(grad, want[1][0])
@@ -254,7 +254,7 @@ def test_more_padding_than_the_taps_reach(force):
 
 def chosen(x, layers):
     y = x.new_empty(layers.output_shape(x)).contiguous(memory_format=reference.memory_format_of(x))
-    return abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, y, layers), layers)[1]
+    return abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, y, layers), layers)[1]
 
 
 def test_it_serves_where_it_takes_less_time():
@@ -276,7 +276,7 @@ def test_the_environment_turns_it_off():
         "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import ChainArguments\n"
         "x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
         "layers = ChainArguments([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
-        "print(abi.choose_algorithm(dispatch.KERNELS, abi.pack(x, x, layers), layers)[1])"
+        "print(abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, x, layers), layers)[1])"
     )
     for value, size in (("0", "0"), ("1", "6")):
         environment = os.environ | {abi.WINOGRAD_VARIABLE: value}
@@ -307,7 +307,7 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout
         results = []
         for number in (1, threads):
             torch.set_num_threads(number)
-            weight_cache._packed.clear()
+            weight_cache._cache.clear()
             force(8)
             y = dispatch.mlpconv(x, single)
             grads = dispatch.mlpconv_backward(y, x, y, single, [True, True, True])
@@ -322,7 +322,7 @@ def test_scratch_is_bounded(dtype):
         kernels = [3] + [1] * (len(widths) - 2)
         weights = [torch.empty(o, i, k, k) for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)]
         layers = ChainArguments(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
-        row = abi.pack(x, y, layers)[:-8] + struct.pack("q", 8)
+        row = abi.pack_chain(x, y, layers)[:-8] + struct.pack("q", 8)
         rows = b"".join(struct.pack("4q", 0, 0, width, 1) for width in widths[1:])
         return library.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
 
@@ -354,8 +354,8 @@ def test_weights_are_transformed_alike_however_they_lie(dtype, for_input_gradien
         weight.contiguous(memory_format=torch.channels_last),
         weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
     ]
-    handle = dispatch.KERNELS.handles[torch.float32]
-    packed = [weight_cache.packed_weight(handle, w, for_input_gradient, winograd=8) for w in layouts]
+    options = {"for_input_gradient": for_input_gradient, "winograd_tile_size": 8}
+    packed = [weight_cache.packed_weight(dispatch.KERNELS, w, **options) for w in layouts]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 SIZES = (0, 6, 8)
 CHANNELS = (8, 16, 24, 32, 64, 96, 128, 192, 256, 512)
 LARGEST = 4e9  # multiply-accumulates of a layer
-CHOOSE = abi.choose_algorithm
+CHOOSE = abi.choose_winograd
 
 
 def layer(channels, columns, kernel, dtype):
@@ -38,7 +38,7 @@ def layer(channels, columns, kernel, dtype):
 def force(size):
     """Have every layer computed so; None: as the cost model says."""
     given = CHOOSE if size is None else lambda kernels, row, layers: (row[:-8] + struct.pack("q", size), size)
-    abi.choose_algorithm = given
+    abi.choose_winograd = given
 
 
 def milliseconds(x, layers, size, goal_s=0.008):
@@ -66,7 +66,7 @@ def compare(dtype, seconds):
         layers = layer(channels, columns, kernel, dtype)
         force(None)
         y = dispatch.mlpconv(x, layers)
-        chosen = CHOOSE(dispatch.KERNELS, abi.pack(x, y, layers), layers)[1]
+        chosen = CHOOSE(dispatch.KERNELS, abi.pack_chain(x, y, layers), layers)[1]
         sizes = [size for size in SIZES if size == 0 or size - kernel >= 1]
         times = {size: [] for size in sizes}
         for _ in range(7):

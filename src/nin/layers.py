@@ -1,4 +1,4 @@
-"""Layers made of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, Inception and the global-average-pooling head."""
+"""Layers of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, Inception, and the head GlobalAveragePooling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin.ops import Pair, conv1x1, mlpconv
+from nin.ops import Pair, check_activation, conv1x1, mlpconv
 
 NORMALISATIONS = (None, "weight_standardisation")
 
@@ -18,17 +18,19 @@ NORMALISATIONS = (None, "weight_standardisation")
 # Source: Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without Normalization, 2021.
 VARIANCE_GAIN = {"none": 1.0, "relu": 1.7139, "gelu": 1.7015, "silu": 1.7872}
 
+_ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
 
 class Conv1x1(nn.Module):
-    """A 1×1 convolution with an activation: a fully connected layer, the same at every pixel.
+    """A 1×1 convolution with an activation: a fully connected layer at every pixel.
 
     See `nin.conv1x1` for the equation.
 
     Args:
         in_channels: C_in, at least 1.
         out_channels: C_out, at least 1.
-        stride: of the pixels that are looked at.
-        bias: whether to add one number to each output channel.
+        stride: one number, or (height, width).
+        bias: whether to add a bias to each output channel.
         activation: "none" (or None), "relu", "gelu" or "silu".
 
     Example:
@@ -47,7 +49,7 @@ class Conv1x1(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive(in_channels=in_channels, out_channels=out_channels)
-        _check_activation(activation or "none")
+        check_activation(activation or "none")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.stride, self.activation = stride, activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
@@ -59,7 +61,7 @@ class Conv1x1(nn.Module):
         return conv1x1(x, self.weight, self.bias, stride=self.stride, activation=self.activation)
 
     def to_sequential(self) -> nn.Sequential:
-        """Return the same layer as plain PyTorch: ``nn.Conv2d``, then the activation; it shares the parameters."""
+        """Return the same layer in plain PyTorch, with shared parameters: ``nn.Conv2d``, then the activation."""
         conv = nn.utils.skip_init(
             nn.Conv2d, self.in_channels, self.out_channels, 1, stride=self.stride, bias=self.bias is not None
         )
@@ -67,19 +69,19 @@ class Conv1x1(nn.Module):
         return nn.Sequential(conv, *_activation_modules(self.activation or "none")).train(self.training)
 
     def extra_repr(self) -> str:
-        """Return what ``print`` shows between the brackets."""
+        """Return the options that ``print`` shows."""
         return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, activation={self.activation!r}"
 
 
 class StandardisedConv2d(nn.Conv2d):
-    """A convolution that uses its weights standardised, scaled and with a learned gain per output channel.
+    """A convolution with scaled weight standardisation and a learned gain per output channel.
 
     ``Ŵ = gain · c · (W - mean(W)) / sqrt(var(W) · fan_in + ε)``, mean and variance over each filter, ``c`` the
-    variance gain of the activation that follows. It touches the weights only, so a chain of convolutions stays in
-    one piece while training, where BatchNorm would cut it after every layer; `fold` leaves a plain convolution.
+    variance gain of the activation that follows. It acts on the weights only, so a chain of convolutions remains one
+    operator in training, which BatchNorm between the layers would prevent; `fold` returns a plain convolution.
 
     Args:
-        activation: the activation that follows; it decides ``c``.
+        activation: the activation that follows; it determines ``c``.
 
     The other arguments are those of ``torch.nn.Conv2d``.
 
@@ -93,7 +95,7 @@ class StandardisedConv2d(nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Pair, *, activation: str = "relu", **options: object
     ) -> None:
-        _check_activation(activation)
+        check_activation(activation)
         super().__init__(in_channels, out_channels, kernel_size, **options)  # type: ignore[arg-type]
         if self.weight[0].numel() < 2:
             raise ValueError(
@@ -101,8 +103,8 @@ class StandardisedConv2d(nn.Conv2d):
             )
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.variance_gain = VARIANCE_GAIN[activation]
-        # The result does not depend on the length of a filter, but the step that the optimiser takes does: it is
-        # inversely proportional to the squared length, so filters start with length 1.
+        # The output is invariant to the norm of a filter, but the effective learning rate is inversely proportional to
+        # its square, so filters start with norm 1.
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight[0].numel()))
 
     def standardised_weight(self) -> Tensor:
@@ -124,8 +126,7 @@ class StandardisedConv2d(nn.Conv2d):
 class MLPConv(nn.Module):
     """Network in Network's layer: a k×k convolution, then 1×1 convolutions, an activation after each.
 
-    See `nin.mlpconv` for the equation. The convolutions in ``convs`` hold the parameters; the layer runs them as
-    one operator.
+    See `nin.mlpconv` for the equation. The convolutions in ``convs`` hold the parameters; they run as one operator.
 
     Args:
         in_channels: C_in.
@@ -134,7 +135,7 @@ class MLPConv(nn.Module):
         stride: of the first convolution.
         padding: zeros around the image, in pixels.
         dilation: distance of the first convolution's taps, in pixels.
-        bias: whether each layer adds one number to each output channel.
+        bias: whether each layer has a bias for each output channel.
         activation: one name for all layers, or one per layer (see `nin.mlpconv`).
         normalisation: None, or "weight_standardisation" (see `StandardisedConv2d`): one for all layers, or one
             per layer.
@@ -170,7 +171,7 @@ class MLPConv(nn.Module):
         _check_positive(**{f"channels[{i - 1}]" if i else "in_channels": w for i, w in enumerate(widths)})
         self.activations = [a or "none" for a in _per_layer("activation", activation, len(channels))]
         for name in self.activations:
-            _check_activation(name)
+            check_activation(name)
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.convs = nn.ModuleList()
         for i, norm in enumerate(_per_layer("normalisation", normalisation, len(channels))):
@@ -183,12 +184,12 @@ class MLPConv(nn.Module):
         return self._run(x, len(self.convs))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Return what the last 1×1 layer looks at, (N, channels[-2], H', W')."""
+        """Return the input of the last 1×1 layer, (N, channels[-2], H', W')."""
         return self._run(x, len(self.convs) - 1)
 
     def _run(self, x: Tensor, count: int) -> Tensor:
         """Run the first ``count`` layers as one operator."""
-        convs = cast(list[nn.Conv2d], list(self.convs)[:count])  # a slice of the modules themselves takes 10 µs
+        convs = cast(list[nn.Conv2d], list(self.convs)[:count])  # slicing an nn.ModuleList takes 10 µs
         weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
         return mlpconv(
             x,
@@ -202,16 +203,16 @@ class MLPConv(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> MLPConv:
-        """Replace standardised convolutions by plain ones with the same result, in place; returns the layer."""
+        """Replace standardised convolutions by plain ones with the same output, in place, and return the layer."""
         for i, conv in enumerate(self.convs):
             if isinstance(conv, StandardisedConv2d):
                 self.convs[i] = conv.fold()
         return self
 
     def to_sequential(self) -> nn.Sequential:
-        """Return the same layer as plain PyTorch: each ``nn.Conv2d``, then its activation; standardised ones folded.
+        """Return the same layer in plain PyTorch: ``nn.Conv2d`` and activations, with standardised convolutions folded.
 
-        Plain convolutions are shared with this layer, not copied.
+        The other convolutions are shared with this layer, not copied.
         """
         modules: list[nn.Module] = []
         for conv, activation in zip(self.convs, self.activations, strict=True):
@@ -220,18 +221,18 @@ class MLPConv(nn.Module):
         return nn.Sequential(*modules).train(self.training)
 
     def extra_repr(self) -> str:
-        """Return what ``print`` shows between the brackets."""
+        """Return the options that ``print`` shows."""
         return f"activations={self.activations}"
 
 
 class Bottleneck(nn.Sequential):
-    """A k×k convolution between two changes of depth: 1×1 → k×k, on few channels, → as many as asked for.
+    """A k×k convolution on few channels: 1×1 to reduce, k×k, and optionally 1×1 to expand.
 
     ``256 → 1×1 → 64 → 4×4 → 256`` does the job of ``256 → 4×4 → 256`` with 3.8 times fewer multiplications.
 
     Args:
         in_channels: C_in.
-        mid_channels: the channels that the 1×1 convolution leaves for the k×k convolution to look at.
+        mid_channels: output channels of the reducing 1×1 convolution.
         out_channels: C_out.
         kernel_size: k; the image keeps its size (an even k pads one pixel more at the bottom and right).
         expand: put a second 1×1 convolution after the k×k (ResNet's bottleneck): the k×k then maps
@@ -260,24 +261,24 @@ class Bottleneck(nn.Sequential):
         _check_positive(in_channels=in_channels, mid_channels=mid_channels, out_channels=out_channels)
         _check_positive(kernel_size=kernel_size)
         wide = (mid_channels, out_channels) if expand else (out_channels,)
-        total = kernel_size - 1
         layers: list[nn.Module] = [Conv1x1(in_channels, mid_channels, activation=activation)]
-        if total % 2:
-            layers.append(nn.ZeroPad2d((total // 2, total - total // 2) * 2))
-        padding = 0 if total % 2 else total // 2
+        padding, odd = divmod(kernel_size - 1, 2)
+        if odd:  # a convolution pads both sides alike
+            layers.append(nn.ZeroPad2d((padding, padding + 1) * 2))
+            padding = 0
         layers.append(MLPConv(mid_channels, wide, kernel_size=kernel_size, padding=padding, activation=activation))
         super().__init__(*layers)
 
 
 class Inception(nn.Module):
-    """Four ways to look at the same input, side by side: 1×1; 1×1 → 3×3; 1×1 → 5×5; pool → 1×1.
+    """Four parallel branches whose outputs are concatenated: 1×1; 1×1 → 3×3; 1×1 → 5×5; max pooling → 1×1.
 
     Args:
         in_channels: C_in.
         ones: channels of the 1×1 branch.
-        reduce_threes: channels that a 1×1 leaves before the 3×3.
+        reduce_threes: channels of the 1×1 before the 3×3.
         threes: channels of the 3×3 branch.
-        reduce_fives: channels that a 1×1 leaves before the 5×5.
+        reduce_fives: channels of the 1×1 before the 5×5.
         fives: channels of the 5×5 branch.
         pools: channels of the 1×1 after the 3×3 max pooling.
         activation: after each convolution.
@@ -314,10 +315,10 @@ class Inception(nn.Module):
 
 
 class GlobalAveragePooling(nn.Module):
-    """Network in Network's head: the score of a class is the mean of its map.
+    """Network in Network's head: the score of a class is the mean of its feature map.
 
-    ``score[n, c] = mean over i, j of maps[n, c, i, j]``. It has no parameters, and the maps show where in the
-    picture the evidence for each class lies.
+    ``score[n, c] = mean over i, j of maps[n, c, i, j]``. It has no parameters, and the maps are confidence maps: they
+    show where in the image the evidence for each class is.
 
     Source:
         Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.2.
@@ -348,9 +349,9 @@ def _make_conv(
 
 
 def _initialise(weight: Tensor, activation: str) -> None:
-    """Draw the weights so that the size of the values stays the same from layer to layer.
+    """Draw the weights from a normal distribution that keeps the variance of the activations from layer to layer.
 
-    ``std = sqrt(2 / fan_in)`` before a ReLU (GELU and SiLU are near enough), ``sqrt(1 / fan_in)`` before nothing.
+    ``std = sqrt(2 / fan_in)`` before ReLU (GELU and SiLU are close to it), ``sqrt(1 / fan_in)`` before no activation.
 
     Source:
         He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015, arXiv 1502.01852, equation 10.
@@ -360,33 +361,14 @@ def _initialise(weight: Tensor, activation: str) -> None:
 
 def _activation_modules(name: str) -> list[nn.Module]:
     """Return the activation of that name as modules; none for "none"."""
-    match name:
-        case "none":
-            return []
-        case "relu":
-            return [nn.ReLU()]
-        case "gelu":
-            return [nn.GELU()]
-        case _:
-            return [nn.SiLU()]
+    return [_ACTIVATION_MODULES[name]()] if name != "none" else []
 
 
 def _plain_conv(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
-    """Return an ``nn.Conv2d`` of the geometry and bias of ``conv`` with another weight."""
-    plain = nn.utils.skip_init(
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        padding_mode=conv.padding_mode,
-        bias=conv.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    """Return a copy of ``conv`` as an ``nn.Conv2d`` with another weight."""
+    sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    options = {"bias": conv.bias is not None, "padding_mode": conv.padding_mode}
+    plain = nn.utils.skip_init(nn.Conv2d, *sizes, **options, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         plain.weight.copy_(weight)
         if conv.bias is not None:
@@ -405,8 +387,3 @@ def _check_positive(**channels: int) -> None:
     for name, value in channels.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _check_activation(name: str) -> None:
-    if name not in VARIANCE_GAIN:
-        raise ValueError(f"activation must be one of {', '.join(VARIANCE_GAIN)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""The operator: a k×k convolution, then any number of 1×1 convolutions, an activation after each, as one op."""
+"""``nin.mlpconv`` and ``nin.conv1x1``: a k×k convolution and 1×1 convolutions after it, as one operator."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nin.ops import schema  # noqa: F401  (registers the op)
-from nin.ops.cpu import dispatch as cpu
-from nin.ops.gpu import dispatch as gpu
+from nin.ops import schema  # noqa: F401  (registers the operator)
+from nin.ops.cpu import dispatch as cpu_dispatch
+from nin.ops.gpu import dispatch as gpu_dispatch
 from nin.ops.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]
@@ -20,7 +20,7 @@ Pair = int | tuple[int, int]
 def conv1x1(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Pair = 1, activation: str | None = None
 ) -> Tensor:
-    """Apply a 1×1 convolution: one fully connected layer, the same at every pixel.
+    """Apply a 1×1 convolution: one fully connected layer at every pixel.
 
     ``y[n, o, i, j] = activation(sum_c weight[o, c, 0, 0] * x[n, c, i * stride, j * stride] + bias[o])``
 
@@ -28,11 +28,11 @@ def conv1x1(
         x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
         weight: filters, (C_out, C_in, 1, 1), of the dtype of ``x``.
         bias: (C_out,), or None.
-        stride: of the pixels that are looked at; one number, or (height, width).
+        stride: one number, or (height, width).
         activation: "none" (or None), "relu", "gelu" (exact) or "silu".
 
     Returns:
-        (N, C_out, ceil(H / stride), ceil(W / stride)), in the layout of ``x``.
+        (N, C_out, ceil(H / stride), ceil(W / stride)), in the memory format of ``x``.
 
     Raises:
         ValueError: a shape, dtype or activation does not fit; the message says what was expected and got.
@@ -67,8 +67,8 @@ def mlpconv(
 
     ``h_1 = a_1(W_1 ∗ x + b_1)``, ``h_l = a_l(W_l h_{l-1} + b_l)`` at every pixel; the result is the last ``h``.
 
-    On the CPU, in float32 and bfloat16, a k×k convolution may be computed by Winograd's transforms: faster, and right
-    to five digits instead of six. The environment variable ``NIN_CPU_WINOGRAD=0`` turns that off.
+    On the CPU, in float32 and bfloat16, a k×k convolution may be computed with Winograd's transforms: faster, and
+    accurate to five digits instead of six. The environment variable ``NIN_CPU_WINOGRAD=0`` turns that off.
 
     Args:
         x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
@@ -81,7 +81,7 @@ def mlpconv(
 
     Returns:
         (N, C_last, H', W') with ``H' = floor((H + 2 padding - dilation (kH - 1) - 1) / stride) + 1``,
-        in the layout of ``x``.
+        in the memory format of ``x``.
 
     Raises:
         ValueError: a shape, dtype or activation does not fit; the message says what was expected and got.
@@ -110,24 +110,31 @@ def mlpconv(
     op = torch.ops.nin.mlpconv.default
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if trains and len(weights) > 1 and weights[0].shape[2:] != (1, 1):
-        # A backward pass computes the hidden layers again. That is cheap for a 1×1 chain and dear for a k×k
-        # convolution, so while training the k×k layer's result is kept: two calls, the same numbers.
+        # The backward pass recomputes hidden layers. That is cheap in a 1×1 chain and expensive for a k×k convolution,
+        # so in training the k×k layer is a call of its own, which saves its output. The values are the same.
         x = op(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
         return op(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
     if trains or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(x, weights, biases, stride, padding, dilation, activations)
-    with torch._C._AutoDispatchBelowAutograd():  # nothing to derive: a third less time where an image is small
+    # without gradients the autograd level is skipped: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)
+    with torch._C._AutoDispatchBelowAutograd():
         return op(x, weights, biases, stride, padding, dilation, activations)
 
 
 def backends() -> dict[str, str]:
-    """Return which kernel serves ``nin::mlpconv`` on each kind of device, and why where it is the reference.
+    """Return the backend of ``nin::mlpconv`` on each device type, and the reason if it is the reference.
 
     Example:
         >>> sorted(nin.backends())
         ['cpu', 'cuda']
     """
-    return {"cpu": cpu.backend_summary(), "cuda": gpu.backend_summary()}
+    return {"cpu": cpu_dispatch.backend_summary(), "cuda": gpu_dispatch.backend_summary()}
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError unless ``name`` is one of `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:
@@ -136,8 +143,7 @@ def _activations(activation: str | Sequence[str | None] | None, count: int) -> l
     if len(names) != count:
         raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")
     for name in names:
-        if name not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        check_activation(name)
     return names
 
 
@@ -149,7 +155,7 @@ def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
 
 
 def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
-    """Raise unless the chain fits together; every message names the argument, what was expected and got."""
+    """Raise unless the shapes, dtypes and devices of a chain match."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -178,6 +184,6 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
 def _check_like(name: str, t: Tensor, x: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    # autocast brings all of them to one dtype
+    # autocast casts all of them to one dtype
     if t.device != x.device or (t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")

@@ -1,4 +1,4 @@
-"""What every kernel of ``nin::mlpconv`` is given: the layers of a chain, as one value."""
+"""The arguments of ``nin::mlpconv``, a chain of convolutions as one value, and adapters for PyTorch's dispatcher."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# of the input, of each weight and of each bias; shape (0,) where it is not wanted
+# of the input, of each weight and of each bias; shape (0,) where not needed
 Gradients = tuple[Tensor, list[Tensor], list[Tensor]]
+# stride, padding and dilation
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
-POINTWISE_GEOMETRY = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation of the 1×1 layers after the first
+POINTWISE_GEOMETRY: Geometry = ((1, 1), (0, 0), (1, 1))  # of the 1×1 layers after the first
 
 
 class ChainArguments(NamedTuple):
-    """Layers that run one after the other, in the operator's order: ``torch.ops.nin.mlpconv(x, *layers)``.
+    """A chain of convolutions, in the operator's order: ``torch.ops.nin.mlpconv(x, *chain)``.
 
     Attributes:
         weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1).
@@ -32,14 +34,19 @@ class ChainArguments(NamedTuple):
     dilation: Sequence[int]
     activations: Sequence[str]
 
+    @property
+    def geometry(self) -> Geometry:
+        """Stride, padding and dilation of the first layer."""
+        return self.stride, self.padding, self.dilation
+
     def subchain(self, first: int, count: int) -> ChainArguments:
-        """Return ``count`` of the layers from ``first`` on."""
+        """Return ``count`` layers, starting with layer ``first``."""
         which = slice(first, first + count)
-        geometry = (self.stride, self.padding, self.dilation) if first == 0 else POINTWISE_GEOMETRY
+        geometry = self.geometry if first == 0 else POINTWISE_GEOMETRY
         return ChainArguments(self.weights[which], self.biases[which], *geometry, self.activations[which])
 
     def is_pointwise(self) -> bool:
-        """Return whether the first layer too is 1×1 and unpadded: each pixel of the result is made of one pixel."""
+        """Return whether the first layer is 1×1 without padding, so that an output pixel depends on one input pixel."""
         return tuple(self.weights[0].shape[2:]) == (1, 1) and tuple(self.padding) == (0, 0)
 
     def output_shape(self, x: Tensor) -> tuple[Any, ...]:
@@ -53,17 +60,17 @@ class ChainArguments(NamedTuple):
 
 
 def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
-    """Return the height or width of a convolution's result; ``size`` may be symbolic."""
+    """Return the height or width of a convolution's output; ``size`` may be symbolic."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def as_dispatcher_kernel(kernel: Callable[[Tensor, ChainArguments], Tensor]) -> Callable[..., Tensor]:
-    """Return ``kernel(x, layers)`` as the dispatcher calls it: with the fields of the layers one by one."""
+    """Return ``kernel(x, chain)`` with the operator's signature: the chain's fields as separate arguments."""
     return lambda x, *fields: kernel(x, ChainArguments(*fields))
 
 
 def as_dispatcher_backward_kernel(
     kernel: Callable[[Tensor, Tensor, Tensor, ChainArguments, Sequence[bool]], Gradients],
 ) -> Callable[..., Gradients]:
-    """Return ``kernel(grad, x, y, layers, needs)`` as the dispatcher calls it, see `as_dispatcher_kernel`."""
+    """Return ``kernel(grad, x, y, chain, needs)`` with the operator's signature, as `as_dispatcher_kernel` does."""
     return lambda grad, x, y, *rest: kernel(grad, x, y, ChainArguments(*rest[:-1]), rest[-1])

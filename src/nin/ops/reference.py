@@ -1,4 +1,4 @@
-"""The plain PyTorch kernels of ``nin::mlpconv``: the definition, the fallback, the oracle of the tests."""
+"""The reference kernels of ``nin::mlpconv`` in plain PyTorch: its definition, its fallback and the tests' oracle."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Gradients
+from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, Gradients
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """Return ``activation(z)``; the GELU is the exact one (with erf)."""
+    """Return ``activation(z)``; GELU is the exact one, with erf."""
     match activation:
         case "relu":
             return F.relu(z)
@@ -27,61 +27,60 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the layout of the result for an input ``x``: channels_last where its channels lie side by side.
-
-    PyTorch's own rule looks at the weights too and is undecided for one channel; this one depends on ``x``
-    alone, so the fake kernel and every backend agree.
-    """
+    """Return the memory format of the output for an input ``x``: channels_last if its channels are contiguous."""
+    # PyTorch's own rule depends on the weights too and is ambiguous for one channel. This one depends on x alone, so
+    # that the fake kernel and every backend agree.
     return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
 def to_memory_format(t: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return ``t`` in that layout, in the strides that `memory_format_of` recognises, one channel included."""
+    """Return ``t`` in a memory format, with strides that `memory_format_of` recognises, even with one channel."""
     t = t.contiguous(memory_format=layout)
-    # the strides of one channel count as either layout for contiguous(), not for to()
+    # contiguous() accepts a tensor of one channel as either format and leaves its strides; to() normalises them
     return t if memory_format_of(t) == layout else t.to(memory_format=layout)
 
 
-def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
-    """Compute the chain layer by layer, as ``torch.nn.functional.conv2d`` would."""
+def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
+    """Compute the chain layer by layer with ``torch.nn.functional.conv2d``."""
     layout = memory_format_of(x)
-    return to_memory_format(conv2d_chain(x.contiguous(memory_format=layout), layers), layout)
+    return to_memory_format(conv2d_chain(x.contiguous(memory_format=layout), chain), layout)
 
 
-def conv2d_chain(x: Tensor, layers: ChainArguments) -> Tensor:
-    """Compute the chain by PyTorch's operators alone, which choose the layout of the result."""
-    weights, biases, stride, padding, dilation, activations = layers
+def conv2d_chain(x: Tensor, chain: ChainArguments) -> Tensor:
+    """Compute the chain with PyTorch's operators, which choose the output's memory format."""
+    weights, biases, stride, padding, dilation, activations = chain
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
         x = activate(x, activation)
     return x
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Return the gradients of ``x``, of each weight and of each bias.
 
-    The hidden layers are computed again from ``x``; ``y``, the result of the forward pass, spares the last
-    one where its activation can be undone from it (none, ReLU).
+    The hidden layers are recomputed from ``x``. The last layer is not if its activation's derivative follows from
+    ``y`` (none, ReLU).
 
     Args:
-        grad: gradient of the result, (N, C_out, H', W').
+        grad: gradient of the output, (N, C_out, H', W').
         x: input of the forward pass, (N, C_in, H, W).
-        y: result of the forward pass, (N, C_out, H', W').
-        needs: which gradients are wanted: the input's, then each weight's, then each bias's. The others come
-            back empty (shape ``(0,)``).
+        y: output of the forward pass, (N, C_out, H', W').
+        chain: the arguments of the forward pass.
+        needs: which gradients are needed: the input's, then each weight's, then each bias's. The others are
+            empty (shape ``(0,)``).
     """
-    weights, biases, count = layers.weights, layers.biases, len(layers.weights)
-    geometry = [(layers.stride, layers.padding, layers.dilation), *[POINTWISE_GEOMETRY] * (count - 1)]
-    inputs, before = _forward_again(x, y, layers, geometry)
+    weights, biases, count = chain.weights, chain.biases, len(chain.weights)
+    geometry = [chain.geometry, *[POINTWISE_GEOMETRY] * (count - 1)]
+    inputs, saved = _recompute_forward(x, y, chain, geometry)
     grad_weights = [x.new_empty(0)] * count
     grad_biases = [x.new_empty(0)] * count
     g = grad
     for i in reversed(range(count)):
-        g = activation_backward(g, before[i], layers.activations[i])
+        g = activation_backward(g, saved[i], chain.activations[i])
         bias = biases[i]
-        go_on = any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i]) or needs[0]
+        # if no earlier layer needs a gradient, the backward pass ends here
+        go_on = needs[0] or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
         need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
-        # the layers before may need nothing: then no gradient travels further down
         mask = [go_on, need_weight, need_bias]
         grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
             g, inputs[i], weights[i], None if bias is None else bias.shape, *geometry[i], False, (0, 0), 1, mask
@@ -97,32 +96,42 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments,
     return grad_input, grad_weights, grad_biases
 
 
-def _forward_again(
-    x: Tensor, y: Tensor, layers: ChainArguments, geometry: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]]
+def empty_gradients(x: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
+    """Return uninitialised gradients, the input's in the memory format of ``x``; shape ``(0,)`` where not needed."""
+    layout = memory_format_of(x)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout) if needs[0] else x.new_empty(0)
+    parameters, count = (*chain.weights, *chain.biases), len(chain.weights)
+    grads = [
+        x.new_empty(p.shape if p is not None and needed else 0) for p, needed in zip(parameters, needs[1:], strict=True)
+    ]
+    return grad_x, grads[:count], grads[count:]
+
+
+def _recompute_forward(
+    x: Tensor, y: Tensor, chain: ChainArguments, geometry: Sequence[Geometry]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each layer's input and what its activation's derivative is taken from (see the next function)."""
-    inputs, before = [x.contiguous(memory_format=memory_format_of(x))], []
-    activations, last = layers.activations, len(layers.weights) - 1
-    for i, (weight, bias) in enumerate(zip(layers.weights, layers.biases, strict=True)):
+    """Return each layer's input, and the tensor that `activation_backward` takes for its activation."""
+    inputs, saved = [x.contiguous(memory_format=memory_format_of(x))], []
+    activations, last = chain.activations, len(chain.weights) - 1
+    for i, (weight, bias) in enumerate(zip(chain.weights, chain.biases, strict=True)):
         if i == last and activations[i] in ("none", "relu"):
-            before.append(y)
+            saved.append(y)
             break
-        z = F.conv2d(inputs[i], weight, bias, *geometry[i])
-        before.append(z)
+        saved.append(F.conv2d(inputs[i], weight, bias, *geometry[i]))
         if i < last:
-            inputs.append(activate(z, activations[i]))
-    return inputs, before
+            inputs.append(activate(saved[i], activations[i]))
+    return inputs, saved
 
 
 def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """Return the gradient before the activation; for ReLU, ``z`` may be its result as well as its argument."""
+    """Return the gradient of the pre-activation ``z``; for ReLU, ``z`` may also be its output."""
     match activation:
         case "relu":
             return torch.ops.aten.threshold_backward(grad, z, 0)
         case "gelu":
             return torch.ops.aten.gelu_backward(grad, z)
         case "silu" if torch.is_grad_enabled():
-            # aten's kernel has no derivative of its own; this is the same from differentiable parts
+            # aten's silu_backward is not differentiable, which create_graph=True needs; these operators are
             gate = torch.sigmoid(z)
             return grad * gate * (1 + z * (1 - gate))
         case "silu":

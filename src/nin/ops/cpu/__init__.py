@@ -1,1 +1,1 @@
-"""The compiled kernels of ``nin::mlpconv`` for the CPU."""
+"""The CPU backend of ``nin::mlpconv``: kernels compiled from C++, their dispatch and what they need."""

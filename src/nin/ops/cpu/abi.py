@@ -1,4 +1,4 @@
-"""What the compiled library is given: a problem, its layers, and by which algorithm the first of them is computed."""
+"""The structs of the compiled library's C interface (``csrc/c_api.hpp``), packed from tensors, and its forward pass."""
 
 from __future__ import annotations
 
@@ -11,50 +11,53 @@ from torch import Tensor
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import library
+from nin.ops.cpu.library import Kernels
 
 WINOGRAD_VARIABLE = "NIN_CPU_WINOGRAD"
 WINOGRAD = os.environ.get(WINOGRAD_VARIABLE, "1") != "0"
 ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
-_PROBLEM = struct.Struct("25q")
+# compiled once: packing by format string would look it up in every call
+_CHAIN = struct.Struct("25q")
+_TILE_SIZE = struct.Struct("q")  # the last field of nin_chain
 
 
-def pack(x: Tensor, y: Tensor, layers: ChainArguments) -> bytes:
-    """Return the library's ``nin_problem``: 25 numbers of eight bytes."""
-    weights, _, stride, padding, dilation, _ = layers
+def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments) -> bytes:
+    """Return the struct ``nin_chain``: sizes, geometry and strides of a chain."""
+    weights, _, stride, padding, dilation, _ = chain
     shape, out = x.shape, y.shape
     values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
-    return _PROBLEM.pack(*values, *x.stride(), *y.stride(), len(weights), 0)
+    return _CHAIN.pack(*values, *x.stride(), *y.stride(), len(weights), 0)
 
 
-def choose_algorithm(kernels: library.Kernels, problem: bytes, layers: ChainArguments) -> tuple[bytes, int]:
-    """Return the problem with the size of Winograd's squares for its first layer, and that size; 0: tap by tap."""
-    weight = layers.weights[0]
+def choose_winograd(kernels: Kernels, packed_chain: bytes, chain: ChainArguments) -> tuple[bytes, int]:
+    """Return the packed chain with the Winograd tile size of its first layer, and that size; 0: direct convolution."""
+    weight = chain.weights[0]
     if not WINOGRAD or weight.shape[2] == 1:
-        return problem, 0
-    handle = kernels.handles[weight.dtype]
-    size = library.loaded().nin_winograd_size(handle, problem, weight.shape[0])
-    return problem[:-8] + struct.pack("q", size), size
+        return packed_chain, 0
+    size = library.loaded().nin_winograd_size(kernels.handles[weight.dtype], packed_chain, weight.shape[0])
+    return packed_chain[: -_TILE_SIZE.size] + _TILE_SIZE.pack(size), size
 
 
-def pack_layers(packed: Sequence[Tensor], layers: ChainArguments) -> tuple[bytes, list[Tensor]]:
-    """Return the library's ``nin_layer`` for each layer, and what must live as long as they are used."""
+def pack_layers(packed: Sequence[Tensor], chain: ChainArguments) -> tuple[bytes, list[Tensor | None]]:
+    """Return the structs ``nin_layer``, and the tensors they point to, which must outlive their use."""
+    biases = [None if bias is None else bias.contiguous() for bias in chain.biases]
     values: list[int] = []
-    alive = list(packed)
-    for weight, bias, blob, activation in zip(layers.weights, layers.biases, packed, layers.activations, strict=True):
-        address = 0
-        if bias is not None:
-            alive.append(bias.contiguous())
-            address = alive[-1].data_ptr()
-        values += (blob.data_ptr(), address, weight.shape[0], ACTIVATION_CODES[activation])
-    return struct.pack(f"{len(values)}q", *values), alive
+    for weight, bias, blob, activation in zip(chain.weights, biases, packed, chain.activations, strict=True):
+        bias_address = 0 if bias is None else bias.data_ptr()
+        values += (blob.data_ptr(), bias_address, weight.shape[0], ACTIVATION_CODES[activation])
+    return struct.pack(f"{len(values)}q", *values), [*packed, *biases]
+
+
+def pack_gradient_strides(grad: Tensor, grad_x: Tensor | None = None) -> bytes:
+    """Return the struct ``nin_gradient_strides``: the strides of the output's and of the input's gradient."""
+    return struct.pack("8q", *grad.stride(), *((0, 0, 0, 0) if grad_x is None else grad_x.stride()))
 
 
 def run_forward(
-    kernels: library.Kernels, problem: bytes, packed: Sequence[Tensor], layers: ChainArguments, x: Tensor, y: Tensor
+    kernels: Kernels, packed_chain: bytes, packed: Sequence[Tensor], chain: ChainArguments, x: Tensor, y: Tensor
 ) -> None:
-    """Compute ``y``."""
-    rows, alive = pack_layers(packed, layers)
+    """Run the forward pass of a chain, with its packed weights, into ``y``."""
+    layers, _tensors = pack_layers(packed, chain)
     forward, handle = library.loaded().nin_forward, kernels.handles[x.dtype]
-    library.check(forward(handle, problem, rows, x.data_ptr(), y.data_ptr(), library.pool()))
-    del alive
+    library.check(forward(handle, packed_chain, layers, x.data_ptr(), y.data_ptr(), library.thread_pool()))

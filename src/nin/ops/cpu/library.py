@@ -1,4 +1,4 @@
-"""The compiled CPU library: found, loaded, which instruction sets this machine has, PyTorch's threads for it."""
+"""The compiled CPU library, loaded with ctypes: its functions, instruction sets, thread pool and errors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def find_library() -> Path | None:
-    """Return the compiled library's path, or None where the package was installed without a compiler."""
-    # An editable installation has two folders: the sources, and the one that the build installed into.
+    """Return the path of the compiled library; None if the package was installed without a compiler."""
+    # an editable installation has two folders: the sources, and the one that the build installed into
     folders = [Path(folder) for folder in sys.modules[__package__].__path__]
     return next((folder / LIBRARY_NAME for folder in folders if (folder / LIBRARY_NAME).exists()), None)
 
 
 def load_library(path: Path | None) -> ctypes.CDLL | None:
-    """Load the compiled library.
+    """Load the compiled library and declare its functions.
 
     Args:
-        path: of the library, or None where there is none.
+        path: of the library, or None.
 
     Returns:
-        The library, or None.
+        The library; None without a path.
 
     Raises:
-        ImportError: the library is there and cannot be loaded, or belongs to another version of the package.
+        ImportError: the library cannot be loaded, or belongs to another version of the package.
     """
     if path is None:
         return None
@@ -47,25 +47,32 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     built, expected = library.nin_version().decode(), distribution.version()
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
-    pointer, row, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
-    real = ctypes.c_double
+    # blob: the bytes of a struct
+    pointer, blob, size, real = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_double
     for name, result, arguments in (
-        ("nin_find_kernels", pointer, [row, size]),
-        ("nin_packed_bytes", size, [pointer, row]),
+        ("nin_find_kernels", pointer, [blob, size]),
+        ("nin_packed_bytes", size, [pointer, blob]),
         ("nin_sample", ctypes.c_uint64, [pointer, size]),
         ("nin_hash", ctypes.c_uint64, [pointer, size]),
-        ("nin_pack", None, [pointer, row, pointer, pointer]),
-        ("nin_winograd_size", size, [pointer, row, size]),
+        ("nin_pack", None, [pointer, blob, pointer, pointer]),
+        ("nin_winograd_size", size, [pointer, blob, size]),
         ("nin_winograd_weights", None, [size, size, pointer]),
-        ("nin_winograd_pack", ctypes.c_int32, [pointer, row, size, pointer, pointer, row]),
-        ("nin_winograd_gradient", ctypes.c_int32, [pointer, row, size, pointer, pointer, pointer, row]),
-        ("nin_tap_gradient", ctypes.c_int32, [pointer, row, row, size, pointer, pointer, pointer, pointer, size, row]),
-        ("nin_forward_scratch_bytes", size, [pointer, row, row, size]),
-        ("nin_forward", ctypes.c_int32, [pointer, row, row, pointer, pointer, row]),
-        ("nin_backward_scratch_bytes", size, [pointer, row, row, row, row]),
-        ("nin_backward", ctypes.c_int32, [pointer, row, row, row, row, pointer, pointer, pointer, pointer, row]),
-        ("nin_peak_flops", real, [pointer, row, real]),
-        ("nin_copy_bytes_per_second", real, [row, pointer, pointer, size]),
+        ("nin_winograd_pack", ctypes.c_int32, [pointer, blob, size, pointer, pointer, blob]),
+        ("nin_winograd_gradient", ctypes.c_int32, [pointer, blob, size, pointer, pointer, pointer, blob]),
+        (
+            "nin_tap_gradient",
+            ctypes.c_int32,
+            [pointer, blob, blob, size, pointer, pointer, pointer, pointer, size, blob],
+        ),
+        ("nin_forward_scratch_bytes", size, [pointer, blob, blob, size]),
+        ("nin_forward", ctypes.c_int32, [pointer, blob, blob, pointer, pointer, blob]),
+        (
+            "nin_backward",
+            ctypes.c_int32,
+            [pointer, blob, blob, blob, blob, pointer, pointer, pointer, pointer, blob],
+        ),
+        ("nin_peak_flops", real, [pointer, blob, real]),
+        ("nin_copy_bytes_per_second", real, [blob, pointer, pointer, size]),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -74,14 +81,19 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of one instruction set: the library's handle for each dtype."""
+    """The kernels of one instruction set.
+
+    Attributes:
+        name: of the instruction set.
+        handles: for each dtype the address of the library's table of kernels.
+    """
 
     name: str
     handles: dict[torch.dtype, int]
 
 
 def find_kernels(library: ctypes.CDLL, wanted: str | None = None) -> Kernels:
-    """Return the kernels of ``wanted``, or of the best instruction set below it that the machine has."""
+    """Return the kernels of the best instruction set that the machine has, at most ``wanted``."""
     start = INSTRUCTION_SETS.index(wanted) if wanted else 0
     for name in INSTRUCTION_SETS[start:]:
         handles = {dtype: library.nin_find_kernels(name.encode(), code) for dtype, code in DTYPES.items()}
@@ -91,7 +103,7 @@ def find_kernels(library: ctypes.CDLL, wanted: str | None = None) -> Kernels:
 
 
 def _find_parallel_for() -> int:
-    """Return the address of PyTorch's ``torch_parallel_for``; 0 where it has none (the library starts threads)."""
+    """Return the address of PyTorch's ``torch_parallel_for``; 0 if it has none and the library starts threads."""
     try:
         function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
     except AttributeError:
@@ -99,13 +111,13 @@ def _find_parallel_for() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def pool() -> bytes:
-    """Return the library's ``nin_pool``: PyTorch's threads, as many as PyTorch uses now."""
+def thread_pool() -> bytes:
+    """Return the struct ``nin_thread_pool``: PyTorch's threads, as many as PyTorch uses now."""
     return struct.pack("2q", PARALLEL_FOR, torch.get_num_threads())
 
 
 def check(status: int) -> None:
-    """Raise what a status of the library stands for.
+    """Raise the exception for a ``nin_status``.
 
     Raises:
         MemoryError: the scratch could not be allocated.
@@ -122,6 +134,6 @@ PARALLEL_FOR = _find_parallel_for()
 
 
 def loaded() -> ctypes.CDLL:
-    """Return the library, for those who have kernels of it."""
+    """Return the library, which must be there."""
     assert LIBRARY is not None
     return LIBRARY

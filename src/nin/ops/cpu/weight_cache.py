@@ -1,4 +1,4 @@
-"""Weights in the order in which the CPU kernels read them, kept until the weight changes."""
+"""A cache of packed weights: the CPU kernels' copy of a weight, kept until the weight changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nin.ops.cpu import library as compiled
+from nin.ops.cpu import library
+from nin.ops.cpu.library import Kernels
 
 
 @dataclass(frozen=True)
@@ -21,74 +22,84 @@ class _Entry:
 
 
 # by the weight's id, then by the other arguments of `packed_weight`
-_packed: dict[int, dict[tuple[int, bool, int], _Entry]] = {}
+_cache: dict[int, dict[tuple[int, bool, int], _Entry]] = {}
 
 
-def packed_weight(handle: int, weight: Tensor, for_input_gradient: bool = False, winograd: int = 0) -> Tensor:
-    """Return the weight in the kernels' order; packed again only after the weight has changed.
+def packed_weight(
+    kernels: Kernels, weight: Tensor, *, for_input_gradient: bool = False, winograd_tile_size: int = 0
+) -> Tensor:
+    """Return a weight packed for the kernels, from the cache unless it has changed.
 
-    With ``winograd``, the size of its squares, a weight is transformed first and packed as float32: then ``handle`` is
-    that of the float32 kernels.
+    A change is detected by the version counter that in-place operations raise, by the address, and by the end of every
+    step of an optimiser that holds the weight, as fused optimisers do not raise the counter. A change through
+    ``weight.data`` or another library's view of the memory is detected if one of 64 sampled values differs, as after
+    scaling, averaging or copying. Weights made in inference mode have no counter: a hash of all values takes its place.
+    Non-contiguous weights are packed in every call. The packed copy lives as long as the weight.
 
-    A change is seen by the version counter that in-place operations raise, by the address, and by the end of every
-    step of an optimiser that holds the weight: fused ones raise no counter. A change through ``weight.data`` or
-    another library's view of the memory is seen where one of 64 values differs, as after scaling, averaging or
-    copying. Weights made in inference mode have no counter: all of their values are compared, by a hash. Weights
-    that do not lie in one piece are packed for every call. The copy lives as long as the weight.
+    Args:
+        kernels: of the instruction set in use.
+        weight: (C_out, C_in, kH, kW), float32 or bfloat16.
+        for_input_gradient: pack it with input and output channels exchanged and its kernel flipped.
+        winograd_tile_size: if not 0, apply the filter transform for input tiles of this size; the result is float32.
+
+    Returns:
+        The packed bytes, 1-D.
     """
+    handle = kernels.handles[torch.float32 if winograd_tile_size else weight.dtype]
     if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
-        return _pack(handle, weight, for_input_gradient, winograd)
-    address, size = weight.data_ptr(), weight.numel() * weight.element_size()
+        return _pack(handle, weight, for_input_gradient, winograd_tile_size)
+    address, size = weight.data_ptr(), weight.nbytes
     if weight.is_inference():
-        change = -1, compiled.loaded().nin_hash(address, size)
+        change = -1, library.loaded().nin_hash(address, size)
     else:
-        change = weight._version, compiled.loaded().nin_sample(address, size)
+        change = weight._version, library.loaded().nin_sample(address, size)
     state = (change, address, weight.shape, weight.stride())
-    number, key = id(weight), (handle, for_input_gradient, winograd)
-    entry = _packed.get(number, {}).get(key)
+    weight_id, key = id(weight), (handle, for_input_gradient, winograd_tile_size)
+    entry = _cache.get(weight_id, {}).get(key)
     if entry is not None and entry.weight() is weight and entry.state == state:
         return entry.packed
 
-    def forget(dead: weakref.ref[Tensor]) -> None:
-        entries = _packed.get(number, {})
-        if key in entries and entries[key].weight is dead:  # the id may serve another weight by now
+    def evict(dead: weakref.ref[Tensor]) -> None:
+        entries = _cache.get(weight_id, {})
+        if key in entries and entries[key].weight is dead:  # the id may belong to another weight by now
             del entries[key]
             if not entries:
-                _packed.pop(number, None)
+                _cache.pop(weight_id, None)
 
-    packed = _pack(handle, weight, for_input_gradient, winograd)
-    _packed.setdefault(number, {})[key] = _Entry(weakref.ref(weight, forget), state, packed)
+    packed = _pack(handle, weight, for_input_gradient, winograd_tile_size)
+    _cache.setdefault(weight_id, {})[key] = _Entry(weakref.ref(weight, evict), state, packed)
     return packed
 
 
-def _forget_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """Forget the packed weights of an optimiser's parameters."""
+def _evict_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Evict the parameters of an optimiser that has made a step."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            _packed.pop(id(weight), None)
+            _cache.pop(id(weight), None)
 
 
-register_optimizer_step_post_hook(_forget_stepped)
+register_optimizer_step_post_hook(_evict_stepped)
 
 
-def _pack(handle: int, weight: Tensor, for_input_gradient: bool, winograd: int = 0) -> Tensor:
-    """Copy a weight into panels; for the input's gradient with its channels exchanged and its taps turned over."""
+def _pack(handle: int, weight: Tensor, for_input_gradient: bool, winograd_tile_size: int) -> Tensor:
     columns, channels, height, width = weight.shape
     column_stride, channel_stride, height_stride, width_stride = weight.stride()
     address = weight.data_ptr()
     if for_input_gradient:
+        # negative strides from the last tap on flip the kernel without a copy
         address += ((height - 1) * height_stride + (width - 1) * width_stride) * weight.element_size()
         columns, channels, column_stride, channel_stride = channels, columns, channel_stride, column_stride
         height_stride, width_stride = -height_stride, -width_stride
     strides = (column_stride, channel_stride, height_stride, width_stride)
-    row = struct.pack("9q", compiled.DTYPES[weight.dtype], columns, channels, height, width, *strides)
-    library = compiled.loaded()
-    if not winograd:
-        packed = torch.empty(library.nin_packed_bytes(handle, row), dtype=torch.uint8)
-        library.nin_pack(handle, row, address, packed.data_ptr())
+    view = struct.pack("9q", library.DTYPES[weight.dtype], columns, channels, height, width, *strides)
+    lib = library.loaded()
+    if not winograd_tile_size:
+        packed = torch.empty(lib.nin_packed_bytes(handle, view), dtype=torch.uint8)
+        lib.nin_pack(handle, view, address, packed.data_ptr())
         return packed
-    squares = struct.pack("9q", 0, columns, channels, winograd, winograd, 0, 0, 0, 0)
-    packed = torch.empty(library.nin_packed_bytes(handle, squares), dtype=torch.uint8)
+    # transformed weights take as much memory as a kernel of the tile's size
+    tile = struct.pack("9q", 0, columns, channels, winograd_tile_size, winograd_tile_size, 0, 0, 0, 0)
+    packed = torch.empty(lib.nin_packed_bytes(handle, tile), dtype=torch.uint8)
     addresses = address, packed.data_ptr()
-    compiled.check(library.nin_winograd_pack(handle, row, winograd, *addresses, compiled.pool()))
+    library.check(lib.nin_winograd_pack(handle, view, winograd_tile_size, *addresses, library.thread_pool()))
     return packed

@@ -33,7 +33,6 @@ class Backward {
  public:
   Backward(const Kernels& k, const nin_chain& chain, const nin_layer* layers, const nin_gradient_strides& gradient,
            const nin_layer_gradient* gradients, const void* grad, const void* x, const void* y, void* x_grad);
-  int64_t scratch_bytes() const { return scratch_bytes_; }
   nin_status run(const nin_thread_pool& pool) const;
 
  private:
@@ -377,12 +376,6 @@ nin_status Backward::run(const nin_thread_pool& pool) const {
 
 }  // namespace
 }  // namespace nin
-
-int64_t nin_backward_scratch_bytes(const void* kernels, const nin_chain* chain, const nin_layer* layers,
-                                   const nin_gradient_strides* gradient, const nin_layer_gradient* gradients) {
-  const auto& k = *static_cast<const nin::Kernels*>(kernels);
-  return nin::Backward(k, *chain, layers, *gradient, gradients, nullptr, nullptr, nullptr, nullptr).scratch_bytes();
-}
 
 int32_t nin_backward(const void* kernels, const nin_chain* chain, const nin_layer* layers,
                      const nin_gradient_strides* gradient, const nin_layer_gradient* gradients, const void* grad,

@@ -74,8 +74,6 @@ struct nin_gradient_strides {
   int64_t grad_stride[4], x_grad_stride[4];
 };
 
-NIN_API int64_t nin_backward_scratch_bytes(const void* kernels, const nin_chain* chain, const nin_layer* layers,
-                                           const nin_gradient_strides* gradient, const nin_layer_gradient* gradients);
 // Deterministic for any number of threads. Of `x_grad`, only the pixels that the stride visits are written.
 NIN_API int32_t nin_backward(const void* kernels, const nin_chain* chain, const nin_layer* layers,
                              const nin_gradient_strides* gradient, const nin_layer_gradient* gradients,
