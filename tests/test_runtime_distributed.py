@@ -1,4 +1,4 @@
-"""Many processes: they do what one does, one of them writes, and none that dies is waited for."""
+"""Several processes: the results of one, one that writes, restarts after a death, and partitions."""
 
 import dataclasses
 import json

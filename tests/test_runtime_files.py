@@ -1,4 +1,4 @@
-"""Writes that are whole or not there."""
+"""Atomic writes: the old file or the new one, its mode, and the errors."""
 
 import os
 import stat

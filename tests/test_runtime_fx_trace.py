@@ -1,4 +1,4 @@
-"""A model's forward as a graph, or one line of why not."""
+"""Tracing with torch.fx: graphs, constants, and one error for what cannot be traced."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training: it learns, it repeats, it resumes, and it says what is wrong."""
+"""Training: accuracy, reproducibility, resuming, run folders, errors."""
 
 import contextlib
 import csv
@@ -520,11 +520,11 @@ def test_held_files_are_the_files(tmp_path):
     files = data.FileSet(labels=torch.arange(6) % 2, names=names, channels=3, size=9, root=tmp_path)
     images = data.Data("files", files, files, ("a", "b"), 3, 9, (0.5,) * 3, (0.2,) * 3, flip=False, shift=0)
     sizes = {"images": 6, "image_size": 9, "flip": False, "shift": 0}
-    held = training.hold_images(images, SPEED.resolve(**sizes), torch.device("cpu"))
+    held = batches.hold_images(images, SPEED.resolve(**sizes), torch.device("cpu"))
     assert torch.equal(held.train.images, files.fetch(torch.arange(6)))
     assert torch.equal(held.train.labels, files.labels)
     assert list(held.train.names) == list(names)
-    assert training.hold_images(images, QUICK.resolve(**sizes), torch.device("cpu")) is images
+    assert batches.hold_images(images, QUICK.resolve(**sizes), torch.device("cpu")) is images
 
 
 def test_images_are_held_where_the_learner_is(digits):
@@ -535,7 +535,7 @@ def test_images_are_held_where_the_learner_is(digits):
     assert run.images.train.images.device == run.images.test.labels.device == train_step.device
 
 
-def test_one_process_asks_nobody_whether_to_stop(digits, ahead, monkeypatch):
+def test_one_process_does_not_all_reduce_whether_to_stop(digits, ahead, monkeypatch):
     # on a GPU the answer would be waited for after every step
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: pytest.fail("waited for the device"))
     training.train(digits, dataclasses.replace(QUICK, epochs=1))

@@ -1,8 +1,7 @@
 """Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
-from nin.training.batches import hold_images
 from nin.training.loop import TrainProgress, train
 from nin.training.result import TrainResult
 from nin.training.state import CheckpointOptions, has_begun, is_finished
 
-__all__ = ["CheckpointOptions", "TrainProgress", "TrainResult", "has_begun", "hold_images", "is_finished", "train"]
+__all__ = ["CheckpointOptions", "TrainProgress", "TrainResult", "has_begun", "is_finished", "train"]

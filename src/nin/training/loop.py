@@ -35,7 +35,7 @@ from nin.training.state import (
 )
 from nin.training.step import TrainStep, make_model
 
-# A training goes on without so many files, or a hundredth of all: a few were deleted, or a whole disk is gone.
+# A training goes on without so many files, or a hundredth of all: more are gone only if their disk is.
 MAX_LOST_FILES = 10
 
 # Steps on a GPU between two times that it is waited for to read their losses.
@@ -283,7 +283,7 @@ class Trainer:
         """Save the state if it is time.
 
         Raises:
-            KeyboardInterrupt: somebody asked to stop; the state is saved.
+            KeyboardInterrupt: ``options.stop`` returned True; the state is saved.
         """
         stop = self.options.stop()
         if distributed.world_size() > 1:  # one process may have been asked: all end after the same step
