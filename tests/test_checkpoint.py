@@ -22,7 +22,7 @@ def info(model):
     size = getattr(shape, "image_size", 224)
     channels = shape.in_channels
     return RunInfo(
-        model=checkpoint.describe_model(model),
+        model=checkpoint.model_description(model),
         classes=("cat", "dög"),
         preprocessing=Preprocessing(size, channels, (0.5,) * channels, (0.25,) * channels),
         recipe={},
@@ -68,7 +68,7 @@ def test_loading_initialises_no_weights(run):
 
 def test_a_foreign_model_is_refused():
     with pytest.raises(TypeError, match="got Linear"):
-        checkpoint.describe_model(torch.nn.Linear(1, 1))
+        checkpoint.model_description(torch.nn.Linear(1, 1))
 
 
 def test_state_comes_back(tmp_path):

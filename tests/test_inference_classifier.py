@@ -16,7 +16,7 @@ def make_run(folder, channels):
     torch.manual_seed(0)
     model = nin.models.nin_cifar(3, in_channels=channels, normalisation="weight_standardisation")
     p = Preprocessing(16, channels, (0.4,) * channels, (0.3,) * channels)
-    info = RunInfo(checkpoint.describe_model(model), ("a", "b", "c"), p, {}, {}, {}, {})
+    info = RunInfo(checkpoint.model_description(model), ("a", "b", "c"), p, {}, {}, {}, {})
     checkpoint.save_model(folder, model, info)
     return model.eval(), nin.load(folder)
 
@@ -107,7 +107,7 @@ def without_maps():
 
 def classifier_of(model):
     p = Preprocessing(32, 3, (0.5,) * 3, (0.5,) * 3)
-    info = RunInfo(checkpoint.describe_model(nin.models.nin_cifar(2)), ("a", "b"), p, {}, {}, {}, {})
+    info = RunInfo(checkpoint.model_description(nin.models.nin_cifar(2)), ("a", "b"), p, {}, {}, {}, {})
     return nin.Classifier(model, info)
 
 

@@ -45,7 +45,7 @@ def make_run(folder, images, model=None, *, result=None, rows=2, **info):
     preprocessing = checkpoint.Preprocessing(images.size, images.channels, images.mean, images.std)
     values = {"name": images.name, "train_images": 5, "test_images": len(images.test), "skipped": [], **info}
     run = checkpoint.RunInfo(
-        model=checkpoint.describe_model(model),
+        model=checkpoint.model_description(model),
         classes=images.classes,
         preprocessing=preprocessing,
         recipe={"epochs": 9, "flip": False, "threads": None, "precision": "fp32"},

@@ -22,7 +22,7 @@ def make_narrowed(folder, run):
     folder.mkdir()
     model, info = checkpoint.load_model(run)
     plan = Plan((LayerPlan("blocks.0.0.2", "output", None, 12, 64, 64),), (), "macs", 0.5)
-    description = checkpoint.describe_narrowed(info.model, plan)
+    description = checkpoint.narrowed_description(info.model, plan)
     values = {**vars(info), "model": description, "result": {}}
     checkpoint.save_model(folder, nin.apply_plan(model, plan), checkpoint.RunInfo(**values))
     return folder
@@ -227,7 +227,7 @@ def googlenet_run(tmp_path, monkeypatch):
     model = models.googlenet(2)
     images = nin.data.load(str(tmp_path / "photos"), size=32)
     info = checkpoint.RunInfo(
-        model=checkpoint.describe_model(model),
+        model=checkpoint.model_description(model),
         classes=("left", "right"),
         preprocessing=checkpoint.Preprocessing(32, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)),
         recipe={"model": "googlenet"},

@@ -134,7 +134,7 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"  # there may be a thousand classes
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def model_description(model: nn.Module) -> dict[str, Any]:
     """Return the architecture as plain data for JSON, which `model_from_description` takes.
 
     Raises:
@@ -147,7 +147,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     raise TypeError(f"model must be one of nin.models, got {type(model).__name__}")
 
 
-def describe_narrowed(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def narrowed_description(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """Return the description of a narrowed network: that of the network it was made from, and the plan."""
     return {"kind": "narrowed", "base": dict(base), "plan": plan.to_dict()}
 
@@ -156,7 +156,7 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
     """Return a network with random weights of an architecture.
 
     Raises:
-        ValueError, TypeError, KeyError: the description is not one that `describe_model` wrote.
+        ValueError, TypeError, KeyError: the description is not one that `model_description` wrote.
     """
     match description["kind"]:
         case "nin":

@@ -84,7 +84,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self.info
         if info.model["kind"] == "nin":  # its weight standardisation is folded by now
-            info = dataclasses.replace(info, model=checkpoint.describe_model(self.model))
+            info = dataclasses.replace(info, model=checkpoint.model_description(self.model))
         checkpoint.save_model(save_directory, self.model, info)
         if self.picture is not None:
             content = io.BytesIO()

@@ -20,7 +20,7 @@ def make_run(folder, *, classes=tuple("0123456789"), source="digits"):
     folder.mkdir()
     torch.manual_seed(1)
     info = checkpoint.RunInfo(
-        model=checkpoint.describe_model(network := models.nin_digits(normalisation="weight_standardisation")),
+        model=checkpoint.model_description(network := models.nin_digits(normalisation="weight_standardisation")),
         classes=classes,
         preprocessing=checkpoint.Preprocessing(size=8, channels=1, mean=(0.3,), std=(0.4,)),
         recipe={"model": "nin_digits"},

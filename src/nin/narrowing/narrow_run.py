@@ -82,7 +82,7 @@ def save_narrowed_run(
     hits = round(accuracy * count)
     narrowed = dataclasses.replace(
         info,
-        model=checkpoint.describe_narrowed(info.model, result.plan),
+        model=checkpoint.narrowed_description(info.model, result.plan),
         recipe={**info.recipe, "narrowed_from": str(run), "narrowing": config.to_dict()},
         data={**info.data, **images.origin, "name": images.name, "test_images": count},
         result={

@@ -22,7 +22,7 @@ from nin.inference.evaluation import evaluate, wilson_interval
 from nin.runtime import distributed, torchrun
 from nin.runtime.device import keep_freed_memory, use_threads
 from nin.training import batches
-from nin.training.result import TrainResult, data_record, describe_network, load_result, run_info, write_run
+from nin.training.result import TrainResult, data_record, load_result, network_description, run_info, write_run
 from nin.training.state import (
     CheckpointOptions,
     Position,
@@ -142,7 +142,7 @@ class Trainer:
         self.folder, self.options, self.on_progress = folder, options, on_progress
         self.output = folder if distributed.is_main_process() else None  # one process writes
         self.images = batches.hold_images(images, self.config, self.device)
-        self.network = describe_network(train_step.ema_model, folder)
+        self.network = network_description(train_step.ema_model, folder)
         self.settings = {"recipe": dataclasses.asdict(self.config), "data": data_record(self.images)}
         self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), self.config.batch_size)
         self.steps = self.steps_per_epoch * self.config.epochs

@@ -72,7 +72,7 @@ def run_info(
     Args:
         train_step: has the settings and the device.
         images: the data set.
-        network: from `describe_network`.
+        network: from `network_description`.
         state: of the training.
         result: test accuracy and other figures; empty while training.
     """
@@ -107,14 +107,14 @@ def data_record(images: data.Data) -> dict[str, Any]:
     }
 
 
-def describe_network(model: nn.Module, folder: Path | None) -> dict[str, Any]:
+def network_description(model: nn.Module, folder: Path | None) -> dict[str, Any]:
     """Return the ``model`` of ``config.json``; without a run folder any network has one.
 
     Raises:
         UserError: a run folder could not build it again.
     """
     if isinstance(model, models.NiN | models.GoogLeNet):
-        return checkpoint.describe_model(model)
+        return checkpoint.model_description(model)
     kind = type(model).__name__
     if folder is not None:
         raise UserError(
