@@ -562,6 +562,18 @@ def test_plans_that_do_not_fit_are_refused():
         nin.apply_plan(chain(), values)
 
 
+def test_plans_are_written_as_in_the_first_version():
+    text = (
+        '{"format_version": 1, "layers": [{"name": "0", "form": "keep", "rank_in": null, "rank_out": null, '
+        '"inputs": 3, "outputs": 10, "dtype": "float32", "reason": ""}], "thinned": [{"producer": "0", '
+        '"consumer": "3", "between": ["1"], "channels": 10, "before": 16}], "budget": "macs", "share": 0.5, '
+        '"layout": "contiguous"}'
+    )
+    plan = Plan.from_json(text)
+    assert plan.pruned == (ChannelPruning("0", "3", ("1",), 10, 16),)
+    assert plan.to_json() == text
+
+
 class TheirLinear(nn.Linear):
     """A subclass, as timm has one."""
 

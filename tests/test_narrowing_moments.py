@@ -60,7 +60,7 @@ def test_wide_patches_keep_the_covariance_of_the_result_only(monkeypatch):
     layer = nn.Linear(9, 4)
     kept = Moments.of_layer(LayerSpec.of_module("", layer), layer, "xx")
     assert kept.products == ("yy",)
-    assert not kept.full
+    assert not kept.has_patch_covariance
 
 
 def observe_in_process(rank, port, path):

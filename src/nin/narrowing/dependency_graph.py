@@ -138,41 +138,41 @@ def _find_edge(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, in
     channels = start.out_channels if isinstance(start, nn.Conv2d) else start.out_features
     assert isinstance(channels, int)
     producer, between = str(node.target), []
-    is_map = isinstance(start, nn.Conv2d)  # channels are dimension 1, not the last
-    flat = False
+    # "map": channels are dimension 1 of images; "last": they are the last dimension; "flat": of single pixels
+    layout = "map" if isinstance(start, nn.Conv2d) else "last"
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
         if not node.args or node.args[0] is not before or before in list(node.args[1:]) + list(node.kwargs.values()):
             return None
         if node.op != "call_module":
-            kind = _function_kind(node, is_map and not flat)
+            kind = _function_kind(node, layout == "map")
             if kind is None:
                 return None
-            flat = flat or kind == "flatten"
+            layout = "flat" if kind == "flatten" else layout
             continue
         name, module = str(node.target), modules[str(node.target)]
         # an activation without parameters may serve many places, as in torchvision's ResNets
         if calls[name] > 1 and next(module.parameters(), None) is not None:
             return None
-        if _is_channelwise(module, is_map and not flat):
+        if _is_channelwise(module, layout == "map"):
             if isinstance(module, nn.Conv2d) and name not in layers:
                 return None
             if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
                 between.append(name)
-            flat = flat or isinstance(module, nn.Flatten)
-        elif name in layers and _consumes(module, channels, is_map=is_map, flat=flat):
+            layout = "flat" if isinstance(module, nn.Flatten) else layout
+        elif name in layers and _consumes(module, channels, layout):
             return Edge(producer, name, tuple(between))
         else:
             return None
     return None
 
 
-def _consumes(module: nn.Module, channels: int, *, is_map: bool, flat: bool) -> bool:
+def _consumes(module: nn.Module, channels: int, layout: str) -> bool:
     """Return whether a layer's input channels are these channels, one for one."""
     if isinstance(module, nn.Conv2d):
-        return is_map and not flat and module.groups == 1 and module.in_channels == channels
+        return layout == "map" and module.groups == 1 and module.in_channels == channels
     # behind a flattening the sizes agree only where the images had a single pixel
-    return isinstance(module, nn.Linear) and module.in_features == channels and (flat or not is_map)
+    return isinstance(module, nn.Linear) and module.in_features == channels and layout != "map"
 
 
 def _is_channelwise(module: nn.Module, is_map: bool) -> bool:

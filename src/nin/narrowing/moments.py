@@ -65,7 +65,7 @@ class Moments:
                 dist.all_reduce(value)
 
     @property
-    def full(self) -> bool:
+    def has_patch_covariance(self) -> bool:
         """Whether the covariance of x is known."""
         return "xx" in self.products
 

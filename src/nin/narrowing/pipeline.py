@@ -199,8 +199,7 @@ class _Narrower:
         error: float | None = None,
     ) -> NarrowReport:
         """Return the report; without errors, accuracy and error in a dry run."""
-        specs, reasons = self.analysis.specs, self.analysis.reasons
-        layers = layer_reports(specs, planned.plan, reasons, planned.predicted, errors or {}, planned.latency)
+        layers = layer_reports(self.analysis, planned, errors or {})
         return NarrowReport(
             layers,
             macs=(sum(r.macs_before for r in layers), sum(r.macs_after for r in layers)),

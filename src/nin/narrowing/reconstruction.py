@@ -177,7 +177,7 @@ class _Reconstruction:
         roots = [matrix_roots(g.to(weight.device)) for g in self.analysis.sensitivities[layer.name]]
         mean_x, mean_y = moments.mean("x"), moments.mean("y")
         kept_inputs: Tensor | slice = slice(None)
-        if moments.full:
+        if moments.has_patch_covariance:
             xx, yx = moments.covariance("xx"), moments.covariance("yx")
             fitted = torch.stack([least_squares(weight[g], xx[g], yx[g]) for g in range(spec.groups)])
             yy = fitted @ xx @ fitted.mT

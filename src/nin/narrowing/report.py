@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from nin.models.layer_spec import LayerSpec
-from nin.models.plan import Plan
 from nin.models.surgery import planned_layers
+from nin.narrowing.analysis import Analysis
+from nin.narrowing.planner import PlannerResult
 from nin.runtime.formatting import format_percent
 from nin.runtime.tables import html_table, text_table
 from nin.runtime.timer import Timing
@@ -248,12 +249,8 @@ def _milliseconds(t: Timing) -> str:
 
 
 def _timings(values: dict[Any, Any]) -> dict[int, tuple[Timing, Timing]]:
-    """Return timings by batch size; JSON makes the sizes text and the timings mappings."""
-
-    def timing(value: Any) -> Timing:
-        return value if isinstance(value, Timing) else Timing(**value)
-
-    return {int(size): (timing(a), timing(b)) for size, (a, b) in values.items()}
+    """Return timings by batch size; in JSON the sizes are text."""
+    return {int(size): (Timing(**before), Timing(**after)) for size, (before, after) in values.items()}
 
 
 def chain_notation(chain: tuple[LayerSpec, ...]) -> str:
@@ -265,21 +262,14 @@ def chain_notation(chain: tuple[LayerSpec, ...]) -> str:
     return text
 
 
-def layer_reports(
-    specs: dict[str, LayerSpec],
-    plan: Plan,
-    reasons: dict[str, str],
-    predicted: dict[str, float],
-    measured: dict[str, float],
-    latency: dict[str, tuple[float, float]],
-) -> tuple[LayerReport, ...]:
+def layer_reports(analysis: Analysis, planned: PlannerResult, measured: dict[str, float]) -> tuple[LayerReport, ...]:
     """Return the reports of the layers that are called, in that order, then of those that cannot be narrowed."""
-    planned = {layer.name: layer for layer in plan.layers}
+    plans, reasons = {layer.name: layer for layer in planned.plan.layers}, analysis.reasons
     rows = []
-    for name, spec in specs.items():
-        after = planned_layers(spec, planned[name]) if name in planned else (spec,)
+    for name, spec in analysis.specs.items():
+        after = planned_layers(spec, plans[name]) if name in plans else (spec,)
         changed = after != (spec,)
-        ms_before, ms_after = latency.get(name, (None, None))
+        ms_before, ms_after = planned.latency.get(name, (None, None))
         rows.append(
             LayerReport(
                 name,
@@ -291,12 +281,12 @@ def layer_reports(
                 parameters_after=sum(s.parameters for s in after),
                 latency_ms_before=ms_before,
                 latency_ms_after=ms_after,
-                predicted_error=predicted.get(name, 0.0),
+                predicted_error=planned.predicted.get(name, 0.0),
                 measured_error=measured.get(name),
                 reason="" if changed else reasons.get(name, "not worth it at this budget"),
             )
         )
-    left = [name for name in reasons if name not in specs]
+    left = [name for name in reasons if name not in analysis.specs]
     return (*rows, *(LayerReport(n, "", "", 0, 0, 0, 0, None, None, 0.0, None, reasons[n]) for n in left))
 
 

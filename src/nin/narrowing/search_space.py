@@ -101,7 +101,7 @@ def factorisation_candidates(
     """
     groups, width = spec.groups, spec.out_channels // spec.groups
     weights = weight.double().view(groups, width, -1)
-    xx = moments.covariance("xx") if moments.full else None
+    xx = moments.covariance("xx") if moments.has_patch_covariance else None
     yy = weights @ xx @ weights.mT if xx is not None else moments.covariance("yy")
     roots = [matrix_roots(g) for g in sensitivity]
     variance = weighted_variance(yy, roots) or 1.0
@@ -158,7 +158,7 @@ def width_candidates(consumer: LayerSpec, weight: Tensor, moments: Moments, sens
         sensitivity: G (1, C_out, C_out).
     """
     sizes = candidate_sizes(consumer.in_channels)
-    if not moments.full or not sizes:
+    if not moments.has_patch_covariance or not sizes:
         return {}
     sqrt = matrix_roots(sensitivity[0]).sqrt
     weight, xx = weight.double(), moments.covariance("xx")[0]
