@@ -183,22 +183,18 @@ class ReportData:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; arrays as {"shape", "dtype", "base64"}, in C order."""
-        values: dict[str, Any] = _plain(self)
+        values = dataclasses.asdict(self, dict_factory=_plain_dict)
         values["cost"] = self.cost.to_dict()
-        for row, figures in zip(values["per_class"], self.per_class, strict=True):
-            row |= {"recall": figures.recall, "precision": figures.precision}
+        for row, of_class in zip(values["per_class"], self.per_class, strict=True):
+            row |= {"recall": of_class.recall, "precision": of_class.precision}
         return values
 
 
-def _plain(value: Any) -> Any:
-    """Return dataclasses as dicts and arrays as text, recursively."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, np.ndarray):
-        content = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-        return {"shape": list(value.shape), "dtype": str(value.dtype), "base64": content}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
+def _plain_dict(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a dataclass, with arrays as text."""
+    return {name: _encode(value) if isinstance(value, np.ndarray) else value for name, value in fields}
+
+
+def _encode(array: NDArray[Any]) -> dict[str, Any]:
+    content = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "base64": content}

@@ -89,11 +89,12 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         run = service.run(number)
         pixels = await service.pixels(request, run)
         result = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
+        # FastAPI validates no Response against the schema: maps are many numbers
         return JSONResponse({"predictions": prediction_dicts(run.classifier, result, maps=maps)})
 
 
 def prediction_dicts(classifier: Classifier, result: ClassScores, *, maps: bool) -> list[dict[str, object]]:
-    """Return the fields of `schemas.Prediction` for each image; validating maps would take longer than the network."""
+    """Return the fields of `schemas.Prediction` for each image as plain data."""
     names = classifier.classes
     probabilities = result.scores.softmax(1)
     best = probabilities.argmax(1).tolist()

@@ -16,7 +16,7 @@ from nin.checkpoint import RunInfo
 from nin.data.arrays import to_pillow
 from nin.errors import UserError
 
-MAX_SAMPLES = 24  # more of them do not fit above the layers on the page
+MAX_SAMPLES = 24
 NOT_HERE = "the test images are not here: "
 # Images that statistics are computed on, such as which channels are dead; fewer where images are large.
 MAX_CALIBRATION_IMAGES, MIN_CALIBRATION_IMAGES = 256, 32
@@ -36,7 +36,7 @@ class Sample:
 
 
 class SampleLoader:
-    """Loads test images of a run in a thread: a folder of many files takes minutes.
+    """Loads test images of a run in a thread, so that the server answers at once.
 
     Attributes:
         state: "reading", "ready" or "none".

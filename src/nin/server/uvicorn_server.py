@@ -14,7 +14,7 @@ import uvicorn
 from nin.errors import UserError
 from nin.server.app import create_app
 
-# Tried in order where no port was asked for; 8646 has no entry at IANA, and is free on most machines.
+# Tried in order where no port was asked for.
 FIRST_PORT, PORTS = 8646, 20
 
 
