@@ -11,19 +11,20 @@ import triton.language as tl
 
 from nin.ops.gpu.primitives import (
     activate,
+    activation_backward,
     add_bias,
-    gate,
-    hidden_sums,
-    load_gated,
+    dot,
+    layer_sums,
+    load_gradient,
+    load_gradient_rows,
+    load_im2col,
     load_rows,
-    load_taps,
     load_weight,
     load_weights,
     pixel_offsets,
-    product,
     store_rows,
-    widen,
-    zeros,
+    widen_index,
+    zero_tiles,
 )
 
 
@@ -31,14 +32,14 @@ from nin.ops.gpu.primitives import (
 def hidden_gradient(grads, w, tiles, j, C1: tl.constexpr, C2: tl.constexpr, BM: tl.constexpr, B1: tl.constexpr,
                     B2: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
                     UPCAST: tl.constexpr):  # fmt: skip
-    """Return the gradient of the hidden layer's columns ``j B1 ..``, before its activation's gate."""
+    """Return the gradient of the hidden layer's columns ``j B1 ..``, before its activation's derivative."""
     total = tl.zeros((BM, B1), tl.float32)
     for m in tl.static_range((C2 + B2 - 1) // B2):
         if RESIDENT:
             weight = tiles[j * ((C2 + B2 - 1) // B2) + m]
         else:
             weight = load_weight(w, j * B1 + tl.arange(0, B1), m * B2 + tl.arange(0, B2), 1, 0, C1, 1, C2)
-        total = product(grads[m], tl.trans(weight), total, PRECISION, UPCAST)
+        total = dot(grads[m], tl.trans(weight), total, PRECISION, UPCAST)
     return total
 
 
@@ -50,35 +51,39 @@ def pair_input_gradient(
     BM: tl.constexpr, BK: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the input's gradient of two 1×1 layers; the hidden layer is computed again, chunk by chunk.
+    """Compute the input's gradient dx of two 1×1 layers; the hidden layer is computed again, chunk by chunk.
 
-    ``g`` is the gradient of the result and ``s`` what its activation's gate is taken from.
+    Grid: (programs,), as many as the GPU holds; each loops over tiles of BM pixels, a grid apart. A program holds a
+    tile of x and of g and the sums (BM, C) of dx. x and dx are (N, C, H, W), g and s (N, C2, H, W), any strides; w1
+    is (C1, C), w2 (C2, C1).
+
+    ``g`` is the gradient of the result and ``s`` what its activation's derivative is taken from.
     """
     tiles1, tiles2 = (), ()
     if RESIDENT:
         tiles1 = load_weights(w1, 1, 0, C, 1, C1, BK, B1)
         tiles2 = load_weights(w2, 1, 0, C1, 1, C2, B1, B2)
     for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, BM), tl.num_programs(0)):
-        pixel = widen(tile, WIDE) * BM + tl.arange(0, BM)
+        pixel = widen_index(tile, WIDE) * BM + tl.arange(0, BM)
         inside = pixel < pixels
         rows = load_rows(x, pixel_offsets(pixel, height, width, x_image, x_row, x_column), inside, x_channel, C, BK)
-        grads = load_gated(g, s, pixel_offsets(pixel, height, width, g_image, g_row, g_column),
+        grads = load_gradient_rows(g, s, pixel_offsets(pixel, height, width, g_image, g_row, g_column),
                            pixel_offsets(pixel, height, width, s_image, s_row, s_column), inside, g_channel,
                            s_channel, C2, B2, A2)  # fmt: skip
-        outs = zeros((C + BK - 1) // BK, BM, BK)
+        outs = zero_tiles((C + BK - 1) // BK, BM, BK)
         for j in tl.static_range((C1 + B1 - 1) // B1):
             n = j * B1 + tl.arange(0, B1)
-            z = hidden_sums(rows, w1, tiles1, j, 1, 0, C, 1, C1, BM, BK, B1, RESIDENT, PRECISION, UPCAST)
+            z = layer_sums(rows, w1, tiles1, j, 1, 0, C, 1, C1, BM, BK, B1, RESIDENT, PRECISION, UPCAST)
             z = add_bias(z, b1, n, C1, BIAS1)
             grad = hidden_gradient(grads, w2, tiles2, j, C1, C2, BM, B1, B2, RESIDENT, PRECISION, UPCAST)
-            grad = gate(grad, z, A1).to(x.dtype.element_ty)
+            grad = activation_backward(grad, z, A1).to(x.dtype.element_ty)
             sums = ()
             for i in tl.static_range((C + BK - 1) // BK):
                 if RESIDENT:
                     weight = tiles1[i * ((C1 + B1 - 1) // B1) + j]
                 else:
                     weight = load_weight(w1, i * BK + tl.arange(0, BK), n, 1, 0, C, 1, C1)
-                sums = sums + (product(grad, tl.trans(weight), outs[i], PRECISION, UPCAST),)
+                sums = sums + (dot(grad, tl.trans(weight), outs[i], PRECISION, UPCAST),)
             outs = sums
         offsets = pixel_offsets(pixel, height, width, d_image, d_row, d_column)
         store_rows(dx, outs, offsets, inside, d_channel, C, BK)
@@ -92,9 +97,11 @@ def pair_weight_gradient(
     BM: tl.constexpr, BK: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute parts of the weights' gradients of two 1×1 layers: program (part, chunk of the hidden layer).
+    """Compute parts of the weights' and biases' gradients of two 1×1 layers, to be added by `add_parts`.
 
-    A program holds the sums that belong to B1 hidden channels, and computes no other hidden channels.
+    Grid: (parts, chunks of the hidden layer). A program loops over its part's tiles of BM pixels, computes B1 hidden
+    channels alone and holds their sums: (C, B1) and (B1, C2). The parts are float32: part1 (parts, C1 C), part_bias1
+    (parts, C1), part2 (parts, C2 C1), part_bias2 (parts, C2); the other shapes are those of `pair_input_gradient`.
     """
     part, parts = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1) * B1 + tl.arange(0, B1)
@@ -103,30 +110,30 @@ def pair_weight_gradient(
         weights1 = weights1 + (load_weight(w1, i * BK + tl.arange(0, BK), n, 1, 0, C, 1, C1),)
     for m in tl.static_range((C2 + B2 - 1) // B2):
         weights2 = weights2 + (load_weight(w2, n, m * B2 + tl.arange(0, B2), 1, 0, C1, 1, C2),)
-    sums1, sums2 = zeros((C + BK - 1) // BK, BK, B1), zeros((C2 + B2 - 1) // B2, B1, B2)
-    bias1, bias2 = tl.zeros((B1,), tl.float32), zeros((C2 + B2 - 1) // B2, 1, B2)
+    sums1, sums2 = zero_tiles((C + BK - 1) // BK, BK, B1), zero_tiles((C2 + B2 - 1) // B2, B1, B2)
+    bias1, bias2 = tl.zeros((B1,), tl.float32), zero_tiles((C2 + B2 - 1) // B2, 1, B2)
     for tile in tl.range(part, tl.cdiv(pixels, BM), parts):
-        pixel = widen(tile, WIDE) * BM + tl.arange(0, BM)
+        pixel = widen_index(tile, WIDE) * BM + tl.arange(0, BM)
         inside = pixel < pixels
         rows = load_rows(x, pixel_offsets(pixel, height, width, x_image, x_row, x_column), inside, x_channel, C, BK)
-        grads = load_gated(g, s, pixel_offsets(pixel, height, width, g_image, g_row, g_column),
+        grads = load_gradient_rows(g, s, pixel_offsets(pixel, height, width, g_image, g_row, g_column),
                            pixel_offsets(pixel, height, width, s_image, s_row, s_column), inside, g_channel,
                            s_channel, C2, B2, A2)  # fmt: skip
-        z = hidden_sums(rows, w1, weights1, 0, 1, 0, C, 1, B1, BM, BK, B1, True, PRECISION, UPCAST)
+        z = layer_sums(rows, w1, weights1, 0, 1, 0, C, 1, B1, BM, BK, B1, True, PRECISION, UPCAST)
         z = add_bias(z, b1, n, C1, BIAS1)
         grad = hidden_gradient(grads, w2, weights2, 0, C1, C2, BM, B1, B2, True, PRECISION, UPCAST)
         # pixels beyond the last one have no gradient, so what their hidden layer holds counts for nothing
-        grad = gate(grad, z, A1).to(x.dtype.element_ty)
+        grad = activation_backward(grad, z, A1).to(x.dtype.element_ty)
         h = activate(z, A1).to(x.dtype.element_ty)
         next1, next2, next_bias = (), (), ()
         for i in tl.static_range((C + BK - 1) // BK):
-            next1 = next1 + (product(tl.trans(rows[i]), grad, sums1[i], PRECISION, UPCAST),)
+            next1 = next1 + (dot(tl.trans(rows[i]), grad, sums1[i], PRECISION, UPCAST),)
         for m in tl.static_range((C2 + B2 - 1) // B2):
-            next2 = next2 + (product(tl.trans(h), grads[m], sums2[m], PRECISION, UPCAST),)
+            next2 = next2 + (dot(tl.trans(h), grads[m], sums2[m], PRECISION, UPCAST),)
             next_bias = next_bias + (bias2[m] + tl.sum(grads[m].to(tl.float32), 0)[None, :],)
         sums1, sums2, bias2 = next1, next2, next_bias
         bias1 += tl.sum(grad.to(tl.float32), 0)
-    start = widen(part, WIDE)
+    start = widen_index(part, WIDE)
     for i in tl.static_range((C + BK - 1) // BK):
         k = i * BK + tl.arange(0, BK)
         mask = (k < C)[:, None] & (n < C1)[None, :]
@@ -150,13 +157,16 @@ def layer_input_gradient(
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the input's gradient of one layer: BM pixels of the input and BN of its channels a program.
+    """Compute the input's gradient dx of one layer, of any kernel, stride, padding and dilation.
+
+    Grid: (tiles of the input's pixels times tiles of its channels,). A program holds the sums (BM, BN) and loops over
+    the taps and BK filters. dx is (images, C, H, W), g and s (images, N, H', W'), any strides; w is dense by filter.
 
     The pixel (i, j) of the input got into the result's pixel ((i + P - tap D) / S), where that divides.
     """
     blocks = (C + BN - 1) // BN
     program = tl.program_id(0)
-    pixel = widen(program // blocks, WIDE) * BM + tl.arange(0, BM)
+    pixel = widen_index(program // blocks, WIDE) * BM + tl.arange(0, BM)
     inside = pixel < pixels
     column, line = pixel % width, pixel // width
     row, image = line % height, line // height
@@ -171,14 +181,11 @@ def layer_input_gradient(
         hits = hits & (i < out_height) & (j < out_width)
         mask = hits[:, None] & (n < N)[None, :]
         offsets = image * g_image + i * g_row + j * g_column
-        grad = tl.load(g + offsets[:, None] + (n * g_channel)[None, :], mask=mask, other=0.0)
-        if ACTIVATION != "none":
-            sources = image * s_image + i * s_row + j * s_column
-            source = tl.load(s + sources[:, None] + (n * s_channel)[None, :], mask=mask, other=0.0)
-            grad = gate(grad.to(tl.float32), source.to(tl.float32), ACTIVATION).to(g.dtype.element_ty)
-        places = n[:, None] * (C * KH * KW) + (c * channel_stride)[None, :] + tap * tap_stride
-        weight = tl.load(w + places, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        total = product(grad, weight, total, PRECISION, UPCAST)
+        sources = image * s_image + i * s_row + j * s_column
+        grad = load_gradient(g, s, offsets, sources, n, mask, g_channel, s_channel, ACTIVATION)
+        filter_offsets = n[:, None] * (C * KH * KW) + (c * channel_stride)[None, :] + tap * tap_stride
+        weight = tl.load(w + filter_offsets, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+        total = dot(grad, weight, total, PRECISION, UPCAST)
     offsets = image * d_image + row * d_row + column * d_column
     mask = inside[:, None] & (c < C)[None, :]
     tl.store(dx + offsets[:, None] + (c * d_channel)[None, :], total.to(dx.dtype.element_ty), mask=mask)
@@ -193,40 +200,44 @@ def layer_weight_gradient(
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute parts of one layer's gradients: program (part, BN filters, BK columns of the convolution's matrix)."""
+    """Compute parts of one layer's weight and bias gradients, to be added by `add_parts`.
+
+    Grid: (parts, tiles of filters, tiles of the im2col matrix's columns). A program loops over its part's tiles of BM
+    pixels and holds the sums (BN, BK). float32 parts: part_weight (parts, N C KH KW), part_bias (parts, N).
+    """
     part, parts = tl.program_id(0), tl.num_programs(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.program_id(2) * BK + tl.arange(0, BK)
     total, bias = tl.zeros((BN, BK), tl.float32), tl.zeros((BN,), tl.float32)
     for tile in tl.range(part, tl.cdiv(pixels, BM), parts):
-        pixel = widen(tile, WIDE) * BM + tl.arange(0, BM)
+        pixel = widen_index(tile, WIDE) * BM + tl.arange(0, BM)
         inside = pixel < pixels
-        rows = load_taps(x, pixel, inside, tl.program_id(2) * BK, height, width, out_height, out_width, x_image,
+        rows = load_im2col(x, pixel, inside, tl.program_id(2) * BK, height, width, out_height, out_width, x_image,
                          x_channel, x_row, x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
         mask = inside[:, None] & (n < N)[None, :]
         offsets = pixel_offsets(pixel, out_height, out_width, g_image, g_row, g_column)
-        grad = tl.load(g + offsets[:, None] + (n * g_channel)[None, :], mask=mask, other=0.0)
-        if ACTIVATION != "none":
-            sources = pixel_offsets(pixel, out_height, out_width, s_image, s_row, s_column)
-            source = tl.load(s + sources[:, None] + (n * s_channel)[None, :], mask=mask, other=0.0)
-            grad = gate(grad.to(tl.float32), source.to(tl.float32), ACTIVATION).to(g.dtype.element_ty)
-        total = product(tl.trans(grad), rows, total, PRECISION, UPCAST)
+        sources = pixel_offsets(pixel, out_height, out_width, s_image, s_row, s_column)
+        grad = load_gradient(g, s, offsets, sources, n, mask, g_channel, s_channel, ACTIVATION)
+        total = dot(tl.trans(grad), rows, total, PRECISION, UPCAST)
         bias += tl.sum(grad.to(tl.float32), 0)
-    start = widen(part, WIDE)
+    start = widen_index(part, WIDE)
     TAPS: tl.constexpr = KH * KW
     # the weight's own order: filter, channel, tap
-    places = n[:, None] * (C * TAPS) + (k % C * TAPS + k // C)[None, :]
+    filter_offsets = n[:, None] * (C * TAPS) + (k % C * TAPS + k // C)[None, :]
     mask = (n < N)[:, None] & (k < C * TAPS)[None, :]
-    tl.store(part_weight + start * N * C * TAPS + places, total, mask=mask)
+    tl.store(part_weight + start * N * C * TAPS + filter_offsets, total, mask=mask)
     tl.store(part_bias + start * N + n, bias, mask=n + tl.program_id(2) * N < N)
 
 
 @triton.jit
 def add_parts(parts, result, count, size, BLOCK: tl.constexpr):
-    """Add the parts of a gradient in order: (count, size) float32 becomes (size,) of the result's dtype."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < size
+    """Add the parts of a gradient in order, for the same bits each run.
+
+    Grid: (blocks of BLOCK values,). parts (count, size) are float32, result (size,) has the parameter's dtype.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.range(0, count):
-        total += tl.load(parts + part * size + place, mask=mask, other=0.0)
-    tl.store(result + place, total.to(result.dtype.element_ty), mask=mask)
+        total += tl.load(parts + part * size + index, mask=mask, other=0.0)
+    tl.store(result + index, total.to(result.dtype.element_ty), mask=mask)

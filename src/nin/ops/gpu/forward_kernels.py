@@ -8,30 +8,33 @@ import triton.language as tl
 from nin.ops.gpu.primitives import (
     activate,
     add_bias,
-    hidden_sums,
+    dot,
+    layer_sums,
+    load_im2col,
     load_rows,
-    load_taps,
     load_weight,
     load_weights,
     pixel_offsets,
-    product,
     store_rows,
-    widen,
-    zeros,
+    widen_index,
+    zero_tiles,
 )
 
 
 @triton.jit
-def last_two(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_stride, CHANNELS: tl.constexpr,
+def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_stride, CHANNELS: tl.constexpr,
              TAPS: tl.constexpr, C: tl.constexpr, C_NEXT: tl.constexpr, ACTIVATION: tl.constexpr,
              LAST: tl.constexpr, BIAS: tl.constexpr, BIAS_NEXT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
              BN: tl.constexpr, BN_NEXT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
              UPCAST: tl.constexpr):  # fmt: skip
-    """Return two layers of ``rows``, chunk by chunk of the layer between them, which is never there as a whole."""
-    outs = zeros((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
+    """Return the output of two layers, a tuple of tiles (BM, BN_NEXT) in float32; ``rows`` are (BM, BK).
+
+    The layer between them is computed in chunks of BN columns, each used at once, so it is never held as a whole.
+    """
+    outs = zero_tiles((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
     for j in tl.static_range((C + BN - 1) // BN):
         n = j * BN + tl.arange(0, BN)
-        z = hidden_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
+        z = layer_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
                         PRECISION, UPCAST)  # fmt: skip
         h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
         sums = ()
@@ -40,7 +43,7 @@ def last_two(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_
                 weight = tiles_next[j * ((C_NEXT + BN_NEXT - 1) // BN_NEXT) + m]
             else:
                 weight = load_weight(w_next, n, m * BN_NEXT + tl.arange(0, BN_NEXT), 1, 0, C, 1, C_NEXT)
-            sums = sums + (product(h, weight, outs[m], PRECISION, UPCAST),)
+            sums = sums + (dot(h, weight, outs[m], PRECISION, UPCAST),)
         outs = sums
     finished = ()
     for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
@@ -60,7 +63,11 @@ def chain_forward(
     B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute two or three layers; the first may be k×k. A program takes every so-many-th tile of BM pixels.
+    """Compute two or three layers in one pass; the first may be k×k.
+
+    Grid: (programs,), as many as the GPU holds; each loops over tiles of BM pixels, a grid apart. A program holds a
+    tile of the input, the sums (BM, C2 or C3) of the last layer, and of three layers the first one's result.
+    x (N, C, H, W) and y (N, C2 or C3, H', W') have any strides; the weights are (width, columns), see `load_weight`.
 
     RESIDENT: the weights are read once, before the first tile, and stay in shared memory; else each use reads them
     from the L2 cache.
@@ -73,7 +80,7 @@ def chain_forward(
         if LAYERS == 3:
             tiles3 = load_weights(w3, 1, 0, C2, 1, C3, B2, B3)
     for tile in tl.range(tl.program_id(0), tl.cdiv(pixels, BM), tl.num_programs(0)):
-        pixel = widen(tile, WIDE) * BM + tl.arange(0, BM)
+        pixel = widen_index(tile, WIDE) * BM + tl.arange(0, BM)
         inside = pixel < pixels
         if TAPS == 1 and PH == 0 and PW == 0:
             rows = load_rows(x, pixel_offsets(pixel, out_height, out_width, x_image, x_row, x_column), inside,
@@ -81,22 +88,22 @@ def chain_forward(
         else:
             rows = ()
             for i in tl.static_range((C * TAPS + BK - 1) // BK):
-                tile_of_taps = load_taps(x, pixel, inside, i * BK, height, width, out_height, out_width, x_image,
+                tile_of_taps = load_im2col(x, pixel, inside, i * BK, height, width, out_height, out_width, x_image,
                                          x_channel, x_row, x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
                 rows = rows + (tile_of_taps,)
         offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
         if LAYERS == 3:
             middle = ()
             for j in tl.static_range((C1 + B1 - 1) // B1):
-                z = hidden_sums(rows, w1, tiles1, j, channel_stride, tap_stride, C, TAPS, C1, BM, BK, B1, RESIDENT,
+                z = layer_sums(rows, w1, tiles1, j, channel_stride, tap_stride, C, TAPS, C1, BM, BK, B1, RESIDENT,
                                 PRECISION, UPCAST)  # fmt: skip
                 z = activate(add_bias(z, b1, j * B1 + tl.arange(0, B1), C1, BIAS1), A1)
                 middle = middle + (z.to(w1.dtype.element_ty),)
-            outs = last_two(middle, w2, tiles2, b2, w3, tiles3, b3, 1, 0, C1, 1, C2, C3, A2, A3, BIAS2, BIAS3, BM, B1,
+            outs = two_layers(middle, w2, tiles2, b2, w3, tiles3, b3, 1, 0, C1, 1, C2, C3, A2, A3, BIAS2, BIAS3, BM, B1,
                             B2, B3, RESIDENT, PRECISION, UPCAST)  # fmt: skip
             store_rows(y, outs, offsets, inside, y_channel, C3, B3)
         else:
-            outs = last_two(rows, w1, tiles1, b1, w2, tiles2, b2, channel_stride, tap_stride, C, TAPS, C1, C2, A1, A2,
+            outs = two_layers(rows, w1, tiles1, b1, w2, tiles2, b2, channel_stride, tap_stride, C, TAPS, C1, C2, A1, A2,
                             BIAS1, BIAS2, BM, BK, B1, B2, RESIDENT, PRECISION, UPCAST)  # fmt: skip
             store_rows(y, outs, offsets, inside, y_channel, C2, B2)
 
@@ -109,21 +116,23 @@ def layer_forward(
     DH: tl.constexpr, DW: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one layer of any size as a matrix product: BM pixels and BN filters a program, sums over the taps.
+    """Compute one layer of any size as an implicit matrix product, im2col(x) (pixels, C KH KW) times w.
 
+    Grid: (tiles of pixels times tiles of filters,). A program holds the sums (BM, BN) and loops over BK summands.
+    x (images, C, H, W) and y (images, N, H', W') have any strides; w is (N, C KH KW), see `load_weight`.
     Programs beside each other take the filters of the same pixels, which then come from the L2 cache.
     """
     blocks = (N + BN - 1) // BN
     program = tl.program_id(0)
-    pixel = widen(program // blocks, WIDE) * BM + tl.arange(0, BM)
+    pixel = widen_index(program // blocks, WIDE) * BM + tl.arange(0, BM)
     inside = pixel < pixels
     n = program % blocks * BN + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
     for start in tl.range(0, C * KH * KW, BK):
-        rows = load_taps(x, pixel, inside, start, height, width, out_height, out_width, x_image, x_channel, x_row,
+        rows = load_im2col(x, pixel, inside, start, height, width, out_height, out_width, x_image, x_channel, x_row,
                          x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
         weight = load_weight(w, start + tl.arange(0, BK), n, channel_stride, tap_stride, C, KH * KW, N)
-        total = product(rows, weight, total, PRECISION, UPCAST)
+        total = dot(rows, weight, total, PRECISION, UPCAST)
     total = activate(add_bias(total, b, n, N, BIAS), ACTIVATION)
     offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
     mask = inside[:, None] & (n < N)[None, :]

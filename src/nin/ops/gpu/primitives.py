@@ -1,7 +1,10 @@
-"""Device functions that the kernels are made of: tiles in, products, activations and their gates.
+"""Device functions of the kernels: loads and stores of tiles, products, activations and their derivatives.
 
 A width that is no power of two is cut into equal chunks; the last one is masked. A row of several chunks is a tuple
 of tiles (pixels, chunk), so no tile is padded to the next power of two of the whole width.
+
+Kernels import these functions by name: Inductor copies a kernel's source into the module that it generates, with the
+functions that it finds in the kernel's globals, and does not look into other modules.
 """
 
 from __future__ import annotations
@@ -11,14 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
-def widen(value, WIDE: tl.constexpr):
+def widen_index(value, WIDE: tl.constexpr):
     """Return an index in 64 bits where a tensor has more values than 32 bits can count."""
     return tl.cast(value, tl.int64) if WIDE else value
 
 
 @triton.jit
 def pixel_offsets(pixel, height, width, image_stride, row_stride, column_stride):
-    """Return where pixels lie that are counted through all images."""
+    """Return the offsets of pixels, which are numbered through all images."""
     column, line = pixel % width, pixel // width
     return (line // height) * image_stride + (line % height) * row_stride + column * column_stride
 
@@ -36,13 +39,13 @@ def activate(z, NAME: tl.constexpr):
 
 
 @triton.jit
-def gate(grad, source, NAME: tl.constexpr):
-    """Return the gradient before the activation; ``source`` is its argument, for ReLU its result will do as well."""
+def activation_backward(grad, source, NAME: tl.constexpr):
+    """Return the gradient before the activation; ``source`` is its argument, or for ReLU its result."""
     if NAME == "relu":
         grad = tl.where(source <= 0, 0.0, grad)
     elif NAME == "gelu":
-        bell = 0.3989422804014327 * tl.exp(-0.5 * source * source)
-        grad = grad * (0.5 * (1.0 + tl.erf(source * 0.7071067811865476)) + source * bell)
+        density = 0.3989422804014327 * tl.exp(-0.5 * source * source)
+        grad = grad * (0.5 * (1.0 + tl.erf(source * 0.7071067811865476)) + source * density)
     elif NAME == "silu":
         sigmoid = tl.sigmoid(source)
         grad = grad * sigmoid * (1.0 + source * (1.0 - sigmoid))
@@ -50,7 +53,7 @@ def gate(grad, source, NAME: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Return ``a b + total`` with sums in float32; the interpreter cannot multiply bfloat16, so it widens first."""
     if UPCAST:
         a = a.to(tl.float32)
@@ -59,8 +62,8 @@ def product(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return that many tiles of zeros."""
+def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return a tuple of COUNT tiles (ROWS, COLUMNS) of float32 zeros."""
     tiles = ()
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
@@ -79,18 +82,27 @@ def load_rows(x, offsets, inside, channel_stride, CHANNELS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def load_gated(g, s, offsets, sources, inside, channel_stride, source_stride, CHANNELS: tl.constexpr,
-               BLOCK: tl.constexpr, NAME: tl.constexpr):  # fmt: skip
-    """Return the gradients before the last activation, as `load_rows` does the channels."""
+def load_gradient(g, s, offsets, sources, c, mask, channel_stride, source_stride, NAME: tl.constexpr):
+    """Return a tile (pixels, channels c) of the gradient before the last activation.
+
+    Its derivative is taken from ``s``, at ``sources``; see `activation_backward`.
+    """
+    grad = tl.load(g + offsets[:, None] + (c * channel_stride)[None, :], mask=mask, other=0.0)
+    if NAME != "none":
+        source = tl.load(s + sources[:, None] + (c * source_stride)[None, :], mask=mask, other=0.0)
+        grad = activation_backward(grad.to(tl.float32), source.to(tl.float32), NAME).to(grad.dtype)
+    return grad
+
+
+@triton.jit
+def load_gradient_rows(g, s, offsets, sources, inside, channel_stride, source_stride, CHANNELS: tl.constexpr,
+                       BLOCK: tl.constexpr, NAME: tl.constexpr):  # fmt: skip
+    """Return the gradients before the last activation as a tuple of tiles (pixels, BLOCK), as `load_rows` does."""
     tiles = ()
     for i in tl.static_range((CHANNELS + BLOCK - 1) // BLOCK):
         c = i * BLOCK + tl.arange(0, BLOCK)
         mask = inside[:, None] & (c < CHANNELS)[None, :]
-        tile = tl.load(g + offsets[:, None] + (c * channel_stride)[None, :], mask=mask, other=0.0)
-        if NAME != "none":
-            source = tl.load(s + sources[:, None] + (c * source_stride)[None, :], mask=mask, other=0.0)
-            tile = gate(tile.to(tl.float32), source.to(tl.float32), NAME).to(tile.dtype)
-        tiles = tiles + (tile,)
+        tiles = tiles + (load_gradient(g, s, offsets, sources, c, mask, channel_stride, source_stride, NAME),)
     return tiles
 
 
@@ -104,13 +116,13 @@ def store_rows(y, tiles, offsets, inside, channel_stride, CHANNELS: tl.constexpr
 
 
 @triton.jit
-def load_taps(x, pixel, inside, start, height, width, out_height, out_width, image_stride, channel_stride, row_stride,
+def load_im2col(x, pixel, inside, start, height, width, out_height, out_width, image_stride, channel_stride, row_stride,
               column_stride, CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
               SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
-    """Return a tile of the convolution's matrix: what each pixel of the result sees, columns ``k = tap C + channel``.
+    """Return a tile (pixels of the output, BLOCK) of the im2col matrix, columns ``k = tap C + channel`` from start on.
 
-    Where a chunk lies in one tap, a row's place is found once and not for each value.
+    Where a chunk lies in one tap, a row's offset is computed once and not for each value.
     """
     j, line = pixel % out_width, pixel // out_width
     i, image = line % out_height, line // out_height
@@ -154,10 +166,10 @@ def load_weights(w, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl
 
 
 @triton.jit
-def hidden_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+def layer_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
                 COLUMNS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
                 RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Return columns ``j BN ..`` of a layer, bias not added: all of the input's chunks times their weights."""
+    """Return columns ``j BN ..`` of a layer's product (pixels, BN) in float32, bias not added."""
     total = tl.zeros((BM, BN), tl.float32)
     for i in tl.static_range((CHANNELS * TAPS + BK - 1) // BK):
         if RESIDENT:
@@ -165,7 +177,7 @@ def hidden_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS: tl.cons
         else:
             k, n = i * BK + tl.arange(0, BK), j * BN + tl.arange(0, BN)
             weight = load_weight(w, k, n, channel_stride, tap_stride, CHANNELS, TAPS, COLUMNS)
-        total = product(rows[i], weight, total, PRECISION, UPCAST)
+        total = dot(rows[i], weight, total, PRECISION, UPCAST)
     return total
 
 
