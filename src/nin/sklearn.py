@@ -1,4 +1,4 @@
-"""NiNClassifier: a network of 1×1 convolutions with scikit-learn's interface."""
+"""NiNClassifier: a scikit-learn estimator for images, and for tables as images of one pixel."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from nin import data, models
 from nin.config import ResolvedConfig, TrainConfig
 from nin.data.arrays import to_nchw
 from nin.errors import UserError
-from nin.runtime import device as machine
+from nin.runtime.device import use_threads
 from nin.training.step import TrainStep, make_model
 
-PREDICTION_BATCH = 256
+SKLEARN_BATCH_SIZE = 256
 
-# With so many steps to come, the one-cycle schedule stays at its peak: partial_fit does not know when it ends.
-ENDLESS = 2**50
+# The total number of steps for partial_fit, which does not know when it ends: the one-cycle schedule stays at its peak.
+UNKNOWN_TOTAL_STEPS = 2**50
 
 Array = NDArray[Any]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn is not typed
     """A Network in Network for scikit-learn: images, or tables as images of one pixel.
 
@@ -48,7 +49,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         batch_size: samples per step; by their number if not given.
         learning_rate: at the peak of the one-cycle schedule; `partial_fit` stays there.
         weight_decay: per step, on weights only.
-        label_smoothing: share of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
+        label_smoothing: fraction of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
             `predict_proba` honest.
         dropout: after each pooling, for images; if not given, 0.2 for ``nin_digits`` and 0 for others.
         flip: mirror half of the images.
@@ -74,36 +75,20 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         True
     """
 
-    def __init__(
-        self,
-        *,
-        model: str | None = None,
-        hidden_channels: Sequence[int] = (64,),
-        epochs: int | None = None,
-        batch_size: int | None = None,
-        learning_rate: float = 0.1,
-        weight_decay: float = 5e-4,
-        label_smoothing: float = 0.0,
-        dropout: float | None = None,
-        flip: bool = False,
-        shift: int | None = None,
-        device: str = "auto",
-        precision: str = "fp32",
-        random_state: Any = None,
-    ) -> None:
-        self.model = model
-        self.hidden_channels = hidden_channels
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.label_smoothing = label_smoothing
-        self.dropout = dropout
-        self.flip = flip
-        self.shift = shift
-        self.device = device
-        self.precision = precision
-        self.random_state = random_state
+    # A dataclass writes the __init__ that scikit-learn asks for: it assigns the arguments, and checks them in `fit`.
+    model: str | None = None
+    hidden_channels: Sequence[int] = (64,)
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    dropout: float | None = None
+    flip: bool = False
+    shift: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    random_state: Any = None
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Train from scratch.
@@ -116,10 +101,10 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             The estimator itself.
 
         Raises:
-            ValueError: X and y do not fit together, there is only one class, or the loss became no number.
+            ValueError: X and y do not fit together, there is only one class, or the loss is not finite.
         """
-        samples, labels = self._validated(X, y, reset=True)
-        self._begin(samples, np.unique(labels))
+        samples, labels = self._validate(X, y, reset=True)
+        self._initialize(samples, np.unique(labels))
         config = self._config
         steps_per_epoch = len(samples) // config.batch_size
         targets = self._targets(labels)
@@ -127,16 +112,16 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             for epoch in range(config.epochs):
                 order = data.epoch_order(len(samples), seed=config.seed, epoch=epoch)
                 order = order[: steps_per_epoch * config.batch_size]
-                self._learn(samples, targets, order, epoch=epoch, steps=config.epochs * steps_per_epoch)
+                self._train_epoch(samples, targets, order, epoch=epoch, steps=config.epochs * steps_per_epoch)
         return self
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None) -> Self:
-        """Go on learning: once through these samples, in their order, at the full learning rate.
+        """Train for one epoch on these samples, in their order, at the full learning rate.
 
         Args:
             X: as for `fit`. The first call's samples decide mean and variance of the features.
             y: the class of each sample.
-            classes: all classes that will ever come; needed in the first call.
+            classes: all classes of this and later calls; required in the first call.
 
         Returns:
             The estimator itself.
@@ -145,16 +130,16 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             ValueError: X and y do not fit together, or a class is new.
         """
         first = not hasattr(self, "train_step_")
-        samples, labels = self._validated(X, y, reset=first)
+        samples, labels = self._validate(X, y, reset=first)
         if first:
             if classes is None:
                 raise ValueError("classes must be given in the first call of partial_fit")
-            self._begin(samples, np.unique(np.asarray(classes)))
+            self._initialize(samples, np.unique(np.asarray(classes)))
         elif classes is not None and not np.array_equal(np.unique(np.asarray(classes)), self.classes_):
             raise ValueError(f"classes must be those of the first call, {self.classes_}, got {classes}")
         with self._computing():
             order = torch.arange(len(samples))
-            self._learn(samples, self._targets(labels), order, epoch=len(self.losses_), steps=ENDLESS)
+            self._train_epoch(samples, self._targets(labels), order, epoch=len(self.losses_), steps=UNKNOWN_TOTAL_STEPS)
         return self
 
     def predict(self, X: ArrayLike) -> Array:
@@ -169,16 +154,16 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     def _scores(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the scores before the softmax, (n_samples, n_classes)."""
         check_is_fitted(self)
-        samples, _ = self._validated(X, None, reset=False)
+        samples, _ = self._validate(X, None, reset=False)
         with self._computing(), torch.inference_mode():
             parts = [
-                self.train_step_.ema_model(self._inputs(samples[start : start + PREDICTION_BATCH])).double().cpu()
-                for start in range(0, len(samples), PREDICTION_BATCH)
+                self.train_step_.ema_model(self._inputs(samples[start : start + SKLEARN_BATCH_SIZE])).double().cpu()
+                for start in range(0, len(samples), SKLEARN_BATCH_SIZE)
             ]
         return torch.cat(parts).numpy()
 
-    def _begin(self, samples: Tensor, classes: Array) -> None:
-        """Make the network for these samples and forget the one before."""
+    def _initialize(self, samples: Tensor, classes: Array) -> None:
+        """Make a new network for the shape of the samples, and measure the mean and variance of their channels."""
         if len(classes) < 2:
             raise ValueError(f"y must hold at least two classes, got one class: {classes[0]!r}")
         self.classes_ = classes
@@ -188,7 +173,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._config, self._widths = self._resolve(len(samples), seed), tuple(self.hidden_channels)
         with torch.random.fork_rng(devices=[]):
-            self.train_step_ = TrainStep(self._make, self._config)
+            self.train_step_ = TrainStep(self._make_network, self._config)
         self.losses_: list[float] = []
         self.n_steps_ = 0
 
@@ -203,18 +188,18 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         resolved = config.resolve(images=count, image_size=size, flip=False, shift=shift)
         return dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
 
-    def _make(self) -> nn.Module:
+    def _make_network(self) -> nn.Module:
         channels, size, _ = self.sample_shape_
         if size > 1:
             return make_model(self._config, channels=channels, classes=len(self.classes_), size=size)
         block = models.BlockConfig((*self._widths, len(self.classes_)), kernel_size=1)
         return models.NiN(models.NiNConfig("perceptron", channels, len(self.classes_), 1, (block,)))
 
-    def _learn(self, samples: Tensor, targets: Tensor, order: Tensor, *, epoch: int, steps: int) -> None:
-        """Go once through the samples in that order."""
+    def _train_epoch(self, samples: Tensor, targets: Tensor, order: Tensor, *, epoch: int, steps: int) -> None:
+        """Train on the samples in that order, and append the mean loss to ``losses_``."""
         config, total = self._config, 0.0
-        # the one-cycle schedule begins slowly; without an end there is no such beginning
-        self.train_step_.config = dataclasses.replace(config, warmup=0.0) if steps == ENDLESS else config
+        # the warmup is a fraction of all steps, whose number is not known here
+        self.train_step_.config = dataclasses.replace(config, warmup=0.0) if steps == UNKNOWN_TOTAL_STEPS else config
         for indices in order.split(config.batch_size):
             pixels = data.augment(
                 samples[indices], indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
@@ -229,7 +214,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.losses_.append(total / len(order))
 
     def _inputs(self, samples: Tensor) -> Tensor:
-        """Return what the network takes: each channel with mean 0 and variance 1, float32 (B, C, H, W)."""
+        """Return the network's input: each channel with mean 0 and variance 1, float32 (B, C, H, W)."""
         z = (samples.double() - self._mean.view(1, -1, 1, 1)) / self._std.view(1, -1, 1, 1)
         return z.to(self.train_step_.device, torch.float32)
 
@@ -239,7 +224,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             raise ValueError(f"y must hold classes of {self.classes_}, got {unknown}")
         return torch.from_numpy(np.searchsorted(self.classes_, labels))
 
-    def _validated(self, X: ArrayLike, y: ArrayLike | None, *, reset: bool) -> tuple[Tensor, Array]:
+    def _validate(self, X: ArrayLike, y: ArrayLike | None, *, reset: bool) -> tuple[Tensor, Array]:
         """Return the samples (N, C, H, W) and the labels (N,); without labels for prediction."""
         images = np.asarray(X).ndim in (3, 4)
         options: dict[str, Any] = {"ensure_2d": not images, "allow_nd": images, "reset": reset}
@@ -255,12 +240,14 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             raise ValueError(f"X must hold samples (C, H, W) of {self.sample_shape_}, got {tuple(samples.shape[1:])}")
         return samples, labels
 
-    def _computing(self) -> Any:
-        """Return a context that keeps PyTorch's random state and number of threads as they were."""
-        return _undisturbed(self._config.threads)
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Use the configured number of threads, and restore it and PyTorch's random state afterwards."""
+        with use_threads(self._config.threads), torch.random.fork_rng(devices=[]):
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle holds: the network as the bytes of a model file, and plain data."""
+        """Return the state for pickle: plain data, and the tensors as the bytes of a safetensors file."""
         state = dict(super().__getstate__())
         if "train_step_" in state:
             train_step = state.pop("train_step_")
@@ -271,7 +258,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Build the network again from a pickle's bytes."""
+        """Build the network from the state of `__getstate__`."""
         state = dict(state)
         file = state.pop("_file", None)
         super().__setstate__(state)
@@ -281,7 +268,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self._mean, self._std = tensors.pop("mean"), tensors.pop("std")
         self._config = ResolvedConfig(**state["_config"])
         with torch.random.fork_rng(devices=[]):
-            self.train_step_ = TrainStep(self._make, self._config)
+            self.train_step_ = TrainStep(self._make_network, self._config)
         self.train_step_.load_state_dict(tensors)
 
 
@@ -292,10 +279,3 @@ def _as_images(values: Array) -> Tensor:
     error = "X must hold square images (N, H, W), (N, H, W, C) or (N, C, H, W), got {shape}"
     images = to_nchw(values, error=error)
     return torch.from_numpy(images.astype(np.uint8 if images.dtype == np.uint8 else np.float32, order="C"))
-
-
-@contextlib.contextmanager
-def _undisturbed(threads: int | None) -> Iterator[None]:
-    """Compute on that many threads, and leave PyTorch's random state and number of threads as they were."""
-    with machine.use_threads(threads), torch.random.fork_rng(devices=[]):
-        yield
