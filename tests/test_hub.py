@@ -10,7 +10,7 @@ from PIL import Image
 import nin
 from nin import checkpoint
 from nin.errors import UserError
-from nin.hub import PICTURE, HubClassifier
+from nin.hub import PICTURE_FILE, HubClassifier
 from nin.narrowing.narrow_run import narrow_run
 from nin.narrowing.workflow_config import WorkflowConfig
 
@@ -34,7 +34,7 @@ def saved(run, tmp_path_factory):
 
 
 def test_what_is_saved_is_a_run_folder_with_a_card(run, saved):
-    assert {p.name for p in saved.iterdir()} == {"model.safetensors", "config.json", "README.md", PICTURE}
+    assert {p.name for p in saved.iterdir()} == {"model.safetensors", "config.json", "README.md", PICTURE_FILE}
     x = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     expected = nin.load(run).scores(x)
     for again in (nin.load(saved), HubClassifier.from_pretrained(saved)):
@@ -50,13 +50,13 @@ def test_the_card_has_data_recipe_accuracy_costs_and_picture(run, saved):
     low, high = (100 * v for v in result["test_accuracy_interval"])
     assert f"| 451 | {100 * result['test_accuracy']:.2f} % | {low:.2f} to {high:.2f} % |" in card.text
     cost = nin.cost(nin.load(run).model, (1, 1, 8, 8))
-    for expected in (f"{cost.macs:,}", "1,346 images to train on", "learning&#95;rate", f"({PICTURE})", "torch"):
+    for expected in (f"{cost.macs:,}", "1,346 images to train on", "learning&#95;rate", f"({PICTURE_FILE})", "torch"):
         assert expected in card.text, expected
     metadata = card.data
     assert metadata.pipeline_tag == "image-classification"
     assert metadata.library_name == "nin"
     assert metadata.eval_results[0].metric_value == result["test_accuracy"]
-    with Image.open(saved / PICTURE) as picture:
+    with Image.open(saved / PICTURE_FILE) as picture:
         assert picture.width > 400
         assert picture.height > 600  # four classes
 
@@ -73,8 +73,8 @@ def test_names_of_classes_cannot_write_the_card(run, tmp_path):
 
 def test_without_images_there_is_no_picture(run, tmp_path):
     HubClassifier.from_run(run).save_pretrained(tmp_path / "plain")
-    assert not (tmp_path / "plain" / PICTURE).exists()
-    assert PICTURE not in (tmp_path / "plain" / "README.md").read_text()
+    assert not (tmp_path / "plain" / PICTURE_FILE).exists()
+    assert PICTURE_FILE not in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_a_narrowed_network(run, tmp_path):

@@ -1,7 +1,7 @@
-"""Classifiers on the Hugging Face Hub: a run folder with a model card, saved, loaded and pushed.
+"""Classifiers on the Hugging Face Hub: save, load and push a run folder with a model card.
 
 Importing this module imports ``huggingface_hub`` (``pip install 'network-in-network[hub]'``); nothing else of nin
-does, and nothing here needs the network but loading from the Hub and pushing to it.
+does. Only loading from the Hub and pushing to it need the internet.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_bytes, format_percent, format_percent_range
 from nin.runtime.tables import escape_markdown, markdown_table
 
-PICTURE = "confidence-maps.png"
-CLASSES_SHOWN = 4
+PICTURE_FILE = "confidence-maps.png"
+# rows of the model card's picture, one image of each
+PICTURE_CLASSES = 4
 
 
 class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=["network-in-network"]):
     """A `nin.Classifier` with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-    What it saves is a run folder (`nin.load`, ``nin predict`` and ``nin serve`` take it) with a model card.
+    It saves a run folder, for `nin.load`, ``nin predict`` and ``nin serve`` too, with a model card.
 
     Args:
         model: as for `nin.Classifier`.
@@ -69,13 +70,13 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         model, info = checkpoint.load_model(Path(run))
         picture = None
         if images is not None and isinstance(model, models.Network):
-            rows = example_rows(Classifier(model, info), data.load(images), info.classes[:CLASSES_SHOWN])
+            rows = example_rows(Classifier(model, info), data.load(images), info.classes[:PICTURE_CLASSES])
             picture = draw_image_grid(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the model card: data, recipe, accuracy with its interval, costs, picture."""
-        return ModelCard(card_text(self.info, self._cost(), picture=self.picture is not None))
+        """Return the model card: data, settings, accuracy with its interval, costs and picture."""
+        return ModelCard(model_card_text(self.info, self._cost(), picture=self.picture is not None))
 
     def _cost(self) -> Cost:
         p = self.info.preprocessing
@@ -83,13 +84,13 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
 
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self.info
-        if info.model["kind"] == "nin":  # its weight standardisation is folded by now
+        if info.model["kind"] == "nin":  # `Classifier` has folded its weight standardisation
             info = dataclasses.replace(info, model=checkpoint.model_description(self.model))
         checkpoint.save_model(save_directory, self.model, info)
         if self.picture is not None:
             content = io.BytesIO()
             self.picture.save(content, "PNG", optimize=True)
-            write_atomically(save_directory / PICTURE, content.getvalue())
+            write_atomically(save_directory / PICTURE_FILE, content.getvalue())
 
     @classmethod
     def _from_pretrained(
@@ -102,7 +103,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         local_files_only: bool,
         token: str | bool | None,
         device: str = "cpu",
-        **_: Any,  # the fields of config.json, which the mixin hands over as well
+        **_: Any,  # the fields of config.json, which the mixin passes too
     ) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
@@ -114,26 +115,26 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         return cls(model, info, device=device)
 
 
-def card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
-    """Return the model card of a run as Markdown with its YAML head."""
+def model_card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
+    """Return the model card of a run as Markdown with YAML front matter."""
     result, recipe, trained_on = info.result, info.recipe, info.data
     name = escape_markdown(str(recipe.get("model", "network")))
     source = escape_markdown(str(trained_on.get("name", "images")))
     size = f"{info.preprocessing.size}×{info.preprocessing.size}"
     colour = "grey" if info.preprocessing.channels == 1 else "colour"
     parts = [
-        f"---\n{_head(info)}\n---\n\n# {name}, trained on {source}",
-        f"Sorts {colour} images of {size} pixels into {len(info.classes)} classes: {_listed(info.classes)}. A Network "
-        f"in Network of {cost.parameters:,} parameters and {cost.macs:,} multiply-accumulates an image.",
+        f"---\n{_card_metadata(info)}\n---\n\n# {name}, trained on {source}",
+        f"Sorts {colour} images of {size} pixels into {len(info.classes)} classes: {_class_list(info.classes)}. "
+        f"A Network in Network of {cost.parameters:,} parameters and {cost.macs:,} multiply-accumulates an image.",
     ]
     if picture:
         parts.append(
-            f"![Test images beside the maps of the answer and of the runner-up]({PICTURE})\n\nThe score of a class is "
-            "the mean of its map: orange speaks for the class, blue against it."
+            f"![Test images beside the maps of the answer and of the runner-up]({PICTURE_FILE})\n\n"
+            "The score of a class is the mean of its map: orange speaks for the class, blue against it."
         )
     parts += [
         "## How good",
-        _accuracy(info) if "test_accuracy" in result else "It was not tested.",
+        _accuracy_table(info) if "test_accuracy" in result else "It was not tested.",
         "## Use it",
         "```python\nfrom nin.hub import HubClassifier\n\n"
         'classifier = HubClassifier.from_pretrained("REPOSITORY OR FOLDER")\n'
@@ -154,8 +155,8 @@ def card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _head(info: RunInfo) -> str:
-    """Return the metadata that the Hub reads, as YAML."""
+def _card_metadata(info: RunInfo) -> str:
+    """Return the card's metadata for the Hub as YAML."""
     results = None
     if "test_accuracy" in info.result:
         dataset = str(info.data.get("name", "images"))
@@ -178,7 +179,7 @@ def _head(info: RunInfo) -> str:
     return card.to_yaml()
 
 
-def _accuracy(info: RunInfo) -> str:
+def _accuracy_table(info: RunInfo) -> str:
     rows = [("test images", "accuracy", "95 % interval")]
     for key, what in (("test_accuracy", ""), ("test_accuracy_flip", ", and their mirror images")):
         if key in info.result:
@@ -187,6 +188,6 @@ def _accuracy(info: RunInfo) -> str:
     return markdown_table(rows)
 
 
-def _listed(classes: tuple[str, ...]) -> str:
+def _class_list(classes: tuple[str, ...]) -> str:
     shown = ", ".join(escape_markdown(name) for name in classes[:20])
     return shown if len(classes) <= 20 else f"{shown} and {len(classes) - 20} more"

@@ -56,8 +56,8 @@ class GoogLeNet(nn.Module):
     def maps(self, x: Tensor) -> Tensor:
         """Return the class maps (N, num_classes, h, w), whose means are the scores, without dropout.
 
-        The dense layer is linear, so it may come before the mean over all places as well as after it: it is a 1×1
-        convolution then, and shows what each place adds to each class.
+        The fully connected layer is linear, so it commutes with the global average pooling: before it, it is a 1×1
+        convolution that gives the contribution of each pixel to each class.
 
         Source:
             Zhou et al.: Learning Deep Features for Discriminative Localization, 2015, arXiv 1512.04150, section 2.

@@ -15,9 +15,9 @@ def fastest_layout(x: Tensor) -> Tensor:
     """Return images in the layout in which a network computes fastest: on the CPU channels_last.
 
     In NCHW, PyTorch's max pooling takes 30 % (float32) to 46 % (bfloat16) of a network's time on the CPU, and
-    the 1×1 layers are slower too; turning over the images, of few channels, takes less than 1 %.
+    the 1×1 layers are slower too; converting the images, of few channels, takes less than 1 %.
     """
-    # what is exported runs elsewhere
+    # an exported program may run on another device
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_exporting():
         return x
     return x.to(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ class BlockConfig:
         stride: of the k×k convolution.
         padding: of the k×k convolution, in pixels.
         pool: "max", "average" or None: 3×3 windows at stride 2, the size rounded up.
-        dropout: the share of values that training drops after the pooling.
+        dropout: probability, after the pooling.
     """
 
     channels: tuple[int, ...]
@@ -35,14 +35,14 @@ class BlockConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NiNConfig:
-    """Everything that a `NiN` is made from.
+    """The architecture of a `NiN`.
 
     Attributes:
-        name: what people call it.
+        name: for people.
         in_channels: of the images: 3 for colour, 1 for grey.
-        num_classes: the maps of the last layer.
-        image_size: height and width that it is meant for, in pixels (it takes others).
-        blocks: the mlpconv layers; the last one gives ``num_classes`` channels.
+        num_classes: number of maps of the last layer.
+        image_size: height and width that it is meant for, in pixels; others work too.
+        blocks: the mlpconv layers; the last one has ``num_classes`` output channels.
         activation: after every layer but the last.
         last_activation: after the last layer. The paper has "relu" there; it stops many runs at a loss of
             ln(num_classes), so the default is "none".
@@ -80,7 +80,7 @@ class NiN(nn.Module):
     """A Network in Network: mlpconv layers, and global average pooling in place of dense layers.
 
     Args:
-        config: its shape.
+        config: the architecture.
 
     Source:
         Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 3.3.
@@ -127,7 +127,7 @@ class NiN(nn.Module):
         return nn.Sequential(*parts)
 
     def maps(self, x: Tensor) -> Tensor:
-        """Return the class maps (N, num_classes, h, w): the evidence for each class at each place of ``x``."""
+        """Return the class maps (N, num_classes, h, w): the evidence for each class at each pixel of the last layer."""
         x = fastest_layout(x)
         for block in self.blocks:
             x = block(x)
@@ -138,7 +138,7 @@ class NiN(nn.Module):
         return self.head(self.maps(x))
 
     def fold(self) -> NiN:
-        """Replace standardised convolutions by plain ones with the same result, in place; returns the network."""
+        """Replace standardised convolutions in place by plain ones with the same result, and return the network."""
         for module in self.modules():
             if isinstance(module, MLPConv):
                 module.fold()
@@ -151,7 +151,7 @@ class NiN(nn.Module):
         size = 1
         for block in reversed(self.config.blocks):
             if block.pool:
-                size = 2 * size  # ceil((n - 3) / 2) + 1 reaches s from n = 2 s
+                size = 2 * size  # the smallest n with ceil((n - 3) / 2) + 1 = size
             size = max(1, (size - 1) * block.stride + block.kernel_size - 2 * block.padding)
         return size
 

@@ -11,7 +11,7 @@ from nin.errors import UserError
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.nin import NiN, nin_cifar, nin_digits, nin_imagenet
 
-# the networks that make class maps, whose means are the scores
+# networks with class maps, whose means are the scores
 Network: TypeAlias = NiN | GoogLeNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -26,10 +26,15 @@ IMAGE_SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 224, "googlenet
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Return the network of that name.
+    """Return a new network of `MODELS`.
+
+    Args:
+        name: of the network.
+        num_classes: number of classes.
+        options: for the network's function, such as ``in_channels`` and ``dropout``.
 
     Raises:
-        UserError: there is none; the message names those that there are.
+        UserError: there is no such network; the message lists those that there are.
     """
     if name not in MODELS:
         raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
