@@ -32,7 +32,7 @@ class PrincipalComponents:
         images: number of images that they were computed on.
 
     Source:
-        `nin.narrow` does the same, and weighs the channels by their influence on the network's output.
+        `nin.narrow` does the same, with the error weighted by the sensitivity of the network's output to it.
     """
 
     mean: Tensor

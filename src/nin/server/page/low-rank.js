@@ -1,4 +1,4 @@
-// A layer's output from few principal directions, in float64: what `nin narrow` does, without weighing the channels.
+// A layer's output from few principal directions, in float64: what `nin narrow` does, without its sensitivities.
 
 // The error function, to 1.5e-7: Abramowitz and Stegun, 7.1.26.
 function erf(x) {
