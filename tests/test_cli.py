@@ -86,10 +86,9 @@ def test_names_are_shown_as_they_are(run, tmp_path, capsys):
     assert "odd[/p].csv" in capsys.readouterr().err
     classes = ("[red]", "[/x]", ":cat:")
     prediction_of_three = classifier.Prediction("[red]", 0.5, (0.5, 0.3, 0.2), classes)
-    console.results.print(predict.predictions_table(["a.png"], [prediction_of_three], 3))
+    predict.show_predictions(["a.png"], [prediction_of_three], 3)
     check.show_findings([data.Finding("[red]/[bold].png", "unreadable", "[/x]")])
     with console.ProgressBar("Reading [/x]") as bar:
-        bar.progress.add_task(bar.text)
         console.messages.print(bar.progress.get_renderable())
         bar.line("[red]")
     printed = capsys.readouterr()

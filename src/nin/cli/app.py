@@ -26,20 +26,20 @@ app = App(
 # Each verb is the function of its name in the module of its name, which is imported when the verb runs: `nin --help`
 # then needs no PyTorch. For that, the descriptions are here too; the verbs' docstrings begin with the same words.
 VERBS = {
-    "bench": "Time the operator and whole networks beside other engines, in turn in one run, against this machine's "
-    "limits.",
+    "train": "Train a Network in Network on images, test it, and write a run folder with a report.",
     "check": "Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.",
+    "shards": "Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.",
+    "demo": "Do the main job on images that come along: train, test, look, predict, and time a bottleneck.",
+    "predict": "Classify images with a trained network.",
     "cost": "Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer, and time "
     "them.",
-    "demo": "Do the main job on images that come along: train, test, look, predict, and time a bottleneck.",
-    "export": "Write a trained network into a file that runs where nin is not installed, and check it.",
+    "bench": "Time the operator and whole networks beside other engines, in turn in one run, against this machine's "
+    "limits.",
     "narrow": "Make a trained network narrower, and so faster: fewer channels where they are missed least.\n\n"
     "Stopped with Ctrl-C, the same command goes on.",
-    "predict": "Classify images with a trained network.",
+    "export": "Write a trained network into a file that runs where nin is not installed, and check it.",
     "report": "Write the report of a run folder again.",
     "serve": "Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.",
-    "shards": "Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.",
-    "train": "Train a Network in Network on images, test it, and write a run folder with a report.",
 }
 for verb, description in VERBS.items():
     app.command(f"nin.cli.{verb}:{verb}", name=verb, help=description)

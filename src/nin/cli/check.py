@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 import nin.data
-from nin.cli.console import ProgressBar, messages, print_json, results
+from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.runtime.files import write_atomically
 
 # classes in the table; a longer one is not read
@@ -53,14 +51,11 @@ def check(
 
 def show_check(found: nin.data.Check) -> None:
     """Print the classes, and the findings."""
-    table = Table("class")
-    for heading in ("to train on", "to test"):
-        table.add_column(heading, justify="right")
-    for name, train_count, test_count in found.classes[:MAX_ROWS]:
-        table.add_row(name, f"{train_count:,}", f"{test_count:,}")
+    rows = [("class", "to train on", "to test")]
+    rows += [(name, f"{train:,}", f"{test:,}") for name, train, test in found.classes[:MAX_ROWS]]
     if len(found.classes) > MAX_ROWS:
-        table.add_row(f"… and {len(found.classes) - MAX_ROWS} more", "", "")
-    results.print(table)
+        rows.append((f"… and {len(found.classes) - MAX_ROWS} more", "", ""))
+    print_table(rows, left=1)
     for note in found.notes:
         messages.print(note)
     show_findings(found.findings, most=10)

@@ -7,12 +7,13 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from nin.runtime import distributed
 
@@ -37,8 +38,7 @@ class ProgressBar:
     """
 
     def __init__(self, text: str, total: int | None = None) -> None:
-        self.text, self.total, self.last_line_s = text, total, time.monotonic()
-        self.task: TaskID | None = None
+        self.text, self.last_line_s = text, time.monotonic()
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -48,28 +48,22 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=messages,
             transient=True,
+            disable=not messages.is_terminal,
         )
+        self.task = self.progress.add_task(text, total=total)
 
     def __enter__(self) -> ProgressBar:
-        """Show the bar, if standard error is a terminal."""
-        if messages.is_terminal:
-            self.progress.start()
-            self.task = self.progress.add_task(self.text, total=self.total)
+        self.progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the bar."""
-        if self.task is not None:
-            self.progress.stop()
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
 
     def update(self, done: int, total: int, text: str | None = None) -> None:
         """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
         text = text or self.text
-        if self.task is not None:
-            self.progress.update(self.task, completed=done, total=total or None, description=text)
-        elif time.monotonic() - self.last_line_s > SECONDS_BETWEEN_LINES:
+        self.progress.update(self.task, completed=done, total=total or None, description=text)
+        if self.progress.disable and time.monotonic() - self.last_line_s > SECONDS_BETWEEN_LINES:
             self.line(f"{text}: {done} of {total}" if total else f"{text}: {done}")
 
     def on_progress(self, text: str, done: int, total: int) -> None:
@@ -116,6 +110,28 @@ def silence_other_ranks() -> None:
     """Print from the first of the processes that torchrun started only."""
     if not distributed.is_main_process():
         messages.quiet = results.quiet = True
+
+
+def print_table(
+    rows: Iterable[Sequence[str]], *, left: int | None = None, title: str = "", total: bool = False
+) -> None:
+    """Print a table on standard output.
+
+    Args:
+        rows: of cells, the header first.
+        left: number of columns flush left, the others are flush right; all are left if not given.
+        title: above the table.
+        total: whether a line is drawn above the last row.
+    """
+    header, *body = rows
+    table = Table(title=title)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if left is None or i < left else "right")
+    for i, row in enumerate(body):
+        if total and i == len(body) - 1:
+            table.add_section()
+        table.add_row(*row)
+    results.print(table)
 
 
 def print_json(value: Any) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.table import Table
 from torch import nn
 
 import nin.profiling.cost
 from nin import checkpoint, models
-from nin.cli.console import ProgressBar, messages, print_json, results
+from nin.cli.console import ProgressBar, messages, print_json, print_table, results
 from nin.errors import UserError
 from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
 from nin.profiling.cost import Cost
@@ -95,16 +94,9 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
 
 def show_cost(model: str, counted: Cost) -> None:
     """Print the cost as a table, and what is not in it."""
-    header, *rows, total = counted.rows()
     shape = "×".join(map(str, counted.input_shape))
-    table = Table(title=f"{model}, input {shape}; 1 MAC = 2 floating-point operations")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 4 else "right")
-    for row in rows:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*total)
-    results.print(table)
+    title = f"{model}, input {shape}; 1 MAC = 2 floating-point operations"
+    print_table(counted.rows(), left=4, title=title, total=True)
     if counted.uncounted:
         messages.print(f"not counted: {', '.join(counted.uncounted)}")
     if counted.measured is not None:

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
-from rich.table import Table
 
 from nin import checkpoint
-from nin.cli.console import messages, print_json, results
-from nin.cli.predict import prediction_dict, predictions_table
+from nin.cli.console import messages, print_json, print_table
+from nin.cli.predict import prediction_dict, show_predictions
 from nin.cli.train import load_data, show_result, train_with_progress, write_report
 from nin.config import TrainConfig
 from nin.data import Data
@@ -55,7 +54,7 @@ def demo(
     paths = write_samples(images, out / SAMPLES_FOLDER)
     predictions = load(out).predict(paths)
     if not json:
-        results.print(predictions_table(paths, predictions, 2))
+        show_predictions(paths, predictions, 2)
     print_heading(
         "4. Shrink channels with a 1×1 convolution: 256 → 64 → 4×4 → 256 beside 256 → 4×4 → 256, on 28×28 pixels"
     )
@@ -64,7 +63,7 @@ def demo(
         samples = [prediction_dict(*pair, 2) for pair in zip(paths, predictions, strict=True)]
         print_json({"run": str(out), **result.info.result, "predictions": samples, "bottleneck": rows})
     else:
-        results.print(bottleneck_table(rows))
+        show_bottleneck(rows)
     print_next_steps(out, report)
 
 
@@ -125,17 +124,14 @@ def compare_bottleneck() -> list[dict[str, Any]]:
     return rows
 
 
-def bottleneck_table(rows: list[dict[str, Any]]) -> Table:
-    """Return the comparison for the terminal; its last row has the ratios."""
-    table = Table(title=f"batch {BOTTLENECK_BATCH_SIZE}, float32, {torch.get_num_threads()} threads")
-    table.add_column("form")
-    for name in ("MACs per image", "parameters", "milliseconds (20th to 80th percentile)"):
-        table.add_column(name, justify="right")
+def show_bottleneck(rows: list[dict[str, Any]]) -> None:
+    """Print the comparison as a table; its last row has the ratios."""
+    cells = [("form", "MACs per image", "parameters", "milliseconds (20th to 80th percentile)")]
     for row in rows:
         spread = f"{row['median_ms']:.1f} ({row['low_ms']:.1f} to {row['high_ms']:.1f})"
-        table.add_row(row["form"], f"{row['macs']:,}", f"{row['parameters']:,}", spread)
-    table.add_section()
+        cells.append((row["form"], f"{row['macs']:,}", f"{row['parameters']:,}", spread))
     wide, narrow = rows
-    ratios = [f"{wide[key] / narrow[key]:.1f}× less" for key in ("macs", "parameters", "median_ms")]
-    table.add_row("the bottleneck", *ratios)
-    return table
+    macs, parameters, ms = (f"{wide[key] / narrow[key]:.1f}× less" for key in ("macs", "parameters", "median_ms"))
+    cells.append(("the bottleneck", macs, parameters, ms))
+    title = f"batch {BOTTLENECK_BATCH_SIZE}, float32, {torch.get_num_threads()} threads"
+    print_table(cells, left=1, title=title, total=True)

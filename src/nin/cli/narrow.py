@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from nin import checkpoint, training
 from nin.cli.console import (
@@ -17,7 +16,7 @@ from nin.cli.console import (
     exit_on_sigterm,
     messages,
     print_json,
-    results,
+    print_table,
     silence_other_ranks,
 )
 from nin.cli.train import load_data, write_report
@@ -117,7 +116,7 @@ def narrow(
     else:
         assert model is not None
         assert weights is not None
-        network = load_network(model, weights)
+        network = load_network(model, weights)  # before the images, so that a mistake shows at once
         samples = load_data(data, data_dir=data_dir, size=size or (None if data in DATASET_NAMES else 224))
         cache = weights.with_suffix(".narrowing.safetensors")
         with narrowing_progress() as progress:
@@ -181,10 +180,7 @@ def show_narrowing(report: NarrowReport, out: Path | None, as_json: bool) -> Non
     if as_json:
         print_json({"run": None if out is None else str(out), **report.to_dict()})
         return
-    for title, (header, *rows) in report.tables():
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        results.print(table)
+    for title, rows in report.tables():
+        print_table(rows, title=title)
     for note in report.notes:
         messages.print(note)

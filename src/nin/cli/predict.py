@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from nin import data, report
-from nin.cli.console import ProgressBar, messages, print_json, results
+from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.errors import UserError
 from nin.inference import batch_predict
 from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier, Prediction, load
@@ -66,7 +64,7 @@ def predict(
     if json:
         print_json([prediction_dict(*pair, top) for pair in zip(paths, predictions, strict=True)])
     else:
-        results.print(predictions_table(paths, predictions, top))
+        show_predictions(paths, predictions, top)
 
 
 def find_shards(paths: Sequence[Path]) -> data.ShardSet | None:
@@ -153,13 +151,13 @@ def prediction_dict(path: Path, p: Prediction, top: int) -> dict[str, Any]:
     return {"image": str(path), "label": p.label, "confidence": p.confidence, "top": ranked}
 
 
-def predictions_table(paths: Sequence[Path], predictions: Sequence[Prediction], top: int) -> Table:
-    """Return the predictions for the terminal."""
-    table = Table("image", "class", "confidence", "then")
+def show_predictions(paths: Sequence[Path], predictions: Sequence[Prediction], top: int) -> None:
+    """Print the predictions as a table."""
+    rows = [("image", "class", "confidence", "then")]
     for path, p in zip(paths, predictions, strict=True):
         others = ", ".join(f"{name} {format_percent(value)}" for name, value in top_classes(p, top)[1:])
-        table.add_row(str(path), p.label, format_percent(p.confidence), others)
-    return table
+        rows.append((str(path), p.label, format_percent(p.confidence), others))
+    print_table(rows)
 
 
 def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Sequence[Prediction], folder: Path) -> None:

@@ -32,7 +32,7 @@ def to_torch_modules(model: nn.Module) -> nn.Module:
             if isinstance(module, nn.ReLU | nn.SiLU):
                 module.inplace = True  # faster than out of place, and as common
         return sequence
-    changed = copy.copy(model)
+    changed = copy.copy(model)  # shallow: the parameters of other modules are shared, not copied
     changed._modules = {
         name: to_torch_modules(child) if child is not None else None for name, child in model._modules.items()
     }
@@ -53,7 +53,7 @@ def compiled_max_autotune(case: Case, model: nn.Module, x: Tensor, dtype: torch.
     """Call the model through ``torch.compile`` with frozen weights and the longest search for kernels."""
     if case.training:
         raise UnavailableError("freezing is for inference")
-    import torch._inductor.config as inductor
+    import torch._inductor.config as inductor  # slow to import, and no other engine needs it
 
     call = _inference(_compile(model, mode="max-autotune"), x)
     with inductor.patch(freezing=True):

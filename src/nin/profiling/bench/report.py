@@ -28,18 +28,23 @@ def rich_table(benchmark: Benchmark) -> Table:
         rows = benchmark.results_of(case, dtype)
         nin_ms = next((m.timing.median_ms for m in rows if m.engine == "nin" and m.timing), None)
         for i, m in enumerate(rows):
-            name = f"{case}, {dtype}" if i == 0 else ""
-            if m.timing is None:
-                result.add_row(name, m.engine, m.reason)
-                continue
-            t = m.timing
-            fraction = "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}"
-            times = "" if nin_ms is None else f"{t.median_ms / nin_ms:.2f}"
-            numbers = [f"{value:.3f}" for value in (t.median_ms, t.low_ms, t.high_ms)]
-            engine = f"{m.engine} ({m.ran})" if m.ran else m.engine
-            result.add_row(name, engine, *numbers, str(t.runs), fraction, times)
+            result.add_row(f"{case}, {dtype}" if i == 0 else "", *_cells(m, nin_ms))
         result.add_section()
     return result
+
+
+def _cells(m: EngineResult, nin_ms: float | None) -> list[str]:
+    """Return the cells of one engine; ``nin_ms`` is nin's median for the same case, if there is one."""
+    if m.timing is None:
+        return [m.engine, m.reason]
+    t = m.timing
+    return [
+        f"{m.engine} ({m.ran})" if m.ran else m.engine,
+        *(f"{ms:.3f}" for ms in (t.median_ms, t.low_ms, t.high_ms)),
+        str(t.runs),
+        "" if m.share_of_limit is None else f"{m.share_of_limit:.0%}",
+        "" if nin_ms is None else f"{t.median_ms / nin_ms:.2f}",
+    ]
 
 
 def html_page(benchmark: Benchmark) -> str:

@@ -161,7 +161,7 @@ def _run_case(
     reasons: dict[str, str] = {}
     ran: dict[str, str] = {}
     round_s = 0.0
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # it stops compiling code that eight models (its recompile_limit) have run
     for engine in engines:
         try:
             with warnings.catch_warnings():
