@@ -217,7 +217,7 @@ VIEWS = {
     "some channels, NHWC": lambda x: x.contiguous(memory_format=torch.channels_last)[:, 3:16],
     "expanded": lambda x: x[:1, :, :1].expand(4, -1, 7, -1),
     "N last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "turned over": lambda x: x.flip(2),
+    "flipped": lambda x: x.flip(2),
 }
 
 
@@ -314,7 +314,7 @@ def test_tile_registers_are_shared_with_pytorch():
         assert torch.equal(a @ a.T, product)
 
 
-def test_few_pixels_and_many_weights_are_shared_out_by_columns(isa, threads):
+def test_few_pixels_and_many_weights_are_split_by_columns(isa, threads):
     for dtype in DTYPES.values():
         for chain, size in (Chain((640, 801, 640)), (5, 5)), (Chain((130, 700, 33), (3, 3), padding=(1, 1)), (6, 4)):
             for layout in LAYOUTS.values():
@@ -328,7 +328,7 @@ def test_few_pixels_and_many_weights_are_shared_out_by_columns(isa, threads):
 
 @pytest.mark.parametrize("columns", [64, 40], ids=["whole lines", "tails"])
 @each_dtype
-def test_a_large_result_is_written_past_the_caches(isa, threads, dtype, columns):
+def test_a_large_output_is_written_with_non_temporal_stores(isa, threads, dtype, columns):
     x, weights, biases = Chain((3, columns)).tensors(dtype, torch.channels_last, images=1, size=(700, 301))
     result = nin.mlpconv(x, weights, biases)
     assert result.numel() * result.element_size() >= 16 << 20
@@ -481,26 +481,25 @@ def test_weights_made_in_inference_mode_are_kept_until_one_of_their_values_chang
             assert packed is not before
             wanted = F.conv2d(x, weight)
             torch.testing.assert_close(nin.mlpconv(x, [weight], [None], activation=None), wanted, atol=0.3, rtol=0.02)
-        part = weight[:, :2]  # not in one piece: packed for every call
+        part = weight[:, :2]  # not contiguous: packed in every call
         assert packed_weight(dispatch.KERNELS, part) is not packed_weight(dispatch.KERNELS, part)
 
 
-def in_any_layout(shape, dtype):
-    """Yield equal weights that lie differently in memory."""
+def in_memory_layouts(shape, dtype):
+    """Yield equal weights in different memory layouts."""
     weight = torch.randn(shape).to(dtype)
     yield weight
     yield weight.contiguous(memory_format=torch.channels_last)
-    yield weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # the columns side by side
+    yield weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)  # contiguous columns
     yield torch.randn(shape[0], shape[1] + 3, *shape[2:]).to(dtype)[:, 1:-2].copy_(weight)
 
 
 @pytest.mark.parametrize("for_input_gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 32, 1, 1), (70, 33, 3, 3), (5, 1, 2, 3), (16, 7, 1, 1), (40, 48, 5, 5)])
-def test_weights_are_packed_alike_however_they_lie(isa, shape, dtype, for_input_gradient):
-    packed = [
-        packed_weight(dispatch.KERNELS, w, for_input_gradient=for_input_gradient) for w in in_any_layout(shape, dtype)
-    ]
+def test_packed_weights_do_not_depend_on_their_memory_layout(isa, shape, dtype, for_input_gradient):
+    weights = in_memory_layouts(shape, dtype)
+    packed = [packed_weight(dispatch.KERNELS, w, for_input_gradient=for_input_gradient) for w in weights]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
 
 

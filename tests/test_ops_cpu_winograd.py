@@ -1,4 +1,4 @@
-"""k×k convolutions by Winograd's transforms: values, gradients, which layers, threads, numbers that are not finite."""
+"""k×k convolutions with Winograd: values, gradients, which layers, threads, numbers that are not finite."""
 
 import os
 import struct
@@ -20,7 +20,7 @@ from nin.ops.cpu import abi, conv_backward, dispatch, library, weight_cache
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason="nin was installed without a C++ compiler")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-# the size of the squares, the kernel
+# input tile size, kernel size
 KINDS = [(6, 3), (6, 4), (6, 5), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)]
 each_kind = pytest.mark.parametrize(("size", "kernel"), KINDS)
 POINTS = {6: [Fraction(3, 4), Fraction(3, 2)], 8: [Fraction(1, 2), Fraction(1), Fraction(2)]}
@@ -28,12 +28,12 @@ POINTS = {6: [Fraction(3, 4), Fraction(3, 2)], 8: [Fraction(1, 2), Fraction(1), 
 
 @pytest.fixture
 def force(monkeypatch):
-    """Return a function that has every k×k layer computed with squares of one size; 0: tap by tap."""
+    """Return a function that forces one Winograd tile size on every k×k layer; 0: direct convolution."""
     sizes = []
 
-    def choose(kernels, row, layers):
-        size = sizes[-1] if layers.weights[0].shape[2] > 1 else 0
-        return row[:-8] + struct.pack("q", size), size
+    def choose(kernels, packed_chain, chain):
+        size = sizes[-1] if chain.weights[0].shape[2] > 1 else 0
+        return packed_chain[:-8] + struct.pack("q", size), size
 
     monkeypatch.setattr(abi, "choose_winograd", choose)
     monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
@@ -62,7 +62,7 @@ def in_float64(layers):
 
 
 def assert_close(got, want, times=1):
-    """Compare with float64: about ten times the error of float32 sums tap by tap, or one rounding to bfloat16."""
+    """Compare with float64: about ten times the error of a direct float32 convolution, or one rounding to bfloat16."""
     assert got.shape == want.shape
     bound = (1e-2 if got.dtype == torch.bfloat16 else 3e-4) * times
     assert (got.double() - want).abs().max() <= bound * (want.abs().mean() + want.abs().max())
@@ -263,7 +263,7 @@ def test_it_serves_where_it_takes_less_time():
     assert chosen(images(64, 192, 8, 8), layer(192, 192, 3, 1)) == 6
     assert chosen(images(64, 192, 8, 8), layer(192, 192, 1, 0)) == 0
     assert chosen(images(64, 3, 32, 32), layer(3, 192, 5, 2)) == 0  # the transforms would take most of the time
-    assert chosen(images(64, 96, 32, 32), layer(96, 192, 11, 5)) == 0  # larger than a square
+    assert chosen(images(64, 96, 32, 32), layer(96, 192, 11, 5)) == 0  # larger than a tile
     strided = layer(96, 192, 3, 1)._replace(stride=(2, 2))
     dilated = layer(96, 192, 3, 1)._replace(dilation=(2, 2))
     assert chosen(images(64, 96, 32, 32), strided) == chosen(images(64, 96, 32, 32), dilated) == 0
@@ -347,7 +347,7 @@ def test_a_changed_weight_is_transformed_again():
 
 @each_dtype
 @pytest.mark.parametrize("for_input_gradient", [False, True])
-def test_weights_are_transformed_alike_however_they_lie(dtype, for_input_gradient):
+def test_transformed_weights_do_not_depend_on_their_memory_format(dtype, for_input_gradient):
     weight = torch.randn(40, 24, 5, 5).to(dtype)
     layouts = [
         weight,
@@ -360,10 +360,10 @@ def test_weights_are_transformed_alike_however_they_lie(dtype, for_input_gradien
 
 
 @each_dtype
-def test_what_is_not_finite_stays_in_its_squares(isa, force, dtype):
+def test_what_is_not_finite_stays_in_its_tiles(isa, force, dtype):
     x, layers = images(2, 24, 16, 16, dtype), layer(24, 32, 5, 2, dtype)
     x[0, 3, 4, 4] = float("nan")
-    force(8)  # blocks of 4 × 4; the pixel is in the windows of 2 to 6, which belong to the first two
+    force(8)  # output tiles of 4 × 4; the pixel is in the windows of 2 to 6, which belong to the first two
     result = dispatch.mlpconv(x, layers)
     touched = torch.zeros(16, 16, dtype=torch.bool)
     touched[0:8, 0:8] = True

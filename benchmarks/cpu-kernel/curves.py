@@ -7,7 +7,6 @@ Writes curves.json (the loss of every step, and the accuracy on 2,000 test image
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,7 +17,7 @@ import matplotlib
 import torch
 
 import nin
-from nin import data
+from nin import data, distribution
 from nin.runtime.device import processor_name
 
 FOLDER = Path(__file__).parent
@@ -27,7 +26,7 @@ KERNELS = {"kernel": "", "reference": "reference"}  # NIN_CPU_ISA
 
 
 def train(data_dir, precision):
-    """Train here, and print the losses as JSON."""
+    """Train in this process, and print the losses as JSON."""
     images = data.load("fashion-mnist", data_dir=Path(data_dir))
     few = [
         dataclasses.replace(part, images=part.images[:count], labels=part.labels[:count])
@@ -78,7 +77,7 @@ def main(data_dir):
     about = {
         "processor": processor_name(),
         "torch": torch.__version__,
-        "nin": importlib.metadata.version("network-in-network"),
+        "nin": distribution.version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "images": IMAGES,
         "test_images": TEST_IMAGES,

@@ -1,7 +1,7 @@
 """Measure cases into results.json beside this file: ``python measure.py CASE[,CASE...] [ENGINE,...]``.
 
-One process for a few cases at a time, because compiling for all engines takes minutes; a case that is measured again
-replaces its older times. The machine's limits are those of the last process. Writes results.md and chart.html too.
+Run it for a few cases at a time, because compiling for all engines takes minutes; a case that is measured again
+replaces its older times. The machine's roofline is that of the last run. Writes results.md and chart.html too.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 
 def load(path):
-    """Return the measurements that are kept."""
+    """Return the results of a file, if there is one."""
     if not path.exists():
         return []
     return [

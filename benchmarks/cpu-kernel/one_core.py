@@ -1,10 +1,9 @@
 """Measure processor time on one core into one-core.md beside this file: ``python one_core.py``.
 
-Processor time of one thread hardly knows what else the machine does, so these ratios hold on a shared machine. Engines
-are taken in turn; median, and the 20th and 80th percentile, of at least 15 calls each.
+Processor time of one thread hardly depends on other load, so these ratios hold on a shared machine. The engines' calls
+are interleaved; median, 20th and 80th percentile of at least 15 calls each.
 """
 
-import importlib.metadata
 import platform
 import statistics
 import time
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from nin import distribution
 from nin.ops import backends
-from nin.ops.cpu import peak as limits
+from nin.ops.cpu.peak import measure_peak_flops
 from nin.profiling import bench
 from nin.profiling.bench.engines import prepare
 from nin.profiling.bench.runner import DTYPES
@@ -58,7 +58,7 @@ def measure(calls, seconds=4.0, least=15):
 def peak_flops(dtype):
     """Return the FLOP/s of multiply-adds on registers, by processor time too."""
     clock, processor = time.perf_counter(), time.process_time()
-    peak = limits.measure_peak_flops(dtype)
+    peak = measure_peak_flops(dtype)
     return peak * (time.perf_counter() - clock) / (time.process_time() - processor)
 
 
@@ -68,17 +68,17 @@ def row(name, dtype):
     times = measure({engine: prepare(engine, case, DTYPES[dtype]) for engine in ENGINES})
     middle = {engine: median for engine, (_, median, _) in times.items()}
     macs = cost(case.model().eval(), case.input_shape).macs * (3 if case.training else 1)
-    share = f"{2e3 * macs / middle['nin'] / peak_flops(DTYPES[dtype]):.0%}"
+    fraction = f"{2e3 * macs / middle['nin'] / peak_flops(DTYPES[dtype]):.0%}"
     cells = [f"{median:.2f} ({low:.2f} to {high:.2f})" for low, median, high in times.values()]
     ratio = min(middle["eager"], middle["eager NCHW"]) / middle["nin"]
-    return f"| {name} | {dtype} | {' | '.join(cells)} | {ratio:.2f} | {share} |"
+    return f"| {name} | {dtype} | {' | '.join(cells)} | {ratio:.2f} | {fraction} |"
 
 
 def main():
     """Measure all cases and write the page."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "nin"))
+    versions = f"torch {torch.__version__}, nin {distribution.version()}"
     lines = [
         "# The CPU kernel on one core, beside PyTorch eager",
         "",

@@ -1,5 +1,4 @@
-// Runs the kernels on buffers that lie against a page which may not be touched, at their end and at their start, and
-// compares with plain loops. Built with AddressSanitizer, which watches the library's own memory.
+// Runs the kernels on buffers that end or start at a guard page, and compares with plain loops. Built with AddressSanitizer, which watches the library's own memory.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -75,7 +74,7 @@ struct Case {
   int64_t type;
   Shape shape;
   bool channels_last, at_end;
-  int64_t winograd_tile;  // 0, or the size of Winograd's squares
+  int64_t winograd_tile;  // 0: direct convolution
 };
 
 void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, bool channels_last) {
@@ -92,7 +91,7 @@ bool close(const Case& c, const char* what, double got, double want, double size
   return false;
 }
 
-// The gradient of a k×k layer's weights, by Winograd's transforms or tap by tap: some values, beside plain sums.
+// The weight gradient of a k×k layer, with Winograd or directly: some values, against plain sums.
 bool check_weight_gradient(const Case& c, nin_chain p, const Buffer& x) {
   const Shape& s = c.shape;
   const int64_t columns = s.out[0], pixels = s.batch * p.out_height * p.out_width, k = s.kernel;
@@ -244,7 +243,7 @@ int main() {
       {1, 3, 9, 8, 5, 1, 2, 1, {20, 9}},      {2, 5, 7, 11, 3, 2, 1, 2, {17, 33}},
       {1, 34, 6, 6, 3, 1, 1, 1, {48, 10}},    {1, 1, 4, 4, 2, 1, 3, 1, {3, 3}},
       {2, 192, 5, 5, 1, 1, 0, 1, {160, 96}},  {1, 3, 23, 23, 11, 4, 0, 1, {24, 24}},
-      {1, 530, 3, 3, 1, 1, 0, 1, {540, 510}}, {1, 3, 600, 240, 1, 1, 0, 1, {16, 64}},  // written past the caches
+      {1, 530, 3, 3, 1, 1, 0, 1, {540, 510}}, {1, 3, 600, 240, 1, 1, 0, 1, {16, 64}},  // written with non-temporal stores
   };
   int runs = 0;
   for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
