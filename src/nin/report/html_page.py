@@ -49,7 +49,7 @@ def render_report(report: ReportData) -> str:
         per_class=_per_class(report),
         layers=report.cost.rows(),
         is_1x1=[layer.is_1x1 for layer in report.cost.layers],
-        shares=[layer.macs / max(1, report.cost.macs) for layer in report.cost.layers],
+        fractions=[layer.macs / max(1, report.cost.macs) for layer in report.cost.layers],
         settings=[("Recipe", report.recipe), ("Images", report.preprocessing), ("Made with", report.environment)],
     )
 

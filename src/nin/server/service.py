@@ -107,7 +107,7 @@ class Service:
         files = await uploads.read_files(request, self.limits)
         loop = asyncio.get_running_loop()
         p = run.classifier.info.preprocessing
-        return await loop.run_in_executor(self.decoders, uploads.decode, files, p, self.limits)
+        return await loop.run_in_executor(self.decoders, uploads.decode_images, files, p, self.limits)
 
     async def wait_for(self, submit: Callable[[], Future[T]]) -> T:
         """Submit a call to the batcher and return its result.

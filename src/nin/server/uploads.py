@@ -36,7 +36,7 @@ IMAGE_BODY: dict[str, Any] = {
     }
 }
 
-FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+ACCEPTED_FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
 async def read_files(request: Request, limits: Limits) -> list[bytes]:
@@ -61,16 +61,16 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
     return [body]
 
 
-def decode(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits) -> Tensor:
+def decode_images(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits) -> Tensor:
     """Return the files' pixels in the size and the channels of the network's input, uint8 (N, C, size, size).
 
     Raises:
         HTTPException: a file is no image, damaged, or has too many pixels; the message says which.
     """
-    return torch.stack([_decode(file, i, preprocessing, limits) for i, file in enumerate(files)])
+    return torch.stack([_decode_image(file, i, preprocessing, limits) for i, file in enumerate(files)])
 
 
-def _decode(file: bytes, index: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
+def _decode_image(file: bytes, index: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
     try:
         header = read_header(file)
         if header.width * header.height > limits.pixels:
@@ -78,7 +78,7 @@ def _decode(file: bytes, index: int, preprocessing: Preprocessing, limits: Limit
             raise HTTPException(413, f"image {index} must have at most {limits.pixels} pixels, got {size}")
         return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
     except DecodeError as error:
-        message = f"image {index}: {error.reason}; expected {FORMATS}"
+        message = f"image {index}: {error.reason}; expected {ACCEPTED_FORMATS}"
         raise HTTPException(_status_code(error.__cause__), message) from error
 
 
