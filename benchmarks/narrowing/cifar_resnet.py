@@ -85,5 +85,5 @@ def images(folder: Path, count: int, *, batch: int = 100) -> tuple[list[Tensor],
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: list[Tensor], labels: Tensor) -> float:
-    """Return the share of right answers."""
+    """Return the accuracy."""
     return (torch.cat([model(x).argmax(1) for x in batches]) == labels).float().mean().item()

@@ -53,7 +53,7 @@ def inputs(images: data.Data, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: data.Data) -> float:
-    """Return the share of right answers on the test images."""
+    """Return the accuracy on the test images."""
     right = 0
     for pixels, labels, _ in data.batches(images.test, torch.arange(len(images.test)), 250):
         right += int((model(inputs(images, pixels)).argmax(1) == labels).sum())

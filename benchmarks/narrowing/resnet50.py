@@ -39,10 +39,10 @@ def main() -> None:
     before, started = held_mb(), time.perf_counter()
     stages: dict[str, float] = {}
 
-    def tell(stage: str, done: int, count: int) -> None:
+    def on_progress(stage: str, done: int, count: int) -> None:
         stages[stage] = time.perf_counter() - started
 
-    options = nin.NarrowOptions(dry_run=True, measure_latency=arguments.latency, on_progress=tell)
+    options = nin.NarrowOptions(dry_run=True, measure_latency=arguments.latency, on_progress=on_progress)
     result = nin.narrow(model, batches, options=options, **budget)
     seconds = time.perf_counter() - started
     figures = {

@@ -49,7 +49,7 @@ def batches(images: data.Data, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: data.Data) -> float:
-    """Return the share of right answers on the test images."""
+    """Return the accuracy on the test images."""
     right = 0
     for pixels, labels, _ in data.batches(images.test, torch.arange(len(images.test)), 250):
         right += int((model(data.to_float(pixels, MEAN, STD, dtype=torch.float32)).argmax(1) == labels).sum())
@@ -57,7 +57,7 @@ def accuracy(model: nn.Module, images: data.Data) -> float:
 
 
 def train(model: nn.Module, teacher: nn.Module, images: data.Data, epochs: int, **settings: float) -> nn.Module:
-    """Train a copy by the teacher's answers and the labels; settings are those of `FinetuneConfig`."""
+    """Train a copy by distillation from the teacher and with the labels; settings are those of `FinetuneConfig`."""
     config = narrowing.FinetuneConfig(epochs=epochs, **settings)  # type: ignore[arg-type]
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     steps = -(-len(images.train) // BATCH)
@@ -132,7 +132,7 @@ def tucker(layer: nn.Conv2d, ratio: float) -> nn.Sequential:
 
 
 def main() -> None:
-    """Tune, shrink in three ways, fine-tune two of them, and print what came out."""
+    """Fine-tune, narrow, prune and factorise, fine-tune two of the results, and print accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
@@ -146,15 +146,15 @@ def main() -> None:
     images = data.load(arguments.folder)
     started = time.perf_counter()
 
-    def tell(what: str, model: nn.Module, share: float) -> None:
+    def print_figures(what: str, model: nn.Module, share: float) -> None:
         figures = {"what": what, "share": round(share, 3), "macs": macs(model), "accuracy": accuracy(model, images)}
         print(json.dumps({**figures, "seconds": round(time.perf_counter() - started)}), flush=True)
 
     original = load(arguments.checkpoint, arguments.depth)
-    tell("as it comes", original, 1)
+    print_figures("as it comes", original, 1)
     tuned = train(original, original, images, arguments.tune, label_weight=1.0)
     tuned = tuned.to(memory_format=torch.contiguous_format)
-    tell("tuned", tuned, 1)
+    print_figures("tuned", tuned, 1)
     order = data.epoch_order(len(images.train), seed=0, epoch=0)[:512]
     seen = [data.to_float(p, MEAN, STD, dtype=torch.float32) for p, _, _ in data.batches(images.train, order, BATCH)]
     options = narrowing.NarrowOptions(measure_latency=False, revert_slower=False)
@@ -166,12 +166,12 @@ def main() -> None:
             "Tucker-2 of the weights": factorise(tuned, share),
         }
         for name, model in last.items():
-            tell(name, model, share)
+            print_figures(name, model, share)
     del last["Tucker-2 of the weights"]
     for rate in arguments.rates:
         for name, model in last.items():
             trained = train(model, tuned, images, arguments.epochs, learning_rate=rate)
-            tell(f"{name}, {arguments.epochs} epochs, {rate}", trained, arguments.shares[-1])
+            print_figures(f"{name}, {arguments.epochs} epochs, {rate}", trained, arguments.shares[-1])
 
 
 if __name__ == "__main__":

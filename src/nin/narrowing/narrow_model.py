@@ -148,8 +148,7 @@ def narrow_model(
         if not labelled:
             found = "no table of scores" if scores is None else f"{scores:,} scores"
             note = f"The network gives {found}, the images have {len(images.classes)} classes: no accuracy."
-            report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
-            result = dataclasses.replace(result, report=report)
+            result = result.with_report(notes=(*result.report.notes, note))
         if not distributed.is_main_process():
             return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}

@@ -67,7 +67,7 @@ def narrow_run(
             control = train_control(
                 task, info, config, result.report, out=folder / CONTROL_FOLDER, keeping=keeping, on_progress=on_progress
             )
-            result = dataclasses.replace(result, report=dataclasses.replace(result.report, control=control))
+            result = result.with_report(control=control)
         if distributed.is_main_process():
             save_narrowed_run(folder, run, result, info, images, config)
     return result

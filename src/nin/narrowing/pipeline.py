@@ -39,6 +39,10 @@ class NarrowResult:
     plan: Plan
     report: NarrowReport
 
+    def with_report(self, **changes: Any) -> NarrowResult:
+        """Return the result with other values in fields of its report."""
+        return dataclasses.replace(self, report=dataclasses.replace(self.report, **changes))
+
 
 def narrow(
     model: nn.Module,
@@ -112,7 +116,7 @@ def narrow(
     if not points:
         return result
     curve = tuple(sorted([*points, _curve_point(result)], key=lambda p: -p.share))
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, curve=curve))
+    return result.with_report(curve=curve)
 
 
 def _budget(**shares: float | None) -> tuple[str, float]:

@@ -115,8 +115,7 @@ def run_workflow(
         accuracy["finetuned"] = task.accuracy(result.model)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
     note = f"Fine-tuned for {config.finetune} epochs by the original's answers, in {after}."
-    report = dataclasses.replace(result.report, accuracy=accuracy, notes=(*result.report.notes, note))
-    return dataclasses.replace(result, report=report)
+    return result.with_report(accuracy=accuracy, notes=(*result.report.notes, note))
 
 
 def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallback) -> NarrowResult:
