@@ -1,4 +1,4 @@
-"""The house: imports go down only, `import nin` is cheap, public names are documented and their examples run."""
+"""The house: imports go down and never in a circle, files are short, public names are documented, examples run."""
 
 import ast
 import doctest
@@ -68,6 +68,40 @@ def test_imports_go_down(path):
     for line, target in imported(path):
         assert target in FLOOR, f"{path}:{line} imports nin.{target}, which has no floor"
         assert target == home or FLOOR[target] < FLOOR[home], f"{path}:{line} imports nin.{target} from {home}"
+
+
+def module_name(path):
+    return ".".join(("nin", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_modules(path):
+    """Return the modules of nin that a file imports, those inside functions too."""
+    modules = {module_name(path) for path in FILES}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        # `from nin.data import load` names a module's function, `from nin.data import loader` a module
+        found |= {name if name in modules else name.rpartition(".")[0] for name in names}
+    return found & modules - {module_name(path)}
+
+
+def test_no_circle_of_files():
+    after = {module_name(path): imported_modules(path) for path in FILES}
+    while leaves := [name for name, targets in after.items() if not targets & after.keys()]:
+        for name in leaves:
+            del after[name]
+    assert not after, f"these import each other, or what does: {', '.join(sorted(after))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_short(path):
+    # layers.py is read as one page of the field: the layers and their common base
+    assert path.name == "layers.py" or len(path.read_text().splitlines()) <= 400
 
 
 def test_import_nin_does_not_import_torch():
