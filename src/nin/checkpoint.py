@@ -1,7 +1,5 @@
 """Run folders: model.safetensors and config.json, the training state, metrics.csv and timings.csv."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import dataclasses

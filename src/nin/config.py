@@ -1,7 +1,5 @@
 """TrainConfig: every training setting with its unit and its reason. Importing it does not import PyTorch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, Literal
@@ -101,7 +99,7 @@ class TrainConfig:
                     raise UserError(f"{name} must be {requirement}, got {value}")
         check_seed(self.seed)
 
-    def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> ResolvedConfig:
+    def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
         """Return the settings with every None replaced, apart from those of the machine.
 
         Args:

@@ -1,7 +1,5 @@
 """The installed distribution: its name on PyPI, which is not the import's, its version, and how to get an extra."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 # The name `nin` on PyPI belongs to another project ("network infos").

@@ -1,7 +1,5 @@
 """Export to ONNX, torch.export and OpenVINO: files that run without nin, compared with the network first."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import importlib.util

@@ -4,8 +4,6 @@ Importing this module imports ``huggingface_hub`` (``pip install 'network-in-net
 does. Only loading from the Hub and pushing to it need the internet.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Layers of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, Inception, and the head GlobalAveragePooling."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -202,7 +200,7 @@ class MLPConv(nn.Module):
         )
 
     @torch.no_grad()
-    def fold(self) -> MLPConv:
+    def fold(self) -> "MLPConv":
         """Replace standardised convolutions by plain ones with the same output, in place, and return the layer."""
         for i, conv in enumerate(self.convs):
             if isinstance(conv, StandardisedConv2d):

@@ -1,7 +1,5 @@
 """SGD and AdamW, gradient clipping, an exponential moving average (EMA) of the weights, the one-cycle schedule."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """NiNClassifier: a scikit-learn estimator for images, and for tables as images of one pixel."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence

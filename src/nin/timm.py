@@ -4,8 +4,6 @@ Importing this module imports timm and registers the networks; importing nin doe
 `nin.models` with the same names in their ``state_dict``: a run folder's ``model.safetensors`` is a checkpoint of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, cast
 

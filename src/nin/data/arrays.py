@@ -1,7 +1,5 @@
 """Arrays and tensors as images: layouts (N, C, H, W) and (N, H, W, C), floats to bytes, and data sets in memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

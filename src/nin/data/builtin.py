@@ -1,7 +1,5 @@
 """Built-in data sets: digits from scikit-learn; MNIST, Fashion-MNIST, CIFAR and SVHN from torchvision's files."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gzip

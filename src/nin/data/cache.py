@@ -1,7 +1,5 @@
 """The user's cache folder, and files in it that keep what was computed from other files, each with a checksum."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data sets: images in memory (ImageSet) or decoded on demand (DecodedSet, FileSet), and Data: train and test set."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,14 +38,14 @@ class PathList(Sequence[str]):
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> PathList: ...
-    def __getitem__(self, index: int | slice) -> str | PathList:
+    def __getitem__(self, index: slice) -> "PathList": ...
+    def __getitem__(self, index: int | slice) -> "str | PathList":
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         position = range(len(self))[index]  # counts from the end where negative, raises IndexError
         return os.fsdecode(self._buffer[self._ends[position] : self._ends[position + 1]])
 
-    def select(self, indices: Iterable[int]) -> PathList:
+    def select(self, indices: Iterable[int]) -> "PathList":
         """Return the paths at the indices, in their order."""
         return PathList(self[int(index)] for index in indices)
 

@@ -1,7 +1,5 @@
 """Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, grey or RGB, centre crop, resize."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct

@@ -1,7 +1,5 @@
 """Load data sets: `load` dispatches on the source, a name, a folder, shards or arrays."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read an image folder: into memory where the images fit, else decoded on demand."""
 
-from __future__ import annotations
-
 from math import prod
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Check an image folder before training: unreadable files, duplicates, train-test leaks, odd sizes and formats."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

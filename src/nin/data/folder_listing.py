@@ -1,7 +1,5 @@
 """Find the classes and the image files of a folder, without reading any."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

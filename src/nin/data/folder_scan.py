@@ -1,7 +1,5 @@
 """FolderScan: read the header and the bytes of every image file of a folder once, and cache what was found."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Sequence

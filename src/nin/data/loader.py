@@ -4,8 +4,6 @@ Not torch's DataLoader: see `map_in_threads` for the numbers. The order is an ar
 middle of an epoch, and a file that vanished is left out of its batch and not drawn again.
 """
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

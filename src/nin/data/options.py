@@ -1,7 +1,5 @@
 """LoadOptions: how images are read from a folder or from shards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from nin.errors import UserError

@@ -5,8 +5,6 @@ on its batch, nor on the number of workers or processes, nor on where a run was 
 uninterrupted one. The digests are SHA-256, and must stay it: they decide the order and the split of released versions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

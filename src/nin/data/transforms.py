@@ -4,8 +4,6 @@ Not torchvision's transforms: these draw from no generator but from hashes of (s
 `nin.data.sampling`, and give each image of a batch its own draw.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

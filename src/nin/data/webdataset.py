@@ -5,8 +5,6 @@ number of workers, and going on in the middle of an epoch means to read it again
 the tar members gives random access. The package is needed for URLs only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import glob
@@ -88,7 +86,7 @@ class ShardSet(DecodedSet):
         except DecodeError as error:
             raise DecodeError(self.names[index], error.reason) from error
 
-    def select(self, indices: NDArray[np.int64]) -> ShardSet:
+    def select(self, indices: NDArray[np.int64]) -> "ShardSet":
         """Return the images at the indices, in their order."""
         return dataclasses.replace(
             self,

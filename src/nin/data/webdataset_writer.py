@@ -1,7 +1,5 @@
 """Write an image folder as WebDataset shards."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

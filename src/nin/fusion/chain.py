@@ -1,7 +1,5 @@
 """Chain: convolutions or fully connected layers of a model, computed as one operator or as they are."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Matching chains in a traced graph: which nodes one operator can replace."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from typing import Any

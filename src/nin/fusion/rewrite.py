@@ -1,7 +1,5 @@
 """`fuse`: match the chains of a model, rewrite the forwards of its modules, and keep what is faster."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """Batch prediction: any number of images into a CSV or Parquet file, by one process or several, resumable."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import importlib
@@ -49,7 +47,7 @@ class Partition:
     world_size: int = 1
 
     @classmethod
-    def from_environment(cls) -> Partition:
+    def from_environment(cls) -> "Partition":
         """Return the partition of this process of a torchrun job, or all of the images."""
         return cls(distributed.rank(), distributed.world_size())
 

@@ -1,7 +1,5 @@
 """The classifier of a run folder: predictions, scores and confidence maps of images."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

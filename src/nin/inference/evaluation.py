@@ -1,7 +1,5 @@
 """Evaluation: the scores of the test images, and the confidence interval of an accuracy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

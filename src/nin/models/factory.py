@@ -1,7 +1,5 @@
 """Networks of other packages by name: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """GoogLeNet: Inception modules, whose 1×1 convolutions reduce channels before the larger ones."""
 
-from __future__ import annotations
-
 import torch.fx
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Geometry of a convolution or fully connected layer: its sizes, costs, factorisations, and a new layer of it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -47,7 +45,7 @@ class LayerSpec:
     calls: int = 1
 
     @classmethod
-    def of_module(cls, name: str, module: nn.Module) -> LayerSpec:
+    def of_module(cls, name: str, module: nn.Module) -> "LayerSpec":
         """Return the geometry of a layer; the sizes of its input and output are not known from it alone."""
         if isinstance(module, nn.Linear):
             return cls(name, "linear", module.in_features, module.out_features, bias=module.bias is not None)

@@ -5,8 +5,6 @@ one node: ``torch.fx.wrap("fastest_layout")``, which holds for the calls by that
 Narrowing and fusing trace networks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

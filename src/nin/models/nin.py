@@ -1,7 +1,5 @@
 """Network in Network: its configuration, which JSON can hold, the network, and the papers' sizes."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -63,7 +61,7 @@ class NiNConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NiNConfig:
+    def from_dict(cls, values: dict[str, Any]) -> "NiNConfig":
         """Return the configuration that `to_dict` wrote.
 
         Raises:
@@ -137,7 +135,7 @@ class NiN(nn.Module):
         """Return one score per class, (N, num_classes), for images ``x`` of shape (N, in_channels, H, W)."""
         return self.head(self.maps(x))
 
-    def fold(self) -> NiN:
+    def fold(self) -> "NiN":
         """Replace standardised convolutions in place by plain ones with the same result, and return the network."""
         for module in self.modules():
             if isinstance(module, MLPConv):

@@ -1,7 +1,5 @@
 """The plan of a narrowed network, as plain data and JSON: factorised layers and pruned channels."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import json
@@ -87,7 +85,7 @@ class Plan:
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """Return the plan that `to_dict` wrote.
 
         Raises:
@@ -129,7 +127,7 @@ class Plan:
         return json.dumps(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str) -> "Plan":
         """Return the plan that `to_json` wrote.
 
         Raises:

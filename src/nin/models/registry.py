@@ -1,7 +1,5 @@
 """The networks of nin by name: their functions, the sizes of their images, and `create`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

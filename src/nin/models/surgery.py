@@ -1,7 +1,5 @@
 """Network surgery: layers are replaced by what a plan says, and channels are cut from modules."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

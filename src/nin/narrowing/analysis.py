@@ -1,7 +1,5 @@
 """Analysis of a network before narrowing: its dependency graph, and the loss of every choice for every layer."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings

@@ -1,7 +1,5 @@
 """The control, a baseline for narrowing: a uniformly thinner network of the same cost, trained from scratch as long."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Running calibration batches: how a batch is passed to the model, and hooks that record its layers' calls."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Channel pruning by optimal brain surgeon: the order in which input channels can go, and the error after each."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -3,8 +3,6 @@
 It is found in the graph that ``torch.fx`` traces.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections import Counter

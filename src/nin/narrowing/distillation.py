@@ -1,7 +1,5 @@
 """Fine-tuning of a narrowed network by knowledge distillation from the original, with or without labels."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Which layers of a model can be narrowed, and why the others cannot."""
 
-from __future__ import annotations
-
 import fnmatch
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Budget allocation: one choice for each layer and each edge, a multiple-choice knapsack by Lagrangian relaxation."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """Measured latencies on this device: of chains of layers, in a table, and of whole models before and after."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

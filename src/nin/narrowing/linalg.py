@@ -4,8 +4,6 @@ Throughout narrowing, ``x`` is an input patch with covariance ``C``, ``y = W x``
 error that is minimised ``tr(G · Cov(y - ŷ))``, where the Fisher information G weighs each direction of y.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Low-rank factorisation of a layer from covariances: PCA of its output, and Tucker-2 with 1×1 convolutions."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

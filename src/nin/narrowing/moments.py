@@ -1,7 +1,5 @@
 """Means and covariances of layers' input patches and outputs, in float64, collected by hooks in one pass."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -42,7 +40,7 @@ class Moments:
         self.sums |= {name: zeros(groups, sizes[name[0]], sizes[name[1]]) for name in products}
 
     @classmethod
-    def of_layer(cls, spec: LayerSpec, module: nn.Module, *products: str) -> Moments:
+    def of_layer(cls, spec: LayerSpec, module: nn.Module, *products: str) -> "Moments":
         """Return empty moments for a layer; where its patches are too large, of its output only."""
         device = next(module.parameters()).device
         kept = products if spec.patch <= LARGEST_PATCH else ("yy",)

@@ -1,7 +1,5 @@
 """Narrow any PyTorch model, given by its factory and its weights, into a folder with the plan and the report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Narrow the network of a run folder into a new run folder, with the plan and the report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The options of `nin.narrow` beside the budget."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A layer's input patches (im2col) and outputs, at the same sampled positions of every image."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

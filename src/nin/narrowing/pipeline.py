@@ -1,7 +1,5 @@
 """`narrow`: from a model and images to a narrower model, its plan and its report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
@@ -39,7 +37,7 @@ class NarrowResult:
     plan: Plan
     report: NarrowReport
 
-    def with_report(self, **changes: Any) -> NarrowResult:
+    def with_report(self, **changes: Any) -> "NarrowResult":
         """Return the result with other values in fields of its report."""
         return dataclasses.replace(self, report=dataclasses.replace(self.report, **changes))
 

@@ -1,7 +1,5 @@
 """From a budget to a plan: the knapsack's solution, checked against measured latencies."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 
@@ -46,7 +44,7 @@ class PlannerResult:
         return json.dumps({**dataclasses.asdict(self), "plan": self.plan.to_dict()})
 
     @classmethod
-    def from_json(cls, text: str) -> PlannerResult:
+    def from_json(cls, text: str) -> "PlannerResult":
         """Return what `to_json` wrote."""
         values = json.loads(text)
         latency = {name: (before, after) for name, (before, after) in values["latency"].items()}

@@ -1,7 +1,5 @@
 """BatchNorm recalibration after narrowing, kept where it brings the output nearer to the original's."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layerwise reconstruction: each layer of the narrowed network is fitted to the original's output at its place."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

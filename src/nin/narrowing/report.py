@@ -1,7 +1,5 @@
 """The report of a narrowing as plain data and text tables: cost and accuracy before and after, layer by layer."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import io
@@ -133,7 +131,7 @@ class NarrowReport:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NarrowReport:
+    def from_dict(cls, values: dict[str, Any]) -> "NarrowReport":
         """Return the report that `to_dict` wrote, before or after JSON."""
         control = values["control"]
         return cls(

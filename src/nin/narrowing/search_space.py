@@ -1,7 +1,5 @@
 """The search space: the factorisations and the channel counts that each layer may get, and the loss of each."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any
@@ -63,7 +61,7 @@ class SearchSpace:
         return json.dumps({"forms": forms, "widths": widths})
 
     @classmethod
-    def from_json(cls, text: str) -> SearchSpace:
+    def from_json(cls, text: str) -> "SearchSpace":
         """Return the choices that `to_json` wrote."""
         values: dict[str, Any] = json.loads(text)
         factorisations = {name: tuple(Factorisation(*f) for f in value) for name, value in values["forms"].items()}

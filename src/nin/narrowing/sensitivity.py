@@ -1,7 +1,5 @@
 """The sensitivity of a model's output to each layer's: its Fisher information, without labels."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

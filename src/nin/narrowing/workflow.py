@@ -1,7 +1,5 @@
 """The workflow of `nin narrow`: narrow, test and fine-tune a network; interrupted, the same call resumes it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """The settings of `nin narrow`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Time a bottleneck, 256 → 1×1 → r → 4×4 → 256, beside the convolution that it replaces, 256 → 4×4 → 256."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Count the parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import math
@@ -208,7 +206,7 @@ def _copy_to_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, copies)
 
 
-def _count(model: nn.Module, x: Tensor) -> _LayerCounter:
+def _count(model: nn.Module, x: Tensor) -> "_LayerCounter":
     """Run the model in a `_LayerCounter`, and return it."""
     counter = _LayerCounter(model)
     # nn.MultiheadAttention's fast path is one operator without a formula

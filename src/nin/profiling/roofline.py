@@ -1,7 +1,5 @@
 """Time each layer of a network on the CPU, beside its roofline bound from peak arithmetic and memory bandwidth."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Evaluate the network of a run folder on its test images, and make the report of it: data, and ``report.html``."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import math

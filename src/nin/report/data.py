@@ -1,7 +1,5 @@
 """The data of a report as dataclasses, and as plain data for JSON."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 from typing import Any

@@ -1,7 +1,5 @@
 """Rightly classified test images, one of a class, with the maps of the predicted class and of the runner-up."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Class-confidence maps drawn as colour over their images."""
 
-from __future__ import annotations
-
 import base64
 import io
 

@@ -1,7 +1,5 @@
 """The report of a run as one HTML file, which loads and runs nothing."""
 
-from __future__ import annotations
-
 import functools
 import math
 import unicodedata

@@ -1,7 +1,5 @@
 """Images beside their class-confidence maps in rows, as one picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

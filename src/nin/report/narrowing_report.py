@@ -1,7 +1,5 @@
 """The report of a narrowed network as HTML: what it cost before and after, as a whole and layer by layer."""
 
-from __future__ import annotations
-
 from importlib import resources
 
 from nin.narrowing import NarrowReport

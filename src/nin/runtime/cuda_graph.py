@@ -1,7 +1,5 @@
 """Capture a function of tensors of fixed shapes as a CUDA graph, so that its hundreds of kernel launches cost one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

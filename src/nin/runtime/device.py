@@ -1,7 +1,5 @@
 """Choose device, dtype and number of threads; the processor's name; and how glibc's malloc keeps memory."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import platform

@@ -3,8 +3,6 @@
 Own code, as the package for it, atomicwrites, is no longer maintained.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

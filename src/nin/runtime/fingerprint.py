@@ -1,7 +1,5 @@
 """Is saved work still about the same thing? The hash of networks, images and texts, and which settings were changed."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers as people read them: percentages, counts and bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Trace a model's forward with torch.fx, with one error for all that cannot be traced."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import fx, nn

@@ -1,7 +1,5 @@
 """The type of the callback that reports progress."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 # called with (what is being done, number done, number of all or 0 where it is not known)

@@ -4,8 +4,6 @@ Shapes have CSS classes and no colours, so that a page's styles adapt them to li
 are scaled to the width that the page gives it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

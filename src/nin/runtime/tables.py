@@ -1,7 +1,5 @@
 """Tables as text, HTML and Markdown, of rows of cells with the header first."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 

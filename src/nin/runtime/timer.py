@@ -1,7 +1,5 @@
 """Time several functions in interleaved runs, so that other load on the machine slows all of them alike."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

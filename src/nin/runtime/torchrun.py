@@ -1,7 +1,5 @@
 """The environment variables by which torchrun tells a process its place in the job. It does not import PyTorch."""
 
-from __future__ import annotations
-
 import os
 
 

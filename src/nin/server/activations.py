@@ -1,7 +1,5 @@
 """The layers of a network, their weights, their activations on images, and their dead channels."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """The FastAPI application: the HTTP API, and the files of the page."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path

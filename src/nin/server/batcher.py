@@ -1,7 +1,5 @@
 """Dynamic batching: one thread classifies the images of all requests that wait, together."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Bundle the page's JavaScript modules into one script: browsers load no modules from a disk."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """The layers of a network as a graph: every convolution, pooling and concatenation, with names for people."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """ASGI middleware: checks of the Host and Origin headers, limits on body and time, and security headers."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import ipaddress
@@ -91,7 +89,7 @@ class SecurityMiddleware:
             response = JSONResponse({"detail": error.detail}, error.status_code, error.headers)
             await response(scope, receive, sender.send)
 
-    async def _pass_with_body(self, scope: Scope, receive: Receive, sender: _ResponseSender) -> None:
+    async def _pass_with_body(self, scope: Scope, receive: Receive, sender: "_ResponseSender") -> None:
         if self.open_requests >= self.limits.requests:
             raise service_unavailable(self.limits)
         self.open_requests += 1

@@ -1,7 +1,5 @@
 """Principal components of a layer's outputs, and the network with the layer narrowed to some of them."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

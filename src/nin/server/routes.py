@@ -1,7 +1,5 @@
 """Routes for sample images, weights, activations, dead channels, principal components, and the bottleneck's time."""
 
-from __future__ import annotations
-
 from typing import Annotated, TypeAlias
 
 from fastapi import FastAPI, HTTPException, Path, Query, Request

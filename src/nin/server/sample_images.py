@@ -1,7 +1,5 @@
 """Test images of a run, loaded in the background where they lie on this machine."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

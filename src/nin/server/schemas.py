@@ -1,7 +1,5 @@
 """Schemas of the HTTP API's responses; the names of the classes are those of the OpenAPI document."""
 
-from __future__ import annotations
-
 import base64
 from typing import Any
 
@@ -22,7 +20,7 @@ class Health(BaseModel):
     version: str
 
     @classmethod
-    def of(cls, runs: int) -> Health:
+    def of(cls, runs: int) -> "Health":
         """Return the response where that many runs are served."""
         return cls(model=runs > 0, beside=runs > 1, version=distribution.version())
 
@@ -40,7 +38,7 @@ class Numbers(BaseModel):
     values: str
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Numbers:
+    def of(cls, tensor: Tensor) -> "Numbers":
         """Return the encoded numbers of a tensor."""
         array = np.ascontiguousarray(tensor.numpy(), dtype="<f4")
         return cls(shape=list(array.shape), values=base64.b64encode(array.tobytes()).decode())
@@ -103,7 +101,7 @@ class Weights(BaseModel):
     bias: Numbers | None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Weights:
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "Weights":
         """Return the response for a convolution."""
         return cls(weight=Numbers.of(weight), bias=None if bias is None else Numbers.of(bias))
 
@@ -118,7 +116,7 @@ class Spectrum(BaseModel):
     images: int = Field(description="test images looked at")
 
     @classmethod
-    def of(cls, components: PrincipalComponents) -> Spectrum:
+    def of(cls, components: PrincipalComponents) -> "Spectrum":
         """Return the response for principal components."""
         parts = {name: Numbers.of(getattr(components, name)) for name in ("mean", "directions", "variances")}
         return cls(**parts, pixels=components.pixels, images=components.images)

@@ -1,7 +1,5 @@
 """The served runs, and the threads that decode and compute for all routes."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """Export of the page as static files, with the activations of a run on test images: for a web host or a disk."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import json

@@ -1,7 +1,5 @@
 """Static files of the page: read once, each under one fixed URL, so that no path comes from a request."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from importlib import resources

@@ -1,7 +1,5 @@
 """Decode the images of a request; those that are damaged, too large or too many get an HTTP error that says so."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Run the application: bind a socket, start uvicorn, open the browser."""
 
-from __future__ import annotations
-
 import errno
 import socket
 import threading

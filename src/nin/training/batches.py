@@ -1,7 +1,5 @@
 """The training batches of an epoch: order, this process's part of it, augmentation; and images held on the GPU."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 

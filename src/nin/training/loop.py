@@ -1,7 +1,5 @@
 """The training loop: epochs, steps, tests and checkpoints, from images and a `nin.config.TrainConfig` to a result."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

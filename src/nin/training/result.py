@@ -1,7 +1,5 @@
 """The result of a training: the network, its test accuracy, and the files of the run folder."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

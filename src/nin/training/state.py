@@ -1,7 +1,5 @@
 """The state of a training: what of it is saved, when, and how it is resumed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable

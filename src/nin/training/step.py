@@ -1,7 +1,5 @@
 """One training step: forward, loss, backward, optimiser and EMA; with DDP or replayed as a CUDA graph."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The cases of the benchmark: models of nin's layers, their input shape, inference or a training step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

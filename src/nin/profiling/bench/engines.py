@@ -1,7 +1,5 @@
 """The engines of the benchmark: each turns a case's model into a call without arguments, in its best layout."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import tempfile

@@ -1,7 +1,5 @@
 """The results of a benchmark as a table for the terminal and as a page of charts in HTML."""
 
-from __future__ import annotations
-
 from html import escape
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """Run the benchmark: each case with every engine in turn, beside the roofline bound of this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import importlib.metadata
