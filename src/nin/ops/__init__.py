@@ -1,7 +1,5 @@
 """``nin.mlpconv`` and ``nin.conv1x1``: a k×k convolution and 1×1 convolutions after it, as one operator."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

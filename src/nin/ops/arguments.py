@@ -1,7 +1,5 @@
 """The arguments of ``nin::mlpconv``, a chain of convolutions as one value, and adapters for PyTorch's dispatcher."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +37,7 @@ class ChainArguments(NamedTuple):
         """Stride, padding and dilation of the first layer."""
         return self.stride, self.padding, self.dilation
 
-    def subchain(self, first: int, count: int) -> ChainArguments:
+    def subchain(self, first: int, count: int) -> "ChainArguments":
         """Return ``count`` layers, starting with layer ``first``."""
         which = slice(first, first + count)
         geometry = self.geometry if first == 0 else POINTWISE_GEOMETRY

@@ -1,7 +1,5 @@
 """The reference kernels of ``nin::mlpconv`` in plain PyTorch: its definition, its fallback and the tests' oracle."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

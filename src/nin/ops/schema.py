@@ -4,8 +4,6 @@ The backends in `cpu.dispatch` and `gpu.dispatch` register their kernels over th
 only switch between them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The structs of the compiled library's C interface (``csrc/c_api.hpp``), packed from tensors, and its forward pass."""
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Sequence

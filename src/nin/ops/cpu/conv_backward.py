@@ -1,7 +1,5 @@
 """The gradients of a k×k convolution on the CPU, where the compiled kernels are faster than PyTorch's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@
 one down.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The compiled CPU library, loaded with ctypes: its functions, instruction sets, thread pool and errors."""
 
-from __future__ import annotations
-
 import ctypes
 import struct
 import sys

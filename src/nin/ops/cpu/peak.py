@@ -1,7 +1,5 @@
 """The CPU's measured roofline: peak multiply-adds on registers, and memory bandwidth of copies."""
 
-from __future__ import annotations
-
 import torch
 
 from nin.ops.cpu import dispatch, library

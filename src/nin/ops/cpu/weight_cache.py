@@ -1,7 +1,5 @@
 """A cache of packed weights: the CPU kernels' copy of a weight, kept until the weight changes."""
 
-from __future__ import annotations
-
 import struct
 import weakref
 from dataclasses import dataclass

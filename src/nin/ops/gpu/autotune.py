@@ -4,8 +4,6 @@
 (``NIN_GPU_CACHE``, else ``~/.cache/nin/gpu-tiles.json``). The file is read whether or not tuning is on.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

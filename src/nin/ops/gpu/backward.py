@@ -1,7 +1,5 @@
 """Backward pass on a GPU: compute the groups' inputs again, then launch the kernels of each group's gradients."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

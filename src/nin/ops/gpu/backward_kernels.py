@@ -4,8 +4,6 @@ No kernel adds to memory that another one adds to: each weight gradient is cut i
 is written by one program, and the parts are added in order. So two runs give the same bits.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -4,8 +4,6 @@ Triton is imported when the first tensor on a GPU arrives. What the kernels do n
 chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of the two, see `nin.ops.gpu.plan`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Forward pass on a GPU: launch the planned kernels, with strides and widths as their arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

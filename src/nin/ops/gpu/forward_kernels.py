@@ -1,7 +1,5 @@
 """The forward kernels: a chain of two or three layers in one pass over the pixels, and one layer of any size."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

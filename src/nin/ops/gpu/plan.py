@@ -4,8 +4,6 @@ A roofline model chooses the engine, from bytes, arithmetic and launches. ``NIN_
 takes one of them for everything (for tests and comparisons).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os
@@ -60,7 +58,7 @@ class ChainProblem:
     engine: str = "auto"
 
     @classmethod
-    def of(cls, x: Tensor, layers: ChainArguments, engine: str) -> ChainProblem:
+    def of(cls, x: Tensor, layers: ChainArguments, engine: str) -> "ChainProblem":
         """Return the problem of a call."""
         images, _, height, width = layers.output_shape(x)
         return cls(
@@ -76,7 +74,7 @@ class ChainProblem:
             engine=engine,
         )
 
-    def subchain(self, first: int, count: int) -> ChainProblem:
+    def subchain(self, first: int, count: int) -> "ChainProblem":
         """Return the problem of ``count`` layers from ``first`` on, as `ChainArguments.subchain` does the layers."""
         which = slice(first, first + count)
         part = dataclasses.replace(self, widths=self.widths[which], activations=self.activations[which])

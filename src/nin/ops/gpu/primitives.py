@@ -7,8 +7,6 @@ Kernels import these functions by name: Inductor copies a kernel's source into t
 functions that it finds in the kernel's globals, and does not look into other modules.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

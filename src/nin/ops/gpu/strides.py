@@ -1,7 +1,5 @@
 """Strides of the images that a kernel reads and writes, coalesced to spare it divisions."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

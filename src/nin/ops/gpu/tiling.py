@@ -1,7 +1,5 @@
 """Tile sizes of the kernels: pixels and channel chunks of a tile, warps and stages, and what fits on the chip."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
