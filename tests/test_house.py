@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import nin
 
 SOURCE = Path(nin.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
@@ -102,6 +104,19 @@ def test_no_circle_of_files():
 def test_files_are_short(path):
     # layers.py is read as one page of the field: the layers and their common base
     assert path.name == "layers.py" or len(path.read_text().splitlines()) <= 400
+
+
+def test_the_picture_in_the_docs_has_these_floors():
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "docs/design.md").read_text(encoding="utf-8"), re.MULTILINE)
+    drawn = {name: int(floor) - 1 for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert drawn == {name: floor for name, floor in FLOOR.items() if name != "__main__"}
+
+
+def test_where_is_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Where is")[1]
+    places = re.findall(r"`([\w/.]+(?:\.\w+|/))`", text)
+    assert len(places) > 20
+    assert [place for place in places if not (ROOT / "src/nin" / place).exists() and place != "src/nin/"] == []
 
 
 def test_import_nin_does_not_import_torch():
