@@ -65,6 +65,8 @@ def test_mnist_is_read_packed_and_unpacked_from_a_folder_that_stays_as_it_is(sma
         (gzip.compress(idx(np.zeros(20))), "got something else"),
         (gzip.compress(idx(np.zeros((21, 28, 28)))), "as many labels as images"),
     ],
+    # a gzip file holds the second in which it was made: as a test's name it would differ between processes
+    ids=["no gzip", "cut off", "short", "too few bytes", "labels", "too many images"],
 )
 def test_damaged_idx_files_are_named(small_mnist, content, reason):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(content)
