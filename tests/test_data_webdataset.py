@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -205,6 +208,33 @@ def test_urls_are_fetched_once(folder, tmp_path):
     assert list(data.open_shards(url).names) == list(first.names)
     with pytest.raises(UserError, match="cannot be fetched"):
         data.open_shards(f"file:{tmp_path}/none.tar")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        data.open_shards(f"pipe:cat {first.shards[0]}; false")
+    assert [p.name for p in first.shards[0].parent.iterdir()] == [first.shards[0].name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+@pytest.mark.parametrize("size", [5_000, 50_000])  # the disk is full when the buffer is flushed, and while copying
+def test_a_shard_that_does_not_fit_on_the_disk_is_told_with_its_url(size, tmp_path):
+    pytest.importorskip("webdataset")
+    code = """
+import resource, signal, sys
+from nin import data
+from nin.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    data.open_shards(sys.argv[1])
+except UserError as error:
+    print(error)
+"""
+    (tmp_path / "a.tar").write_bytes(bytes(size))
+    url = f"file:{tmp_path}/a.tar"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, url]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith(f"{url}: cannot be fetched ([Errno 27] File too large")
+    assert list((tmp_path / "cache" / "nin" / "shards").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -246,12 +246,12 @@ def _local_path(url: str) -> Path:
     except ImportError as error:
         raise UserError(f"{url}: reading shards from URLs needs: {install_command('shards')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomically(path) as target:
-        try:
-            with gopen(url) as source:  # closing it raises where the program behind a pipe failed
-                shutil.copyfileobj(source, target, 1 << 20)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{url}: cannot be fetched ({error})") from error
+    try:
+        with gopen(url) as source, open_atomically(path) as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+            source.close()  # raises where the program behind a pipe failed: before the shard is in its place
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{url}: cannot be fetched ({error})") from error
     return path
 
 
