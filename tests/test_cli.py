@@ -1,10 +1,9 @@
 """The shell: what a person types, what they get, and one line for each mistake."""
 
 import csv
-import importlib
-import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,12 +163,14 @@ def test_bench_lists_measures_and_draws(tmp_path, capsys):
     assert chart.exists()
 
 
-def test_demo_does_the_main_job(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
+def test_demo_does_the_main_job(tmp_path, capsys):
     out = tmp_path / "demo"
-    demo.demo(out=out, json=True, config=TrainConfig(epochs=2))
-    result = json.loads(capsys.readouterr().out)
-    assert len(result["predictions"]) == demo.SAMPLES
+    demo.demo(out=out, config=TrainConfig(epochs=2), bottleneck_batch_size=1)
+    printed = capsys.readouterr().out
+    assert "451 images" in printed
+    assert printed.count("-is-a-") == demo.SAMPLES
+    assert "batch 1, float32" in printed
+    assert re.search(r"the bottleneck[ │]+3.8× less[ │]+3.8× less[ │]+[\d.]+× less", printed)
     assert (out / "report.html").exists()
     # a second one replaces the first
     demo.remove_earlier_demo(out)
@@ -187,18 +188,16 @@ def test_a_demo_removes_no_one_elses_folder(tmp_path, stranger):
     assert (out / stranger).exists()
 
 
-def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "compare_bottleneck", lambda: [])
+def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys):
     out, config = tmp_path / "demo", TrainConfig(epochs=2)
     with pytest.raises(KeyboardInterrupt):
         training.train("digits", config, out=out, keeping=training.CheckpointOptions(stop=lambda: True))
     assert (out / "state.safetensors").exists()
-    demo.demo(out=out, json=True, config=config)
-    assert json.loads(capsys.readouterr().out)["test_images"] == 451
-
-
-def test_the_bottleneck_has_fewer_macs_and_both_are_timed():
-    wide, narrow = demo.compare_bottleneck()
+    demo.demo(out=out, json=True, config=config, bottleneck_batch_size=1)
+    result = json.loads(capsys.readouterr().out)
+    assert result["test_images"] == 451
+    assert len(result["predictions"]) == demo.SAMPLES
+    wide, narrow = result["bottleneck"]
     assert wide["macs"] == 28 * 28 * 256 * 256 * 16
     assert narrow["macs"] == 28 * 28 * (256 * 64 + 64 * 256 * 16)
     assert wide["median_ms"] > 0
@@ -312,21 +311,57 @@ def test_ctrl_c_and_sigterm_keep_the_steps_done_and_resume(number, status, tmp_p
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_help_does_not_import_torch():
-    code = (
-        "import sys; from nin.cli.app import app; app(['--help']); "
-        "sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
+VERBS = [name for name in app.app if not name.startswith("-")]
+
+# Runs commands where PyTorch and other slow packages cannot be imported; prints (status, output, errors) of each.
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+sys.modules.update(dict.fromkeys(("torch", "torchvision", "fastapi", "sklearn", "numpy", "PIL")))
+from nin.cli import app
+
+results = []
+for arguments in json.loads(sys.argv[1]):
+    status = 0
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            app.main(arguments)
+        except SystemExit as stop:
+            status = stop.code
+    results.append((status, output.getvalue(), errors.getvalue()))
+print(json.dumps(results))
+"""
+
+
+def run_without_torch(*commands):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], capture_output=True, text=True, check=False
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout
+    return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("verb", app.VERBS)
-def test_the_description_of_a_verb_begins_its_docstring(verb):
-    """It is there twice, because `nin --help` does not import the verb's module."""
-    function = getattr(importlib.import_module(f"nin.cli.{verb}"), verb)
-    assert inspect.getdoc(function).partition("\n\nArgs:")[0] == app.VERBS[verb]
+def test_help_and_wrong_arguments_need_no_torch():
+    mistakes = {
+        ("train", "digits", "--out", "run", "--epochs", "0"): "epochs must be at least 1",
+        ("train", "digits", "--out", "run", "--checkpoint-steps", "0"): "checkpoint_steps at least 1",
+        ("predict", "run", "a.png", "--resume"): "--resume goes on with a file",
+        ("predict", "run", "a.png", "--parquet", "p.csv"): "must end in .parquet",
+        ("cost", "nin_cifar", "--size", "0"): "size must be at least 1",
+        ("report", "run", "--beside", "other"): "--beside is for the page",
+        ("serve", "--beside", "other"): "--beside needs a run",
+        **{(verb, "--mistake"): "--mistake" for verb in VERBS},
+    }
+    whole, *results = run_without_torch(["--help"], *([verb, "--help"] for verb in VERBS), *mistakes)
+    helps, errors = results[: len(VERBS)], results[len(VERBS) :]
+    assert whole[0] == 0
+    for verb, (status, output, error) in zip(VERBS, helps, strict=True):
+        assert verb in whole[1]
+        assert (status, error) == (0, "")
+        assert f"nin {verb}" in output
+    for message, (status, output, error) in zip(mistakes.values(), errors, strict=True):
+        assert (status, output, error.count("\n")) == (2, "", 1)
+        assert message in error
 
 
 @pytest.mark.parametrize("option", ["--no-json", "--no-strict", "--empty-skip", "--config"])
@@ -343,28 +378,48 @@ def test_every_model_has_an_image_size():
         assert model(torch.empty(1, channels, size, size, device="meta")).shape == (1, 4)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-    ],
-)
-def test_out_of_memory_says_what_to_lower(error, monkeypatch, tmp_path, capsys):
-    def fail(*arguments, **options):
-        raise error
+def python_out_of_memory():
+    raise MemoryError
 
-    monkeypatch.setattr(training, "train", fail)
-    code, line = fails(capsys, "train", "digits", "--out", str(tmp_path / "run"))
+
+def cpu_out_of_memory():
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes")
+
+
+def gpu_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def mistaken_network():
+    raise RuntimeError("a mistake")
+
+
+@pytest.mark.parametrize("factory", [python_out_of_memory, cpu_out_of_memory, gpu_out_of_memory])
+def test_out_of_memory_says_what_to_lower(factory, capsys):
+    code, line = fails(capsys, "cost", f"{__name__}:{factory.__name__}")
     assert code == 1
     assert "out of memory; lower --batch-size" in line
 
 
-def test_other_errors_of_ours_are_not_hidden(monkeypatch, tmp_path):
-    def fail(*arguments, **options):
-        raise RuntimeError("a mistake in nin")
+def test_other_errors_are_not_hidden():
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli_main("cost", f"{__name__}:mistaken_network")
 
-    monkeypatch.setattr(training, "train", fail)
-    with pytest.raises(RuntimeError, match="a mistake in nin"):
-        app.main(["train", "digits", "--out", str(tmp_path / "run")])
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
+    with console.ProgressBar("Reading", seconds_between_lines=0) as bar:
+        bar.update(1, 5)
+        bar.update(2, 0)
+        bar.on_progress("Writing", 5, 5)
+    assert capsys.readouterr().err.splitlines() == ["Reading: 1 of 5", "Reading: 2", "Writing: 5 of 5"]
+    with console.ProgressBar("Reading", seconds_between_lines=0.5) as bar:
+        bar.update(1, 5)  # too early
+        time.sleep(0.6)
+        bar.update(2, 5)
+        bar.update(3, 5)
+        bar.line("left out a.png")
+        time.sleep(0.3)
+        bar.update(4, 5)  # too early after the line
+        time.sleep(0.3)
+        bar.update(5, 5)
+    assert capsys.readouterr().err.splitlines() == ["Reading: 2 of 5", "left out a.png", "Reading: 5 of 5"]

@@ -9,6 +9,17 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
+from nin.cli.bench import bench
+from nin.cli.check import check
+from nin.cli.cost import cost
+from nin.cli.demo import demo
+from nin.cli.export import export
+from nin.cli.narrow import narrow
+from nin.cli.predict import predict
+from nin.cli.report import report
+from nin.cli.serve import serve
+from nin.cli.shards import shards
+from nin.cli.train import train
 from nin.distribution import version
 from nin.errors import UserError
 from nin.runtime import torchrun
@@ -23,26 +34,8 @@ app = App(
     default_parameter=Parameter(negative=""),
 )
 
-# Each verb is the function of its name in the module of its name, which is imported when the verb runs: `nin --help`
-# then needs no PyTorch. For that, the descriptions are here too; the verbs' docstrings begin with the same words.
-VERBS = {
-    "train": "Train a Network in Network on images, test it, and write a run folder with a report.",
-    "check": "Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.",
-    "shards": "Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.",
-    "demo": "Do the main job on images that come along: train, test, look, predict, and time a bottleneck.",
-    "predict": "Classify images with a trained network.",
-    "cost": "Count parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer, and time "
-    "them.",
-    "bench": "Time the operator and whole networks beside other engines, in turn in one run, against this machine's "
-    "limits.",
-    "narrow": "Make a trained network narrower, and so faster: fewer channels where they are missed least.\n\n"
-    "Stopped with Ctrl-C, the same command goes on.",
-    "export": "Write a trained network into a file that runs where nin is not installed, and check it.",
-    "report": "Write the report of a run folder again.",
-    "serve": "Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.",
-}
-for verb, description in VERBS.items():
-    app.command(f"nin.cli.{verb}:{verb}", name=verb, help=description)
+for verb in (train, check, shards, demo, predict, cost, bench, narrow, export, report, serve):
+    app.command(verb)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nin.profiling.bench
 from nin.cli.console import messages, print_json, results
 from nin.errors import UserError
 from nin.runtime.files import write_atomically
@@ -30,6 +29,8 @@ def bench(
         html: Write a chart into this file.
         json: Print the measurements as JSON on standard output.
     """
+    import nin.profiling.bench
+
     if cases == ["list"]:
         results.print("\n".join(nin.profiling.bench.CASES))
         return

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import nin.data
+import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.runtime.files import write_atomically
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nin.runtime import distributed
+from nin.runtime import torchrun
 
 # files and classes have names such as "[red]" and ":cat:", which rich would take for markup
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
@@ -35,10 +35,14 @@ class ProgressBar:
     Args:
         text: what is being done.
         total: its steps; None where they are known later.
+        seconds_between_lines: where there is no terminal, at least; a job that takes less prints none.
     """
 
-    def __init__(self, text: str, total: int | None = None) -> None:
+    def __init__(
+        self, text: str, total: int | None = None, *, seconds_between_lines: float = SECONDS_BETWEEN_LINES
+    ) -> None:
         self.text, self.last_line_s = text, time.monotonic()
+        self.seconds_between_lines = seconds_between_lines
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -63,7 +67,7 @@ class ProgressBar:
         """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
         text = text or self.text
         self.progress.update(self.task, completed=done, total=total or None, description=text)
-        if self.progress.disable and time.monotonic() - self.last_line_s > SECONDS_BETWEEN_LINES:
+        if self.progress.disable and time.monotonic() - self.last_line_s > self.seconds_between_lines:
             self.line(f"{text}: {done} of {total}" if total else f"{text}: {done}")
 
     def on_progress(self, text: str, done: int, total: int) -> None:
@@ -81,13 +85,14 @@ def catch_stop_signals() -> Iterator[list[int]]:
     """Yield a list that SIGINT and SIGTERM are added to, so that the work stops between two steps.
 
     A second signal ends the program at once. Not under torchrun: the terminal sends a Ctrl-C to each process and
-    torchrun sends it again, and torchrun kills a process that does not end in time.
+    torchrun sends it again, and torchrun kills a process that does not end in time. A KeyboardInterrupt that follows
+    SIGTERM becomes the shell's exit status for it, 143.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if distributed.world_size() == 1:
+        if torchrun.world_size() == 1:
             signal.signal(number, handlers[signal.Signals(number)])
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -95,20 +100,18 @@ def catch_stop_signals() -> Iterator[list[int]]:
         signal.signal(number, receive)
     try:
         yield received
+    except KeyboardInterrupt:
+        if received[:1] == [signal.SIGTERM]:
+            sys.exit(128 + signal.SIGTERM)
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def exit_on_sigterm(received: Sequence[int]) -> None:
-    """Exit with the shell's status for SIGTERM, 143, if that was the first signal."""
-    if received[:1] == [signal.SIGTERM]:
-        sys.exit(128 + signal.SIGTERM)
-
-
 def silence_other_ranks() -> None:
     """Print from the first of the processes that torchrun started only."""
-    if not distributed.is_main_process():
+    if torchrun.rank() > 0:
         messages.quiet = results.quiet = True
 
 

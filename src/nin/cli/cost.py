@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from torch import nn
 
-import nin.profiling.cost
-from nin import checkpoint, models
+import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table, results
 from nin.errors import UserError
-from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
-from nin.profiling.cost import Cost
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nin.profiling.cost import Cost
 
 
 def cost(
@@ -46,7 +47,7 @@ def cost(
     counted = count(model, network, shape)
     if not count_only:
         with ProgressBar("Timing the layers") as bar:
-            counted = nin.profiling.cost.cost(network, shape, measured=True, on_progress=bar.update)
+            counted = nin.cost(network, shape, measured=True, on_progress=bar.update)
     if json:
         print_json(counted.to_dict())
     else:
@@ -59,6 +60,9 @@ def find_network(model: str, classes: int | None, channels: int | None) -> tuple
     Raises:
         UserError: there is none of that name, or a run folder is to have other classes or channels than its own.
     """
+    from nin import checkpoint, models
+    from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
+
     if model in models.MODELS:
         options = {} if channels is None else {"in_channels": channels}
         usual_classes = 10 if model in ("nin_digits", "nin_cifar") else 1000
@@ -85,7 +89,7 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
         UserError: the network does not take images of that shape.
     """
     try:
-        return nin.profiling.cost.cost(network, shape)
+        return nin.cost(network, shape)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each network has its own
         reason = " ".join(str(error).split())[:200].rstrip(".")
         images = "×".join(map(str, shape[1:]))

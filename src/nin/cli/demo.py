@@ -6,25 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from cyclopts import Parameter
 
-from nin import checkpoint
+import nin
 from nin.cli.console import messages, print_json, print_table
 from nin.cli.predict import prediction_dict, show_predictions
 from nin.cli.train import load_data, show_result, train_with_progress, write_report
 from nin.config import TrainConfig
-from nin.data import Data
-from nin.data.arrays import to_pillow
-from nin.inference.classifier import load
-from nin.profiling import bottleneck
-from nin.profiling.cost import cost
-from nin.training import CheckpointOptions, has_begun
 
 SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
 
-# channels that the bottleneck leaves, and images in a call
-BOTTLENECK_CHANNELS, BOTTLENECK_BATCH_SIZE = 64, 16
+# that the bottleneck leaves
+BOTTLENECK_CHANNELS = 64
 
 
 def demo(
@@ -32,6 +25,7 @@ def demo(
     out: Path = Path("runs/demo"),
     json: bool = False,
     config: Annotated[TrainConfig | None, Parameter(parse=False)] = None,
+    bottleneck_batch_size: Annotated[int, Parameter(parse=False)] = 16,
 ) -> None:
     """Do the main job on images that come along: train, test, look, predict, and time a bottleneck.
 
@@ -39,36 +33,40 @@ def demo(
         out: The run folder to make; one that an earlier demo made is replaced.
         json: Print the result as JSON on standard output.
         config: The recipe, for tests; the default one if not given.
+        bottleneck_batch_size: Images in a call of the bottleneck, for tests.
     """
+    from nin import training
+
     remove_earlier_demo(out)
     config = config or TrainConfig()
     print_heading("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
     images = load_data("digits", seed=config.seed)
-    keeping = CheckpointOptions(resume=has_begun(out))
-    result = train_with_progress(images, config, out=out, keeping=keeping, command="the same command")
+    result = train_with_progress(images, config, out=out, command="the same command", resume=training.has_begun(out))
     if not json:
         show_result(result)
     print_heading("2. Write what it learned into a report")
     report = write_report(out, images)
     print_heading("3. Predict images that it has not seen")
     paths = write_samples(images, out / SAMPLES_FOLDER)
-    predictions = load(out).predict(paths)
+    predictions = nin.load(out).predict(paths)
     if not json:
         show_predictions(paths, predictions, 2)
     print_heading(
         "4. Shrink channels with a 1×1 convolution: 256 → 64 → 4×4 → 256 beside 256 → 4×4 → 256, on 28×28 pixels"
     )
-    rows = compare_bottleneck()
+    rows = compare_bottleneck(bottleneck_batch_size)
     if json:
         samples = [prediction_dict(*pair, 2) for pair in zip(paths, predictions, strict=True)]
         print_json({"run": str(out), **result.info.result, "predictions": samples, "bottleneck": rows})
     else:
-        show_bottleneck(rows)
+        show_bottleneck(rows, bottleneck_batch_size)
     print_next_steps(out, report)
 
 
 def print_next_steps(out: Path, report: Path) -> None:
     """Print which files the demo wrote, and commands to try."""
+    from nin import checkpoint
+
     messages.print(
         f"\nWhat is where\n"
         f"  {report}  open it in a browser: accuracy, mistakes, and where the network looks\n"
@@ -87,6 +85,8 @@ def remove_earlier_demo(out: Path) -> None:
 
     The names of its samples tell it from other runs. A demo that was interrupted before them is resumed.
     """
+    from nin import checkpoint
+
     names, samples = {*checkpoint.FILES, SAMPLES_FOLDER, MAPS_FOLDER}, out / SAMPLES_FOLDER
     is_demo = samples.is_dir() and all("-is-a-" in path.name for path in samples.iterdir())
     if is_demo and all(path.name in names for path in out.iterdir()):
@@ -98,8 +98,12 @@ def print_heading(text: str) -> None:
     messages.print(f"\n{text}", style="bold")
 
 
-def write_samples(images: Data, folder: Path) -> list[Path]:
+def write_samples(images: nin.data.Data, folder: Path) -> list[Path]:
     """Write some test images as PNG files, named by their class, and return their paths."""
+    import torch
+
+    from nin.data.arrays import to_pillow
+
     folder.mkdir()
     chosen = torch.linspace(0, len(images.test) - 1, SAMPLES).long()
     paths = []
@@ -109,23 +113,27 @@ def write_samples(images: Data, folder: Path) -> list[Path]:
     return paths
 
 
-def compare_bottleneck() -> list[dict[str, Any]]:
+def compare_bottleneck(batch_size: int) -> list[dict[str, Any]]:
     """Return MACs, parameters and measured milliseconds of the 4×4 convolution alone and behind a bottleneck."""
-    measured = bottleneck.measure(BOTTLENECK_CHANNELS, images=BOTTLENECK_BATCH_SIZE)
+    from nin.profiling import bottleneck
+
+    measured = bottleneck.measure(BOTTLENECK_CHANNELS, images=batch_size)
     narrow, wide = bottleneck.build_networks(BOTTLENECK_CHANNELS)
     rows = []
     for form, network, timing in (
         ("256 → 4×4 → 256", wide, measured.wide),
         (f"256 → 1×1 → {BOTTLENECK_CHANNELS} → 4×4 → 256", narrow, measured.narrow),
     ):
-        counted = cost(network, (1, *measured.shape[1:]))
+        counted = nin.cost(network, (1, *measured.shape[1:]))
         figures = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
         rows.append({"form": form, "macs": counted.macs, "parameters": counted.parameters, **figures})
     return rows
 
 
-def show_bottleneck(rows: list[dict[str, Any]]) -> None:
+def show_bottleneck(rows: list[dict[str, Any]], batch_size: int) -> None:
     """Print the comparison as a table; its last row has the ratios."""
+    import torch
+
     cells = [("form", "MACs per image", "parameters", "milliseconds (20th to 80th percentile)")]
     for row in rows:
         spread = f"{row['median_ms']:.1f} ({row['low_ms']:.1f} to {row['high_ms']:.1f})"
@@ -133,5 +141,5 @@ def show_bottleneck(rows: list[dict[str, Any]]) -> None:
     wide, narrow = rows
     macs, parameters, ms = (f"{wide[key] / narrow[key]:.1f}× less" for key in ("macs", "parameters", "median_ms"))
     cells.append(("the bottleneck", macs, parameters, ms))
-    title = f"batch {BOTTLENECK_BATCH_SIZE}, float32, {torch.get_num_threads()} threads"
+    title = f"batch {batch_size}, float32, {torch.get_num_threads()} threads"
     print_table(cells, left=1, title=title, total=True)

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nin import exporters
 from nin.cli.console import messages, print_json, results
 
 
@@ -28,6 +27,8 @@ def export(
         preprocessing: Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
         json: Print what was written as JSON on standard output.
     """
+    from nin import exporters
+
     path = out or run / f"model{exporters.SUFFIXES[format]}"
     exported = exporters.export(run, path, format=format, preprocessing=preprocessing)
     if json:

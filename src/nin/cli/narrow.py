@@ -5,30 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nin import checkpoint, training
+import nin
 from nin.cli.console import (
     ProgressBar,
     catch_stop_signals,
-    exit_on_sigterm,
     messages,
     print_json,
     print_table,
     silence_other_ranks,
 )
 from nin.cli.train import load_data, write_report
-from nin.data import DATASET_NAMES, Data
 from nin.errors import UserError
-from nin.narrowing import NarrowReport
-from nin.narrowing.narrow_model import InputNormalisation, load_network, narrow_model
-from nin.narrowing.narrow_run import narrow_run
-from nin.narrowing.workflow_config import WorkflowConfig
-from nin.report import render_narrowing_report
-from nin.runtime import distributed
+from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
+
+if TYPE_CHECKING:
+    from nin.narrowing import NarrowReport
 
 
 def narrow(
@@ -89,6 +83,10 @@ def narrow(
         dry_run: Print the plan only.
         json: Print the figures as JSON on standard output.
     """
+    from nin.narrowing.narrow_model import InputNormalisation, load_network, narrow_model
+    from nin.narrowing.narrow_run import narrow_run
+    from nin.narrowing.workflow_config import WorkflowConfig
+
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
     config = WorkflowConfig(
         {name: value for name, value in budget.items() if value is not None},
@@ -109,19 +107,17 @@ def narrow(
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     silence_other_ranks()
-    if run is not None:
-        samples = load_data(data, data_dir=data_dir)
-        with narrowing_progress() as progress:
-            result = narrow_run(run, samples, config, out=out, **progress)
-    else:
-        assert model is not None
-        assert weights is not None
+    if model is not None and weights is not None:
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
-        samples = load_data(data, data_dir=data_dir, size=size or (None if data in DATASET_NAMES else 224))
+        size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
-        with narrowing_progress() as progress:
+    samples = load_data(data, data_dir=data_dir, size=size)
+    with narrowing_progress() as progress:
+        if run is not None:
+            result = narrow_run(run, samples, config, out=out, **progress)
+        else:
             result = narrow_model(network, samples, normalisation, config, out=out, cache=cache, **progress)
-    if not distributed.is_main_process():
+    if torchrun.rank() > 0:
         return
     hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
     show_narrowing(result.report, out, json)
@@ -144,21 +140,28 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
 @contextlib.contextmanager
 def narrowing_progress() -> Iterator[dict[str, Any]]:
     """Yield the options that let a narrowing show a progress bar, and stop at Ctrl-C and SIGTERM where it can go on."""
+    import torch
+
+    from nin.runtime import distributed
+    from nin.training import CheckpointOptions
+
     with (
         ProgressBar("Narrowing") as bar,
         catch_stop_signals() as received,
         distributed.process_group(torch.device("cpu")),
     ):
         try:
-            yield {"keeping": training.CheckpointOptions(stop=lambda: bool(received)), "on_progress": bar.on_progress}
+            yield {"keeping": CheckpointOptions(stop=lambda: bool(received)), "on_progress": bar.on_progress}
         except KeyboardInterrupt:
             bar.line("What was found is kept: the same command goes on.")
-            exit_on_sigterm(received)
             raise
 
 
-def write_pages(report: NarrowReport, out: Path, run: Path | None, model: str | None, images: Data) -> str:
+def write_pages(report: NarrowReport, out: Path, run: Path | None, model: str | None, images: nin.data.Data) -> str:
     """Write the report in HTML, and that of the new run; return where it is and how the network is used."""
+    from nin import checkpoint
+    from nin.report import render_narrowing_report
+
     page = out / ("report.html" if run is None else "narrowing.html")
     original = model if run is None else run.name
     write_atomically(page, render_narrowing_report(report, f"{out.name}: narrowed from {original}"))

@@ -6,15 +6,17 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nin import data, report
+import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.errors import UserError
-from nin.inference import batch_predict
-from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier, Prediction, load
 from nin.runtime.files import write_atomically
 from nin.runtime.formatting import format_percent
+
+if TYPE_CHECKING:
+    from nin.data import PathList, ShardSet
+    from nin.inference.classifier import Classifier, Prediction
 
 
 def predict(
@@ -49,14 +51,15 @@ def predict(
         raise UserError("--resume goes on with a file: give --csv FILE or --parquet FILE")
     if parquet is not None and parquet.suffix != ".parquet":
         raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
-    classifier = load(run, device=device)
-    source = find_shards(images) or data.PathList(image_paths(images))
+    classifier = nin.load(run, device=device)
+    is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
+    source = nin.data.open_shards(images[0]) if is_sharded else nin.data.PathList(image_paths(images))
     table = csv or parquet
     if table is not None:
         write_predictions(classifier, source, table, resume=resume)
         if maps is None and not json:
             return
-    if isinstance(source, data.ShardSet):
+    if isinstance(source, nin.data.ShardSet):
         raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE")
     paths, predictions = predict_paths(classifier, source, required={str(path) for path in images})
     if maps is not None:
@@ -67,11 +70,6 @@ def predict(
         show_predictions(paths, predictions, top)
 
 
-def find_shards(paths: Sequence[Path]) -> data.ShardSet | None:
-    """Return the set of shards, if the one path is a folder, a pattern or a URL of them."""
-    return data.open_shards(paths[0]) if len(paths) == 1 and data.is_shards(paths[0]) else None
-
-
 def image_paths(paths: Sequence[Path]) -> Iterator[str]:
     """Yield the image files among the paths, and those in the folders among them.
 
@@ -80,9 +78,9 @@ def image_paths(paths: Sequence[Path]) -> Iterator[str]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(data.find_images(path))
+            inside = sorted(nin.data.find_images(path))
             if not inside:
-                extensions = ", ".join(sorted(data.IMAGE_EXTENSIONS))
+                extensions = ", ".join(sorted(nin.data.IMAGE_EXTENSIONS))
                 raise UserError(f"{path} holds no image: its files must end in {extensions}")
             yield from inside
         elif path.exists():
@@ -91,10 +89,10 @@ def image_paths(paths: Sequence[Path]) -> Iterator[str]:
             raise UserError(f"{path} does not exist")
 
 
-def write_predictions(
-    classifier: Classifier, source: data.ShardSet | data.PathList, table: Path, *, resume: bool
-) -> None:
+def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> None:
     """Write the predictions into a CSV or Parquet file; under torchrun, each process writes its part."""
+    from nin.inference import batch_predict
+
     partition, started = batch_predict.Partition.from_environment(), time.monotonic()
     with ProgressBar("Predicting", len(source)) as bar:
         counts = batch_predict.predict_to_file(
@@ -109,7 +107,7 @@ def write_predictions(
 
 
 def predict_paths(
-    classifier: Classifier, source: data.PathList, *, required: set[str]
+    classifier: Classifier, source: PathList, *, required: set[str]
 ) -> tuple[list[Path], list[Prediction]]:
     """Return the paths of the readable images, and their predictions.
 
@@ -121,6 +119,8 @@ def predict_paths(
     Raises:
         UserError: an image of ``required`` cannot be read.
     """
+    from nin.inference.classifier import INFERENCE_BATCH_SIZE
+
     p = classifier.info.preprocessing
     paths: list[Path] = []
     predictions: list[Prediction] = []
@@ -129,7 +129,7 @@ def predict_paths(
             batch = []
             for path in source[start : start + INFERENCE_BATCH_SIZE]:
                 try:
-                    batch.append(data.decode(path, size=p.size, channels=p.channels))
+                    batch.append(nin.data.decode(path, size=p.size, channels=p.channels))
                     paths.append(Path(path))
                 except UserError as error:
                     if path in required:
@@ -162,12 +162,14 @@ def show_predictions(paths: Sequence[Path], predictions: Sequence[Prediction], t
 
 def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Sequence[Prediction], folder: Path) -> None:
     """Write one picture per image: the class activation map of its class, over the image."""
+    from nin import report
+
     folder.mkdir(parents=True, exist_ok=True)
     preprocessing = classifier.info.preprocessing
     size = preprocessing.size
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
         values = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)]
-        pixels = data.decode(path, size=size, channels=preprocessing.channels)
+        pixels = nin.data.decode(path, size=size, channels=preprocessing.channels)
         limit = report.symmetric_limit(values)
         picture = report.overlay(pixels, values, limit=limit, size=max(256, size))
         content = io.BytesIO()

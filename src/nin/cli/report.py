@@ -23,7 +23,7 @@ def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None
     if page is None:
         results.print(str(write_report(run, None)))
         return
-    from nin import server  # the report alone needs no web framework
+    from nin import server
 
     with ProgressBar("Writing the page") as bar:
         index = server.export_page(run, page, beside=beside, on_progress=bar.on_progress)

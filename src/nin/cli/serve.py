@@ -7,7 +7,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nin import server
 from nin.cli.console import messages
 from nin.errors import UserError
 
@@ -35,6 +34,7 @@ def serve(
     """
     if beside is not None and run is None:
         raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
+    from nin import server
 
     def show_address(address: str) -> None:
         runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)

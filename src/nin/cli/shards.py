@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nin
 from nin.cli.console import ProgressBar, messages, print_json
-from nin.data import write_shards
 
 
 def shards(
@@ -29,7 +29,7 @@ def shards(
         json: Print the names of the shards as JSON on standard output.
     """
     with ProgressBar(f"Reading {data}") as bar:
-        paths = write_shards(
+        paths = nin.data.write_shards(
             data,
             out,
             images_per_shard=images_per_shard,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-import nin.data
-import nin.report
-from nin import checkpoint, training
+import nin
 from nin.cli.check import show_findings
 from nin.cli.console import (
     ProgressBar,
     catch_stop_signals,
-    exit_on_sigterm,
     messages,
     print_json,
     results,
@@ -23,8 +19,11 @@ from nin.cli.console import (
 )
 from nin.config import TrainConfig
 from nin.errors import UserError
-from nin.runtime import distributed
+from nin.runtime import torchrun
 from nin.runtime.formatting import format_percent, format_percent_range
+
+if TYPE_CHECKING:
+    from nin.training import TrainProgress, TrainResult
 
 
 def train(
@@ -64,16 +63,17 @@ def train(
     """
     if checkpoint_minutes <= 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
         raise UserError("checkpoint_minutes must be above 0 and checkpoint_steps at least 1")
+    from nin import training
+
     config = config or TrainConfig()
-    keeping = training.CheckpointOptions(
-        resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
-    )
     silence_other_ranks()
     images = load_data(data, data_dir=data_dir, size=size, test_fraction=test_fraction, seed=config.seed, strict=strict)
     if resume and training.is_finished(out):
         messages.print(f"{out} is finished; this is its result.")
-    result = train_with_progress(images, config, out=out, keeping=keeping)
-    if not distributed.is_main_process():
+    result = train_with_progress(
+        images, config, out=out, resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
+    )
+    if torchrun.rank() > 0:
         return
     page = write_report(out, images)
     if json:
@@ -103,21 +103,23 @@ def train_with_progress(
     config: TrainConfig,
     *,
     out: Path,
-    keeping: training.CheckpointOptions,
     command: str = "the same command and --resume",
-) -> training.TrainResult:
+    **checkpoint_options: Any,
+) -> TrainResult:
     """Train with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM stop it after the step.
 
     Args:
         images: to train on and to test.
         config: the recipe.
         out: the run folder to make.
-        keeping: when the state is written, and whether to resume from it.
         command: what resumes the training, to be printed when it was stopped.
+        **checkpoint_options: of `nin.training.CheckpointOptions`.
     """
+    from nin import checkpoint, training
+
     with ProgressBar("Training") as bar, catch_stop_signals() as received:
 
-        def show(p: training.TrainProgress) -> None:
+        def show(p: TrainProgress) -> None:
             bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
             # a hundred short epochs get twenty lines
             if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
@@ -126,17 +128,16 @@ def train_with_progress(
                     f"test accuracy {format_percent(p.row['test_accuracy'], 2)}  {p.row['seconds']:.0f} s"
                 )
 
-        keeping = dataclasses.replace(keeping, stop=lambda: bool(received))
+        keeping = training.CheckpointOptions(**checkpoint_options, stop=lambda: bool(received))
         try:
             return training.train(images, config, out=out, keeping=keeping, on_progress=show)
         except KeyboardInterrupt:
             is_saved = (out / checkpoint.STATE_FILE).exists()
             bar.line(f"Go on with {command}: {out}" if is_saved else "Nothing was written.")
-            exit_on_sigterm(received)
             raise
 
 
-def show_result(result: training.TrainResult) -> None:
+def show_result(result: TrainResult) -> None:
     """Print the test accuracy with its interval, the model, its size and the time it took."""
     r, recipe = result.info.result, result.info.recipe
     parameters = sum(p.numel() for p in result.model.parameters())
@@ -156,5 +157,7 @@ def accuracy_text(result: dict[str, Any], name: str) -> str:
 
 def write_report(run: Path, images: nin.data.Data | None) -> Path:
     """Write the report with a progress bar: it predicts all test images."""
+    from nin import report
+
     with ProgressBar("Writing the report") as bar:
-        return nin.report.write_report(run, images, on_progress=bar.on_progress)
+        return report.write_report(run, images, on_progress=bar.on_progress)
