@@ -1,7 +1,5 @@
 """The command ``nin``: its verbs, and how errors become one line and an exit status."""
 
-from __future__ import annotations
-
 import io
 import sys
 import warnings

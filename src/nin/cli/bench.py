@@ -1,7 +1,5 @@
 """`nin bench`: time the operator and whole networks beside other engines."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nin.cli.console import messages, print_json, results

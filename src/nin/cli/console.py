@@ -1,7 +1,5 @@
 """Terminal output of every verb: progress and messages on standard error, results on standard output."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal
@@ -9,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -56,7 +54,7 @@ class ProgressBar:
         )
         self.task = self.progress.add_task(text, total=total)
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 

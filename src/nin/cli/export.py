@@ -1,7 +1,5 @@
 """`nin export`: write a trained network as ONNX, a torch.export program or OpenVINO."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Literal

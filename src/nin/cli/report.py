@@ -1,7 +1,5 @@
 """`nin report`: write the report of a run folder, or a static copy of the page of `nin serve`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nin.cli.console import ProgressBar, messages, results

@@ -1,7 +1,5 @@
 """`nin serve`: serve the lesson and a run's page over HTTP."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`nin shards`: write an image folder as WebDataset shards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nin
