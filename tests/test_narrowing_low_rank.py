@@ -34,11 +34,10 @@ def mean_error(wanted, got):
 def test_output_form_is_the_best_of_its_rank():
     x, xx, weight = problem()
     y = weight @ x
-    form = low_rank.output_basis(weight @ xx @ weight.T, plain_roots(6))
     losses = low_rank.output_losses(weight @ xx @ weight.T, plain_roots(6).sqrt)
     left, strengths, right = torch.linalg.svd(y, full_matrices=False)
     for rank in range(1, 7):
-        u, v = form.factors(rank)
+        u, v = low_rank.output_factors(weight @ xx @ weight.T, plain_roots(6), rank)
         best = left[:, :rank] * strengths[:rank] @ right[:rank]  # Eckart, Young: nothing of this rank is nearer
         torch.testing.assert_close(mean_error(y, u @ v @ y), mean_error(y, best), atol=1e-10, rtol=1e-8)
         torch.testing.assert_close(losses[rank], mean_error(y, best), atol=1e-10, rtol=1e-8)
@@ -51,8 +50,7 @@ def test_weighted_output_form_is_the_best_in_its_own_measure():
     gram = gram @ gram.T
     roots = linalg.matrix_roots(gram)
     torch.testing.assert_close(roots.sqrt @ roots.inverse_sqrt, torch.eye(6, dtype=torch.float64))
-    form = low_rank.output_basis(weight @ xx @ weight.T, roots)
-    u, v = form.factors(3)
+    u, v = low_rank.output_factors(weight @ xx @ weight.T, roots, 3)
     left, strengths, right = torch.linalg.svd(roots.sqrt @ y, full_matrices=False)
     best = left[:, :3] * strengths[:3] @ right[:3]
     torch.testing.assert_close(mean_error(roots.sqrt @ y, roots.sqrt @ u @ v @ y), mean_error(roots.sqrt @ y, best))

@@ -136,15 +136,17 @@ def factorised_layers(
         bias = spec.bias or (inputs != spec.in_channels and not spec.is_depthwise)
         return (dataclasses.replace(spec, in_channels=inputs, out_channels=outputs, groups=groups, bias=bias),)
 
-    pointwise = LayerSpec(spec.name, spec.kind, 1, 1, groups=spec.groups, calls=spec.calls)
+    def pointwise(inputs: int, outputs: int, size: tuple[int, int], *, bias: bool) -> LayerSpec:
+        sizes = {"input_size": size, "output_size": size}
+        return LayerSpec(
+            spec.name, spec.kind, inputs, outputs, groups=spec.groups, bias=bias, calls=spec.calls, **sizes
+        )
+
     reduced = inputs if rank_in is None else rank_in * spec.groups
     middle = outputs if rank_out is None else rank_out * spec.groups
     chain = [dataclasses.replace(spec, in_channels=reduced, out_channels=middle, bias=rank_out is None)]
     if rank_in is not None:
-        sizes = {"input_size": spec.input_size, "output_size": spec.input_size}
-        first = dataclasses.replace(pointwise, in_channels=inputs, out_channels=reduced, bias=False, **sizes)  # type: ignore[arg-type]
-        chain.insert(0, first)
+        chain.insert(0, pointwise(inputs, reduced, spec.input_size, bias=False))
     if rank_out is not None:
-        sizes = {"input_size": spec.output_size, "output_size": spec.output_size}
-        chain.append(dataclasses.replace(pointwise, in_channels=middle, out_channels=outputs, **sizes))  # type: ignore[arg-type]
+        chain.append(pointwise(middle, outputs, spec.output_size, bias=True))
     return tuple(chain)

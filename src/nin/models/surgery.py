@@ -40,7 +40,8 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
     new = to_plain_layers(model)
     for layer in plan.layers:
         module = get_layer(new, layer.name)
-        if is_changed(layer, module):
+        spec = LayerSpec.of_module(layer.name, module)
+        if planned_layers(spec, layer) != (spec,):
             if type(module) not in (nn.Conv2d, nn.Linear):
                 kind = type(module).__name__
                 raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
@@ -50,7 +51,7 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         for name in pruning.between:
             # depthwise layers are among plan.layers and have their size already
             if isinstance(get_module(new, name), nn.BatchNorm2d):
-                replace_module(new, name, select_channels(get_module(new, name), kept))
+                replace_module(new, name, select_outputs(get_module(new, name), kept))
     return to_layout(new, plan.layout)
 
 
@@ -72,12 +73,6 @@ def to_layout(model: nn.Module, layout: str) -> nn.Module:
     if layout == "channels_last":
         return model.to(memory_format=torch.channels_last)
     return model
-
-
-def is_changed(layer: LayerPlan, module: nn.Module) -> bool:
-    """Return whether the plan changes a layer."""
-    spec = LayerSpec.of_module(layer.name, module)
-    return layer.form != "keep" or (layer.inputs, layer.outputs) != (spec.in_channels, spec.out_channels)
 
 
 def make_planned_module(layer: LayerPlan, module: nn.Module) -> nn.Module:
@@ -129,24 +124,20 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, module)
 
 
-def select_channels(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return a copy of a BatchNorm or depthwise layer with these channels only."""
-    attributes = ("num_features",) if isinstance(module, nn.BatchNorm2d) else ("in_channels", "out_channels", "groups")
-    return _select(module, kept, attributes)
-
-
+@torch.no_grad()
 def select_outputs(module: nn.Module, kept: Tensor) -> nn.Module:
-    """Return a copy of a layer, or of a chain of layers, with these output channels only."""
+    """Return a copy of a layer, of a chain of layers or of a BatchNorm with these output channels only.
+
+    They are the first dimension of all its tensors. Of a depthwise layer the input channels of the same numbers go too.
+    """
     if isinstance(module, nn.Sequential):
         return nn.Sequential(*module[:-1], select_outputs(module[-1], kept))
-    return _select(module, kept, ("out_channels",) if isinstance(module, nn.Conv2d) else ("out_features",))
-
-
-@torch.no_grad()
-def _select(module: nn.Module, kept: Tensor, attributes: tuple[str, ...]) -> nn.Module:
-    """Return a copy cut to these channels, the first dimension of all its tensors; the attributes count them."""
     new = copy.deepcopy(module)
-    for name in attributes:
+    counts = ["num_features" if isinstance(module, nn.BatchNorm2d) else "out_features"]
+    if isinstance(module, nn.Conv2d):
+        depthwise = LayerSpec.of_module("", module).is_depthwise
+        counts = ["in_channels", "out_channels", "groups"] if depthwise else ["out_channels"]
+    for name in counts:
         setattr(new, name, len(kept))
     for name, parameter in new._parameters.items():
         if parameter is not None:

@@ -37,13 +37,13 @@ class Solution:
 
     Attributes:
         factorisations: by layer.
-        widths: channels left, by the number of the edge; edges that are not there keep all.
+        widths: channels left, by the edge's consumer; edges that are not there keep all.
         cost: of the network, in units of the budget.
         loss: sum over the layers of the fraction of variance that each loses.
     """
 
     factorisations: dict[str, Factorisation]
-    widths: dict[int, int]
+    widths: dict[str, int]
     cost: float
     loss: float
 
@@ -71,23 +71,26 @@ class Knapsack:
         fixed_cost: float = 0.0,
     ) -> None:
         self.specs, self.space, self.cost, self.fixed_cost = specs, space, cost, fixed_cost
-        self.edges = [edge for edge in edges if space.widths.get((edge.producer, edge.consumer))]
-        self.edge_before: dict[str, int] = {}
-        self.edge_after: dict[str, int] = {}
-        for number, edge in enumerate(self.edges):
-            self.edge_after[edge.producer] = self.edge_before[edge.consumer] = number
-            for name in edge.between:
-                self.edge_after[name] = self.edge_before[name] = number
+        # an edge goes by its consumer's name: a layer has one input
+        self.edges = {edge.consumer: edge for edge in edges if space.widths.get((edge.producer, edge.consumer))}
+        # of each edge, the loss by the number of channels left, all of them first
+        self.edge_losses: dict[str, dict[int, float]] = {}
+        # the edges at the input and at the output of a layer
+        self.edge_before: dict[str, str] = {}
+        self.edge_after: dict[str, str] = {}
+        for consumer, edge in self.edges.items():
+            self.edge_losses[consumer] = {specs[consumer].in_channels: 0.0, **space.widths[edge.producer, consumer]}
+            self.edge_before |= dict.fromkeys((*edge.between, consumer), consumer)
+            self.edge_after |= dict.fromkeys((edge.producer, *edge.between), consumer)
         self.costs: dict[tuple[object, ...], float] = {}
 
-    def width(self, name: str, widths: dict[int, int], *, before: bool) -> int:
+    def width(self, name: str, widths: dict[str, int], *, before: bool) -> int:
         """Return the channels of a layer's input (``before``) or output."""
         spec = self.specs[name]
-        number = (self.edge_before if before else self.edge_after).get(name)
-        full = spec.in_channels if before else spec.out_channels
-        return full if number is None else widths.get(number, full)
+        edge = (self.edge_before if before else self.edge_after).get(name, "")
+        return widths.get(edge, spec.in_channels if before else spec.out_channels)
 
-    def layer_cost(self, name: str, factorisation: Factorisation, widths: dict[int, int]) -> float:
+    def layer_cost(self, name: str, factorisation: Factorisation, widths: dict[str, int]) -> float:
         """Return the cost of one layer."""
         inputs, outputs = self.width(name, widths, before=True), self.width(name, widths, before=False)
         key = (name, factorisation, inputs, outputs)
@@ -95,30 +98,20 @@ class Knapsack:
             self.costs[key] = self.cost(factorisation.layers(self.specs[name], inputs=inputs, outputs=outputs))
         return self.costs[key]
 
-    def edge_loss(self, number: int, channels: int) -> float:
-        """Return the loss of an edge with that many channels left."""
-        edge = self.edges[number]
-        return self.space.widths[edge.producer, edge.consumer].get(channels, 0.0)
-
     def edge_cost(
-        self, number: int, channels: int, factorisations: dict[str, Factorisation], widths: dict[int, int]
+        self, consumer: str, channels: int, factorisations: dict[str, Factorisation], widths: dict[str, int]
     ) -> float:
         """Return the cost of the layers at an edge with that many channels left."""
-        edge = self.edges[number]
-        trial = {**widths, number: channels}
-        touched = (edge.producer, edge.consumer, *edge.between)
+        edge = self.edges[consumer]
+        trial = {**widths, consumer: channels}
+        touched = (edge.producer, consumer, *edge.between)
         return sum(self.layer_cost(name, factorisations[name], trial) for name in touched if name in self.specs)
 
-    def edge_widths(self, number: int) -> list[int]:
-        """Return the widths that an edge can have, all channels first."""
-        edge = self.edges[number]
-        return [self.specs[edge.consumer].in_channels, *self.space.widths[edge.producer, edge.consumer]]
-
-    def solution(self, factorisations: dict[str, Factorisation], widths: dict[int, int]) -> Solution:
+    def solution(self, factorisations: dict[str, Factorisation], widths: dict[str, int]) -> Solution:
         """Return the choices with their cost and loss."""
         cost = sum(self.layer_cost(name, factorisations[name], widths) for name in self.specs)
-        edge_losses = sum(self.edge_loss(number, channels) for number, channels in widths.items())
-        loss = sum(factorisation.loss for factorisation in factorisations.values()) + edge_losses
+        pruned = sum(self.edge_losses[consumer][channels] for consumer, channels in widths.items())
+        loss = sum(factorisation.loss for factorisation in factorisations.values()) + pruned
         return Solution(factorisations, widths, self.fixed_cost + cost, loss)
 
     def choices(self, name: str) -> tuple[Factorisation, ...]:
@@ -131,26 +124,19 @@ class Knapsack:
 
     def minimise(self, multiplier: float) -> Solution:
         """Return a solution of small ``loss + multiplier · cost``, by coordinate descent."""
-        factorisations, widths = dict(self.unchanged().factorisations), dict[int, int]()
+        factorisations = dict(self.unchanged().factorisations)
+        widths = {consumer: self.specs[consumer].in_channels for consumer in self.edges}
         for _ in range(MAX_SWEEPS):
-            changed = False
-            for number in range(len(self.edges)):
-                options = self.edge_widths(number)
-                best = min(
-                    options,
-                    key=lambda n: (
-                        self.edge_loss(number, n) + multiplier * self.edge_cost(number, n, factorisations, widths)
-                    ),
+            before = dict(factorisations), dict(widths)
+            for edge, losses in self.edge_losses.items():
+                widths[edge] = min(
+                    losses, key=lambda n: losses[n] + multiplier * self.edge_cost(edge, n, factorisations, widths)
                 )
-                changed |= best != widths.get(number, options[0])
-                widths[number] = best
             for name in self.specs:
-                best_choice = min(
+                factorisations[name] = min(
                     self.choices(name), key=lambda f: f.loss + multiplier * self.layer_cost(name, f, widths)
                 )
-                changed |= best_choice != factorisations[name]
-                factorisations[name] = best_choice
-            if not changed:
+            if before == (factorisations, widths):
                 break
         return self.solution(factorisations, widths)
 
@@ -191,32 +177,31 @@ class Knapsack:
         factorisations, widths, cost = dict(solution.factorisations), dict(solution.widths), solution.cost
         while True:
             affordable = [
-                (saved / max(extra, 1e-9), extra, key, choice)
-                for key, choice, saved, extra in self._improvements(factorisations, widths)
-                if saved > 0 and cost + extra <= budget
+                (saved / max(extra, 1e-9), extra, name, choice)
+                for name, choice, saved, extra in self._improvements(factorisations, widths)
+                if cost + extra <= budget
             ]
             if not affordable:
                 return self.solution(factorisations, widths)
-            _, extra, key, choice = max(affordable, key=lambda improvement: improvement[0])
+            _, extra, name, choice = max(affordable, key=lambda improvement: improvement[0])
             if isinstance(choice, Factorisation):
-                factorisations[str(key)] = choice
+                factorisations[name] = choice
             else:
-                widths[int(key)] = choice
+                widths[name] = choice
             cost += extra
 
     def _improvements(
-        self, factorisations: dict[str, Factorisation], widths: dict[int, int]
-    ) -> Iterator[tuple[str | int, Factorisation | int, float, float]]:
+        self, factorisations: dict[str, Factorisation], widths: dict[str, int]
+    ) -> Iterator[tuple[str, Factorisation | int, float, float]]:
         """Yield every change of one choice: of which layer or edge, to what, the loss that it saves, the extra cost."""
         for name, current in factorisations.items():
             cost = self.layer_cost(name, current, widths)
             for other in self.space.factorisations.get(name, ()):
                 if other.loss < current.loss:
                     yield name, other, current.loss - other.loss, self.layer_cost(name, other, widths) - cost
-        for number in range(len(self.edges)):
-            width = widths.get(number, self.edge_widths(number)[0])
-            cost = self.edge_cost(number, width, factorisations, widths)
-            for n in self.edge_widths(number):
-                saved = self.edge_loss(number, width) - self.edge_loss(number, n)
-                if saved > 0:
-                    yield number, n, saved, self.edge_cost(number, n, factorisations, widths) - cost
+        for edge, losses in self.edge_losses.items():
+            width = widths[edge]
+            cost = self.edge_cost(edge, width, factorisations, widths)
+            for n, loss in losses.items():
+                if loss < losses[width]:
+                    yield edge, n, losses[width] - loss, self.edge_cost(edge, n, factorisations, widths) - cost

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -125,15 +126,12 @@ class ModelTimer:
 def _time(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, timer.Timing]:
     """Time calls side by side, the first of them for about so many seconds."""
 
-    def synchronised(call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+    def run(call: Callable[[], Any]) -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-        return run
-
-    timed: dict[str, Callable[[], object]] = {name: synchronised(call) for name, call in calls.items()}
+    timed: dict[str, Callable[[], object]] = {name: functools.partial(run, call) for name, call in calls.items()}
     first = next(iter(timed.values()))
     first()  # the first call is slower
     start = time.perf_counter()

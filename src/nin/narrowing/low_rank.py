@@ -1,39 +1,29 @@
 """Low-rank factorisation of a layer from covariances: PCA of its output, and Tucker-2 with 1×1 convolutions."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from nin.narrowing.linalg import MatrixRoots, cholesky
 
 
-@dataclasses.dataclass(frozen=True)
-class OutputBasis:
-    """Principal components of a layer's output, weighted by G; see `output_basis`."""
-
-    vectors: Tensor  # (C_out, C_out), the largest variance first
-    roots: MatrixRoots  # of G
-
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return (U, V) of shapes (C_out, rank) and (rank, C_out): ``ŷ = U V y``."""
-        kept = self.vectors[:, :rank]
-        return self.roots.inverse_sqrt @ kept, kept.mT @ self.roots.sqrt
-
-
-def output_basis(yy: Tensor, roots: MatrixRoots) -> OutputBasis:
-    """Return the principal components of an output: the global optimum of a linear layer of any rank.
+def output_factors(yy: Tensor, roots: MatrixRoots, rank: int) -> tuple[Tensor, Tensor]:
+    """Project an output onto its first principal components: the global optimum of a linear layer of that rank.
 
     Args:
         yy: Cov(y), (C_out, C_out).
-        roots: of G.
+        roots: of G, which weighs the directions of y.
+        rank: number of components.
+
+    Returns:
+        (U, V) of shapes (C_out, rank) and (rank, C_out): ``ŷ = U V y``.
     """
     _, vectors = torch.linalg.eigh(roots.sqrt @ yy @ roots.sqrt)  # ascending
-    return OutputBasis(vectors.flip(1), roots)
+    kept = vectors.flip(1)[:, :rank]
+    return roots.inverse_sqrt @ kept, kept.mT @ roots.sqrt
 
 
 def output_losses(yy: Tensor, sqrt: Tensor) -> Tensor:
-    """Return the errors of `output_basis` with 0, 1, … C_out components: (C_out + 1,).
+    """Return the errors of `output_factors` with 0, 1, … C_out components: (C_out + 1,).
 
     Args:
         yy: Cov(y), (C_out, C_out).

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
 from nin.narrowing.calibration import model_inputs, record_calls
-from nin.narrowing.patches import extract_outputs, extract_patches, sampled_positions
+from nin.narrowing.patches import extract_outputs, extract_patches
 from nin.runtime import distributed
 from nin.runtime.progress import ProgressCallback, ignore_progress
 
@@ -92,12 +92,10 @@ def collect_moments(
     """
     layers = {name: model.get_submodule(name) for name in specs}
     moments = {name: Moments.of_layer(spec, layers[name], "xx") for name, spec in specs.items()}
-    positions = {name: sampled_positions(spec) for name, spec in specs.items()}
 
     def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         check_finite(name, x, y)
-        spec = specs[name]
-        moments[name].add(extract_patches(x, spec, positions[name]), extract_outputs(y, spec, positions[name]))
+        moments[name].add(extract_patches(x, specs[name]), extract_outputs(y, specs[name]))
 
     with record_calls(layers, record), torch.no_grad():
         for done, (args, kwargs) in enumerate(model_inputs(batches)):

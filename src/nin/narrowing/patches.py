@@ -1,5 +1,7 @@
 """A layer's input patches (im2col) and outputs, at the same sampled positions of every image."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,17 +13,18 @@ from nin.models.layer_spec import LayerSpec
 POSITIONS_PER_IMAGE = 64
 
 
-def sampled_positions(spec: LayerSpec) -> Tensor:
-    """Return the output positions to sample: int64 indices into height · width, ascending."""
-    if spec.positions <= POSITIONS_PER_IMAGE:
-        return torch.arange(spec.positions)
+@functools.cache
+def sampled_positions(count: int) -> Tensor:
+    """Return which of that many output positions to sample: int64 indices into height · width, ascending."""
+    if count <= POSITIONS_PER_IMAGE:
+        return torch.arange(count)
     # seeded by the size, so that every pass over the images, in every process, samples the same ones
-    generator = torch.Generator().manual_seed(spec.positions)
-    return torch.randperm(spec.positions, generator=generator)[:POSITIONS_PER_IMAGE].sort().values
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(count, generator=generator)[:POSITIONS_PER_IMAGE].sort().values
 
 
-def extract_patches(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
-    """Return the input patches of a layer, its padding included.
+def extract_patches(x: Tensor, spec: LayerSpec) -> Tensor:
+    """Return the input patches of a layer at its `sampled_positions`, its padding included.
 
     `torch.nn.functional.unfold` would build those of all positions, up to 50 times as much memory, and knows neither
     groups nor the other padding modes.
@@ -29,14 +32,13 @@ def extract_patches(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
     Args:
         x: the layer's input: (N, C, H, W) or (C, H, W); (…, C) for a fully connected layer.
         spec: the layer's geometry.
-        positions: of the output, from `sampled_positions`.
 
     Returns:
         (groups, C / groups · kH · kW, N · positions).
     """
     if spec.kind == "linear":
-        return _linear_samples(x, spec, positions)
-    x = pad(x if x.dim() == 4 else x[None], spec)
+        return _linear_samples(x, spec)
+    x, positions = pad(x if x.dim() == 4 else x[None], spec), sampled_positions(spec.positions)
     n, c, width = x.shape[0], x.shape[1], x.shape[3]
     row, column = positions // spec.output_size[1], positions % spec.output_size[1]
     tap_rows = torch.arange(spec.kernel_size[0]) * spec.dilation[0]
@@ -49,19 +51,20 @@ def extract_patches(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
     return values.permute(1, 2, 3, 0, 4).flatten(3).flatten(1, 2)
 
 
-def extract_outputs(y: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
-    """Return a layer's outputs at these positions: (groups, C_out / groups, N · positions)."""
+def extract_outputs(y: Tensor, spec: LayerSpec) -> Tensor:
+    """Return a layer's outputs at its `sampled_positions`: (groups, C_out / groups, N · positions)."""
     if spec.kind == "linear":
-        return _linear_samples(y, spec, positions)
+        return _linear_samples(y, spec)
     y = y if y.dim() == 4 else y[None]
-    values = y.flatten(2)[:, :, positions.to(y.device)]  # (N, C_out, positions)
-    values = values.view(len(values), spec.groups, values.shape[1] // spec.groups, len(positions))
+    values = y.flatten(2)[:, :, sampled_positions(spec.positions).to(y.device)]  # (N, C_out, positions)
+    values = values.view(len(values), spec.groups, values.shape[1] // spec.groups, values.shape[2])
     return values.permute(1, 2, 0, 3).flatten(2)
 
 
-def _linear_samples(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
+def _linear_samples(x: Tensor, spec: LayerSpec) -> Tensor:
     """Return the vectors of a fully connected layer's input or output: (1, C, N · positions)."""
-    return x.reshape(-1, spec.positions, x.shape[-1])[:, positions].reshape(1, -1, x.shape[-1]).mT
+    samples = x.reshape(-1, spec.positions, x.shape[-1])[:, sampled_positions(spec.positions)]
+    return samples.reshape(1, -1, x.shape[-1]).mT
 
 
 def pad(x: Tensor, spec: LayerSpec) -> Tensor:

@@ -177,9 +177,9 @@ class Planner:
             reason = self.analysis.reasons.get(name, "")
             layers.append(LayerPlan(name, choice.form, choice.rank_in, choice.rank_out, inputs, outputs, dtype, reason))
         pruned = []
-        for number, edge in enumerate(knapsack.edges):
+        for edge in knapsack.edges.values():
             full = self.analysis.specs[edge.consumer].in_channels
-            left = solution.widths.get(number, full)
+            left = knapsack.width(edge.consumer, solution.widths, before=True)
             if left < full:
                 pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full))
         return Plan(tuple(layers), tuple(pruned), self.kind, share, self.options.layout)
@@ -221,10 +221,10 @@ def _without_slower(space: SearchSpace, knapsack: Knapsack, solution: Solution, 
             factorisations[name] = (keep, *others[others.index(choice) + 1 :])
             continue
         for ends in (knapsack.edge_before, knapsack.edge_after):
-            if name in ends and ends[name] in solution.widths:
-                edge, left = knapsack.edges[ends[name]], solution.widths[ends[name]]
-                key = edge.producer, edge.consumer
-                widths[key] = {n: loss for n, loss in widths[key].items() if n < left}
+            consumer = ends.get(name)
+            if consumer in solution.widths:
+                key = knapsack.edges[consumer].producer, consumer
+                widths[key] = {n: loss for n, loss in widths[key].items() if n < solution.widths[consumer]}
     return SearchSpace(factorisations, widths)
 
 

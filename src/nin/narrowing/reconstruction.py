@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nin.models.layer_spec import LayerSpec
-from nin.models.plan import ChannelPruning, LayerPlan, Plan
-from nin.models.surgery import make_planned_module, replace_module, select_channels, select_outputs
+from nin.models.plan import LayerPlan, Plan
+from nin.models.surgery import make_planned_module, replace_module, select_outputs
 from nin.narrowing.analysis import Analysis
 from nin.narrowing.calibration import model_inputs, record_calls
 from nin.narrowing.channel_elimination import eliminate_channels, patch_indices
 from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, weighted_variance
-from nin.narrowing.low_rank import InputProjection, balance_scales, output_basis
+from nin.narrowing.low_rank import InputProjection, balance_scales, output_factors
 from nin.narrowing.moments import Moments, all_reduce_moments, check_finite
-from nin.narrowing.patches import extract_outputs, extract_patches, sampled_positions
+from nin.narrowing.patches import extract_outputs, extract_patches
 from nin.runtime.progress import ProgressCallback, ignore_progress
 
 # A channel that BatchNorm scales below this fraction of the largest scale is not fitted to the error of the shortcut:
@@ -127,19 +127,18 @@ class _Reconstruction:
         with_shortcut: list[str],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        extract: Callable[[Tensor, LayerSpec, Tensor], Tensor],
+        extract: Callable[[Tensor, LayerSpec], Tensor],
     ) -> dict[tuple[str, str], Tensor]:
         """Run one batch and return each layer's patches or outputs ("layer"), and what is added to it ("shortcut")."""
         caught: dict[tuple[str, str], list[Tensor]] = {}
         waiting: set[str] = set()  # layers whose shortcut is computed after them
         remaining = sum(spec.calls for spec in specs.values())
-        positions = {name: sampled_positions(spec) for name, spec in specs.items()}
 
         def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
             nonlocal remaining
             check_finite(name, x, y)
             value = x if extract is extract_patches else y
-            caught.setdefault((name, "layer"), []).append(extract(value, specs[name], positions[name]))
+            caught.setdefault((name, "layer"), []).append(extract(value, specs[name]))
             remaining -= 1
             if remaining == 0 and not waiting:
                 raise _AllSeenError
@@ -148,7 +147,7 @@ class _Reconstruction:
             waiting.discard(name)
             spec = specs[name]
             if isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[-2:]) == spec.output_size:
-                caught.setdefault((name, "shortcut"), []).append(extract_outputs(value, spec, positions[name]))
+                caught.setdefault((name, "shortcut"), []).append(extract_outputs(value, spec))
 
         with contextlib.ExitStack() as stack:
             for name in with_shortcut:
@@ -190,7 +189,8 @@ class _Reconstruction:
             xx, mean_x = xx[0][kept_inputs][:, kept_inputs][None], mean_x[:, kept_inputs]
             fitted = least_squares(weight[0][:, kept_inputs], xx[0], yx[0][:, kept_inputs])[None]
             yy = fitted @ xx @ fitted.mT
-            self.prune(pruning, kept)
+            for name in (pruning.producer, *pruning.between):
+                replace_module(self.narrowed, name, select_outputs(self.narrowed.get_submodule(name), kept))
         factored = [
             _factorise(layer, fitted[g], None if xx is None else xx[g], yy[g], roots[g]) for g in range(spec.groups)
         ]
@@ -202,13 +202,6 @@ class _Reconstruction:
         replace_module(self.narrowed, layer.name, new)
         return None if xx is None else _missed_variance(moments, effective, xx, kept_inputs, roots)
 
-    def prune(self, pruning: ChannelPruning, kept: Tensor) -> None:
-        """Keep these channels only of the producer's output and of the layers between."""
-        producer = self.narrowed.get_submodule(pruning.producer)
-        replace_module(self.narrowed, pruning.producer, select_outputs(producer, kept))
-        for name in pruning.between:
-            replace_module(self.narrowed, name, select_channels(self.narrowed.get_submodule(name), kept))
-
 
 def _factorise(
     layer: LayerPlan, weight: Tensor, xx: Tensor | None, yy: Tensor, roots: MatrixRoots
@@ -218,7 +211,7 @@ def _factorise(
         return [weight], weight
     if layer.form == "output":
         assert layer.rank_out is not None
-        u, v = output_basis(yy, roots).factors(layer.rank_out)
+        u, v = output_factors(yy, roots, layer.rank_out)
         return balance_scales([v @ weight, u]), u @ v @ weight
     assert xx is not None
     assert layer.rank_in is not None
@@ -227,7 +220,7 @@ def _factorise(
     projection, core = behind.factors(layer.rank_in)
     matrices, final = [projection, core], core
     if layer.rank_out is not None:
-        u, v = output_basis(behind.output_covariance(layer.rank_in), roots).factors(layer.rank_out)
+        u, v = output_factors(behind.output_covariance(layer.rank_in), roots, layer.rank_out)
         matrices, final = [projection, v @ core, u], u @ v @ core
     effective = torch.einsum("ort,ri->oit", final.view(-1, layer.rank_in, taps), projection).flatten(1)
     return balance_scales(matrices), effective

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nin.models.layer_spec import LayerSpec
 from nin.narrowing.calibration import float_tensors, model_inputs, record_calls
-from nin.narrowing.patches import extract_outputs, sampled_positions
+from nin.narrowing.patches import extract_outputs
 from nin.runtime import distributed
 
 # Scores are divided by this before the softmax: a network that is sure of its answers still has gradients, and
@@ -33,13 +33,12 @@ def measure_sensitivities(model: nn.Module, specs: dict[str, LayerSpec], batches
         batches: calibration images.
     """
     layers = {name: model.get_submodule(name) for name in specs}
-    positions = {name: sampled_positions(spec) for name, spec in specs.items()}
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(specs, 0)
 
     def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            g = extract_outputs(gradient, specs[name], positions[name]).double()
+            g = extract_outputs(gradient, specs[name]).double()
             sums[name] = sums.get(name, 0) + g @ g.mT
             counts[name] += g.shape[2]
 
