@@ -137,10 +137,8 @@ def factorised_layers(
         return (dataclasses.replace(spec, in_channels=inputs, out_channels=outputs, groups=groups, bias=bias),)
 
     def pointwise(inputs: int, outputs: int, size: tuple[int, int], *, bias: bool) -> LayerSpec:
-        sizes = {"input_size": size, "output_size": size}
-        return LayerSpec(
-            spec.name, spec.kind, inputs, outputs, groups=spec.groups, bias=bias, calls=spec.calls, **sizes
-        )
+        new = LayerSpec(spec.name, spec.kind, inputs, outputs, groups=spec.groups, bias=bias, calls=spec.calls)
+        return dataclasses.replace(new, input_size=size, output_size=size)
 
     reduced = inputs if rank_in is None else rank_in * spec.groups
     middle = outputs if rank_out is None else rank_out * spec.groups
