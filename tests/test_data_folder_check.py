@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from nin import data
-from nin.data import folder_check, folder_scan
+from nin.data import folder as image_folder
+from nin.data import folder_scan
 from nin.errors import UserError
 
 
@@ -94,7 +95,7 @@ def test_loading_finds_the_same(folder):
 
 
 def test_huge_images_are_named_before_they_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(folder_check, "HUGE_PIXELS", 200)
+    monkeypatch.setattr(image_folder, "HUGE_PIXELS", 200)
     found = data.check(folder)
     assert Counter(finding.kind for finding in found.findings) == {"huge": 12}
     assert found.findings[0].detail == "16 × 16 pixels"

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -304,12 +302,7 @@ def _convert_openvino(program: ExportedProgram, metadata: dict[str, Any]) -> tup
         openvino.save_model(network, target, compress_to_fp16=False)
         # weights first: whoever sees the .xml finds the .bin
         contents = {".bin": target.with_suffix(".bin").read_bytes(), ".xml": target.read_bytes()}
-
-    def run(x: Tensor) -> Tensor:
-        scores: NDArray[np.float32] = compiled(x.numpy())[0]
-        return torch.from_numpy(scores)
-
-    return contents, run
+    return contents, lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
 def _metadata_text(value: Any) -> str:

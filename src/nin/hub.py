@@ -74,11 +74,9 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the model card: data, settings, accuracy with its interval, costs and picture."""
-        return ModelCard(model_card_text(self.info, self._cost(), picture=self.picture is not None))
-
-    def _cost(self) -> Cost:
         p = self.info.preprocessing
-        return cost(self.model, (1, p.channels, p.size, p.size))
+        costs = cost(self.model, (1, p.channels, p.size, p.size))
+        return ModelCard(model_card_text(self.info, costs, picture=self.picture is not None))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self.info
@@ -91,24 +89,14 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
             write_atomically(save_directory / PICTURE_FILE, content.getvalue())
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        device: str = "cpu",
-        **_: Any,  # the fields of config.json, which the mixin passes too
-    ) -> Self:
+    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **options: Any) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
-            options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
-            options |= {"local_files_only": local_files_only, "token": token}
+            # the mixin passes the fields of config.json too
+            names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            options = {name: options[name] for name in names}
             files = (checkpoint.CONFIG_FILE, checkpoint.MODEL_FILE)
-            folder = [Path(hf_hub_download(model_id, name, **options)).parent for name in files][-1]
+            folder = [Path(hf_hub_download(model_id, file, **options)).parent for file in files][-1]
         model, info = checkpoint.load_model(folder)
         return cls(model, info, device=device)
 

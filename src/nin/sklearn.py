@@ -142,8 +142,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     def predict(self, X: ArrayLike) -> Array:
         """Return the most probable class of each sample, (n_samples,)."""
-        scores = self._scores(X)
-        return self.classes_[scores.argmax(1)]
+        return self.classes_[self._scores(X).argmax(1)]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class, (n_samples, n_classes), in the order of ``classes_``."""
@@ -154,11 +153,8 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         check_is_fitted(self)
         samples, _ = self._validate(X, None, reset=False)
         with self._computing(), torch.inference_mode():
-            parts = [
-                self.train_step_.ema_model(self._inputs(samples[start : start + SKLEARN_BATCH_SIZE])).double().cpu()
-                for start in range(0, len(samples), SKLEARN_BATCH_SIZE)
-            ]
-        return torch.cat(parts).numpy()
+            batches, model = samples.split(SKLEARN_BATCH_SIZE), self.train_step_.ema_model
+            return torch.cat([model(self._inputs(batch)).double().cpu() for batch in batches]).numpy()
 
     def _initialize(self, samples: Tensor, classes: Array) -> None:
         """Make a new network for the shape of the samples, and measure the mean and variance of their channels."""
@@ -203,8 +199,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
                 samples[indices], indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
             )
             labels = targets[indices].to(self.train_step_.device)
-            loss_tensor, _ = self.train_step_(self._inputs(pixels), labels, self.n_steps_, steps)
-            loss = loss_tensor.item()
+            loss = self.train_step_(self._inputs(pixels), labels, self.n_steps_, steps)[0].item()
             if not np.isfinite(loss):
                 raise ValueError(f"the loss became {loss}: learning_rate must be lower than {config.learning_rate}")
             total += loss * len(indices)

@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any, cast
 
 import torch.fx
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -23,16 +22,14 @@ torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.layout
 
 
 def _cfg(size: int, **values: Any) -> dict[str, Any]:
-    """Return timm's default configuration of a network, without pretrained weights."""
+    """Return timm's default configuration of a network, without pretrained weights.
+
+    What is not here is as timm's `PretrainedCfg` has it: 1,000 classes, bicubic, mean and std of ImageNet.
+    """
     cfg = {
         "url": "",
-        "num_classes": 1000,
         "input_size": (3, size, size),
-        "fixed_input_size": False,
         "crop_pct": 0.875 if size > 32 else 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "blocks.0.0.convs.0",
         "license": "apache-2.0",
         "origin_url": "https://arxiv.org/abs/1312.4400",

@@ -4,7 +4,7 @@ from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, default_shift
 from nin.data.decoder import IMAGE_EXTENSIONS, decode
 from nin.data.factory import load, load_from_record
-from nin.data.folder_check import FINDING_KINDS, Check, check, findings_csv
+from nin.data.folder import FINDING_KINDS, Check, check, findings_csv
 from nin.data.folder_listing import find_images
 from nin.data.loader import batches, to_device
 from nin.data.sampling import epoch_order

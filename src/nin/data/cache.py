@@ -1,5 +1,6 @@
 """The user's cache folder, and files in it that keep what was computed from other files, each with a checksum."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -37,11 +38,9 @@ def cache_path(key: bytes, version: int) -> Path:
 
 def write_cache(path: Path, content: bytes) -> None:
     """Write a cache file; do nothing if the folder cannot be written: then the content is computed again next time."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, digest(content, size=_CHECKSUM_BYTES) + content)
-    except OSError:
-        return
 
 
 def read_cache(path: Path) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Data sets: images in memory (ImageSet) or decoded on demand (DecodedSet, FileSet), and Data: train and test set."""
+"""Data sets: Data (train and test set), images in memory or decoded on demand, and LoadOptions: how to read them."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nin.data.decoder import DecodeError, Pixels, decode_pixels
+from nin.errors import UserError
+from nin.runtime.progress import ProgressCallback
 
 # Where images are not in memory, mean and std are those of this many, evenly spaced: the standard error of the mean
 # is then about 1/60 of the spread between images.
@@ -229,6 +231,30 @@ class Data:
         flip = default_flip(classes) if flip is None else flip
         channels, size, shift = train.channels, train.size, default_shift(train.size)
         return cls(name, train, test, classes, channels, size, mean, std, flip, shift, **details)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to read images; `nin.data.load` documents each field.
+
+    Raises:
+        UserError: test_fraction or size is out of range.
+    """
+
+    size: int | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    strict: bool = False
+    workers: int | None = None
+    memory_limit_bytes: int = 0
+    on_progress: ProgressCallback | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise UserError(f"test_fraction: expected a number between 0 and 1, got {self.test_fraction}")
+        if self.size is not None and self.size < 1:
+            raise UserError(f"size: expected at least 1 pixel, got {self.size}")
 
 
 def channel_mean_std(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:

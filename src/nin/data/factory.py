@@ -9,9 +9,8 @@ from typing import Any
 from nin.data.arrays import load_arrays
 from nin.data.builtin import DATASET_NAMES, load_builtin
 from nin.data.cache import cache_folder
-from nin.data.dataset import Data
+from nin.data.dataset import Data, LoadOptions
 from nin.data.folder import read_folder
-from nin.data.options import LoadOptions
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback

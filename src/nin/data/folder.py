@@ -1,16 +1,75 @@
-"""Read an image folder: into memory where the images fit, else decoded on demand."""
+"""Image folders: read one as a data set, and check one: unreadable files, duplicates, train-test leaks, odd sizes."""
 
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from nin.data.dataset import Data, FileSet, ImageSet
-from nin.data.folder_check import collect_findings, imbalance_notes
-from nin.data.folder_scan import FolderScan
-from nin.data.options import LoadOptions
+from nin.data.builtin import DATASET_NAMES
+from nin.data.dataset import Data, FileSet, Finding, ImageSet, LoadOptions
+from nin.data.decoder import IMAGE_EXTENSIONS
+from nin.data.folder_scan import FORMAT_NAMES, FolderScan
+from nin.errors import UserError
+from nin.runtime.progress import ProgressCallback
+
+UNREADABLE, TWO_CLASSES, IN_BOTH = "unreadable", "in two classes", "in training and test"
+DUPLICATE, EXTENSION, FRAMES, HUGE, TINY = "duplicate", "wrong extension", "several frames", "huge", "tiny"
+
+# The worst first, and what each means.
+FINDING_KINDS = {
+    UNREADABLE: "left out",
+    TWO_CLASSES: "the network is taught both",
+    IN_BOTH: "the test accuracy will be too good",
+    DUPLICATE: "the same bytes as another of its class",
+    HUGE: "reading takes memory",
+    TINY: "less than a quarter of the size to which images are brought",
+    EXTENSION: "read as what it is",
+    FRAMES: "the first is read",
+}
+
+# From here on a class with few images is learned badly, and the accuracy does not show it.
+IMBALANCE_RATIO = 10
+
+# From here on Pillow warns of a decompression bomb; from twice as many on it refuses.
+HUGE_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What `check` found in an image folder.
+
+    Attributes:
+        root: the folder.
+        images: files found.
+        size: height and width that they would be brought to, in pixels.
+        channels: 1 or 3.
+        classes: of each class its name, its readable images for training, and those for testing.
+        findings: about single files, the worst kind first.
+        notes: about the folder, in sentences.
+        refusal: why a training would not begin, or None.
+    """
+
+    root: Path
+    images: int
+    size: int
+    channels: int
+    classes: tuple[tuple[str, int, int], ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    refusal: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return {**dataclasses.asdict(self), "root": str(self.root)}
 
 
 def read_folder(root: Path, options: LoadOptions) -> Data:
@@ -39,3 +98,141 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         notes=(*listing.notes, *imbalance_notes(listing.classes, counts)),
         findings=collect_findings(scan, is_test),
     )
+
+
+def check(
+    source: str | Path,
+    *,
+    size: int | None = None,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Check:
+    """Read every image of a folder and report what cannot be read, is there twice, or is not what it says.
+
+    All images are decoded, and nothing is changed. What was found of a file is kept in the cache folder
+    (``~/.cache/nin``) until its path, size or time of modification changes.
+
+    Args:
+        source: an image folder, as `nin.data.load` takes it.
+        size: height and width in pixels that images would be brought to; chosen from them if None.
+        test_fraction: fraction of each class held out, 0.2 by default, where there are no test images.
+        seed: chooses which.
+        workers: threads; one for each usable core by default.
+        on_progress: called with (what is being done, number done, number of all).
+
+    Returns:
+        What was found.
+
+    Raises:
+        UserError: it is no image folder, or none of its images can be read.
+    """
+    if str(source) in DATASET_NAMES and not Path(source).is_dir():
+        raise UserError(f"{source}: a named set is read as it is; expected an image folder to check")
+    options = LoadOptions(size, test_fraction, seed, workers=workers, on_progress=on_progress)
+    scan = FolderScan(Path(source), options)
+    listing, refusal = scan.listing, None
+    scan.decode()
+    try:
+        is_test = scan.test_mask()
+    except UserError as error:
+        is_test, refusal = np.zeros(len(listing.names), dtype=np.bool_), str(error)
+    train, test = (
+        np.bincount(listing.labels[indices], minlength=len(listing.classes)).tolist()
+        for indices in scan.partition(is_test)
+    )
+    return Check(
+        root=Path(source),
+        images=len(listing.names),
+        size=scan.size,
+        channels=scan.channels,
+        classes=tuple(zip(listing.classes, train, test, strict=True)),
+        findings=collect_findings(scan, is_test),
+        notes=(*listing.notes, *imbalance_notes(listing.classes, train)),
+        refusal=refusal,
+    )
+
+
+def collect_findings(scan: FolderScan, is_test: NDArray[np.bool_]) -> tuple[Finding, ...]:
+    """Return what is odd about the files, the worst kind first, files in their order.
+
+    Args:
+        scan: of the files, decoded.
+        is_test: bool (N,), which files are for testing.
+    """
+    found = [
+        *((index, UNREADABLE, reason) for index, reason in scan.problems.items()),
+        *_duplicates(scan, is_test),
+        *_odd_sizes(scan),
+        *_odd_formats(scan),
+    ]
+    order = {kind: place for place, kind in enumerate(FINDING_KINDS)}
+    names = scan.listing.names
+    found.sort(key=lambda row: (order[row[1]], row[0]))
+    return tuple(Finding(names[index], kind, detail) for index, kind, detail in found)
+
+
+def _duplicates(scan: FolderScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[int, str, str]]:
+    """Yield files whose bytes another file has: (index, kind, detail)."""
+    readable = scan.readable()
+    digests = scan.records["digest"][readable]
+    order = np.lexsort((readable, digests[:, 1], digests[:, 0]))
+    new = np.ones(len(order), dtype=np.bool_)
+    new[1:] = (digests[order][1:] != digests[order][:-1]).any(axis=1)
+    groups = np.split(readable[order], np.flatnonzero(new)[1:])
+    listing = scan.listing
+    for group in (group for group in groups if len(group) > 1):
+        first, labels = int(group[0]), listing.labels[group]
+        train = group[~is_test[group]]
+        for index in group.tolist():
+            other = first if index != first else int(group[1])
+            if (labels != labels[0]).any():
+                other = int(group[labels != listing.labels[index]][0])
+                yield index, TWO_CLASSES, f"the same as {listing.names[other]}"
+            elif is_test[index] and len(train):
+                yield index, IN_BOTH, f"the same as {listing.names[int(train[0])]}"
+            elif index != first:
+                yield index, DUPLICATE, f"the same as {listing.names[other]}"
+
+
+def _odd_sizes(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
+    """Yield files with very many or very few pixels."""
+    width, height = (scan.records[side].astype(np.int64) for side in ("width", "height"))
+    tiny = (np.minimum(width, height) * 4 < scan.size) & (width > 0)
+    for kind, odd in ((HUGE, width * height > HUGE_PIXELS), (TINY, tiny)):
+        for index in np.flatnonzero(odd).tolist():
+            yield index, kind, f"{width[index]} × {height[index]} pixels"
+
+
+def _odd_formats(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
+    """Yield files that are not what their extension says, or more than one picture."""
+    for index in scan.readable().tolist():
+        record, name = scan.records[index], scan.listing.names[index]
+        file_format = FORMAT_NAMES[int(record["format"])]
+        named = IMAGE_EXTENSIONS[os.path.splitext(name)[1].lower()]
+        phone_photo = file_format == "MPO"  # a JPEG with a second picture behind it
+        if named != ("JPEG" if phone_photo else file_format):
+            yield index, EXTENSION, f"it is {file_format}"
+        if record["frames"] and not phone_photo:
+            yield index, FRAMES, file_format
+
+
+def imbalance_notes(classes: Sequence[str], counts: Sequence[int]) -> tuple[str, ...]:
+    """Return a sentence where the largest class has many times the training images of the smallest."""
+    most, least = int(np.argmax(counts)), int(np.argmin(counts))
+    if counts[most] < IMBALANCE_RATIO * max(counts[least], 1):
+        return ()
+    return (
+        f"{classes[most]} has {counts[most]:,} images for training and {classes[least]} only {counts[least]:,}: "
+        f"the test accuracy says little about {classes[least]}",
+    )
+
+
+def findings_csv(findings: Sequence[Finding]) -> bytes:
+    """Return the findings as CSV: path, kind, detail."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("path", "kind", "detail"))
+    rows.writerows((finding.path, finding.kind, finding.detail) for finding in findings)
+    return text.getvalue().encode(errors="surrogateescape")  # a path may be no valid Unicode

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.cache import cache_path, digest, file_state, read_cache, write_cache
-from nin.data.dataset import default_size
+from nin.data.dataset import LoadOptions, default_size
 from nin.data.decoder import FORMATS, DecodeError, Pixels, decode_pixels, failure_reason, read_header
 from nin.data.folder_listing import list_folder
 from nin.data.loader import map_in_threads
-from nin.data.options import LoadOptions
 from nin.data.sampling import stratified_holdout
 from nin.errors import UserError
 
@@ -113,7 +112,9 @@ class FolderScan:
         try:
             self._for_each(wanted.tolist(), read, "reading images")
         finally:  # a scan that is interrupted goes on from there the next time
-            self._write_cache()
+            known = self.records[self.readable()]
+            if len(known) >= _MIN_CACHED_FILES:
+                write_cache(self._cache, known[np.argsort(known["key"])].tobytes())
 
     def path(self, index: int) -> str:
         """Return the path of the file at an index."""
@@ -176,12 +177,6 @@ class FolderScan:
                 raise UserError(f"{self.path(index)}: {found[index]}; replace or remove the file")
             if self.options.on_progress is not None:
                 self.options.on_progress(stage, min(number * _CHUNK, len(indices)), len(indices))
-
-    def _write_cache(self) -> None:
-        """Cache the records of the readable files, sorted by key."""
-        known = self.records[self.readable()]
-        if len(known) >= _MIN_CACHED_FILES:
-            write_cache(self._cache, known[np.argsort(known["key"])].tobytes())
 
 
 def _read_record(path: str, key: np.uint64) -> NDArray[np.void]:

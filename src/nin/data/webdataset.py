@@ -21,9 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from nin.data.cache import cache_folder, cache_path, digest, file_state, read_cache, write_cache
-from nin.data.dataset import Data, DecodedSet, PathList, default_size
+from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
 from nin.data.decoder import IMAGE_EXTENSIONS, DecodeError, Pixels, decode_pixels, read_header
-from nin.data.options import LoadOptions
 from nin.data.sampling import stratified_holdout
 from nin.distribution import install_command
 from nin.errors import UserError
@@ -115,22 +114,18 @@ def open_shards(source: str | Path) -> ShardSet:
     Raises:
         UserError: there are none, or one is no tar file.
     """
-    paths = [_local_path(url) for url in _expand(source)]
-    shard_indices, members, names = [], [], []
-    for number, path in enumerate(paths):
-        shard_members, shard_names = _index(path)
-        shard_indices.append(np.full(len(shard_names), number, dtype=np.int32))
-        members.append(shard_members)
-        names += [f"{path.name}/{name}" for name in shard_names]
+    shards = tuple(_local_path(url) for url in _expand(source))
+    indices = [_index(path) for path in shards]
+    names = PathList(f"{path.name}/{name}" for path, (_, found) in zip(shards, indices, strict=True) for name in found)
     if not names:
         raise UserError(f"{source}: the shards hold no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    all_members = np.concatenate(members)
+    members = np.concatenate([members for members, _ in indices])
     return ShardSet(
-        shards=tuple(paths),
-        shard_indices=np.concatenate(shard_indices),
-        members=all_members,
-        labels=torch.from_numpy(all_members["label"].astype(np.int64)),
-        names=PathList(names),
+        shards=shards,
+        shard_indices=np.repeat(np.arange(len(shards), dtype=np.int32), [len(members) for members, _ in indices]),
+        members=members,
+        labels=torch.from_numpy(members["label"].astype(np.int64)),
+        names=names,
     )
 
 

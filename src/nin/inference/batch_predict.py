@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nin import data
-from nin.data.decoder import DecodeError
+from nin.data.decoder import DecodeError, Pixels, decode_pixels
 from nin.data.loader import map_in_threads
 from nin.distribution import install_command
 from nin.errors import UserError
@@ -112,7 +112,6 @@ def predict_to_file(
         OSError: the file cannot be written; it is named.
     """
     partition = partition or Partition()
-    predictor = _Predictor(images, classifier)
     start, stop = partition.bounds(len(images))
     part = _partial_path(out, partition)
     synced = _SyncPoint(_fingerprint(images, classifier))
@@ -127,7 +126,7 @@ def predict_to_file(
         if partition.rank == 0 and not synced.bytes:
             file.write(_csv_line(_column_names(classifier.classes)))
         synced_at = time.monotonic()
-        for rows, bad in predictor.rows(start + before, stop):
+        for rows, bad in _predict_rows(classifier, images, range(start + before, stop)):
             file.write(b"".join(rows))
             unreadable += bad
             synced.rows += len(rows)
@@ -142,45 +141,44 @@ def predict_to_file(
     return PredictionCounts(stop - start, before, unreadable)
 
 
-class _Predictor:
-    """Predict images as CSV lines; threads decode ahead of the network."""
+def _image_names(images: Sequence[str] | data.ShardSet) -> Sequence[str]:
+    return images.names if isinstance(images, data.ShardSet) else images
 
-    def __init__(self, images: Sequence[str] | data.ShardSet, classifier: Classifier) -> None:
-        p = classifier.info.preprocessing
-        self.images, self.classifier, self.size, self.channels = images, classifier, p.size, p.channels
-        self.names = images.names if isinstance(images, data.ShardSet) else images
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[list[bytes], int]]:
-        """Yield the rows of each batch, and how many of its images cannot be read."""
-        # Sums depend on the size of the batch in the last bit. The position is written after whole batches only, so a
-        # call that resumes has the batches, and the bytes, of one that was not interrupted.
-        indices = range(start, stop)
-        batches = [indices[i : i + INFERENCE_BATCH_SIZE] for i in range(0, len(indices), INFERENCE_BATCH_SIZE)]
-        for batch, (pixels, problems) in zip(batches, map_in_threads(self.decode, batches), strict=True):
-            scores = self.classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
-            yield [self.row(i, p, problems.get(i)) for i, p in zip(batch, scores, strict=True)], len(problems)
+def _predict_rows(
+    classifier: Classifier, images: Sequence[str] | data.ShardSet, indices: range
+) -> Iterator[tuple[list[bytes], int]]:
+    """Yield the CSV lines of each batch, and how many of its images cannot be read; threads decode ahead."""
+    p, names = classifier.info.preprocessing, _image_names(images)
 
-    def decode(self, indices: range) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], dict[int, str]]:
+    def decode(batch: range) -> tuple[Pixels, dict[int, str]]:
         """Return uint8 (B, C, size, size), zeros for an image that cannot be read, and the reasons by index."""
-        pixels = np.zeros((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
-        problems = {}
-        for i, index in enumerate(indices):
-            name = self.names[index]
+        pixels, problems = np.zeros((len(batch), p.channels, p.size, p.size), dtype=np.uint8), {}
+        for image, index in zip(pixels, batch, strict=True):
             try:
-                content = self.images.read(index) if isinstance(self.images, data.ShardSet) else name
-                pixels[i] = data.decode(content, size=self.size, channels=self.channels).numpy()
+                source = images.read(index) if isinstance(images, data.ShardSet) else images[index]
+                image[:] = decode_pixels(source, size=p.size, channels=p.channels)
             except DecodeError as error:
                 problems[index] = error.reason
         return pixels, problems
 
-    def row(self, index: int, probabilities: Tensor, problem: str | None) -> bytes:
-        """Return the CSV line of one image."""
-        name, classes = self.names[index], self.classifier.classes
-        if problem is not None:
-            return _csv_line([name, "", "", *[""] * len(classes), problem])
-        best = int(probabilities.argmax())
-        values = [f"{value:.6f}" for value in probabilities.tolist()]
-        return _csv_line([name, classes[best], values[best], *values, ""])
+    # Sums depend on the size of the batch in the last bit: an image that cannot be read keeps its place. The sync point
+    # is written after whole batches only, so a call that resumes has the batches, and the bytes, of one that was not
+    # interrupted.
+    batches = [indices[i : i + INFERENCE_BATCH_SIZE] for i in range(0, len(indices), INFERENCE_BATCH_SIZE)]
+    for batch, (pixels, problems) in zip(batches, map_in_threads(decode, batches), strict=True):
+        scores = classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
+        scored = zip(batch, scores, strict=True)
+        yield [_row(names[i], row, classifier.classes, problems.get(i)) for i, row in scored], len(problems)
+
+
+def _row(name: str, probabilities: Tensor, classes: Sequence[str], problem: str | None) -> bytes:
+    """Return the CSV line of one image."""
+    if problem is not None:
+        return _csv_line([name, "", "", *[""] * len(classes), problem])
+    best = int(probabilities.argmax())
+    values = [f"{value:.6f}" for value in probabilities.tolist()]
+    return _csv_line([name, classes[best], values[best], *values, ""])
 
 
 def _sync_point_path(part: Path) -> Path:
@@ -205,10 +203,9 @@ def _csv_line(fields: Sequence[str]) -> bytes:
 
 def _fingerprint(images: Sequence[str] | data.ShardSet, classifier: Classifier) -> str:
     """Return a hash of the images' names and the network's weights."""
-    names = images.names if isinstance(images, data.ShardSet) else images
     weights = sorted(classifier.model.state_dict().items())
     parts = itertools.chain(
-        (os.fsencode(name) + b"\0" for name in names),
+        (os.fsencode(name) + b"\0" for name in _image_names(images)),
         (part for name, tensor in weights for part in (name, tensor)),
     )
     return fingerprint(parts, hashlib.blake2b(digest_size=16))
