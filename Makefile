@@ -19,8 +19,9 @@ help:
 demo: $(READY)
 	$(BIN)/nin demo
 
+# One process for each core; more than eight would need more memory than most machines have.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
