@@ -142,7 +142,8 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     def predict(self, X: ArrayLike) -> Array:
         """Return the most probable class of each sample, (n_samples,)."""
-        return self.classes_[self._scores(X).argmax(1)]
+        scores = self._scores(X)  # first: it tells an estimator that was not fitted, which has no classes_
+        return self.classes_[scores.argmax(1)]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class, (n_samples, n_classes), in the order of ``classes_``."""
