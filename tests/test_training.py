@@ -114,18 +114,26 @@ def test_resuming_gives_the_same_bits_as_never_stopping(digits, tmp_path, stop_a
     assert not (tmp_path / "run" / checkpoint.STATE_FILE).exists()
 
 
-def test_state_is_written_by_steps_and_by_time(digits, tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(checkpoint, "save_state", lambda folder, tensors, values: written.append(values["position"]))
-    training.train(digits, QUICK, out=tmp_path / "a", keeping=training.CheckpointOptions(steps=2))
-    assert [(p["epoch"], p["step"]) for p in written] == [
+def saved_positions(images, out, **options):
+    """Train, and return epoch and step of each state that was saved."""
+    found = {}
+
+    def look(progress):
+        if (out / checkpoint.STATE_FILE).exists():
+            position = checkpoint.load_state(out)[1]["position"]
+            found[position["epoch"], position["step"]] = True
+
+    training.train(images, QUICK, out=out, keeping=training.CheckpointOptions(**options), on_progress=look)
+    return list(found)
+
+
+def test_state_is_written_by_steps_and_by_time(digits, tmp_path):
+    assert saved_positions(digits, tmp_path / "a", steps=2) == [
         *((0, 2), (0, 4), (1, 0)),
         *((1, 1), (1, 3), (2, 0)),
         *((2, 2), (2, 4), (3, 0)),
     ]
-    written.clear()
-    training.train(digits, QUICK, out=tmp_path / "b", keeping=training.CheckpointOptions(minutes=1e-9))
-    assert len(written) == 15
+    assert len(saved_positions(digits, tmp_path / "b", minutes=1e-9)) == 15
 
 
 def test_override_goes_on_and_is_recorded(digits, tmp_path):
@@ -450,28 +458,29 @@ def test_config_json_is_plain_json(digits, tmp_path):
 # -- a device that runs ahead, and the speed recipe -------------------------------------------------------------
 
 
-@pytest.fixture
-def ahead(monkeypatch):
-    """Train on the CPU as on a GPU: images held, many batches augmented together, losses read late."""
-    monkeypatch.setattr(batches, "is_asynchronous", lambda device: True)
-    monkeypatch.setattr(loop, "LOSS_READ_INTERVAL", 3)
+@contextlib.contextmanager
+def running_ahead():
+    """Train on the CPU as on a GPU: many batches augmented together, losses read late."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "loss_read_interval", lambda device: 3)
+        yield
 
 
 SPEED = dataclasses.replace(QUICK, recipe="speed", flip=True, shift=1)
 
 
 @pytest.mark.parametrize("config", [QUICK, SPEED], ids=["default", "speed"])
-def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, monkeypatch, config):
+def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, config):
     training.train(digits, config, out=tmp_path / "waits")
-    monkeypatch.setattr(batches, "is_asynchronous", lambda device: True)
-    monkeypatch.setattr(loop, "LOSS_READ_INTERVAL", 3)
-    training.train(digits, config, out=tmp_path / "ahead")
+    with running_ahead():
+        training.train(digits, config, out=tmp_path / "ahead")
     for name in FILES:
         assert (tmp_path / "ahead" / name).read_bytes() == (tmp_path / "waits" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("stop_at", [2, 5, 9])
-def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, ahead, stop_at):
+@running_ahead()
+def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, stop_at):
     training.train(digits, SPEED, out=tmp_path / "whole")
     steps = []
 
@@ -486,7 +495,8 @@ def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, ahead, 
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_loss_that_is_read_late_still_stops_the_training(digits, ahead):
+@running_ahead()
+def test_a_loss_that_is_read_late_still_stops_the_training(digits):
     config = dataclasses.replace(QUICK, learning_rate=1e30, gradient_clip=1e30, normalisation="none")
     with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\)"):
         training.train(digits, config)
@@ -527,7 +537,7 @@ def test_held_files_are_the_files(tmp_path):
     assert batches.hold_images(images, QUICK.resolve(**sizes), torch.device("cpu")) is images
 
 
-def test_images_are_held_where_the_learner_is(digits):
+def test_images_are_held_where_the_model_is(digits):
     config = SPEED.resolve(images=len(digits.train), image_size=8, flip=False, shift=0)
     train_step = TrainStep(nin.models.nin_digits, config)
     train_step.device = torch.device("meta")  # of several processes each has its own; the recipe says "auto"
@@ -535,7 +545,8 @@ def test_images_are_held_where_the_learner_is(digits):
     assert run.images.train.images.device == run.images.test.labels.device == train_step.device
 
 
-def test_one_process_does_not_all_reduce_whether_to_stop(digits, ahead, monkeypatch):
+@running_ahead()
+def test_one_process_does_not_all_reduce_whether_to_stop(digits, monkeypatch):
     # on a GPU the answer would be waited for after every step
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: pytest.fail("waited for the device"))
     training.train(digits, dataclasses.replace(QUICK, epochs=1))

@@ -70,14 +70,12 @@ class Preprocessing:
         Raises:
             ValueError: a field is out of its range.
         """
-        numbers = (*self.mean, *self.std)
         if not 1 <= self.size <= LARGEST_SIZE or self.channels not in (1, 3):
             raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {self.size}, {self.channels}")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std must have {self.channels} numbers, got {self.mean} and {self.std}")
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not all(
-            n > 0 for n in self.std
-        ):
+        numbers = (*self.mean, *self.std)
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or min(self.std) <= 0:
             raise ValueError(f"mean and std must be finite and std positive, got {self.mean} and {self.std}")
 
 
@@ -236,28 +234,25 @@ def load_info(folder: Path) -> RunInfo:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values.pop("format_version")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(version, int) and 1 <= version <= FORMAT_VERSION:
+            return _info_from_dict(values)
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged or no {CONFIG_FILE} of nin: {error}") from error
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this nin reads 1 to {FORMAT_VERSION}: update nin")
-    try:
-        p = values["preprocessing"]
-        preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]))
-        preprocessing.check()
-        info = RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
-        _check_fields(info)
-        return info
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or no {CONFIG_FILE} of nin: {error}") from error
+    raise UserError(f"{path} has format version {version}, this nin reads 1 to {FORMAT_VERSION}: update nin")
 
 
-def _check_fields(info: RunInfo) -> None:
-    """Check that the fields have the types of `RunInfo`."""
+def _info_from_dict(values: dict[str, Any]) -> RunInfo:
+    """Return the fields of a ``config.json`` as a `RunInfo`, and check their types."""
+    p = values["preprocessing"]
+    preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]))
+    preprocessing.check()
+    info = RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
     for field in ("model", "recipe", "data", "result", "environment"):
         if not isinstance(getattr(info, field), dict):
             raise TypeError(f"{field} must be an object")
     if not info.classes or not all(isinstance(name, str) for name in info.classes):
         raise TypeError("classes must be a list of names")
+    return info
 
 
 def _check_fits(model: nn.Module, info: RunInfo) -> None:

@@ -114,11 +114,9 @@ class TrainConfig:
         batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
         by_size = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 96 else "nin_imagenet"
         model = self.model or by_size
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = dict(vars(self))
         untouched = {field.name for field in dataclasses.fields(TrainConfig) if values[field.name] == field.default}
         values |= {name: value for name, value in RECIPES[self.recipe].items() if name in untouched}
-        # a step on such small images is shorter than what it takes two threads to wait for each other
-        threads = 1 if image_size <= 16 else None
         chosen = {
             "model": model,
             "epochs": epochs,
@@ -127,7 +125,8 @@ class TrainConfig:
             "normalisation": "weight_standardisation" if model.startswith("nin_") else "none",
             "flip": flip,
             "shift": shift,
-            "threads": threads,
+            # a step on such small images is shorter than what it takes two threads to wait for each other
+            "threads": 1 if image_size <= 16 else None,
         }
         return ResolvedConfig(**values | {k: v for k, v in chosen.items() if values[k] is None})
 

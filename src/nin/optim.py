@@ -48,14 +48,8 @@ class OptimizerWithEMA:
         On a GPU they are written into tensors in its memory, where a replayed CUDA graph reads them.
         """
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
-        if isinstance(self.lerp_weight, Tensor):
-            self.lerp_weight.fill_(1 - ema_decay)
-        else:
-            self.lerp_weight = 1 - ema_decay
+            group["lr"] = _filled(group["lr"], learning_rate)
+        self.lerp_weight = _filled(self.lerp_weight, 1 - ema_decay)
 
     def backward_and_update(self, loss: Tensor, *, gradient_clip: float) -> None:
         """Do what `step` does after `set_hyperparameters`. It never synchronises with a GPU."""
@@ -63,16 +57,12 @@ class OptimizerWithEMA:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip)
         self.optimizer.step()
-        averages: list[Tensor] = list(self.ema_model.parameters())
-        currents: list[Tensor] = list(self.model.parameters())
+        averages = (*self.ema_model.parameters(), *self.ema_model.buffers())
+        currents = (*self.model.parameters(), *self.model.buffers())
         with torch.no_grad():
-            if isinstance(self.lerp_weight, Tensor):
-                # _foreach_lerp_ takes a number: it would copy the tensor to the CPU, which a capture forbids
-                for average, current in zip(averages, currents, strict=True):
-                    average.lerp_(current, self.lerp_weight)
-            else:
-                torch._foreach_lerp_(averages, currents, self.lerp_weight)
-            for average, current in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            # not torch._foreach_lerp_: on a CPU it is this loop (9 of 70 µs faster for nin_digits), and on a GPU it
+            # copies the weight to the CPU, which a capture forbids
+            for average, current in zip(averages, currents, strict=True):
                 average.lerp_(current, self.lerp_weight) if average.is_floating_point() else average.copy_(current)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -100,6 +90,11 @@ class OptimizerWithEMA:
             # in the parameter's memory format; AdamW's step count is a scalar
             buffer = torch.empty_like(p) if value.shape == p.shape else torch.empty_like(value, device=p.device)
             self.optimizer.state[p][kind] = buffer.copy_(value)
+
+
+def _filled(setting: float | Tensor, value: float) -> float | Tensor:
+    """Return the value; a setting that is a tensor is kept and filled with it."""
+    return setting.fill_(value) if isinstance(setting, Tensor) else value
 
 
 def sgd(model: nn.Module, *, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -245,7 +245,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         state = dict(super().__getstate__())
         if "train_step_" in state:
             train_step = state.pop("train_step_")
-            tensors = {**train_step.state_dict(), "mean": state.pop("_mean"), "std": state.pop("_std")}
+            tensors = {**train_step.optimizer.state_dict(), "mean": state.pop("_mean"), "std": state.pop("_std")}
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             state["_config"] = dataclasses.asdict(self._config)
             state["_file"] = save_tensors(plain)
@@ -263,7 +263,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self._config = ResolvedConfig(**state["_config"])
         with torch.random.fork_rng(devices=[]):
             self.train_step_ = TrainStep(self._make_network, self._config)
-        self.train_step_.load_state_dict(tensors)
+        self.train_step_.optimizer.load_state_dict(tensors)
 
 
 def _as_images(values: Array) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.errors import UserError
@@ -180,14 +181,12 @@ def all_gather_text(text: str) -> list[str]:
     if not is_initialized():
         return [text]
     # bytes in a tensor, and not all_gather_object, which would unpickle what comes over the network
-    data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
-    device = torch.device("cuda", torchrun.local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    length = torch.tensor([len(text.encode())], device=device)
+    data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # with one more, never empty
+    data = data.to(torch.device("cuda", torchrun.local_rank()) if dist.get_backend() == "nccl" else "cpu")
+    length = torch.tensor([len(data)], device=data.device)
     lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
-    longest = max(1, *(int(one) for one in lengths))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data.to(device)
+    padded = F.pad(data, (0, max(map(int, lengths)) - len(data)))
     texts = [torch.zeros_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
-    return [one.cpu().numpy()[: int(size)].tobytes().decode() for one, size in zip(texts, lengths, strict=True)]
+    return [one.cpu().numpy()[: int(size) - 1].tobytes().decode() for one, size in zip(texts, lengths, strict=True)]

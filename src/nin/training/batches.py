@@ -21,11 +21,6 @@ AUGMENTATION_BATCH_SIZE = 8192
 MAX_HELD_BYTES = 4 << 30
 
 
-def is_asynchronous(device: torch.device) -> bool:
-    """Return whether the device computes while the CPU prepares the next steps, so that reading a result is costly."""
-    return device.type == "cuda"
-
-
 def hold_images(images: data.Data, config: ResolvedConfig, device: torch.device) -> data.Data:
     """Return the data set with all images decoded, as bytes on the device, if they fit and it pays; else as it is.
 
@@ -51,6 +46,7 @@ def epoch_batches(
     *,
     epoch: int,
     first_step: int,
+    augment_ahead: bool,
     on_lost: Callable[[str, str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's part of each batch of an epoch.
@@ -61,6 +57,7 @@ def epoch_batches(
         device: that the batches are put on.
         epoch: which one, from 0; the order and the augmentation depend on it.
         first_step: batches before it are skipped.
+        augment_ahead: in a single process, augment the images of several batches at once.
         on_lost: see `nin.data.batches`.
 
     Yields:
@@ -68,7 +65,7 @@ def epoch_batches(
     """
     is_distributed = distributed.world_size() > 1
     # what an image becomes does not depend on the batch it is in, so many batches are augmented at once
-    at_once = AUGMENTATION_BATCH_SIZE // config.batch_size if is_asynchronous(device) and not is_distributed else 1
+    at_once = AUGMENTATION_BATCH_SIZE // config.batch_size if augment_ahead and not is_distributed else 1
     for order, batch_size in _local_orders(images, config, epoch=epoch, first_step=first_step):
         decoded = data.batches(images.train, order, batch_size * max(1, at_once), on_lost=on_lost, empty=is_distributed)
         for pixels, labels, indices in decoded:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.checkpoint import RunInfo
+from nin.checkpoint import Preprocessing, RunInfo
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.inference.evaluation import evaluate, wilson_interval
 from nin.runtime import distributed, torchrun
 from nin.runtime.device import keep_freed_memory, use_threads
 from nin.training import batches
-from nin.training.result import TrainResult, data_record, load_result, network_description, run_info, write_run
+from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
 from nin.training.state import (
     CheckpointOptions,
     Position,
@@ -35,9 +35,6 @@ from nin.training.step import TrainStep, make_model
 
 # A training goes on without so many files, or a hundredth of all: more are gone only if their disk is.
 MAX_LOST_FILES = 10
-
-# Steps on a GPU between two times that it is waited for to read their losses.
-LOSS_READ_INTERVAL = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +114,11 @@ def train(
             return trainer.run()
 
 
+def loss_read_interval(device: torch.device) -> int:
+    """Return the number of steps whose losses are read together: on a GPU many, as reading waits for all of them."""
+    return 50 if device.type == "cuda" else 1
+
+
 class Trainer:
     """Trains until the last epoch, tests, and writes the run folder.
 
@@ -146,37 +148,35 @@ class Trainer:
         self.steps = self.steps_per_epoch * self.config.epochs
         self.state = TrainState()
         self.saved_at = time.monotonic()
-        # Reading a loss waits for the GPU, so there the losses of many steps are read together.
-        self.read_interval = LOSS_READ_INTERVAL if batches.is_asynchronous(self.device) else 1
+        self.read_interval = loss_read_interval(self.device)
         self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, hits, images of each step
         self.last_loss = math.nan
 
     def run(self) -> TrainResult:
-        """Train with the other processes of the job, where there are others."""
+        """Train the epochs that are left, with the other processes of the job, and return the result."""
         with distributed.process_group(self.device):
-            try:
-                return self.train()
-            finally:
-                self.train_step.unwrap_ddp()
-
-    def train(self) -> TrainResult:
-        """Train the epochs that are left, and return the result."""
-        if self.options.resume:
-            assert self.folder is not None
-            if is_finished(self.folder):
-                return load_result(self.folder, self.info({}))
-            self.state = load_state(self.folder, self.train_step, self.settings, override=self.options.override)
-        self.train_step.wrap_in_ddp(min(self.config.batch_size, len(self.images.train)))
-        while self.state.position.epoch < self.config.epochs:
-            self.train_epoch()
-        return self.finish()
+            if self.options.resume:
+                assert self.folder is not None
+                if is_finished(self.folder):
+                    return load_result(self.folder, self.info({}))
+                self.state = load_state(self.folder, self.train_step, self.settings, override=self.options.override)
+            with self.train_step.data_parallel(min(self.config.batch_size, len(self.images.train))):
+                while self.state.position.epoch < self.config.epochs:
+                    self.train_epoch()
+                return self.finish()
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, test, and write the run folder."""
         p, epochs = self.state.position, self.config.epochs
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in batches.epoch_batches(
-            self.images, self.config, self.device, epoch=p.epoch, first_step=p.step, on_lost=self.on_lost
+            self.images,
+            self.config,
+            self.device,
+            epoch=p.epoch,
+            first_step=p.step,
+            augment_ahead=self.read_interval > 1,
+            on_lost=self.on_lost,
         ):
             loss = self.take_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
@@ -321,5 +321,18 @@ class Trainer:
         return TrainResult(model, info, self.state.metrics, self.folder)
 
     def info(self, result: dict[str, Any]) -> RunInfo:
-        """Return the contents of ``config.json``."""
-        return run_info(self.train_step, self.images, self.network, self.state, result)
+        """Return the contents of ``config.json``; ``result`` is empty while training."""
+        # not "auto": the results depend on what it became
+        precision = "fp32" if self.train_step.dtype == torch.float32 else "bf16"
+        overridden = {"overridden": self.state.overridden} if self.state.overridden else {}
+        lost = {"lost": list(self.state.lost.items())} if self.state.lost else {}
+        environment = {"device": str(self.device), "processes": distributed.world_size()}
+        return RunInfo(
+            model=self.network,
+            classes=self.images.classes,
+            preprocessing=Preprocessing(self.images.size, self.images.channels, self.images.mean, self.images.std),
+            recipe={**self.settings["recipe"], "precision": precision, **overridden},
+            data={**self.settings["data"], **lost},
+            result=result,
+            environment={**checkpoint.environment(), **environment},
+        )

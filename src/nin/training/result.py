@@ -4,16 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nin import checkpoint, data, models
-from nin.checkpoint import Preprocessing, RunInfo
+from nin.checkpoint import RunInfo
 from nin.errors import UserError
-from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.training.state import TrainState, list_changed
-from nin.training.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +44,9 @@ def load_result(folder: Path, expected: RunInfo) -> TrainResult:
     changed = list_changed({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
     if changed:
         raise UserError(f"{folder} is finished, with {'; '.join(changed)}: give another --out")
-    metrics, timings = (
-        checkpoint.read_csv(folder / name) for name in (checkpoint.METRICS_FILE, checkpoint.TIMINGS_FILE)
-    )
-    rows = [row | timing for row, timing in zip(metrics, timings, strict=True)]
-    return TrainResult(model, info, rows, folder)
+    metrics = checkpoint.read_csv(folder / checkpoint.METRICS_FILE)
+    timings = checkpoint.read_csv(folder / checkpoint.TIMINGS_FILE)
+    return TrainResult(model, info, [row | timing for row, timing in zip(metrics, timings, strict=True)], folder)
 
 
 def write_run(folder: Path, model: nn.Module, info: RunInfo, state: TrainState, images: data.Data) -> None:
@@ -60,37 +55,6 @@ def write_run(folder: Path, model: nn.Module, info: RunInfo, state: TrainState, 
         write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(images.findings))
     checkpoint.save_model(folder, model, info)
     checkpoint.save_metrics(folder, state.metrics)
-
-
-def run_info(
-    train_step: TrainStep, images: data.Data, network: dict[str, Any], state: TrainState, result: dict[str, Any]
-) -> RunInfo:
-    """Return the contents of ``config.json``.
-
-    Args:
-        train_step: has the settings and the device.
-        images: the data set.
-        network: from `network_description`.
-        state: of the training.
-        result: test accuracy and other figures; empty while training.
-    """
-    # not "auto": the results depend on what it became
-    precision = "fp32" if train_step.dtype == torch.float32 else "bf16"
-    overridden = {"overridden": state.overridden} if state.overridden else {}
-    lost = {"lost": list(state.lost.items())} if state.lost else {}
-    return RunInfo(
-        model=network,
-        classes=images.classes,
-        preprocessing=Preprocessing(images.size, images.channels, images.mean, images.std),
-        recipe={**dataclasses.asdict(train_step.config), "precision": precision, **overridden},
-        data={**data_record(images), **lost},
-        result=result,
-        environment={
-            **checkpoint.environment(),
-            "device": str(train_step.device),
-            "processes": distributed.world_size(),
-        },
-    )
 
 
 def data_record(images: data.Data) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def save_state(folder: Path, train_step: TrainStep, state: TrainState, settings:
         state: the rest.
         settings: of recipe and data, compared when the training is resumed.
     """
-    checkpoint.save_state(folder, train_step.state_dict(), {**dataclasses.asdict(state), **settings})
+    checkpoint.save_state(folder, train_step.optimizer.state_dict(), {**dataclasses.asdict(state), **settings})
 
 
 def load_state(
@@ -91,7 +91,7 @@ def load_state(
     changed = list_changed({**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]})
     if changed and not override:
         raise UserError(f"{folder} was begun with {'; '.join(changed)}: give the same, or --override to go on anyway")
-    train_step.load_state_dict(tensors)
+    train_step.optimizer.load_state_dict(tensors)
     overridden = [*values["overridden"], *changed]
     return TrainState(Position(**values["position"]), values["metrics"], overridden, dict(values["lost"]))
 

@@ -1,7 +1,8 @@
 """One training step: forward, loss, backward, optimiser and EMA; with DDP or replayed as a CUDA graph."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from nin.runtime.device import choose_device, choose_dtype
 class TrainStep:
     """A network, its EMA and its optimiser; a call takes one step of the optimiser.
 
-    What `state_dict` returns and `load_state_dict` restores is all that a step changes: a training that is loaded goes
-    on with the same bits.
+    The optimiser's `state_dict` is all that a step changes: a training that loads it goes on with the same bits.
 
     Args:
         build_model: returns the network, the same each time it is called after the same seed.
@@ -30,6 +30,7 @@ class TrainStep:
     Attributes:
         model: the trained network, on the device, in channels_last.
         ema_model: the same network with the averaged weights.
+        optimizer: updates both.
 
     Raises:
         UserError: the device is unknown.
@@ -111,13 +112,15 @@ class TrainStep:
         batch_size = sums[1].clamp(min=1)
         return sums[0] / batch_size, local_sum * (world_size / batch_size)
 
-    def wrap_in_ddp(self, batch_size: int) -> None:
-        """Average gradients over the processes of the job; nothing happens where there is one.
+    @contextlib.contextmanager
+    def data_parallel(self, batch_size: int) -> Iterator[None]:
+        """Average gradients over the processes of the job within the block; nothing happens where there is one.
 
         Args:
             batch_size: of all processes together.
         """
         if distributed.world_size() == 1:
+            yield
             return
         use_distributed_dropout(self.model, batch_size)
         # The strides of a 1×1 weight are written in several ways for one layout; DDP copies its few numbers.
@@ -127,18 +130,10 @@ class TrainStep:
         self.forward_model = nn.parallel.DistributedDataParallel(
             self.model, device_ids=devices, gradient_as_bucket_view=True
         )
-
-    def unwrap_ddp(self) -> None:
-        """Release DDP's process group."""
-        self.forward_model = self.model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights, their averages and the optimiser's state, by name."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned."""
-        self.optimizer.load_state_dict(tensors)
+        try:
+            yield
+        finally:
+            self.forward_model = self.model  # DDP's wrapper holds the process group
 
 
 class DistributedDropout(nn.Dropout):
