@@ -140,9 +140,7 @@ def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pi
             flat = flat.transpose(transpose)
         if size is not None:
             flat = ImageOps.fit(flat, (size, size), Image.Resampling.BICUBIC)
-        pixels = np.array(flat, dtype=np.uint8)
-    if channels == 1:
-        return pixels[None]
+        pixels = np.array(flat, dtype=np.uint8).reshape(flat.height, flat.width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

@@ -60,9 +60,10 @@ def list_folder(root: Path) -> FolderListing:
         files[True] = _find_class_files(splits["test"], root)
         unknown = sorted(set(files[True]) - set(classes), key=natural_key)
         if unknown:
+            few = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
             raise UserError(
                 f"{splits['test']}: class {unknown[0]!r} is not in {train}, so it cannot be recognised; "
-                f"rename or remove it (classes to learn: {_first_few(classes)})"
+                f"rename or remove it (classes to learn: {few})"
             )
         if not any(files[True].values()):
             raise UserError(f"{splits['test']}: expected test images in class folders, got no images")
@@ -197,7 +198,3 @@ def _device_and_inode(path: str | Path) -> tuple[int, int]:
 def _class_name(folder: Path) -> str:
     """Return the folder's name in the composed Unicode form: "é" is one class whichever system wrote it."""
     return unicodedata.normalize("NFC", folder.name)
-
-
-def _first_few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -1,9 +1,7 @@
 """Batch prediction: any number of images into a CSV or Parquet file, by one process or several, resumable."""
 
-import csv
 import hashlib
 import importlib
-import io
 import itertools
 import json
 import os
@@ -27,6 +25,7 @@ from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
 from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
+from nin.runtime.tables import csv_lines
 
 SECONDS_BETWEEN_SYNCS = 2.0
 
@@ -124,10 +123,10 @@ def predict_to_file(
         file.truncate(synced.bytes)
         file.seek(synced.bytes)
         if partition.rank == 0 and not synced.bytes:
-            file.write(_csv_line(_column_names(classifier.classes)))
+            file.write(csv_lines([_column_names(classifier.classes)]))
         synced_at = time.monotonic()
         for rows, bad in _predict_rows(classifier, images, range(start + before, stop)):
-            file.write(b"".join(rows))
+            file.write(csv_lines(rows))
             unreadable += bad
             synced.rows += len(rows)
             if time.monotonic() - synced_at > SECONDS_BETWEEN_SYNCS:
@@ -147,8 +146,8 @@ def _image_names(images: Sequence[str] | data.ShardSet) -> Sequence[str]:
 
 def _predict_rows(
     classifier: Classifier, images: Sequence[str] | data.ShardSet, indices: range
-) -> Iterator[tuple[list[bytes], int]]:
-    """Yield the CSV lines of each batch, and how many of its images cannot be read; threads decode ahead."""
+) -> Iterator[tuple[list[list[str]], int]]:
+    """Yield the rows of each batch, and how many of its images cannot be read; threads decode ahead."""
     p, names = classifier.info.preprocessing, _image_names(images)
 
     def decode(batch: range) -> tuple[Pixels, dict[int, str]]:
@@ -172,13 +171,13 @@ def _predict_rows(
         yield [_row(names[i], row, classifier.classes, problems.get(i)) for i, row in scored], len(problems)
 
 
-def _row(name: str, probabilities: Tensor, classes: Sequence[str], problem: str | None) -> bytes:
-    """Return the CSV line of one image."""
+def _row(name: str, probabilities: Tensor, classes: Sequence[str], problem: str | None) -> list[str]:
+    """Return the cells of one image."""
     if problem is not None:
-        return _csv_line([name, "", "", *[""] * len(classes), problem])
+        return [name, "", "", *[""] * len(classes), problem]
     best = int(probabilities.argmax())
     values = [f"{value:.6f}" for value in probabilities.tolist()]
-    return _csv_line([name, classes[best], values[best], *values, ""])
+    return [name, classes[best], values[best], *values, ""]
 
 
 def _sync_point_path(part: Path) -> Path:
@@ -193,12 +192,6 @@ def _partial_path(out: Path, partition: Partition) -> Path:
 def _column_names(classes: Sequence[str]) -> list[str]:
     own = ("image", "label", "confidence", "problem")
     return [*own[:3], *(f"class {name}" if name in own else name for name in classes), own[3]]
-
-
-def _csv_line(fields: Sequence[str]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(fields)
-    return text.getvalue().encode(errors="surrogateescape")  # a path may be no valid Unicode
 
 
 def _fingerprint(images: Sequence[str] | data.ShardSet, classifier: Classifier) -> str:

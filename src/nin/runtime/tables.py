@@ -1,6 +1,8 @@
-"""Tables as text, HTML and Markdown, of rows of cells with the header first."""
+"""Tables as text, HTML, Markdown and CSV, of rows of cells with the header first."""
 
+import csv
 import html
+import io
 from collections.abc import Sequence
 
 Rows = Sequence[Sequence[str]]
@@ -61,3 +63,15 @@ def escape_markdown(text: str) -> str:
     """
     visible = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#|!&~$" else c for c in visible)
+
+
+def csv_lines(rows: Rows) -> bytes:
+    r"""Return rows as lines of a CSV file, in UTF-8; the bytes of a path that is no valid Unicode stay as they are.
+
+    Example:
+        >>> csv_lines([("image", "label"), ("a,b.png", "7")])
+        b'image,label\n"a,b.png",7\n'
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode(errors="surrogateescape")
