@@ -3,8 +3,6 @@
 The public names are loaded when they are first used, so that ``import nin`` and ``nin --help`` cost nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +19,20 @@ if TYPE_CHECKING:
     from nin.sklearn import NiNClassifier
     from nin.training import train
 
-_HOME = {
-    "Bottleneck": "nin.layers",
-    "Classifier": "nin.inference.classifier",
-    "Conv1x1": "nin.layers",
-    "GlobalAveragePooling": "nin.layers",
-    "Inception": "nin.layers",
-    "MLPConv": "nin.layers",
-    "NarrowOptions": "nin.narrowing",
-    "NiNClassifier": "nin.sklearn",
-    "TrainConfig": "nin.config",
-    "apply_plan": "nin.narrowing",
-    "backends": "nin.ops",
-    "conv1x1": "nin.ops",
-    "cost": "nin.profiling.cost",
-    "data": "nin",
-    "export": "nin.exporters",
-    "fuse": "nin.fusion",
-    "load": "nin.inference.classifier",
-    "mlpconv": "nin.ops",
-    "models": "nin",
-    "narrow": "nin.narrowing",
-    "train": "nin.training",
+# the module that each public name comes from
+_MODULES = {
+    "nin.config": ("TrainConfig",),
+    "nin.exporters": ("export",),
+    "nin.fusion": ("fuse",),
+    "nin.inference.classifier": ("Classifier", "load"),
+    "nin.layers": ("Bottleneck", "Conv1x1", "GlobalAveragePooling", "Inception", "MLPConv"),
+    "nin.narrowing": ("NarrowOptions", "apply_plan", "narrow"),
+    "nin.ops": ("backends", "conv1x1", "mlpconv"),
+    "nin.profiling.cost": ("cost",),
+    "nin.sklearn": ("NiNClassifier",),
+    "nin.training": ("train",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Bottleneck",
@@ -71,12 +60,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'nin' has no attribute {name!r}")
-    if home == "nin":
+    if name in ("data", "models"):
         return importlib.import_module(f"nin.{name}")
-    value = getattr(importlib.import_module(home), name)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'nin' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
