@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from nin.cli.console import messages, print_json, results
-from nin.errors import UserError
 from nin.runtime.files import write_atomically
 
 
@@ -34,10 +33,7 @@ def bench(
         return
     chosen = {"cases": cases, "dtypes": dtype, "engines": engine}
     given = {name: values for name, values in chosen.items() if values}
-    try:
-        benchmark = nin.profiling.bench.run(**given, device=device, progress=messages.print)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    benchmark = nin.profiling.bench.run(**given, device=device, progress=messages.print)
     if html is not None:
         write_atomically(html, nin.profiling.bench.html_page(benchmark))
     if json:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
 
 if TYPE_CHECKING:
-    from nin.narrowing import NarrowReport
+    from nin.narrowing import NarrowReport, NarrowResult
 
 
 def narrow(
@@ -112,11 +111,10 @@ def narrow(
         size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
     samples = load_data(data, data_dir=data_dir, size=size)
-    with narrowing_progress() as progress:
-        if run is not None:
-            result = narrow_run(run, samples, config, out=out, **progress)
-        else:
-            result = narrow_model(network, samples, normalisation, config, out=out, cache=cache, **progress)
+    if run is not None:
+        result = narrow_with_progress(narrow_run, run, samples, config, out=out)
+    else:
+        result = narrow_with_progress(narrow_model, network, samples, normalisation, config, out=out, cache=cache)
     if torchrun.rank() > 0:
         return
     hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
@@ -137,9 +135,8 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
         raise UserError(f"{name} must be numbers with commas between them, such as 0.8,0.6, got {text!r}") from error
 
 
-@contextlib.contextmanager
-def narrowing_progress() -> Iterator[dict[str, Any]]:
-    """Yield the options that let a narrowing show a progress bar, and stop at Ctrl-C and SIGTERM where it can go on."""
+def narrow_with_progress(narrow: Callable[..., NarrowResult], *arguments: Any, **options: Any) -> NarrowResult:
+    """Narrow with a progress bar; Ctrl-C and SIGTERM stop it where it can go on."""
     import torch
 
     from nin.runtime import distributed
@@ -151,7 +148,8 @@ def narrowing_progress() -> Iterator[dict[str, Any]]:
         distributed.process_group(torch.device("cpu")),
     ):
         try:
-            yield {"keeping": CheckpointOptions(stop=lambda: bool(received)), "on_progress": bar.on_progress}
+            keeping = CheckpointOptions(stop=lambda: bool(received))
+            return narrow(*arguments, **options, keeping=keeping, on_progress=bar.on_progress)
         except KeyboardInterrupt:
             bar.line("What was found is kept: the same command goes on.")
             raise

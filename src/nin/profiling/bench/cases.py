@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -27,16 +28,12 @@ class Case:
     network: bool = False
 
 
-def _chain(channels: int, *widths: int, activation: str | tuple[str, ...] = "relu") -> Callable[[], nn.Module]:
-    return lambda: layers.MLPConv(channels, widths, activation=activation)
+def _chain(channels: int, *widths: int, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: layers.MLPConv(channels, widths, **options)
 
 
 def _bottleneck() -> nn.Module:
     return layers.Bottleneck(256, 64, 256, kernel_size=4)
-
-
-def _wide() -> nn.Module:
-    return layers.MLPConv(256, (256,), kernel_size=4)
 
 
 def _nin_cifar() -> nn.Module:
@@ -55,7 +52,7 @@ CASES: dict[str, Case] = {
         Case("1x1-192-32", _chain(192, 32), (64, 192, 28, 28)),
         Case("1x1-192-192", _chain(192, 192), (64, 192, 28, 28)),
         Case("bottleneck-256-64-4x4-256", _bottleneck, (16, 256, 28, 28)),
-        Case("4x4-256-256", _wide, (16, 256, 28, 28)),
+        Case("4x4-256-256", _chain(256, 256, kernel_size=4), (16, 256, 28, 28)),
         Case("nin-cifar-64", _nin_cifar, (64, 3, 32, 32), network=True),
         Case("nin-cifar-1", _nin_cifar, (1, 3, 32, 32), network=True),
         *(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nin.errors import UserError
 from nin.ops import backends
 from nin.ops.cpu.peak import measure_copy_bandwidth, measure_peak_flops
 from nin.ops.gpu import dispatch
@@ -127,8 +128,7 @@ def run(
         The machine and all measurements; an engine that is not installed has a reason instead of times.
 
     Raises:
-        ValueError: a name is not known.
-        UserError: there is no such device here.
+        UserError: a name is not known, or there is no such device here.
 
     Example:
         >>> nin.profiling.bench.run([], engines=["nin"]).measurements
@@ -137,7 +137,7 @@ def run(
     for argument, given, known in (("cases", cases, CASES), ("dtypes", dtypes, DTYPES), ("engines", engines, ENGINES)):
         for name in given:
             if name not in known:
-                raise ValueError(f"{argument} must be among {', '.join(known)}, got {name!r}")
+                raise UserError(f"{argument} must be among {', '.join(known)}, got {name!r}")
     torch_device = choose_device(device)
     # for every engine: returning memory to the system after each call would time page faults, not arithmetic
     malloc = "tuned" if keep_freed_memory() else "default"
@@ -179,18 +179,10 @@ def _run_case(
     runs = int(min(200, max(5, SECONDS_PER_CASE / max(round_s, 1e-6))))
     timings = time_interleaved(calls, runs=runs, warmup=1, settle_ms=SETTLE_MS)
     bound_ms = _bound_ms(case, dtype, machine)
+    fractions = {engine: bound_ms / timing.median_ms for engine, timing in timings.items()} if bound_ms else {}
     return [
-        EngineResult(case.name, dtype, engine, None, reasons[engine])
-        if engine in reasons
-        else EngineResult(
-            case.name,
-            dtype,
-            engine,
-            timings[engine],
-            share_of_limit=bound_ms / timings[engine].median_ms if bound_ms else None,
-            ran=ran.get(engine, ""),
-        )
-        for engine in engines
+        EngineResult(case.name, dtype, e, timings.get(e), reasons.get(e, ""), fractions.get(e), ran.get(e, ""))
+        for e in engines
     ]
 
 
