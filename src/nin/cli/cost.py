@@ -64,10 +64,9 @@ def find_network(model: str, classes: int | None, channels: int | None) -> tuple
     from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
 
     if model in models.MODELS:
-        options = {} if channels is None else {"in_channels": channels}
-        usual_classes = 10 if model in ("nin_digits", "nin_cifar") else 1000
+        given = {"num_classes": classes, "in_channels": channels}
+        network = models.MODELS[model](**{name: value for name, value in given.items() if value is not None})
         pixels = models.IMAGE_SIZES[model]
-        network: nn.Module = models.create(model, classes or usual_classes, **options)
         return network, (1 if model == "nin_digits" else 3, pixels, pixels)
     if Path(model).is_dir():
         if classes is not None or channels is not None:
