@@ -96,6 +96,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
             names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             options = {name: options[name] for name in names}
             files = (checkpoint.CONFIG_FILE, checkpoint.MODEL_FILE)
+            # both files come into one folder, that of the revision
             folder = [Path(hf_hub_download(model_id, file, **options)).parent for file in files][-1]
         model, info = checkpoint.load_model(folder)
         return cls(model, info, device=device)

@@ -1,11 +1,11 @@
 """Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, grey or RGB, centre crop, resize."""
 
+import contextlib
 import io
 import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,8 @@ class DecodeError(UserError):
 def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
     """Decode one image.
 
-    EXIF orientation is applied. Transparent pixels are laid over white, the paper that viewers show behind
-    them; what colour a file stores under full transparency is arbitrary. 16-bit values are divided by 257,
+    EXIF orientation is applied. Transparent pixels are composited over white, the background that viewers
+    show; what colour a file stores under full transparency is arbitrary. 16-bit values are divided by 257,
     so that 65535 becomes 255. CMYK and palettes become RGB. Of an animation the first frame is read. The
     centre square is resized to `size` with an antialiased bicubic filter, which is the same as resizing the
     shorter side and cropping.
@@ -157,13 +157,12 @@ def read_header(source: ImageSource) -> ImageHeader:
 
 def _has_frames(image: Image.Image) -> bool:
     """Return whether a second frame follows. What is damaged behind the first does not concern us."""
-    try:
+    with contextlib.suppress(*_DECODING_ERRORS):
         return bool(getattr(image, "is_animated", False))
-    except _DECODING_ERRORS:
-        return False
+    return False
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open_image(source: ImageSource) -> Iterator[Image.Image]:
     """Open the source, and make an error of Pillow's inside the block a DecodeError that names the file."""
     file: io.BytesIO | io.BufferedReader | str
@@ -200,10 +199,9 @@ def failure_reason(error: BaseException) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
-    try:
+    with contextlib.suppress(*_DECODING_ERRORS):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DECODING_ERRORS:
-        return 1
+    return 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -215,8 +213,8 @@ def _flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray(scale_to_uint8(values, top=top, error=error))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image
 
 

@@ -72,15 +72,16 @@ def load(
     # absolute, so that a report can be made from another folder
     folder = None if data_dir is None else Path(data_dir).resolve()
     origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
+    name = str(source)
     if source in DATASET_NAMES:
-        builtin = load_builtin(str(source), data_dir=folder, test_fraction=test_fraction, seed=seed)
-        return _check_size(dataclasses.replace(builtin, origin={"source": str(source), **origin}), size)
+        builtin = load_builtin(name, data_dir=folder, test_fraction=test_fraction, seed=seed)
+        return _check_size(dataclasses.replace(builtin, origin={"source": name, **origin}), size)
     if is_shards(source):
-        images = read_shards(str(source), options)
+        images = read_shards(name, options)
     else:
         _check_exists(source)
         images = read_folder(Path(source), options)
-    path = str(source) if is_url(str(source)) else str(Path(source).resolve())
+    path = name if is_url(name) else str(Path(source).resolve())
     return dataclasses.replace(images, origin={"source": path, **origin})
 
 

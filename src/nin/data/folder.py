@@ -38,7 +38,8 @@ FINDING_KINDS = {
 # From here on a class with few images is learned badly, and the accuracy does not show it.
 IMBALANCE_RATIO = 10
 
-# From here on Pillow warns of a decompression bomb; from twice as many on it refuses.
+# From here on Pillow warns of a decompression bomb; from twice as many on it refuses. The number is Pillow's default,
+# for a program that has switched its limit off.
 HUGE_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
 

@@ -172,6 +172,7 @@ class FolderScan:
         for number, found in enumerate(results, start=1):
             self.problems |= found
             self.records[list(found)] = np.zeros((), dtype=RECORD)
+            # the results come in the order of the files, so the same file is named every time
             if self.options.strict and found:
                 index = min(found)
                 raise UserError(f"{self.path(index)}: {found[index]}; replace or remove the file")

@@ -51,15 +51,15 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batch_indices = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     threads = workers if isinstance(dataset, DecodedSet) else 0
 
-    def fetch(piece: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def fetch(indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         if on_lost is None or isinstance(dataset, ImageSet):
-            return dataset.fetch(piece), piece, []
-        return dataset.fetch_readable(piece)
+            return dataset.fetch(indices), indices, []
+        return dataset.fetch_readable(indices)
 
-    for images, kept, lost in map_in_threads(fetch, pieces, workers=threads):
+    for images, kept, lost in map_in_threads(fetch, batch_indices, workers=threads):
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)

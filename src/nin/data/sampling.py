@@ -70,8 +70,8 @@ def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int 
         count: number of samples.
         seed: the seed of the run.
         epoch: the number of the epoch, from 0.
-        start: the first place of the order to return.
-        stop: the place behind the last; all if not given.
+        start: the first position of the order to return.
+        stop: the position behind the last; all if not given.
 
     Returns:
         int64 (stop - start,): the whole is a permutation of 0 .. count - 1.
@@ -87,11 +87,11 @@ def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int 
     return torch.argsort(hashes, stable=True)[start:stop]  # stable: equal hashes have one order everywhere
 
 
-def _feistel_permutation(places: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
-    """Return the samples at places of a permutation that is never held as a whole.
+def _feistel_permutation(positions: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the samples at positions of a permutation that is never held as a whole.
 
-    A Feistel network permutes a rectangle of at least `count` cells. A place that lands outside walks on until it
-    lands inside, which keeps it a permutation; the rectangle is so close that few do.
+    A Feistel network permutes a rectangle of at least `count` cells. A position that lands outside is permuted again
+    until it lands inside, which keeps it a permutation; the rectangle is so close that few do.
 
     Source:
         Black, Rogaway: Ciphers with arbitrary finite domains, CT-RSA 2002.
@@ -99,7 +99,7 @@ def _feistel_permutation(places: Tensor, count: int, *, seed: int, epoch: int) -
     rows = math.isqrt(count - 1) + 1
     columns = -(-count // rows)
     keys = [stream_key("order", seed, epoch, number) for number in range(_FEISTEL_ROUNDS)]
-    samples, outside = places.clone(), torch.ones_like(places, dtype=torch.bool)
+    samples, outside = positions.clone(), torch.ones_like(positions, dtype=torch.bool)
     while outside.any():
         left, right = samples[outside] // columns, samples[outside] % columns
         for even, odd in zip(keys[::2], keys[1::2], strict=True):

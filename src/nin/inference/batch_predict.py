@@ -22,7 +22,6 @@ from nin.data.loader import map_in_threads
 from nin.distribution import install_command
 from nin.errors import UserError
 from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
-from nin.runtime import distributed
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
 from nin.runtime.tables import csv_lines
@@ -44,11 +43,6 @@ class Partition:
 
     rank: int = 0
     world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Partition":
-        """Return the partition of this process of a torchrun job, or all of the images."""
-        return cls(distributed.rank(), distributed.world_size())
 
     def bounds(self, count: int) -> tuple[int, int]:
         """Return the first index and the one after the last, of ``count`` images."""
@@ -125,9 +119,9 @@ def predict_to_file(
         if partition.rank == 0 and not synced.bytes:
             file.write(csv_lines([_column_names(classifier.classes)]))
         synced_at = time.monotonic()
-        for rows, bad in _predict_rows(classifier, images, range(start + before, stop)):
+        for rows, failed in _predict_rows(classifier, images, range(start + before, stop)):
             file.write(csv_lines(rows))
-            unreadable += bad
+            unreadable += failed
             synced.rows += len(rows)
             if time.monotonic() - synced_at > SECONDS_BETWEEN_SYNCS:
                 synced_at = time.monotonic()
