@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 
 import nin
@@ -391,7 +392,7 @@ def test_images_that_fail_in_a_batch_do_not_fail_the_others(run):
     release.set()
     with pytest.raises(RuntimeError, match="9"):
         bad.result(timeout=10)
-    torch.testing.assert_close(fine.result(timeout=10).scores, classify(classifier, good).scores)
+    torch.testing.assert_close(fine.result(timeout=10), classify(classifier, good))
     batcher.stop()
 
 
@@ -423,14 +424,14 @@ def test_serve_says_where_and_stops(monkeypatch):
     addresses = []
 
     monkeypatch.setattr(uvicorn_server.webbrowser, "open", addresses.append)
-    original = uvicorn_server._Server.startup
+    original = uvicorn.Server.startup
 
     async def startup(self, sockets=None):
         await original(self, sockets)
         await asyncio.sleep(0.2)
         self.should_exit = True
 
-    monkeypatch.setattr(uvicorn_server._Server, "startup", startup)
+    monkeypatch.setattr(uvicorn.Server, "startup", startup)
     server.serve(port=0, browser=True, on_start=addresses.append)
     assert addresses[0].startswith("http://127.0.0.1:")
     assert addresses[1] == addresses[0]

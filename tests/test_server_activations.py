@@ -113,7 +113,7 @@ def covariance(rows):
 
 def test_a_spectrum_is_the_covariance_of_the_sums(network, monkeypatch):
     model, x = network
-    monkeypatch.setattr(pca, "ACTIVATION_BATCH_SIZE", 2)
+    monkeypatch.setattr(activations, "ACTIVATION_BATCH_SIZE", 2)
     found = pca.principal_components(model, x, 1)
     sums = activations.layer_activations(model, x, 1, sums=True)
     rows = sums.movedim(1, -1).flatten(0, 2).double()

@@ -380,7 +380,7 @@ def test_bundling_keeps_names_and_order():
         "b.js": 'import { one } from "./c.js";\nexport const two = one + one;\n',
         "c.js": "export const one = 1;\nexport function f() {}\n",
     }
-    text = js_bundle.bundle("a.js", files.__getitem__)
+    text = js_bundle.bundle("a.js", files.__getitem__, {})
     assert [text.index(f"// {name}") for name in ("c.js", "b.js", "a.js")] == sorted(
         text.index(f"// {n}") for n in files
     )
@@ -388,7 +388,7 @@ def test_bundling_keeps_names_and_order():
     assert "return { one, f };" in text
     assert "import" not in text
     with pytest.raises(ValueError, match="cannot be bundled: export default"):
-        js_bundle.bundle("x.js", {"x.js": "export default 7;\n"}.__getitem__)
+        js_bundle.bundle("x.js", {"x.js": "export default 7;\n"}.__getitem__, {})
     circle = {"x.js": 'import { y } from "./y.js";\n', "y.js": 'import { x } from "./x.js";\n'}
     with pytest.raises(ValueError, match=r"x\.js → y\.js → x\.js"):
-        js_bundle.bundle("x.js", circle.__getitem__)
+        js_bundle.bundle("x.js", circle.__getitem__, {})

@@ -16,7 +16,8 @@ NORMALISATIONS = (None, "weight_standardisation")
 # Source: Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without Normalization, 2021.
 VARIANCE_GAIN = {"none": 1.0, "relu": 1.7139, "gelu": 1.7015, "silu": 1.7872}
 
-_ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+# PyTorch's modules of the operator's activations; nn.GELU only without the approximation by a tanh.
+ACTIVATION_NAMES: dict[type, str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
 class Conv1x1(nn.Module):
@@ -359,7 +360,7 @@ def _initialise(weight: Tensor, activation: str) -> None:
 
 def _activation_modules(name: str) -> list[nn.Module]:
     """Return the activation of that name as modules; none for "none"."""
-    return [_ACTIVATION_MODULES[name]()] if name != "none" else []
+    return [module() for module, known in ACTIVATION_NAMES.items() if known == name]
 
 
 def _plain_conv(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:

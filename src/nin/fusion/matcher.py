@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from nin.fusion.chain import Chain, Link
-from nin.layers import MLPConv
+from nin.layers import ACTIVATION_NAMES, MLPConv
 
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"}
 _METHODS = {"relu": "relu", "relu_": "relu"}
-_MODULES = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
 class Tracer(fx.Tracer):
@@ -151,7 +150,7 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if node.op == "call_module":
         module = modules.get(str(node.target))
         exact = not isinstance(module, nn.GELU) or module.approximate == "none"
-        return _MODULES.get(type(module)) if exact else None
+        return ACTIVATION_NAMES.get(type(module)) if exact else None
     name: Any = None
     if node.op == "call_function":
         name = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
@@ -172,7 +171,7 @@ def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
         return None
     if type(act) is nn.GELU and act.approximate != "none":
         return None
-    return "none" if type(act) is nn.Identity else _MODULES.get(type(act))
+    return "none" if type(act) is nn.Identity else ACTIVATION_NAMES.get(type(act))
 
 
 def _can_fold(norm: nn.BatchNorm2d, link: Link) -> bool:

@@ -1,10 +1,9 @@
 """The report of a run: its data (`build_report`), its HTML page (`render_report`), and the file (`write_report`)."""
 
 from nin.report.build import Report, build_report, write_report
-from nin.report.examples import example_rows
 from nin.report.heatmaps import overlay, symmetric_limit
 from nin.report.html_page import render_report
-from nin.report.image_grid import ImageRow, MapPanel, draw_image_grid
+from nin.report.image_grid import ImageRow, MapPanel, draw_image_grid, example_rows
 from nin.report.narrowing_report import render_narrowing_report
 
 __all__ = [

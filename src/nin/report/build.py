@@ -105,7 +105,8 @@ def build_report(
     curves = checkpoint.read_csv(run / checkpoint.METRICS_FILE)
     probabilities = _predict(classifier, images, on_progress)
     labels, predicted = images.test.labels, probabilities.argmax(1)
-    confusion = _confusion_matrix(labels, predicted, len(images.classes))
+    n = len(images.classes)
+    confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)  # (true class, predicted class)
     network_cost = cost(classifier.model, (1, preprocessing.channels, preprocessing.size, preprocessing.size))
     headline = _run_summary(info, curves, network_cost, int(confusion.trace()), len(labels))
     config = info.model.get("config", {})
@@ -142,11 +143,6 @@ def _predict(classifier: Classifier, images: data.Data, on_progress: ProgressCal
         if on_progress:
             on_progress("answering the test images", done, count)
     return torch.cat(rows)
-
-
-def _confusion_matrix(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Return counts (true class, predicted class), int64."""
-    return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
 def _most_confused(confusion: Tensor) -> tuple[ConfusedPair, ...]:

@@ -84,13 +84,9 @@ def display_size(side: int) -> int:
 
 def data_uri(image: Image.Image) -> str:
     """Return an image as a ``data:`` URI: a PNG up to 64 pixels, above it a JPEG, a quarter of the size."""
-    file = io.BytesIO()
-    if max(image.size) <= LARGEST_PIXELATED:
-        image.save(file, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.save(file, "JPEG", quality=88, subsampling=0, optimize=True)
-        kind = "jpeg"
+    file, is_small = io.BytesIO(), max(image.size) <= LARGEST_PIXELATED
+    kind, options = ("png", {}) if is_small else ("jpeg", {"quality": 88, "subsampling": 0})
+    image.save(file, kind, optimize=True, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

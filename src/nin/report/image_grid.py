@@ -1,4 +1,4 @@
-"""Images beside their class-confidence maps in rows, as one picture."""
+"""Images beside their class-confidence maps in rows, as one picture; and rightly classified examples for the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from nin import data
 from nin.distribution import install_command
 from nin.errors import UserError
+from nin.inference.classifier import Classifier
 from nin.report import heatmaps
+from nin.runtime.formatting import format_percent
+
+# `example_rows` looks at so many images of a class, and takes one that is classified with at least this probability.
+IMAGES_PER_CLASS, MIN_CONFIDENCE = 64, 0.5
 
 INK, QUIET, PAPER = (27, 27, 27), (95, 91, 85), (255, 255, 255)
 
@@ -41,6 +47,35 @@ class ImageRow:
     title: str
     pixels: Tensor
     panels: Sequence[MapPanel]
+
+
+def example_rows(classifier: Classifier, images: data.Data, classes: Sequence[str]) -> list[ImageRow]:
+    """Return an image grid's row for each class: a rightly classified test image, with the maps of two classes.
+
+    Args:
+        classifier: of a network that has confidence maps.
+        images: the first 64 test images of a class are classified.
+        classes: names of classes that both know; others are left out.
+
+    Returns:
+        Rows for `draw_image_grid`: the first image of the class that is classified rightly with a probability above
+        one half, the map of the class, the map of the runner-up.
+    """
+    rows = []
+    for name in classes:
+        if name not in images.classes or name not in classifier.classes:
+            continue
+        of_class = torch.nonzero(images.test.labels == images.classes.index(name)).flatten()
+        pixels = images.test.fetch(of_class[:IMAGES_PER_CLASS])
+        for image, prediction in zip(pixels, classifier.predict(pixels), strict=True):
+            if prediction.label == name and prediction.confidence > MIN_CONFIDENCE:
+                maps = classifier.confidence_maps(image)[0]
+                order = torch.tensor(prediction.probabilities).argsort(descending=True)[:2].tolist()
+                titles = [f"{classifier.classes[i]} {format_percent(prediction.probabilities[i], 0)}" for i in order]
+                panels = [MapPanel(title, maps[i]) for title, i in zip(titles, order, strict=True)]
+                rows.append(ImageRow(name, image, panels))
+                break
+    return rows
 
 
 def draw_image_grid(rows: Sequence[ImageRow], *, title: str = "", size: int = 192) -> Image.Image:

@@ -7,11 +7,11 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
+from torch import Tensor
 
 from nin import distribution
 from nin.inference.classifier import Classifier
 from nin.server import schemas
-from nin.server.batcher import ClassScores
 from nin.server.middleware import Limits, SecurityMiddleware
 from nin.server.routes import RunNumber, add_inspection_routes
 from nin.server.service import Service
@@ -86,23 +86,23 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         """Classify one image (the body) or several (a form)."""
         run = service.run(number)
         pixels = await service.pixels(request, run)
-        result = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
+        class_maps = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
         # FastAPI validates no Response against the schema: maps are many numbers
-        return JSONResponse({"predictions": prediction_dicts(run.classifier, result, maps=maps)})
+        return JSONResponse({"predictions": prediction_dicts(run.classifier, class_maps, with_maps=maps)})
 
 
-def prediction_dicts(classifier: Classifier, result: ClassScores, *, maps: bool) -> list[dict[str, object]]:
-    """Return the fields of `schemas.Prediction` for each image as plain data."""
-    names = classifier.classes
-    probabilities = result.scores.softmax(1)
+def prediction_dicts(classifier: Classifier, maps: Tensor, *, with_maps: bool) -> list[dict[str, object]]:
+    """Return the fields of `schemas.Prediction` for each image as plain data, from class maps (N, classes, h, w)."""
+    names, scores = classifier.classes, maps.mean((2, 3))
+    probabilities = scores.softmax(1)
     best = probabilities.argmax(1).tolist()
     return [
         {
             "label": names[best[i]],
             "confidence": row[best[i]],
             "probabilities": dict(zip(names, row, strict=True)),
-            "scores": dict(zip(names, result.scores[i].tolist(), strict=True)),
-            "maps": result.maps[i].tolist() if maps else None,
+            "scores": dict(zip(names, scores[i].tolist(), strict=True)),
+            "maps": maps[i].tolist() if with_maps else None,
         }
         for i, row in enumerate(probabilities.tolist())
     ]

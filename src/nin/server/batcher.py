@@ -19,32 +19,19 @@ class FullError(Exception):
     """The queue is full."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassScores:
-    """Class scores and class maps of a request's images.
-
-    Attributes:
-        scores: (N, classes), float32.
-        maps: (N, classes, h, w), float32, whose means are the scores.
-    """
-
-    scores: Tensor
-    maps: Tensor
-
-
 @dataclasses.dataclass(eq=False)
-class _QueuedCall:
-    """A request in the queue.
+class _QueuedImages:
+    """The images of a request in the queue.
 
     Attributes:
-        classifier: of the images; None where something else is computed.
-        pixels: the images, uint8 (N, C, H, W).
-        result: set by the first of a batch for all others in it.
+        classifier: of the images.
+        pixels: uint8 (N, C, H, W).
+        maps: their class maps; set by the first of a batch for all others in it.
     """
 
-    classifier: Classifier | None = None
-    pixels: Tensor | None = None
-    result: ClassScores | None = None
+    classifier: Classifier
+    pixels: Tensor
+    maps: Tensor | None = None
 
 
 class Batcher:
@@ -61,7 +48,7 @@ class Batcher:
     def __init__(self, *, max_queued: int) -> None:
         self.batches = 0  # computed so far; tests see by it what was computed together
         self._max_queued = max_queued
-        self._queue: list[_QueuedCall] = []
+        self._queue: list[object] = []  # a `_QueuedImages`, or an object that stands for another call
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nin-batcher")
 
@@ -70,69 +57,63 @@ class Batcher:
         """Number of calls that wait."""
         return len(self._queue)
 
-    def classify(self, classifier: Classifier, pixels: Tensor) -> Future[ClassScores]:
-        """Classify images, uint8 (N, C, H, W); raises `FullError` where the queue is full."""
-        call = _QueuedCall(classifier, pixels)
-        return self._enqueue(call, lambda: self._classify_batch(call))
+    def classify(self, classifier: Classifier, pixels: Tensor) -> Future[Tensor]:
+        """Return the class maps of images, uint8 (N, C, H, W); raises `FullError` where the queue is full."""
+        images = _QueuedImages(classifier, pixels)
+        return self._enqueue(images, lambda: self._classify_batch(images))
 
     def compute(self, function: Callable[[], T]) -> Future[T]:
         """Call a function in its turn; raises `FullError` where the queue is full."""
-        call = _QueuedCall()
-
-        def begin() -> T:
-            self._dequeue(call)
-            return function()
-
-        return self._enqueue(call, begin)
+        return self._enqueue(object(), function)
 
     def stop(self) -> None:
         """End the thread; what still waits is cancelled."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _enqueue(self, call: _QueuedCall, function: Callable[[], T]) -> Future[T]:
+    def _enqueue(self, call: object, function: Callable[[], T]) -> Future[T]:
+        def begin() -> T:
+            self._dequeue(call)
+            return function()
+
         with self._lock:
             if len(self._queue) >= self._max_queued:
                 raise FullError
             self._queue.append(call)
-            future = self._thread.submit(function)
+            future = self._thread.submit(begin)
         # a future that its client cancelled never runs, and would take a place in the queue for ever
         future.add_done_callback(lambda _: self._dequeue(call))
         return future
 
-    def _dequeue(self, call: _QueuedCall) -> None:
+    def _dequeue(self, call: object) -> None:
         with self._lock:
             if call in self._queue:
                 self._queue.remove(call)
 
-    def _classify_batch(self, call: _QueuedCall) -> ClassScores:
-        if call.result is None:
-            batch = self._next_batch(call)
-            parts = [cast(Tensor, each.pixels) for each in batch]
+    def _classify_batch(self, images: _QueuedImages) -> Tensor:
+        if images.maps is None:
+            batch = self._next_batch(images)
             self.batches += 1
-            result = classify(cast(Classifier, call.classifier), torch.cat(parts))
-            sizes = [len(part) for part in parts]
-            rows = zip(result.scores.split(sizes), result.maps.split(sizes), strict=True)
-            for each, (scores, maps) in zip(batch, rows, strict=True):
-                each.result = ClassScores(scores, maps)
-        return cast(ClassScores, call.result)
+            maps = classify(images.classifier, torch.cat([each.pixels for each in batch]))
+            for each, part in zip(batch, maps.split([len(each.pixels) for each in batch]), strict=True):
+                each.maps = part
+        return cast(Tensor, images.maps)
 
-    def _next_batch(self, first: _QueuedCall) -> list[_QueuedCall]:
-        """Return the call and those that wait for the same network, of about INFERENCE_BATCH_SIZE images together."""
+    def _next_batch(self, first: _QueuedImages) -> list[_QueuedImages]:
+        """Return the images and those that wait for the same network, about INFERENCE_BATCH_SIZE together."""
+        batch, count = [first], len(first.pixels)
         with self._lock:
-            batch, count = [first], len(cast(Tensor, first.pixels))
-            for call in self._queue:
-                if call is not first and call.classifier is first.classifier and count < INFERENCE_BATCH_SIZE:
+            waiting = [call for call in self._queue if isinstance(call, _QueuedImages)]
+            for call in waiting:
+                if call.classifier is first.classifier and count < INFERENCE_BATCH_SIZE:
                     batch.append(call)
-                    count += len(cast(Tensor, call.pixels))
-            self._queue = [call for call in self._queue if call not in batch]
+                    count += len(call.pixels)
+                    self._queue.remove(call)
         return batch
 
 
 @torch.inference_mode()
-def classify(classifier: Classifier, pixels: Tensor) -> ClassScores:
-    """Return class scores and class maps of images, INFERENCE_BATCH_SIZE at a time."""
+def classify(classifier: Classifier, pixels: Tensor) -> Tensor:
+    """Return the class maps of images, INFERENCE_BATCH_SIZE at a time: float32 (N, classes, h, w)."""
     network = cast(Network, classifier.fastest)
-    maps = (
-        torch.cat([network.maps(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)]).float().cpu()
-    )
-    return ClassScores(maps.mean((2, 3)), maps)
+    parts = pixels.split(INFERENCE_BATCH_SIZE)
+    return torch.cat([network.maps(classifier.inputs(part)) for part in parts]).float().cpu()

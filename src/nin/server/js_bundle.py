@@ -10,7 +10,7 @@ _EXPORT = re.compile(r"^export (?=(?:async function|function|class|const) (\w+))
 _LEFT = re.compile(r"^(import|export)\b.*", re.MULTILINE)
 
 
-def bundle(start: str, read: Callable[[str], str], replacements: Mapping[str, str] | None = None) -> str:
+def bundle(start: str, read: Callable[[str], str], replacements: Mapping[str, str]) -> str:
     """Return a script of a module and all that it imports.
 
     Each module becomes a function that is called once, after those that it imports. It reads the modules of this
@@ -34,7 +34,7 @@ def bundle(start: str, read: Callable[[str], str], replacements: Mapping[str, st
             return
         text = read(name)
         for found in IMPORT.finditer(text):
-            add(_replaced(found["module"], replacements), (*above, name))
+            add(replacements.get(found["module"], found["module"]), (*above, name))
         done.add(name)
         written.append(_module(name, text, replacements))
 
@@ -42,11 +42,11 @@ def bundle(start: str, read: Callable[[str], str], replacements: Mapping[str, st
     return '"use strict";\n(() => {\n' + "\n".join(written) + "})();\n"
 
 
-def _module(name: str, text: str, replacements: Mapping[str, str] | None) -> str:
+def _module(name: str, text: str, replacements: Mapping[str, str]) -> str:
     """Return a module as a call whose result are its exports."""
 
     def bind(found: re.Match[str]) -> str:
-        source = _identifier(_replaced(found["module"], replacements))
+        source = _identifier(replacements.get(found["module"], found["module"]))
         if found["whole"]:
             return f"const {found['whole']} = {source};\n"
         return f"const {{{found['names'].replace(' as ', ': ')}}} = {source};\n"
@@ -60,10 +60,6 @@ def _module(name: str, text: str, replacements: Mapping[str, str] | None) -> str
 def exports(text: str) -> list[str]:
     """Return the names that a module exports."""
     return _EXPORT.findall(text)
-
-
-def _replaced(name: str, replacements: Mapping[str, str] | None) -> str:
-    return (replacements or {}).get(name, name)
 
 
 def _identifier(name: str) -> str:

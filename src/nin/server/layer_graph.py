@@ -8,11 +8,10 @@ from typing import TypeAlias, cast
 from torch import Tensor, nn
 
 from nin import models
-from nin.layers import Conv1x1, Inception, MLPConv
+from nin.layers import ACTIVATION_NAMES, Conv1x1, Inception, MLPConv
 
 Convolution: TypeAlias = Conv1x1 | nn.Conv2d | nn.Linear
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 POOLINGS = {nn.MaxPool2d: "max", nn.AvgPool2d: "average"}
 
 
@@ -165,16 +164,15 @@ def factored_convolutions(module: nn.Module) -> Iterator[tuple[list[Convolution]
             yield [cast(nn.Conv2d, conv)], activation
     elif isinstance(module, nn.Conv2d | nn.Linear):
         yield [module], "none"
-    elif all(isinstance(child, nn.Conv2d | nn.Linear) for child in module.children()):
-        yield [cast(Convolution, child) for child in module.children()], "none"
     else:
         factors: list[Convolution] = []
         for child in module.children():
-            if type(child) in ACTIVATIONS:
-                yield factors, ACTIVATIONS[type(child)]
+            if type(child) in ACTIVATION_NAMES:
+                yield factors, ACTIVATION_NAMES[type(child)]
                 factors = []
             else:
-                ((factors, _),) = factored_convolutions(child)
+                ((more, _),) = factored_convolutions(child)
+                factors += more
         if factors:
             yield factors, "none"
 

@@ -142,8 +142,7 @@ class _ResponseSender:
         if message["type"] == "http.response.start":
             self.started = True
             headers = MutableHeaders(scope=message)
-            for name, value in SECURITY_HEADERS.items():
-                headers[name] = value
+            headers.update(SECURITY_HEADERS)
             headers.setdefault("Cache-Control", "no-store")
         await self._send(message)
 
@@ -175,13 +174,9 @@ def _is_allowed(host: str, names: Iterable[str]) -> bool:
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:
     """Return a receiver of the body that has been read, and of the messages after it."""
-    is_sent = False
+    unsent: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return unsent.pop() if unsent else await receive()
 
     return replay

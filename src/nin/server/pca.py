@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nin.models import Network
 from nin.ops import mlpconv
-from nin.server.activations import ACTIVATION_BATCH_SIZE, find_layer, layer_outputs, without_activation
+from nin.server import activations
 from nin.server.layer_graph import layer_nodes
 
 # The eigendecomposition takes time with the cube of the channels, and at 1,024 the browser gets 5.6 MB of directions.
@@ -52,18 +52,16 @@ def principal_components(model: Network, x: Tensor, index: int) -> PrincipalComp
     Raises:
         LookupError: there is no such layer, it is no convolution, or it has too many channels.
     """
-    layer = find_layer(model, index).layer
+    layer = activations.find_layer(model, index).layer
     if layer.kind != "convolution" or layer.channels > MAX_CHANNELS:
         raise LookupError(f"layer {index}, {layer.name}, is no convolution of at most {MAX_CHANNELS} channels")
-    nodes = layer_nodes(model)[: index + 1]
-    nodes[-1] = without_activation(nodes[-1])
     total = torch.zeros(layer.channels, dtype=torch.float64)
     products = torch.zeros(layer.channels, layer.channels, dtype=torch.float64)
     count = pixels = 0
-    for part in x.split(ACTIVATION_BATCH_SIZE):
-        *_, (_, y) = layer_outputs(nodes, part)
+    for part in x.split(activations.ACTIVATION_BATCH_SIZE):
+        y = activations.layer_activations(model, part, index, sums=True)
         pixels = y.shape[2] * y.shape[3]
-        rows = y.movedim(1, -1).reshape(-1, layer.channels).cpu().double()
+        rows = y.movedim(1, -1).reshape(-1, layer.channels).double()
         count += len(rows)
         total += rows.sum(0)
         products += rows.mT @ rows
@@ -93,13 +91,13 @@ def narrowed_scores(model: Network, x: Tensor, index: int, components: Principal
     """
     nodes = layer_nodes(model)
     layer = nodes[index].layer
-    nodes[index] = without_activation(nodes[index])
+    nodes[index] = activations.without_activation(nodes[index])
 
     def change(changed: int, output: Tensor) -> Tensor:
         return low_rank_output(output, components, rank, layer.activation) if changed == index else output
 
     scores = []
-    for part in x.split(ACTIVATION_BATCH_SIZE):
-        *_, (_, maps) = layer_outputs(nodes, part, change)
+    for part in x.split(activations.ACTIVATION_BATCH_SIZE):
+        *_, (_, maps) = activations.layer_outputs(nodes, part, change)
         scores.append(maps.mean((2, 3)).float().cpu())
     return torch.cat(scores)

@@ -150,14 +150,13 @@ def _page_data(service: Service, samples: list[Sample]) -> Any:
         "samples": images.model_copy(update={"samples": images.samples[: len(samples)]}),
         "dead": [find_dead_channels(run) for run in service.runs],
         "bottleneck": {str(r): bottleneck.measure(r) for r in MEASURED_WIDTHS},
-        "predictions": [_predictions(run, samples) for run in service.runs],
+        "predictions": [
+            prediction_dicts(run.classifier, classify(run.classifier, _pixels(run, samples)), with_maps=True)
+            for run in service.runs
+        ],
         "assets": {name: _asset(name) for name in ("flower.jpg", "digits.json")},
     }
     return to_jsonable_python(content)
-
-
-def _predictions(run: ServedRun, samples: list[Sample]) -> list[dict[str, object]]:
-    return prediction_dicts(run.classifier, classify(run.classifier, _pixels(run, samples)), maps=True)
 
 
 def _asset(name: str) -> dict[str, str]:

@@ -45,26 +45,13 @@ def serve(
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
 
-    def start() -> None:
-        if on_start is not None:
-            on_start(address)
-        if browser:
-            # some browsers do not return before they are closed
-            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-
-    _Server(config, start).run(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that calls back once it accepts connections."""
-
-    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
-        self.on_start = on_start
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.on_start()
+    listener.listen()  # from here on a browser waits for the server, which is about to start, and is not refused
+    if on_start is not None:
+        on_start(address)
+    if browser:
+        # some browsers do not return before they are closed
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def listen(host: str, port: int | None) -> socket.socket:
