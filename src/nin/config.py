@@ -83,13 +83,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges, before any data are loaded."""
+        fractions = ("warmup", "momentum", "label_smoothing", "ema", "dropout")
         for is_valid, requirement, names in (
             (lambda x: x >= 1, "at least 1", ("epochs", "batch_size", "threads")),
-            (
-                lambda x: 0 <= x < 1,
-                "at least 0 and below 1",
-                ("warmup", "momentum", "label_smoothing", "ema", "dropout"),
-            ),
+            (lambda x: 0 <= x < 1, "at least 0 and below 1", fractions),
             (lambda x: 0 < x < math.inf, "above 0 and finite", ("learning_rate", "gradient_clip")),
             (lambda x: 0 <= x < math.inf, "at least 0 and finite", ("weight_decay", "shift")),
         ):

@@ -46,7 +46,7 @@ def epoch_batches(
     *,
     epoch: int,
     first_step: int,
-    augment_ahead: bool,
+    ahead: bool,
     on_lost: Callable[[str, str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's part of each batch of an epoch.
@@ -57,7 +57,7 @@ def epoch_batches(
         device: that the batches are put on.
         epoch: which one, from 0; the order and the augmentation depend on it.
         first_step: batches before it are skipped.
-        augment_ahead: in a single process, augment the images of several batches at once.
+        ahead: augment the images of several batches at once, where there is one process.
         on_lost: see `nin.data.batches`.
 
     Yields:
@@ -65,18 +65,12 @@ def epoch_batches(
     """
     is_distributed = distributed.world_size() > 1
     # what an image becomes does not depend on the batch it is in, so many batches are augmented at once
-    at_once = AUGMENTATION_BATCH_SIZE // config.batch_size if augment_ahead and not is_distributed else 1
+    at_once = AUGMENTATION_BATCH_SIZE // config.batch_size if ahead and not is_distributed else 1
     for order, batch_size in _local_orders(images, config, epoch=epoch, first_step=first_step):
         decoded = data.batches(images.train, order, batch_size * max(1, at_once), on_lost=on_lost, empty=is_distributed)
         for pixels, labels, indices in decoded:
-            pixels = data.augment(
-                pixels.to(device),
-                indices.to(device),
-                seed=config.seed,
-                epoch=epoch,
-                flip=config.flip,
-                shift=config.shift,
-            )
+            pixels, indices = pixels.to(device), indices.to(device)
+            pixels = data.augment(pixels, indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift)
             x = data.to_float(pixels, images.mean, images.std, dtype=torch.float32)
             yield from zip(x.split(batch_size), labels.to(device).split(batch_size), strict=True)
 

@@ -167,16 +167,10 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, test, and write the run folder."""
-        p, epochs = self.state.position, self.config.epochs
+        p, epochs, ahead = self.state.position, self.config.epochs, self.read_interval > 1
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in batches.epoch_batches(
-            self.images,
-            self.config,
-            self.device,
-            epoch=p.epoch,
-            first_step=p.step,
-            augment_ahead=self.read_interval > 1,
-            on_lost=self.on_lost,
+            self.images, self.config, self.device, epoch=p.epoch, first_step=p.step, ahead=ahead, on_lost=self.on_lost
         ):
             loss = self.take_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
