@@ -23,7 +23,7 @@ def check_seed(seed: int) -> None:
 def step_seed(seed: int, step: int) -> int:
     """Return the seed of one training step's dropout, so that a resumed training draws what it would have drawn.
 
-    Trainings of different seeds share none before step 1,000,003, a prime above the number of steps of most.
+    Trainings with different seeds have no step's seed in common before step 1,000,003, a prime that few reach.
     """
     return seed * 1_000_003 + step
 

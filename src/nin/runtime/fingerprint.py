@@ -1,4 +1,4 @@
-"""Is saved work still about the same thing? The hash of networks, images and texts, and which settings were changed."""
+"""Fingerprints of networks, images and texts, and changed settings: whether saved work may be resumed."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,9 +1,12 @@
-"""Routes for sample images, weights, activations, dead channels, principal components, and the bottleneck's time."""
+"""Routes of the HTTP API: predictions, sample images, weights, activations, dead channels, principal components."""
 
 from typing import Annotated, TypeAlias
 
-from fastapi import FastAPI, HTTPException, Path, Query, Request
+from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from torch import Tensor
 
+from nin.inference.classifier import Classifier
 from nin.profiling import bottleneck
 from nin.server import schemas
 from nin.server.activations import dead_channels, layer_activations, layer_weights
@@ -15,11 +18,37 @@ RunNumber: TypeAlias = Annotated[int, Query(alias="run", ge=0, le=1, description
 LayerNumber: TypeAlias = Annotated[int, Path(ge=0, le=100_000, description="its place among the layers of the model")]
 
 
-def add_inspection_routes(app: FastAPI, service: Service) -> None:
-    """Add the routes."""
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes of the HTTP API."""
+    _add_model_routes(app, service)
     _add_image_routes(app, service)
     _add_layer_routes(app, service)
     _add_narrowing_routes(app, service)
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/api/health")
+    async def health() -> schemas.Health:
+        """Say that the server answers."""
+        return schemas.Health.of(len(service.runs))
+
+    @app.get("/api/model")
+    async def model(number: RunNumber = 0) -> schemas.Model:
+        """Describe the network."""
+        return service.run(number).metadata
+
+    @app.post("/api/predict", openapi_extra=IMAGE_BODY, response_model=schemas.Predictions)
+    async def predict(
+        request: Request,
+        maps: Annotated[bool, Query(description="whether to send the class maps too")] = False,
+        number: RunNumber = 0,
+    ) -> Response:
+        """Classify one image (the body) or several (a form)."""
+        run = service.run(number)
+        pixels = await service.pixels(request, run)
+        class_maps = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
+        # FastAPI validates no Response against the schema: maps are many numbers
+        return JSONResponse({"predictions": prediction_dicts(run.classifier, class_maps, with_maps=maps)})
 
 
 def _add_image_routes(app: FastAPI, service: Service) -> None:
@@ -83,6 +112,23 @@ def _add_narrowing_routes(app: FastAPI, service: Service) -> None:
         """Say how many test images looked at are right with all of a convolution's directions, and with some."""
         run = service.run(number)
         return await service.compute(lambda: count_correct(run, index, rank))
+
+
+def prediction_dicts(classifier: Classifier, maps: Tensor, *, with_maps: bool) -> list[dict[str, object]]:
+    """Return the fields of `schemas.Prediction` for each image as plain data, from class maps (N, classes, h, w)."""
+    names, scores = classifier.classes, maps.mean((2, 3))
+    probabilities = scores.softmax(1)
+    best = probabilities.argmax(1).tolist()
+    return [
+        {
+            "label": names[best[i]],
+            "confidence": row[best[i]],
+            "probabilities": dict(zip(names, row, strict=True)),
+            "scores": dict(zip(names, scores[i].tolist(), strict=True)),
+            "maps": maps[i].tolist() if with_maps else None,
+        }
+        for i, row in enumerate(probabilities.tolist())
+    ]
 
 
 def sample_images(run: ServedRun) -> schemas.SampleImages:

@@ -18,12 +18,11 @@ from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
 from nin.server import schemas
 from nin.server.activations import layer_outputs, layer_weights, without_activation
-from nin.server.app import prediction_dicts
 from nin.server.batcher import classify
 from nin.server.js_bundle import bundle
 from nin.server.layer_graph import layer_nodes
 from nin.server.middleware import Limits
-from nin.server.routes import find_dead_channels, sample_images
+from nin.server.routes import find_dead_channels, prediction_dicts, sample_images
 from nin.server.sample_images import NOT_HERE, Sample
 from nin.server.service import ServedRun, Service
 from nin.server.static_files import read_page

@@ -258,7 +258,7 @@ class Trainer:
         return loss / count, int(all_hits), int(count)
 
     def on_lost(self, path: str, reason: str) -> None:
-        """Note a file that was readable when the training began, and go on without it, but not without many.
+        """Record a file that can no longer be read, and go on without it; too many of them end the training.
 
         Raises:
             UserError: so many are lost that something else must be wrong.
@@ -295,7 +295,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def finish(self) -> TrainResult:
-        """Test in float32, as the network is used, and write the result; with a mirrored second view if it may flip."""
+        """Test in float32, as the network is used, and with test-time flips where flips are on; write the result."""
         loss, hits, count = self.test(dtype=torch.float32)
         result: dict[str, Any] = {
             "test_accuracy": hits / count,
