@@ -23,7 +23,7 @@ from nin.fusion import Chain
 from nin.models.factory import create_external_model
 from nin.narrowing import FinetuneConfig, baseline, workflow
 from nin.narrowing.narrow_run import narrow_run
-from nin.narrowing.workflow_config import WorkflowConfig
+from nin.narrowing.workflow import WorkflowConfig
 from nin.training import CheckpointOptions
 
 

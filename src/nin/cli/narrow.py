@@ -82,9 +82,9 @@ def narrow(
         dry_run: Print the plan only.
         json: Print the figures as JSON on standard output.
     """
-    from nin.narrowing.narrow_model import InputNormalisation, load_network, narrow_model
+    from nin.narrowing.narrow_model import load_network, narrow_model
     from nin.narrowing.narrow_run import narrow_run
-    from nin.narrowing.workflow_config import WorkflowConfig
+    from nin.narrowing.workflow import WorkflowConfig
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
     config = WorkflowConfig(
@@ -102,7 +102,7 @@ def narrow(
         raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
     if run is not None and (size is not None or mean is not None or std is not None):
         raise UserError("--size, --mean and --std go with --model: a run folder knows its own")
-    normalisation = InputNormalisation(parse_numbers("mean", mean), parse_numbers("std", std))
+    means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     silence_other_ranks()
@@ -114,7 +114,8 @@ def narrow(
     if run is not None:
         result = narrow_with_progress(narrow_run, run, samples, config, out=out)
     else:
-        result = narrow_with_progress(narrow_model, network, samples, normalisation, config, out=out, cache=cache)
+        options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache}
+        result = narrow_with_progress(narrow_model, network, samples, config, **options)
     if torchrun.rank() > 0:
         return
     hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)

@@ -13,8 +13,7 @@ from nin.models.surgery import to_plain_layers
 from nin.narrowing.latency import ModelTimer
 from nin.narrowing.planner import count_parameters
 from nin.narrowing.report import ControlReport, NarrowReport
-from nin.narrowing.workflow import NarrowingTask, check_same_task, task_fingerprint
-from nin.narrowing.workflow_config import CONTROL_FILE, WorkflowConfig
+from nin.narrowing.workflow import CONTROL_FILE, NarrowingTask, WorkflowConfig, check_same_task, task_fingerprint
 from nin.profiling import cost
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback

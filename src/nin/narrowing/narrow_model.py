@@ -1,6 +1,5 @@
 """Narrow any PyTorch model, given by its factory and its weights, into a folder with the plan and the report."""
 
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -13,8 +12,7 @@ from nin import checkpoint, data
 from nin.errors import UserError
 from nin.models.factory import create_external_model
 from nin.narrowing.pipeline import NarrowResult
-from nin.narrowing.workflow import NarrowingTask, output_folder, run_workflow
-from nin.narrowing.workflow_config import WorkflowConfig
+from nin.narrowing.workflow import NarrowingTask, WorkflowConfig, output_folder, run_workflow
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
@@ -26,32 +24,27 @@ PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclasses.dataclass(frozen=True)
-class InputNormalisation:
-    """The mean and the standard deviation that a network's input is normalised with.
+def choose_preprocessing(
+    images: data.Data, mean: tuple[float, ...], std: tuple[float, ...]
+) -> checkpoint.Preprocessing:
+    """Return the preprocessing for these images.
 
-    Attributes:
-        mean: of each channel, for values from 0 to 1; if not given, ImageNet's for colour, the images' own for grey.
+    Args:
+        images: of the network.
+        mean: of each channel, for values from 0 to 1; where empty, ImageNet's for colour, the images' own for grey.
         std: the same.
+
+    Raises:
+        UserError: there is not one number for each channel, or a standard deviation is not above 0.
     """
-
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def preprocessing(self, images: data.Data) -> checkpoint.Preprocessing:
-        """Return the preprocessing for these images.
-
-        Raises:
-            UserError: there is not one number for each channel, or a standard deviation is not above 0.
-        """
-        usual = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-        mean, std = self.mean or usual[0], self.std or usual[1]
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != images.channels:
-                raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
-        if min(std) <= 0:
-            raise UserError(f"std must be above 0, got {min(std)}")
-        return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std))
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
+    mean, std = mean or usual[0], std or usual[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != images.channels:
+            raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
+    if min(std) <= 0:
+        raise UserError(f"std must be above 0, got {min(std)}")
+    return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std))
 
 
 def load_network(factory: str, weights: Path) -> nn.Module:
@@ -104,9 +97,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def narrow_model(
     model: nn.Module,
     images: data.Data,
-    normalisation: InputNormalisation,
     config: WorkflowConfig,
     *,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     out: Path | None,
     cache: Path,
     keeping: CheckpointOptions | None = None,
@@ -117,8 +111,9 @@ def narrow_model(
     Args:
         model: in evaluation mode.
         images: to calibrate with, and, where their classes are as many as the network's scores, to test with.
-        normalisation: of the network's input.
         config: what is asked for.
+        mean: that the network's input is normalised with, see `choose_preprocessing`.
+        std: the same.
         out: the folder to make: ``model.safetensors``, ``plan.json`` and ``report.json``; None in a dry run.
         cache: a file that keeps the analysis of the network.
         keeping: when the state of a fine-tuning is saved, and whether to stop.
@@ -132,7 +127,7 @@ def narrow_model(
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
     keeping = keeping or CheckpointOptions()
-    preprocessing = normalisation.preprocessing(images)
+    preprocessing = choose_preprocessing(images, mean, std)
     scores = count_scores(model, images, preprocessing)
     if config.finetune and scores is None:
         raise UserError("--finetune needs a network that gives one table of scores (images, classes)")

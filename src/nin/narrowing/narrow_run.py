@@ -9,8 +9,7 @@ from nin.errors import UserError
 from nin.inference import evaluation
 from nin.narrowing.baseline import original_config, train_control
 from nin.narrowing.pipeline import NarrowResult
-from nin.narrowing.workflow import NarrowingTask, output_folder, run_workflow
-from nin.narrowing.workflow_config import CONTROL_FOLDER, WorkflowConfig
+from nin.narrowing.workflow import CONTROL_FOLDER, NarrowingTask, WorkflowConfig, output_folder, run_workflow
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress

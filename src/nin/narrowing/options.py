@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
 
@@ -55,8 +56,8 @@ def check_share(name: str, share: object) -> float:
     """Return a share of the original's cost as a float.
 
     Raises:
-        ValueError: it is no number above 0 and below 1.
+        UserError: it is no number above 0 and below 1.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(f"{name} must be a share of the original's, above 0 and below 1, got {share!r}")
+        raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {share!r}")
     return float(share)

@@ -178,20 +178,15 @@ class NarrowReport:
             return []
         sizes = list(self.latency)
         before = [_milliseconds(self.latency[n][0]) for n in sizes]
-        return [
+        rows: list[tuple[str, ...]] = [
             ("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error"),
             ("1", f"{self.macs[0]:,}", *before, _format(self.accuracy.get("original"), ".4f"), "0"),
-            *(
-                (
-                    f"{p.share:g}",
-                    f"{p.macs:,}",
-                    *(_milliseconds(p.latency[n][1]) for n in sizes),
-                    _format(p.accuracy.get("corrected"), ".4f"),
-                    _format(p.calibration_error, ".3g"),
-                )
-                for p in self.curve
-            ),
         ]
+        for p in self.curve:
+            after = [_milliseconds(p.latency[n][1]) for n in sizes]
+            accuracy, error = _format(p.accuracy.get("corrected"), ".4f"), _format(p.calibration_error, ".3g")
+            rows.append((f"{p.share:g}", f"{p.macs:,}", *after, accuracy, error))
+        return rows
 
     def control_rows(self) -> list[tuple[str, ...]]:
         """Return the narrowed network beside the control, the header first; empty where there is no control."""
