@@ -1,9 +1,9 @@
 """The networks, what narrowing makes of them, and networks of other packages by name."""
 
+from nin.models.factory import IMAGE_SIZES, MODELS, Network, create
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.layout import fastest_layout
 from nin.models.nin import BlockConfig, NiN, NiNConfig, nin_cifar, nin_digits, nin_imagenet
-from nin.models.registry import IMAGE_SIZES, MODELS, Network, create
 
 __all__ = [
     "IMAGE_SIZES",

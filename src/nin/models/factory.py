@@ -1,4 +1,4 @@
-"""Networks of other packages by name: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
+"""Networks by name: nin's own, and ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
 
 import dataclasses
 import importlib
@@ -6,16 +6,47 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from nin.errors import UserError
+from nin.models.googlenet import GoogLeNet, googlenet
+from nin.models.nin import NiN, nin_cifar, nin_digits, nin_imagenet
+
+# networks with class maps, whose means are the scores
+Network: TypeAlias = NiN | GoogLeNet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "nin_digits": nin_digits,
+    "nin_cifar": nin_cifar,
+    "nin_imagenet": nin_imagenet,
+    "googlenet": googlenet,
+}
+
+# height and width that each network is meant for, in pixels
+IMAGE_SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 224, "googlenet": 224}
 
 NAME_FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
 
 # The input of a network that does not say: colour images of the size at which most networks are published.
 DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 224
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Return a new network of `MODELS`.
+
+    Args:
+        name: of the network.
+        num_classes: number of classes.
+        options: for the network's function, such as ``in_channels`` and ``dropout``.
+
+    Raises:
+        UserError: there is no such network; the message lists those that there are.
+    """
+    if name not in MODELS:
+        raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](num_classes, **options)
 
 
 @dataclasses.dataclass(frozen=True)

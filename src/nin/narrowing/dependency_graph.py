@@ -6,6 +6,7 @@ It is found in the graph that ``torch.fx`` traces.
 import dataclasses
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,46 +14,37 @@ from torch import fx, nn
 
 from nin.runtime import fx_trace
 
-# What treats every channel alone: pruning a channel before it prunes the same one behind it. Softmax, GLU, PReLU with a
-# parameter per channel, and normalisation over channels are not among them.
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.SELU,
-    nn.CELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Softplus,
-    nn.Identity,
-    nn.Dropout,
-)
-_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d)
-_ELEMENTWISE_FUNCTIONS = {
-    F.relu,
-    F.relu6,
-    F.leaky_relu,
-    F.elu,
-    F.gelu,
-    F.silu,
-    F.mish,
-    F.hardswish,
-    F.hardtanh,
-    F.dropout,
-    torch.relu,
-    torch.relu_,
-    torch.sigmoid,
-    torch.tanh,
+# What treats every channel alone, so that pruning a channel before it prunes the same one behind it: each module with
+# the functions that do the same, and with the names of the methods. Softmax, GLU, PReLU with a parameter per channel,
+# and normalisation over channels are not among them.
+_ELEMENTWISE: dict[type[nn.Module], set[Any]] = {
+    nn.ReLU: {F.relu, torch.relu, torch.relu_, "relu", "relu_"},
+    nn.ReLU6: {F.relu6},
+    nn.LeakyReLU: {F.leaky_relu},
+    nn.ELU: {F.elu},
+    nn.SELU: set(),
+    nn.CELU: set(),
+    nn.GELU: {F.gelu},
+    nn.SiLU: {F.silu},
+    nn.Mish: {F.mish},
+    nn.Hardswish: {F.hardswish},
+    nn.Hardsigmoid: set(),
+    nn.Hardtanh: {F.hardtanh},
+    nn.Sigmoid: {torch.sigmoid, "sigmoid"},
+    nn.Tanh: {torch.tanh, "tanh"},
+    nn.Softplus: set(),
+    nn.Identity: {"contiguous"},
+    nn.Dropout: {F.dropout},
 }
-_POOLING_FUNCTIONS = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.max_pool2d}
-_ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous"}
+# The same of what needs images, (N, C, H, W).
+_POOLING: dict[type[nn.Module], set[Any]] = {
+    nn.MaxPool2d: {F.max_pool2d, torch.max_pool2d},
+    nn.AvgPool2d: {F.avg_pool2d},
+    nn.AdaptiveAvgPool2d: {F.adaptive_avg_pool2d},
+    nn.AdaptiveMaxPool2d: {F.adaptive_max_pool2d},
+    nn.Dropout2d: set(),
+}
+_ELEMENTWISE_FUNCTIONS, _POOLING_FUNCTIONS = set().union(*_ELEMENTWISE.values()), set().union(*_POOLING.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +167,7 @@ def _consumes(module: nn.Module, channels: int, layout: str) -> bool:
 
 def _is_channelwise(module: nn.Module, is_map: bool) -> bool:
     """Return whether a module treats each channel alone, or flattens images."""
-    if isinstance(module, _ELEMENTWISE) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
+    if isinstance(module, tuple(_ELEMENTWISE)) or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
         return True
     if not is_map:
         return False
@@ -183,20 +175,16 @@ def _is_channelwise(module: nn.Module, is_map: bool) -> bool:
         return module.start_dim == 1 and module.end_dim == -1
     if isinstance(module, nn.Conv2d):
         return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
-    return type(module) is nn.BatchNorm2d or isinstance(module, _POOLING)
+    return type(module) is nn.BatchNorm2d or isinstance(module, tuple(_POOLING))
 
 
 def _function_kind(node: fx.Node, is_map: bool) -> str | None:
     """Return "channelwise" or "flatten" for a function or method that keeps channels apart, or None."""
-    if node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS:
-        return "channelwise"
-    if node.op == "call_method" and node.target in _ELEMENTWISE_METHODS:
-        return "channelwise"
-    if not is_map:
+    if node.op not in ("call_function", "call_method"):
         return None
-    if node.op == "call_function" and node.target in _POOLING_FUNCTIONS:
+    if node.target in _ELEMENTWISE_FUNCTIONS or (is_map and node.target in _POOLING_FUNCTIONS):
         return "channelwise"
-    is_flatten = node.target in (torch.flatten, "flatten") and node.op in ("call_function", "call_method")
+    is_flatten = is_map and node.target in (torch.flatten, "flatten")
     if is_flatten and (tuple(node.args[1:]) == (1,) or node.kwargs == {"start_dim": 1}):
         return "flatten"
     return None

@@ -76,11 +76,6 @@ class DistillationStep:
         )
         self.optimizer = OptimizerWithEMA(model, copy.deepcopy(model), optimizer)
 
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next step."""
-        config = self.config
-        return one_cycle_learning_rate(self.step_number, self.steps, peak=config.learning_rate, warmup=config.warmup)
-
     def __call__(self, x: Tensor, labels: Tensor | None) -> float:
         """Train on one batch and return its loss.
 
@@ -105,12 +100,10 @@ class DistillationStep:
                 "what was written before is kept. Leave a larger share of the original, or try a lower learning_rate "
                 f"than {self.config.learning_rate}"
             )
-        self.optimizer.step(
-            loss,
-            learning_rate=self.learning_rate(),
-            gradient_clip=self.config.gradient_clip,
-            ema_decay=ema_decay_at_step(self.config.ema, self.step_number),
-        )
+        number, config = self.step_number, self.config
+        learning_rate = one_cycle_learning_rate(number, self.steps, peak=config.learning_rate, warmup=config.warmup)
+        ema_decay = ema_decay_at_step(config.ema, number)
+        self.optimizer.step(loss, learning_rate=learning_rate, gradient_clip=config.gradient_clip, ema_decay=ema_decay)
         self.step_number += 1
         return loss.item()
 

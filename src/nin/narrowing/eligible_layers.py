@@ -21,11 +21,7 @@ def find_eligible_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[
     Raises:
         UserError: a pattern matches no layer.
     """
-    uses: Counter[int] = Counter()  # of each weight
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            uses[id(weight)] += 1
+    uses = Counter(id(module._parameters.get("weight")) for module in model.modules())
     names = [name for name, module in model.named_modules() if isinstance(module, _WEIGHTED)]
     skipped = _match_patterns(names, skip)
     layers, reasons = {}, {}

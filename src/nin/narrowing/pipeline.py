@@ -15,7 +15,7 @@ from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions, check_share
-from nin.narrowing.planner import Planner, PlannerResult, count_parameters, first_parameter
+from nin.narrowing.planner import Planner, PlannerResult, count_parameters
 from nin.narrowing.recalibration import calibration_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
@@ -151,7 +151,7 @@ class _Narrower:
         batch = options.batch or images
         self.reported_batches = sorted({1, images, batch}) if options.measure_latency else []
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
-        like = first_parameter(original)
+        like = next(p for p in original.parameters() if p.is_floating_point())
         self.table = LatencyTable(like, batch, options.layout, cache=cache, on_progress=self.on_progress)
         self.model_timer = ModelTimer(original, batches, options.layout)
         self.planner = Planner(original, analysis, kind, self.table, self.model_timer, options)

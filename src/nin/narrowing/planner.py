@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from torch import Tensor, nn
+from torch import nn
 
 from nin.errors import UserError
 from nin.models.plan import ChannelPruning, LayerPlan, Plan
@@ -231,8 +231,3 @@ def _without_slower(space: SearchSpace, knapsack: Knapsack, solution: Solution, 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of weights and biases."""
     return sum(p.numel() for p in model.parameters())
-
-
-def first_parameter(model: nn.Module) -> Tensor:
-    """Return a parameter with the model's device and dtype."""
-    return next(p for p in model.parameters() if p.is_floating_point())

@@ -27,32 +27,26 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, batches: list[Any]) -> nn.Module:
     """Return a copy in which every BatchNorm has the mean and variance of these images."""
-    model = copy.deepcopy(model)
+    originals, model = _batchnorms(model), copy.deepcopy(model)
     norms = _batchnorms(model)
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over all batches
         norm.train()
     for args, kwargs in model_inputs(batches):
         model(*args, **kwargs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        _average_over_processes(norm, len(batches))
-        norm.momentum = momentum
+    count = distributed.all_reduce_sum(torch.tensor(float(len(batches))))  # of all processes
+    for norm, original in zip(norms, originals, strict=True):
+        for value in (norm.running_mean, norm.running_var):
+            assert value is not None
+            value.copy_(distributed.all_reduce_sum(value * len(batches)) / count.to(value.device))
+        norm.momentum = original.momentum
         norm.eval()
     return model
 
 
 def _batchnorms(model: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) and m.track_running_stats]
-
-
-def _average_over_processes(norm: nn.Module, batches: int) -> None:
-    """Average a BatchNorm's statistics over the batches of all processes, in place."""
-    count = distributed.all_reduce_sum(torch.tensor(float(batches)))
-    for name in ("running_mean", "running_var"):
-        value = norm.get_buffer(name)
-        value.copy_(distributed.all_reduce_sum(value * batches) / count.to(value.device))
 
 
 def recalibrate_if_better(model: nn.Module, original: nn.Module, batches: list[Any]) -> tuple[nn.Module, float, bool]:
