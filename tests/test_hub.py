@@ -11,7 +11,7 @@ import nin
 from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE_FILE, HubClassifier
-from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 
 

@@ -22,7 +22,7 @@ from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models.factory import create_external_model
 from nin.narrowing import FinetuneConfig, baseline, workflow
-from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.training import CheckpointOptions
 

@@ -20,7 +20,7 @@ from nin import checkpoint, data, training
 from nin.config import TrainConfig
 from nin.data import loader
 from nin.errors import UserError
-from nin.narrowing.narrow_run import narrow_run
+from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.runtime import distributed, torchrun
 

@@ -82,8 +82,7 @@ def narrow(
         dry_run: Print the plan only.
         json: Print the figures as JSON on standard output.
     """
-    from nin.narrowing.narrow_model import load_network, narrow_model
-    from nin.narrowing.narrow_run import narrow_run
+    from nin.narrowing.narrow_to_folder import load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}

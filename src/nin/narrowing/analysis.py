@@ -104,7 +104,9 @@ def analyse(
     for name in eligible:
         if not bool(sensitivities[name].any()):
             reasons[name] = "the model's result does not depend on it"
-    return Analysis(specs, reasons, graph, _without(space, reasons), sensitivities)
+    factorisations = {name: value for name, value in space.factorisations.items() if name not in reasons}
+    widths = {edge: value for edge, value in space.widths.items() if edge[1] not in reasons}
+    return Analysis(specs, reasons, graph, SearchSpace(factorisations, widths), sensitivities)
 
 
 def _summary(reasons: dict[str, str]) -> str:
@@ -151,13 +153,6 @@ def _warn_of_few_samples(layers: dict[str, LayerSpec], moments: dict[str, Moment
             UserWarning,
             stacklevel=5,
         )
-
-
-def _without(space: SearchSpace, names: dict[str, str]) -> SearchSpace:
-    """Return the search space without the choices of these layers."""
-    factorisations = {name: value for name, value in space.factorisations.items() if name not in names}
-    widths = {edge: value for edge, value in space.widths.items() if edge[1] not in names}
-    return SearchSpace(factorisations, widths)
 
 
 def fingerprint_analysis(model: nn.Module, batches: list[Any], skip: tuple[str, ...]) -> str:

@@ -22,11 +22,10 @@ def find_eligible_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[
         UserError: a pattern matches no layer.
     """
     uses = Counter(id(module._parameters.get("weight")) for module in model.modules())
-    names = [name for name, module in model.named_modules() if isinstance(module, _WEIGHTED)]
-    skipped = _match_patterns(names, skip)
+    weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
+    skipped = _match_patterns(list(weighted), skip)
     layers, reasons = {}, {}
-    for name in names:
-        module = model.get_submodule(name)
+    for name, module in weighted.items():
         reason = "asked for" if name in skipped else _ineligibility(module, uses)
         if reason is None:
             layers[name] = module

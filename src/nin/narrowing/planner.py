@@ -94,7 +94,7 @@ class Planner:
         else:
             solution = knapsack.solve(budget)
             if self.options.revert_slower:
-                knapsack, solution, notes = self._revert_slower(knapsack, solution, share, budget)
+                solution, notes = self._revert_slower(knapsack, solution, share, budget)
         plan = self._to_plan(knapsack, solution, share)
         latency = self._layer_latencies(plan) if self.options.measure_latency else {}
         return PlannerResult(plan, solution.loss, self._predicted(plan, solution), latency, notes)
@@ -109,46 +109,45 @@ class Planner:
 
     def _revert_slower(
         self, knapsack: Knapsack, solution: Solution, share: float, budget: float
-    ) -> tuple[Knapsack, Solution, tuple[str, ...]]:
+    ) -> tuple[Solution, tuple[str, ...]]:
         """Return a solution in which no layer is slower than before, else the fastest one met."""
-        space, found = self.space, set[str]()
-        fastest: tuple[float, Knapsack, Solution, list[str]] | None = None
+        space = self.space
+        tried: list[tuple[float, Solution, list[str]]] = []  # with the milliseconds added, and by which layers
         while True:
             latencies = self._layer_latencies(self._to_plan(knapsack, solution, share))
             slower = [name for name, (before, after) in latencies.items() if after > before]
             if not slower:
                 break
-            found.update(slower)
             added = sum(after - before for before, after in latencies.values())
-            if fastest is None or added < fastest[0]:
-                fastest = added, knapsack, solution, slower
+            tried.append((added, solution, slower))
             space = _without_slower(space, knapsack, solution, slower)
-            knapsack = self._knapsack(space)
             try:
-                solution = knapsack.solve(budget)
+                # its edges are among those of the given knapsack, in whose terms the plan is made
+                solution = self._knapsack(space).solve(budget)
             except UserError:
-                _, knapsack, solution, slower = fastest
-                return knapsack, solution, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
-        if not found:
-            return knapsack, solution, ()
+                _, solution, slower = min(tried, key=lambda attempt: attempt[0])
+                return solution, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
+        if not tried:
+            return solution, ()
+        found = {name for *_, slower in tried for name in slower}
         names = ", ".join(name for name in self.analysis.specs if name in found)
         note = f"Left as they were, or given fewer channels, as more were measured slower: {names}."
-        return knapsack, solution, (note,)
+        return solution, (note,)
 
     def _fit_latency(self, knapsack: Knapsack, share: float, budget: float) -> tuple[Solution, tuple[str, ...]]:
         """Solve with the latencies of layers, time the whole model, and adapt the budget until that meets the share."""
         lowest = knapsack.cheapest().cost
         # between budgets of the table whose whole model keeps to the share, and whose does not
         kept, missed = 0.0, knapsack.unchanged().cost
-        best: tuple[float, Solution] | None = None
+        most = share * LATENCY_TOLERANCE
+        tried: list[tuple[float, Solution]] = []  # with the share that each leaves
         for _ in range(LATENCY_PLANS):
             solution = knapsack.solve(budget)
             planned = apply_plan(self.original, self._to_plan(knapsack, solution, share))
             before, after = self.model_timer.compare(planned, self.table.batch)
             reached = after.low_ms / before.low_ms  # other load on the machine only makes times longer
-            if _is_better(reached, solution, best, share * LATENCY_TOLERANCE):
-                best = reached, solution
-            if reached > share * LATENCY_TOLERANCE:
+            tried.append((reached, solution))
+            if reached > most:
                 missed = min(missed, budget)
             elif reached < share * LATENCY_SPENT:
                 kept = max(kept, budget)
@@ -162,10 +161,9 @@ class Planner:
             if following == budget or kept >= missed:  # nothing more can be left out, or put back
                 break
             budget = following
-        assert best is not None
-        reached, solution = best
-        if reached <= share * LATENCY_TOLERANCE:
-            return solution, ()
+        if within := [solution for reached, solution in tried if reached <= most]:
+            return min(within, key=lambda solution: solution.loss), ()
+        reached, solution = min(tried, key=lambda attempt: attempt[0])
         return solution, (f"The latency asked for, {share:.2f} of the original's, was not reached: {reached:.2f}.",)
 
     def _to_plan(self, knapsack: Knapsack, solution: Solution, share: float) -> Plan:
@@ -200,15 +198,6 @@ class Planner:
             if after != before:
                 latencies[layer.name] = self.table(before), self.table(after)
         return latencies
-
-
-def _is_better(reached: float, solution: Solution, best: tuple[float, Solution] | None, most: float) -> bool:
-    """Return whether a solution beats the best one: one that keeps the latency first, then the one that loses less."""
-    if best is None:
-        return True
-    if reached <= most and best[0] <= most:
-        return solution.loss < best[1].loss
-    return reached < best[0]
 
 
 def _without_slower(space: SearchSpace, knapsack: Knapsack, solution: Solution, slower: list[str]) -> SearchSpace:

@@ -143,7 +143,7 @@ class _Reconstruction:
             if remaining == 0 and not waiting:
                 raise _AllSeenError
 
-        def record_shortcut(name: str, value: Any) -> None:
+        def record_shortcut(name: str, value: Any = None) -> None:
             waiting.discard(name)
             spec = specs[name]
             if isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[-2:]) == spec.output_size:
@@ -157,9 +157,7 @@ class _Reconstruction:
                     waiting.add(name)
                     handle = module.register_forward_hook(lambda m, a, y, name=name: record_shortcut(name, y))
                 else:
-                    handle = module.register_forward_pre_hook(
-                        lambda m, a, name=name: record_shortcut(name, a[0] if a else None)
-                    )
+                    handle = module.register_forward_pre_hook(lambda m, a, name=name: record_shortcut(name, *a[:1]))
                 stack.enter_context(handle)
             stack.enter_context(record_calls({name: model.get_submodule(name) for name in specs}, record))
             stack.enter_context(torch.no_grad())

@@ -194,20 +194,16 @@ class NarrowReport:
         if c is None:
             return []
         sizes = [n for n in self.latency if n in c.latency]
-
-        def row(
-            name: str, macs: int, parameters: int, latency: dict[int, tuple[Timing, Timing]], accuracy: float | None
-        ) -> tuple[str, ...]:
-            times = (_milliseconds(latency[n][1]) for n in sizes)
-            return (name, f"{macs:,}", f"{parameters:,}", *times, _format(accuracy, ".4f"))
-
         best = self.accuracy.get("finetuned", self.accuracy.get("corrected"))
         name = f"control: {c.ratio:.2f} of the channels, trained {c.epochs} epochs"
-        return [
-            ("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy"),
-            row("narrowed", self.macs[1], self.parameters[1], self.latency, best),
-            row(name, c.macs, c.parameters, c.latency, c.accuracy),
-        ]
+        rows: list[tuple[str, ...]] = [("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy")]
+        for network, macs, parameters, latency, accuracy in (
+            ("narrowed", self.macs[1], self.parameters[1], self.latency, best),
+            (name, c.macs, c.parameters, c.latency, c.accuracy),
+        ):
+            times = (_milliseconds(latency[n][1]) for n in sizes)
+            rows.append((network, f"{macs:,}", f"{parameters:,}", *times, _format(accuracy, ".4f")))
+        return rows
 
     def layer_rows(self) -> list[tuple[str, ...]]:
         """Return the table of the layers, its header first."""
