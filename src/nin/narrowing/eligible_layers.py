@@ -22,7 +22,7 @@ def find_eligible_layers(model: nn.Module, skip: tuple[str, ...] = ()) -> tuple[
         UserError: a pattern matches no layer.
     """
     uses = Counter(id(module._parameters.get("weight")) for module in model.modules())
-    weighted = {name: module for name, module in model.named_modules() if isinstance(module, _WEIGHTED)}
+    weighted: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, _WEIGHTED)}
     skipped = _match_patterns(list(weighted), skip)
     layers, reasons = {}, {}
     for name, module in weighted.items():

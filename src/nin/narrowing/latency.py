@@ -109,7 +109,6 @@ class ModelTimer:
 
     def __init__(self, original: nn.Module, batches: list[Any], layout: str) -> None:
         self.original, self.batches, self.layout = original, batches, layout
-        self.device = next(original.parameters()).device
 
     def compare(self, narrowed: nn.Module, batch: int) -> tuple[timer.Timing, timer.Timing]:
         """Return the timings before and after, with that many images at a time."""
@@ -118,7 +117,7 @@ class ModelTimer:
         )
         narrowed = to_layout(copy.deepcopy(narrowed), self.layout).eval()
         calls = {"before": lambda: self.original(*args, **kwargs), "after": lambda: narrowed(*args, **kwargs)}
-        times = _time(calls, self.device, MODEL_SECONDS)
+        times = _time(calls, next(self.original.parameters()).device, MODEL_SECONDS)
         return times["before"], times["after"]
 
 

@@ -160,9 +160,8 @@ class _Narrower:
     def narrow(self, share: float) -> NarrowResult:
         """Return the network narrowed to a share of its cost."""
         planned = PlannerResult.from_json(distributed.broadcast_result(lambda: self.planner.plan(share).to_json()))
-        layout = self.options.layout
         if self.options.dry_run:
-            return self.result(to_layout(apply_plan(self.original, planned.plan), layout), planned)
+            return self.result(apply_plan(self.original, planned.plan), planned)
         narrowed, errors = reconstruct(
             self.original,
             planned.plan,
@@ -175,17 +174,15 @@ class _Narrower:
         if self.evaluate is not None and not self.original_accuracy:
             self.original_accuracy = {"original": self.evaluate(self.original)}
         accuracy = {**self.original_accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
-        recalibrated = False
         if self.options.renormalise:
             narrowed, error, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
         else:
-            error = calibration_error(narrowed, self.original, self.batches)
+            error, recalibrated = calibration_error(narrowed, self.original, self.batches), False
         if self.evaluate is not None:
             accuracy["corrected"] = self.evaluate(narrowed) if recalibrated else accuracy["raw"]
         if recalibrated:
-            notes = (*planned.notes, "BatchNorm statistics were measured again.")
-            planned = dataclasses.replace(planned, notes=notes)
-        return self.result(to_layout(narrowed, layout), planned, errors, accuracy, error)
+            planned = dataclasses.replace(planned, notes=(*planned.notes, "BatchNorm statistics were measured again."))
+        return self.result(to_layout(narrowed, self.options.layout), planned, errors, accuracy, error)
 
     def result(self, narrowed: nn.Module, planned: PlannerResult, *measured: Any) -> NarrowResult:
         """Return the result with its report; of several processes the first one's, which alone measures times."""

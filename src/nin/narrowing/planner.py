@@ -97,7 +97,10 @@ class Planner:
                 solution, notes = self._revert_slower(knapsack, solution, share, budget)
         plan = self._to_plan(knapsack, solution, share)
         latency = self._layer_latencies(plan) if self.options.measure_latency else {}
-        return PlannerResult(plan, solution.loss, self._predicted(plan, solution), latency, notes)
+        predicted = {name: choice.loss for name, choice in solution.factorisations.items()}
+        for p in plan.pruned:
+            predicted[p.consumer] += self.space.widths[p.producer, p.consumer][p.channels]
+        return PlannerResult(plan, solution.loss, predicted, latency, notes)
 
     def _knapsack(self, space: SearchSpace) -> Knapsack:
         costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": self.table}
@@ -181,13 +184,6 @@ class Planner:
             if left < full:
                 pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full))
         return Plan(tuple(layers), tuple(pruned), self.kind, share, self.options.layout)
-
-    def _predicted(self, plan: Plan, solution: Solution) -> dict[str, float]:
-        """Return the fraction of its variance that each layer is expected to lose."""
-        lost = {name: choice.loss for name, choice in solution.factorisations.items()}
-        for p in plan.pruned:
-            lost[p.consumer] += self.analysis.search_space.widths[p.producer, p.consumer][p.channels]
-        return lost
 
     def _layer_latencies(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return the milliseconds before and after of each layer that changes."""

@@ -197,7 +197,8 @@ def task_fingerprint(task: NarrowingTask, config: WorkflowConfig) -> dict[str, A
     seen = [*task.calibration_batches(config), task.images.train.labels, task.images.test.labels]
     settings = config.to_dict()
     if config.finetune:
-        settings |= {name: value for name, value in finetune_config(config).to_dict().items() if name != "epochs"}
+        # its epochs are config.finetune
+        settings |= {name: value for name, value in FinetuneConfig().to_dict().items() if name != "epochs"}
     return {"settings": settings, "subject": fingerprint_analysis(task.model, seen, config.skip)}
 
 
@@ -230,11 +231,6 @@ def output_folder(out: Path | None) -> contextlib.AbstractContextManager[None]:
     return checkpoint.output_folder(out, may_contain={checkpoint.STATE_FILE, CONTROL_FILE, CONTROL_FOLDER})
 
 
-def finetune_config(config: WorkflowConfig) -> FinetuneConfig:
-    """Return the settings of the fine-tuning."""
-    return FinetuneConfig(epochs=config.finetune)
-
-
 class _Finetuning:
     """The fine-tuning of a narrowed network, in place, and its saved state."""
 
@@ -251,8 +247,8 @@ class _Finetuning:
         self.steps_per_epoch = -(-len(task.images.train) // NARROWING_BATCH_SIZE)
         # on a CPU the gradients of convolutions are fastest in this layout
         model = result.model.to(memory_format=torch.channels_last)
-        steps = config.finetune * self.steps_per_epoch
-        self.train_step = DistillationStep(model, task.model, finetune_config(config), steps)
+        steps, finetune_config = config.finetune * self.steps_per_epoch, FinetuneConfig(epochs=config.finetune)
+        self.train_step = DistillationStep(model, task.model, finetune_config, steps)
         self.saved = time.monotonic()
 
     def run(self, state: tuple[dict[str, Tensor], int] | None, progress: ProgressCallback) -> None:
