@@ -10,7 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from nin import distribution
+from nin.version import installed_version
 from support.browser import CHROMIUM
 from support.native import INSTRUCTION_SETS, build_native
 
@@ -61,7 +61,7 @@ def emulated(tmp_path_factory):
     """Build the library with AMX's tile registers computed in plain C++."""
     from nin.ops.cpu import library
 
-    options = ("-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={distribution.version()}")
+    options = ("-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={installed_version()}")
     folder = made_once(tmp_path_factory, "emulated", lambda folder: build_native(folder, "nin_cpu", *options))
     return library.load_library(folder / library.LIBRARY_NAME)
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
-    {"distribution", "errors", "optim"},
+    {"display", "errors", "optim", "version"},
     {"config", "ops", "runtime"},
     {"data", "layers"},
     {"fusion", "models"},

@@ -21,7 +21,7 @@ from nin.cli import app
 from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models.factory import create_external_model
-from nin.narrowing import FinetuneConfig, baseline, workflow
+from nin.narrowing import FinetuneConfig, uniform_baseline, workflow
 from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.training import CheckpointOptions
@@ -417,4 +417,4 @@ def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):
 
 def test_a_control_needs_one_of_our_networks():
     with pytest.raises(UserError, match="must be given a network of mlpconv layers"):
-        baseline.original_config({"kind": "googlenet", "num_classes": 10, "in_channels": 3})
+        uniform_baseline.original_config({"kind": "googlenet", "num_classes": 10, "in_channels": 3})

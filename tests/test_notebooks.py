@@ -8,9 +8,9 @@ from torch import nn
 
 import nin
 from nin import report
+from nin.display.tables import html_table
 from nin.inference.classifier import Prediction
-from nin.models.plan import ChannelPruning, LayerPlan, Plan
-from nin.runtime.tables import html_table
+from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
 
 NASTY = '<script>alert("1")</script> & co'
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nin import distribution
+from nin.version import DISTRIBUTION, installed_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def test_the_wheel_is_for_every_python_and_holds_what_is_needed(built):
     assert {
         "nin/py.typed",
         "nin/ops/cpu/libnin_cpu.so",
-        "nin/report/template.html",
+        "nin/report/run_report.html",
         "nin/server/page/index.html",
     } <= names
     assert not any("csrc" in name or name.startswith("tests/") for name in names)
@@ -64,4 +64,4 @@ def test_nothing_tells_people_to_install_somebody_elses_package():
 
 def test_the_version_is_that_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert (project["name"], project["version"]) == (distribution.DISTRIBUTION, distribution.version())
+    assert (project["name"], project["version"]) == (DISTRIBUTION, installed_version())

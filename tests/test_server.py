@@ -21,7 +21,7 @@ import nin
 from nin import models, server
 from nin.errors import UserError
 from nin.ops import mlpconv
-from nin.profiling import bottleneck
+from nin.profiling import bottleneck_timing
 from nin.server import activations, static_files, uvicorn_server
 from nin.server.batcher import Batcher, FullError, classify
 from nin.server.middleware import SECURITY_HEADERS
@@ -347,14 +347,14 @@ def test_a_run_whose_images_are_gone_says_so(tmp_path):
 
 
 def test_the_bottleneck_is_measured_within_its_range(client, monkeypatch):
-    monkeypatch.setattr(bottleneck, "PIXELS", 4)
+    monkeypatch.setattr(bottleneck_timing, "PIXELS", 4)
     answer = client.post("/api/bottleneck?r=16").json()
     assert answer["narrow"]["median_ms"] > 0
     assert answer["shape"] == [1, 256, 4, 4]
     for r in ("7", "257", "many", ""):
         assert client.post(f"/api/bottleneck?r={r}").status_code == 422
     with pytest.raises(ValueError, match="r must be from 8 to 256, got 4"):
-        bottleneck.measure(4)
+        bottleneck_timing.measure(4)
 
 
 def test_the_description_lists_every_operation(client):

@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from nin import server
 from nin.layers import Bottleneck
-from nin.profiling import bottleneck
+from nin.profiling import bottleneck_timing
 from nin.server import static_files
 from support.browser import Visit, needs_chromium, slide
 from support.serving import Running, make_run, png
@@ -173,7 +173,7 @@ def test_shrinking_counts(visit):
 
 
 def test_the_bottleneck_counts_and_measures(visit, monkeypatch):
-    monkeypatch.setattr(bottleneck, "PIXELS", 4)
+    monkeypatch.setattr(bottleneck_timing, "PIXELS", 4)
     step = visit.locator("#bottleneck")
     expect(step).to_contain_text("3.76 times fewer multiplications. It stops paying at r = 241.")
     for r, words in ((240, "1.00 times fewer"), (241, "it stopped paying")):

@@ -11,7 +11,7 @@ import nin
 from nin import checkpoint, models, server
 from nin.errors import UserError
 from nin.narrowing import LayerPlan, Plan
-from nin.profiling import bottleneck
+from nin.profiling import bottleneck_timing
 from nin.server import activations, js_bundle, pca, static_files
 from support.browser import Visit, needs_chromium, slide
 from support.serving import Running, make_run, numbers, pictures, png, post
@@ -160,7 +160,7 @@ def test_a_layer_narrowed_is_what_pytorch_rebuilds(browser, both):
     # all of them, to the last digit, from the module itself
     got = made.page.evaluate(
         """async ([rank]) => {
-            const [n, s] = [await import('/low-rank.js'), await import('/server.js')];
+            const [n, s] = [await import('/low-rank.js'), await import('/api-client.js')];
             const { samples } = await s.samples();
             const bytes = Uint8Array.from(atob(samples[0].image.split(',')[1]), (letter) => letter.charCodeAt(0));
             const sums = await s.sums({ blob: new Blob([bytes], { type: 'image/png' }) }, 2, 0);
@@ -277,7 +277,7 @@ class OnDisk:
 def copied(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy") / "page"
     patch = pytest.MonkeyPatch()
-    patch.setattr(bottleneck, "PIXELS", 4)
+    patch.setattr(bottleneck_timing, "PIXELS", 4)
     told = []
     index = server.export_page(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
     patch.undo()
@@ -354,7 +354,7 @@ def test_server_and_server_offline_export_the_same():
         for address, (_, content) in static_files.read_page().items()
         if address.endswith(".js")
     }
-    names = [set(js_bundle.exports(files[name])) for name in ("server.js", "server-offline.js")]
+    names = [set(js_bundle.exports(files[name])) for name in ("api-client.js", "api-client-offline.js")]
     assert names[0] == names[1]
 
 
@@ -371,7 +371,7 @@ def test_no_module_imports_or_exports_what_nobody_uses():
                     imported |= {(found["module"], one) for one in re.findall(rf"\b{local}\.(\w+)", text)}
     for name, text in files.items():
         unused = {one for one in js_bundle.exports(text) if (name, one) not in imported}
-        assert unused == set() or name == "server-offline.js", f"{name} exports {unused} to nobody"
+        assert unused == set() or name == "api-client-offline.js", f"{name} exports {unused} to nobody"
 
 
 def test_bundling_keeps_names_and_order():

@@ -17,7 +17,7 @@ import matplotlib
 import torch
 
 import nin
-from nin import data, distribution
+from nin import data, version
 from nin.runtime.device import processor_name
 
 FOLDER = Path(__file__).parent
@@ -77,7 +77,7 @@ def main(data_dir):
     about = {
         "processor": processor_name(),
         "torch": torch.__version__,
-        "nin": distribution.version(),
+        "nin": version.version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "images": IMAGES,
         "test_images": TEST_IMAGES,

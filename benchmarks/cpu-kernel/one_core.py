@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nin import distribution
+from nin import version
 from nin.ops import backends
 from nin.ops.cpu.peak import measure_peak_flops
 from nin.profiling import bench
@@ -78,7 +78,7 @@ def main():
     """Measure all cases and write the page."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    versions = f"torch {torch.__version__}, nin {distribution.version()}"
+    versions = f"torch {torch.__version__}, nin {version.version()}"
     lines = [
         "# The CPU kernel on one core, beside PyTorch eager",
         "",

@@ -16,15 +16,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nin import distribution, models
+from nin import models
 from nin.data import Data
 from nin.errors import UserError
-from nin.models.plan import Plan
+from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
 from nin.ops import backends
 from nin.runtime import device, distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
+from nin.version import installed_version
 
 # Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
 FORMAT_VERSION = 1
@@ -383,7 +384,7 @@ def read_csv(path: Path) -> tuple[dict[str, float], ...]:
 def environment() -> dict[str, Any]:
     """Return versions and machine for ``config.json``."""
     return {
-        "nin": distribution.version(),
+        "nin": installed_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from nin import checkpoint, distribution, models
+from nin import checkpoint, models
 from nin.checkpoint import Preprocessing, RunInfo
-from nin.distribution import install_command
+from nin.display.numbers import format_bytes
 from nin.errors import UserError
 from nin.layers import MLPConv
 from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
 from nin.runtime.files import write_atomically
-from nin.runtime.formatting import format_bytes
+from nin.version import install_command, installed_version
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 REQUIRED_PACKAGES = {
@@ -189,7 +189,7 @@ def model_metadata(shape: Sequence[int], info: RunInfo | None, *, preprocessing:
     pixels = {"name": "pixels", "shape": ["batch", height, width, channels], "dtype": "uint8"}
     images = {"name": "images", "shape": ["batch", channels, height, width], "dtype": "float32"}
     metadata: dict[str, Any] = {
-        "nin": distribution.version(),
+        "nin": installed_version(),
         "input": pixels if preprocessing else images,
         "output": {"name": "scores", "meaning": "one score for each class, before the softmax"},
     }

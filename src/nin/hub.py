@@ -15,12 +15,12 @@ from torch import nn
 
 from nin import checkpoint, data, models
 from nin.checkpoint import RunInfo
+from nin.display.numbers import format_bytes, format_percent, format_percent_range
+from nin.display.tables import escape_markdown, markdown_table
 from nin.inference.classifier import Classifier
 from nin.profiling.cost import Cost, cost
 from nin.report import draw_image_grid, example_rows
 from nin.runtime.files import write_atomically
-from nin.runtime.formatting import format_bytes, format_percent, format_percent_range
-from nin.runtime.tables import escape_markdown, markdown_table
 
 PICTURE_FILE = "confidence-maps.png"
 # rows of the model card's picture, one image of each

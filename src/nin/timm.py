@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from nin import models
 from nin.layers import MLPConv
-from nin.models.layout import fastest_layout
+from nin.models.memory_format import fastest_layout
 from nin.ops import conv1x1
 
 POOLS = ("avg", "")
 
-torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.layout`
+torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.memory_format`
 
 
 def _cfg(size: int, **values: Any) -> dict[str, Any]:

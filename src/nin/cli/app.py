@@ -18,14 +18,14 @@ from nin.cli.report import report
 from nin.cli.serve import serve
 from nin.cli.shards import shards
 from nin.cli.train import train
-from nin.distribution import version
 from nin.errors import UserError
 from nin.runtime import torchrun
+from nin.version import installed_version
 
 app = App(
     name="nin",
     help="Network in Network, real: train on your images, see what the network looks at, count what it costs.",
-    version=version,
+    version=installed_version,
     version_flags=["--version"],
     result_action="return_value",
     # no --no-json and no --empty-skip; the few options with a --no- form have a Parameter of their own

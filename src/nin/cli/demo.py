@@ -115,10 +115,10 @@ def write_samples(images: nin.data.Data, folder: Path) -> list[Path]:
 
 def compare_bottleneck(batch_size: int) -> list[dict[str, Any]]:
     """Return MACs, parameters and measured milliseconds of the 4×4 convolution alone and behind a bottleneck."""
-    from nin.profiling import bottleneck
+    from nin.profiling import bottleneck_timing
 
-    measured = bottleneck.measure(BOTTLENECK_CHANNELS, images=batch_size)
-    narrow, wide = bottleneck.build_networks(BOTTLENECK_CHANNELS)
+    measured = bottleneck_timing.measure(BOTTLENECK_CHANNELS, images=batch_size)
+    narrow, wide = bottleneck_timing.build_networks(BOTTLENECK_CHANNELS)
     rows = []
     for form, network, timing in (
         ("256 → 4×4 → 256", wide, measured.wide),

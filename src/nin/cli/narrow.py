@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nin
-from nin.cli.console import (
-    ProgressBar,
-    catch_stop_signals,
-    messages,
-    print_json,
-    print_table,
-    silence_other_ranks,
-)
+from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, print_table, silence_other_ranks
 from nin.cli.train import load_data, write_report
 from nin.errors import UserError
 from nin.runtime import torchrun

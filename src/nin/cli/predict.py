@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table
+from nin.display.numbers import format_percent
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
-from nin.runtime.formatting import format_percent
 
 if TYPE_CHECKING:
     from nin.data import PathList, ShardSet

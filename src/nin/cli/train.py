@@ -9,18 +9,11 @@ from cyclopts import Parameter
 
 import nin
 from nin.cli.check import show_findings
-from nin.cli.console import (
-    ProgressBar,
-    catch_stop_signals,
-    messages,
-    print_json,
-    results,
-    silence_other_ranks,
-)
+from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, results, silence_other_ranks
 from nin.config import TrainConfig
+from nin.display.numbers import format_percent, format_percent_range
 from nin.errors import UserError
 from nin.runtime import torchrun
-from nin.runtime.formatting import format_percent, format_percent_range
 
 if TYPE_CHECKING:
     from nin.training import TrainProgress, TrainResult

@@ -16,9 +16,9 @@ from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Data, FileSet, Finding, ImageSet, LoadOptions
 from nin.data.decoder import IMAGE_EXTENSIONS
 from nin.data.folder_scan import FORMAT_NAMES, FolderScan
+from nin.display.tables import csv_lines
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
-from nin.runtime.tables import csv_lines
 
 UNREADABLE, TWO_CLASSES, IN_BOTH = "unreadable", "in two classes", "in training and test"
 DUPLICATE, EXTENSION, FRAMES, HUGE, TINY = "duplicate", "wrong extension", "several frames", "huge", "tiny"

@@ -24,9 +24,9 @@ from nin.data.cache import cache_folder, cache_path, digest, file_state, read_ca
 from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
 from nin.data.decoder import IMAGE_EXTENSIONS, DecodeError, Pixels, decode_pixels, read_header
 from nin.data.sampling import stratified_holdout
-from nin.distribution import install_command
 from nin.errors import UserError
 from nin.runtime.files import open_atomically
+from nin.version import install_command
 
 # Beside the shards that nin wrote: the names of the classes, which tar files do not hold.
 METADATA_FILE = "nin-shards.json"

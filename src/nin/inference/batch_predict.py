@@ -19,12 +19,12 @@ from torch import Tensor
 from nin import data
 from nin.data.decoder import DecodeError, Pixels, decode_pixels
 from nin.data.loader import map_in_threads
-from nin.distribution import install_command
+from nin.display.tables import csv_lines
 from nin.errors import UserError
 from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
 from nin.runtime.files import open_atomically, sync_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
-from nin.runtime.tables import csv_lines
+from nin.version import install_command
 
 SECONDS_BETWEEN_SYNCS = 2.0
 

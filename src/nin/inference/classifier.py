@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nin import checkpoint, data, fusion, models
 from nin.checkpoint import RunInfo
 from nin.data.arrays import to_pillow, unstack
+from nin.display.numbers import format_percent
+from nin.display.tables import html_table
 from nin.errors import UserError
-from nin.runtime.formatting import format_percent
-from nin.runtime.tables import html_table
 
 INFERENCE_BATCH_SIZE = 64
 

@@ -2,7 +2,7 @@
 
 from nin.models.factory import IMAGE_SIZES, MODELS, Network, create
 from nin.models.googlenet import GoogLeNet, googlenet
-from nin.models.layout import fastest_layout
+from nin.models.memory_format import fastest_layout
 from nin.models.nin import BlockConfig, NiN, NiNConfig, nin_cifar, nin_digits, nin_imagenet
 
 __all__ = [

@@ -4,9 +4,9 @@ import torch.fx
 from torch import Tensor, nn
 
 from nin.layers import GlobalAveragePooling, Inception, MLPConv
-from nin.models.layout import fastest_layout
+from nin.models.memory_format import fastest_layout
 
-torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.layout`
+torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.memory_format`
 
 
 class GoogLeNet(nn.Module):

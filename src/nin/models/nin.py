@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from nin.layers import GlobalAveragePooling, MLPConv
-from nin.models.layout import fastest_layout
+from nin.models.memory_format import fastest_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class NiNConfig:
         return cls(**{**values, "blocks": blocks})
 
 
-torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.layout`
+torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.memory_format`
 
 
 class NiN(nn.Module):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nin.layers import Conv1x1, MLPConv
 from nin.models.layer_spec import LayerSpec, factorised_layers
+from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.nin import NiN
-from nin.models.plan import LayerPlan, Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module:

@@ -6,7 +6,7 @@ losses, a multiple-choice knapsack picks one for each layer within a budget, and
 weights to the original's outputs. No labels are needed; distillation afterwards is optional.
 """
 
-from nin.models.plan import ChannelPruning, LayerPlan, Plan
+from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
 from nin.models.surgery import apply_plan, to_plain_layers
 from nin.narrowing.distillation import DistillationStep, FinetuneConfig, finetune
 from nin.narrowing.latency import ModelTimer

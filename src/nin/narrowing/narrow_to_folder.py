@@ -13,8 +13,8 @@ from nin import checkpoint, data
 from nin.errors import UserError
 from nin.inference import evaluation
 from nin.models.factory import create_external_model
-from nin.narrowing.baseline import original_config, train_control
 from nin.narrowing.pipeline import NarrowResult
+from nin.narrowing.uniform_baseline import original_config, train_control
 from nin.narrowing.workflow import CONTROL_FOLDER, NarrowingTask, WorkflowConfig, output_folder, run_workflow
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically

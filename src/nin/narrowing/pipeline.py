@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nin.errors import UserError
-from nin.models.plan import Plan
+from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
 from nin.narrowing.latency import LatencyTable, ModelTimer

@@ -6,7 +6,7 @@ import json
 from torch import nn
 
 from nin.errors import UserError
-from nin.models.plan import ChannelPruning, LayerPlan, Plan
+from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
 from nin.models.surgery import apply_plan, planned_layers
 from nin.narrowing.analysis import Analysis
 from nin.narrowing.knapsack import CostFunction, Knapsack, Solution, macs, parameters

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.models.layer_spec import LayerSpec
-from nin.models.plan import LayerPlan, Plan
+from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.surgery import make_planned_module, replace_module, select_outputs
 from nin.narrowing.analysis import Analysis
 from nin.narrowing.calibration import model_inputs, record_calls

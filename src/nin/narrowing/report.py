@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nin.display.numbers import format_percent
+from nin.display.tables import html_table, text_table
 from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import planned_layers
 from nin.narrowing.analysis import Analysis
 from nin.narrowing.planner import PlannerResult
-from nin.runtime.formatting import format_percent
-from nin.runtime.tables import html_table, text_table
 from nin.runtime.timer import Timing
 
 

@@ -14,7 +14,7 @@ from nin import checkpoint, data
 from nin.config import check_seed, step_seed
 from nin.errors import UserError
 from nin.inference import evaluation
-from nin.models.plan import Plan
+from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
 from nin.narrowing.analysis import fingerprint_analysis
 from nin.narrowing.distillation import DistillationStep, FinetuneConfig

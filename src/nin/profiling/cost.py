@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from nin.display.numbers import format_bytes, format_percent
+from nin.display.tables import html_table, text_table
 from nin.layers import Conv1x1, MLPConv
 from nin.ops.schema import chain_macs
 from nin.profiling.roofline import ModelTiming, time_model
-from nin.runtime.formatting import format_bytes, format_percent
-from nin.runtime.tables import html_table, text_table
 
 
 @dataclasses.dataclass(frozen=True)

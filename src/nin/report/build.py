@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nin import checkpoint, data, models
+from nin.display.numbers import format_percent
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
 from nin.inference.evaluation import wilson_interval
@@ -16,7 +17,6 @@ from nin.profiling.cost import Cost, cost
 from nin.report.data import ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
 from nin.report.html_page import render_report
 from nin.runtime.files import write_atomically
-from nin.runtime.formatting import format_percent
 from nin.runtime.progress import ProgressCallback
 
 EVALUATION_BATCH_SIZE = 64

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from nin.display.numbers import format_count, format_percent, format_percent_range
+from nin.display.svg_chart import line_chart
 from nin.report import heatmaps
 from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
-from nin.runtime.formatting import format_count, format_percent, format_percent_range
-from nin.runtime.svg_chart import line_chart
 
 # Nobody reads a confusion matrix of more classes, and it is wider than the page.
 MAX_MATRIX_CLASSES = 30
@@ -37,7 +37,7 @@ def render_report(report: ReportData) -> str:
     """
     are_photos = report.preprocessing["size"] > heatmaps.LARGEST_PIXELATED
     mistakes = report.mistakes[:MAX_PHOTOS] if are_photos else report.mistakes
-    template = load_template("template.html", trim_blocks=True, lstrip_blocks=True, finalize=_printable)
+    template = load_template("run_report.html", trim_blocks=True, lstrip_blocks=True, finalize=_printable)
     return template.render(
         report=report,
         samples=[_sample(example) for example in report.samples],

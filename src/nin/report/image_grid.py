@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nin import data
-from nin.distribution import install_command
+from nin.display.numbers import format_percent
 from nin.errors import UserError
 from nin.inference.classifier import Classifier
 from nin.report import heatmaps
-from nin.runtime.formatting import format_percent
+from nin.version import install_command
 
 # `example_rows` looks at so many images of a class, and takes one that is classified with at least this probability.
 IMAGES_PER_CLASS, MIN_CONFIDENCE = 64, 0.5

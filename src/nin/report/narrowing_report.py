@@ -1,8 +1,8 @@
 """The report of a narrowed network as HTML: what it cost before and after, as a whole and layer by layer."""
 
+from nin.display.svg_chart import Bar, SpreadPoint, bar_chart, point_chart
 from nin.narrowing import NarrowReport
 from nin.report.html_page import load_template
-from nin.runtime.svg_chart import Bar, SpreadPoint, bar_chart, point_chart
 from nin.runtime.timer import Timing
 
 
@@ -14,7 +14,7 @@ def render_narrowing_report(report: NarrowReport, title: str) -> str:
         title: the heading.
     """
     header, *rows = report.layer_rows()
-    return load_template("narrowing.html").render(
+    return load_template("narrowing_report.html").render(
         title=title,
         notes=report.notes,
         environment=[f"{name}: {value}" for name, value in report.environment.items()],

@@ -1,1 +1,1 @@
-"""Devices, processes, CUDA graphs, timers, files, and text formats: what all other packages use, and no networks."""
+"""Devices, processes, CUDA graphs, timers and files: what all other packages use."""

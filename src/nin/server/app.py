@@ -6,12 +6,12 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from nin import distribution
 from nin.server import schemas
 from nin.server.middleware import Limits, SecurityMiddleware
 from nin.server.routes import add_routes
 from nin.server.service import Service
 from nin.server.static_files import add_page
+from nin.version import installed_version
 
 
 def create_app(
@@ -44,7 +44,7 @@ def create_app(
 
     app = FastAPI(
         title="nin",
-        version=distribution.version(),
+        version=installed_version(),
         summary="Network in Network: classify images, and look inside the network that does it.",
         docs_url=None,  # FastAPI's own page loads its scripts from another host; ours is at /api
         redoc_url=None,

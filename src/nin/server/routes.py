@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from nin.inference.classifier import Classifier
-from nin.profiling import bottleneck
+from nin.profiling import bottleneck_timing
 from nin.server import schemas
 from nin.server.activations import dead_channels, layer_activations, layer_weights
 from nin.server.pca import MAX_CHANNELS, narrowed_scores
@@ -67,10 +67,12 @@ def _add_image_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/bottleneck")
     async def measured_bottleneck(
-        r: Annotated[int, Query(ge=bottleneck.MIN_R, le=bottleneck.MAX_R, description="channels it leaves")],
-    ) -> bottleneck.Measurement:
+        r: Annotated[
+            int, Query(ge=bottleneck_timing.MIN_R, le=bottleneck_timing.MAX_R, description="channels it leaves")
+        ],
+    ) -> bottleneck_timing.Measurement:
         """Time 256 → 1×1 → r → 4×4 → 256 beside 256 → 4×4 → 256 on this machine."""
-        return await service.compute(lambda: bottleneck.measure(r))
+        return await service.compute(lambda: bottleneck_timing.measure(r))
 
 
 def _add_layer_routes(app: FastAPI, service: Service) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from nin import distribution
 from nin.server.pca import PrincipalComponents
+from nin.version import installed_version
 
 
 class Health(BaseModel):
@@ -22,7 +22,7 @@ class Health(BaseModel):
     @classmethod
     def of(cls, runs: int) -> "Health":
         """Return the response where that many runs are served."""
-        return cls(model=runs > 0, beside=runs > 1, version=distribution.version())
+        return cls(model=runs > 0, beside=runs > 1, version=installed_version())
 
 
 class Problem(BaseModel):

@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 from nin import data
 from nin.errors import UserError
 from nin.ops.reference import activate
-from nin.profiling import bottleneck
+from nin.profiling import bottleneck_timing
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
 from nin.server import schemas
@@ -102,7 +102,7 @@ def _page_files() -> Iterator[tuple[str, str | bytes]]:
         raise ValueError(f"index.html must hold {script} once")
     policy = f'<meta http-equiv="Content-Security-Policy" content="{FILE_CSP}">'
     yield "index.html", html.replace(script, f'{policy}\n<script defer src="page.js"></script>')
-    yield "page.js", bundle("main.js", lambda name: files[name].decode(), {"server.js": "server-offline.js"})
+    yield "page.js", bundle("main.js", lambda name: files[name].decode(), {"api-client.js": "api-client-offline.js"})
     for name in ("style.css", "figures.css", "icon.svg"):
         yield name, files[name]
 
@@ -148,7 +148,7 @@ def _page_data(service: Service, samples: list[Sample]) -> Any:
         "models": [run.metadata for run in service.runs],
         "samples": images.model_copy(update={"samples": images.samples[: len(samples)]}),
         "dead": [find_dead_channels(run) for run in service.runs],
-        "bottleneck": {str(r): bottleneck.measure(r) for r in MEASURED_WIDTHS},
+        "bottleneck": {str(r): bottleneck_timing.measure(r) for r in MEASURED_WIDTHS},
         "predictions": [
             prediction_dicts(run.classifier, classify(run.classifier, _pixels(run, samples)), with_maps=True)
             for run in service.runs

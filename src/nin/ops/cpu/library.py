@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nin import distribution
+from nin.version import installed_version
 
 LIBRARY_NAME = "libnin_cpu.so"
 ISA_VARIABLE = "NIN_CPU_ISA"
@@ -42,7 +42,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     except OSError as error:
         raise ImportError(f"nin's compiled CPU library {path} cannot be loaded: {error}") from error
     library.nin_version.restype = ctypes.c_char_p
-    built, expected = library.nin_version().decode(), distribution.version()
+    built, expected = library.nin_version().decode(), installed_version()
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
     # blob: the bytes of a struct

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import layers
-from nin.distribution import install_command
 from nin.profiling.bench.cases import Case
+from nin.version import install_command
 
 Call = Callable[[], object]
 CPU = torch.device("cpu")

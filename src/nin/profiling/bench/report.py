@@ -4,8 +4,8 @@ from html import escape
 
 from rich.table import Table
 
+from nin.display.svg_chart import Bar, bar_chart
 from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
-from nin.runtime.svg_chart import Bar, bar_chart
 
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}
 h2{font-size:1em;margin:1.6em 0 .3em}svg{display:block;width:740px;max-width:100%}

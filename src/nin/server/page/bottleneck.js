@@ -2,7 +2,7 @@
 
 import { announce, count, element, format, slider, svg } from "./elements.js";
 import { STOPS_PAYING, WIDE_MACS, measuredCrossing, drawChart, narrowMacs } from "./bottleneck-chart.js";
-import * as service from "./server.js";
+import * as service from "./api-client.js";
 import { volume } from "./volume.js";
 
 const MEASURED = [16, 48, 64, 96, 144, 192, 224, 256];

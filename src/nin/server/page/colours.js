@@ -3,7 +3,7 @@
 import { announce, calm, element, format, shade, slider } from "./elements.js";
 import { ColourNetwork, HIDDEN } from "./colour-network.js";
 import { loadPhoto, picture } from "./photo.js";
-import { asset } from "./server.js";
+import { asset } from "./api-client.js";
 
 const STEPS = 400;
 const RADIUS = 1 / 16; // of the longer side: the circle whose colours are wanted

@@ -4,7 +4,7 @@ import { drawMap, pixelAt } from "./feature-maps.js";
 import { announce, element, format, number, setNumber } from "./elements.js";
 import { largest } from "./maths.js";
 import { picture } from "./photo.js";
-import * as server from "./server.js";
+import * as server from "./api-client.js";
 
 const TOP = 4; // classes listed
 

@@ -7,7 +7,7 @@ import { largest } from "./maths.js";
 import { NarrowingPanel } from "./narrowing-panel.js";
 import { ServedNetwork, channelsOf } from "./served-network.js";
 import { tracePixel } from "./pixel-trace.js";
-import * as server from "./server.js";
+import * as server from "./api-client.js";
 
 const MOST_CHANNELS = 256; // maps shown of one layer
 

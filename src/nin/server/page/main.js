@@ -2,7 +2,7 @@
 
 import { element } from "./elements.js";
 import { inside } from "./inside.js";
-import * as server from "./server.js";
+import * as server from "./api-client.js";
 import { oneChannel } from "./one-channel.js";
 import { manyChannels } from "./many-channels.js";
 import { dense } from "./dense.js";

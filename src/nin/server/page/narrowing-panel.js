@@ -4,7 +4,7 @@ import { channel, drawMap } from "./feature-maps.js";
 import { announce, checkbox, count, element, format, number, setNumber, slider, svg } from "./elements.js";
 import { largest } from "./maths.js";
 import { coordinates, macs, narrowMacs, rebuild, stopsPaying, varianceKept } from "./low-rank.js";
-import { LIVE } from "./server.js";
+import { LIVE } from "./api-client.js";
 
 const [WIDE, HIGH, LEFT, TOP, BOTTOM] = [420, 170, 46, 8, 132];
 

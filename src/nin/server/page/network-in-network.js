@@ -3,7 +3,7 @@
 import { announce, element, format, number, setNumber, shade } from "./elements.js";
 import { pixelGrid } from "./pixel-grid.js";
 import { conv1x1, convolve, largest, mean, softmax } from "./maths.js";
-import { asset } from "./server.js";
+import { asset } from "./api-client.js";
 
 const SIDE = 8;
 const KERNEL = 5;

@@ -1,7 +1,7 @@
 // A network of the server: its layers, and their weights and principal components, each requested once.
 
 import { count, format } from "./elements.js";
-import * as server from "./server.js";
+import * as server from "./api-client.js";
 
 export class ServedNetwork {
   // run: 0, or 1 for the one beside it.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nin.runtime.formatting import format_bytes, format_count, format_percent, format_percent_range
+from nin.display.numbers import format_bytes, format_count, format_percent, format_percent_range
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 // Requests to the server. An image is {blob, label, sample}: its file, its true class and its place among
-// the run's test images, where it has them. server-offline.js has the same functions for an export of the page.
+// the run's test images, where it has them. api-client-offline.js has the same functions for an export of the page.
 
 import { numbers, spectrumOf, weightsOf } from "./decode-arrays.js";
 

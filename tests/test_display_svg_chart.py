@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from nin.runtime.svg_chart import LABEL_DISTANCE, Bar, SpreadPoint, bar_chart, line_chart, point_chart, round_steps
+from nin.display.svg_chart import LABEL_DISTANCE, Bar, SpreadPoint, bar_chart, line_chart, point_chart, round_steps
 
 
 def words(drawing):

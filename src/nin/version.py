@@ -6,7 +6,7 @@ import importlib.metadata
 DISTRIBUTION = "network-in-network"
 
 
-def version() -> str:
+def installed_version() -> str:
     """Return the version of the installed package."""
     return importlib.metadata.version(DISTRIBUTION)
 
@@ -15,7 +15,7 @@ def install_command(extra: str) -> str:
     """Return the command that installs an extra of `pyproject.toml`, for error messages.
 
     Example:
-        >>> from nin.distribution import install_command
+        >>> from nin.version import install_command
         >>> install_command("onnx")
         "pip install 'network-in-network[onnx]'"
     """

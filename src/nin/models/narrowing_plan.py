@@ -5,7 +5,7 @@ import html
 import json
 from typing import Any
 
-from nin.runtime.tables import html_table
+from nin.display.tables import html_table
 
 FORMAT_VERSION = 1
 FORMS = ("keep", "output", "input", "tucker")

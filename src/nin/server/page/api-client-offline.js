@@ -1,4 +1,4 @@
-// The functions of server.js from files beside the page, for an export on a disk or a web host.
+// The functions of api-client.js from files beside the page, for an export on a disk or a web host.
 // Each file is a script that puts its content into ninSaved, as a page from the disk may read no other files.
 
 import { ACTIVATIONS } from "./low-rank.js";

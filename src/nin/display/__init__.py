@@ -1,0 +1,1 @@
+"""What people see of numbers: percentages and counts, tables, and charts as SVG."""
