@@ -53,14 +53,14 @@ def gradients(x, weights, biases, activation, geometry, grad, *, kernel):
     count = len(weights)
     names = [activation] * count if isinstance(activation, str) else activation
     options = [(value, value) if isinstance(value, int) else value for value in geometry.values()]
-    layers = ChainArguments(weights, biases, *options, names)
+    arguments = ChainArguments(weights, biases, *options, names)
     needs = [True] * (1 + count) + [b is not None for b in biases]
     if kernel == "compiled":
-        y = torch.ops.nin.mlpconv(x, *layers)
-        grad_x, grad_weights, grad_biases = torch.ops.nin.mlpconv_backward(grad, x, y, *layers, needs)
+        y = torch.ops.nin.mlpconv(x, *arguments)
+        grad_x, grad_weights, grad_biases = torch.ops.nin.mlpconv_backward(grad, x, y, *arguments, needs)
     else:
-        y = reference.mlpconv(x, layers)
-        grad_x, grad_weights, grad_biases = reference.mlpconv_backward(grad, x, y, layers, needs)
+        y = reference.mlpconv(x, arguments)
+        grad_x, grad_weights, grad_biases = reference.mlpconv_backward(grad, x, y, arguments, needs)
     return [grad_x, *grad_weights, *(g for g, b in zip(grad_biases, biases, strict=True) if b is not None)]
 
 
@@ -139,11 +139,11 @@ def test_gradients_of_a_first_layers_weights(
     chain = Chain(widths, kernel_size, stride, padding)
     for size in ((13, 17), (8, 300), (71, 30)):
         x, weights, biases = chain.tensors(torch.float32, layout, images=5, size=size)
-        layers = ChainArguments(weights, biases, stride, padding, (1, 1), [activation])
-        y = dispatch.mlpconv(x, layers)
+        arguments = ChainArguments(weights, biases, stride, padding, (1, 1), [activation])
+        y = dispatch.mlpconv(x, arguments)
         grad, needs = torch.randn_like(y), [False, True, True]
-        _, (weight,), (bias,) = dispatch.mlpconv_backward(grad, x, y, layers, needs)
-        exact = ChainArguments([weights[0].double()], [biases[0].double()], *layers[2:])
+        _, (weight,), (bias,) = dispatch.mlpconv_backward(grad, x, y, arguments, needs)
+        exact = ChainArguments([weights[0].double()], [biases[0].double()], *arguments[2:])
         _, wants, want_biases = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, needs)
         torch.testing.assert_close(weight.double(), wants[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
         torch.testing.assert_close(bias.double(), want_biases[0], rtol=1e-5, atol=1e-5 * wants[0].std().item())
@@ -292,12 +292,12 @@ def test_equal_bits_for_any_number_of_threads(isa, threads):
 
 def test_equal_bits_of_a_first_layers_gradients(isa, threads):
     x, weights, biases = Chain((3, 40), (5, 5)).tensors(torch.float32, images=5, size=(23, 19))
-    layers = ChainArguments(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
-    y = dispatch.mlpconv(x, layers)
+    arguments = ChainArguments(weights, biases, (1, 1), (2, 2), (1, 1), ["relu"])
+    y = dispatch.mlpconv(x, arguments)
     both = []
     for number in (1, threads):
         torch.set_num_threads(number)
-        _, grad_weights, grad_biases = dispatch.mlpconv_backward(y, x, y, layers, [False, True, True])
+        _, grad_weights, grad_biases = dispatch.mlpconv_backward(y, x, y, arguments, [False, True, True])
         both.append(torch.cat((grad_weights[0].flatten(), grad_biases[0])))
     assert torch.equal(*both)
 

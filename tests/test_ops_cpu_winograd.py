@@ -56,9 +56,9 @@ def images(count, channels, height, width, dtype=torch.float32, layout=torch.cha
     return torch.randn(count, channels, height, width).to(dtype).contiguous(memory_format=layout)
 
 
-def in_float64(layers):
-    parameters = [w.double() for w in layers.weights], [None if b is None else b.double() for b in layers.biases]
-    return ChainArguments(*parameters, *layers[2:])
+def in_float64(chain):
+    parameters = [w.double() for w in chain.weights], [None if b is None else b.double() for b in chain.biases]
+    return ChainArguments(*parameters, *chain[2:])
 
 
 def assert_close(got, want, times=1):
@@ -93,13 +93,13 @@ def test_values(isa, force, size, kernel, dtype, layout):
         (2, 32, 40, 9, 19, kernel - 1),
         (7, 3, 66, 5, 6, 2),
     ):
-        x, layers = (
+        x, chain = (
             images(count, channels, height, width, dtype, layout),
             layer(channels, columns, kernel, padding, dtype),
         )
         force(size)
-        result = dispatch.mlpconv(x, layers)
-        assert_close(result, reference.mlpconv(x.double(), in_float64(layers)))
+        result = dispatch.mlpconv(x, chain)
+        assert_close(result, reference.mlpconv(x.double(), in_float64(chain)))
         assert result.is_contiguous(memory_format=reference.memory_format_of(x))
 
 
@@ -107,10 +107,10 @@ def test_values(isa, force, size, kernel, dtype, layout):
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 def test_chains_after_it(isa, force, dtype, activation):
     x = images(9, 24, 10, 7, dtype)
-    layers = layer(24, 31, 5, 2, dtype, activation, 50, 17)
+    chain = layer(24, 31, 5, 2, dtype, activation, 50, 17)
     force(8)
-    assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x.double(), in_float64(layers)), times=2)
-    plain = ChainArguments(layers.weights, [None] * 3, *layers[2:])
+    assert_close(dispatch.mlpconv(x, chain), reference.mlpconv(x.double(), in_float64(chain)), times=2)
+    plain = ChainArguments(chain.weights, [None] * 3, *chain[2:])
     assert_close(dispatch.mlpconv(x, plain), reference.mlpconv(x.double(), in_float64(plain)), times=2)
 
 
@@ -133,23 +133,23 @@ def test_random_shapes(force, kind, count, channels, columns, height, width, pad
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     assume(min(height, width) + 2 * padding >= kernel and padding < kernel)
     x = images(count, channels, height, width, dtype, torch.contiguous_format if nchw else torch.channels_last)
-    layers = layer(channels, columns, kernel, padding, dtype)
+    chain = layer(channels, columns, kernel, padding, dtype)
     force(size)
-    y = dispatch.mlpconv(x, layers)
-    exact, grad = in_float64(layers), torch.randn_like(y)
+    y = dispatch.mlpconv(x, chain)
+    exact, grad = in_float64(chain), torch.randn_like(y)
     assert_close(y, reference.mlpconv(x.double(), exact))
-    got = dispatch.mlpconv_backward(grad, x, y, layers, [True] * 3)
+    got = dispatch.mlpconv_backward(grad, x, y, chain, [True] * 3)
     want = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, [True] * 3)
     assert_close(got[0], want[0])
     assert_close(got[1][0], want[1][0])
 
 
 def test_images_of_any_strides(isa, force):
-    layers = layer(24, 40, 3, 1)
+    chain = layer(24, 40, 3, 1)
     force(6)
     whole = torch.randn(3, 30, 20, 22)
     for x in (whole[:, 3:27, ::2, 1:-1], whole.transpose(2, 3)[:, :24], whole[:, :24].flip(3)[..., 2:]):
-        assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x.double(), in_float64(layers)))
+        assert_close(dispatch.mlpconv(x, chain), reference.mlpconv(x.double(), in_float64(chain)))
 
 
 @each_kind
@@ -157,15 +157,15 @@ def test_images_of_any_strides(isa, force):
 @each_layout
 def test_gradients(isa, force, size, kernel, dtype, layout):
     for count, channels, columns, height, width, padding in ((3, 17, 33, 13, 9, kernel // 2), (2, 20, 14, 8, 11, 0)):
-        x, layers = (
+        x, chain = (
             images(count, channels, height, width, dtype, layout),
             layer(channels, columns, kernel, padding, dtype),
         )
         force(size)
-        y = dispatch.mlpconv(x, layers)
+        y = dispatch.mlpconv(x, chain)
         grad = torch.randn_like(y)
-        got = dispatch.mlpconv_backward(grad, x, y, layers, [True] * 3)
-        exact = in_float64(layers)
+        got = dispatch.mlpconv_backward(grad, x, y, chain, [True] * 3)
+        exact = in_float64(chain)
         want = reference.mlpconv_backward(grad.double(), x.double(), y.double(), exact, [True] * 3)
         assert_close(got[0], want[0])
         assert_close(got[1][0], want[1][0])
@@ -175,22 +175,22 @@ def test_gradients(isa, force, size, kernel, dtype, layout):
 
 
 def test_only_wanted_gradients_are_computed(force):
-    x, layers = images(2, 20, 9, 9), layer(20, 30, 3, 1)
+    x, chain = images(2, 20, 9, 9), layer(20, 30, 3, 1)
     force(6)
-    y = dispatch.mlpconv(x, layers)
+    y = dispatch.mlpconv(x, chain)
     for needs in ([True, False, False], [False, True, False], [False, False, True]):
-        grad_x, grad_weights, grad_biases = dispatch.mlpconv_backward(torch.ones_like(y), x, y, layers, needs)
+        grad_x, grad_weights, grad_biases = dispatch.mlpconv_backward(torch.ones_like(y), x, y, chain, needs)
         assert [t.numel() > 0 for t in (grad_x, *grad_weights, *grad_biases)] == needs
 
 
 def test_a_backward_pass_inside_of_autocast_is_as_exact_as_outside():
-    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
-    assert chosen(x, layers) == 6
-    weight = layers.weights[0]
+    x, chain = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    assert chosen(x, chain) == 6
+    weight = chain.weights[0]
 
     def both(autocast):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = nin.mlpconv(inputs[0], [inputs[1]], layers.biases, padding=1).square().sum()
+        loss = nin.mlpconv(inputs[0], [inputs[1]], chain.biases, padding=1).square().sum()
         with torch.autocast("cpu", enabled=autocast):
             return torch.autograd.grad(loss, inputs)
 
@@ -198,14 +198,14 @@ def test_a_backward_pass_inside_of_autocast_is_as_exact_as_outside():
 
 
 def test_the_precision_of_matrix_products_changes_nothing():
-    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
-    y = dispatch.mlpconv(x, layers)
-    want = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
+    x, chain = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    y = dispatch.mlpconv(x, chain)
+    want = dispatch.mlpconv_backward(y, x, y, chain, [True] * 3)
     weight_cache._cache.clear()
     torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(dispatch.mlpconv(x, layers), y)
-        got = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
+        assert torch.equal(dispatch.mlpconv(x, chain), y)
+        got = dispatch.mlpconv_backward(y, x, y, chain, [True] * 3)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(got[0], want[0])
@@ -213,25 +213,25 @@ def test_the_precision_of_matrix_products_changes_nothing():
 
 
 def test_a_gradient_of_too_many_sums_is_pytorchs(force, monkeypatch):
-    x, layers = images(2, 20, 9, 9), layer(20, 30, 3, 1)
+    x, chain = images(2, 20, 9, 9), layer(20, 30, 3, 1)
     force(6)
-    y = dispatch.mlpconv(x, layers)
+    y = dispatch.mlpconv(x, chain)
     monkeypatch.setattr(conv_backward, "MAX_WINOGRAD_SUMS", 36 * 20 * 30 - 1)
-    assert conv_backward.winograd_weight_gradient(dispatch.KERNELS, y, x, layers) is None
-    _, (grad,), _ = dispatch.mlpconv_backward(y, x, y, layers, [True] * 3)
-    want = reference.mlpconv_backward(y.double(), x.double(), y.double(), in_float64(layers), [True] * 3)
+    assert conv_backward.winograd_weight_gradient(dispatch.KERNELS, y, x, chain) is None
+    _, (grad,), _ = dispatch.mlpconv_backward(y, x, y, chain, [True] * 3)
+    want = reference.mlpconv_backward(y.double(), x.double(), y.double(), in_float64(chain), [True] * 3)
     assert_close(grad, want[1][0])
 
 
 @pytest.mark.parametrize("channels", [3, 32])
 def test_the_default_dtype_changes_nothing(channels):
-    x, layers = images(4, channels, 16, 16), layer(channels, 48, 3, 1)
-    y = dispatch.mlpconv(x, layers)
+    x, chain = images(4, channels, 16, 16), layer(channels, 48, 3, 1)
+    y = dispatch.mlpconv(x, chain)
     needs = [channels > 3, True, True]
-    want = dispatch.mlpconv_backward(y, x, y, layers, needs)
+    want = dispatch.mlpconv_backward(y, x, y, chain, needs)
     torch.set_default_dtype(torch.float64)
     try:
-        got = dispatch.mlpconv_backward(y, x, y, layers, needs)
+        got = dispatch.mlpconv_backward(y, x, y, chain, needs)
     finally:
         torch.set_default_dtype(torch.float32)
     for a, b in zip((got[0], *got[1], *got[2]), (want[0], *want[1], *want[2]), strict=True):
@@ -239,11 +239,11 @@ def test_the_default_dtype_changes_nothing(channels):
 
 
 def test_more_padding_than_the_taps_reach(force):
-    x, layers = images(2, 20, 9, 9).requires_grad_(), layer(20, 30, 3, 4)
+    x, chain = images(2, 20, 9, 9).requires_grad_(), layer(20, 30, 3, 4)
     force(6)
-    y = nin.mlpconv(x, layers.weights, layers.biases, padding=4)
+    y = nin.mlpconv(x, chain.weights, chain.biases, padding=4)
     force(0)
-    (want,) = torch.autograd.grad(nin.mlpconv(x, layers.weights, layers.biases, padding=4).sum(), x)
+    (want,) = torch.autograd.grad(nin.mlpconv(x, chain.weights, chain.biases, padding=4).sum(), x)
     force(6)
     (got,) = torch.autograd.grad(y.sum(), x)
     assert_close(got, want.double())
@@ -252,9 +252,9 @@ def test_more_padding_than_the_taps_reach(force):
 # -- which layers ------------------------------------------------------------------------------------------------
 
 
-def chosen(x, layers):
-    y = x.new_empty(layers.output_shape(x)).contiguous(memory_format=reference.memory_format_of(x))
-    return abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, y, layers), layers)[1]
+def chosen(x, chain):
+    y = x.new_empty(chain.output_shape(x)).contiguous(memory_format=reference.memory_format_of(x))
+    return abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, y, chain), chain)[1]
 
 
 def test_it_serves_where_it_takes_less_time():
@@ -275,8 +275,8 @@ def test_the_environment_turns_it_off():
     code = (
         "import torch, nin\nfrom nin.ops.cpu import abi, dispatch\nfrom nin.ops.arguments import ChainArguments\n"
         "x, w = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
-        "layers = ChainArguments([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
-        "print(abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, x, layers), layers)[1])"
+        "chain = ChainArguments([w], [None], (1, 1), (1, 1), (1, 1), ['none'])\n"
+        "print(abi.choose_winograd(dispatch.KERNELS, abi.pack_chain(x, x, chain), chain)[1])"
     )
     for value, size in (("0", "0"), ("1", "6")):
         environment = os.environ | {abi.WINOGRAD_VARIABLE: value}
@@ -302,8 +302,8 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout
     ):
         torch.manual_seed(0)
         x = images(count, channels, side, side, dtype, layout)
-        layers = layer(channels, columns, 5, 2, dtype, "relu", *more)
-        single = layers.subchain(0, 1)
+        chain = layer(channels, columns, 5, 2, dtype, "relu", *more)
+        single = chain.subchain(0, 1)
         results = []
         for number in (1, threads):
             torch.set_num_threads(number)
@@ -311,7 +311,7 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout
             force(8)
             y = dispatch.mlpconv(x, single)
             grads = dispatch.mlpconv_backward(y, x, y, single, [True, True, True])
-            results.append([dispatch.mlpconv(x, layers), y, grads[0], grads[1][0]])
+            results.append([dispatch.mlpconv(x, chain), y, grads[0], grads[1][0]])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -321,8 +321,8 @@ def test_scratch_is_bounded(dtype):
         x, y = (torch.empty(1, dtype=dtype).expand(images, widths[i], side, side) for i in (0, -1))
         kernels = [3] + [1] * (len(widths) - 2)
         weights = [torch.empty(o, i, k, k) for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)]
-        layers = ChainArguments(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
-        row = abi.pack_chain(x, y, layers)[:-8] + struct.pack("q", 8)
+        chain = ChainArguments(weights, [None] * len(weights), (1, 1), (1, 1), (1, 1), ["relu"] * len(weights))
+        row = abi.pack_chain(x, y, chain)[:-8] + struct.pack("q", 8)
         rows = b"".join(struct.pack("4q", 0, 0, width, 1) for width in widths[1:])
         return library.LIBRARY.nin_forward_scratch_bytes(dispatch.KERNELS.handles[dtype], row, rows, 2)
 
@@ -332,14 +332,14 @@ def test_scratch_is_bounded(dtype):
 
 
 def test_a_changed_weight_is_transformed_again():
-    x, layers = images(4, 32, 16, 16), layer(32, 48, 3, 1)
-    assert chosen(x, layers) == 6
-    weight = layers.weights[0]
+    x, chain = images(4, 32, 16, 16), layer(32, 48, 3, 1)
+    assert chosen(x, chain) == 6
+    weight = chain.weights[0]
     x.requires_grad_()
     for _ in range(3):
-        y = nin.mlpconv(x, [weight], layers.biases, padding=1, activation=None)
+        y = nin.mlpconv(x, [weight], chain.biases, padding=1, activation=None)
         (grad,) = torch.autograd.grad(y.sum(), x)
-        want = F.conv2d(x.detach().double(), weight.double(), layers.biases[0].double(), padding=1)
+        want = F.conv2d(x.detach().double(), weight.double(), chain.biases[0].double(), padding=1)
         assert_close(y, want)
         assert_close(grad, F.conv_transpose2d(torch.ones_like(want), weight.double(), padding=1))
         weight[3, 5, 1, 1] += 1
@@ -361,10 +361,10 @@ def test_transformed_weights_do_not_depend_on_their_memory_format(dtype, for_inp
 
 @each_dtype
 def test_what_is_not_finite_stays_in_its_tiles(isa, force, dtype):
-    x, layers = images(2, 24, 16, 16, dtype), layer(24, 32, 5, 2, dtype)
+    x, chain = images(2, 24, 16, 16, dtype), layer(24, 32, 5, 2, dtype)
     x[0, 3, 4, 4] = float("nan")
     force(8)  # output tiles of 4 × 4; the pixel is in the windows of 2 to 6, which belong to the first two
-    result = dispatch.mlpconv(x, layers)
+    result = dispatch.mlpconv(x, chain)
     touched = torch.zeros(16, 16, dtype=torch.bool)
     touched[0:8, 0:8] = True
     assert (result[0].isnan().all(0) == touched).all()

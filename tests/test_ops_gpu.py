@@ -73,7 +73,7 @@ class Case:
             [None if b is None else b.to(**on) for b in biases],
         )
 
-    def layers(self, weights, biases):
+    def arguments(self, weights, biases):
         return ChainArguments(weights, biases, *self.geometry, list(self.activations))
 
 
@@ -104,20 +104,20 @@ def exact(t):
 
 
 def forward(case, x, weights, biases):
-    return dispatch.mlpconv(x, case.layers(weights, biases))
+    return dispatch.mlpconv(x, case.arguments(weights, biases))
 
 
 def backward(case, grad, x, y, weights, biases, needs=None):
     needs = [True] * (1 + 2 * len(weights)) if needs is None else needs
-    return dispatch.mlpconv_backward(grad, x, y, case.layers(weights, biases), needs)
+    return dispatch.mlpconv_backward(grad, x, y, case.arguments(weights, biases), needs)
 
 
 def expected(case, grad, x, weights, biases):
     """Return the result, and the gradients as `backward` does, in float64 by PyTorch's convolutions."""
-    layers = case.layers([exact(w) for w in weights], [exact(b) for b in biases])
-    y = reference.mlpconv(exact(x), layers)
+    arguments = case.arguments([exact(w) for w in weights], [exact(b) for b in biases])
+    y = reference.mlpconv(exact(x), arguments)
     needs = [True] * (1 + 2 * len(weights))
-    return y, reference.mlpconv_backward(exact(grad), exact(x), y, layers, needs)
+    return y, reference.mlpconv_backward(exact(grad), exact(x), y, arguments, needs)
 
 
 def assert_near(got, want, eps):
@@ -158,8 +158,8 @@ def test_float32_equals_the_reference_forward_and_backward(case, layout):
 
 def plans(case):
     x, weights, biases = case.tensors()
-    layers = case.layers(weights, biases)
-    return [*dispatch.forward_plan(x, layers), *dispatch.backward_plan(x, layers)]
+    arguments = case.arguments(weights, biases)
+    return [*dispatch.forward_plan(x, arguments), *dispatch.backward_plan(x, arguments)]
 
 
 # A 16-bit hidden value near zero may fall on the other side of a ReLU's edge than in float64, and then the gradient
@@ -278,8 +278,8 @@ def test_nan_passes_relu_and_its_gate():
     assert torch.isnan(y[0, :, 0, 0]).all()
     assert torch.isfinite(y[0, :, 1:]).all()
     grad_x, *_ = backward(case, torch.ones_like(y), x, y, weights, biases)
-    layers = case.layers(weights, biases)
-    (want, *_) = reference.mlpconv_backward(torch.ones_like(y), x, y, layers, [True, False, False])
+    arguments = case.arguments(weights, biases)
+    (want, *_) = reference.mlpconv_backward(torch.ones_like(y), x, y, arguments, [True, False, False])
     assert_near(grad_x[0, :, 0, 0], exact(want[0, :, 0, 0]), 1e-5)
 
 
@@ -304,9 +304,9 @@ def test_images_that_lie_more_than_32_bits_apart(kernel_size):
 def test_float64_is_the_references():
     case = chain(3, 5)
     x, weights, biases = case.tensors(torch.float64)
-    layers = case.layers(weights, biases)
-    assert dispatch.forward_plan(x, layers) == ()
-    torch.testing.assert_close(dispatch.mlpconv(x, layers), reference.mlpconv(x, layers))
+    arguments = case.arguments(weights, biases)
+    assert dispatch.forward_plan(x, arguments) == ()
+    torch.testing.assert_close(dispatch.mlpconv(x, arguments), reference.mlpconv(x, arguments))
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def counts(widths, cut):
 
 
 def test_the_networks_own_chains_run_in_one_piece():
-    device = tiling.DeviceLimits()
+    device = tiling.H200
     assert tiling.chain_tiles((192, 160, 96), 2, device)[0].resident
     assert tiling.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
     assert tiling.pair_input_tiles((192, 160, 96), 2, device)
@@ -367,13 +367,13 @@ def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
 def test_the_environment_decides(monkeypatch):
     case = chain(192, 160, 96)
     x, weights, biases = case.tensors()
-    layers = case.layers(weights, biases)
+    arguments = case.arguments(weights, biases)
     monkeypatch.setenv("NIN_GPU", "reference")
-    assert dispatch.forward_plan(x, layers) == ()
+    assert dispatch.forward_plan(x, arguments) == ()
     assert "NIN_GPU=reference" in nin.backends()["cuda"]
     monkeypatch.setenv("NIN_GPU", "cudnn")
     with pytest.raises(UserError, match="NIN_GPU must be auto, triton or reference, got 'cudnn'"):
-        dispatch.forward_plan(x, layers)
+        dispatch.forward_plan(x, arguments)
 
 
 def test_tuning_measures_once_and_keeps_the_answer(monkeypatch, tmp_path):
@@ -430,25 +430,12 @@ def test_a_call_makes_one_plan(planned):
 # -- the dispatcher and the compiler ----------------------------------------------------------------------------
 
 
-def traced(call, *arguments):
-    """Return the names of what torch.compile's front end makes of a call, on tensors without memory."""
-    from torch._subclasses import FakeTensorMode
-    from torch._subclasses.functional_tensor import dispatch_functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    with FakeTensorMode() as mode:
-        fakes = [torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in arguments]
-    with mode:
-        graph = make_fx(dispatch_functionalize(call))(*fakes)
-    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-
-
 TRACE = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import torch, nin
 from nin.ops.gpu import plan
-from test_ops_gpu import traced
+from support.fake_gpu import traced
 planner, plans = plan.plan_forward, []
 plan.plan_forward = lambda problem: plans.append(problem) or planner(problem)
 x, w1, w2 = torch.empty(8, 192, 32, 32), torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)
@@ -529,6 +516,6 @@ def test_main_kernels_compile_and_fit_hopper(tmp_path):
     kernels = json.loads(out.read_text())["kernels"]
     assert {k["kernel"] for k in kernels} == {"chain_forward", "pair_input_gradient", "pair_weight_gradient"}
     for kernel in kernels:
-        assert kernel["shared_bytes"] <= tiling.SHARED_BYTES, kernel
+        assert kernel["shared_bytes"] <= tiling.H200.shared_bytes, kernel
         assert kernel["matrix_instructions"] > 0, kernel
         assert kernel["spilled_bytes"] <= 1024, kernel

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import backward, forward, plan
-from nin.ops.gpu.tiling import SHARED_BYTES
+from nin.ops.gpu.tiling import H200
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_CANDIDATES = 6  # tiles of a kernel that tuning tries at most
@@ -98,14 +98,14 @@ def record_launches(
         for i, o, k in zip(channels, case.widths, sizes, strict=False)
     ]
     biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
-    layers = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
-    problem = plan.ChainProblem.of(x, layers, "triton")
+    chain = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
+    problem = plan.ChainProblem.of(x, chain, "triton")
     forward_plan, backward_plan = plan.plan_forward(problem), plan.plan_backward(problem)
     with mock.patch.object(forward, "launch", record):
         for i in range(MAX_CANDIDATES if all_candidates else 1):
-            y = forward.mlpconv(x, layers, with_candidate(forward_plan, i))
+            y = forward.mlpconv(x, chain, with_candidate(forward_plan, i))
             needs = [True] * (1 + 2 * len(weights))
-            backward.mlpconv_backward(torch.empty_like(y), x, y, layers, needs, with_candidate(backward_plan, i))
+            backward.mlpconv_backward(torch.empty_like(y), x, y, chain, needs, with_candidate(backward_plan, i))
     return launches
 
 
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         header = {"date": datetime.date.today().isoformat(), "capability": given.capability, **versions}
         given.json.write_text(json.dumps({**header, "kernels": [dataclasses.asdict(r) for r in rows]}, indent=1) + "\n")
-    return 1 if any(row.shared_bytes > SHARED_BYTES for row in rows) else 0
+    return 1 if any(row.shared_bytes > H200.shared_bytes for row in rows) else 0
 
 
 if __name__ == "__main__":

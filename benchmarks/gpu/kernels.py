@@ -161,8 +161,8 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device, backward: boo
     with setting(ENGINES[0]):
         geometry = ((1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(case.widths))
         convs = build(case).convs
-        layers = ChainArguments([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
-        groups = (dispatch.backward_plan if backward else dispatch.forward_plan)(x[0], layers)
+        chain = ChainArguments([c.weight for c in convs], [c.bias for c in convs], *geometry)  # type: ignore[union-attr]
+        groups = (dispatch.backward_plan if backward else dispatch.forward_plan)(x[0], chain)
     return {
         "case": case.name + (", forward + backward" if backward else ", forward"),
         "dtype": str(dtype).removeprefix("torch."),

@@ -117,9 +117,16 @@ class StandardisedConv2d(nn.Conv2d):
         """Return the convolution of ``x`` with the standardised weight."""
         return self._conv_forward(x, self.standardised_weight(), self.bias)
 
+    @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """Return a plain convolution with the same result."""
-        return _plain_conv(self, self.standardised_weight())
+        weight, sizes = self.standardised_weight(), (self.in_channels, self.out_channels, self.kernel_size)
+        geometry = self.stride, self.padding, self.dilation, self.groups, self.bias is not None, self.padding_mode
+        conv = nn.utils.skip_init(nn.Conv2d, *sizes, *geometry, device=weight.device, dtype=weight.dtype)
+        conv.weight.copy_(weight)
+        if self.bias is not None:
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
 
 
 class MLPConv(nn.Module):
@@ -190,15 +197,8 @@ class MLPConv(nn.Module):
         """Run the first ``count`` layers as one operator."""
         convs = cast(list[nn.Conv2d], list(self.convs)[:count])  # slicing an nn.ModuleList takes 10 µs
         weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
-        return mlpconv(
-            x,
-            weights,
-            [conv.bias for conv in convs],
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            activation=self.activations[:count],
-        )
+        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return mlpconv(x, weights, [conv.bias for conv in convs], activation=self.activations[:count], **geometry)
 
     @torch.no_grad()
     def fold(self) -> "MLPConv":
@@ -361,18 +361,6 @@ def _initialise(weight: Tensor, activation: str) -> None:
 def _activation_modules(name: str) -> list[nn.Module]:
     """Return the activation of that name as modules; none for "none"."""
     return [module() for module, known in ACTIVATION_NAMES.items() if known == name]
-
-
-def _plain_conv(conv: nn.Conv2d, weight: Tensor) -> nn.Conv2d:
-    """Return a copy of ``conv`` as an ``nn.Conv2d`` with another weight."""
-    sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    options = {"bias": conv.bias is not None, "padding_mode": conv.padding_mode}
-    plain = nn.utils.skip_init(nn.Conv2d, *sizes, **options, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        plain.weight.copy_(weight)
-        if conv.bias is not None:
-            plain.bias.copy_(conv.bias)
-    return plain.train(conv.training)
 
 
 def _per_layer(name: str, value: str | Sequence[str | None] | None, count: int) -> list[str | None]:

@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin.ops import mlpconv
+from nin.ops import ACTIVATIONS, mlpconv
 
 # How a chain can be computed: all of it as one operator; its first convolution by PyTorch and the rest as one operator;
 # PyTorch's layers with BatchNorm folded into them; PyTorch's layers as they are.
 CHAIN_FORMS = ("operator", "operator behind the first", "folded", "original")
-
-_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclasses.dataclass
@@ -80,7 +78,7 @@ class Chain(nn.Module):
         for link in self.links:
             x = link.layer(x)
             # without the activation that a subclass such as timm's BatchNormAct2d applies: the link has it
-            x = _ACTIVATIONS[link.activation](x if link.norm is None else nn.BatchNorm2d.forward(link.norm, x))
+            x = ACTIVATIONS[link.activation](x if link.norm is None else nn.BatchNorm2d.forward(link.norm, x))
         return x
 
     def run_folded(self, x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -90,7 +88,7 @@ class Chain(nn.Module):
                 x = link.layer._conv_forward(x, weight, bias)
             else:
                 x = F.linear(x, weight.flatten(1), bias)
-            x = _ACTIVATIONS[link.activation](x)
+            x = ACTIVATIONS[link.activation](x)
         return x
 
     def run_operator(self, x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> Tensor:
@@ -100,7 +98,7 @@ class Chain(nn.Module):
         if isinstance(first, nn.Conv2d) and self.form == "operator":
             geometry = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation}
         elif isinstance(first, nn.Conv2d):
-            x = _ACTIVATIONS[links[0].activation](first._conv_forward(x, *weights[0]))
+            x = ACTIVATIONS[links[0].activation](first._conv_forward(x, *weights[0]))
             links, weights = links[1:], weights[1:]
         activations = [link.activation for link in links]
         return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)  # type: ignore[arg-type]
@@ -118,14 +116,8 @@ class Chain(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the widths and the form, for ``print``."""
-        widths = [_widths(self.links[0].layer)[0], *(_widths(link.layer)[1] for link in self.links)]
+        widths = [self.links[0].layer.weight.shape[1], *(link.layer.weight.shape[0] for link in self.links)]
         return f"{' → '.join(map(str, widths))}, {self.form}"
-
-
-def _widths(layer: nn.Conv2d | nn.Linear) -> tuple[int, int]:
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    return layer.in_features, layer.out_features
 
 
 def _tensors(link: Link) -> list[Tensor]:

@@ -11,8 +11,11 @@ from torch import fx, nn
 from nin.fusion.chain import Chain, Link
 from nin.layers import ACTIVATION_NAMES, MLPConv
 
-_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"}
-_METHODS = {"relu": "relu", "relu_": "relu"}
+# by the function, or by the method's name
+_FUNCTION_NAMES: dict[Any, str] = {
+    **{F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"},
+    **{"relu": "relu", "relu_": "relu"},
+}
 
 
 class Tracer(fx.Tracer):
@@ -81,7 +84,7 @@ def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | No
     """Return why a layer cannot be in a chain, or None if it can."""
     if calls > 1:
         return "it is called more than once"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    if is_hooked(layer) or layer._backward_hooks:
         return "a hook looks at it"
     if type(layer) is nn.Linear:
         return None
@@ -94,6 +97,11 @@ def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | No
     if not first and (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0)):
         return "it looks at more than one pixel"
     return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a hook sees a module's input or output, which it has only while it runs by itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -115,7 +123,7 @@ def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[st
             break
         link, activation = match.links[-1], _activation(node, modules)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        if module is not None and is_hooked(module):
             break
         if activation is not None and link.activation == "none":
             link.activation = activation
@@ -148,15 +156,16 @@ def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[st
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """Return the name of the activation that a node computes, or None if it is not one of the operator's."""
     if node.op == "call_module":
-        module = modules.get(str(node.target))
-        exact = not isinstance(module, nn.GELU) or module.approximate == "none"
-        return ACTIVATION_NAMES.get(type(module)) if exact else None
-    name: Any = None
-    if node.op == "call_function":
-        name = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
-    elif node.op == "call_method":
-        name = _METHODS.get(str(node.target))
-    return None if node.kwargs.get("approximate", "none") != "none" or len(node.args) > 2 else name
+        return _module_activation(modules.get(str(node.target)))
+    if node.op not in ("call_function", "call_method") or len(node.args) > 2:
+        return None
+    return None if node.kwargs.get("approximate", "none") != "none" else _FUNCTION_NAMES.get(node.target)
+
+
+def _module_activation(module: nn.Module | None) -> str | None:
+    """Return the name of an activation module; None for anything else, such as GELU's approximation with tanh."""
+    exact = not isinstance(module, nn.GELU) or module.approximate == "none"
+    return ACTIVATION_NAMES.get(type(module)) if exact else None
 
 
 def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
@@ -169,9 +178,7 @@ def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
     act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
     if type(norm).__name__ != "BatchNormAct2d" or type(drop) is not nn.Identity:
         return None
-    if type(act) is nn.GELU and act.approximate != "none":
-        return None
-    return "none" if type(act) is nn.Identity else ACTIVATION_NAMES.get(type(act))
+    return "none" if type(act) is nn.Identity else _module_activation(act)
 
 
 def _can_fold(norm: nn.BatchNorm2d, link: Link) -> bool:

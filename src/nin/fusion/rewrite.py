@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +13,15 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from nin.fusion.chain import Chain
-from nin.fusion.matcher import ChainMatch, Tracer, match_chains
+from nin.fusion.matcher import ChainMatch, Tracer, is_hooked, match_chains
 from nin.layers import Conv1x1, MLPConv
 from nin.runtime.fx_trace import TracingError, trace
 from nin.runtime.timer import Timing, time_interleaved
 
 # A form must take less than this fraction of the original's time: a smaller gain is within the noise of the clock.
 LARGEST_TIME_RATIO = 0.97
+
+_Chains = dict[tuple[str, ...], Chain]  # by the names of their layers in the whole model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +113,10 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     mode = model.training
     new = copy.deepcopy(model).train(training)
-    chains: dict[str, Chain] = {}
+    chains: _Chains = {}
     unfused: dict[str, str] = {}
     new = _fuse_module(new, "", chains, unfused).train(mode)
-    times: dict[str, dict[str, Timing]] = {}
+    times: dict[tuple[str, ...], dict[str, Timing]] = {}
     before = after = None
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
@@ -122,18 +126,18 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
         before, after = _measure(plain, new, inputs, runs)
         if after.median_ms > before.median_ms:  # each is faster alone, but not all together
             reason = f"the whole model took {after.median_ms:.2f} ms with them and {before.median_ms:.2f} ms without"
-            unfused.update(dict.fromkeys((", ".join(key.split("|")) for key in chains), reason))
+            unfused.update(dict.fromkeys(map(", ".join, chains), reason))
             for chain in chains.values():
                 chain.form = "original"
             before, after = _measure(plain, new, inputs, runs)
         new.train(mode)
-    found = (FusedChain(tuple(key.split("|")), c.form, times.get(key, {}), c) for key, c in chains.items())
-    return FuseResult(new, tuple(found), unfused, before, after)
+    found = tuple(FusedChain(layers, c.form, times.get(layers, {}), c) for layers, c in chains.items())
+    return FuseResult(new, found, unfused, before, after)
 
 
-def _fuse_module(module: nn.Module, path: str, chains: dict[str, Chain], unfused: dict[str, str]) -> nn.Module:
+def _fuse_module(module: nn.Module, path: str, chains: _Chains, unfused: dict[str, str]) -> nn.Module:
     """Fuse a module in place, or its children where it cannot be traced; return it."""
-    if isinstance(module, MLPConv | Conv1x1 | Chain) or not any(module.children()) or _is_hooked(module):
+    if isinstance(module, MLPConv | Conv1x1 | Chain) or not any(module.children()) or is_hooked(module):
         return module
     graph = _trace(module, path)
     if graph is None:
@@ -149,17 +153,17 @@ def _fuse_module(module: nn.Module, path: str, chains: dict[str, Chain], unfused
     return module
 
 
-def _insert_chains(module: nn.Module, path: str, chains: dict[str, Chain]) -> None:
+def _insert_chains(module: nn.Module, path: str, chains: _Chains) -> None:
     """Replace the nodes of a module's chains in its forward by calls of `Chain`."""
     graph = _trace(module, path)
-    if graph is None or _is_hooked(module):
+    if graph is None or is_hooked(module):
         return
     matches, _ = match_chains(module, graph)
     for number, match in enumerate(matches):
         name = f"nin_chain_{number}"
         chain = Chain(match.links, _join(path, name))
         vars(module)[name] = chain  # not registered: who runs a module's children one by one must not run it
-        chains["|".join(_join(path, layer) for layer in match.layer_names)] = chain
+        chains[tuple(_join(path, layer) for layer in match.layer_names)] = chain
         last = match.nodes[-1]
         with graph.inserting_after(last):
             node = graph.call_module(name, args=match.nodes[0].args[:1])
@@ -205,22 +209,14 @@ def _parameters(module: nn.Module) -> tuple[list[inspect.Parameter], list[inspec
     return [p for p in parameters if p.default is p.empty], optional
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _smallest_owner(match: ChainMatch) -> str:
     """Return the name of the smallest module in which all nodes of a chain run."""
     stacks = []
     for node in match.nodes:
         stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
         stacks.append(stack[:-1] if node.op == "call_module" else stack)
-    common = ""
-    for names in zip(*stacks, strict=False):
-        if len(set(names)) > 1:
-            break
-        common = names[0]
-    return common
+    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*stacks, strict=False))
+    return next((names[0] for names in reversed(list(shared))), "")
 
 
 def _join(path: str, name: str) -> str:
@@ -229,10 +225,10 @@ def _join(path: str, name: str) -> str:
 
 @torch.no_grad()
 def _choose_forms(
-    model: nn.Module, inputs: tuple[Any, ...], chains: dict[str, Chain], runs: int
-) -> dict[str, dict[str, Timing]]:
+    model: nn.Module, inputs: tuple[Any, ...], chains: _Chains, runs: int
+) -> dict[tuple[str, ...], dict[str, Timing]]:
     """Time every chain on its input in a run of the model, and set its fastest form."""
-    chain_inputs: dict[str, Tensor] = {}
+    chain_inputs: dict[tuple[str, ...], Tensor] = {}
     hooks = [
         chain.register_forward_pre_hook(lambda _, args, key=key: chain_inputs.update({key: args[0].clone()}))
         for key, chain in chains.items()
@@ -243,16 +239,18 @@ def _choose_forms(
     times = {}
     for key, x in chain_inputs.items():
         chain = chains[key]
-
-        def run(form: str, chain: Chain = chain, x: Tensor = x) -> Tensor:
-            chain.form = form
-            return chain(x)
-
-        timed = time_interleaved({form: lambda form=form: run(form) for form in chain.forms}, runs=runs)  # type: ignore[misc]
+        timed = time_interleaved(
+            {form: functools.partial(_run_form, chain, form, x) for form in chain.forms}, runs=runs
+        )
         best = min(timed, key=lambda form: timed[form].median_ms)
         chain.form = best if timed[best].median_ms < LARGEST_TIME_RATIO * timed["original"].median_ms else "original"
         times[key] = timed
     return times
+
+
+def _run_form(chain: Chain, form: str, x: Tensor) -> Tensor:
+    chain.form = form
+    return chain(x)
 
 
 @torch.no_grad()

@@ -57,6 +57,17 @@ class ChainArguments(NamedTuple):
         return images, weights[-1].shape[0], height, width
 
 
+def needs_input_gradient(needs: Sequence[bool], layer: int) -> bool:
+    """Return whether the backward pass goes on to a layer's input: something before the layer needs a gradient.
+
+    Args:
+        needs: whether the chain's input needs a gradient, then each weight, then each bias.
+        layer: its index.
+    """
+    count = len(needs) // 2
+    return needs[0] or any(needs[1 : 1 + layer]) or any(needs[1 + count : 1 + count + layer])
+
+
 def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
     """Return the height or width of a convolution's output; ``size`` may be symbolic."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

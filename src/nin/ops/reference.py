@@ -1,27 +1,20 @@
 """The reference kernels of ``nin::mlpconv`` in plain PyTorch: its definition, its fallback and the tests' oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, Gradients
+from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, Gradients, needs_input_gradient
 
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    """Return ``activation(z)``; GELU is the exact one, with erf."""
-    match activation:
-        case "relu":
-            return F.relu(z)
-        case "gelu":
-            return F.gelu(z)
-        case "silu":
-            return F.silu(z)
-        case _:
-            return z
+# GELU is the exact one, with erf. The order is that of the compiled library's activation codes (csrc/c_api.hpp).
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -49,7 +42,7 @@ def conv2d_chain(x: Tensor, chain: ChainArguments) -> Tensor:
     weights, biases, stride, padding, dilation, activations = chain
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
-        x = activate(x, activation)
+        x = ACTIVATIONS[activation](x)
     return x
 
 
@@ -77,7 +70,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, 
         g = activation_backward(g, saved[i], chain.activations[i])
         bias = biases[i]
         # if no earlier layer needs a gradient, the backward pass ends here
-        go_on = needs[0] or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
+        go_on = needs_input_gradient(needs, i)
         need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
         mask = [go_on, need_weight, need_bias]
         grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
@@ -117,7 +110,7 @@ def _recompute_forward(
             break
         saved.append(F.conv2d(inputs[i], weight, bias, *geometry[i]))
         if i < last:
-            inputs.append(activate(saved[i], activations[i]))
+            inputs.append(ACTIVATIONS[activations[i]](saved[i]))
     return inputs, saved
 
 

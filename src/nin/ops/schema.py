@@ -9,10 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import _cast as cast_floats
 from torch.utils.flop_counter import register_flop_formula
 
 from nin.ops import reference
-from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
+from nin.ops.arguments import (
+    ChainArguments,
+    Gradients,
+    as_dispatcher_backward_kernel,
+    as_dispatcher_kernel,
+    needs_input_gradient,
+)
 
 _OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
@@ -84,15 +91,10 @@ def _autocast(device: str) -> Any:
     """Return the autocast kernel of a device type: it casts as PyTorch does for ``conv2d``."""
 
     def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(t: Tensor) -> Tensor:
-            return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
+        # torch.library.register_autocast does the same, but with a dtype that is fixed when it is registered
+        tensors = cast_floats((x, weights, biases), device, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return torch.ops.nin.mlpconv(
-                cast(x), [cast(w) for w in weights], [None if b is None else cast(b) for b in biases], *rest
-            )
+            return torch.ops.nin.mlpconv(*tensors, *rest)
 
     return kernel
 
@@ -116,10 +118,8 @@ def _mlpconv_flop(x_shape: Any, weights: Any, *_: Any, out_shape: Any = None, **
 @register_flop_formula(torch.ops.nin.mlpconv_backward)
 def _mlpconv_backward_flop(grad_shape: Any, x_shape: Any, y_shape: Any, weights: Any, *rest: Any, **__: Any) -> int:
     """Count the FLOP of the gradients, without the recomputation of hidden layers that saves memory."""
-    needs = rest[-1]
-    count, flops = len(weights), 0
+    needs, flops = rest[-1], 0
     for i, weight in enumerate(weights):
-        # the gradient of this layer's input: needed by the layers below
-        below = needs[0] or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
-        flops += 2 * chain_macs(grad_shape, [weight]) * (int(needs[1 + i]) + int(below))
+        # one product for the gradient of the weight, one for that of the layer's input
+        flops += 2 * chain_macs(grad_shape, [weight]) * (int(needs[1 + i]) + int(needs_input_gradient(needs, i)))
     return flops

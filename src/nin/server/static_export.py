@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from nin import data
 from nin.errors import UserError
-from nin.ops.reference import activate
+from nin.ops import ACTIVATIONS
 from nin.profiling import bottleneck_timing
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -181,7 +181,7 @@ def _image_data(run: ServedRun, sample: Sample) -> dict[str, Any]:
     def keep(index: int, sums: torch.Tensor) -> torch.Tensor:
         if nodes[index].layer.kind != "joining":
             kept[str(index)] = schemas.Numbers.of(sums[0].float().cpu()).model_dump()
-        return activate(sums, nodes[index].layer.activation)
+        return ACTIVATIONS[nodes[index].layer.activation](sums)
 
     x = run.classifier.inputs(_pixels(run, [sample]))
     for _ in layer_outputs([without_activation(node) for node in nodes], x, keep):

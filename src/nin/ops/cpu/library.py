@@ -45,30 +45,23 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     built, expected = library.nin_version().decode(), installed_version()
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
-    # blob: the bytes of a struct
+    # blob: the bytes of a struct; status: nin_status, see `check`
     pointer, blob, size, real = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_double
+    status, checksum = ctypes.c_int32, ctypes.c_uint64
     for name, result, arguments in (
         ("nin_find_kernels", pointer, [blob, size]),
         ("nin_packed_bytes", size, [pointer, blob]),
-        ("nin_sample", ctypes.c_uint64, [pointer, size]),
-        ("nin_hash", ctypes.c_uint64, [pointer, size]),
+        ("nin_sample", checksum, [pointer, size]),
+        ("nin_hash", checksum, [pointer, size]),
         ("nin_pack", None, [pointer, blob, pointer, pointer]),
         ("nin_winograd_size", size, [pointer, blob, size]),
         ("nin_winograd_weights", None, [size, size, pointer]),
-        ("nin_winograd_pack", ctypes.c_int32, [pointer, blob, size, pointer, pointer, blob]),
-        ("nin_winograd_gradient", ctypes.c_int32, [pointer, blob, size, pointer, pointer, pointer, blob]),
-        (
-            "nin_tap_gradient",
-            ctypes.c_int32,
-            [pointer, blob, blob, size, pointer, pointer, pointer, pointer, size, blob],
-        ),
+        ("nin_winograd_pack", status, [pointer, blob, size, pointer, pointer, blob]),
+        ("nin_winograd_gradient", status, [pointer, blob, size, pointer, pointer, pointer, blob]),
+        ("nin_tap_gradient", status, [pointer, blob, blob, size, pointer, pointer, pointer, pointer, size, blob]),
         ("nin_forward_scratch_bytes", size, [pointer, blob, blob, size]),
-        ("nin_forward", ctypes.c_int32, [pointer, blob, blob, pointer, pointer, blob]),
-        (
-            "nin_backward",
-            ctypes.c_int32,
-            [pointer, blob, blob, blob, blob, pointer, pointer, pointer, pointer, blob],
-        ),
+        ("nin_forward", status, [pointer, blob, blob, pointer, pointer, blob]),
+        ("nin_backward", status, [pointer, blob, blob, blob, blob, pointer, pointer, pointer, pointer, blob]),
         ("nin_peak_flops", real, [pointer, blob, real]),
         ("nin_copy_bytes_per_second", real, [blob, pointer, pointer, size]),
     ):

@@ -6,8 +6,8 @@ chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of 
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
 from nin.ops.gpu import plan
 from nin.ops.gpu.plan import BackwardGroup, ChainProblem, LayerGroup
+
+Group = TypeVar("Group", bound=LayerGroup)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Compute capability from which Triton multiplies bfloat16 in matrix units.
@@ -39,49 +41,50 @@ def backend_summary() -> str:
     return f"{kernels}; {torch.cuda.get_device_name()}, Triton {importlib.import_module('triton').__version__}"
 
 
-def mlpconv(x: Tensor, layers: ChainArguments) -> Tensor:
+def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
     """Compute the chain on a GPU, by the kernels where the plan gives them any of its groups."""
-    groups = forward_plan(x, layers)
+    groups = forward_plan(x, chain)
     if not any(group.fused for group in groups):
-        return reference.mlpconv(x, layers)
+        return reference.mlpconv(x, chain)
     from nin.ops.gpu import forward  # imports Triton
 
-    return forward.mlpconv(x, layers, groups)
+    return forward.mlpconv(x, chain, groups)
 
 
-def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, layers: ChainArguments, needs: Sequence[bool]) -> Gradients:
+def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients on a GPU, by the kernels where the plan gives them any of its groups."""
-    groups = backward_plan(x, layers)
+    groups = backward_plan(x, chain)
     if grad.dtype != x.dtype or not any(group.fused for group in groups):
-        return reference.mlpconv_backward(grad, x, y, layers, needs)
+        return reference.mlpconv_backward(grad, x, y, chain, needs)
     from nin.ops.gpu import backward  # imports Triton
 
-    return backward.mlpconv_backward(grad, x, y, layers, needs, groups)
+    return backward.mlpconv_backward(grad, x, y, chain, needs, groups)
 
 
-def forward_plan(x: Tensor, layers: ChainArguments) -> tuple[LayerGroup, ...]:
+def forward_plan(x: Tensor, chain: ChainArguments) -> tuple[LayerGroup, ...]:
     """Return the plan of a forward call; empty where the reference takes all of it."""
-    problem = _served_problem(x, layers)
-    groups = plan.plan_forward(problem) if problem else ()
-    _record(groups)
-    return groups
+    return _make_plan(plan.plan_forward, x, chain)
 
 
-def backward_plan(x: Tensor, layers: ChainArguments) -> tuple[BackwardGroup, ...]:
+def backward_plan(x: Tensor, chain: ChainArguments) -> tuple[BackwardGroup, ...]:
     """Return the plan of a backward call; empty where the reference takes all of it."""
-    problem = _served_problem(x, layers)
-    groups = plan.plan_backward(problem) if problem else ()
-    _record(groups)
+    return _make_plan(plan.plan_backward, x, chain)
+
+
+def _make_plan(
+    planner: Callable[[ChainProblem], tuple[Group, ...]], x: Tensor, chain: ChainArguments
+) -> tuple[Group, ...]:
+    """Return the plan and record it; empty where no kernel can take the call, or ``NIN_GPU`` forbids it."""
+    engine = plan.requested_engine()
+    if engine == "reference" or not _is_supported(x, chain):
+        return ()
+    groups = planner(ChainProblem.of(x, chain, engine))
+    for recording in _recordings:
+        recording.extend(groups)
     return groups
 
 
-def _served_problem(x: Tensor, layers: ChainArguments) -> ChainProblem | None:
-    """Return what a plan depends on; None where no kernel can take the call, or ``NIN_GPU`` forbids it."""
-    engine = plan.requested_engine()
-    return None if engine == "reference" or not _serves(x, layers) else ChainProblem.of(x, layers, engine)
-
-
-def _serves(x: Tensor, layers: ChainArguments) -> bool:
+def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
     """Return whether the kernels can take these tensors at all."""
     if not HAS_TRITON or x.dtype not in plan.DTYPES or 0 in x.shape:
         return False
@@ -89,8 +92,8 @@ def _serves(x: Tensor, layers: ChainArguments) -> bool:
         return False
     # offsets within one image, and within a weight, have 32 bits; `needs_64_bit_offsets` widens those of images alone
     image = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    widest = max(weight.shape[0] for weight in layers.weights) * x.shape[2] * x.shape[3]
-    return max(image, widest, *(weight.numel() for weight in layers.weights)) < 1 << 31
+    widest = max(weight.shape[0] for weight in chain.weights) * x.shape[2] * x.shape[3]
+    return max(image, widest, *(weight.numel() for weight in chain.weights)) < 1 << 31
 
 
 _recordings: list[list[LayerGroup]] = []
@@ -105,11 +108,6 @@ def record_groups() -> Iterator[list[LayerGroup]]:
         yield groups
     finally:
         _recordings.remove(groups)
-
-
-def _record(groups: Sequence[LayerGroup]) -> None:
-    for recording in _recordings:
-        recording.extend(groups)
 
 
 def engine_summary(groups: Sequence[LayerGroup]) -> str:

@@ -31,20 +31,26 @@ def precision_constants(x: Tensor) -> dict[str, Any]:
     return {"PRECISION": precision, "UPCAST": INTERPRETED and x.dtype == torch.bfloat16}
 
 
-def mlpconv(x: Tensor, layers: ChainArguments, plan: Sequence[LayerGroup]) -> Tensor:
+def geometry_constants(chain: ChainArguments) -> dict[str, int]:
+    """Return the kernels' constants for the first layer: channels, kernel size, stride, padding and dilation."""
+    names = ("C", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
+    return dict(zip(names, (*chain.weights[0].shape[1:], *chain.stride, *chain.padding, *chain.dilation), strict=True))
+
+
+def mlpconv(x: Tensor, chain: ChainArguments, plan: Sequence[LayerGroup]) -> Tensor:
     """Compute a chain group by group, each by the engine that the plan names."""
     layout = reference.memory_format_of(x)
     for group in plan:
-        chain = layers.subchain(group.first, group.count)
-        x = run_group(x, layout, chain, group.tiles) if group.fused else reference.mlpconv(x, chain)
+        subchain = chain.subchain(group.first, group.count)
+        x = run_group(x, layout, subchain, group.tiles) if group.fused else reference.mlpconv(x, subchain)
     return x
 
 
-def run_group(x: Tensor, layout: torch.memory_format, layers: ChainArguments, tiles: Sequence[Any]) -> Tensor:
+def run_group(x: Tensor, layout: torch.memory_format, chain: ChainArguments, tiles: Sequence[Any]) -> Tensor:
     """Compute one to three layers in one kernel."""
-    y = torch.empty(layers.output_shape(x), dtype=x.dtype, device=x.device, memory_format=layout)
-    launch_group = launch_layer if len(layers.weights) == 1 else launch_chain
-    launch_group(ForwardArguments(x, y, layers), layers, tiles)
+    y = torch.empty(chain.output_shape(x), dtype=x.dtype, device=x.device, memory_format=layout)
+    launch_group = launch_layer if len(chain.weights) == 1 else launch_chain
+    launch_group(ForwardArguments(x, y, chain), chain, tiles)
     return y
 
 
@@ -56,37 +62,28 @@ class ForwardArguments:
         y: the output.
         weight: of the first layer, see `dense_filters`.
         numbers: pixels, heights and widths, strides of input, output and weight, in the kernels' order.
-        constants: channels, kernel size, stride, padding and dilation, and whether offsets need 64 bits.
+        pixels: of the output, over all images.
+        input_strides: of the input's images, channels, rows and columns.
+        constants: those of geometry and precision, and whether offsets need 64 bits.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, layers: ChainArguments) -> None:
-        stride, dilation = layers.stride, layers.dilation
-        self.x, self.y = x, y
-        self.weight, weight_strides = dense_filters(layers.weights[0])
-        if layers.is_pointwise():
-            self.x = subsample(x, stride)
-            both = coalesce_pixels(self.x, y)
+    def __init__(self, x: Tensor, y: Tensor, chain: ChainArguments) -> None:
+        self.weight, weight_strides = dense_filters(chain.weights[0])
+        if chain.is_pointwise():
+            x = subsample(x, chain.stride)
+            both = coalesce_pixels(x, y)
             sizes: tuple[Any, ...] = (both.pixels, *(both.height, both.width) * 2)
             strides: tuple[Any, ...] = (*both.strides[0], *both.strides[1])
             wide = both.needs_64_bits
-            stride = dilation = (1, 1)
+            # of the view, every pixel is read
+            chain = chain._replace(stride=(1, 1), dilation=(1, 1))
         else:
             sizes = (y.shape[0] * y.shape[2] * y.shape[3], *x.shape[2:], *y.shape[2:])
             strides, wide = (*x.stride(), *y.stride()), needs_64_bit_offsets(x, y)
+        self.x, self.y = x, y
         self.numbers = (*sizes, *strides, *weight_strides)
-        names = ("KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW")
-        geometry = (*layers.weights[0].shape[2:], *stride, *layers.padding, *dilation)
-        self.constants = {"C": x.shape[1], **dict(zip(names, geometry, strict=True)), "WIDE": wide}
-
-    @property
-    def pixels(self) -> Any:
-        """Return the pixels of the output, over all images."""
-        return self.numbers[0]
-
-    @property
-    def input_strides(self) -> tuple[Any, ...]:
-        """Return the input's (image, channel, row, column)."""
-        return self.numbers[5:9]
+        self.pixels, self.input_strides = sizes[0], strides[:4]
+        self.constants = {**geometry_constants(chain), **precision_constants(x), "WIDE": wide}
 
 
 def dense_filters(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -102,59 +99,41 @@ def dense_filters(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return weight.contiguous(), (taps, 1)
 
 
-def launch_chain(arguments: ForwardArguments, layers: ChainArguments, candidates: Sequence[tiling.ChainTiles]) -> None:
+def launch_chain(arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tiling.ChainTiles]) -> None:
     """Compute two or three layers in one pass."""
-    weights, biases, x = layers.weights, layers.biases, arguments.x
+    weights, biases, x = chain.weights, chain.biases, arguments.x
     matrices = [arguments.weight, *(dense_filters(weight)[0] for weight in weights[1:])]
-    vectors = [bias_or_placeholder(bias, x) for bias in biases]
-    geometry = arguments.constants
-    widths = [geometry["C"] * geometry["KH"] * geometry["KW"], *(weight.shape[0] for weight in weights)]
+    widths = [weights[0][0].numel(), *(weight.shape[0] for weight in weights)]
     order = (0, 1, len(weights) - 1)  # the kernel has arguments for three layers: of two, the last is given twice
-    constants = {"LAYERS": len(weights), **geometry, **precision_constants(x)}
+    tensors = [t for layer in order for t in (matrices[layer], bias_or_placeholder(biases[layer], x))]
+    constants = {"LAYERS": len(weights), **arguments.constants}
     for i, layer in enumerate(order, start=1):
-        constants |= {f"C{i}": widths[layer + 1], f"A{i}": layers.activations[layer]}
+        constants |= {f"C{i}": widths[layer + 1], f"A{i}": chain.activations[layer]}
         constants[f"BIAS{i}"] = biases[layer] is not None
 
     def launch_tiles(tiles: tiling.ChainTiles) -> None:
-        launch(
-            forward_kernels.chain_forward,
-            (count_persistent_programs(arguments.pixels, tiles, widths, x),),
-            x,
-            *(t for layer in order for t in (matrices[layer], vectors[layer])),
-            arguments.y,
-            *arguments.numbers,
-            RESIDENT=tiles.resident,
-            **constants,
-            **{"B3": 16, **tiles.constants()},  # two layers use no B3
-        )
+        grid = (count_persistent_programs(arguments.pixels, tiles, widths, x),)
+        tile_constants = {"B3": 16, **tiles.constants(), "RESIDENT": tiles.resident}  # two layers use no B3
+        numbers, kernel = arguments.numbers, forward_kernels.chain_forward
+        launch(kernel, grid, x, *tensors, arguments.y, *numbers, **constants, **tile_constants)
 
     shape = (*widths, arguments.pixels, *arguments.input_strides)
     autotune.launch_tuned("chain_forward", shape, x, candidates, launch_tiles)
 
 
-def launch_layer(arguments: ForwardArguments, layers: ChainArguments, candidates: Sequence[tiling.LayerTiles]) -> None:
+def launch_layer(arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tiling.LayerTiles]) -> None:
     """Compute one layer of any size."""
-    x, filters, bias = arguments.x, layers.weights[0].shape[0], layers.biases[0]
+    weight, bias, x = chain.weights[0], chain.biases[0], arguments.x
+    tensors = x, arguments.weight, bias_or_placeholder(bias, x), arguments.y
+    filters, channels, kernel_height, kernel_width = weight.shape
+    constants = {"N": filters, "ACTIVATION": chain.activations[0], "BIAS": bias is not None, **arguments.constants}
 
     def launch_tiles(tiles: tiling.LayerTiles) -> None:
-        launch(
-            forward_kernels.layer_forward,
-            (triton.cdiv(arguments.pixels, tiles.pixels) * triton.cdiv(filters, tiles.columns),),
-            x,
-            arguments.weight,
-            bias_or_placeholder(bias, x),
-            arguments.y,
-            *arguments.numbers,
-            N=filters,
-            ACTIVATION=layers.activations[0],
-            BIAS=bias is not None,
-            **tiles.constants(),
-            **arguments.constants,
-            **precision_constants(x),
-        )
+        grid = (triton.cdiv(arguments.pixels, tiles.pixels) * triton.cdiv(filters, tiles.columns),)
+        kernel = forward_kernels.layer_forward
+        launch(kernel, grid, *tensors, *arguments.numbers, **constants, **tiles.constants())
 
-    geometry = arguments.constants
-    shape = (filters, geometry["C"], geometry["KH"] * geometry["KW"], arguments.pixels, *arguments.input_strides)
+    shape = (filters, channels, kernel_height * kernel_width, arguments.pixels, *arguments.input_strides)
     autotune.launch_tuned("layer_forward", shape, x, candidates, launch_tiles)
 
 

@@ -58,16 +58,16 @@ class ChainProblem:
     engine: str = "auto"
 
     @classmethod
-    def of(cls, x: Tensor, layers: ChainArguments, engine: str) -> "ChainProblem":
+    def of(cls, x: Tensor, chain: ChainArguments, engine: str) -> "ChainProblem":
         """Return the problem of a call."""
-        images, _, height, width = layers.output_shape(x)
+        images, _, height, width = chain.output_shape(x)
         return cls(
             pixels=images * height * width,
             in_channels=x.shape[1],
-            widths=tuple(weight.shape[0] for weight in layers.weights),
-            activations=tuple(layers.activations),
-            taps=layers.weights[0].shape[2] * layers.weights[0].shape[3],
-            pointwise=layers.is_pointwise(),
+            widths=tuple(weight.shape[0] for weight in chain.weights),
+            activations=tuple(chain.activations),
+            taps=chain.weights[0].shape[2] * chain.weights[0].shape[3],
+            pointwise=chain.is_pointwise(),
             itemsize=x.dtype.itemsize,
             precision=float32_precision(),
             device=tiling.device_limits(x),

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Shared memory that a block may use on Hopper, and SMs of an H200: taken where there is no GPU to ask.
-SHARED_BYTES, MULTIPROCESSORS = 232_448, 132
 # Of 255 registers a thread, for sums and hidden layers; addresses and loads in flight need the rest.
 MAX_TILE_REGISTERS = 160
 # Products that a kernel unrolls. More make the compiler slow, and cuDNN is as good at layers that wide.
@@ -22,11 +20,11 @@ CHUNK_SIZES = (64, 32, 16)
 class DeviceLimits:
     """What the tiles depend on: bytes of shared memory that a block may use, and the number of SMs."""
 
-    shared_bytes: int = SHARED_BYTES
-    multiprocessors: int = MULTIPROCESSORS
+    shared_bytes: int
+    multiprocessors: int
 
 
-H200 = DeviceLimits()
+H200 = DeviceLimits(shared_bytes=232_448, multiprocessors=132)
 
 
 def device_limits(x: Tensor) -> DeviceLimits:
@@ -229,7 +227,7 @@ def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[L
     sizes = [size for size in CHUNK_SIZES if size * itemsize <= 128]
     whole = [size for size in sizes if channels % size == 0]
     summands = whole[0] if whole else chunk_size(channels * taps, sizes[0])
-    wide = max(16, min(128, _next_power_of_two(columns)))
+    wide = _tile_width(columns, 128)
     configs = ((128, wide, 8, 3), (64, min(wide, 64), 4, 3), (128, wide, 4, 2))
     return list(
         dict.fromkeys(LayerTiles(pixels, width, summands, warps, stages) for pixels, width, warps, stages in configs)
@@ -238,8 +236,7 @@ def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[L
 
 def weight_gradient_tiles(filters: int, columns: int) -> LayerTiles:
     """Return the tiles of one layer's weight gradient (filters, columns of the im2col matrix), summed over pixels."""
-    width = max(16, min(64, _next_power_of_two(filters)))
-    return LayerTiles(64, width, max(16, min(64, _next_power_of_two(columns))), 4, 3)
+    return LayerTiles(64, _tile_width(filters, 64), _tile_width(columns, 64), 4, 3)
 
 
 def count_parts(
@@ -253,5 +250,6 @@ def count_parts(
     return max(1, min(wanted, -(-pixels // (4 * tile)), max_bytes // (4 * weights)))
 
 
-def _next_power_of_two(width: int) -> int:
-    return 1 << (width - 1).bit_length()
+def _tile_width(width: int, largest: int) -> int:
+    """Return the power of two that holds a width, at least 16, which matrix units multiply, and at most ``largest``."""
+    return max(16, min(largest, 1 << (width - 1).bit_length()))
