@@ -114,7 +114,7 @@ def test_random_shapes(data):
     reach = [d * (k - 1) + 1 for d, k in zip(chain.dilation, chain.kernel_size, strict=True)]
     size = tuple(small(max(1, r - 2 * p), 7) for r, p in zip(reach, chain.padding, strict=True))
     layout = data.draw(st.sampled_from(list(LAYOUTS.values())))
-    names = [data.draw(st.sampled_from(ACTIVATIONS)) for _ in chain.widths[1:]]
+    names = [data.draw(st.sampled_from(list(ACTIVATIONS))) for _ in chain.widths[1:]]
     x, weights, biases = chain.tensors(layout=layout, images=small(0, 3), size=size)
     parameters = [t.requires_grad_() for t in tensors_of(x, weights, biases)]
     result = nin.mlpconv(x, weights, biases, activation=names, **chain.geometry)

@@ -105,13 +105,14 @@ def mlpconv(
                 f"x must have a padded {side} of at least {reach} (the kernel's reach), "
                 f"got {x.shape[2 + d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
             )
-    op = torch.ops.nin.mlpconv.default
+    op = torch.ops.nin.mlpconv.default  # without .default, each call would look for the overload
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
     if trains and len(weights) > 1 and weights[0].shape[2:] != (1, 1):
         # The backward pass recomputes hidden layers. That is cheap in a 1×1 chain and expensive for a k×k convolution,
         # so in training the k×k layer is a call of its own, which saves its output. The values are the same.
         x = op(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
         return op(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
+    # autograd records the call; the compiler and functorch's transforms (vmap, grad) must see it at the upper levels
     if trains or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(x, weights, biases, stride, padding, dilation, activations)
     # without gradients the autograd level is skipped: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)

@@ -33,6 +33,7 @@ def to_memory_format(t: Tensor, layout: torch.memory_format) -> Tensor:
 
 def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
     """Compute the chain layer by layer with ``torch.nn.functional.conv2d``."""
+    # a view's strides may fit neither format, and conv2d then chooses by the weights
     layout = memory_format_of(x)
     return to_memory_format(conv2d_chain(x.contiguous(memory_format=layout), chain), layout)
 
@@ -77,7 +78,7 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, 
             g, inputs[i], weights[i], None if bias is None else bias.shape, *geometry[i], False, (0, 0), 1, mask
         )
         if need_weight:
-            grad_weights[i] = grad_w.contiguous()
+            grad_weights[i] = grad_w.contiguous()  # PyTorch's may be channels_last, as the input is
         if need_bias:
             grad_biases[i] = grad_b
         if not go_on:

@@ -23,12 +23,14 @@ from nin.ops.arguments import (
 
 _OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
+# By hand and not with torch.library.custom_op and register_autograd, which flatten the lists of tensors in each call.
 library = torch.library.Library("nin", "DEF")
 library.define(f"mlpconv(Tensor x, Tensor[] weights, Tensor?[] biases, {_OPTIONS}) -> Tensor")
 library.define(
     f"mlpconv_backward(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, "
     "bool[] needs) -> (Tensor, Tensor[], Tensor[])"
 )
+# the fallback: what serves every device and dtype until a backend registers kernels of its own
 library.impl("mlpconv", as_dispatcher_kernel(reference.mlpconv), "CompositeExplicitAutograd")
 _reference_backward = as_dispatcher_backward_kernel(reference.mlpconv_backward)
 library.impl("mlpconv_backward", _reference_backward, "CompositeExplicitAutograd")
@@ -66,7 +68,7 @@ class _MLPConvFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *parameters = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[2:])
+        needs = list(ctx.needs_input_grad[2:])  # the first two are options and count
         # with create_graph=True: the reference consists of differentiable operators, the kernels do not
         kernel = _reference_backward if torch.is_grad_enabled() else torch.ops.nin.mlpconv_backward
         arguments = (grads[0], x, y, parameters[: ctx.count], parameters[ctx.count :], *ctx.options, needs)

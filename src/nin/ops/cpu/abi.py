@@ -25,7 +25,7 @@ def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments) -> bytes:
     weights, _, stride, padding, dilation, _ = chain
     shape, out = x.shape, y.shape
     values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
-    return _CHAIN.pack(*values, *x.stride(), *y.stride(), len(weights), 0)
+    return _CHAIN.pack(*values, *x.stride(), *y.stride(), len(weights), 0)  # 0: direct, until `choose_winograd`
 
 
 def choose_winograd(kernels: Kernels, packed_chain: bytes, chain: ChainArguments) -> tuple[bytes, int]:

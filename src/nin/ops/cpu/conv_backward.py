@@ -54,7 +54,8 @@ def direct_weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight and of the bias, with ReLU's derivative in the same pass."""
     columns, channels, height, width = chain.weights[0].shape
-    row = (columns + 15) // 16 * 16
+    row = (columns + 15) // 16 * 16  # whole vectors of 16 floats
+    # a row for each tap and channel, and the bias's last
     sums = torch.empty(height * width * channels + 1, row, dtype=torch.float32)
     relu_output = y.data_ptr() if chain.activations[0] == "relu" else 0
     addresses = x.data_ptr(), grad.data_ptr(), relu_output, sums.data_ptr()

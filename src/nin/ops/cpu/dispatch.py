@@ -46,7 +46,7 @@ def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
     if KERNELS is None or not _is_supported(x, chain) or is_faster_in_pytorch(x, chain):
         return reference.mlpconv(x, chain)
     y = torch.empty(chain.output_shape(x), dtype=x.dtype, memory_format=reference.memory_format_of(x))
-    if y.numel() > 0:
+    if y.numel() > 0:  # an empty batch has nothing to compute
         packed_chain, tile_size = abi.choose_winograd(KERNELS, abi.pack_chain(x, y, chain), chain)
         first, *others = chain.weights
         packed = [packed_weight(KERNELS, first, winograd_tile_size=tile_size)]
@@ -130,6 +130,7 @@ def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
     return True
 
 
+# when the package is loaded, so that a wrong NIN_CPU_ISA fails at once and the choice costs a call nothing
 KERNELS = choose_kernels()
 
 if KERNELS is not None:

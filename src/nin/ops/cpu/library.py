@@ -12,7 +12,9 @@ from nin.version import installed_version
 
 LIBRARY_NAME = "libnin_cpu.so"
 ISA_VARIABLE = "NIN_CPU_ISA"
+# the best first
 INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+# with their codes in the C interface
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -38,6 +40,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     if path is None:
         return None
     try:
+        # a CDLL's functions release the interpreter's lock, so that threads which read images go on meanwhile
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"nin's compiled CPU library {path} cannot be loaded: {error}") from error
@@ -95,6 +98,7 @@ def find_kernels(library: ctypes.CDLL, wanted: str | None = None) -> Kernels:
 
 def _find_parallel_for() -> int:
     """Return the address of PyTorch's ``torch_parallel_for``; 0 if it has none and the library starts threads."""
+    # the same threads for both, so that torch.set_num_threads holds and no two pools share the cores
     try:
         function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
     except AttributeError:

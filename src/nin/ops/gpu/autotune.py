@@ -65,7 +65,7 @@ def can_measure(x: Tensor) -> bool:
 
 def measure_ms(call: Callable[[], None]) -> float:
     """Return the median time of a call on the GPU, compilation not included."""
-    call()
+    call()  # compiles the kernel
     times = []
     for _ in range(RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -82,6 +82,7 @@ def cache_file() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache/nin/gpu-tiles.json")
 
 
+# cached, as each launch asks for it; `launch_tuned` adds what it measures to this same dictionary
 @functools.cache
 def read_cache(path: Path) -> dict[str, str]:
     """Return the kept tiles by problem; none where the file is absent or broken."""

@@ -117,6 +117,7 @@ def pair_weight_gradient(
         grads = load_gradient_rows(g, s, pixel_offsets(pixel, height, width, g_image, g_row, g_column),
                            pixel_offsets(pixel, height, width, s_image, s_row, s_column), inside, g_channel,
                            s_channel, C2, B2, A2)  # fmt: skip
+        # the tuples hold this program's chunk alone: its index is 0, and the layer is B1 wide
         z = layer_sums(rows, w1, weights1, 0, 1, 0, C, 1, B1, BM, BK, B1, True, PRECISION, UPCAST)
         z = add_bias(z, b1, n, C1, BIAS1)
         grad = hidden_gradient(grads, w2, weights2, 0, C1, C2, BM, B1, B2, True, PRECISION, UPCAST)
@@ -224,6 +225,7 @@ def layer_weight_gradient(
     filter_offsets = n[:, None] * (C * TAPS) + (k % C * TAPS + k // C)[None, :]
     mask = (n < N)[:, None] & (k < C * TAPS)[None, :]
     tl.store(part_weight + start * N * C * TAPS + filter_offsets, total, mask=mask)
+    # programs that differ in their columns alone know the same bias; the first one writes it
     tl.store(part_bias + start * N + n, bias, mask=n + tl.program_id(2) * N < N)
 
 

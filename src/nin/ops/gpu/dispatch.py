@@ -96,6 +96,7 @@ def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
     return max(image, widest, *(weight.numel() for weight in chain.weights)) < 1 << 31
 
 
+# a stack, as one recording may be made within another
 _recordings: list[list[LayerGroup]] = []
 
 

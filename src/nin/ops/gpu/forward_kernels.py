@@ -37,7 +37,7 @@ def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, ta
         h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
         sums = ()
         for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
-            if RESIDENT:
+            if RESIDENT:  # both branches are decided when the kernel is compiled
                 weight = tiles_next[j * ((C_NEXT + BN_NEXT - 1) // BN_NEXT) + m]
             else:
                 weight = load_weight(w_next, n, m * BN_NEXT + tl.arange(0, BN_NEXT), 1, 0, C, 1, C_NEXT)
@@ -91,6 +91,7 @@ def chain_forward(
                 rows = rows + (tile_of_taps,)
         offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
         if LAYERS == 3:
+            # held as a whole, in 16 bits where the input is: each of the next layer's chunks needs all of it
             middle = ()
             for j in tl.static_range((C1 + B1 - 1) // B1):
                 z = layer_sums(rows, w1, tiles1, j, channel_stride, tap_stride, C, TAPS, C1, BM, BK, B1, RESIDENT,

@@ -158,6 +158,7 @@ def plan_backward(problem: ChainProblem) -> tuple[BackwardGroup, ...]:
         count, tiles, weight_tiles = _backward_tiles(problem, first)
         chain = problem.subchain(first, count)
         fused = _is_faster_fused(chain, backward=True)
+        # the last group's output is that of the call, which autograd has saved
         output_plan: tuple[LayerGroup, ...] = ()
         if first + count < len(problem.widths):
             output_plan = plan_forward(chain) if fused else (LayerGroup(0, count, fused=False),)
@@ -174,7 +175,7 @@ def plan_backward(problem: ChainProblem) -> tuple[BackwardGroup, ...]:
 
 def _longest_fused_group(problem: ChainProblem, first: int) -> tuple[int, list[Any]]:
     """Return how many layers from ``first`` on one forward kernel holds, and its tiles."""
-    for count in (3, 2):
+    for count in (3, 2):  # `chain_forward` has arguments for three layers
         if first + count <= len(problem.widths):
             widths = problem.subchain(first, count).matrix_widths()
             tiles = tiling.chain_tiles(widths, problem.itemsize, problem.device)

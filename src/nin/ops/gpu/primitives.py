@@ -28,8 +28,8 @@ def pixel_offsets(pixel, height, width, image_stride, row_stride, column_stride)
 def activate(z, NAME: tl.constexpr):
     """Return the activation of ``z`` (float32); NaN stays NaN."""
     if NAME == "relu":
-        z = tl.where(z < 0, 0.0, z)
-    elif NAME == "gelu":
+        z = tl.where(z < 0, 0.0, z)  # tl.maximum would make 0 of NaN
+    elif NAME == "gelu":  # the number is 1 / √2
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif NAME == "silu":
         z = z * tl.sigmoid(z)
@@ -42,6 +42,7 @@ def activation_backward(grad, source, NAME: tl.constexpr):
     if NAME == "relu":
         grad = tl.where(source <= 0, 0.0, grad)
     elif NAME == "gelu":
+        # the normal distribution's density, 1 / √(2π) exp(-z² / 2)
         density = 0.3989422804014327 * tl.exp(-0.5 * source * source)
         grad = grad * (0.5 * (1.0 + tl.erf(source * 0.7071067811865476)) + source * density)
     elif NAME == "silu":
@@ -62,6 +63,7 @@ def dot(a, b, total, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def zero_tiles(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Return a tuple of COUNT tiles (ROWS, COLUMNS) of float32 zeros."""
+    # Triton has no lists, so here and below a loop that the compiler unrolls puts a new tuple in the old one's place
     tiles = ()
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((ROWS, COLUMNS), tl.float32),)
@@ -146,6 +148,7 @@ def load_im2col(x, pixel, inside, start, height, width, out_height, out_width, i
 def load_weight(w, k, n, channel_stride, tap_stride, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
                 COLUMNS: tl.constexpr):  # fmt: skip
     """Return a tile (k, n) of a layer's matrix; ``k = tap C + channel``, and a filter's values lie together."""
+    # what is masked is 0, which adds nothing to a product: no kernel needs to know which summands are padding
     offsets = n[None, :] * (CHANNELS * TAPS) + (k % CHANNELS * channel_stride + k // CHANNELS * tap_stride)[:, None]
     mask = (k < CHANNELS * TAPS)[:, None] & (n < COLUMNS)[None, :]
     return tl.load(w + offsets, mask=mask, other=0.0)

@@ -155,6 +155,7 @@ def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> l
         itemsize: bytes of a value.
         device: whose shared memory is the limit.
     """
+    # resident weights are read once by each program, others again for each tile of pixels
     for resident in (True, False):
         found = []
         for (pixels, warps, stages), largest in itertools.product(CHAIN_CONFIGS, (64, 32)):
@@ -167,7 +168,8 @@ def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> l
             ):
                 found.append(tiles)
         if found:
-            # without repetitions: both limits give the same chunks where no width takes 64
+            # Without repetitions: both limits give the same chunks where no width takes 64. Six, as tuning compiles and
+            # times every one of them.
             return list(dict.fromkeys(found))[:6]
     return []
 
