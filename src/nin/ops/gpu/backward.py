@@ -86,12 +86,9 @@ def pair_backward(
     """
     (w1, w2), (b1, _) = [forward.dense_filters(weight)[0] for weight in chain.weights], chain.biases
     tensors = subsample(x, chain.stride), grad, source, w1, forward.bias_or_placeholder(b1, x), w2
-    constants = {
-        **dict(zip(("C", "C1", "C2"), (x.shape[1], w1.shape[0], w2.shape[0]), strict=True)),
-        **dict(zip(("A1", "A2"), chain.activations, strict=True)),
-        "BIAS1": b1 is not None,
-        **forward.precision_constants(x),
-    }
+    widths = {"C": x.shape[1], "C1": w1.shape[0], "C2": w2.shape[0]}
+    activations = {"A1": chain.activations[0], "A2": chain.activations[1]}
+    constants = {**widths, **activations, "BIAS1": b1 is not None, **forward.precision_constants(x)}
     if needs[0]:
         if tuple(chain.stride) != (1, 1):  # the kernel writes only the pixels that the stride visits
             grad_x.zero_()
@@ -100,10 +97,7 @@ def pair_backward(
 
 
 def launch_pair_input_gradient(
-    tensors: Sequence[Tensor],
-    target: Tensor,
-    constants: dict[str, Any],
-    candidates: Sequence[tiling.ChainTiles],
+    tensors: Sequence[Tensor], target: Tensor, constants: dict[str, Any], candidates: Sequence[tiling.ChainTiles]
 ) -> None:
     """Compute the input's gradient of two 1×1 layers into the target.
 
