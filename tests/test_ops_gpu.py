@@ -16,7 +16,7 @@ import nin
 from nin.errors import UserError
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import dispatch, plan, tiling
+from nin.ops.gpu import dispatch, engine_plan, tiling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -347,7 +347,7 @@ def test_the_networks_own_chains_run_in_one_piece():
 
 def problem(widths, size, images, taps=1):
     activations = ("relu",) * (len(widths) - 1)
-    return plan.ChainProblem(images * size * size, widths[0], widths[1:], activations, taps, pointwise=taps == 1)
+    return engine_plan.ChainProblem(images * size * size, widths[0], widths[1:], activations, taps, pointwise=taps == 1)
 
 
 def engines(groups):
@@ -355,13 +355,13 @@ def engines(groups):
 
 
 def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
-    assert engines(plan.plan_forward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
-    assert engines(plan.plan_backward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
-    assert engines(plan.plan_forward(problem((3, 192, 160, 96), 32, 512, taps=25))) == [(0, 3, True)]
+    assert engines(engine_plan.plan_forward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
+    assert engines(engine_plan.plan_backward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
+    assert engines(engine_plan.plan_forward(problem((3, 192, 160, 96), 32, 512, taps=25))) == [(0, 3, True)]
     # 5×5 on 96 channels: arithmetic alone, which cuDNN is better at; the chain after it is ours
-    assert engines(plan.plan_forward(problem((96, 192, 192, 192), 16, 512, taps=25)))[0] == (0, 1, False)
+    assert engines(engine_plan.plan_forward(problem((96, 192, 192, 192), 16, 512, taps=25)))[0] == (0, 1, False)
     # too wide to stay on the chip
-    assert [g.count for g in plan.plan_forward(problem((768, 3072, 768), 7, 64))] == [1, 1]
+    assert [g.count for g in engine_plan.plan_forward(problem((768, 3072, 768), 7, 64))] == [1, 1]
 
 
 def test_the_environment_decides(monkeypatch):
@@ -407,7 +407,11 @@ def planned(monkeypatch):
     """Count the calls of the planner, and how often it lists the candidate tiles of each kernel."""
     kernels = ("chain", "layer", "pair_input", "pair_weight", "weight_gradient")
     calls = {}
-    for module, name in [(plan, "plan_forward"), (plan, "plan_backward"), *((tiling, f"{k}_tiles") for k in kernels)]:
+    for module, name in [
+        (engine_plan, "plan_forward"),
+        (engine_plan, "plan_backward"),
+        *((tiling, f"{k}_tiles") for k in kernels),
+    ]:
         calls[name] = mock.Mock(wraps=getattr(module, name))
         monkeypatch.setattr(module, name, calls[name])
     return lambda: {name: spy.call_count for name, spy in calls.items() if spy.call_count}
@@ -434,10 +438,10 @@ TRACE = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import torch, nin
-from nin.ops.gpu import plan
+from nin.ops.gpu import engine_plan
 from support.fake_gpu import traced
-planner, plans = plan.plan_forward, []
-plan.plan_forward = lambda problem: plans.append(problem) or planner(problem)
+planner, plans = engine_plan.plan_forward, []
+engine_plan.plan_forward = lambda problem: plans.append(problem) or planner(problem)
 x, w1, w2 = torch.empty(8, 192, 32, 32), torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)
 geometry = ([1, 1], [0, 0], [1, 1], ["relu", "relu"])
 def forward(x, a, b):

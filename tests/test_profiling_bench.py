@@ -113,9 +113,9 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_what_ran_on_a_gpu_is_in_the_table():
-    from nin.ops.gpu import dispatch, plan
+    from nin.ops.gpu import dispatch, engine_plan
 
-    groups = [plan.LayerGroup(0, 1, fused=False), plan.LayerGroup(1, 2, fused=True)]
+    groups = [engine_plan.LayerGroup(0, 1, fused=False), engine_plan.LayerGroup(1, 2, fused=True)]
     assert dispatch.engine_summary(groups) == "Triton 2 layers, cuDNN 1 layers"
     machine = bench.Machine("A GPU", 2, "nin", {"float32": None}, None, "tuned", {"torch": "2"}, "3", "L", "d")
     row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.engine_summary(groups))

@@ -14,7 +14,7 @@ import torch
 
 from nin import version
 from nin.ops import backends
-from nin.ops.cpu.peak import measure_peak_flops
+from nin.ops.cpu.peak_throughput import measure_peak_flops
 from nin.profiling import bench
 from nin.profiling.bench.engines import prepare
 from nin.profiling.bench.runner import DTYPES

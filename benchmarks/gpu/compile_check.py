@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import backward, forward, plan
+from nin.ops.gpu import backward, engine_plan, forward
 from nin.ops.gpu.tiling import H200
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -99,8 +99,8 @@ def record_launches(
     ]
     biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
     chain = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
-    problem = plan.ChainProblem.of(x, chain, "triton")
-    forward_plan, backward_plan = plan.plan_forward(problem), plan.plan_backward(problem)
+    problem = engine_plan.ChainProblem.of(x, chain, "triton")
+    forward_plan, backward_plan = engine_plan.plan_forward(problem), engine_plan.plan_backward(problem)
     with mock.patch.object(forward, "launch", record):
         for i in range(MAX_CANDIDATES if all_candidates else 1):
             y = forward.mlpconv(x, chain, with_candidate(forward_plan, i))
@@ -109,7 +109,7 @@ def record_launches(
     return launches
 
 
-def with_candidate(groups: Sequence[plan.LayerGroup], i: int) -> list[Any]:
+def with_candidate(groups: Sequence[engine_plan.LayerGroup], i: int) -> list[Any]:
     """Return a plan in which each kernel has its i-th candidate alone, or its last one where it has fewer."""
     alone = []
     for group in groups:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin.ops.cpu.peak import measure_copy_bandwidth, measure_peak_flops
+from nin.ops.cpu.peak_throughput import measure_copy_bandwidth, measure_peak_flops
 from nin.runtime.timer import Timing, summarize
 
 # of the runs of the whole model; as many follow with a timer at each layer

@@ -11,7 +11,7 @@ from nin.ops import reference
 from nin.ops.arguments import ChainArguments, Gradients, needs_input_gradient
 from nin.ops.gpu import backward_kernels, forward, tiling
 from nin.ops.gpu.autotune import launch_tuned
-from nin.ops.gpu.plan import BackwardGroup
+from nin.ops.gpu.engine_plan import BackwardGroup
 from nin.ops.gpu.strides import coalesce_pixels, needs_64_bit_offsets, subsample
 
 

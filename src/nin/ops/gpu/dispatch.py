@@ -1,7 +1,7 @@
 """Which kernel serves a call on a GPU: the Triton kernels of ``nin::mlpconv``, registered over the reference.
 
 Triton is imported when the first tensor on a GPU arrives. What the kernels do not serve (float64, an empty batch, a
-chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of the two, see `nin.ops.gpu.plan`.
+chain that cuDNN is faster at) goes to the reference. ``NIN_GPU`` forces one of the two, see `nin.ops.gpu.engine_plan`.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
-from nin.ops.gpu import plan
-from nin.ops.gpu.plan import BackwardGroup, ChainProblem, LayerGroup
+from nin.ops.gpu import engine_plan
+from nin.ops.gpu.engine_plan import BackwardGroup, ChainProblem, LayerGroup
 
 Group = TypeVar("Group", bound=LayerGroup)
 
@@ -30,10 +30,10 @@ def backend_summary() -> str:
     if not HAS_TRITON:
         return "reference (PyTorch, cuDNN): Triton is not installed"
     kernels = "nin Triton kernels and cuDNN, whichever a roofline says is faster (constants estimated, not measured)"
-    engine = plan.requested_engine()
+    engine = engine_plan.requested_engine()
     if engine != "auto":
         kernels = {"triton": "nin Triton kernels", "reference": "reference (PyTorch, cuDNN)"}[engine]
-        kernels += f": {plan.ENGINE_VARIABLE}={engine}"
+        kernels += f": {engine_plan.ENGINE_VARIABLE}={engine}"
     if not torch.cuda.is_available():
         return f"no GPU here; there: {kernels}"
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
@@ -63,19 +63,19 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, 
 
 def forward_plan(x: Tensor, chain: ChainArguments) -> tuple[LayerGroup, ...]:
     """Return the plan of a forward call; empty where the reference takes all of it."""
-    return _make_plan(plan.plan_forward, x, chain)
+    return _make_plan(engine_plan.plan_forward, x, chain)
 
 
 def backward_plan(x: Tensor, chain: ChainArguments) -> tuple[BackwardGroup, ...]:
     """Return the plan of a backward call; empty where the reference takes all of it."""
-    return _make_plan(plan.plan_backward, x, chain)
+    return _make_plan(engine_plan.plan_backward, x, chain)
 
 
 def _make_plan(
     planner: Callable[[ChainProblem], tuple[Group, ...]], x: Tensor, chain: ChainArguments
 ) -> tuple[Group, ...]:
     """Return the plan and record it; empty where no kernel can take the call, or ``NIN_GPU`` forbids it."""
-    engine = plan.requested_engine()
+    engine = engine_plan.requested_engine()
     if engine == "reference" or not _is_supported(x, chain):
         return ()
     groups = planner(ChainProblem.of(x, chain, engine))
@@ -86,7 +86,7 @@ def _make_plan(
 
 def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
     """Return whether the kernels can take these tensors at all."""
-    if not HAS_TRITON or x.dtype not in plan.DTYPES or 0 in x.shape:
+    if not HAS_TRITON or x.dtype not in engine_plan.DTYPES or 0 in x.shape:
         return False
     if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
         return False

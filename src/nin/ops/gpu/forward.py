@@ -11,7 +11,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import autotune, forward_kernels, tiling
-from nin.ops.gpu.plan import LayerGroup, float32_precision
+from nin.ops.gpu.engine_plan import LayerGroup, float32_precision
 from nin.ops.gpu.strides import coalesce_pixels, needs_64_bit_offsets, subsample
 
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU and without a compiler.

@@ -14,7 +14,7 @@ import torch
 
 from nin.errors import UserError
 from nin.ops import backends
-from nin.ops.cpu.peak import measure_copy_bandwidth, measure_peak_flops
+from nin.ops.cpu.peak_throughput import measure_copy_bandwidth, measure_peak_flops
 from nin.ops.gpu import dispatch
 from nin.profiling.bench.cases import CASES, Case
 from nin.profiling.bench.engines import ENGINES, Call, UnavailableError, prepare
