@@ -12,7 +12,7 @@ import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.display.numbers import format_percent
 from nin.errors import UserError
-from nin.runtime import distributed
+from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def write_predictions(classifier: Classifier, source: ShardSet | PathList, table
     """Write the predictions into a CSV or Parquet file; under torchrun, each process writes its part."""
     from nin.inference import batch_predict
 
-    partition, started = batch_predict.Partition(distributed.rank(), distributed.world_size()), time.monotonic()
+    partition, started = batch_predict.Partition(torchrun.rank(), torchrun.world_size()), time.monotonic()
     with ProgressBar("Predicting", len(source)) as bar:
         counts = batch_predict.predict_to_file(
             classifier, source, table, resume=resume, partition=partition, on_progress=bar.update
