@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nin.data import ImageSet, augment, batches, epoch_order, sampling, to_float
-from nin.data.sampling import hash_indices, stratified_holdout
+from nin.data import ImageSet, augment, batches, epoch_order, sampler, to_float
+from nin.data.sampler import hash_indices, stratified_holdout
 
 DEVICES = [
     "cpu",
@@ -39,7 +39,7 @@ def test_the_order_of_a_released_version_stays():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 99_991])
 def test_a_large_order_is_computed_in_parts(monkeypatch, count):
-    monkeypatch.setattr(sampling, "MAX_SORTED", 0)
+    monkeypatch.setattr(sampler, "MAX_SORTED", 0)
     whole = epoch_order(count, seed=5, epoch=2)
     assert torch.equal(whole.sort().values, torch.arange(count))
     parts = [epoch_order(count, seed=5, epoch=2, start=start, stop=start + 700) for start in range(0, count, 700)]

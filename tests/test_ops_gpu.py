@@ -16,7 +16,7 @@ import nin
 from nin.errors import UserError
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import dispatch, engine_plan, tiling
+from nin.ops.gpu import dispatch, engine_plan, tile_sizes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -315,31 +315,31 @@ def test_float64_is_the_references():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_bytes", [232_448, 166_912, 101_376], ids=["Hopper", "A100", "consumer"])
 def test_tiles_fit_the_chip_for_every_width(itemsize, shared_bytes):
-    device = tiling.DeviceLimits(shared_bytes, 132)
+    device = tile_sizes.DeviceLimits(shared_bytes, 132)
     widths = (1, 17, 65, 160, 192, 300, 1025, 4097)
     fitting = 0
     for a, b, c in itertools.product(widths, repeat=3):
-        for cut in tiling.chain_tiles((a, b, c), itemsize, device):
+        for cut in tile_sizes.chain_tiles((a, b, c), itemsize, device):
             fitting += 1
-            assert tiling.chain_shared_bytes((a, b, c), cut, itemsize) <= shared_bytes
+            assert tile_sizes.chain_shared_bytes((a, b, c), cut, itemsize) <= shared_bytes
             assert all(n * size >= w for n, size, w in zip(counts((a, b, c), cut), cut.chunks, (a, b, c), strict=True))
-        assert not tiling.chain_tiles((4097, 4097, 4097), itemsize, device)
+        assert not tile_sizes.chain_tiles((4097, 4097, 4097), itemsize, device)
     assert fitting > 50
     for a, b in itertools.product(widths, repeat=2):
-        for cut in tiling.layer_tiles(a, b, 1, itemsize):
+        for cut in tile_sizes.layer_tiles(a, b, 1, itemsize):
             assert cut.stages * (cut.pixels + cut.columns) * cut.summands * itemsize <= 101_376
 
 
 def counts(widths, cut):
-    return [tiling.round_up(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
+    return [tile_sizes.round_up(width, size) // size for width, size in zip(widths, cut.chunks, strict=True)]
 
 
 def test_the_networks_own_chains_run_in_one_piece():
-    device = tiling.H200
-    assert tiling.chain_tiles((192, 160, 96), 2, device)[0].resident
-    assert tiling.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
-    assert tiling.pair_input_tiles((192, 160, 96), 2, device)
-    assert tiling.pair_weight_tiles((192, 160, 96), 2, device)
+    device = tile_sizes.H200
+    assert tile_sizes.chain_tiles((192, 160, 96), 2, device)[0].resident
+    assert tile_sizes.chain_tiles((75, 192, 160, 96), 2, device)[0].resident
+    assert tile_sizes.pair_input_tiles((192, 160, 96), 2, device)
+    assert tile_sizes.pair_weight_tiles((192, 160, 96), 2, device)
 
 
 # -- which engine -----------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def planned(monkeypatch):
     for module, name in [
         (engine_plan, "plan_forward"),
         (engine_plan, "plan_backward"),
-        *((tiling, f"{k}_tiles") for k in kernels),
+        *((tile_sizes, f"{k}_tiles") for k in kernels),
     ]:
         calls[name] = mock.Mock(wraps=getattr(module, name))
         monkeypatch.setattr(module, name, calls[name])
@@ -520,6 +520,6 @@ def test_main_kernels_compile_and_fit_hopper(tmp_path):
     kernels = json.loads(out.read_text())["kernels"]
     assert {k["kernel"] for k in kernels} == {"chain_forward", "pair_input_gradient", "pair_weight_gradient"}
     for kernel in kernels:
-        assert kernel["shared_bytes"] <= tiling.H200.shared_bytes, kernel
+        assert kernel["shared_bytes"] <= tile_sizes.H200.shared_bytes, kernel
         assert kernel["matrix_instructions"] > 0, kernel
         assert kernel["spilled_bytes"] <= 1024, kernel

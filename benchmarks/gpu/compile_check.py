@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import backward, engine_plan, forward
-from nin.ops.gpu.tiling import H200
+from nin.ops.gpu.tile_sizes import H200
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_CANDIDATES = 6  # tiles of a kernel that tuning tries at most

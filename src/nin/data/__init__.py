@@ -7,7 +7,7 @@ from nin.data.factory import load, load_from_record
 from nin.data.folder import FINDING_KINDS, Check, check, findings_csv
 from nin.data.folder_listing import find_images
 from nin.data.loader import batches, to_device
-from nin.data.sampling import epoch_order
+from nin.data.sampler import epoch_order
 from nin.data.transforms import augment, to_float
 from nin.data.webdataset import ShardSet, is_shards, open_shards
 from nin.data.webdataset_writer import write_shards

@@ -11,7 +11,7 @@ from torch import Tensor
 from nin.data.dataset import Data, ImageSet
 from nin.data.decoder import Pixels, scale_to_uint8
 from nin.data.folder_listing import natural_key
-from nin.data.sampling import stratified_holdout
+from nin.data.sampler import stratified_holdout
 from nin.errors import UserError
 
 # Channels that a single image may have: grey, grey with alpha, RGB, RGBA.

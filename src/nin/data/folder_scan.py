@@ -13,7 +13,7 @@ from nin.data.dataset import LoadOptions, default_size
 from nin.data.decoder import FORMATS, DecodeError, Pixels, decode_pixels, failure_reason, read_header
 from nin.data.folder_listing import list_folder
 from nin.data.loader import map_in_threads
-from nin.data.sampling import stratified_holdout
+from nin.data.sampler import stratified_holdout
 from nin.errors import UserError
 
 Problems = dict[int, str]  # why the image at an index cannot be read

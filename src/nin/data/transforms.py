@@ -1,7 +1,7 @@
 """Transforms of whole uint8 batches: augmentation (flip, shift), and normalisation to floats.
 
 Not torchvision's transforms: these draw from no generator but from hashes of (seed, epoch, index), see
-`nin.data.sampling`, and give each image of a batch its own draw.
+`nin.data.sampler`, and give each image of a batch its own draw.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nin.data.sampling import hash_indices, stream_key
+from nin.data.sampler import hash_indices, stream_key
 
 
 def augment(images: Tensor, indices: Tensor, *, seed: int, epoch: int, flip: bool, shift: int) -> Tensor:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nin.data.cache import cache_folder, cache_path, digest, file_state, read_cache, write_cache
 from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
 from nin.data.decoder import IMAGE_EXTENSIONS, DecodeError, Pixels, decode_pixels, read_header
-from nin.data.sampling import stratified_holdout
+from nin.data.sampler import stratified_holdout
 from nin.errors import UserError
 from nin.runtime.files import open_atomically
 from nin.version import install_command

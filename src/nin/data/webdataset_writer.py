@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nin.data.cache import digest
 from nin.data.dataset import LoadOptions
 from nin.data.folder_scan import FolderScan
-from nin.data.sampling import epoch_order
+from nin.data.sampler import epoch_order
 from nin.data.webdataset import METADATA_FILE, is_shards
 from nin.errors import UserError
 from nin.runtime.files import open_atomically, write_atomically

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments, Gradients, needs_input_gradient
-from nin.ops.gpu import backward_kernels, forward, tiling
+from nin.ops.gpu import backward_kernels, forward, tile_sizes
 from nin.ops.gpu.autotune import launch_tuned
 from nin.ops.gpu.engine_plan import BackwardGroup
 from nin.ops.gpu.strides import coalesce_pixels, needs_64_bit_offsets, subsample
@@ -97,7 +97,7 @@ def pair_backward(
 
 
 def launch_pair_input_gradient(
-    tensors: Sequence[Tensor], target: Tensor, constants: dict[str, Any], candidates: Sequence[tiling.ChainTiles]
+    tensors: Sequence[Tensor], target: Tensor, constants: dict[str, Any], candidates: Sequence[tile_sizes.ChainTiles]
 ) -> None:
     """Compute the input's gradient of two 1×1 layers into the target.
 
@@ -110,7 +110,7 @@ def launch_pair_input_gradient(
     widths = [constants[name] for name in ("C", "C1", "C2")]
     walk = coalesce_pixels(*tensors[:3], target)
 
-    def launch(tiles: tiling.ChainTiles) -> None:
+    def launch(tiles: tile_sizes.ChainTiles) -> None:
         grid = (forward.count_persistent_programs(walk.pixels, tiles, widths, target),)
         tile_constants = {**tiles.constants(), "RESIDENT": tiles.resident, "WIDE": walk.needs_64_bits}
         kernel = backward_kernels.pair_input_gradient
@@ -120,17 +120,17 @@ def launch_pair_input_gradient(
 
 
 def pair_weight_gradient_parts(
-    tensors: Sequence[Tensor], constants: dict[str, Any], candidates: Sequence[tiling.ChainTiles]
+    tensors: Sequence[Tensor], constants: dict[str, Any], candidates: Sequence[tile_sizes.ChainTiles]
 ) -> list[Tensor]:
     """Return the parts of a pair's gradients, (parts, size) each: first weight and bias, second weight and bias."""
     walk = coalesce_pixels(*tensors[:3])
     channels, hidden, filters = widths = [constants[name] for name in ("C", "C1", "C2")]
     parts: list[Tensor] = []
 
-    def launch(tiles: tiling.ChainTiles) -> None:
+    def launch(tiles: tile_sizes.ChainTiles) -> None:
         blocks = triton.cdiv(hidden, tiles.chunks[1])
-        device, weights = tiling.device_limits(tensors[0]), hidden * (channels + filters)
-        count = tiling.count_parts(walk.pixels, tiles.pixels, weights, blocks, device)
+        device, weights = tile_sizes.device_limits(tensors[0]), hidden * (channels + filters)
+        count = tile_sizes.count_parts(walk.pixels, tiles.pixels, weights, blocks, device)
         sizes = (hidden * channels, hidden, filters * hidden, filters)
         # in place: tuning launches several times, and the tiles of the last launch are those that stay
         parts[:] = [torch.empty((count, size), dtype=torch.float32, device=tensors[0].device) for size in sizes]
@@ -167,7 +167,7 @@ def launch_layer_input_gradient(
     target: Tensor,
     chain: ChainArguments,
     constants: dict[str, Any],
-    candidates: Sequence[tiling.LayerTiles],
+    candidates: Sequence[tile_sizes.LayerTiles],
 ) -> None:
     """Compute one layer's input gradient into the target."""
     (weight,) = chain.weights
@@ -176,7 +176,7 @@ def launch_layer_input_gradient(
     wide = needs_64_bit_offsets(grad, source, target)
     numbers = pixels, *target.shape[2:], *grad.shape[2:], *grad.stride(), *source.stride(), *target.stride()
 
-    def launch(tiles: tiling.LayerTiles) -> None:
+    def launch(tiles: tile_sizes.LayerTiles) -> None:
         grid = (triton.cdiv(pixels, tiles.pixels) * triton.cdiv(weight.shape[1], tiles.columns),)
         arguments = grad, source, matrix, target, *numbers, *weight_strides
         kernel = backward_kernels.layer_input_gradient
@@ -187,14 +187,14 @@ def launch_layer_input_gradient(
 
 
 def layer_weight_gradient_parts(
-    x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, constants: dict[str, Any], tiles: tiling.LayerTiles
+    x: Tensor, grad: Tensor, source: Tensor, weight: Tensor, constants: dict[str, Any], tiles: tile_sizes.LayerTiles
 ) -> list[Tensor]:
     """Return the parts of one layer's gradients: the weight's (parts, N C taps) and the bias's (parts, N)."""
     filters, columns = weight.shape[0], weight[0].numel()
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     blocks = triton.cdiv(filters, tiles.columns), triton.cdiv(columns, tiles.summands)
-    device = tiling.device_limits(x)
-    count = tiling.count_parts(pixels, tiles.pixels, filters * (columns + 1), blocks[0] * blocks[1], device)
+    device = tile_sizes.device_limits(x)
+    count = tile_sizes.count_parts(pixels, tiles.pixels, filters * (columns + 1), blocks[0] * blocks[1], device)
     parts = [torch.empty((count, size), dtype=torch.float32, device=x.device) for size in (filters * columns, filters)]
     forward.launch(
         backward_kernels.layer_weight_gradient,

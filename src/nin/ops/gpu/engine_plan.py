@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nin.errors import UserError
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import tiling
+from nin.ops.gpu import tile_sizes
 
 ENGINE_VARIABLE = "NIN_GPU"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,7 +54,7 @@ class ChainProblem:
     pointwise: bool = True
     itemsize: int = 2
     precision: str = "tf32"
-    device: tiling.DeviceLimits = tiling.H200
+    device: tile_sizes.DeviceLimits = tile_sizes.H200
     engine: str = "auto"
 
     @classmethod
@@ -70,7 +70,7 @@ class ChainProblem:
             pointwise=chain.is_pointwise(),
             itemsize=x.dtype.itemsize,
             precision=float32_precision(),
-            device=tiling.device_limits(x),
+            device=tile_sizes.device_limits(x),
             engine=engine,
         )
 
@@ -178,11 +178,11 @@ def _longest_fused_group(problem: ChainProblem, first: int) -> tuple[int, list[A
     for count in (3, 2):  # `chain_forward` has arguments for three layers
         if first + count <= len(problem.widths):
             widths = problem.subchain(first, count).matrix_widths()
-            tiles = tiling.chain_tiles(widths, problem.itemsize, problem.device)
+            tiles = tile_sizes.chain_tiles(widths, problem.itemsize, problem.device)
             if tiles:
                 return count, tiles
     layer = problem.subchain(first, 1)
-    return 1, tiling.layer_tiles(layer.widths[0], layer.in_channels, layer.taps, layer.itemsize)
+    return 1, tile_sizes.layer_tiles(layer.widths[0], layer.in_channels, layer.taps, layer.itemsize)
 
 
 def _backward_tiles(problem: ChainProblem, first: int) -> tuple[int, list[Any], list[Any]]:
@@ -191,13 +191,13 @@ def _backward_tiles(problem: ChainProblem, first: int) -> tuple[int, list[Any], 
     pair = problem.subchain(first, 2)
     if pair.pointwise and (len(problem.widths) - first) % 2 == 0:
         limits = pair.matrix_widths(), pair.itemsize, pair.device
-        input_tiles, weight_tiles = tiling.pair_input_tiles(*limits), tiling.pair_weight_tiles(*limits)
+        input_tiles, weight_tiles = tile_sizes.pair_input_tiles(*limits), tile_sizes.pair_weight_tiles(*limits)
         if input_tiles and weight_tiles:
             return 2, input_tiles, weight_tiles
     layer = problem.subchain(first, 1)
     columns, filters = layer.matrix_widths()
-    layer_tiles = tiling.layer_tiles(layer.in_channels, filters, 1, layer.itemsize)
-    return 1, layer_tiles, [tiling.weight_gradient_tiles(filters, columns)]
+    layer_tiles = tile_sizes.layer_tiles(layer.in_channels, filters, 1, layer.itemsize)
+    return 1, layer_tiles, [tile_sizes.weight_gradient_tiles(filters, columns)]
 
 
 def _is_faster_fused(problem: ChainProblem, *, backward: bool) -> bool:

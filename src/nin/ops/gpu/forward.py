@@ -10,7 +10,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import autotune, forward_kernels, tiling
+from nin.ops.gpu import autotune, forward_kernels, tile_sizes
 from nin.ops.gpu.engine_plan import LayerGroup, float32_precision
 from nin.ops.gpu.strides import coalesce_pixels, needs_64_bit_offsets, subsample
 
@@ -99,7 +99,9 @@ def dense_filters(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
     return weight.contiguous(), (taps, 1)
 
 
-def launch_chain(arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tiling.ChainTiles]) -> None:
+def launch_chain(
+    arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tile_sizes.ChainTiles]
+) -> None:
     """Compute two or three layers in one pass."""
     weights, biases, x = chain.weights, chain.biases, arguments.x
     matrices = [arguments.weight, *(dense_filters(weight)[0] for weight in weights[1:])]
@@ -111,7 +113,7 @@ def launch_chain(arguments: ForwardArguments, chain: ChainArguments, candidates:
         constants |= {f"C{i}": widths[layer + 1], f"A{i}": chain.activations[layer]}
         constants[f"BIAS{i}"] = biases[layer] is not None
 
-    def launch_tiles(tiles: tiling.ChainTiles) -> None:
+    def launch_tiles(tiles: tile_sizes.ChainTiles) -> None:
         grid = (count_persistent_programs(arguments.pixels, tiles, widths, x),)
         tile_constants = {"B3": 16, **tiles.constants(), "RESIDENT": tiles.resident}  # two layers use no B3
         numbers, kernel = arguments.numbers, forward_kernels.chain_forward
@@ -121,14 +123,16 @@ def launch_chain(arguments: ForwardArguments, chain: ChainArguments, candidates:
     autotune.launch_tuned("chain_forward", shape, x, candidates, launch_tiles)
 
 
-def launch_layer(arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tiling.LayerTiles]) -> None:
+def launch_layer(
+    arguments: ForwardArguments, chain: ChainArguments, candidates: Sequence[tile_sizes.LayerTiles]
+) -> None:
     """Compute one layer of any size."""
     weight, bias, x = chain.weights[0], chain.biases[0], arguments.x
     tensors = x, arguments.weight, bias_or_placeholder(bias, x), arguments.y
     filters, channels, kernel_height, kernel_width = weight.shape
     constants = {"N": filters, "ACTIVATION": chain.activations[0], "BIAS": bias is not None, **arguments.constants}
 
-    def launch_tiles(tiles: tiling.LayerTiles) -> None:
+    def launch_tiles(tiles: tile_sizes.LayerTiles) -> None:
         grid = (triton.cdiv(arguments.pixels, tiles.pixels) * triton.cdiv(filters, tiles.columns),)
         kernel = forward_kernels.layer_forward
         launch(kernel, grid, *tensors, *arguments.numbers, **constants, **tiles.constants())
@@ -137,10 +141,10 @@ def launch_layer(arguments: ForwardArguments, chain: ChainArguments, candidates:
     autotune.launch_tuned("layer_forward", shape, x, candidates, launch_tiles)
 
 
-def count_persistent_programs(pixels: Any, tiles: tiling.ChainTiles, widths: Sequence[int], x: Tensor) -> Any:
+def count_persistent_programs(pixels: Any, tiles: tile_sizes.ChainTiles, widths: Sequence[int], x: Tensor) -> Any:
     """Return how many programs loop over the tiles: as many as the GPU holds at once, and no more than tiles."""
-    device = tiling.device_limits(x)
-    shared_bytes = tiling.chain_shared_bytes(widths, tiles, x.dtype.itemsize)
+    device = tile_sizes.device_limits(x)
+    shared_bytes = tile_sizes.chain_shared_bytes(widths, tiles, x.dtype.itemsize)
     at_once = device.shared_bytes // shared_bytes if tiles.resident else 2
     # sums and factors take most of the registers, so more than four programs find no room on an SM
     most = device.multiprocessors * min(4, max(1, at_once))

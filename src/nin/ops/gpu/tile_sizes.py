@@ -97,7 +97,7 @@ def chunk_size(width: int, largest: int = 64) -> int:
     """Return the chunk for a width: the largest that pads it by at most 30 %, else the one that pads it least.
 
     Example:
-        >>> from nin.ops.gpu.tiling import chunk_size
+        >>> from nin.ops.gpu.tile_sizes import chunk_size
         >>> [chunk_size(width) for width in (192, 160, 96, 75, 33, 1)]
         [64, 64, 32, 32, 16, 16]
     """
