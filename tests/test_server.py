@@ -238,7 +238,7 @@ def test_every_answer_has_the_security_headers(client, path):
 
 
 def test_no_path_is_taken_from_a_request(client):
-    for path in ("/../application.py", "/%2e%2e/application.py", "/page/../../nin/cli.py", "//etc/passwd", "/./x"):
+    for path in ("/../app.py", "/%2e%2e/app.py", "/page/../../nin/cli/app.py", "//etc/passwd", "/./x"):
         assert client.get(path).status_code in (400, 404)
 
 
