@@ -41,7 +41,8 @@ def test_the_wheel_is_for_every_python_and_holds_what_is_needed(built):
 
 @pytest.mark.slow
 def test_the_library_runs_with_an_old_glibc(built):
-    report = subprocess.run(["auditwheel", "show", built[0]], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "auditwheel", "show", built[0]]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     version = report.split('"manylinux_2_')[1].partition("_")[0]
     assert int(version) <= 28, report  # PyTorch's own wheels are manylinux_2_28
 
