@@ -106,18 +106,16 @@ class LayerGroup:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardGroup(LayerGroup):
-    """Consecutive layers, one or two, whose gradients are computed together; `tiles` are the input gradient's.
+    """Consecutive layers, one or two, whose gradients are computed together.
+
+    Where `fused`, a kernel computes what travels from pixel to pixel and the library the weights' gradients, see
+    `nin.ops.gpu.backward`; else PyTorch (cuDNN) all of it, layer by layer.
 
     Attributes:
-        weight_tiles: candidates for the kernel of the weight gradients.
         output_plan: how the group's output is computed again, where a group follows that takes it as input.
-        preactivation_plan: how the argument of the group's last activation is computed again, where its derivative
-            cannot be taken from the output.
     """
 
-    weight_tiles: tuple[Any, ...] = ()
     output_plan: tuple[LayerGroup, ...] = ()
-    preactivation_plan: tuple[LayerGroup, ...] = ()
 
 
 def requested_engine() -> str:
@@ -155,20 +153,14 @@ def plan_backward(problem: ChainProblem) -> tuple[BackwardGroup, ...]:
     groups: list[BackwardGroup] = []
     first = 0
     while first < len(problem.widths):
-        count, tiles, weight_tiles = _backward_tiles(problem, first)
+        count, tiles = _backward_tiles(problem, first)
         chain = problem.subchain(first, count)
-        fused = _is_faster_fused(chain, backward=True)
+        fused = bool(tiles) and _is_faster_fused(chain, backward=True)
         # the last group's output is that of the call, which autograd has saved
         output_plan: tuple[LayerGroup, ...] = ()
         if first + count < len(problem.widths):
-            output_plan = plan_forward(chain) if fused else (LayerGroup(0, count, fused=False),)
-        preactivation_plan: tuple[LayerGroup, ...] = ()
-        if fused and chain.activations[-1] in ("gelu", "silu"):
-            linear = dataclasses.replace(chain, activations=(*chain.activations[:-1], "none"))
-            preactivation_plan = plan_forward(linear)
-        groups.append(
-            BackwardGroup(first, count, fused, tuple(tiles), tuple(weight_tiles), output_plan, preactivation_plan)
-        )
+            output_plan = plan_forward(chain)
+        groups.append(BackwardGroup(first, count, fused, tuple(tiles), output_plan))
         first += count
     return tuple(groups)
 
@@ -185,19 +177,18 @@ def _longest_fused_group(problem: ChainProblem, first: int) -> tuple[int, list[A
     return 1, tile_sizes.layer_tiles(layer.widths[0], layer.in_channels, layer.taps, layer.itemsize)
 
 
-def _backward_tiles(problem: ChainProblem, first: int) -> tuple[int, list[Any], list[Any]]:
-    """Return how many layers from ``first`` on go backward together, and the tiles for input and weight gradients."""
+def _backward_tiles(problem: ChainProblem, first: int) -> tuple[int, list[Any]]:
+    """Return how many layers from ``first`` on go backward together, and their tiles; none where no kernel can."""
     # an odd layer goes first: pairs at the end spare its input's gradient from being written twice
     pair = problem.subchain(first, 2)
     if pair.pointwise and (len(problem.widths) - first) % 2 == 0:
-        limits = pair.matrix_widths(), pair.itemsize, pair.device
-        input_tiles, weight_tiles = tile_sizes.pair_input_tiles(*limits), tile_sizes.pair_weight_tiles(*limits)
-        if input_tiles and weight_tiles:
-            return 2, input_tiles, weight_tiles
+        tiles = tile_sizes.pair_tiles(pair.matrix_widths(), pair.itemsize, pair.device)
+        if tiles:
+            return 2, tiles
     layer = problem.subchain(first, 1)
-    columns, filters = layer.matrix_widths()
-    layer_tiles = tile_sizes.layer_tiles(layer.in_channels, filters, 1, layer.itemsize)
-    return 1, layer_tiles, [tile_sizes.weight_gradient_tiles(filters, columns)]
+    if not layer.pointwise:
+        return 1, []  # cuDNN was three times faster at both gradients of a k×k layer than kernels of ours
+    return 1, tile_sizes.layer_gradient_tiles(layer.in_channels, layer.widths[0])
 
 
 def _is_faster_fused(problem: ChainProblem, *, backward: bool) -> bool:

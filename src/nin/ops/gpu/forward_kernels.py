@@ -14,40 +14,9 @@ from nin.ops.gpu.primitives import (
     load_weights,
     pixel_offsets,
     store_rows,
+    two_layers,
     widen_index,
-    zero_tiles,
 )
-
-
-@triton.jit
-def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_stride, CHANNELS: tl.constexpr,
-             TAPS: tl.constexpr, C: tl.constexpr, C_NEXT: tl.constexpr, ACTIVATION: tl.constexpr,
-             LAST: tl.constexpr, BIAS: tl.constexpr, BIAS_NEXT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-             BN: tl.constexpr, BN_NEXT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
-    """Return the output of two layers, a tuple of tiles (BM, BN_NEXT) in float32; ``rows`` are (BM, BK).
-
-    The layer between them is computed in chunks of BN columns, each used at once, so it is never held as a whole.
-    """
-    outs = zero_tiles((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
-    for j in tl.static_range((C + BN - 1) // BN):
-        n = j * BN + tl.arange(0, BN)
-        z = layer_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
-                        PRECISION, UPCAST)  # fmt: skip
-        h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
-        sums = ()
-        for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
-            if RESIDENT:  # both branches are decided when the kernel is compiled
-                weight = tiles_next[j * ((C_NEXT + BN_NEXT - 1) // BN_NEXT) + m]
-            else:
-                weight = load_weight(w_next, n, m * BN_NEXT + tl.arange(0, BN_NEXT), 1, 0, C, 1, C_NEXT)
-            sums = sums + (dot(h, weight, outs[m], PRECISION, UPCAST),)
-        outs = sums
-    finished = ()
-    for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
-        z = add_bias(outs[m], b_next, m * BN_NEXT + tl.arange(0, BN_NEXT), C_NEXT, BIAS_NEXT)
-        finished = finished + (activate(z, LAST),)
-    return finished
 
 
 @triton.jit

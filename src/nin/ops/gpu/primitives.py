@@ -116,6 +116,13 @@ def store_rows(y, tiles, offsets, inside, channel_stride, CHANNELS: tl.constexpr
 
 
 @triton.jit
+def store_matrix(matrix, values, row, inside, n, COLUMNS: tl.constexpr):
+    """Write a tile (rows, columns n) of a matrix whose rows are 8 values apart or a multiple: 16 bytes of 16 bits."""
+    mask = inside[:, None] & (n < COLUMNS)[None, :]
+    tl.store(matrix + row[:, None] * ((COLUMNS + 7) // 8 * 8) + n[None, :], values, mask=mask)
+
+
+@triton.jit
 def load_im2col(x, pixel, inside, start, height, width, out_height, out_width, image_stride, channel_stride, row_stride,
               column_stride, CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr,
               SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -188,3 +195,34 @@ def add_bias(z, b, n, COLUMNS: tl.constexpr, BIAS: tl.constexpr):
     if BIAS:
         z = z + tl.load(b + n, mask=n < COLUMNS, other=0.0).to(tl.float32)[None, :]
     return z
+
+
+@triton.jit
+def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, tap_stride, CHANNELS: tl.constexpr,
+             TAPS: tl.constexpr, C: tl.constexpr, C_NEXT: tl.constexpr, ACTIVATION: tl.constexpr,
+             LAST: tl.constexpr, BIAS: tl.constexpr, BIAS_NEXT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+             BN: tl.constexpr, BN_NEXT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """Return the output of two layers, a tuple of tiles (BM, BN_NEXT) in float32; ``rows`` are (BM, BK).
+
+    The layer between them is computed in chunks of BN columns, each used at once, so it is never held as a whole.
+    """
+    outs = zero_tiles((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
+    for j in tl.static_range((C + BN - 1) // BN):
+        n = j * BN + tl.arange(0, BN)
+        z = layer_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
+                        PRECISION, UPCAST)  # fmt: skip
+        h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
+        sums = ()
+        for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
+            if RESIDENT:  # both branches are decided when the kernel is compiled
+                weight = tiles_next[j * ((C_NEXT + BN_NEXT - 1) // BN_NEXT) + m]
+            else:
+                weight = load_weight(w_next, n, m * BN_NEXT + tl.arange(0, BN_NEXT), 1, 0, C, 1, C_NEXT)
+            sums = sums + (dot(h, weight, outs[m], PRECISION, UPCAST),)
+        outs = sums
+    finished = ()
+    for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
+        z = add_bias(outs[m], b_next, m * BN_NEXT + tl.arange(0, BN_NEXT), C_NEXT, BIAS_NEXT)
+        finished = finished + (activate(z, LAST),)
+    return finished

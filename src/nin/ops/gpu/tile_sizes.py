@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,25 @@ CHUNK_SIZES = (64, 32, 16)
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLimits:
-    """What the tiles depend on: bytes of shared memory that a block may use, and the number of SMs."""
+    """What the tiles depend on.
+
+    Attributes:
+        shared_bytes: of shared memory that a block may use.
+        multiprocessors: SMs.
+        cache_bytes: of the L2 cache.
+    """
 
     shared_bytes: int
     multiprocessors: int
+    cache_bytes: int = 50 << 20
+
+    def scratch_bytes(self) -> int:
+        """Return the size of what is written for a product to read from the L2 cache.
+
+        A part of the cache, as input and output pass through it too; cards with a small one have too little for the
+        kernels' launches to be worth it, and read from memory.
+        """
+        return max(self.cache_bytes * 3 // 4, 16 << 20)
 
 
 H200 = DeviceLimits(shared_bytes=232_448, multiprocessors=132)
@@ -35,7 +50,11 @@ def device_limits(x: Tensor) -> DeviceLimits:
 @functools.cache
 def _limits_of_gpu(index: int | None) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(index)
-    return DeviceLimits(int(properties.shared_memory_per_block_optin), int(properties.multi_processor_count))
+    return DeviceLimits(
+        int(properties.shared_memory_per_block_optin),
+        int(properties.multi_processor_count),
+        int(properties.L2_cache_size),
+    )
 
 
 # The names of these two classes and of their fields are part of the tuning cache: it holds their ``str()``.
@@ -67,6 +86,51 @@ class ChainTiles:
     def padded(self, widths: Sequence[int]) -> list[int]:
         """Return the widths with their last chunks filled up."""
         return [round_up(width, size) for width, size in zip(widths, self.chunks, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTiles(ChainTiles):
+    """Tiles of the kernel that computes the gradients of two layers; its sums are those of the input's gradient."""
+
+    def constants(self) -> dict[str, Any]:
+        """Return the kernel's compile-time arguments."""
+        return {**super().constants(), "RESIDENT": self.resident}
+
+    def grid(self, pixels: Any, widths: Sequence[int], device: DeviceLimits) -> tuple[Any]:
+        """Return the programs that loop over the tiles: as many as the GPU holds at once, and no more than tiles."""
+        count = -(-pixels // self.pixels)
+        most = device.multiprocessors * (1 if self.resident else 2)
+        return (torch.sym_min(count, most) if isinstance(count, torch.SymInt) else min(count, most),)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGradientTiles:
+    """Tiles of the kernel that computes one layer's gradients.
+
+    Attributes:
+        pixels: of a tile.
+        chunk: input channels of a product's tile.
+        chunks: of a program: it holds that many sums.
+        filters: of an iteration.
+        warps: of a program.
+        stages: of Triton's software pipeline.
+    """
+
+    pixels: int
+    chunk: int
+    chunks: int
+    filters: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, Any]:
+        """Return the kernel's compile-time arguments."""
+        blocks = {"BM": self.pixels, "BK": self.chunk, "BN": self.filters, "CHUNKS": self.chunks}
+        return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
+
+    def grid(self, pixels: Any, widths: Sequence[int], device: DeviceLimits) -> tuple[Any]:
+        """Return a program for each tile of pixels and block of input channels."""
+        return (-(-pixels // self.pixels) * -(-widths[0] // (self.chunk * self.chunks)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,18 +239,17 @@ def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> l
 
 
 # (pixels, warps, stages, largest hidden chunk), the default first: what the compiler spills least of, not measured.
-PAIR_INPUT_CONFIGS = ((128, 8, 1, 64), (64, 4, 1, 32), (128, 8, 1, 32), (64, 4, 2, 64), (32, 4, 2, 64), (32, 4, 1, 16))
-PAIR_WEIGHT_CONFIGS = ((64, 8, 2, 64), (64, 8, 2, 32), (64, 8, 1, 32), (64, 4, 2, 32), (32, 4, 1, 16))
+PAIR_CONFIGS = ((128, 8, 1, 64), (64, 4, 1, 32), (128, 8, 1, 32), (64, 8, 2, 64), (64, 4, 2, 64), (32, 4, 1, 16))
 
 
-def pair_input_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
-    """Return the tiles that fit for the input gradient of a pair of layers; its sums are as wide as the input."""
+def pair_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[PairTiles]:
+    """Return the tiles that fit for the gradients of a pair of layers; its sums are as wide as the input."""
     columns, hidden, filters = widths
     for resident in (True, False):
         found = []
-        for pixels, warps, stages, largest in PAIR_INPUT_CONFIGS:
+        for pixels, warps, stages, largest in PAIR_CONFIGS:
             chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
-            tiles = ChainTiles(pixels, chunks, warps, stages, resident)
+            tiles = PairTiles(pixels, chunks, warps, stages, resident)
             # backward, the input's gradient is the last layer, whose sums stay in registers
             as_chain = dataclasses.replace(tiles, chunks=(chunks[1], chunks[2], chunks[0]))
             gradient_columns = round_up(filters, chunks[2])
@@ -201,19 +264,14 @@ def pair_input_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits)
     return []
 
 
-def pair_weight_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
-    """Return the tiles that fit for a pair's weight gradients; a program's sums are those of one hidden chunk."""
-    columns, hidden, filters = widths
-    found = []
-    for pixels, warps, stages, largest in PAIR_WEIGHT_CONFIGS:
-        chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
-        rows = round_up(columns, chunks[0]) + round_up(filters, chunks[2])
-        registers = (rows + 2 * pixels) * chunks[1] / (32 * warps)
-        shared_bytes = itemsize * rows * (chunks[1] + (stages + 1) * pixels) + 2 * itemsize * pixels * chunks[1]
-        dots = 2 * (math.ceil(columns / chunks[0]) + math.ceil(filters / chunks[2]))
-        if shared_bytes <= device.shared_bytes and registers <= MAX_TILE_REGISTERS and dots <= MAX_UNROLLED_DOTS:
-            found.append(ChainTiles(pixels, chunks, warps, stages, resident=True))
-    return found
+def layer_gradient_tiles(channels: int, filters: int) -> list[LayerGradientTiles]:
+    """Return the tiles of one 1×1 layer's gradients, the default first; every width has some."""
+    chunk = chunk_size(channels)
+    configs = ((128, 8, 3), (64, 4, 3), (128, 8, 1))
+    return [
+        LayerGradientTiles(pixels, chunk, min(-(-channels // chunk), 192 // chunk), _tile_width(filters, 64), *rest)
+        for pixels, *rest in configs
+    ]
 
 
 def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[LayerTiles]:
@@ -234,22 +292,6 @@ def layer_tiles(columns: int, channels: int, taps: int, itemsize: int) -> list[L
     return list(
         dict.fromkeys(LayerTiles(pixels, width, summands, warps, stages) for pixels, width, warps, stages in configs)
     )
-
-
-def weight_gradient_tiles(filters: int, columns: int) -> LayerTiles:
-    """Return the tiles of one layer's weight gradient (filters, columns of the im2col matrix), summed over pixels."""
-    return LayerTiles(64, _tile_width(filters, 64), _tile_width(columns, 64), 4, 3)
-
-
-def count_parts(
-    pixels: int, tile: int, weights: int, blocks: int, device: DeviceLimits, max_bytes: int = 1 << 26
-) -> int:
-    """Return into how many parts the pixels of a weight gradient are split (split-K).
-
-    Two programs for each SM, each part at least four tiles long, and at most 64 MB of parts.
-    """
-    wanted = math.ceil(2 * device.multiprocessors / blocks)
-    return max(1, min(wanted, -(-pixels // (4 * tile)), max_bytes // (4 * weights)))
 
 
 def _tile_width(width: int, largest: int) -> int:
