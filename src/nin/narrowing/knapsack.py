@@ -17,6 +17,12 @@ LARGEST_MULTIPLIER = 1e12
 # Sweeps of the coordinate descent over all layers with one multiplier; only the first two or three change something.
 MAX_SWEEPS = 8
 
+# A budget of which so much is spent is spent well; of less, sizes between the candidates are tried.
+WELL_SPENT = 0.97
+
+# Between candidates, a layer of fewer than 512 channels is tried at so many sizes, a wider one in steps of 8.
+FINEST_SIZES = 64
+
 # The cost of a chain of layers that runs one after the other.
 CostFunction = Callable[[tuple[LayerSpec, ...]], float]
 
@@ -59,6 +65,7 @@ class Knapsack:
         space: the choices.
         edges: between which layers channels can be pruned.
         cost: of a chain of layers.
+        channel_costs: of what else lies at an edge (BatchNorm), by the edge's consumer, for each of its channels.
         fixed_cost: of all else in the network.
     """
 
@@ -68,9 +75,11 @@ class Knapsack:
         space: SearchSpace,
         edges: tuple[Edge, ...],
         cost: CostFunction,
+        channel_costs: dict[str, float] | None = None,
         fixed_cost: float = 0.0,
     ) -> None:
         self.specs, self.space, self.cost, self.fixed_cost = specs, space, cost, fixed_cost
+        self.channel_costs = channel_costs or {}
         # an edge goes by its consumer's name: a layer has one input
         self.edges = {edge.consumer: edge for edge in edges if space.widths.get((edge.producer, edge.consumer))}
         # of each edge, the loss by the number of channels left, all of them first
@@ -105,14 +114,22 @@ class Knapsack:
         edge = self.edges[consumer]
         trial = {**widths, consumer: channels}
         touched = (edge.producer, consumer, *edge.between)
-        return sum(self.layer_cost(name, factorisations[name], trial) for name in touched if name in self.specs)
+        layers = sum(self.layer_cost(name, factorisations[name], trial) for name in touched if name in self.specs)
+        return layers + channels * self.channel_costs.get(consumer, 0.0)
 
     def solution(self, factorisations: dict[str, Factorisation], widths: dict[str, int]) -> Solution:
         """Return the choices with their cost and loss."""
         cost = sum(self.layer_cost(name, factorisations[name], widths) for name in self.specs)
-        pruned = sum(self.edge_losses[consumer][channels] for consumer, channels in widths.items())
+        for consumer, each in self.channel_costs.items():
+            cost += each * widths.get(consumer, self.specs[consumer].in_channels)
+        pruned = sum(self.width_loss(consumer, channels) for consumer, channels in widths.items())
         loss = sum(factorisation.loss for factorisation in factorisations.values()) + pruned
         return Solution(factorisations, widths, self.fixed_cost + cost, loss)
+
+    def width_loss(self, consumer: str, channels: int) -> float:
+        """Return the loss of an edge with that many channels left; at most that, between two candidates."""
+        losses = self.edge_losses[consumer]
+        return losses[max(n for n in losses if n <= channels)]
 
     def choices(self, name: str) -> tuple[Factorisation, ...]:
         """Return the factorisations that a layer can have, to keep it first."""
@@ -172,7 +189,9 @@ class Knapsack:
     def spend_slack(self, solution: Solution, budget: float) -> Solution:
         """Return the solution with the rest of the budget spent greedily, on the most loss saved for its cost.
 
-        Lagrange multipliers find the corners of the convex hull only, so that some of the budget is left.
+        Lagrange multipliers find the corners of the convex hull only, so that some of the budget is left. What is left
+        in the end goes to choices that lose as much and cost more, the largest first: that a layer loses nothing on
+        the calibration images does not mean that it loses nothing on others.
         """
         factorisations, widths, cost = dict(solution.factorisations), dict(solution.widths), solution.cost
         while True:
@@ -183,7 +202,7 @@ class Knapsack:
             ]
             if not affordable:
                 return self.solution(factorisations, widths)
-            _, extra, name, choice = max(affordable, key=lambda improvement: improvement[0])
+            _, extra, name, choice = max(affordable, key=lambda improvement: improvement[:2])
             if isinstance(choice, Factorisation):
                 factorisations[name] = choice
             else:
@@ -193,15 +212,78 @@ class Knapsack:
     def _improvements(
         self, factorisations: dict[str, Factorisation], widths: dict[str, int]
     ) -> Iterator[tuple[str, Factorisation | int, float, float]]:
-        """Yield every change of one choice: of which layer or edge, to what, the loss that it saves, the extra cost."""
+        """Yield every change of one choice that is for the better.
+
+        It saves loss, or it costs more and loses as much; no factorisation costs more than the layer as it was.
+
+        Yields:
+            Of which layer or edge, to what, the loss that it saves, the extra cost.
+        """
         for name, current in factorisations.items():
             cost = self.layer_cost(name, current, widths)
-            for other in self.space.factorisations.get(name, ()):
-                if other.loss < current.loss:
-                    yield name, other, current.loss - other.loss, self.layer_cost(name, other, widths) - cost
+            keep = self.layer_cost(name, self.choices(name)[0], widths)
+            for other in self.choices(name):
+                saved, other_cost = current.loss - other.loss, self.layer_cost(name, other, widths)
+                if saved >= 0 and other_cost <= keep and (saved > 0 or other_cost > cost):
+                    yield name, other, saved, other_cost - cost
         for edge, losses in self.edge_losses.items():
             width = widths[edge]
             cost = self.edge_cost(edge, width, factorisations, widths)
             for n, loss in losses.items():
-                if loss < losses[width]:
-                    yield edge, n, losses[width] - loss, self.edge_cost(edge, n, factorisations, widths) - cost
+                saved, extra = losses[width] - loss, self.edge_cost(edge, n, factorisations, widths) - cost
+                if saved > 0 or (saved == 0 and extra > 0):
+                    yield edge, n, saved, extra
+
+    def grow(self, solution: Solution, budget: float) -> Solution:
+        """Return the solution with larger ranks and widths, between the candidates', where much of the budget is left.
+
+        A larger one loses no more, so the losses are not computed again. A network of few layers has few candidates:
+        one convolution of 512 channels alone has a step of an eighth of its cost.
+        """
+        factorisations, widths, cost = dict(solution.factorisations), dict(solution.widths), solution.cost
+        while cost < WELL_SPENT * budget:
+            affordable = [
+                (loss / max(extra, 1e-9), extra, name, choice)
+                for name, choice, loss, extra in self._larger(factorisations, widths)
+                if 0 < extra <= budget - cost
+            ]
+            if not affordable:
+                break
+            _, extra, name, choice = max(affordable, key=lambda larger: larger[:2])
+            if isinstance(choice, Factorisation):
+                factorisations[name] = choice
+            else:
+                widths[name] = choice
+            cost += extra
+        return self.solution(factorisations, widths)
+
+    def _larger(
+        self, factorisations: dict[str, Factorisation], widths: dict[str, int]
+    ) -> Iterator[tuple[str, Factorisation | int, float, float]]:
+        """Yield every next larger rank and width: of which layer or edge, the choice, the loss now, the extra cost."""
+        for name, current in factorisations.items():
+            spec, cost = self.specs[name], self.layer_cost(name, current, widths)
+            keep = self.layer_cost(name, self.choices(name)[0], widths)
+            inputs = self.width(name, widths, before=True) // spec.groups
+            outputs = self.width(name, widths, before=False) // spec.groups
+            outputs = min(outputs, (current.rank_in or inputs) * spec.taps)
+            for field, most in (("rank_in", inputs), ("rank_out", outputs)):
+                rank = getattr(current, field)
+                if rank is None:
+                    continue
+                ranks = {"rank_in": current.rank_in, "rank_out": current.rank_out, field: _next_size(rank, most)}
+                larger = Factorisation(current.form, loss=current.loss, **ranks)
+                larger_cost = self.layer_cost(name, larger, widths)
+                if larger_cost < keep:
+                    yield name, larger, current.loss, larger_cost - cost
+        for edge, losses in self.edge_losses.items():
+            width, most = widths[edge], max(losses)
+            larger_width = _next_size(width, most)
+            extra = self.edge_cost(edge, larger_width, factorisations, widths)
+            extra -= self.edge_cost(edge, width, factorisations, widths)
+            yield edge, larger_width, self.width_loss(edge, width), extra
+
+
+def _next_size(size: int, most: int) -> int:
+    """Return the next larger rank or width on the finest scale."""
+    return min(size + max(1, min(8, most // FINEST_SIZES)), most)

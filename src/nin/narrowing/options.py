@@ -16,7 +16,8 @@ class NarrowOptions:
         factorise: replace layers by two or three of lower rank.
         passes: times that the images are run through both networks for the reconstruction, at most.
         renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.
-        revert_slower: keep layers that were measured slower than before, where the budget allows it.
+        revert_slower: give layers that were measured slower than before fewer channels, or keep them as they were,
+            where the budget is spent all the same and little more is lost.
         measure_latency: time the whole model before and after.
         batch: images at a time when measuring; that of the first batch if not given.
         layout: memory layout of the weights: "contiguous", or "channels_last", which is often faster.

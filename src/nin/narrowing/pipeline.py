@@ -21,6 +21,7 @@ from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.runtime import distributed
 from nin.runtime.progress import ignore_progress
+from nin.runtime.timer import Timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +190,16 @@ class _Narrower:
         text = distributed.broadcast_result(lambda: json.dumps(self.report(narrowed, planned, *measured).to_dict()))
         return NarrowResult(narrowed, planned.plan, NarrowReport.from_dict(json.loads(text)))
 
+    def slower_notes(self, latency: dict[int, tuple[Timing, Timing]]) -> list[str]:
+        """Return a sentence for the report where the whole network takes longer than before, beyond the spread."""
+        slower = [
+            f"{before.median_ms:.3f} → {after.median_ms:.3f} ms with {size} at a time"
+            for size, (before, after) in latency.items()
+            if after.low_ms > before.high_ms
+        ]
+        advice = "a budget of multiply-accumulates or parameters promises no time, one of latency does"
+        return [f"Slower than before, {', '.join(slower)}: {advice}."] if slower else []
+
     def report(
         self,
         narrowed: nn.Module,
@@ -199,16 +210,17 @@ class _Narrower:
     ) -> NarrowReport:
         """Return the report; without errors, accuracy and error in a dry run."""
         layers = layer_reports(self.analysis, planned, errors or {})
+        latency = {size: self.model_timer.compare(narrowed, size) for size in self.reported_batches}
         return NarrowReport(
             layers,
             macs=(sum(r.macs_before for r in layers), sum(r.macs_after for r in layers)),
             parameters=(count_parameters(self.original), count_parameters(narrowed)),
             file_bytes=(file_bytes(self.original), file_bytes(narrowed)),
-            latency={size: self.model_timer.compare(narrowed, size) for size in self.reported_batches},
+            latency=latency,
             accuracy=accuracy or {},
             predicted_loss=planned.loss,
             calibration_error=error,
-            notes=(*self.analysis.notes, *planned.notes),
+            notes=(*self.analysis.notes, *planned.notes, *self.slower_notes(latency)),
             environment={
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -9,16 +10,20 @@ from nin.errors import UserError
 from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
 from nin.models.surgery import apply_plan, planned_layers
 from nin.narrowing.analysis import Analysis
-from nin.narrowing.knapsack import CostFunction, Knapsack, Solution, macs, parameters
+from nin.narrowing.knapsack import WELL_SPENT, CostFunction, Knapsack, Solution, macs, parameters
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
-from nin.narrowing.search_space import SearchSpace
+from nin.narrowing.search_space import Factorisation, SearchSpace
 
 # With a latency budget the whole model is timed after each plan; so many plans are made at most.
 LATENCY_PLANS = 5
 
 # A plan is good enough if the latency of its whole model, as a fraction of the budget, lies between these.
 LATENCY_SPENT, LATENCY_TOLERANCE = 0.96, 1.02
+
+# A layer is not left slower than before where the plan without that is expected to lose at most so many times as much,
+# and this fraction of a layer's variance more.
+REVERT_LOSS, REVERT_LEAST = 1.2, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,61 +92,99 @@ class Planner:
             UserError: it cannot be reached; the message says what can.
         """
         knapsack = self._knapsack(self.space)
-        budget = share * knapsack.unchanged().cost
+        whole = knapsack.unchanged().cost
+        budget = share * whole
         notes: tuple[str, ...] = ()
         if self.kind == "latency":
             solution, notes = self._fit_latency(knapsack, share, budget)
         else:
-            solution = knapsack.solve(budget)
+            solution = _solve(knapsack, budget)
             if self.options.revert_slower:
                 solution, notes = self._revert_slower(knapsack, solution, share, budget)
+            if solution.cost < WELL_SPENT * budget:
+                reached = f"{solution.cost / whole:.3f} of the {self.kind.replace('macs', 'MACs')} are left"
+                reason = "no choice of ranks and channels between them loses less"
+                notes = (*notes, f"{reached} where {share:.3f} was asked for: {reason}.")
         plan = self._to_plan(knapsack, solution, share)
         latency = self._layer_latencies(plan) if self.options.measure_latency else {}
         predicted = {name: choice.loss for name, choice in solution.factorisations.items()}
         for p in plan.pruned:
-            predicted[p.consumer] += self.space.widths[p.producer, p.consumer][p.channels]
+            predicted[p.consumer] += knapsack.width_loss(p.consumer, p.channels)
         return PlannerResult(plan, solution.loss, predicted, latency, notes)
 
     def _knapsack(self, space: SearchSpace) -> Knapsack:
         costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": self.table}
-        fixed = 0.0
-        if self.kind == "parameters":  # those of BatchNorm and others stay
-            fixed = count_parameters(self.original) - sum(s.parameters for s in self.analysis.specs.values())
         edges = self.analysis.graph.edges if self.options.thin else ()
-        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], fixed)
+        fixed, channels = 0.0, dict[str, float]()
+        if self.kind == "parameters":  # those of other modules stay, but for BatchNorm's where channels go
+            fixed = count_parameters(self.original) - sum(s.parameters for s in self.analysis.specs.values())
+            for edge in edges:
+                width = self.analysis.specs[edge.consumer].in_channels
+                norms = [self.original.get_submodule(n) for n in edge.between if n not in self.analysis.specs]
+                channels[edge.consumer] = sum(map(count_parameters, norms)) / width
+                fixed -= channels[edge.consumer] * width
+        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], channels, fixed)
 
     def _revert_slower(
         self, knapsack: Knapsack, solution: Solution, share: float, budget: float
     ) -> tuple[Solution, tuple[str, ...]]:
-        """Return a solution in which no layer is slower than before, else the fastest one met."""
+        """Return a solution with fewer layers that were measured slower than before.
+
+        A layer is given fewer channels than those that were slower, or is left as it was, where the solution stays as
+        near to the budget and does not lose much more. Where it does not, the layer stays slower.
+        """
         space = self.space
-        tried: list[tuple[float, Solution, list[str]]] = []  # with the milliseconds added, and by which layers
-        while True:
-            latencies = self._layer_latencies(self._to_plan(knapsack, solution, share))
-            slower = [name for name, (before, after) in latencies.items() if after > before]
-            if not slower:
-                break
-            added = sum(after - before for before, after in latencies.values())
-            tried.append((added, solution, slower))
-            space = _without_slower(space, knapsack, solution, slower)
-            try:
-                # its edges are among those of the given knapsack, in whose terms the plan is made
-                solution = self._knapsack(space).solve(budget)
-            except UserError:
-                _, solution, slower = min(tried, key=lambda attempt: attempt[0])
-                return solution, (f"Slower than before, but the budget needs them: {', '.join(slower)}.",)
-        if not tried:
-            return solution, ()
-        found = {name for *_, slower in tried for name in slower}
-        names = ", ".join(name for name in self.analysis.specs if name in found)
-        note = f"Left as they were, or given fewer channels, as more were measured slower: {names}."
-        return solution, (note,)
+        least_cost, most_loss = WELL_SPENT * solution.cost, REVERT_LOSS * solution.loss + REVERT_LEAST
+        mended: list[str] = []
+        needed: list[str] = []
+        slower = self._slower(knapsack, solution, share)
+        while todo := [name for name in slower if name not in needed]:
+            name = max(todo, key=lambda name: slower[name])
+            for other_space, other in self._without_slower(knapsack, space, solution, name, share, budget):
+                is_near = other.cost >= least_cost and other.loss <= most_loss
+                now_slower = self._slower(knapsack, other, share) if is_near else slower
+                if sum(now_slower.values()) < sum(slower.values()):
+                    space, solution, slower = other_space, other, now_slower
+                    mended.append(name)
+                    break
+            else:
+                needed.append(name)
+        notes = []
+        for text, names in (
+            ("Left as they were, or given other numbers of channels, as they were measured slower: ", mended),
+            ("Slower than before, but the budget needs them: ", needed),
+        ):
+            still = names is needed
+            if listed := [name for name in self.analysis.specs if name in names and (name in slower) == still]:
+                notes.append(f"{text}{', '.join(listed)}.")
+        return solution, tuple(notes)
+
+    def _without_slower(
+        self, knapsack: Knapsack, space: SearchSpace, solution: Solution, name: str, share: float, budget: float
+    ) -> Iterator[tuple[SearchSpace, Solution]]:
+        """Yield solutions in which a layer is not slower: with a cheaper choice, and with the layer as it was."""
+        for cheaper in (True, False):
+            trial_space, trial = space, solution
+            while (smaller := _without_choice(trial_space, knapsack, trial, name, cheaper=cheaper)) != trial_space:
+                try:
+                    # its edges are among those of the given knapsack, in whose terms the plan is made
+                    trial_space, trial = smaller, _solve(self._knapsack(smaller), budget)
+                except UserError:
+                    break
+                if name not in self._slower(knapsack, trial, share):
+                    yield trial_space, trial
+                    break
+
+    def _slower(self, knapsack: Knapsack, solution: Solution, share: float) -> dict[str, float]:
+        """Return by how many milliseconds layers are slower than before, those that are."""
+        latencies = self._layer_latencies(self._to_plan(knapsack, solution, share))
+        return {name: after - before for name, (before, after) in latencies.items() if after > before}
 
     def _fit_latency(self, knapsack: Knapsack, share: float, budget: float) -> tuple[Solution, tuple[str, ...]]:
         """Solve with the latencies of layers, time the whole model, and adapt the budget until that meets the share."""
-        lowest = knapsack.cheapest().cost
+        whole, lowest = knapsack.unchanged(), knapsack.cheapest().cost
         # between budgets of the table whose whole model keeps to the share, and whose does not
-        kept, missed = 0.0, knapsack.unchanged().cost
+        kept, missed = 0.0, whole.cost
         most = share * LATENCY_TOLERANCE
         tried: list[tuple[float, Solution]] = []  # with the share that each leaves
         for _ in range(LATENCY_PLANS):
@@ -164,10 +207,17 @@ class Planner:
             if following == budget or kept >= missed:  # nothing more can be left out, or put back
                 break
             budget = following
-        if within := [solution for reached, solution in tried if reached <= most]:
-            return min(within, key=lambda solution: solution.loss), ()
+        if within := [attempt for attempt in tried if attempt[0] <= most]:
+            reached, solution = min(within, key=lambda attempt: attempt[1].loss)
+            if reached >= share * LATENCY_SPENT:
+                return solution, ()
+            reason = "no plan that was timed comes nearer from below"
+            return solution, (f"{reached:.2f} of the latency is left where {share:.2f} was asked for: {reason}.",)
+        asked = f"The latency asked for, {share:.2f} of the original's, was not reached"
         reached, solution = min(tried, key=lambda attempt: attempt[0])
-        return solution, (f"The latency asked for, {share:.2f} of the original's, was not reached: {reached:.2f}.",)
+        if reached < 1:
+            return solution, (f"{asked}: {reached:.2f}.",)
+        return whole, (f"{asked}: no plan is faster than the original, which is left as it is ({reached:.2f}).",)
 
     def _to_plan(self, knapsack: Knapsack, solution: Solution, share: float) -> Plan:
         layers = []
@@ -196,20 +246,29 @@ class Planner:
         return latencies
 
 
-def _without_slower(space: SearchSpace, knapsack: Knapsack, solution: Solution, slower: list[str]) -> SearchSpace:
-    """Return the search space without the solution's choices for these layers, and without costlier ones."""
-    factorisations, widths = dict(space.factorisations), dict(space.widths)
-    for name in slower:
-        choice = solution.factorisations[name]
-        if choice.form != "keep":  # behind "keep" they stand by falling cost
-            keep, *others = factorisations[name]
-            factorisations[name] = (keep, *others[others.index(choice) + 1 :])
-            continue
+def _solve(knapsack: Knapsack, budget: float) -> Solution:
+    """Return the solution of least loss within a budget of multiply-accumulates or parameters, most of it spent."""
+    return knapsack.grow(knapsack.solve(budget), budget)
+
+
+def _without_choice(
+    space: SearchSpace, knapsack: Knapsack, solution: Solution, name: str, *, cheaper: bool
+) -> SearchSpace:
+    """Return the search space without the solution's choice for a layer, and without others: all or the costlier."""
+    choice, factorisations, widths = solution.factorisations[name], dict(space.factorisations), dict(space.widths)
+    if choice.form != "keep":
+
+        def cost(factorisation: Factorisation) -> float:
+            return knapsack.layer_cost(name, factorisation, solution.widths)
+
+        keep, *others = factorisations[name]
+        factorisations[name] = (keep, *(f for f in others if cheaper and cost(f) < cost(choice)))
+    else:
         for ends in (knapsack.edge_before, knapsack.edge_after):
             consumer = ends.get(name)
             if consumer in solution.widths:
-                key = knapsack.edges[consumer].producer, consumer
-                widths[key] = {n: loss for n, loss in widths[key].items() if n < solution.widths[consumer]}
+                key, most = (knapsack.edges[consumer].producer, consumer), solution.widths[consumer]
+                widths[key] = {n: loss for n, loss in widths[key].items() if cheaper and n < most}
     return SearchSpace(factorisations, widths)
 
 
