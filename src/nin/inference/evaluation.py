@@ -36,7 +36,9 @@ def evaluate(
     Returns:
         Scores (N, classes), float32, and labels (N,), int64, on the CPU.
     """
-    scores, labels = [torch.empty(0, len(images.classes))], [torch.empty(0, dtype=torch.int64)]
+    # joined where they are computed: reading a batch would wait for a GPU; an empty one, as there may be no other
+    scores = [torch.empty(0, len(images.classes), device=device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=device)]
     order = torch.arange(len(images.test))[distributed.rank() :: distributed.world_size()]
     batch_size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
     for pixels, batch_labels, _ in data.batches(images.test, order, batch_size, on_lost=on_lost):
@@ -46,7 +48,7 @@ def evaluate(
             if flip:
                 y = (y + model(x.flip(3)).float()) / 2
         scores.append(y)
-        labels.append(batch_labels)
+        labels.append(batch_labels.to(device))
     return torch.cat(scores).cpu(), torch.cat(labels).cpu()
 
 

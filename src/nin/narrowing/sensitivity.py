@@ -54,7 +54,7 @@ def measure_sensitivities(model: nn.Module, specs: dict[str, LayerSpec], batches
             loss = _loss(model(*args, **kwargs), generator)
             if loss.requires_grad:
                 loss.backward()
-    return {name: _mean(spec, sums.get(name), counts[name]) for name, spec in specs.items()}
+    return {name: _mean(spec, sums.get(name), counts[name], _device(layers[name])) for name, spec in specs.items()}
 
 
 @contextlib.contextmanager
@@ -92,10 +92,14 @@ def _loss(output: Any, generator: torch.Generator) -> Tensor:
     return total
 
 
-def _mean(spec: LayerSpec, total: Tensor | None, samples: int) -> Tensor:
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _mean(spec: LayerSpec, total: Tensor | None, samples: int, device: torch.device) -> Tensor:
     """Return the mean over the samples of all processes; zeros where no gradient reached the layer."""
     if total is None:
         width = spec.out_channels // spec.groups
-        total = torch.zeros(spec.groups, width, width, dtype=torch.float64)
+        total = torch.zeros(spec.groups, width, width, dtype=torch.float64, device=device)
     count = distributed.all_reduce_sum(torch.tensor(samples, dtype=torch.float64, device=total.device))
     return distributed.all_reduce_sum(total) / count.clamp_min(1)
