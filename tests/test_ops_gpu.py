@@ -7,16 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 import nin
-from nin.errors import UserError
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import dispatch, engine_plan, tile_sizes
+from nin.ops.gpu import dispatch, tile_sizes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -343,95 +341,6 @@ def test_the_networks_own_chains_run_in_one_piece():
     assert tile_sizes.pair_tiles((192, 160, 96), 2, device)
 
 
-# -- which engine -----------------------------------------------------------------------------------------------
-
-
-def problem(widths, size, images, taps=1):
-    activations = ("relu",) * (len(widths) - 1)
-    return engine_plan.ChainProblem(images * size * size, widths[0], widths[1:], activations, taps, pointwise=taps == 1)
-
-
-def engines(groups):
-    return [(group.first, group.count, group.fused) for group in groups]
-
-
-def test_the_roofline_takes_what_is_bound_by_memory_and_leaves_the_rest():
-    assert engines(engine_plan.plan_forward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
-    assert engines(engine_plan.plan_backward(problem((192, 160, 96), 32, 512))) == [(0, 2, True)]
-    assert engines(engine_plan.plan_forward(problem((3, 192, 160, 96), 32, 512, taps=25))) == [(0, 3, True)]
-    # 5×5 on 96 channels: arithmetic alone, which cuDNN is better at; the chain after it is ours
-    assert engines(engine_plan.plan_forward(problem((96, 192, 192, 192), 16, 512, taps=25)))[0] == (0, 1, False)
-    # too wide to stay on the chip
-    assert [g.count for g in engine_plan.plan_forward(problem((768, 3072, 768), 7, 64))] == [1, 1]
-
-
-def test_the_environment_decides(monkeypatch):
-    case = chain(192, 160, 96)
-    x, weights, biases = case.tensors()
-    arguments = case.arguments(weights, biases)
-    monkeypatch.setenv("NIN_GPU", "reference")
-    assert dispatch.forward_plan(x, arguments) == ()
-    assert "NIN_GPU=reference" in nin.backends()["cuda"]
-    monkeypatch.setenv("NIN_GPU", "cudnn")
-    with pytest.raises(UserError, match="NIN_GPU must be auto, triton or reference, got 'cudnn'"):
-        dispatch.forward_plan(x, arguments)
-
-
-def test_tuning_measures_once_and_keeps_the_answer(monkeypatch, tmp_path):
-    from nin.ops.gpu import autotune
-
-    launched = []
-
-    def launch(shape, time_ms=lambda call: (call(), {"a": 3.0, "b": 1.0, "c": 2.0}[launched[-1]])[1]):
-        launched.clear()
-        autotune.launch_tuned("kernel", shape, torch.zeros(1), ["a", "b", "c"], launched.append, time_ms)
-        return launched
-
-    assert launch((1, 2)) == ["a"]
-    monkeypatch.setenv("NIN_GPU_TUNE", "1")
-    assert launch((1, 2), time_ms=None) == ["a"]  # nothing can be measured on the CPU
-    assert launch((1, 2)) == ["a", "b", "c", "b"]
-    monkeypatch.delenv("NIN_GPU_TUNE")
-    autotune.read_cache.cache_clear()
-    assert launch((1, 2)) == ["b"]
-    assert launch((1, 3)) == ["a"]
-    (tmp_path / "tiles.json").write_text("{half a fi")
-    autotune.read_cache.cache_clear()
-    assert launch((1, 2)) == ["a"]
-
-
-# -- one plan a call --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def planned(monkeypatch):
-    """Count the calls of the planner, and how often it lists the candidate tiles of each kernel."""
-    kernels = ("chain", "layer", "pair", "layer_gradient")
-    calls = {}
-    for module, name in [
-        (engine_plan, "plan_forward"),
-        (engine_plan, "plan_backward"),
-        *((tile_sizes, f"{k}_tiles") for k in kernels),
-    ]:
-        calls[name] = mock.Mock(wraps=getattr(module, name))
-        monkeypatch.setattr(module, name, calls[name])
-    return lambda: {name: spy.call_count for name, spy in calls.items() if spy.call_count}
-
-
-def test_a_call_makes_one_plan(planned):
-    case = Case((3, 5, 4, 6, 7), ("gelu", "relu", "silu", "silu"), kernel_size=(3, 3))
-    x, weights, biases = case.tensors()
-    with dispatch.record_groups() as groups:
-        y = forward(case, x, weights, biases)
-    assert engines(groups) == [(0, 3, True), (3, 1, True)]
-    assert planned() == {"plan_forward": 1, "chain_tiles": 1, "layer_tiles": 1}
-    with dispatch.record_groups() as groups:
-        backward(case, torch.ones_like(y), x, y, weights, biases)
-    assert [group.count for group in groups] == [1, 1, 2]
-    counts = planned()
-    assert counts["plan_backward"] == counts["pair_tiles"] == 1
-
-
 # -- the dispatcher and the compiler ----------------------------------------------------------------------------
 
 
@@ -442,7 +351,7 @@ import torch, nin
 from nin.ops.gpu import engine_plan
 from support.fake_gpu import traced
 planner, plans = engine_plan.plan_forward, []
-engine_plan.plan_forward = lambda problem: plans.append(problem) or planner(problem)
+engine_plan.plan_forward = lambda problem, choose: plans.append(problem) or planner(problem, choose)
 x, w1, w2 = torch.empty(8, 192, 32, 32), torch.empty(160, 192, 1, 1), torch.empty(96, 160, 1, 1)
 geometry = ([1, 1], [0, 0], [1, 1], ["relu", "relu"])
 def forward(x, a, b):

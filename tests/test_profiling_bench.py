@@ -113,13 +113,29 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_what_ran_on_a_gpu_is_in_the_table():
-    from nin.ops.gpu import dispatch, engine_plan
+    from nin.ops.gpu import dispatch
+    from nin.ops.gpu.engine_choice import Choice
+    from nin.ops.gpu.engine_plan import LayerGroup
+    from nin.ops.gpu.problem import ChainProblem
 
-    groups = [engine_plan.LayerGroup(0, 1, fused=False), engine_plan.LayerGroup(1, 2, fused=True)]
+    problem = ChainProblem(1024, 192, (160, 96), ("relu", "relu"))
+    choice = Choice("triton", "measured", {"cudnn": 828.0, "triton": 177.2})
+    groups = [
+        LayerGroup(0, 1, Choice("cudnn", "table (H100)"), problem.subchain(0, 1)),
+        LayerGroup(1, 2, choice, problem),
+    ]
     assert dispatch.engine_summary(groups) == "Triton 2 layers, cuDNN 1 layers"
+    lines = dispatch.choice_lines([*groups, *groups])
+    assert lines == [
+        "192→160 forward: cudnn, table (H100)",
+        "192→160→96 forward: triton 177 µs, cudnn 828 µs, measured",
+    ]
     machine = bench.Machine("A GPU", 2, "nin", {"float32": None}, None, "tuned", {"torch": "2"}, "3", "L", "d")
-    row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=dispatch.engine_summary(groups))
-    assert "nin (Triton 2 layers, cuDNN 1 layers)" in shown(bench.Benchmark(machine, [row]))
+    ran = dispatch.engine_summary(groups)
+    row = bench.EngineResult("c", "float32", "nin", Timing(2.0, 1.9, 2.2, 9), ran=ran, choices=tuple(lines))
+    page = shown(bench.Benchmark(machine, [row]))
+    assert "nin (Triton 2 layers, cuDNN 1 layers)" in page
+    assert "192→160→96 forward: triton 177 µs, cudnn 828 µs, measured" in page
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

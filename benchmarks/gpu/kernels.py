@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kernels.py [--case TEXT] [--dtype bf16] [--out FOLDER] [--dry-run]
 
-Engines: nin (by the roofline's choice), nin with Triton forced, PyTorch eager in NCHW and channels_last, eager with
+Engines: nin (by its own choice), nin with Triton forced, PyTorch eager in NCHW and channels_last, eager with
 cuDNN's own search, torch.compile with max-autotune. CUDA events around each call, engines in turn within a round,
 inputs rotated so that none is in the L2 cache, random data; medians with the 20th and 80th percentile. Writes
 kernels.json and kernels.md. --dry-run does all of it on small tensors on the CPU, as a test of this script.

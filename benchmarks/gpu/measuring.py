@@ -78,14 +78,14 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": name,
         "date": datetime.date.today().isoformat(),
         "environment": checkpoint.environment(),
-        "tuned": os.environ.get("NIN_GPU_TUNE") == "1",
+        "tuned": os.environ.get("NIN_GPU_TUNE", "1"),
     }
 
 
 def title(name: str, header: dict[str, Any]) -> str:
     """Return the head of a results page."""
     versions = ", ".join(f"{key} {value}" for key, value in header["environment"].items() if key != "backends")
-    return f"# {name}\n\n{header['device']}; {header['date']}; {versions}; tiles tuned: {header['tuned']}\n\n"
+    return f"# {name}\n\n{header['device']}; {header['date']}; {versions}; NIN_GPU_TUNE={header['tuned']}\n\n"
 
 
 def write(folder: Path, name: str, values: dict[str, Any], page: str) -> None:

@@ -43,6 +43,11 @@ class ChainArguments(NamedTuple):
         geometry = self.geometry if first == 0 else POINTWISE_GEOMETRY
         return ChainArguments(self.weights[which], self.biases[which], *geometry, self.activations[which])
 
+    def with_parameters(self, parameters: Sequence[Any]) -> "ChainArguments":
+        """Return the chain with other parameters: its weights, then its biases."""
+        count = len(self.weights)
+        return self._replace(weights=list(parameters[:count]), biases=list(parameters[count:]))
+
     def is_pointwise(self) -> bool:
         """Return whether the first layer is 1×1 without padding, so that an output pixel depends on one input pixel."""
         return tuple(self.weights[0].shape[2:]) == (1, 1) and tuple(self.padding) == (0, 0)

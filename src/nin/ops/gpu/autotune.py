@@ -1,100 +1,197 @@
-"""Tiles by measurement: time each candidate once, keep the fastest in a file; without tuning, the default.
+"""Time the ways of computing a group of layers, within a budget, and the tile sizes of each kernel.
 
-``NIN_GPU_TUNE=1`` measures the candidates once for each kernel, shape and dtype, and keeps the fastest in a file
-(``NIN_GPU_CACHE``, else ``~/.cache/nin/gpu-tiles.json``). The file is read whether or not tuning is on.
+The first shape of its kind on a GPU takes about a second more: `time_engines` times the library and the kernels on the
+call's own tensors. What a measurement found is kept, see `timing_cache`.
 """
 
-import functools
-import json
-import os
+import contextlib
+import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
-TUNE_VARIABLE, CACHE_VARIABLE = "NIN_GPU_TUNE", "NIN_GPU_CACHE"
-RUNS = 7
+from nin.ops.gpu.timing_cache import warn_once
+
+BUDGET_S = 1.0
+RUNS = 5
 
 Tiles = TypeVar("Tiles")
 
 
+class KernelUnavailableError(RuntimeError):
+    """A kernel does not compile for this GPU or does not fit it; the message says why.
+
+    Attributes:
+        group: the group of layers that it was to compute, once it is known; an `engine_plan.LayerGroup`.
+    """
+
+    group: Any = None
+
+
+@dataclasses.dataclass
+class Tuning:
+    """The measurements of one call, or the tiles that earlier ones chose.
+
+    Attributes:
+        tiles: the tiles to take, as text, by kernel.
+        time_us: returns the GPU time of a call in microseconds; None where nothing is to be measured.
+        clock: in seconds.
+        ends: when to begin no further measurement, by the clock.
+        left_out: what was not measured for want of time.
+    """
+
+    tiles: dict[str, str] = dataclasses.field(default_factory=dict)
+    time_us: Callable[[Callable[[], Any]], float] | None = None
+    clock: Callable[[], float] = time.monotonic
+    ends: float = 0.0
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+
+_tuning: ContextVar[Tuning | None] = ContextVar("tuning", default=None)
+
+
+@contextlib.contextmanager
+def use(tuning: Tuning) -> Iterator[Tuning]:
+    """Have the kernels that this thread launches meanwhile take their tiles by ``tuning``."""
+    token = _tuning.set(tuning)
+    try:
+        yield tuning
+    finally:
+        _tuning.reset(token)
+
+
+@contextlib.contextmanager
+def without_measurement() -> Iterator[None]:
+    """Take the tiles that the measurement has chosen so far, and measure no others meanwhile."""
+    tuning = _tuning.get() or Tuning()
+    with use(Tuning(tuning.tiles)):
+        yield
+
+
+@contextlib.contextmanager
+def running(group: Any) -> Iterator[None]:
+    """Take the tiles that were chosen for a group of a plan, unless they are being measured; name it in errors."""
+    try:
+        with use(_tuning.get() or Tuning(dict(group.choice.tiles))):
+            yield
+    except KernelUnavailableError as error:
+        error.group = error.group or group
+        raise
+
+
+# (kernel, shape, tiles) that did not compile or fit
+_unavailable: set[tuple[Any, ...]] = set()
+
+
 def launch_tuned(
-    kernel: str,
-    shape: Sequence[Any],
-    x: Tensor,
-    candidates: Sequence[Tiles],
-    launch: Callable[[Tiles], None],
-    time_ms: Callable[[Callable[[], None]], float] | None = None,
+    kernel: str, shape: Sequence[Any], x: Tensor, candidates: Sequence[Tiles], launch: Callable[[Tiles], None]
 ) -> None:
-    """Launch a kernel with the tiles kept for this problem, with the fastest if tuning is on, or with the default.
+    """Launch a kernel with the tiles that were chosen for it; measure them first where that is wanted.
+
+    Tiles that do not compile or fit give way to the next ones, which is said once.
 
     Args:
         kernel: its name.
-        shape: the numbers that the speed depends on.
+        shape: the numbers that the compiled kernel depends on.
         x: the input, for its dtype and device.
         candidates: tiles, the default first.
         launch: of the kernel with some tiles; it may be called several times.
-        time_ms: returns the time of a call; `measure_ms` if not given, where the GPU can measure.
+
+    Raises:
+        KernelUnavailableError: no tiles compile and fit.
     """
-    fastest = candidates[0]
-    if len(candidates) > 1 and all(isinstance(number, int) for number in shape):  # no symbolic shape
-        key = f"{kernel} {'x'.join(str(n) for n in shape)} {str(x.dtype).removeprefix('torch.')} {platform_name(x)}"
-        kept = read_cache(cache_file())
-        if key not in kept and os.environ.get(TUNE_VARIABLE) == "1" and (time_ms is not None or can_measure(x)):
-            times = [(time_ms or measure_ms)(functools.partial(launch, tiles)) for tiles in candidates]
-            kept[key] = str(candidates[times.index(min(times))])
-            write_cache(cache_file(), kept)
-        fastest = next((tiles for tiles in candidates if str(tiles) == kept.get(key)), fastest)
-    launch(fastest)
+    tuning = _tuning.get() or Tuning()
+    problem = kernel, *shape, x.dtype, x.device
+    left = [tiles for tiles in candidates if (*problem, str(tiles)) not in _unavailable]
+    if tuning.time_us is not None and kernel not in tuning.tiles and len(left) > 1:
+        tuning.tiles[kernel] = str(_fastest(kernel, left, launch, tuning))
+    left.sort(key=lambda tiles: str(tiles) != tuning.tiles.get(kernel))
+    reason = KernelUnavailableError(f"{kernel}: no tiles fit")
+    for tiles in left:
+        try:
+            return launch(tiles)
+        except KernelUnavailableError as error:
+            reason = error
+            _unavailable.add((*problem, str(tiles)))
+            warn_once(f"nin: {error}; other tiles, or else the library, take its place")
+    raise reason
 
 
-def platform_name(x: Tensor) -> str:
-    """Return the GPU and the compiler that a measurement is valid for."""
-    gpu = torch.cuda.get_device_name(x.device) if x.is_cuda and torch.cuda.is_available() else "no GPU"
-    return f"{gpu}, triton {triton.__version__}"
+def _fastest(kernel: str, candidates: Sequence[Tiles], launch: Callable[[Tiles], None], tuning: Tuning) -> Tiles:
+    """Return the tiles whose launch takes the least time; those after the first are tried while there is time."""
+    times: dict[int, float] = {}
+    longest_s = 0.0
+    for i, tiles in enumerate(candidates):
+        start = tuning.clock()
+        # A compilation cannot be stopped half way. The first one is not for the measurement's sake: without any, the
+        # kernel could not run.
+        if times and start + longest_s > tuning.ends:
+            tuning.left_out += [f"{kernel} {tiles}" for tiles in candidates[i:]]
+            break
+        try:
+            launch(tiles)
+            assert tuning.time_us is not None
+            times[i] = tuning.time_us(lambda tiles=tiles: launch(tiles))  # type: ignore[misc]
+        except KernelUnavailableError:
+            continue  # said where it is launched
+        longest_s = max(longest_s, tuning.clock() - start)
+    return candidates[min(times, key=times.__getitem__)] if times else candidates[0]
 
 
-def can_measure(x: Tensor) -> bool:
-    """Return whether a kernel can be run and timed now: on a GPU, not while a graph is traced or captured."""
-    return type(x) is Tensor and x.is_cuda and not torch.cuda.is_current_stream_capturing()
+def time_engines(engines: Mapping[str, Callable[[], Any]], tuning: Tuning) -> dict[str, float]:
+    """Return the time of each engine in microseconds, the library's first; one that fails has none, which is said once.
+
+    Args:
+        engines: by name, a function that makes what is to be timed: it compiles, chooses tiles, and returns a call.
+        tuning: time function, clock and end; it gets the tiles that were chosen.
+    """
+    times: dict[str, float] = {}
+    assert tuning.time_us is not None
+    for name, prepare in engines.items():
+        if times and tuning.clock() > tuning.ends:
+            tuning.left_out.append(name)
+            continue
+        try:
+            with use(tuning):
+                call = prepare()
+            times[name] = tuning.time_us(call)
+        except (KernelUnavailableError, torch.OutOfMemoryError) as error:
+            warn_once(f"nin: {name} is not among the engines here: {error}")
+    return times
 
 
-def measure_ms(call: Callable[[], None]) -> float:
-    """Return the median time of a call on the GPU, compilation not included."""
-    call()  # compiles the kernel
-    times = []
-    for _ in range(RUNS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+class GpuTimer:
+    """Time calls on a GPU: its own time, without that of the launches.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # written between the runs, so that no run finds its input in the L2 cache
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._flushed = torch.empty(max(size, 1), dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        """Return the median time of a call in microseconds, of five."""
         call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def cache_file() -> Path:
-    """Return the file of the measured tiles."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache/nin/gpu-tiles.json")
-
-
-# cached, as each launch asks for it; `launch_tuned` adds what it measures to this same dictionary
-@functools.cache
-def read_cache(path: Path) -> dict[str, str]:
-    """Return the kept tiles by problem; none where the file is absent or broken."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_cache(path: Path, kept: dict[str, str]) -> None:
-    """Write the file beside its place and rename it, so that other processes never see half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(kept, indent=1) + "\n")
-    beside.replace(path)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        launched_s = time.perf_counter() - start
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(RUNS)]
+        for begin, end in events:
+            # The GPU is kept busy until the whole call is launched: what is timed is the kernels, not the waiting for
+            # them. Two cycles a nanosecond, and twice the time.
+            torch.cuda._sleep(int(launched_s * 4e9) + 100_000)
+            self._flushed.zero_()
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(1e3 * begin.elapsed_time(end) for begin, end in events)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments, Gradients, needs_input_gradient
-from nin.ops.gpu import backward_kernels, forward, tile_sizes
-from nin.ops.gpu.autotune import launch_tuned
+from nin.ops.gpu import autotune, backward_kernels, forward, tile_sizes
 from nin.ops.gpu.engine_plan import BackwardGroup
 from nin.ops.gpu.strides import coalesce_pixels, subsample
 
@@ -86,7 +85,9 @@ def group_backward(
     def launch(tiles: tile_sizes.PairTiles | tile_sizes.LayerGradientTiles) -> None:
         GroupLaunch.of(tensors, through, tiles).run(tensors)
 
-    launch_tuned(f"backward_of_{group.count}", (*widths, *numbers, *map(int, needs)), x, group.tiles, launch)
+    with autotune.running(group):
+        shape = (*widths, *numbers, *map(int, needs))
+        autotune.launch_tuned(f"backward_of_{group.count}", shape, x, group.tiles, launch)
     return gradients
 
 
@@ -273,7 +274,7 @@ def write_product(gradient_rows: Tensor, input_rows: Tensor, result: Tensor) -> 
             *images, result[:, :, None, None], None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
         )
         result.copy_(product[:, :, 0, 0])
-    elif not gradient_rows.is_cuda:  # in the interpreter: no product of 16 bits has a result of 32 on the CPU
+    elif result.dtype == torch.float32 and not gradient_rows.is_cuda:  # no product there has 16 bits and gives 32
         result.copy_(gradient_rows.t().float() @ input_rows.float())
     elif result.dtype == torch.float32:
         torch.mm(gradient_rows.t(), input_rows, out_dtype=torch.float32, out=result)

@@ -6,23 +6,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
-from nin.ops.gpu import autotune, forward_kernels, tile_sizes
-from nin.ops.gpu.engine_plan import LayerGroup, float32_precision
+from nin.ops.gpu import autotune, forward_kernels, matrix_products, tile_sizes
+from nin.ops.gpu.engine_plan import LayerGroup
+from nin.ops.gpu.launch import INTERPRETED
+from nin.ops.gpu.launch import launch as launch  # of the backward pass too
+from nin.ops.gpu.problem import float32_precision
 from nin.ops.gpu.strides import coalesce_pixels, needs_64_bit_offsets, subsample
-
-# Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU and without a compiler.
-INTERPRETED = not isinstance(forward_kernels.layer_forward, triton.JITFunction)
-
-
-def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel, in a graph that AOTAutograd traces (torch.compile) as a node of its own."""
-    # wrap_triton always would cost an eager call about 1 ms in the dispatch of a higher-order operator
-    traced = isinstance(arguments[0], FunctionalTensor)
-    (torch.library.wrap_triton(kernel) if traced else kernel)[grid](*arguments, **constants)
 
 
 def precision_constants(x: Tensor) -> dict[str, Any]:
@@ -41,9 +33,16 @@ def mlpconv(x: Tensor, chain: ChainArguments, plan: Sequence[LayerGroup]) -> Ten
     """Compute a chain group by group, each by the engine that the plan names."""
     layout = reference.memory_format_of(x)
     for group in plan:
-        subchain = chain.subchain(group.first, group.count)
-        x = run_group(x, layout, subchain, group.tiles) if group.fused else reference.mlpconv(x, subchain)
+        x = run_engine(group.choice.engine, x, layout, chain.subchain(group.first, group.count), group)
     return x
+
+
+def run_engine(engine: str, x: Tensor, layout: torch.memory_format, chain: ChainArguments, group: LayerGroup) -> Tensor:
+    """Compute a group's layers by one of the engines of `engine_choice`."""
+    if engine == "triton":
+        with autotune.running(group):
+            return run_group(x, layout, chain, group.tiles)
+    return (matrix_products if engine == "cublas" else reference).mlpconv(x, chain)
 
 
 def run_group(x: Tensor, layout: torch.memory_format, chain: ChainArguments, tiles: Sequence[Any]) -> Tensor:

@@ -16,8 +16,10 @@ svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
 def rich_table(benchmark: Benchmark) -> Table:
     """Return a row for each engine of each case: its times, the fraction of the limit, its median over nin's."""
     result = Table(title=machine_summary(benchmark.machine), title_justify="left", caption_justify="left")
+    notes = list(dict.fromkeys(line for m in benchmark.measurements for line in m.choices))
     if any((m.share_of_limit or 0) > 1 for m in benchmark.measurements):
-        result.caption = "Over 100 %: less arithmetic than tap by tap, of which the limit is (Winograd's transforms)."
+        notes.append("Over 100 %: less arithmetic than tap by tap, of which the limit is (Winograd's transforms).")
+    result.caption = "\n".join(notes) or None
     result.add_column("case")
     result.add_column("engine")
     for heading in ("median ms", "20 %", "80 %", "runs", "of the limit", "times nin"):

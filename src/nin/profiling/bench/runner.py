@@ -68,7 +68,8 @@ class EngineResult:
             for the arithmetic and for reading the input and the weights and writing the result once. The arithmetic
             is that of the taps one by one: Winograd's transforms need less, and may give more than 1. (A fraction;
             files have it under this name.)
-        ran: on a GPU, the kernels that computed nin's operator.
+        ran: on a GPU, the engines that computed nin's operator.
+        choices: why those, by the microseconds of each that were measured or expected.
     """
 
     case: str
@@ -78,6 +79,7 @@ class EngineResult:
     reason: str = ""
     share_of_limit: float | None = None
     ran: str = ""
+    choices: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ def _run_case(
 ) -> list[EngineResult]:
     calls: dict[str, Call] = {}
     reasons: dict[str, str] = {}
-    ran: dict[str, str] = {}
+    ran: dict[str, tuple[str, tuple[str, ...]]] = {}
     round_s = 0.0
     torch._dynamo.reset()  # it stops compiling code that eight models (its recompile_limit) have run
     for engine in engines:
@@ -168,7 +170,7 @@ def _run_case(
                     call = prepare(engine, case, DTYPES[dtype], device)
                     call()
                 if device.type == "cuda" and engine.startswith("nin"):
-                    ran[engine] = dispatch.engine_summary(groups)
+                    ran[engine] = dispatch.engine_summary(groups), tuple(dispatch.choice_lines(groups))
                 start = time.perf_counter()
                 call()
                 elapsed_s = time.perf_counter() - start
@@ -181,7 +183,7 @@ def _run_case(
     bound_ms = _bound_ms(case, dtype, machine)
     fractions = {engine: bound_ms / timing.median_ms for engine, timing in timings.items()} if bound_ms else {}
     return [
-        EngineResult(case.name, dtype, e, timings.get(e), reasons.get(e, ""), fractions.get(e), ran.get(e, ""))
+        EngineResult(case.name, dtype, e, timings.get(e), reasons.get(e, ""), fractions.get(e), *ran.get(e, ("", ())))
         for e in engines
     ]
 

@@ -1,0 +1,156 @@
+"""Launch a Triton kernel: ask the compiler what it takes, then start it without Triton's own look-up.
+
+``kernel[grid](...)`` looks at every argument in each call to find the compiled kernel: 20 µs for 60 arguments. A
+`KernelLaunch` has found it once and takes 3 µs.
+"""
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from nin.ops.gpu import forward_kernels, tile_sizes
+from nin.ops.gpu.autotune import KernelUnavailableError
+
+# Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU and without a compiler.
+INTERPRETED = not isinstance(forward_kernels.layer_forward, triton.JITFunction)
+# What Triton raises where a kernel does not compile or does not fit: its own errors, those of LLVM's passes and of an
+# unknown architecture (RuntimeError, ValueError), of a missing C compiler or ptxas (OSError).
+COMPILE_ERRORS = (
+    triton.TritonError,
+    RuntimeError,
+    ValueError,
+    NotImplementedError,
+    OSError,
+    subprocess.CalledProcessError,
+)
+# Triton 3.9 warns where the choice is left to it, whose default is going to change.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+Recorder = Callable[["KernelLaunch", Sequence[Tensor]], AbstractContextManager[None]]
+# What each launch is made in. Of this thread alone, as each records its own calls.
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+class KernelLaunch:
+    """A kernel with its grid and all arguments but the tensors, compiled.
+
+    Equal tensors in shape, strides, dtype, device and alignment (of their addresses, to 16 bytes) may take the place of
+    those that it was made with: the compiled kernel depends on no more.
+
+    Args:
+        kernel: the Triton kernel.
+        grid: its programs.
+        arguments: its arguments; the tensors come first.
+        constants: its compile-time arguments and options, by name.
+
+    Raises:
+        KernelUnavailableError: it does not compile or does not fit.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        self.name = kernel.__name__
+        self._numbers = tuple(argument for argument in arguments if not isinstance(argument, Tensor))
+        # Triton's own look-up, in the interpreter and where its compiled kernels have changed their interface
+        self._look_up: Callable[..., Any] = kernel[grid]
+        self._constants = constants
+        self.start: Callable[..., None] | None = None
+        if not INTERPRETED:
+            self.start = self._compile(kernel, grid, arguments)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        """Launch the kernel on the current stream of the tensors' GPU, which must be the current device."""
+        if self.start is None:
+            self._look_up(*tensors, *self._numbers, **self._constants)
+        else:
+            self.start(*[t.data_ptr() for t in tensors], *self.trailing, stream=current_stream(tensors[0]))
+
+    def _compile(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> Callable[..., None] | None:
+        """Compile and load the kernel; return its start, or None where Triton's compiled kernels are not as known."""
+        compiled = compile_kernel(kernel, grid, arguments, self._constants)
+        # after the arguments, a compiled kernel wants the constants among its parameters too, though it ignores them
+        names = kernel.arg_names[len(arguments) :]
+        self.trailing = (*self._numbers, *(self._constants.get(name) for name in names))
+        if not hasattr(compiled, "__getitem__"):
+            return None
+        try:
+            return compiled[(*grid, 1, 1)[:3]]  # loads it, which fails where it does not fit
+        except COMPILE_ERRORS as error:
+            raise KernelUnavailableError(f"{self.name}: {first_line(error)}") from error
+
+
+def compile_kernel(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> Any:
+    """Return Triton's compiled kernel.
+
+    Raises:
+        KernelUnavailableError: it does not compile, or the compiler took more shared memory than the GPU has.
+    """
+    try:
+        # dtypes stand for tensors that have no memory
+        known = [a.dtype if isinstance(a, Tensor) and type(a) is FunctionalTensor else a for a in arguments]
+        compiled = kernel.warmup(*known, grid=grid, **constants)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of asynchronous compilation
+    except COMPILE_ERRORS as error:
+        raise KernelUnavailableError(f"{kernel.__name__}: {first_line(error)}") from error
+    taken, limit = compiled.metadata.shared, tile_sizes.device_limits(arguments[0]).shared_bytes
+    if taken > limit:
+        raise KernelUnavailableError(f"{kernel.__name__}: takes {taken:,} bytes of shared memory, of {limit:,}")
+    return compiled
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def current_stream(t: Tensor) -> int:
+    """Return the handle of the current stream of a tensor's GPU."""
+    return triton.runtime.driver.active.get_current_stream(t.get_device())
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel once, in a graph that AOTAutograd traces (torch.compile) as a node of its own.
+
+    Args:
+        kernel: the Triton kernel.
+        grid: its programs.
+        *arguments: its arguments; the tensors come first.
+        **constants: its compile-time arguments, warps and stages.
+
+    Raises:
+        KernelUnavailableError: it does not compile or does not fit; nothing was launched.
+    """
+    # wrap_triton always would cost an eager call about 1 ms in the dispatch of a higher-order operator
+    if isinstance(arguments[0], FunctionalTensor):
+        if torch.cuda.is_available():  # Inductor compiles it much later, where nothing else could take its place
+            compile_kernel(kernel, grid, [_example(a) for a in arguments], constants | OPTIONS)
+        torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+        return
+    made = KernelLaunch(kernel, grid, arguments, constants | OPTIONS)
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    recorder = _recorder.get()
+    with recorder(made, tensors) if recorder else contextlib.nullcontext():
+        made(tensors)
+
+
+def _example(argument: Any) -> Any:
+    """Return what a traced argument is like: a tensor's dtype, a symbolic size's example."""
+    return argument.node.hint if isinstance(argument, torch.SymInt) else argument
+
+
+@contextlib.contextmanager
+def record_launches(recorder: Recorder) -> Iterator[None]:
+    """Make each launch of this thread meanwhile in the context that the recorder returns for it and its tensors."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
