@@ -5,6 +5,7 @@ And what the tests of the CPU kernels share.
 
 import os
 import shutil
+import struct
 
 import pytest
 import torch
@@ -80,6 +81,23 @@ def isa(request, monkeypatch):
         pytest.skip(f"this machine lacks {request.param}")
     monkeypatch.setattr(dispatch, "KERNELS", kernels)
     return request.param
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Return a function that forces one Winograd tile size on every k×k layer; 0: direct convolution."""
+    from nin.ops.cpu import abi, conv_backward, dispatch
+
+    sizes = []
+
+    def choose(kernels, packed_chain, chain):
+        size = sizes[-1] if chain.weights[0].shape[2] > 1 else 0
+        return packed_chain[:-8] + struct.pack("q", size), size
+
+    monkeypatch.setattr(abi, "choose_winograd", choose)
+    monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
+    monkeypatch.setattr(conv_backward, "MIN_WINOGRAD_PIXELS", 0)
+    return sizes.append
 
 
 @pytest.fixture(params=[1, 2, 4])

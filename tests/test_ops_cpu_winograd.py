@@ -1,4 +1,4 @@
-"""k×k convolutions with Winograd: values, gradients, which layers, threads, numbers that are not finite."""
+"""k×k convolutions with Winograd: values, gradients, which layers, threads."""
 
 import os
 import struct
@@ -16,49 +16,13 @@ import nin
 from nin.ops import reference
 from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, conv_backward, dispatch, library, weight_cache
+from support.winograd import KINDS, images, in_float64, layer
 
 pytestmark = pytest.mark.skipif(library.LIBRARY is None, reason="nin was installed without a C++ compiler")
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 each_layout = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-# input tile size, kernel size
-KINDS = [(6, 3), (6, 4), (6, 5), (8, 3), (8, 4), (8, 5), (8, 6), (8, 7)]
 each_kind = pytest.mark.parametrize(("size", "kernel"), KINDS)
 POINTS = {6: [Fraction(3, 4), Fraction(3, 2)], 8: [Fraction(1, 2), Fraction(1), Fraction(2)]}
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """Return a function that forces one Winograd tile size on every k×k layer; 0: direct convolution."""
-    sizes = []
-
-    def choose(kernels, packed_chain, chain):
-        size = sizes[-1] if chain.weights[0].shape[2] > 1 else 0
-        return packed_chain[:-8] + struct.pack("q", size), size
-
-    monkeypatch.setattr(abi, "choose_winograd", choose)
-    monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: False)
-    monkeypatch.setattr(conv_backward, "MIN_WINOGRAD_PIXELS", 0)
-    return sizes.append
-
-
-def layer(channels, columns, kernel, padding, dtype=torch.float32, activation="relu", *more):
-    """Return a k×k layer and 1×1 layers after it, with values of order 1."""
-    widths, kernels = [channels, columns, *more], [kernel] + [1] * len(more)
-    weights = [
-        (torch.randn(o, i, k, k) * (i * k * k) ** -0.5).to(dtype)
-        for i, o, k in zip(widths[:-1], widths[1:], kernels, strict=True)
-    ]
-    biases = [torch.randn(o).to(dtype) for o in widths[1:]]
-    return ChainArguments(weights, biases, (1, 1), (padding, padding), (1, 1), [activation] * len(weights))
-
-
-def images(count, channels, height, width, dtype=torch.float32, layout=torch.channels_last):
-    return torch.randn(count, channels, height, width).to(dtype).contiguous(memory_format=layout)
-
-
-def in_float64(chain):
-    parameters = [w.double() for w in chain.weights], [None if b is None else b.double() for b in chain.biases]
-    return ChainArguments(*parameters, *chain[2:])
 
 
 def assert_close(got, want, times=1):
@@ -284,7 +248,7 @@ def test_the_environment_turns_it_off():
         assert result.stdout.strip() == size, result.stderr
 
 
-# -- threads, memory, packed weights, numbers that are not finite -------------------------------------------------
+# -- threads, memory, packed weights -----------------------------------------------------
 
 
 # images, channels in and out, height and width, of the 1×1 layers: one task by columns, too few columns for that, whole
@@ -357,19 +321,6 @@ def test_transformed_weights_do_not_depend_on_their_memory_format(dtype, for_inp
     options = {"for_input_gradient": for_input_gradient, "winograd_tile_size": 8}
     packed = [weight_cache.packed_weight(dispatch.KERNELS, w, **options) for w in layouts]
     assert all(torch.equal(packed[0], other) for other in packed[1:])
-
-
-@each_dtype
-def test_what_is_not_finite_stays_in_its_tiles(isa, force, dtype):
-    x, chain = images(2, 24, 16, 16, dtype), layer(24, 32, 5, 2, dtype)
-    x[0, 3, 4, 4] = float("nan")
-    force(8)  # output tiles of 4 × 4; the pixel is in the windows of 2 to 6, which belong to the first two
-    result = dispatch.mlpconv(x, chain)
-    touched = torch.zeros(16, 16, dtype=torch.bool)
-    touched[0:8, 0:8] = True
-    assert (result[0].isnan().all(0) == touched).all()
-    assert (result[0].isnan().any(0) == touched).all()
-    assert not result[1].isnan().any()
 
 
 def test_training_goes_the_same_way():

@@ -1,4 +1,5 @@
-// Runs the kernels on buffers that end or start at a guard page, and compares with plain loops. Built with AddressSanitizer, which watches the library's own memory.
+// Runs the kernels on buffers that end or start at a guard page, and compares with plain loops in double. Built with
+// AddressSanitizer, which watches the library's own memory.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -75,6 +76,7 @@ struct Case {
   Shape shape;
   bool channels_last, at_end;
   int64_t winograd_tile;  // 0: direct convolution
+  bool outlier = false;   // one input is a million times the others
 };
 
 void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width, bool channels_last) {
@@ -86,8 +88,9 @@ void set_strides(int64_t (&strides)[4], int64_t channels, int64_t height, int64_
 bool close(const Case& c, const char* what, double got, double want, double size) {
   const double tolerance = (c.type == 1 ? 0.05 : 1e-4) * (size + 1e-3);
   if (std::abs(got - want) <= tolerance) return true;
-  std::printf("%s %s: %g instead of %g: type %ld, channels %ld, kernel %ld, channels_last %d\n", c.isa, what, got, want,
-              long(c.type), long(c.shape.channels), long(c.shape.kernel), c.channels_last);
+  std::printf("%s %s: %g instead of %g: type %ld, channels %ld, kernel %ld, Winograd %ld, channels_last %d, outlier %d\n",
+              c.isa, what, got, want, long(c.type), long(c.shape.channels), long(c.shape.kernel), long(c.winograd_tile),
+              c.channels_last, c.outlier);
   return false;
 }
 
@@ -132,6 +135,67 @@ bool check_weight_gradient(const Case& c, nin_chain p, const Buffer& x) {
   return good;
 }
 
+// A sum of products, and of their magnitudes.
+struct Sum {
+  double value = 0, size = 0;
+
+  void add(double product) { value += product, size += std::abs(product); }
+};
+
+// The gradients of two 1×1 layers with ReLU, for the input and the weights, against plain sums.
+bool check_chain_gradients(const Case& c, const nin_chain& p, const Buffer& x, const Buffer& y, const Buffer& grad,
+                           const Buffer (&weights)[2], const Buffer (&biases)[2], const Buffer& x_grad,
+                           const Buffer (&weight_grads)[2]) {
+  const Shape& s = c.shape;
+  const int64_t pixels = s.batch * p.out_height * p.out_width;
+  constexpr int64_t max_pixels = 1000;  // more would take minutes
+  if (pixels > max_pixels) return true;
+  std::vector<Sum> first(size_t(s.out[0] * s.channels)), second(size_t(s.out[1] * s.out[0]));
+  bool good = true;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+    const auto in = [&](int64_t channel) {
+      return n * p.x_stride[0] + channel * p.x_stride[1] + row * s.stride * p.x_stride[2] +
+             column * s.stride * p.x_stride[3];
+    };
+    std::vector<Sum> back(size_t(s.out[0]));
+    std::vector<Sum> hidden(size_t(s.out[0]));
+    for (int64_t h = 0; h < s.out[0]; ++h) {
+      Sum& sum = hidden[size_t(h)];
+      sum.add(biases[0].get(h));
+      for (int64_t ch = 0; ch < s.channels; ++ch) sum.add(weights[0].get(h * s.channels + ch) * x.get(in(ch)));
+      sum.value = std::max(0.0, sum.value);
+    }
+    for (int64_t o = 0; o < s.out[1]; ++o) {
+      const int64_t at = n * p.y_stride[0] + o * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+      const double g = y.get(at) > 0 ? grad.get(at) : 0;
+      for (int64_t h = 0; h < s.out[0]; ++h) {
+        Sum& weight = second[size_t(o * s.out[0] + h)];
+        weight.value += g * hidden[size_t(h)].value, weight.size += std::abs(g) * hidden[size_t(h)].size;
+        if (hidden[size_t(h)].value > 0) back[size_t(h)].add(g * weights[1].get(o * s.out[0] + h));
+      }
+    }
+    for (int64_t ch = 0; ch < s.channels; ++ch) {
+      Sum sum;
+      for (int64_t h = 0; h < s.out[0]; ++h) {
+        const double w = weights[0].get(h * s.channels + ch), value = x.get(in(ch));
+        sum.value += w * back[size_t(h)].value, sum.size += std::abs(w) * back[size_t(h)].size;
+        Sum& weight = first[size_t(h * s.channels + ch)];
+        weight.value += value * back[size_t(h)].value, weight.size += std::abs(value) * back[size_t(h)].size;
+      }
+      good = good && close(c, "gradient of the input", x_grad.get(in(ch)), sum.value, sum.size);
+    }
+  }
+  for (size_t i = 0; i < first.size(); ++i) {
+    good = good && close(c, "gradient of the first weight", weight_grads[0].get(int64_t(i)), first[i].value, first[i].size);
+  }
+  for (size_t i = 0; i < second.size(); ++i) {
+    good =
+        good && close(c, "gradient of the second weight", weight_grads[1].get(int64_t(i)), second[i].value, second[i].size);
+  }
+  return good;
+}
+
 // Two layers; the second's ReLU and bias; forward, and backward where the first is 1×1.
 bool run(const Case& c) {
   const Shape& s = c.shape;
@@ -152,6 +216,7 @@ bool run(const Case& c) {
   Buffer weights[2] = {{s.out[0] * fan[0], c.type, c.at_end}, {s.out[1] * fan[1], c.type, c.at_end}};
   Buffer biases[2] = {{s.out[0], c.type, c.at_end}, {s.out[1], c.type, c.at_end}};
   x.fill(in_count, 1);
+  if (c.outlier) x.set(in_count / 2, 1e6);
   std::vector<char> packed[2], exchanged[2];
   nin_layer layers[2];
   for (int i = 0; i < 2; ++i) {
@@ -169,9 +234,8 @@ bool run(const Case& c) {
   const nin_thread_pool pool{nullptr, 2};
   if (c.winograd_tile) {
     const void* floats = nin_find_kernels(c.isa, 0);
-    const nin_weight_view winograd_shapes{0, s.out[0], s.channels, c.winograd_tile, c.winograd_tile, 0, 0, 0, 0};
     const nin_weight_view w{c.type, s.out[0], s.channels, s.kernel, s.kernel, fan[0], taps, s.kernel, 1};
-    packed[0].resize(nin_packed_bytes(floats, &winograd_shapes));
+    packed[0].resize(nin_winograd_packed_bytes(floats, &w, c.winograd_tile));
     if (nin_winograd_pack(floats, &w, c.winograd_tile, weights[0].data, packed[0].data(), &pool) != 0) return false;
     layers[0].weight = packed[0].data();
     p.winograd_tile_size = c.winograd_tile;
@@ -230,7 +294,7 @@ bool run(const Case& c) {
     }
     good = good && close(c, "gradient of the bias", bias_grads[1].get(o), sum, size);
   }
-  return good;
+  return good && check_chain_gradients(c, p, x, y, grad, weights, biases, x_grad, weight_grads);
 }
 
 }  // namespace
@@ -263,8 +327,12 @@ int main() {
     for (const Shape& shape : winograd_shapes) {
       for (int64_t winograd_tile : {6, 8}) {
         if (winograd_tile - shape.kernel + 1 < 2) continue;
-        for (int variant = 0; variant < 8; ++variant, ++runs) {
-          if (!run({isa, variant / 4, shape, (variant & 1) != 0, (variant & 2) != 0, winograd_tile})) return 1;
+        for (int variant = 0; variant < 8; ++variant, runs += 2) {
+          const Case c{isa, variant / 4, shape, (variant & 1) != 0, (variant & 2) != 0, winograd_tile};
+          if (!run(c)) return 1;
+          Case outlier = c;
+          outlier.outlier = true;
+          if (!run(outlier)) return 1;
         }
       }
     }

@@ -59,6 +59,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
         ("nin_pack", None, [pointer, blob, pointer, pointer]),
         ("nin_winograd_size", size, [pointer, blob, size]),
         ("nin_winograd_weights", None, [size, size, pointer]),
+        ("nin_winograd_packed_bytes", size, [pointer, blob, size]),
         ("nin_winograd_pack", status, [pointer, blob, size, pointer, pointer, blob]),
         ("nin_winograd_gradient", status, [pointer, blob, size, pointer, pointer, pointer, blob]),
         ("nin_tap_gradient", status, [pointer, blob, blob, size, pointer, pointer, pointer, pointer, size, blob]),

@@ -93,9 +93,7 @@ def _pack(handle: int, weight: Tensor, for_input_gradient: bool, winograd_tile_s
         packed = torch.empty(lib.nin_packed_bytes(handle, view), dtype=torch.uint8)
         lib.nin_pack(handle, view, address, packed.data_ptr())
         return packed
-    # transformed weights take as much memory as a kernel of the tile's size
-    tile = struct.pack("9q", 0, columns, channels, winograd_tile_size, winograd_tile_size, 0, 0, 0, 0)
-    packed = torch.empty(lib.nin_packed_bytes(handle, tile), dtype=torch.uint8)
+    packed = torch.empty(lib.nin_winograd_packed_bytes(handle, view, winograd_tile_size), dtype=torch.uint8)
     addresses = address, packed.data_ptr()
     library.check(lib.nin_winograd_pack(handle, view, winograd_tile_size, *addresses, library.thread_pool()))
     return packed

@@ -55,7 +55,10 @@ NIN_API uint64_t nin_hash(const void* data, int64_t bytes);
 NIN_API int64_t nin_winograd_size(const void* kernels, const nin_chain* chain, int64_t columns);
 // Writes G, the matrix of the filter transform G w Gᵀ: size × kernel.
 NIN_API void nin_winograd_weights(int64_t size, int64_t kernel, double* matrix);
-// Applies the filter transform and packs the result, as large as a size × size kernel. `kernels`: those of float32.
+// The bytes of a weight packed by nin_winograd_pack.
+NIN_API int64_t nin_winograd_packed_bytes(const void* kernels, const nin_weight_view* weight, int64_t size);
+// Applies the filter transform and packs the result, and beside it the weight itself for the tiles that are computed tap
+// by tap. `kernels`: those of float32.
 NIN_API int32_t nin_winograd_pack(const void* kernels, const nin_weight_view* weight, int64_t size, const void* data,
                                   void* packed, const nin_thread_pool* pool);
 // The scratch memory of one thread, in bytes.

@@ -85,6 +85,18 @@ constexpr double winograd_point(int64_t size, int i) {
   return points[size == 8][i];
 }
 
+// The register tile is at most two vectors wide: 14 × 2 sums fill 28 of AVX-512's 32 registers.
+constexpr int max_vectors = 2;
+
+// Of a panel's columns: the bits of the largest magnitude, the values that are not zero, the sum of the magnitudes'
+// square roots (to 7 %).
+struct ColumnMagnitudes {
+  static constexpr int max_columns = 16 * max_vectors;
+  int32_t largest[max_columns];
+  int32_t counts[max_columns];
+  float root_sums[max_columns];
+};
+
 struct Kernels {
   const char* name;
   int lanes;                     // floats in a vector
@@ -108,6 +120,11 @@ struct Kernels {
   // transposed[c][p] = tile[p][c], bfloat16, for AMX
   void (*transpose_pixels)(const void* tile, int64_t row_stride, int64_t count, int64_t channels, void* transposed,
                            int64_t transposed_row_stride);
+  // The largest magnitude of each pixel's channels, as the bits of a float, of which a NaN's are larger than infinity's.
+  // `to` has room for `count` rounded up to a multiple of `lanes`.
+  void (*pixel_magnitudes)(const void* tile, int64_t row_stride, int64_t count, int64_t channels, int32_t* to);
+  // The same of each column of a panel of weights.
+  void (*column_magnitudes)(const float* panel, int64_t rows, int vectors, ColumnMagnitudes& to);
   // Winograd's input transform Bᵀ x B of a tile of size × size pixels: as many components, `component_stride` bytes
   // apart.
   void (*input_transform)(int size, const PixelGrid& from, int64_t channels, float* to, int64_t component_stride);
@@ -129,9 +146,6 @@ struct Kernels {
 
 // AMX's outer product: pixels that it sums at a time, and rows of its result.
 constexpr int64_t tile_depth = 32, tile_height = 16;
-
-// The register tile is at most two vectors wide: 14 × 2 sums fill 28 of AVX-512's 32 registers.
-constexpr int max_vectors = 2;
 
 extern const Kernels portable_kernels;
 #if NIN_X86

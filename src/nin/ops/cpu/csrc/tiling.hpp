@@ -57,11 +57,21 @@ struct Window {
   int64_t image, top, left, lines, columns;
 };
 
+// A part of a line.
+struct ColumnRange {
+  int64_t first, last;
+};
+
+// The columns of a window that are inside the image.
+inline ColumnRange columns_inside_image(const nin_chain& chain, const Window& w) {
+  const int64_t first = std::clamp<int64_t>(-w.left, 0, w.columns);
+  return {first, std::clamp<int64_t>(chain.width - w.left, first, w.columns)};
+}
+
 // Copies a window, with zeros where it reaches past the image.
 inline void copy_padded(const Kernels& k, const nin_chain& chain, const ImageView& x, const Window& w,
                         const PixelGrid& to) {
-  const int64_t first = std::clamp<int64_t>(-w.left, 0, w.columns);
-  const int64_t last = std::clamp<int64_t>(chain.width - w.left, first, w.columns);
+  const auto [first, last] = columns_inside_image(chain, w);
   for (int64_t i = 0; i < w.lines; ++i) {
     char* line = to.data + i * to.line_stride;
     if (w.top + i < 0 || w.top + i >= chain.height) {
@@ -192,6 +202,7 @@ struct Panels {
   int vectors(const Kernels& k, int64_t panel) const {
     return int(std::min<int64_t>(max_vectors, ceil_div(columns - panel * width, k.lanes)));
   }
+  int64_t bytes(const Kernels& k) const { return (count - 1) * full_bytes + vectors(k, count - 1) * full_bytes / max_vectors; }
 };
 
 // Weights of this size or more do not stay in the L2 cache beside a tile: the next panel is prefetched.

@@ -2,16 +2,14 @@
 #include <cstring>
 #include <new>
 
+#include "dynamic_range.hpp"
 #include "parallel.hpp"
-#include "winograd.hpp"
 
 namespace nin {
 namespace {
 
 int64_t packed_bytes(const Kernels& k, const nin_weight_view& w) {
-  const Panels panels(k, w.columns, w.height * w.width * k_steps_of(k, w.channels));
-  const int64_t last = panels.vectors(k, panels.count - 1) * panels.full_bytes / max_vectors;
-  return (panels.count - 1) * panels.full_bytes + last;
+  return Panels(k, w.columns, w.height * w.width * k_steps_of(k, w.channels)).bytes(k);
 }
 
 // Packs one tap's weights for some columns: a row for each channel, or pair of channels.
@@ -53,20 +51,34 @@ void pack(const Kernels& k, const nin_weight_view& w, const char* data, char* pa
   }
 }
 
-// Packs each panel into scratch, and writes its filter transform G w Gᵀ to `packed`.
+WinogradWeights winograd_weights(const Kernels& k, const nin_weight_view& w, int64_t size) {
+  return WinogradWeights(k, size, w.height, w.channels, w.columns);
+}
+
+// Packs each panel, and writes its filter transform G w Gᵀ.
 nin_status pack_winograd(const Kernels& k, const nin_weight_view& w, int64_t size, const char* data, char* packed,
                          const nin_thread_pool& pool) {
-  const Panels panels(k, w.columns, size * size * w.channels);
+  const WinogradWeights to = winograd_weights(k, w, size);
+  const Panels& panels = to.components;
   const std::vector<float> matrix = Winograd::filter_transform_matrix(size, w.height);
-  const int64_t scratch_bytes = w.height * w.width * w.channels * panels.width * 4;
-  return run_tasks(pool, panels.count, size_t(scratch_bytes), [&](int64_t panel, char* scratch) {
-    const int64_t first = panel * panels.width, count = w.channels * panels.vectors(k, panel) * k.lanes;
+  std::vector<InputRange> ranges(size_t(panels.count));
+  const nin_status status = run_tasks(pool, panels.count, 1, [&](int64_t panel, char*) {
+    const int vectors = panels.vectors(k, panel);
+    const int64_t first = panel * panels.width, width = vectors * k.lanes, count = w.channels * width;
     nin_weight_view part = w;
     part.columns = std::min(panels.width, w.columns - first);
-    pack(k, part, data + first * w.column_stride * element_size(DataType(w.type)), scratch);
-    k.filter_transform(int(size), int(w.height), matrix.data(), reinterpret_cast<float*>(scratch), count * 4,
+    auto* const taps = reinterpret_cast<float*>(packed + to.taps_offset + panel * to.taps.full_bytes);
+    pack(k, part, data + first * w.column_stride * element_size(DataType(w.type)), reinterpret_cast<char*>(taps));
+    ColumnMagnitudes magnitudes;
+    k.column_magnitudes(taps, w.height * w.width * w.channels, vectors, magnitudes);
+    ranges[size_t(panel)] = safe_inputs(magnitudes, width);
+    k.filter_transform(int(size), int(w.height), matrix.data(), taps, count * 4,
                        reinterpret_cast<float*>(packed + panel * panels.full_bytes), count * 4, count);
   });
+  InputRange range = all_inputs;
+  for (const InputRange& other : ranges) range = intersection(range, other);
+  std::memcpy(packed + to.range_offset, &range, sizeof range);
+  return status;
 }
 
 }  // namespace
@@ -79,6 +91,10 @@ int64_t nin_packed_bytes(const void* kernels, const nin_weight_view* weight) {
 void nin_pack(const void* kernels, const nin_weight_view* weight, const void* data, void* packed) {
   nin::pack(*static_cast<const nin::Kernels*>(kernels), *weight, static_cast<const char*>(data),
             static_cast<char*>(packed));
+}
+
+int64_t nin_winograd_packed_bytes(const void* kernels, const nin_weight_view* weight, int64_t size) {
+  return nin::winograd_weights(*static_cast<const nin::Kernels*>(kernels), *weight, size).bytes();
 }
 
 int32_t nin_winograd_pack(const void* kernels, const nin_weight_view* weight, int64_t size, const void* data,

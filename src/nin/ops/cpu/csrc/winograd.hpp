@@ -26,9 +26,36 @@ struct TransformedTiles {
   int64_t tile_stride, component_stride;
 };
 
-// Copies the tiles' input, with padding, to `copy` and applies the input transform.
-void transform_input_tiles(const Kernels& k, const nin_chain& p, int64_t size, const ImageView& x,
-                           const WinogradTiles& tiles, const PixelGrid& copy, const TransformedTiles& to);
+// How a tile is computed: 0 in the Winograd domain, all of it; else `by_taps`, or the set of the outputs whose taps read
+// zeros only, so that they are the bias.
+using TileMark = uint64_t;
+constexpr TileMark by_taps = TileMark(1) << 63;
+constexpr TileMark output_bit(int line, int column) { return TileMark(1) << (8 * line + column); }
+
+// A range of magnitudes (dynamic_range.hpp); zero is in all but `no_inputs`.
+struct InputRange {
+  int32_t smallest, largest;
+};
+constexpr InputRange all_inputs{0, 243 << 23}, no_inputs{0, -1};
+
+// A layer's packed weights in memory: those of the components, then the weights themselves, then the range of inputs.
+struct WinogradWeights {
+  Panels components, taps;
+  int64_t taps_offset, range_offset;
+
+  WinogradWeights(const Kernels& float_kernels, int64_t size, int64_t kernel, int64_t channels, int64_t columns)
+      : components(float_kernels, columns, size * size * channels),
+        taps(float_kernels, columns, kernel * kernel * channels), taps_offset(components.bytes(float_kernels)),
+        range_offset(taps_offset + taps.bytes(float_kernels)) {}
+  int64_t bytes() const { return range_offset + int64_t(sizeof(InputRange)); }
+};
+
+// What the tiles read: a window of the input, with padding.
+Window input_window(const nin_chain& chain, int64_t size, const WinogradTiles& tiles);
+// Applies the input transform to the tiles of a copied window, but to those that are marked `by_taps`: of these the
+// components are the pixels, as floats.
+void transform_input_tiles(const Kernels& k, const nin_chain& chain, int64_t size, const WinogradTiles& tiles,
+                           const PixelGrid& copy, const TileMark* marks, const TransformedTiles& to);
 
 class Winograd {
  public:
@@ -47,13 +74,21 @@ class Winograd {
   Tile tile(int64_t task) const;
   int64_t max_pixels() const { return max_tiles_ * output_tile_ * output_tile_; }
   int64_t weight_bytes() const { return tile_size_ * tile_size_ * chain_.channels * columns_ * 4; }
-  int64_t scratch_bytes() const { return copy_bytes_ + transformed_bytes_ + products_bytes_; }
+  int64_t scratch_bytes() const {
+    return copy_bytes_ + magnitudes_bytes_ + marks_bytes_ + transformed_bytes_ + products_bytes_;
+  }
   // `out`: where the output pixels go; `epilogue`: of all columns; `part`: the panels to compute.
   void run(const Tile& t, const ImageView& x, const void* weight, const Epilogue& epilogue, const PixelGrid& out,
            const Panels& part, char* scratch) const;
 
  private:
   double cost() const;
+  void mark_tiles(const WinogradTiles& tiles, const Tile& t, const PixelGrid& copy, const InputRange& range,
+                  int32_t* memory, TileMark* marks) const;
+  void convolve(const char* pixels, const char* panel, int vectors, const Epilogue& epilogue, const PixelGrid& out,
+                int lines, int columns, int64_t channels) const;
+  void set_zero_outputs(TileMark zeros, int vectors, const Epilogue& epilogue, const PixelGrid& out,
+                        int64_t channels) const;
   int64_t images(const Tile& t) const { return whole_images_ ? t.lines / chain_.out_height : 1; }
 
   const Kernels& k_;              // for the copy and the transforms
@@ -63,11 +98,12 @@ class Winograd {
   int64_t tiles_down_, tiles_across_;                       // of an image
   bool whole_images_ = false;                               // a task takes whole images, else tiles of one image
   TileGrid tile_grid_;                                      // of images or of Winograd tiles
-  int64_t max_tiles_ = 0;                                   // of a task
+  int64_t across_ = 0, max_tiles_ = 0;                      // scratch of a task is for as many: in a line, in all
   int64_t copy_row_bytes_, copy_line_stride_ = 0;           // of the copied input
   int64_t input_tile_stride_, input_component_stride_ = 0;  // bytes between tiles and between components
   int64_t product_tile_stride_, product_component_stride_ = 0;
-  int64_t copy_bytes_ = 0, transformed_bytes_ = 0, products_bytes_ = 0;
+  std::vector<int64_t> tap_offsets_;  // in a tile whose components are its pixels
+  int64_t copy_bytes_ = 0, magnitudes_bytes_ = 0, marks_bytes_ = 0, transformed_bytes_ = 0, products_bytes_ = 0;
 };
 
 }  // namespace nin
