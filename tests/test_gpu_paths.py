@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 import nin
 from nin import data, exporters, server
@@ -197,15 +196,6 @@ def test_evaluation(images):
     torch.testing.assert_close(scores, want, rtol=1e-4, atol=1e-5)
     none = data.Data(**{**vars(images), "test": data.ImageSet(images.test.images[:0], images.test.labels[:0])})
     assert evaluate(network, none, device=GPU, dtype=torch.float32)[0].shape == (0, 3)
-
-
-@pretended
-def test_evaluation_on_tensors_without_memory(images):
-    """The same by PyTorch's own means, which know no values: tensors that are said to be on a GPU."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        network = nn.Sequential(nn.Conv2d(1, 3, 3), nin.GlobalAveragePooling()).to("cuda").eval()
-        scores, _ = evaluate(network, images, device=GPU, dtype=torch.float32)
-    assert scores.shape == (len(images.test), 3)
 
 
 RECIPES = {

@@ -1,10 +1,13 @@
 """Compile the kernels for a GPU that need not be there; list registers, shared memory and spills.
 
     python benchmarks/gpu/compile_check.py [--capability 90] [--json FILE]
+    python benchmarks/gpu/compile_check.py --grid large [--capability 80] [--json FILE]
 
 Every launch of the main cases is recorded as the launchers make it, compiled to machine code by Triton and the ptxas
-that comes with it, and listed with its shared memory, registers, spilled bytes and matrix instructions. It ends with
-status 1 where a kernel would not fit. Times need a GPU; this needs none.
+that comes with it, and listed with its shared memory, registers, spilled bytes and matrix instructions. With ``--grid``
+the kernels of many widths and dtypes, both precisions of float32 among them, are compiled as far as their shared memory
+is known, with one candidate of their tiles after the other until one fits the card. It ends with status 1 where a
+kernel fits with none. Times need a GPU; this needs none.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia import compiler as nvidia_compiler
+from triton.compiler import ASTSource, make_backend
 
 from nin.ops.arguments import ChainArguments
 from nin.ops.gpu import backward, engine_plan, forward
-from nin.ops.gpu.tile_sizes import H200
+from nin.ops.gpu.problem import ChainProblem
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_CANDIDATES = 6  # tiles of a kernel that tuning tries at most
@@ -79,11 +84,16 @@ class Compiled:
 
 
 def record_launches(
-    case: Case, dtype: torch.dtype, layout: torch.memory_format, all_candidates: bool = False
+    case: Case, dtype: torch.dtype, layout: torch.memory_format, *, candidate: int = 0, shared_bytes: int | None = None
 ) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Return the launches (kernel, arguments, constants) of a forward and backward pass, on tensors without memory.
 
-    With ``all_candidates``, those with all tiles that tuning would try, not with the defaults alone.
+    Args:
+        case: the shapes.
+        dtype: of all tensors.
+        layout: of the images.
+        candidate: which of the tiles that tuning would try, 0 for the default.
+        shared_bytes: of the card that it is planned for; a Hopper's if not given.
     """
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -99,14 +109,137 @@ def record_launches(
     ]
     biases = [torch.empty(o, dtype=dtype, device="meta") for o in case.widths]
     chain = ChainArguments(weights, biases, (1, 1), (case.padding,) * 2, (1, 1), [case.activation] * len(weights))
-    problem = engine_plan.ChainProblem.of(x, chain, "triton")
+    problem = ChainProblem.of(x, chain, "triton")
+    if shared_bytes is not None:
+        problem = dataclasses.replace(problem, device=dataclasses.replace(problem.device, shared_bytes=shared_bytes))
     forward_plan, backward_plan = engine_plan.plan_forward(problem), engine_plan.plan_backward(problem)
     with mock.patch.object(forward, "launch", record):
-        for i in range(MAX_CANDIDATES if all_candidates else 1):
-            y = forward.mlpconv(x, chain, with_candidate(forward_plan, i))
-            needs = [True] * (1 + 2 * len(weights))
-            backward.mlpconv_backward(torch.empty_like(y), x, y, chain, needs, with_candidate(backward_plan, i))
+        y = forward.mlpconv(x, chain, with_candidate(forward_plan, candidate))
+        needs = [True] * (1 + 2 * len(weights))
+        backward.mlpconv_backward(torch.empty_like(y), x, y, chain, needs, with_candidate(backward_plan, candidate))
     return launches
+
+
+# ---- the grid --------------------------------------------------------------------------------------------------
+
+# Bytes of shared memory that a block may have, by compute capability times ten: 1 kB less than an SM has.
+CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+
+SMALL_GRID = (
+    Case("192→192→192", (2, 192, 7, 7), (192, 192)),  # took 1,050,112 bytes of a Hopper in float32
+)
+LARGE_GRID = (
+    *SMALL_GRID,
+    Case("192→160→96", (2, 192, 32, 32), (160, 96)),
+    Case("1→3→2", (2, 1, 8, 8), (3, 2)),
+    Case("5×5 1→192→160→96", (2, 1, 28, 28), (192, 160, 96), 5, 2),
+    Case("5×5 3→192→160→96", (2, 3, 32, 32), (192, 160, 96), 5, 2),
+    Case("5×5 96→192→192→192", (2, 96, 14, 14), (192, 192, 192), 5, 2),
+    Case("3×3 192→192→192→10", (2, 192, 7, 7), (192, 192, 10), 3, 1),
+    Case("192→32", (2, 192, 28, 28), (32,)),
+    Case("96→384→96", (2, 96, 56, 56), (384, 96), 1, 0, "gelu"),
+    Case("256→64→256", (2, 256, 14, 14), (64, 256), 1, 0, "silu"),
+    Case("300→17→65→33", (2, 300, 9, 9), (17, 65, 33)),
+    Case("512→512→512", (2, 512, 7, 7), (512, 512)),
+    Case("768→3072→768", (2, 768, 7, 7), (3072, 768), 1, 0, "gelu"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The shared memory of a kernel with one candidate of its tiles."""
+
+    case: str
+    dtype: str
+    capability: int
+    kernel: str
+    tiles: str
+    shared_bytes: int
+    fits: bool
+
+
+def find_fits(case: Case, dtype: torch.dtype, capability: int) -> Iterator[Fit]:
+    """Compile each kernel of a forward and backward pass with one candidate after the other until one fits the card."""
+    limit, fitting, seen = CARDS[capability], set(), {}
+    for i in range(MAX_CANDIDATES):
+        launches = record_launches(case, dtype, torch.channels_last, candidate=i, shared_bytes=limit)
+        for place, (kernel, arguments, constants) in enumerate(launches):
+            if place in fitting or kernel.__name__ == "add_parts":  # sums that need no matrix unit
+                fitting.add(place)
+                continue
+            key = (kernel.__name__, *(a for a in arguments if not isinstance(a, Tensor)), *constants.items())
+            if key not in seen:
+                taken = seen[key] = shared_bytes(kernel, arguments, constants, capability)
+                precision = f" {constants['PRECISION']}" if dtype == torch.float32 else ""
+                name = TYPES[dtype] + precision
+                yield Fit(case.name, name, capability, kernel.__name__, describe(constants), taken, taken <= limit)
+            if seen[key] <= limit:
+                fitting.add(place)
+        if len(fitting) == len(launches):
+            return
+
+
+def without_fit(rows: Sequence[Fit]) -> list[str]:
+    """Return the kernels that fit with none of their tiles."""
+    fitting: dict[str, bool] = {}
+    for row in rows:
+        name = f"{row.kernel} of {row.case}, {row.dtype}, on {row.capability}"
+        fitting[name] = fitting.get(name, False) or row.fits
+    return [name for name, fits in fitting.items() if not fits]
+
+
+def shared_bytes(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], capability: int) -> int:
+    """Return the shared memory that the compiler takes: what ``compiled.metadata.shared`` says, in a third of the time.
+
+    The compiler knows it once it has placed the kernel's tiles, before it makes machine instructions.
+    """
+    target, source = GPUTarget("cuda", capability, 32), kernel_source(kernel, arguments, constants)
+    backend = make_backend(target)
+    options = backend.parse_options({"arch": f"sm{capability}", **compile_options(constants)})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, functions, modules, context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    metadata = {"target": target, **options.__dict__}
+    for name in ("ttir", "ttgir"):
+        module = stages[name](module, metadata)
+    placing = ir.pass_manager(context)
+    passes.convert.add_scf_to_cf(placing)
+    passes.gluon.add_inliner(placing)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(placing, capability, get_ptx_version(options, capability))
+    placing.run(module, "placing")
+    return int(module.get_int_attr("ttg.shared"))
+
+
+def get_ptx_version(options: Any, capability: int) -> int:
+    """Return the version of PTX that Triton takes for the GPU."""
+    return int(nvidia_compiler.get_ptx_version_from_options(options, capability))
+
+
+def check_grid(
+    cases: Sequence[Case], capabilities: Sequence[int], dtypes: Sequence[torch.dtype], say: Callable[[str], None]
+) -> list[Fit]:
+    """Compile a grid and say each row as it is known; float32 in both precisions."""
+    convolutions: Any = torch.backends.cudnn.conv
+    rows = []
+    for capability in capabilities:
+        for dtype in dtypes:
+            for precision in ("tf32", "ieee") if dtype == torch.float32 else ("tf32",):
+                before, convolutions.fp32_precision = convolutions.fp32_precision, precision
+                try:
+                    for case in cases:
+                        for row in find_fits(case, dtype, capability):
+                            say(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
+                            rows.append(row)
+                finally:
+                    convolutions.fp32_precision = before
+    return rows
+
+
+# ---- the main cases --------------------------------------------------------------------------------------------
 
 
 def with_candidate(groups: Sequence[engine_plan.LayerGroup], i: int) -> list[Any]:
@@ -125,10 +258,25 @@ def with_candidate(groups: Sequence[engine_plan.LayerGroup], i: int) -> list[Any
 
 
 def compile_launch(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget) -> Any:
-    """Compile a kernel as the launch would: ones and constants are built in, multiples of 16 are known as such."""
-    options = (
-        {"num_warps": constants["num_warps"], "num_stages": constants["num_stages"]} if "num_warps" in constants else {}
-    )
+    """Compile a kernel as the launch would."""
+    source = kernel_source(kernel, arguments, constants)
+    return triton.compile(source, target=target, options=compile_options(constants))
+
+
+def compile_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a launch's constants is for the compiler, not for the kernel."""
+    return {n: constants[n] for n in ("num_warps", "num_stages") if n in constants} | {"enable_fp_fusion": True}
+
+
+def describe(constants: dict[str, Any]) -> str:
+    """Return a launch's tiles in words."""
+    blocks = [f"{k}={constants[k]}" for k in ("BM", "BK", "BN", "B1", "B2", "B3", "CHUNKS") if k in constants]
+    pipeline = [f"{constants[n]} {n.removeprefix('num_')}" for n in ("num_warps", "num_stages") if n in constants]
+    return " ".join(blocks + (["resident"] if constants.get("RESIDENT") else []) + pipeline)
+
+
+def kernel_source(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
+    """Return a kernel as the launch has it: ones and constants are built in, multiples of 16 are known as such."""
     signature, built_in, attributes = {}, {}, {}
     positional = dict(zip(kernel.arg_names, arguments, strict=False))
     for place, name in enumerate(kernel.arg_names):
@@ -139,8 +287,7 @@ def compile_launch(kernel: Any, arguments: tuple[Any, ...], constants: dict[str,
         signature[name] = f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32" if value < 1 << 31 else "i64"
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=built_in, attrs=attributes)
-    return triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    return ASTSource(fn=kernel, signature=signature, constexprs=built_in, attrs=attributes)
 
 
 def resource_usage(machine_code: bytes) -> tuple[int, int]:
@@ -166,7 +313,9 @@ def check(
     for case in cases:
         for dtype in dtypes:
             for layout, layout_name in ((torch.channels_last, "channels_last"), (torch.contiguous_format, "NCHW")):
-                for kernel, arguments, constants in record_launches(case, dtype, layout, all_candidates):
+                candidates = range(MAX_CANDIDATES if all_candidates else 1)
+                launches = (launch for i in candidates for launch in record_launches(case, dtype, layout, candidate=i))
+                for kernel, arguments, constants in launches:
                     if kernel.__name__ == "add_parts":
                         continue
                     numbers = tuple(a for a in arguments if not isinstance(a, Tensor))
@@ -176,12 +325,11 @@ def check(
                     seen.add(key)
                     compiled = compile_launch(kernel, arguments, constants, target)
                     registers, local = resource_usage(compiled.asm["cubin"])
-                    blocks = [f"{k}={constants[k]}" for k in ("BM", "BK", "BN", "B1", "B2", "B3") if k in constants]
-                    blocks += ["resident"] if constants.get("RESIDENT") else []
                     matrix = len(re.findall(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]))
                     yield Compiled(
-                        case.name, TYPES[dtype], layout_name, kernel.__name__, " ".join(blocks), constants["num_warps"],
-                        constants["num_stages"], compiled.metadata.shared, registers, local, matrix,
+                        case.name, TYPES[dtype], layout_name, kernel.__name__, describe(constants),
+                        constants["num_warps"], constants["num_stages"], compiled.metadata.shared, registers, local,
+                        matrix,
                     )  # fmt: skip
 
 
@@ -200,24 +348,41 @@ def table(rows: list[Compiled]) -> str:
 def main(arguments: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     """Check all cases; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, help="compute capability times ten")
-    parser.add_argument("--dtype", action="append", choices=list(TYPES.values()), help="bf16 if not given")
+    parser.add_argument(
+        "--capability",
+        type=int,
+        action="append",
+        choices=CARDS,
+        help="compute capability times ten; 90, of a grid all",
+    )
+    parser.add_argument("--dtype", action="append", choices=list(TYPES.values()), help="bf16, of a grid all")
     parser.add_argument("--case", action="append", help="part of a case's name; all if not given")
     parser.add_argument("--every-way", action="store_true", help="all tiles that tuning would try, not the defaults")
+    parser.add_argument("--grid", choices=("small", "large"), help="what fits each card, not the main cases")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    dtypes = [dtype for dtype, name in TYPES.items() if name in (given.dtype or ["bf16"])]
-    cases = tuple(c for c in CASES if not given.case or any(part in c.name for part in given.case))
+    wanted = given.dtype or (list(TYPES.values()) if given.grid else ["bf16"])
+    dtypes = [dtype for dtype, name in TYPES.items() if name in wanted]
+    known = {None: CASES, "small": SMALL_GRID, "large": LARGE_GRID}[given.grid]
+    cases = tuple(c for c in known if not given.case or any(part in c.name for part in given.case))
+    if given.grid:
+        fits = check_grid(cases, given.capability or list(CARDS), dtypes, say)
+        if given.json:
+            given.json.write_text(json.dumps([dataclasses.asdict(row) for row in fits], indent=1) + "\n")
+        misfits = without_fit(fits)
+        say(f"{len(fits)} compiled, {len(misfits)} kernels fit with no tiles" + "".join(f"\n{m}" for m in misfits))
+        return 1 if misfits else 0
+    (capability,) = given.capability or [90]
     rows = []
-    for row in check(cases, dtypes, given.capability, given.every_way):
+    for row in check(cases, dtypes, capability, given.every_way):
         say(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
         rows.append(row)
     say(table(rows))
     if given.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        header = {"date": datetime.date.today().isoformat(), "capability": given.capability, **versions}
+        header = {"date": datetime.date.today().isoformat(), "capability": capability, **versions}
         given.json.write_text(json.dumps({**header, "kernels": [dataclasses.asdict(r) for r in rows]}, indent=1) + "\n")
-    return 1 if any(row.shared_bytes > H200.shared_bytes for row in rows) else 0
+    return 1 if any(row.shared_bytes > CARDS[capability] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -458,3 +458,31 @@ def pretended_gpu(monkeypatch):
             yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+# -- the compiler -----------------------------------------------------------------------------------------------
+
+
+class CompilerDriver:
+    """What Triton asks of a GPU's driver to compile for it; nothing can be started. For `triton.runtime.driver`.
+
+    Args:
+        capability: compute capability times ten.
+    """
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0

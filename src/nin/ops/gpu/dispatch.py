@@ -27,7 +27,6 @@ from nin.ops.gpu.engine_choice import ENGINE_VARIABLE, TUNE_VARIABLE, Choice, tu
 from nin.ops.gpu.engine_plan import BackwardGroup, LayerGroup
 from nin.ops.gpu.problem import DTYPES, ChainProblem, float32_precision
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Compute capability from which Triton multiplies bfloat16 in matrix units.
 MIN_CAPABILITY = (8, 0)
 MAX_CALLS = 4096  # shapes whose calls are kept; at about 10 kB each
@@ -40,8 +39,9 @@ PLAIN_TYPES = (Tensor, Parameter)
 
 def backend_summary() -> str:
     """Return in one line which kernels serve tensors on a GPU, for ``nin.backends()``."""
-    if not HAS_TRITON:
-        return "reference (PyTorch, cuDNN): Triton is not installed"
+    # imported only where there is a GPU
+    if importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and triton_problem()):
+        return f"reference (PyTorch, cuDNN): {triton_problem()}"
     engine = engine_choice.requested_engine()
     kernels = engine_choice.mode_summary()
     if engine != "auto":
@@ -52,6 +52,18 @@ def backend_summary() -> str:
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         return f"reference (PyTorch, cuDNN): {torch.cuda.get_device_name()} is older than the kernels need"
     return f"{kernels}; {torch.cuda.get_device_name()}, Triton {importlib.import_module('triton').__version__}"
+
+
+@functools.cache
+def triton_problem() -> str:
+    """Import Triton; return why that is impossible, or nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what a broken installation raises
+        return f"Triton cannot be imported: {error}"
+    return ""
 
 
 def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
@@ -223,7 +235,10 @@ def _can_measure(x: Tensor) -> bool:
 
 def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
     """Return whether the kernels can take these tensors at all."""
-    if not HAS_TRITON or x.dtype not in DTYPES or 0 in x.shape:
+    if x.dtype not in DTYPES or 0 in x.shape:
+        return False
+    if triton_problem():
+        timing_cache.warn_once(f"nin: {triton_problem()}; PyTorch's own kernels take the place of nin's")
         return False
     if x.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
         return False

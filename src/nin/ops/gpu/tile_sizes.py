@@ -223,6 +223,10 @@ def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> l
     for resident in (True, False):
         found = []
         for (pixels, warps, stages), largest in itertools.product(CHAIN_CONFIGS, (64, 32)):
+            if stages > 1 and not resident:
+                # The pipeline holds what the loop over the pixels loads, which is then all weights, once a stage: 1 MB
+                # for three layers of 192.
+                continue
             chunks = (chunk_size(widths[0]), *(chunk_size(width, largest) for width in widths[1:]))
             tiles = ChainTiles(pixels, chunks, warps, stages, resident)
             if (
@@ -248,6 +252,8 @@ def pair_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> li
     for resident in (True, False):
         found = []
         for pixels, warps, stages, largest in PAIR_CONFIGS:
+            if stages > 1 and not resident:  # as in `chain_tiles`
+                continue
             chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
             tiles = PairTiles(pixels, chunks, warps, stages, resident)
             # backward, the input's gradient is the last layer, whose sums stay in registers

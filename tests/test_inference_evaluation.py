@@ -1,0 +1,24 @@
+"""Evaluation: on tensors that are said to be on a GPU, and have no memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import nin
+from nin import data
+from nin.inference.evaluation import evaluate
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, see test_gpu_paths.py")
+@pytest.mark.parametrize("flip", [False, True])
+def test_no_operation_mixes_devices(flip):
+    """PyTorch's own check: FakeTensorDeviceMismatchError where an operation gets tensors of two devices."""
+    images = data.load(
+        (torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8).numpy(), (torch.arange(40) % 3).numpy())
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = nn.Sequential(nn.Conv2d(1, 3, 3), nin.GlobalAveragePooling()).to("cuda").eval()
+        scores, labels = evaluate(network, images, device=torch.device("cuda"), dtype=torch.float32, flip=flip)
+    assert scores.shape == (len(images.test), 3)
+    assert scores.device.type == labels.device.type == "cpu"
