@@ -18,7 +18,7 @@ def test_no_operation_mixes_devices(flip):
         (torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8).numpy(), (torch.arange(40) % 3).numpy())
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        network = nn.Sequential(nn.Conv2d(1, 3, 3), nin.GlobalAveragePooling()).to("cuda").eval()
+        network = nn.Sequential(nn.Conv2d(1, 3, 3, device="cuda"), nin.GlobalAveragePooling()).eval()
         scores, labels = evaluate(network, images, device=torch.device("cuda"), dtype=torch.float32, flip=flip)
     assert scores.shape == (len(images.test), 3)
     assert scores.device.type == labels.device.type == "cpu"
