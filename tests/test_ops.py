@@ -429,7 +429,11 @@ ones = torch.ones
 WRONG = [
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
     ({"x": ones(3, 5, 5)}, ValueError, "x must have shape (N, C, H, W), got (3, 5, 5)"),
-    ({"x": ones(2, 3, 5, 5, dtype=torch.int64)}, ValueError, "x must have a floating dtype, got torch.int64"),
+    (
+        {"x": ones(2, 3, 5, 5, dtype=torch.int64)},
+        ValueError,
+        "x must have a floating dtype of 16 bits or more, got torch.int64",
+    ),
     ({"x": ones(2, 3, 2, 5)}, ValueError, "padded height of at least 3 (the kernel's reach), got 2 with padding 0"),
     ({"x": ones(2, 3, 5, 5), "dilation": 3}, ValueError, "padded height of at least 7"),
     ({"x": ones(2, 3, 5, 2)}, ValueError, "padded width of at least 3"),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nin.errors import UserError
 from nin.ops import Pair, check_activation, conv1x1, mlpconv
 
 NORMALISATIONS = (None, "weight_standardisation")
@@ -20,7 +21,17 @@ VARIANCE_GAIN = {"none": 1.0, "relu": 1.7139, "gelu": 1.7015, "silu": 1.7872}
 ACTIVATION_NAMES: dict[type, str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 
 
-class Conv1x1(nn.Module):
+class _OperatorLayer(nn.Module):
+    """A layer that calls the operator, which ``torch.jit.script`` cannot compile."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise UserError(
+            f"torch.jit.script cannot compile nin.{type(self).__name__}: use torch.jit.trace or torch.export, or put "
+            "the layer's to_sequential() in its place"
+        )
+
+
+class Conv1x1(_OperatorLayer):
     """A 1×1 convolution with an activation: a fully connected layer at every pixel.
 
     See `nin.conv1x1` for the equation.
@@ -129,7 +140,7 @@ class StandardisedConv2d(nn.Conv2d):
         return conv.train(self.training)
 
 
-class MLPConv(nn.Module):
+class MLPConv(_OperatorLayer):
     """Network in Network's layer: a k×k convolution, then 1×1 convolutions, an activation after each.
 
     See `nin.mlpconv` for the equation. The convolutions in ``convs`` hold the parameters; they run as one operator.

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from nin.ops import schema  # noqa: F401  (registers the operator)
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.gpu import dispatch as gpu_dispatch
-from nin.ops.reference import ACTIVATIONS
+from nin.ops.reference import ACTIVATIONS, conv2d_chain
+from nin.ops.transforms import is_plain, overrides_dispatch
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]
 
 Pair = int | tuple[int, int]
+
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def conv1x1(
@@ -23,7 +27,7 @@ def conv1x1(
     ``y[n, o, i, j] = activation(sum_c weight[o, c, 0, 0] * x[n, c, i * stride, j * stride] + bias[o])``
 
     Args:
-        x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
+        x: images, (N, C_in, H, W), any floating dtype of 16 bits or more, NCHW or channels_last.
         weight: filters, (C_out, C_in, 1, 1), of the dtype of ``x``.
         bias: (C_out,), or None.
         stride: one number, or (height, width).
@@ -44,7 +48,8 @@ def conv1x1(
         >>> bool((nin.conv1x1(x, torch.full((1, 1, 1, 1), 2.0)) == 2 * x).all())
         True
     """
-    if isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[2:] != (1, 1):
+    is_matrix = not isinstance(weight, Tensor) or weight.dim() != 4 or torch._C._is_tracing()
+    if not is_matrix and weight.shape[2:] != (1, 1):
         raise ValueError(
             f"weight must have shape (C_out, C_in, 1, 1), got {tuple(weight.shape)}: use nin.mlpconv for k×k"
         )
@@ -69,7 +74,7 @@ def mlpconv(
     accurate to five digits instead of six. The environment variable ``NIN_CPU_WINOGRAD=0`` turns that off.
 
     Args:
-        x: images, (N, C_in, H, W), any floating dtype, NCHW or channels_last.
+        x: images, (N, C_in, H, W), any floating dtype of 16 bits or more, NCHW or channels_last.
         weights: the first of shape (C_1, C_in, kH, kW), the others (C_l, C_{l-1}, 1, 1), of the dtype of ``x``.
         biases: as many as weights, each (C_l,) or None.
         stride: of the first convolution; one number, or (height, width), as the next two.
@@ -97,27 +102,34 @@ def mlpconv(
     weights, biases = list(weights), list(biases)
     activations = _activations(activation, len(weights))
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    if torch._C._is_tracing():
+        # Of torch.jit.trace: its graph has no word for the operator's list of optional biases, and would keep the sizes
+        # that the checks look at as constants. PyTorch's operators check for themselves.
+        return conv2d_chain(x, ChainArguments(weights, biases, stride, padding, dilation, activations))
     _check_tensors(x, weights, biases)
+    size, kernel_size = x.shape[2:], weights[0].shape[2:]
     for d, side in enumerate(("height", "width")):
-        reach = dilation[d] * (weights[0].shape[2 + d] - 1) + 1
-        if x.shape[2 + d] + 2 * padding[d] < reach:
+        reach = dilation[d] * (kernel_size[d] - 1) + 1
+        if size[d] + 2 * padding[d] < reach:
             raise ValueError(
                 f"x must have a padded {side} of at least {reach} (the kernel's reach), "
-                f"got {x.shape[2 + d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
+                f"got {size[d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
             )
     op = torch.ops.nin.mlpconv.default  # without .default, each call would look for the overload
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases))
-    if trains and len(weights) > 1 and weights[0].shape[2:] != (1, 1):
+    tensors = (x, *weights, *biases)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not trains and is_plain(tensors):
+        # the autograd level would only pass the call on: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(x, weights, biases, stride, padding, dilation, activations)
+    if not torch.compiler.is_compiling() and overrides_dispatch(tensors):
+        return conv2d_chain(x, ChainArguments(weights, biases, stride, padding, dilation, activations))
+    if trains and len(weights) > 1 and kernel_size != (1, 1):
         # The backward pass recomputes hidden layers. That is cheap in a 1×1 chain and expensive for a k×k convolution,
         # so in training the k×k layer is a call of its own, which saves its output. The values are the same.
         x = op(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
         return op(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
-    # autograd records the call; the compiler and functorch's transforms (vmap, grad) must see it at the upper levels
-    if trains or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return op(x, weights, biases, stride, padding, dilation, activations)
-    # without gradients the autograd level is skipped: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(x, weights, biases, stride, padding, dilation, activations)
+    return op(x, weights, biases, stride, padding, dilation, activations)
 
 
 def backends() -> dict[str, str]:
@@ -137,8 +149,11 @@ def check_activation(name: str) -> None:
 
 
 def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:
-    given = [activation] * count if activation is None or isinstance(activation, str) else list(activation)
-    names = ["none" if name is None else name for name in given]
+    if activation is None or isinstance(activation, str):
+        name = "none" if activation is None else activation
+        check_activation(name)
+        return [name] * count
+    names = ["none" if name is None else name for name in activation]
     if len(names) != count:
         raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")
     for name in names:
@@ -148,36 +163,52 @@ def _activations(activation: str | Sequence[str | None] | None, count: int) -> l
 
 def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
+    if len(pair) != 2 or not (_is_count(pair[0], least) and _is_count(pair[1], least)):
         raise ValueError(f"{name} must be a whole number of at least {least}, or two of them, got {value!r}")
     return pair
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
 
 
 def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
     """Raise unless the shapes, dtypes and devices of a chain match."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise ValueError(
+            "x must be one tensor, got a nested one: torch.nested.to_padded_tensor(x, 0.0) pads the images"
+        )
     if x.dim() != 4:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must have a floating dtype, got {x.dtype}")
+    dtype, device = x.dtype, x.device
+    if dtype not in _DTYPES:
+        raise ValueError(f"x must have a floating dtype of 16 bits or more, got {dtype}")
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, and at least one, got {len(weights)} and {len(biases)}")
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        which = "" if len(weights) == 1 else f" {i}"
-        _check_like(f"weight{which}", weight, x)
-        shape = tuple(weight.shape)
+        if not isinstance(weight, Tensor) or weight.dtype != dtype or weight.device != device:
+            _check_like(_name("weight", i, weights), weight, x)
+        shape = weight.shape
         fits = len(shape) == 4 and shape[1] == channels and (i == 0 or shape[2:] == (1, 1))
         if not fits or 0 in shape:
             wanted = f"(C_out, {channels}, {'kH, kW' if i == 0 else '1, 1'})"
             before = "the input has" if i == 0 else "the layer before gives"
-            raise ValueError(f"weight{which} must have shape {wanted}, got {shape}: {before} {channels} channels")
-        channels = weight.shape[0]
+            which = _name("weight", i, weights)
+            raise ValueError(f"{which} must have shape {wanted}, got {tuple(shape)}: {before} {channels} channels")
+        channels = shape[0]
         if bias is not None:
-            _check_like(f"bias{which}", bias, x)
+            if not isinstance(bias, Tensor) or bias.dtype != dtype or bias.device != device:
+                _check_like(_name("bias", i, weights), bias, x)
             if bias.shape != (channels,):
-                raise ValueError(f"bias{which} must have shape ({channels},), got {tuple(bias.shape)}")
+                which = _name("bias", i, weights)
+                raise ValueError(f"{which} must have shape ({channels},), got {tuple(bias.shape)}")
+
+
+def _name(kind: str, layer: int, weights: list[Tensor]) -> str:
+    return kind if len(weights) == 1 else f"{kind} {layer}"
 
 
 def _check_like(name: str, t: Tensor, x: Tensor) -> None:

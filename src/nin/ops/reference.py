@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, Gradients, needs_input_gradient
+from nin.ops.transforms import is_transformed
 
 # GELU is the exact one, with erf. The order is that of the compiled library's activation codes (csrc/c_api.hpp).
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,7 +44,10 @@ def conv2d_chain(x: Tensor, chain: ChainArguments) -> Tensor:
     weights, biases, stride, padding, dilation, activations = chain
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
-        x = ACTIVATIONS[activation](x)
+        if activation == "silu" and is_transformed():
+            x = x * torch.sigmoid(x)  # PyTorch has no forward-mode derivative of silu's gradient; of these it has
+        elif activation != "none":
+            x = ACTIVATIONS[activation](x)
     return x
 
 
@@ -62,6 +66,10 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, 
             empty (shape ``(0,)``).
     """
     weights, biases, count = chain.weights, chain.biases, len(chain.weights)
+    # vmap cannot set a memory format
+    layout = None if is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad) else memory_format_of(x)
+    if layout is not None:
+        x = x.contiguous(memory_format=layout)
     geometry = [chain.geometry, *[POINTWISE_GEOMETRY] * (count - 1)]
     inputs, saved = _recompute_forward(x, y, chain, geometry)
     grad_weights = [x.new_empty(0)] * count
@@ -84,8 +92,11 @@ def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, 
         if not go_on:
             break
         g = grad_x
-    grad_input = to_memory_format(g, memory_format_of(x)) if needs[0] else x.new_empty(0)
-    return grad_input, grad_weights, grad_biases
+    if not needs[0]:
+        g = x.new_empty(0)
+    elif layout is not None:
+        g = to_memory_format(g, layout)
+    return g, grad_weights, grad_biases
 
 
 def empty_gradients(x: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
@@ -103,7 +114,7 @@ def _recompute_forward(
     x: Tensor, y: Tensor, chain: ChainArguments, geometry: Sequence[Geometry]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return each layer's input, and the tensor that `activation_backward` takes for its activation."""
-    inputs, saved = [x.contiguous(memory_format=memory_format_of(x))], []
+    inputs, saved = [x], []
     activations, last = chain.activations, len(chain.weights) - 1
     for i, (weight, bias) in enumerate(zip(chain.weights, chain.biases, strict=True)):
         if i == last and activations[i] in ("none", "relu"):
@@ -122,7 +133,7 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
             return torch.ops.aten.threshold_backward(grad, z, 0)
         case "gelu":
             return torch.ops.aten.gelu_backward(grad, z)
-        case "silu" if torch.is_grad_enabled():
+        case "silu" if torch.is_grad_enabled() or is_transformed():
             # aten's silu_backward is not differentiable, which create_graph=True needs; these operators are
             gate = torch.sigmoid(z)
             return grad * gate * (1 + z * (1 - gate))

@@ -1,4 +1,4 @@
-"""The operator ``nin::mlpconv``: schema, fake kernels, autograd, autocast and FLOP formulas.
+"""The operator ``nin::mlpconv``: schema, fake kernels, autograd, vmap, autocast and FLOP formulas.
 
 The backends in `cpu.dispatch` and `gpu.dispatch` register their kernels over the reference; PyTorch's dispatcher is the
 only switch between them.
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import unwrap_batched  # type: ignore[attr-defined]
 from torch.amp.autocast_mode import _cast as cast_floats
 from torch.utils.flop_counter import register_flop_formula
 
@@ -20,6 +21,7 @@ from nin.ops.arguments import (
     as_dispatcher_kernel,
     needs_input_gradient,
 )
+from nin.ops.transforms import is_transformed, overrides_dispatch
 
 _OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
@@ -30,8 +32,17 @@ library.define(
     f"mlpconv_backward(Tensor grad, Tensor x, Tensor y, Tensor[] weights, Tensor?[] biases, {_OPTIONS}, "
     "bool[] needs) -> (Tensor, Tensor[], Tensor[])"
 )
-# the fallback: what serves every device and dtype until a backend registers kernels of its own
-library.impl("mlpconv", as_dispatcher_kernel(reference.mlpconv), "CompositeExplicitAutograd")
+
+
+def _fallback(x: Tensor, chain: ChainArguments) -> Tensor:
+    """Serve every device and layout for which no backend registers kernels of its own."""
+    for t in (x, *chain.weights):
+        if t.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
+            raise ValueError(f"images and weights must be dense, got one of layout {t.layout}: use its to_dense()")
+    return reference.mlpconv(x, chain)
+
+
+library.impl("mlpconv", as_dispatcher_kernel(_fallback), "CompositeExplicitAutograd")
 _reference_backward = as_dispatcher_backward_kernel(reference.mlpconv_backward)
 library.impl("mlpconv_backward", _reference_backward, "CompositeExplicitAutograd")
 
@@ -69,24 +80,61 @@ class _MLPConvFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *parameters = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[2:])  # the first two are options and count
-        # with create_graph=True: the reference consists of differentiable operators, the kernels do not
-        kernel = _reference_backward if torch.is_grad_enabled() else torch.ops.nin.mlpconv_backward
         arguments = (grads[0], x, y, parameters[: ctx.count], parameters[ctx.count :], *ctx.options, needs)
-        grad_x, grad_weights, grad_biases = kernel(*arguments)
+        grad_x, grad_weights, grad_biases = _mlpconv_backward_autograd(*arguments)
         in_order = (grad_x, *grad_weights, *grad_biases)
         return None, None, *(g if needed else None for g, needed in zip(in_order, needs, strict=True))
 
 
+_conv2d_chain = as_dispatcher_kernel(reference.conv2d_chain)
+
+
 def _mlpconv_autograd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
-    parameters = (*weights, *biases)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
-        y: Tensor = _MLPConvFunction.apply(options, len(weights), x, *parameters)
+    tensors = (x, *weights, *biases)
+    if is_transformed() or overrides_dispatch(tensors):
+        return _conv2d_chain(x, weights, biases, *options)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y: Tensor = _MLPConvFunction.apply(options, len(weights), *tensors)
         return y
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.nin.mlpconv(x, weights, biases, *options)
 
 
+def _mlpconv_backward_autograd(
+    grad: Tensor, x: Tensor, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *rest: Any
+) -> Gradients:
+    # With create_graph=True, under a transform, or with is_grads_batched=True (PyTorch's older vmap): the reference
+    # consists of differentiable operators, the kernels do not.
+    create_graph = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (grad, x, *weights, *biases)
+    )
+    if create_graph or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        return _reference_backward(grad, x, y, weights, biases, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nin.mlpconv_backward(grad, x, y, weights, biases, *rest)
+
+
 library.impl("mlpconv", _mlpconv_autograd, "Autograd")
+library.impl("mlpconv_backward", _mlpconv_backward_autograd, "Autograd")
+
+
+def _mlpconv_vmap(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+    """Fold a batch of batches of images into one batch; batched weights go to PyTorch's own grouped convolutions."""
+    level = torch._C._functorch.current_level()
+    (images, *parameters), (dim, *dims) = unwrap_batched((x, *weights, *biases), level)
+    if any(d is not None for d in dims):
+        return _conv2d_chain(x, weights, biases, *options)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+        arguments = parameters[: len(weights)], parameters[len(weights) :], *options
+        if dim is None:
+            return torch.ops.nin.mlpconv(images, *arguments)
+        images = images.movedim(dim, 0)
+        y = torch.ops.nin.mlpconv(images.flatten(0, 1), *arguments).unflatten(0, images.shape[:2])
+    return torch._C._functorch._add_batch_dim(y, 0, level)
+
+
+library.impl("mlpconv", _mlpconv_vmap, "FuncTorchBatched")
+library.impl("mlpconv_backward", _reference_backward, "FuncTorchBatched")
 
 
 def _autocast(device: str) -> Any:
