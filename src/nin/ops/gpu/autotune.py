@@ -18,6 +18,9 @@ from torch import Tensor
 from nin.ops.gpu.timing_cache import warn_once
 
 BUDGET_S = 1.0
+# How long kernels are compiled that turn out not to fit, before the library takes their place: in float32 some take a
+# minute each.
+MAX_FAILING_S = 20.0
 RUNS = 5
 
 Tiles = TypeVar("Tiles")
@@ -111,7 +114,7 @@ def launch_tuned(
     if tuning.time_us is not None and kernel not in tuning.tiles and len(left) > 1:
         tuning.tiles[kernel] = str(_fastest(kernel, left, launch, tuning))
     left.sort(key=lambda tiles: str(tiles) != tuning.tiles.get(kernel))
-    reason = KernelUnavailableError(f"{kernel}: no tiles fit")
+    reason, start = KernelUnavailableError(f"{kernel}: no tiles fit"), tuning.clock()
     for tiles in left:
         try:
             return launch(tiles)
@@ -119,6 +122,8 @@ def launch_tuned(
             reason = error
             _unavailable.add((*problem, str(tiles)))
             warn_once(f"nin: {error}; other tiles, or else the library, take its place")
+        if tuning.clock() - start > MAX_FAILING_S:
+            break
     raise reason
 
 
@@ -138,9 +143,10 @@ def _fastest(kernel: str, candidates: Sequence[Tiles], launch: Callable[[Tiles],
             assert tuning.time_us is not None
             times[i] = tuning.time_us(lambda tiles=tiles: launch(tiles))  # type: ignore[misc]
         except KernelUnavailableError:
-            continue  # said where it is launched
+            if not times:  # `launch_tuned` goes on from here, and says so
+                return tiles
         longest_s = max(longest_s, tuning.clock() - start)
-    return candidates[min(times, key=times.__getitem__)] if times else candidates[0]
+    return candidates[min(times, key=times.__getitem__)]
 
 
 def time_engines(engines: Mapping[str, Callable[[], Any]], tuning: Tuning) -> dict[str, float]:

@@ -73,7 +73,7 @@ def plan_forward(
     while first < len(problem.widths):
         count, tiles = _longest_fused_group(problem, first)
         part = problem.subchain(first, count)
-        choice = choose(part, first if measurable else None, tiles, False)
+        choice = _choose_engine(choose, part, first if measurable else None, tiles, backward=False)
         if choice.engine != "triton" and not part.pointwise:
             count = 1  # the library takes layer by layer, so the 1×1 layers behind may still be a kernel's
             part = problem.subchain(first, count)
@@ -89,7 +89,7 @@ def plan_backward(problem: ChainProblem, choose: Choose = choose_unmeasured) -> 
     while first < len(problem.widths):
         count, tiles = _backward_tiles(problem, first)
         part = problem.subchain(first, count)
-        choice = choose(part, first, tiles, True) if tiles else Choice(engine_choice.LIBRARY, "no kernel for it")
+        choice = _choose_engine(choose, part, first, tiles, backward=True)
         # the last group's output is that of the call, which autograd has saved
         output_plan: tuple[LayerGroup, ...] = ()
         if first + count < len(problem.widths):
@@ -97,6 +97,18 @@ def plan_backward(problem: ChainProblem, choose: Choose = choose_unmeasured) -> 
         groups.append(BackwardGroup(first, count, choice, part, tuple(tiles), output_plan))
         first += count
     return tuple(groups)
+
+
+def _choose_engine(
+    choose: Choose, problem: ChainProblem, first: int | None, tiles: Sequence[Any], *, backward: bool
+) -> Choice:
+    """Choose the engine of a group for which there may be a kernel, with these tiles."""
+    if not tiles:
+        return Choice(engine_choice.LIBRARY, "no kernel for it")
+    if problem.engine == "auto" and not getattr(tiles[0], "resident", True):
+        # they would be read again for each tile of pixels, and the kernel takes up to minutes to compile
+        return Choice(engine_choice.LIBRARY, "its weights do not fit on the chip")
+    return choose(problem, first, tiles, backward)
 
 
 def _longest_fused_group(problem: ChainProblem, first: int) -> tuple[int, list[Any]]:

@@ -57,32 +57,31 @@ class KernelLaunch:
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
-        self.name = kernel.__name__
-        self._numbers = tuple(argument for argument in arguments if not isinstance(argument, Tensor))
-        # Triton's own look-up, in the interpreter and where its compiled kernels have changed their interface
-        self._look_up: Callable[..., Any] = kernel[grid]
-        self._constants = constants
+        self.kernel, self.name, self.grid = kernel, kernel.__name__, grid
+        self.numbers = tuple(argument for argument in arguments if not isinstance(argument, Tensor))
+        self.constants = constants
+        # Triton's own look-up, in the interpreter and where its compiled kernels have another interface than is known
+        self.look_up: Callable[..., Any] = kernel[grid]
         self.start: Callable[..., None] | None = None
         if not INTERPRETED:
-            self.start = self._compile(kernel, grid, arguments)
+            self._compile(arguments)
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Launch the kernel on the current stream of the tensors' GPU, which must be the current device."""
         if self.start is None:
-            self._look_up(*tensors, *self._numbers, **self._constants)
+            self.look_up(*tensors, *self.numbers, **self.constants)
         else:
             self.start(*[t.data_ptr() for t in tensors], *self.trailing, stream=current_stream(tensors[0]))
 
-    def _compile(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> Callable[..., None] | None:
-        """Compile and load the kernel; return its start, or None where Triton's compiled kernels are not as known."""
-        compiled = compile_kernel(kernel, grid, arguments, self._constants)
-        # after the arguments, a compiled kernel wants the constants among its parameters too, though it ignores them
-        names = kernel.arg_names[len(arguments) :]
-        self.trailing = (*self._numbers, *(self._constants.get(name) for name in names))
+    def _compile(self, arguments: Sequence[Any]) -> None:
+        """Compile and load the kernel, and find its start."""
+        compiled = compile_kernel(self.kernel, self.grid, arguments, self.constants)
+        # what follows the tensors: a compiled kernel wants its constants too, though it ignores them
+        self.trailing = (*self.numbers, *(self.constants.get(name) for name in self.kernel.arg_names[len(arguments) :]))
         if not hasattr(compiled, "__getitem__"):
-            return None
+            return
         try:
-            return compiled[(*grid, 1, 1)[:3]]  # loads it, which fails where it does not fit
+            self.start = compiled[(*self.grid, 1, 1)[:3]]  # loads it, which fails where it does not fit
         except COMPILE_ERRORS as error:
             raise KernelUnavailableError(f"{self.name}: {first_line(error)}") from error
 
