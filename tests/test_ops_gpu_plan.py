@@ -589,6 +589,7 @@ def test_the_first_call_times_every_engine_on_its_own_tensors(fastest, monkeypat
 
     monkeypatch.setattr(engine_timing, "GpuTimer", lambda device: time_us)
     monkeypatch.setattr(dispatch, "_can_measure", lambda x: True)
+    monkeypatch.setattr(autotune, "BUDGET_S", 1e6)  # by a real clock
     before = torch.random.get_rng_state()
     x, chain = call(17, 33, 9, dtype=torch.bfloat16)
     state = torch.random.get_rng_state()
@@ -614,6 +615,7 @@ def test_the_first_backward_call_times_both_engines(monkeypatch):
     times = iter(range(100, 0, -1))
     monkeypatch.setattr(engine_timing, "GpuTimer", lambda device: lambda run: (run(), float(next(times)))[1])
     monkeypatch.setattr(dispatch, "_can_measure", lambda x: True)
+    monkeypatch.setattr(autotune, "BUDGET_S", 1e6)  # by a real clock
     x, chain = call(6, 20, 33, 10)
     y = dispatch.mlpconv(x, chain)
     grad = torch.randn_like(y)

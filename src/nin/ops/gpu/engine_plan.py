@@ -106,7 +106,7 @@ def _choose_engine(
     if not tiles:
         return Choice(engine_choice.LIBRARY, "no kernel for it")
     if problem.engine == "auto" and not getattr(tiles[0], "resident", True):
-        # they would be read again for each tile of pixels, and the kernel takes up to minutes to compile
+        # they would be read again for each tile of pixels, and such a kernel takes long to compile
         return Choice(engine_choice.LIBRARY, "its weights do not fit on the chip")
     return choose(problem, first, tiles, backward)
 
