@@ -320,7 +320,7 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype):
         results = []
         for number in (1, threads):
             torch.set_num_threads(number)
-            weight_cache._cache.clear()
+            weight_cache._copies.clear()
             force(8)
             y = dispatch.mlpconv(x, single)
             grads = dispatch.mlpconv_backward(y, x, y, single, [True, True, True])

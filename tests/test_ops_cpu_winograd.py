@@ -165,7 +165,7 @@ def test_the_precision_of_matrix_products_changes_nothing():
     x, chain = images(4, 32, 16, 16), layer(32, 48, 3, 1)
     y = dispatch.mlpconv(x, chain)
     want = dispatch.mlpconv_backward(y, x, y, chain, [True] * 3)
-    weight_cache._cache.clear()
+    weight_cache._copies.clear()
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(dispatch.mlpconv(x, chain), y)
@@ -271,7 +271,7 @@ def test_equal_bits_for_any_number_of_threads(isa, force, threads, dtype, layout
         results = []
         for number in (1, threads):
             torch.set_num_threads(number)
-            weight_cache._cache.clear()
+            weight_cache._copies.clear()
             force(8)
             y = dispatch.mlpconv(x, single)
             grads = dispatch.mlpconv_backward(y, x, y, single, [True, True, True])

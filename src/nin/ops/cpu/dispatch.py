@@ -17,7 +17,7 @@ from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_
 from nin.ops.cpu import abi, library
 from nin.ops.cpu.conv_backward import convolution_backward
 from nin.ops.cpu.library import Kernels
-from nin.ops.cpu.weight_cache import packed_weight
+from nin.ops.cpu.weight_cache import packed_weights
 
 
 def choose_kernels() -> Kernels | None:
@@ -48,9 +48,7 @@ def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
     y = torch.empty(chain.output_shape(x), dtype=x.dtype, memory_format=reference.memory_format_of(x))
     if y.numel() > 0:  # an empty batch has nothing to compute
         packed_chain, tile_size = abi.choose_winograd(KERNELS, abi.pack_chain(x, y, chain), chain)
-        first, *others = chain.weights
-        packed = [packed_weight(KERNELS, first, winograd_tile_size=tile_size)]
-        packed += [packed_weight(KERNELS, weight) for weight in others]
+        packed = packed_weights(KERNELS, chain.weights, winograd_tile_size=tile_size)
         abi.run_forward(KERNELS, packed_chain, packed, chain, x, y)
     return y
 
@@ -100,8 +98,8 @@ def _pointwise_backward(
     grads = grad_x, grad_weights, grad_biases = reference.empty_gradients(x, chain, needs)
     if tuple(chain.stride) != (1, 1):  # the kernel writes only the pixels that the stride visits
         grad_x.zero_()
-    layers, _tensors = abi.pack_layers([packed_weight(kernels, weight) for weight in chain.weights], chain)
-    transposed = [packed_weight(kernels, weight, for_input_gradient=True) for weight in chain.weights]
+    layers, _tensors = abi.pack_layers(packed_weights(kernels, chain.weights), chain)
+    transposed = packed_weights(kernels, chain.weights, for_input_gradient=True)
     # the structs nin_layer_gradient; a null pointer where no gradient is needed
     layer_tensors = [t for layer in zip(transposed, grad_weights, grad_biases, strict=True) for t in layer]
     layer_grads = struct.pack(f"{len(layer_tensors)}q", *(t.data_ptr() if t.numel() else 0 for t in layer_tensors))

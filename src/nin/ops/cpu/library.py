@@ -50,12 +50,11 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
     # blob: the bytes of a struct; status: nin_status, see `check`
     pointer, blob, size, real = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_double
-    status, checksum = ctypes.c_int32, ctypes.c_uint64
+    status = ctypes.c_int32
     for name, result, arguments in (
         ("nin_find_kernels", pointer, [blob, size]),
         ("nin_packed_bytes", size, [pointer, blob]),
-        ("nin_sample", checksum, [pointer, size]),
-        ("nin_hash", checksum, [pointer, size]),
+        ("nin_hash", status, [pointer, blob, size, pointer, blob]),
         ("nin_pack", None, [pointer, blob, pointer, pointer]),
         ("nin_winograd_size", size, [pointer, blob, size]),
         ("nin_winograd_weights", None, [size, size, pointer]),

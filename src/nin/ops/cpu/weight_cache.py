@@ -1,80 +1,163 @@
-"""A cache of packed weights: the CPU kernels' copy of a weight, kept until the weight changes."""
+"""A cache of packed weights: the CPU kernels' copies of weights, kept until a byte of the weight changes."""
 
+import ctypes
 import struct
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nin.ops.cpu import library
 from nin.ops.cpu.library import Kernels
 
-
-class _Entry(NamedTuple):
-    """A weight's packed copies, by `packed_weight`'s other arguments, each with the weight's state when packed."""
-
-    weight: weakref.ref[Tensor]
-    copies: dict[tuple[int, bool, int], tuple[tuple[object, ...], Tensor]]
+# Where a weight lies and how it is packed: address, shape, strides, dtype, then what `_pack` is asked for.
+_Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int, bool, int]
 
 
-# By the weight's id: a lookup takes 0.2 µs, one in torch.utils.weak.WeakTensorKeyDictionary 1.7 µs.
-_cache: dict[int, _Entry] = {}
+class _Copy(NamedTuple):
+    """A packed copy, and the hash of the weight's bytes when it was made; None for a weight that never changes."""
+
+    hash: int | None
+    packed: Tensor
+
+
+class _Memory(NamedTuple):
+    """A tensor's memory, and what is kept of the weights in it."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    keys: set[_Key]
+
+
+# The memory is watched and not the tensors: torch.utils.swap_tensors refuses a tensor that a weak reference points to.
+_copies: dict[_Key, _Copy] = {}
+_memories: dict[int, _Memory] = {}  # by the id of the storage
+_constants: set[int] = set()  # ids of storages that nobody writes to
+
+# Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
+# directions and two dtypes need. Without it, a thousand views of one tensor would leave a thousand copies.
+MAX_COPIED_RATIO = 32
+
+
+def packed_weights(
+    kernels: Kernels, weights: Sequence[Tensor], *, for_input_gradient: bool = False, winograd_tile_size: int = 0
+) -> list[Tensor]:
+    """Return weights packed for the kernels, from the cache where none of their bytes has changed.
+
+    All bytes are hashed in every call, so that a change is seen whoever made it: PyTorch, an optimiser's fused kernel,
+    ``weight.data``, NumPy, another process. Non-contiguous weights are packed in every call. A packed copy lives as
+    long as the weight's memory.
+
+    Args:
+        kernels: of the instruction set in use.
+        weights: (C_out, C_in, kH, kW) each, float32 or bfloat16.
+        for_input_gradient: pack them with input and output channels exchanged and the kernels flipped.
+        winograd_tile_size: if not 0, apply the filter transform for input tiles of this size to the first; the result
+            is float32.
+
+    Returns:
+        The packed bytes of each, 1-D.
+    """
+    packed: list[Tensor | None] = []
+    keys: list[_Key] = []
+    spans: list[int] = []  # address and bytes of each weight that is to be hashed
+    hashed: list[int] = []  # its index
+    tile_size = winograd_tile_size
+    for i, weight in enumerate(weights):
+        handle = kernels.handles[torch.float32 if tile_size else weight.dtype]
+        address = weight.data_ptr()
+        key = (address, weight.shape, weight.stride(), weight.dtype, handle, for_input_gradient, tile_size)
+        keys.append(key)
+        copy = _copies.get(key)
+        if copy is not None and copy.hash is None:
+            packed.append(copy.packed)
+        elif _is_dense(weight):
+            packed.append(None)
+            spans += address, weight.nbytes
+            hashed.append(i)
+        else:
+            packed.append(_pack(handle, weight, for_input_gradient, tile_size))
+        tile_size = 0
+    for i, value in zip(hashed, hash_bytes(kernels, spans), strict=True):
+        copy = _copies.get(keys[i])
+        if copy is None or copy.hash != value:
+            copy = _keep(keys[i], weights[i], value)
+        packed[i] = copy.packed
+    return packed  # type: ignore[return-value]
 
 
 def packed_weight(
     kernels: Kernels, weight: Tensor, *, for_input_gradient: bool = False, winograd_tile_size: int = 0
 ) -> Tensor:
-    """Return a weight packed for the kernels, from the cache unless it has changed.
+    """Return one weight packed for the kernels, see `packed_weights`."""
+    return packed_weights(
+        kernels, (weight,), for_input_gradient=for_input_gradient, winograd_tile_size=winograd_tile_size
+    )[0]
 
-    A change is detected by the version counter that in-place operations raise, by the address, and by the end of every
-    step of an optimiser that holds the weight, as fused optimisers do not raise the counter. A change through
-    ``weight.data`` or another library's view of the memory is detected if one of 64 sampled values differs, as after
-    scaling, averaging or copying. Weights made in inference mode have no counter: a hash of all values takes its place.
-    Non-contiguous weights are packed in every call. The packed copy lives as long as the weight.
+
+def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> list[int]:
+    """Return a hash of 64 bits of each span of memory.
 
     Args:
         kernels: of the instruction set in use.
-        weight: (C_out, C_in, kH, kW), float32 or bfloat16.
-        for_input_gradient: pack it with input and output channels exchanged and its kernel flipped.
-        winograd_tile_size: if not 0, apply the filter transform for input tiles of this size; the result is float32.
-
-    Returns:
-        The packed bytes, 1-D.
+        spans: an address, then a number of bytes, for each span.
     """
-    handle = kernels.handles[torch.float32 if winograd_tile_size else weight.dtype]
-    if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
-        return _pack(handle, weight, for_input_gradient, winograd_tile_size)
-    address, size = weight.data_ptr(), weight.nbytes
-    if weight.is_inference():
-        change = -1, library.loaded().nin_hash(address, size)
-    else:
-        change = weight._version, library.loaded().nin_sample(address, size)
-    state = (change, address, weight.shape, weight.stride())
-    weight_id, key = id(weight), (handle, for_input_gradient, winograd_tile_size)
-    entry = _cache.get(weight_id)
-    if entry is None or entry.weight() is not weight:
-
-        def evict(dead: weakref.ref[Tensor]) -> None:
-            if weight_id in _cache and _cache[weight_id].weight is dead:  # the id may belong to another weight by now
-                del _cache[weight_id]
-
-        entry = _cache[weight_id] = _Entry(weakref.ref(weight, evict), {})
-    copy = entry.copies.get(key)
-    if copy is None or copy[0] != state:
-        copy = entry.copies[key] = state, _pack(handle, weight, for_input_gradient, winograd_tile_size)
-    return copy[1]
+    count = len(spans) // 2
+    if not count:
+        return []
+    hashes = (ctypes.c_uint64 * count)()
+    blocks = struct.pack(f"{2 * count}q", *spans)
+    handle = kernels.handles[torch.float32]
+    library.check(library.loaded().nin_hash(handle, blocks, count, hashes, library.thread_pool()))
+    return list(hashes)
 
 
-def _evict_stepped(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """Evict the parameters of an optimiser that has made a step."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            _cache.pop(id(weight), None)
+def hash_tensors(kernels: Kernels, tensors: Sequence[Tensor]) -> tuple[object, ...] | None:
+    """Return a value that is equal as long as the tensors are, in shapes, strides, dtypes and every byte.
+
+    None where that cannot be told: not all are in the CPU's memory, without gaps.
+    """
+    if not all(t.is_cpu and t.layout == torch.strided and _is_dense(t) for t in tensors):
+        return None
+    spans = [number for t in tensors for number in (t.data_ptr(), t.nbytes)]
+    return (*hash_bytes(kernels, spans), *((t.shape, t.stride(), t.dtype) for t in tensors))
 
 
-register_optimizer_step_post_hook(_evict_stepped)
+def mark_constant(weight: Tensor) -> None:
+    """Promise that nobody ever writes to a weight's memory, so that its packed copies need no check."""
+    storage = weight.untyped_storage()
+    name = id(storage)
+    _constants.add(name)
+    weakref.finalize(storage, _constants.discard, name).atexit = False
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
+def _keep(key: _Key, weight: Tensor, value: int) -> _Copy:
+    """Pack a weight and keep the copy in the cache."""
+    storage = weight.untyped_storage()
+    name = id(storage)
+    copy = _Copy(None if name in _constants else value, _pack(key[4], weight, key[5], key[6]))
+    memory = _memories.get(name)
+    if memory is None or memory.storage() is not storage:
+
+        def evict(dead: weakref.ref[torch.UntypedStorage]) -> None:
+            if name in _memories and _memories[name].storage is dead:  # another storage may have the id by now
+                for old in _memories.pop(name).keys:
+                    _copies.pop(old, None)
+
+        memory = _memories[name] = _Memory(weakref.ref(storage, evict), set())
+    kept = [old for old in tuple(memory.keys) if old in _copies]
+    if sum(_copies[old].packed.nbytes for old in kept) > MAX_COPIED_RATIO * storage.nbytes():
+        for old in kept:
+            _copies.pop(old, None)
+        memory.keys.clear()
+    memory.keys.add(key)
+    _copies[key] = copy
+    return copy
 
 
 def _pack(handle: int, weight: Tensor, for_input_gradient: bool, winograd_tile_size: int) -> Tensor:

@@ -46,10 +46,14 @@ NIN_API const void* nin_find_kernels(const char* name, int64_t type);
 NIN_API const char* nin_version();
 NIN_API int64_t nin_packed_bytes(const void* kernels, const nin_weight_view* weight);
 NIN_API void nin_pack(const void* kernels, const nin_weight_view* weight, const void* data, void* packed);
-// A hash of 64 evenly spaced values. It detects most changes that bypass a tensor's version counter, at no cost.
-NIN_API uint64_t nin_sample(const void* data, int64_t bytes);
-// A hash of all values, for weights without a version counter.
-NIN_API uint64_t nin_hash(const void* data, int64_t bytes);
+// Writes a hash of each of `count` blocks of memory, of all their bytes, to tell whether a weight has changed since it
+// was packed. It depends on the instruction set.
+struct nin_bytes {
+  const void* data;
+  int64_t bytes;
+};
+NIN_API int32_t nin_hash(const void* kernels, const nin_bytes* blocks, int64_t count, uint64_t* hashes,
+                         const nin_thread_pool* pool);
 // Returns the Winograd input tile size (6 or 8) that the cost model chooses for the first layer, which has `columns`
 // output channels; 0: direct convolution.
 NIN_API int64_t nin_winograd_size(const void* kernels, const nin_chain* chain, int64_t columns);

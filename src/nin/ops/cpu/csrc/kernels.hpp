@@ -140,6 +140,8 @@ struct Kernels {
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);
+  // A hash of bytes in their order, as fast as the memory gives them.
+  uint64_t (*hash)(const char* data, int64_t bytes);
   // Multiply-adds on registers, to measure the peak; returns their FLOP.
   double (*peak_flop)(int64_t rounds, float* sink);
 };

@@ -107,35 +107,34 @@ int32_t nin_winograd_pack(const void* kernels, const nin_weight_view* weight, in
   }
 }
 
-uint64_t nin_sample(const void* data, int64_t bytes) {
-  constexpr int64_t samples = 64;
-  const int64_t words = bytes / 4, count = std::min(words, samples);
-  uint64_t hash = 14695981039346656037u;  // FNV-1a's offset basis; below, its prime
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t word;
-    std::memcpy(&word, static_cast<const char*>(data) + (words - 1) * i / std::max<int64_t>(1, count - 1) * 4, 4);
-    hash = (hash ^ word) * 1099511628211u;
+int32_t nin_hash(const void* kernels, const nin_bytes* blocks, int64_t count, uint64_t* hashes,
+                 const nin_thread_pool* pool) {
+  const auto& k = *static_cast<const nin::Kernels*>(kernels);
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) bytes += blocks[i].bytes;
+  // The pieces do not depend on the number of threads, so neither does the hash. Few bytes are read faster than a
+  // thread is woken.
+  constexpr int64_t piece = 128 << 10, least_parallel_bytes = 512 << 10;
+  try {
+    std::vector<nin_bytes> pieces;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t at = 0; at < blocks[i].bytes; at += piece) {
+        pieces.push_back({static_cast<const char*>(blocks[i].data) + at, std::min(piece, blocks[i].bytes - at)});
+      }
+    }
+    std::vector<uint64_t> piece_hashes(pieces.size());
+    const nin_thread_pool alone{nullptr, 1};
+    const nin_status status =
+        nin::run_tasks(bytes < least_parallel_bytes ? alone : *pool, int64_t(pieces.size()), 0, [&](int64_t i, char*) {
+          piece_hashes[i] = k.hash(static_cast<const char*>(pieces[i].data), pieces[i].bytes);
+        });
+    for (int64_t i = 0, p = 0; i < count; ++i) {
+      const int64_t end = p + (blocks[i].bytes + piece - 1) / piece;
+      hashes[i] = k.hash(reinterpret_cast<const char*>(piece_hashes.data() + p), (end - p) * 8);
+      p = end;
+    }
+    return status;
+  } catch (const std::bad_alloc&) {
+    return nin_out_of_memory;
   }
-  return hash;
-}
-
-uint64_t nin_hash(const void* data, int64_t bytes) {
-  constexpr int lanes = 8;  // independent hashes, for instruction-level parallelism
-  uint64_t hashes[lanes] = {1, 2, 3, 4, 5, 6, 7, 8};
-  const auto mix = [](uint64_t hash, uint64_t word) {
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    return hash ^ hash >> 32;
-  };
-  const char* at = static_cast<const char*>(data);
-  const int64_t block = lanes * 8, whole = bytes / block * block;
-  for (int64_t i = 0; i < whole; i += block) {
-    uint64_t words[lanes];
-    std::memcpy(words, at + i, block);
-    for (int lane = 0; lane < lanes; ++lane) hashes[lane] = mix(hashes[lane], words[lane]);
-  }
-  uint64_t words[lanes] = {};
-  std::memcpy(words, at + whole, bytes - whole);
-  uint64_t hash = uint64_t(bytes);
-  for (int lane = 0; lane < lanes; ++lane) hash = mix(hash, mix(hashes[lane], words[lane]));
-  return hash;
 }
