@@ -1,6 +1,5 @@
 """Export to ONNX, torch.export and OpenVINO: files that run without nin, compared with the network first."""
 
-import copy
 import dataclasses
 import importlib.util
 import io
@@ -23,6 +22,7 @@ from nin.layers import MLPConv
 from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
 from nin.runtime.files import write_atomically
+from nin.runtime.model_copy import copy_model, keep_computed_weights
 from nin.version import install_command, installed_version
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
@@ -204,15 +204,17 @@ def _copy_network(model: Any) -> tuple[nn.Module, RunInfo | None]:
     if isinstance(model, str | Path):
         network, info = checkpoint.load_model(Path(model))
     elif isinstance(model, nn.Module):
-        network, info = copy.deepcopy(model), None
+        network, info = copy_model(model), None
     elif isinstance(getattr(model, "info", None), RunInfo) and isinstance(model.model, nn.Module):
-        network, info = copy.deepcopy(model.model), model.info
+        network, info = copy_model(model.model), model.info
     else:
         raise TypeError(f"model must be a run folder, a Classifier or a torch.nn.Module, got {type(model).__name__}")
     for module in network.modules():
         if isinstance(module, MLPConv):
             module.fold()
-    network = network.cpu().float().eval().requires_grad_(False)
+    network = network.cpu().float().eval()
+    keep_computed_weights(network)
+    network.requires_grad_(False)
     return network.to(memory_format=torch.contiguous_format), info
 
 

@@ -1,145 +1,244 @@
-"""Chain: convolutions or fully connected layers of a model, computed as one operator or as they are."""
+"""Chain: convolutions or fully connected layers of a model, computed as one operator or one by one."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.ops import ACTIVATIONS, mlpconv
+from nin.ops.cpu import dispatch as cpu_dispatch
+from nin.ops.cpu.weight_cache import hash_tensors, mark_constant
 
 # How a chain can be computed: all of it as one operator; its first convolution by PyTorch and the rest as one operator;
 # PyTorch's layers with BatchNorm folded into them; PyTorch's layers as they are.
 CHAIN_FORMS = ("operator", "operator behind the first", "folded", "original")
 
+# The tensors of layers whose values are what they seem; subclasses (quantised, distributed) stay with PyTorch.
+PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
 
-@dataclasses.dataclass
-class Link:
-    """A convolution or fully connected layer with the BatchNorm and the activation after it.
+
+class Norm(NamedTuple):
+    """A BatchNorm with fixed statistics: γ / √(σ² + ε) · (x − μ) + β, each tensor (C,)."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Link(NamedTuple):
+    """A convolution or fully connected layer as it was called, with the BatchNorm and the activation after it.
 
     Attributes:
-        layer: ``nn.Conv2d`` or ``nn.Linear``.
-        norm: the BatchNorm behind it, or None.
+        weight: (C_out, C_in / groups, kH, kW), or (C_out, C_in) of a fully connected layer.
+        bias: (C_out,), or None.
+        geometry: stride, padding, dilation and groups; () for a fully connected layer.
+        norm: the BatchNorm, or None.
         activation: "none", "relu", "gelu" or "silu".
     """
 
-    layer: nn.Conv2d | nn.Linear
-    norm: nn.BatchNorm2d | None = None
+    weight: Tensor
+    bias: Tensor | None
+    geometry: tuple[Any, ...]
+    norm: Norm | None = None
     activation: str = "none"
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the result depends on, besides the input."""
+        tensors = [self.weight, self.bias, *(self.norm[:4] if self.norm else ())]
+        return [t for t in tensors if t is not None]
 
-class Chain(nn.Module):
+
+Folded = list[tuple[Tensor, Tensor | None]]  # weight (C_out, C_in, kH, kW) and bias of each link
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A module in its parent, to see that it still is there and that no hook looks at it."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+
+    def is_as_before(self) -> bool:
+        """Return whether nobody replaced or hooked the module."""
+        return self.parent._modules.get(self.name) is self.module and not is_hooked(self.module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a hook sees a module's input, its output or their gradients."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class Chain:
     """Convolutions, 1×1 from the second on, or fully connected layers on every pixel, as one operator.
 
-    It owns no parameters: it refers to the layers, which stay registered where the model has them. Weights with
-    BatchNorm folded into them are cached, and computed again when one of the tensors that they depend on has changed.
+    It holds no weights: its layers are called as the model calls them, and `Pending` collects what they are called
+    with, see there. Weights with BatchNorm folded into them are kept until a byte of a tensor behind them changes.
 
     Args:
-        links: the layers, in their order.
-        path: name of this module in the whole model.
+        steps: what follows each other: "layer" (a convolution or fully connected layer), "norm", or an activation.
+        training: the mode in which it is computed as a chain.
+        places: the modules of the chain, and those around them that hold a part of it.
+        callers: the code of the forwards that call the first layer, from the nearest to the one that holds the chain.
         form: one of `forms`.
     """
 
-    def __init__(self, links: list[Link], path: str = "", form: str = "operator") -> None:
-        super().__init__()
-        self.links = links  # in a plain list, so that the layers are not registered a second time
-        self.path, self.form = path, form
-        self._folded: list[tuple[Tensor, Tensor | None]] = []
-        self._folded_key: tuple[object, ...] = ()
+    def __init__(
+        self,
+        steps: tuple[str, ...],
+        *,
+        training: bool = False,
+        places: tuple[Place, ...] = (),
+        callers: tuple[Any, ...] = (),
+        convolves: bool = True,
+        form: str = "operator",
+    ) -> None:
+        self.steps, self.training, self.places, self.callers = steps, training, places, callers
+        self.convolves, self.form = convolves, form
+        self.seen: tuple[Tensor, list[Link]] | None = None  # the last input and links, while `fuse` measures
+        self.watches = False  # whether to note them
+        self._folded: tuple[object, Folded] | None = None  # with what it was computed from
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be computed again, for pickles and copies."""
+        return {**vars(self), "seen": None, "watches": False, "_folded": None}
 
     @property
     def forms(self) -> tuple[str, ...]:
         """Those of `CHAIN_FORMS` in which this chain can be computed."""
-        splits = len(self.links) > 1 and isinstance(self.links[0].layer, nn.Conv2d)
+        splits = self.steps.count("layer") > 1 and self.convolves
         return tuple(form for form in CHAIN_FORMS if splits or form != "operator behind the first")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the result of the layers for ``x``: (N, C, H, W), or (…, C) for fully connected ones."""
-        convolves = isinstance(self.links[0].layer, nn.Conv2d)
-        norms = [link.norm for link in self.links if link.norm is not None]
-        updates_statistics = any(norm.training for norm in norms)
-        unsupported_shape = x.dim() != 4 if convolves else x.numel() == 0
-        # A compiled graph cannot cache folded weights, and would fold and pack them in every call (ResNet-50 at batch
-        # 1: 68 ms, 31 without the chains); the compiler fuses BatchNorm and ReLU into one pass itself.
-        compiled_norms = bool(norms) and torch.compiler.is_compiling()
-        if self.form == "original" or updates_statistics or unsupported_shape or compiled_norms:
-            return self.run_original(x)
-        weights = self.weights()
+    def run(self, x: Tensor, links: list[Link]) -> Tensor:
+        """Return the result of the links for ``x``: (N, C, H, W), or (…, C) for fully connected layers."""
+        if self.watches:
+            self.seen = x.clone(), links
+        if self.form == "original" or not _is_supported(x, links):
+            return run_layers(x, links)
+        weights = self._weights(links)
         if self.form == "folded":
-            return self.run_folded(x, weights)
-        if convolves:
-            return self.run_operator(x, weights)
+            plain = [
+                link._replace(weight=w.view_as(link.weight), bias=b, norm=None)
+                for link, (w, b) in zip(links, weights, strict=True)
+            ]
+            return run_layers(x, plain)
+        if self.convolves:
+            return self._run_operator(x, links, weights)
         pixels = x.reshape(-1, x.shape[-1])  # (P, C), to become one image of P × 1 pixels in channels_last
-        y = self.run_operator(pixels[None, :, None].permute(0, 3, 1, 2), weights)  # (1, C', P, 1)
+        y = self._run_operator(pixels[None, :, None].permute(0, 3, 1, 2), links, weights)  # (1, C', P, 1)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
 
-    def run_original(self, x: Tensor) -> Tensor:
-        """Run the layers one after the other."""
-        for link in self.links:
-            x = link.layer(x)
-            # without the activation that a subclass such as timm's BatchNormAct2d applies: the link has it
-            x = ACTIVATIONS[link.activation](x if link.norm is None else nn.BatchNorm2d.forward(link.norm, x))
-        return x
-
-    def run_folded(self, x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """Run the layers one after the other, with BatchNorm folded into their weights."""
-        for link, (weight, bias) in zip(self.links, weights, strict=True):
-            if isinstance(link.layer, nn.Conv2d):
-                x = link.layer._conv_forward(x, weight, bias)
-            else:
-                x = F.linear(x, weight.flatten(1), bias)
-            x = ACTIVATIONS[link.activation](x)
-        return x
-
-    def run_operator(self, x: Tensor, weights: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    def _run_operator(self, x: Tensor, links: list[Link], weights: Folded) -> Tensor:
         """Run the layers as one operator, without the first in the form "operator behind the first"."""
-        first, links = self.links[0].layer, self.links
         geometry = {}
-        if isinstance(first, nn.Conv2d) and self.form == "operator":
-            geometry = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation}
-        elif isinstance(first, nn.Conv2d):
-            x = ACTIVATIONS[links[0].activation](first._conv_forward(x, *weights[0]))
+        if self.convolves and self.form == "operator":
+            geometry = dict(zip(("stride", "padding", "dilation"), links[0].geometry, strict=False))
+        elif self.convolves:
+            x = ACTIVATIONS[links[0].activation](F.conv2d(x, *weights[0], *links[0].geometry))
             links, weights = links[1:], weights[1:]
         activations = [link.activation for link in links]
-        return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)  # type: ignore[arg-type]
+        return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
 
-    def weights(self) -> list[tuple[Tensor, Tensor | None]]:
+    def _weights(self, links: list[Link]) -> Folded:
         """Return weight (C_out, C_in, kH, kW) and bias (C_out,) of each layer, with BatchNorm folded into them."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return [_fold(link) for link in self.links]
-        tensors = [t for link in self.links for t in _tensors(link)]
-        # the version counts in-place changes, the pointer and the id tell of assignments, the dtype of .to()
-        key = tuple((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)
-        if key != self._folded_key:
-            self._folded, self._folded_key = [_fold(link) for link in self.links], key
-        return self._folded
+        behind = [t for link in links if link.norm is not None for t in link.tensors()]
+        if not behind or (torch.is_grad_enabled() and any(t.requires_grad for t in behind)):
+            return [_fold(link) for link in links]
+        kernels = cpu_dispatch.KERNELS
+        content = None if kernels is None else hash_tensors(kernels, behind)
+        if content is None:  # on a GPU: the few small kernels of folding are launched faster than values come back
+            return [_fold(link) for link in links]
+        state = content, tuple(link.norm and (link.norm.eps, _which(link)) for link in links)
+        kept = self._folded
+        if kept is None or kept[0] != state:
+            # ordinary tensors, whoever asks first: those made in inference mode could not be used outside it
+            with torch.inference_mode(False), torch.no_grad():
+                folded = [(w.contiguous(memory_format=_format(w)), b) for w, b in map(_fold, links)]
+            for link, (weight, _) in zip(links, folded, strict=True):
+                if link.norm is not None:
+                    mark_constant(weight)
+            kept = self._folded = state, folded
+        # layers without BatchNorm as they are now, the others as they were folded
+        return [_fold(link) if link.norm is None else f for link, f in zip(links, kept[1], strict=True)]
 
-    def extra_repr(self) -> str:
-        """Return the widths and the form, for ``print``."""
-        widths = [self.links[0].layer.weight.shape[1], *(link.layer.weight.shape[0] for link in self.links)]
-        return f"{' → '.join(map(str, widths))}, {self.form}"
+    def __repr__(self) -> str:
+        """Return the steps and the form."""
+        return f"Chain({' → '.join(self.steps)}, {self.form})"
 
 
-def _tensors(link: Link) -> list[Tensor]:
-    """Return the tensors that the folded weights depend on."""
-    tensors = [link.layer.weight, link.layer.bias]
-    if link.norm is not None:
-        tensors += [link.norm.weight, link.norm.bias, link.norm.running_mean, link.norm.running_var]
-    return [t for t in tensors if t is not None]
+def run_layers(x: Tensor, links: list[Link]) -> Tensor:
+    """Run the layers one after the other, as PyTorch's modules do."""
+    for link in links:
+        if link.geometry:
+            stride, padding, dilation, groups = link.geometry
+            x = F.conv2d(x, link.weight, link.bias, stride, padding, dilation, groups)
+        else:
+            x = F.linear(x, link.weight, link.bias)
+        if link.norm is not None:
+            mean, variance, weight, bias, eps = link.norm
+            x = F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
+        x = ACTIVATIONS[link.activation](x)
+    return x
+
+
+def _is_supported(x: Tensor, links: list[Link]) -> bool:
+    """Return whether the operator computes what the layers compute; if not, they run as they are, or say why not."""
+    if not x.is_floating_point() or (x.numel() == 0 and not links[0].geometry):
+        return False
+    casts = torch.is_autocast_enabled(x.device.type)
+    channels = x.shape[1] if links[0].geometry else x.shape[-1]
+    for i, link in enumerate(links):
+        for t in link.tensors():
+            same = t.device == x.device and (casts or t.dtype == x.dtype) and t.layout == torch.strided
+            if type(t) not in PLAIN_TYPES or not same or 0 in t.shape:
+                return False
+        if link.weight.shape[1] != channels or (link.bias is not None and link.bias.dim() != 1):
+            return False
+        channels = link.weight.shape[0]
+        if not link.geometry:
+            continue
+        stride, padding, dilation, groups = link.geometry
+        if groups != 1 or not all(
+            isinstance(value, tuple) and len(value) == 2 for value in (stride, padding, dilation)
+        ):
+            return False
+        if i > 0 and ((*link.weight.shape[2:],), stride, padding) != ((1, 1), (1, 1), (0, 0)):
+            return False
+        if i == 0 and any(
+            size + 2 * p <= d * (k - 1)
+            for size, p, d, k in zip(x.shape[2:], padding, dilation, link.weight.shape[2:], strict=True)
+        ):
+            return False
+    return True
+
+
+def _which(link: Link) -> tuple[bool, ...]:
+    """Return which of the optional tensors a link has."""
+    norm = link.norm
+    return (link.bias is None, *(() if norm is None else (norm.weight is None, norm.bias is None)))
+
+
+def _format(weight: Tensor) -> torch.memory_format:
+    """Return the memory format of a weight, in which its packed copy can be kept."""
+    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
 
 
 def _fold(link: Link) -> tuple[Tensor, Tensor | None]:
     """Return weight (C_out, C_in, kH, kW) and bias of a layer with its BatchNorm: γ / √(σ² + ε) · (W x + b − μ) + β."""
-    weight, bias, norm = link.layer.weight, link.layer.bias, link.norm
+    weight, bias, norm = link.weight, link.bias, link.norm
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     if norm is None:
         return weight, bias
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = torch.rsqrt(norm.variance + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = (0 if bias is None else bias) - norm.running_mean
+    shift = (0 if bias is None else bias) - norm.mean
     shift = shift * scale if norm.bias is None else shift * scale + norm.bias
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)

@@ -1,6 +1,8 @@
 """Matching chains in a traced graph: which nodes one operator can replace."""
 
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from nin.fusion.chain import Chain, Link
+from nin.fusion.chain import is_hooked
 from nin.layers import ACTIVATION_NAMES, MLPConv
 
 # by the function, or by the method's name
@@ -19,19 +21,26 @@ _FUNCTION_NAMES: dict[Any, str] = {
 
 
 class Tracer(fx.Tracer):
-    """PyTorch's tracer, for which nin's own layers, chains and every subclass of BatchNorm are leaves too."""
+    """PyTorch's tracer, for which nin's own layers and every subclass of BatchNorm are leaves too."""
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.path = path  # name of the traced module in the whole model
-
-    def path_of_module(self, mod: nn.Module) -> str:
-        """Return a module's name; that of a chain is its own, as it is no registered child, see `rewrite`."""
-        return mod.path.removeprefix(f"{self.path}.") if isinstance(mod, Chain) else super().path_of_module(mod)
+        self._proxies: list[tuple[weakref.ref[fx.Proxy], fx.Node]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module becomes one node of the graph."""
-        return isinstance(m, MLPConv | Chain | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, MLPConv | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for a value while the forward runs."""
+        proxy = super().proxy(node)
+        self._proxies.append((weakref.ref(proxy), node))
+        return proxy
+
+    def kept_nodes(self) -> set[fx.Node]:
+        """Return the values that the forward kept, in an attribute or a global list, after it was traced."""
+        gc.collect()
+        return {node for proxy, node in self._proxies if proxy() is not None}
 
 
 @dataclasses.dataclass
@@ -40,21 +49,24 @@ class ChainMatch:
 
     Attributes:
         nodes: of the graph, from the first layer to the last activation.
-        links: the layers of the nodes.
+        steps: what they do, see `Chain`.
         layer_names: names of the layers in the traced module.
     """
 
     nodes: list[fx.Node]
-    links: list[Link]
+    steps: list[str]
     layer_names: list[str]
 
 
-def match_chains(model: nn.Module, graph: fx.Graph) -> tuple[list[ChainMatch], dict[str, str]]:
+def match_chains(
+    model: nn.Module, graph: fx.Graph, kept: set[fx.Node] | None = None
+) -> tuple[list[ChainMatch], dict[str, str]]:
     """Return the chains of a graph, without nodes in common, and the 1×1 layers in none of them.
 
     Args:
         model: the traced module, in the mode, training or evaluation, in which chains are to run.
         graph: of its forward.
+        kept: nodes whose values the forward keeps, see `Tracer.kept_nodes`.
 
     Returns:
         The chains, and the reason why each other 1×1 layer is in none, by the layer's name.
@@ -69,13 +81,13 @@ def match_chains(model: nn.Module, graph: fx.Graph) -> tuple[list[ChainMatch], d
         name = str(node.target)
         reason = unsupported_reason(modules[name], calls[name], first=True)
         if reason is None:
-            match = _match_from(node, modules, calls)
+            match = _match_from(node, modules, calls, kept or set())
             if len(match.nodes) > 1:
                 matches.append(match)
                 taken.update(match.nodes)
                 continue
             reason = "nothing follows it that the operator does"
-        if _is_pointwise(modules[name]):
+        if is_pointwise(modules[name]):
             reasons[name] = reason
     return matches, reasons
 
@@ -84,7 +96,7 @@ def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | No
     """Return why a layer cannot be in a chain, or None if it can."""
     if calls > 1:
         return "it is called more than once"
-    if is_hooked(layer) or layer._backward_hooks:
+    if is_hooked(layer):
         return "a hook looks at it"
     if type(layer) is nn.Linear:
         return None
@@ -99,39 +111,35 @@ def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | No
     return None
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a hook sees a module's input or output, which it has only while it runs by itself."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Conv2d | nn.Linear)
 
 
-def _is_pointwise(layer: nn.Module) -> bool:
+def is_pointwise(layer: nn.Module) -> bool:
+    """Return whether a layer looks at one pixel at a time."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
-def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str]) -> ChainMatch:
+def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str], kept: set[fx.Node]) -> ChainMatch:
     """Return the longest chain that begins with a layer."""
     first = modules[str(start.target)]
-    assert isinstance(first, nn.Conv2d | nn.Linear)
-    match, nodes = ChainMatch([start], [Link(first)], [str(start.target)]), [start]
-    while len(nodes[-1].users) == 1:
+    match, nodes, steps = ChainMatch([start], ["layer"], [str(start.target)]), [start], ["layer"]
+    # a hidden value has one user, which comes next: what the model does in between might change the chain's input
+    while len(nodes[-1].users) == 1 and nodes[-1] not in kept:
         node = next(iter(nodes[-1].users))
-        if node.args[:1] != (nodes[-1],) or nodes[-1] in node.kwargs.values():
+        if node.args[:1] != (nodes[-1],) or nodes[-1] in node.kwargs.values() or not _follows(node, nodes[-1]):
             break
-        link, activation = match.links[-1], _activation(node, modules)
+        activation, done = _activation(node, modules), steps[-1] in ("layer", "norm")
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and is_hooked(module):
             break
-        if activation is not None and link.activation == "none":
-            link.activation = activation
-        elif isinstance(module, nn.BatchNorm2d) and link.norm is None and link.activation == "none":
+        if activation is not None and done:
+            steps.append(activation)
+        elif isinstance(module, nn.BatchNorm2d) and steps[-1] == "layer":
             after = _activation_inside(module)
-            if after is None or not _can_fold(module, link) or calls[str(node.target)] > 1:
+            if after is None or not _can_fold(module, first) or calls[str(node.target)] > 1:
                 break
-            link.norm, link.activation = module, after
+            steps += ["norm"] if after == "none" else ["norm", after]
         elif module is not None and _does_nothing(module):
             nodes.append(node)
             continue  # part of the chain only if something follows it
@@ -140,17 +148,24 @@ def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[st
             and type(module) is type(first)
             and unsupported_reason(module, calls[str(node.target)], first=False) is None
         ):
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            match.links.append(Link(module))
+            steps.append("layer")
             match.layer_names.append(str(node.target))
         else:
             break
         nodes.append(node)
-        match.nodes = list(nodes)
-    if isinstance(first, nn.Linear) and len(match.links) < 2:
+        match.nodes, match.steps = list(nodes), list(steps)
+    if isinstance(first, nn.Linear) and len(match.layer_names) < 2:
         # a single matrix product is as fast in PyTorch
-        return ChainMatch([start], [Link(first)], match.layer_names)
+        return ChainMatch([start], ["layer"], match.layer_names)
     return match
+
+
+def _follows(node: fx.Node, before: fx.Node) -> bool:
+    """Return whether a node comes next in the graph, but for parameters that are read."""
+    node = node.prev
+    while node.op == "get_attr":
+        node = node.prev
+    return node is before
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
@@ -181,9 +196,9 @@ def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
     return "none" if type(act) is nn.Identity else _module_activation(act)
 
 
-def _can_fold(norm: nn.BatchNorm2d, link: Link) -> bool:
+def _can_fold(norm: nn.BatchNorm2d, layer: nn.Module) -> bool:
     """Return whether a BatchNorm has fixed statistics, and follows a convolution into which it can be folded."""
-    return isinstance(link.layer, nn.Conv2d) and not norm.training and norm.running_mean is not None
+    return isinstance(layer, nn.Conv2d) and not norm.training and norm.running_mean is not None
 
 
 def _does_nothing(module: nn.Module) -> bool:

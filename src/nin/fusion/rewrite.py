@@ -1,21 +1,25 @@
-"""`fuse`: match the chains of a model, rewrite the forwards of its modules, and keep what is faster."""
+"""`fuse`: find the chains of a model, let their first layers begin them, and keep what is faster."""
 
-import copy
+import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from nin.fusion.chain import Chain
-from nin.fusion.matcher import ChainMatch, Tracer, is_hooked, match_chains
+from nin.fusion.chain import Chain, Link, Place
+from nin.fusion.matcher import ChainMatch, Tracer, is_pointwise, match_chains, unsupported_reason
+from nin.fusion.pending import HEADS, begin_chain
 from nin.layers import Conv1x1, MLPConv
 from nin.runtime.fx_trace import TracingError, trace
+from nin.runtime.model_copy import copy_model
 from nin.runtime.timer import Timing, time_interleaved
 
 # A form must take less than this fraction of the original's time: a smaller gain is within the noise of the clock.
@@ -32,7 +36,7 @@ class FusedChain:
         layers: names of its convolutions or fully connected layers.
         form: how it is computed, one of `CHAIN_FORMS`; "original" where nothing was faster.
         times: of each form that was measured, on the chain's input in a run on the example.
-        chain: the module that computes it.
+        chain: how it is computed.
     """
 
     layers: tuple[str, ...]
@@ -111,18 +115,18 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    mode = model.training
-    new = copy.deepcopy(model).train(training)
-    chains: _Chains = {}
-    unfused: dict[str, str] = {}
-    new = _fuse_module(new, "", chains, unfused).train(mode)
+    # ordinary tensors, even where the caller is in inference mode
+    with torch.inference_mode(False):
+        new = copy_model(model)
+        modes = {module: module.training for module in new.modules()}
+        chains, unfused = _find_chains(new, training=training)
     times: dict[tuple[str, ...], dict[str, Timing]] = {}
     before = after = None
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
         new.train(training)
         times = _choose_forms(new, inputs, chains, runs)
-        plain = copy.deepcopy(model).train(training)
+        plain = copy_model(model).train(training)
         before, after = _measure(plain, new, inputs, runs)
         if after.median_ms > before.median_ms:  # each is faster alone, but not all together
             reason = f"the whole model took {after.median_ms:.2f} ms with them and {before.median_ms:.2f} ms without"
@@ -130,93 +134,116 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
             for chain in chains.values():
                 chain.form = "original"
             before, after = _measure(plain, new, inputs, runs)
-        new.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
     found = tuple(FusedChain(layers, c.form, times.get(layers, {}), c) for layers, c in chains.items())
     return FuseResult(new, found, unfused, before, after)
 
 
-def _fuse_module(module: nn.Module, path: str, chains: _Chains, unfused: dict[str, str]) -> nn.Module:
-    """Fuse a module in place, or its children where it cannot be traced; return it."""
-    if isinstance(module, MLPConv | Conv1x1 | Chain) or not any(module.children()) or is_hooked(module):
-        return module
-    graph = _trace(module, path)
-    if graph is None:
-        for name, child in module.named_children():
-            setattr(module, name, _fuse_module(child, _join(path, name), chains, unfused))
-        return module
-    matches, reasons = match_chains(module, graph)
-    unfused |= {_join(path, name): reason for name, reason in reasons.items()}
-    # Each chain goes into the smallest module with all of its layers, so that the classes above stay what they are;
-    # inner modules first, as their chains are then leaves in the graphs of the outer ones.
-    for owner in sorted({_smallest_owner(match) for match in matches}, key=lambda name: -name.count(".") - bool(name)):
-        _insert_chains(module.get_submodule(owner), _join(path, owner), chains)
-    return module
+def _find_chains(model: nn.Module, *, training: bool) -> tuple[_Chains, dict[str, str]]:
+    """Find the chains of a model and let their first layers begin them, in place.
 
+    Tracing runs the forwards once, on a copy: they may count their calls.
 
-def _insert_chains(module: nn.Module, path: str, chains: _Chains) -> None:
-    """Replace the nodes of a module's chains in its forward by calls of `Chain`."""
-    graph = _trace(module, path)
-    if graph is None or is_hooked(module):
-        return
-    matches, _ = match_chains(module, graph)
-    for number, match in enumerate(matches):
-        name = f"nin_chain_{number}"
-        chain = Chain(match.links, _join(path, name))
-        vars(module)[name] = chain  # not registered: who runs a module's children one by one must not run it
-        chains[tuple(_join(path, layer) for layer in match.layer_names)] = chain
-        last = match.nodes[-1]
-        with graph.inserting_after(last):
-            node = graph.call_module(name, args=match.nodes[0].args[:1])
-        last.replace_all_uses_with(node)
-        for old in reversed(match.nodes):
-            graph.erase_node(old)
-    if matches:
-        graph.lint()
-        _replace_forward(module, type(fx.GraphModule(module, graph)).forward)
-
-
-def _replace_forward(module: nn.Module, fused: Callable[..., Any]) -> None:
-    """Give the module a subclass of its class, whose forward is fused where it is called as it was traced.
-
-    That is in the same mode, and without the arguments that have a default: the graph holds the branch that a condition
-    such as ``if mask is None`` took for the defaults.
+    Returns:
+        The chains, and the reason why each other 1×1 layer is in none, by the layer's name.
     """
-    original, traced, required = type(module).forward, module.training, len(_parameters(module)[0])
+    shared = {id(p): p for p in model.parameters()}  # torch.fx only records what is done to them
+    traced = copy_model(model, shared).train(training)
+    chains: _Chains = {}
+    unfused: dict[str, str] = {}
+    untraced: dict[str, str] = {}
+    with _unchanged_randomness():
+        _find_in(traced, "", model, chains, unfused, untraced)
+    in_chains = set(itertools.chain(*chains))
+    own = {f"{name}." for name, module in model.named_modules() if isinstance(module, MLPConv | Conv1x1)}
+    for name, module in model.named_modules():
+        known = name in in_chains or name in unfused or name.startswith(tuple(own))
+        if not known and is_pointwise(module):
+            around = max((path for path in untraced if not path or name.startswith(f"{path}.")), key=len, default=None)
+            reason = "it is not called" if around is None else untraced[around]
+            unfused[name] = unsupported_reason(module, 1, first=True) or reason
+    return chains, unfused
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        as_traced = self.training == traced and len(args) == required and not kwargs
-        return (fused if as_traced else original)(self, *args, **kwargs)
 
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__})
-
-
-def _trace(module: nn.Module, path: str) -> fx.Graph | None:
-    """Return the module's graph, or None where it cannot be traced."""
-    required, optional = _parameters(module)
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in required):
-        return None
+def _find_in(
+    traced: nn.Module, path: str, model: nn.Module, chains: _Chains, unfused: dict[str, str], untraced: dict[str, str]
+) -> None:
+    """Find the chains of a module of the traced copy, or of its children where it cannot be traced."""
+    if isinstance(traced, MLPConv | Conv1x1) or not any(traced.children()):
+        return
+    tracer = Tracer()
     try:
-        return trace(module, Tracer(path), {p.name: p.default for p in optional})
-    except TracingError:
-        return None
+        graph = _trace(traced, tracer)
+    except TracingError as error:
+        untraced[path] = f"{f'{path}: ' if path else ''}{error}"
+        for name, child in traced.named_children():
+            _find_in(child, _join(path, name), model, chains, unfused, untraced)
+        return
+    matches, reasons = match_chains(traced, graph, tracer.kept_nodes())
+    unfused |= {_join(path, name): reason for name, reason in reasons.items()}
+    root = model.get_submodule(path)
+    for match in matches:
+        layers = tuple(_join(path, name) for name in match.layer_names)
+        places, callers = _surroundings(root, match)
+        head = root.get_submodule(match.layer_names[0])
+        if not all(place.is_as_before() for place in places):
+            unfused |= dict.fromkeys(layers, "a hook looks at it")
+        elif type(head) not in HEADS:
+            unfused |= dict.fromkeys(layers, "it is called more than once")
+        else:
+            convolves = isinstance(head, nn.Conv2d)
+            steps = tuple(match.steps)
+            chains[layers] = Chain(steps, training=traced.training, places=places, callers=callers, convolves=convolves)
+            begin_chain(head, chains[layers])
 
 
-def _parameters(module: nn.Module) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
-    """Return the parameters of a module's forward that must be given, and those with a default."""
+def _surroundings(root: nn.Module, match: ChainMatch) -> tuple[tuple[Place, ...], tuple[nn.Module, ...]]:
+    """Return the modules of a chain, with those around them that hold a part of it, and what calls the first layer.
+
+    Args:
+        root: the module that was traced.
+        match: a chain in its graph.
+    """
+    stacks = [[name for name, _ in node.meta.get("nn_module_stack", {}).values()] for node in match.nodes]
+    # of forwards: a module that is a node of the graph is in its own stack
+    forwards = [s[:-1] if node.op == "call_module" else s for s, node in zip(stacks, match.nodes, strict=True)]
+    common = len(list(itertools.takewhile(lambda names: len(set(names)) == 1, zip(*forwards, strict=False))))
+    owner = forwards[0][common - 1] if common else ""
+    paths = {name for stack in stacks for name in stack[common:]}
+    paths |= {_join(path, name) for path in paths for name, _ in root.get_submodule(path).named_modules()}
+    prefixes = {".".join(parts[:n]) for parts in (path.split(".") for path in paths) for n in range(1, len(parts) + 1)}
+    places = []
+    for path in sorted(prefix for prefix in prefixes if not owner or prefix.startswith(f"{owner}.")):
+        parent, _, name = path.rpartition(".")
+        places.append(Place(root.get_submodule(parent), name, root.get_submodule(path)))
+    callers = [*reversed(forwards[0][common:]), owner]
+    return tuple(places), tuple(root.get_submodule(name) for name in callers)
+
+
+def _trace(module: nn.Module, tracer: Tracer) -> fx.Graph:
+    """Return the module's graph, with the defaults of its forward's optional arguments.
+
+    Raises:
+        TracingError: it cannot be traced; the message says why.
+    """
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    optional = [p for p in parameters if p.default is not p.empty]
-    return [p for p in parameters if p.default is p.empty], optional
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise TracingError("its forward takes any arguments")
+    return trace(module, tracer, optional)
 
 
-def _smallest_owner(match: ChainMatch) -> str:
-    """Return the name of the smallest module in which all nodes of a chain run."""
-    stacks = []
-    for node in match.nodes:
-        stack = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-        stacks.append(stack[:-1] if node.op == "call_module" else stack)
-    shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*stacks, strict=False))
-    return next((names[0] for names in reversed(list(shared))), "")
+@contextlib.contextmanager
+def _unchanged_randomness() -> Iterator[None]:
+    """Keep the states of the random number generators: a forward that is traced may draw from them."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(device_type="cuda") if torch.cuda.is_initialized() else torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _join(path: str, name: str) -> str:
@@ -228,29 +255,26 @@ def _choose_forms(
     model: nn.Module, inputs: tuple[Any, ...], chains: _Chains, runs: int
 ) -> dict[tuple[str, ...], dict[str, Timing]]:
     """Time every chain on its input in a run of the model, and set its fastest form."""
-    chain_inputs: dict[tuple[str, ...], Tensor] = {}
-    hooks = [
-        chain.register_forward_pre_hook(lambda _, args, key=key: chain_inputs.update({key: args[0].clone()}))
-        for key, chain in chains.items()
-    ]
+    for chain in chains.values():
+        chain.watches = True
     model(*inputs)
-    for hook in hooks:
-        hook.remove()
     times = {}
-    for key, x in chain_inputs.items():
-        chain = chains[key]
+    for layers, chain in chains.items():
+        seen, chain.watches, chain.seen = chain.seen, False, None
+        if seen is None:  # not called
+            continue
         timed = time_interleaved(
-            {form: functools.partial(_run_form, chain, form, x) for form in chain.forms}, runs=runs
+            {form: functools.partial(_run_form, chain, form, *seen) for form in chain.forms}, runs=runs
         )
         best = min(timed, key=lambda form: timed[form].median_ms)
         chain.form = best if timed[best].median_ms < LARGEST_TIME_RATIO * timed["original"].median_ms else "original"
-        times[key] = timed
+        times[layers] = timed
     return times
 
 
-def _run_form(chain: Chain, form: str, x: Tensor) -> Tensor:
+def _run_form(chain: Chain, form: str, x: Tensor, links: list[Link]) -> Tensor:
     chain.form = form
-    return chain(x)
+    return chain.run(x, links)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class Classifier:
         return fused
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the fused model: pickle cannot find the classes that fusing makes."""
+        """Leave out the fused model, which is the model once more."""
         return {name: value for name, value in vars(self).items() if name != "fastest"}
 
     def predict(self, images: Any) -> list[Prediction]:

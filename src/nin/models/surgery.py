@@ -10,6 +10,7 @@ from nin.layers import Conv1x1, MLPConv
 from nin.models.layer_spec import LayerSpec, factorised_layers
 from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.nin import NiN
+from nin.runtime.model_copy import copy_model
 
 
 def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module:
@@ -57,7 +58,7 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
 
 def to_plain_layers(model: nn.Module) -> nn.Module:
     """Return a copy in which nin's own layers are ``nn.Sequential`` of ``nn.Conv2d`` and activations."""
-    model = copy.deepcopy(model)
+    model = copy_model(model)
     if isinstance(model, NiN):
         model.fold()
     for name, module in list(model.named_modules(remove_duplicate=False)):

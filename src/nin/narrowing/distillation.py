@@ -1,6 +1,5 @@
 """Fine-tuning of a narrowed network by knowledge distillation from the original, with or without labels."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from nin.errors import UserError
 from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate
 from nin.runtime import device
+from nin.runtime.model_copy import copy_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DistillationStep:
         optimizer = adamw(
             model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        self.optimizer = OptimizerWithEMA(model, copy.deepcopy(model), optimizer)
+        self.optimizer = OptimizerWithEMA(model, copy_model(model), optimizer)
 
     def __call__(self, x: Tensor, labels: Tensor | None) -> float:
         """Train on one batch and return its loss.

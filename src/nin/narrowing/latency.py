@@ -1,6 +1,5 @@
 """Measured latencies on this device: of chains of layers, in a table, and of whole models before and after."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -19,6 +18,7 @@ from nin.narrowing.calibration import model_inputs
 from nin.runtime import timer
 from nin.runtime.device import processor_name
 from nin.runtime.files import write_atomically
+from nin.runtime.model_copy import copy_model
 from nin.runtime.progress import ProgressCallback, ignore_progress
 
 # Seconds that the calls of one layer, and of one whole model, are timed for, and how many calls these are at least and
@@ -115,7 +115,7 @@ class ModelTimer:
         args, kwargs = pytree.tree_map(
             lambda t: _in_layout(_resized(t, batch), self.layout), next(model_inputs(self.batches))
         )
-        narrowed = to_layout(copy.deepcopy(narrowed), self.layout).eval()
+        narrowed = to_layout(copy_model(narrowed), self.layout).eval()
         calls = {"before": lambda: self.original(*args, **kwargs), "after": lambda: narrowed(*args, **kwargs)}
         times = _time(calls, next(self.original.parameters()).device, MODEL_SECONDS)
         return times["before"], times["after"]

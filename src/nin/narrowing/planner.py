@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from nin.errors import UserError
 from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
@@ -224,7 +225,9 @@ class Planner:
         for name, choice in solution.factorisations.items():
             inputs = knapsack.width(name, solution.widths, before=True)
             outputs = knapsack.width(name, solution.widths, before=False)
-            dtype = str(self.original.get_submodule(name).get_parameter("weight").dtype).removeprefix("torch.")
+            # of a pruned layer, which is left alone, the weight is no parameter
+            weight = cast(Tensor, self.original.get_submodule(name).weight)
+            dtype = str(weight.dtype).removeprefix("torch.")
             reason = self.analysis.reasons.get(name, "")
             layers.append(LayerPlan(name, choice.form, choice.rank_in, choice.rank_out, inputs, outputs, dtype, reason))
         pruned = []

@@ -1,6 +1,5 @@
 """BatchNorm recalibration after narrowing, kept where it brings the output nearer to the original's."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch.utils import _pytree as pytree
 
 from nin.narrowing.calibration import float_tensors, model_inputs
 from nin.runtime import distributed
+from nin.runtime.model_copy import copy_model
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, batches: list[Any]) -> nn.Module:
     """Return a copy in which every BatchNorm has the mean and variance of these images."""
-    originals, model = _batchnorms(model), copy.deepcopy(model)
+    originals, model = _batchnorms(model), copy_model(model)
     norms = _batchnorms(model)
     for norm in norms:
         norm.reset_running_stats()

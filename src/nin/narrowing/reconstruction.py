@@ -1,7 +1,6 @@
 """Layerwise reconstruction: each layer of the narrowed network is fitted to the original's output at its place."""
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, weigh
 from nin.narrowing.low_rank import InputProjection, balance_scales, output_factors
 from nin.narrowing.moments import Moments, all_reduce_moments, check_finite
 from nin.narrowing.patches import extract_outputs, extract_patches
+from nin.runtime.model_copy import copy_model
 from nin.runtime.progress import ProgressCallback, ignore_progress
 
 # A channel that BatchNorm scales below this fraction of the largest scale is not fitted to the error of the shortcut:
@@ -82,7 +82,7 @@ class _Reconstruction:
 
     def __init__(self, original: nn.Module, plan: Plan, analysis: Analysis, batches: list[Any]) -> None:
         self.original, self.analysis, self.batches = original, analysis, batches
-        self.narrowed = copy.deepcopy(original)
+        self.narrowed = copy_model(original)
         self.prunings = {pruning.consumer: pruning for pruning in plan.pruned}
 
     def collect(self, names: list[str]) -> dict[str, Moments]:

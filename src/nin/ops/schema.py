@@ -63,7 +63,10 @@ def _mlpconv_backward_fake(
 
 
 class _MLPConvFunction(torch.autograd.Function):
-    """Save the input and the output; the backward operator recomputes the hidden layers.
+    """Save the input; the backward operator recomputes the hidden layers.
+
+    The output is saved if ReLU's derivative follows from it, and not else: it may be changed in place, as that of
+    ``conv2d``.
 
     The parameters are separate arguments because autograd does not look into lists.
     """
@@ -73,12 +76,14 @@ class _MLPConvFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             y: Tensor = torch.ops.nin.mlpconv(x, parameters[:count], parameters[count:], *options)
         ctx.options, ctx.count = options, count
-        ctx.save_for_backward(x, y, *parameters)
+        ctx.save_for_backward(x, y if options[-1][-1] == "relu" else None, *parameters)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, *parameters = ctx.saved_tensors
+        if y is None:  # not read
+            y = torch.empty_like(grads[0], memory_format=reference.memory_format_of(x))
         needs = list(ctx.needs_input_grad[2:])  # the first two are options and count
         arguments = (grads[0], x, y, parameters[: ctx.count], parameters[ctx.count :], *ctx.options, needs)
         grad_x, grad_weights, grad_biases = _mlpconv_backward_autograd(*arguments)

@@ -1,6 +1,5 @@
 """Count the parameters, multiply-accumulates (MACs) and activation bytes of a network, layer by layer."""
 
-import copy
 import dataclasses
 import math
 from collections import Counter
@@ -17,6 +16,7 @@ from nin.display.tables import html_table, text_table
 from nin.layers import Conv1x1, MLPConv
 from nin.ops.schema import chain_macs
 from nin.profiling.roofline import ModelTiming, time_model
+from nin.runtime.model_copy import copy_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,22 +188,22 @@ def cost(
         # Meta tensors have shapes and no values: a network of any size is counted in milliseconds and no memory.
         counter = _count(_copy_to_meta(model).eval(), torch.empty(shape, dtype=dtype, device="meta"))
     except (RuntimeError, TypeError):  # item() and numpy() of a meta tensor, one of two devices
-        counter = _count(copy.deepcopy(model).eval().to("cpu"), torch.zeros(shape, dtype=dtype))
+        counter = _count(copy_model(model).eval().to("cpu"), torch.zeros(shape, dtype=dtype))
     timing = None
     if measured:
         macs: Counter[str] = Counter()
         for layer in counter.layers:
             macs[layer.module] += layer.macs
         x = torch.rand(shape).to(dtype)
-        timing = time_model(copy.deepcopy(model).eval().to("cpu"), x, macs, on_progress)
+        timing = time_model(copy_model(model).eval().to("cpu"), x, macs, on_progress)
     return Cost(shape, tuple(counter.layers), parameters, tuple(counter.uncounted()), timing)
 
 
 def _copy_to_meta(model: nn.Module) -> nn.Module:
     """Return a copy on the meta device; the values are not copied even for a moment, and tied weights stay tied."""
-    copies: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    copies: dict[int, Tensor] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
     copies |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, copies)
+    return copy_model(model, copies)
 
 
 def _count(model: nn.Module, x: Tensor) -> "_LayerCounter":

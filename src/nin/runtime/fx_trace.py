@@ -9,6 +9,7 @@ _ERRORS = (
     ValueError,  # fx's TraceError: an if or a loop over one
     TypeError,  # int() or range() of one
     RuntimeError,  # len() of one
+    AttributeError,  # a method that only a tensor of a subclass has
     AssertionError,  # assert isinstance(x, Tensor)
     LookupError,  # a dict asked for one
     NameError,  # fx's, of a layer kept in a plain list

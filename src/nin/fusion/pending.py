@@ -1,0 +1,298 @@
+"""Pending: the result of a chain's first layers, which are computed when the chain is complete or somebody looks."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_map_only
+
+from nin.errors import UserError
+from nin.fusion.chain import PLAIN_TYPES, Chain, Link, Norm, run_layers
+
+# What lies on the stack between a module's forward and the forward that calls the module.
+_CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
+
+_nothing = torch.empty(0, device="meta")  # under a Pending: code that looks past its type finds no numbers
+
+
+class Pending(Tensor):
+    """What the layers of a chain return before the chain is complete.
+
+    The model's own forward runs in every call. The first layer of a chain (`ChainConv2d`, `ChainLinear`) computes
+    nothing and returns one of these. The layers after it get it like any tensor, and what they do with it arrives in
+    ``__torch_function__``, with the weights of this call. If it is the next step of the chain, it is noted, and the
+    last step computes the chain and returns an ordinary tensor. Whatever else happens to it, such as an addition, a
+    print, a layer that somebody put there later, computes the layers so far as PyTorch does and goes on with that. So
+    the result is the model's, whatever its forward does.
+    """
+
+    chain: Chain
+    x: Tensor
+    links: list[Link]
+    modes: tuple[Any, ...]  # in which the first layer was called, see `_modes`
+    versions: list[tuple[Tensor, int]]  # of the tensors that the value depends on
+    value: Tensor | None
+
+    def compute(self) -> Tensor:
+        """Return the value, as PyTorch's layers compute it."""
+        if self.value is None:
+            _check_versions(self)
+            with _restored(self.modes, self.x.device.type):
+                self.value = run_layers(self.x, self.links)
+        return self.value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Go on with the chain if this is its next step; else compute the value and call the function with it."""
+        kwargs = kwargs or {}
+        this = args[0] if args else None
+        if type(this) is Pending and this.value is None:
+            if func in _DIMENSIONS:
+                return this.x.dim()  # BatchNorm asks for it
+            step = _STEPS.get(func)
+            result = None if step is None else step(this, *args[1:], **kwargs)
+            if result is not None:
+                return result
+        args, kwargs = tree_map_only(Pending, Pending.compute, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def start(chain: Chain, x: Tensor, link: Link) -> Tensor:
+    """Return the result of a chain's first layer for ``x``."""
+    pending = Tensor._make_subclass(Pending, _nothing)
+    pending.chain, pending.x, pending.links, pending.value = chain, x, [link], None
+    pending.modes, pending.versions = _modes(x), _versions([x, *link.tensors()])
+    return pending
+
+
+def _advance(this: Pending, step: str, links: list[Link], new: list[Tensor] = [], *, inplace: bool = False) -> Any:  # noqa: B006
+    """Return the result of the next step of a chain, or None if this is not its next step.
+
+    Args:
+        this: the result of the steps before.
+        step: the step's name, see `Chain`.
+        links: all links with this step.
+        new: the tensors that it brings.
+        inplace: it changes ``this``.
+    """
+    chain, position = this.chain, sum(map(len, map(_steps_of, this.links)))
+    if chain.steps[position] != step or this.modes != _modes(this.x):
+        return None
+    versions = [*this.versions, *_versions(new)] if new else this.versions
+    if position + 1 == len(chain.steps):
+        _check_versions(this)
+        result = chain.run(this.x, links)
+        if inplace:
+            this.value = result
+        return result
+    pending = this if inplace else Tensor._make_subclass(Pending, _nothing)
+    pending.chain, pending.x, pending.links, pending.value = chain, this.x, links, None
+    pending.modes, pending.versions = this.modes, versions
+    return pending
+
+
+def _steps_of(link: Link) -> tuple[str, ...]:
+    return ("layer", *(("norm",) if link.norm else ()), *(() if link.activation == "none" else (link.activation,)))
+
+
+def _conv2d(
+    this: Pending,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not this.chain.convolves:
+        return None
+    link = conv_link(weight, bias, stride, padding, dilation, groups)
+    return _advance(this, "layer", [*this.links, link], link.tensors())
+
+
+def _linear(this: Pending, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if this.chain.convolves:
+        return None
+    link = Link(weight, bias, ())
+    return _advance(this, "layer", [*this.links, link], link.tensors())
+
+
+def _batch_norm(
+    this: Pending,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if training or running_mean is None or running_var is None or eps < 0:
+        return None
+    norm = Norm(running_mean, running_var, weight, bias, eps)
+    links = [*this.links[:-1], this.links[-1]._replace(norm=norm)]
+    return _advance(this, "norm", links, [t for t in norm[:4] if t is not None])
+
+
+def _activation(name: str, *, changes: bool = False) -> Callable[..., Any]:
+    def step(this: Pending, inplace: bool = False, approximate: str = "none") -> Any:
+        if approximate != "none":
+            return None
+        links = [*this.links[:-1], this.links[-1]._replace(activation=name)]
+        return _advance(this, name, links, inplace=inplace or changes)
+
+    return step
+
+
+def _dropout(this: Pending, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return this if p == 0 or (not training and 0 < p <= 1) else None
+
+
+_DIMENSIONS: set[Any] = {Tensor.dim, Tensor.ndim.__get__}  # type: ignore[attr-defined]
+_STEPS: dict[Any, Callable[..., Any]] = {
+    torch.conv2d: _conv2d,
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _activation("relu")),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _activation("relu", changes=True)),
+    F.gelu: _activation("gelu"),
+    F.silu: _activation("silu"),
+    **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
+}
+
+
+def conv_link(weight: Tensor, bias: Tensor | None, *geometry: Any) -> Link:
+    """Return the link of a convolution, whose stride, padding and dilation may be one number each."""
+    *pairs, groups = geometry
+    return Link(weight, bias, (*((v, v) if isinstance(v, int) else v for v in pairs), groups))
+
+
+def _versions(tensors: list[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(t, t._version) for t in tensors if not t.is_inference()]
+
+
+def _check_versions(this: Pending) -> None:
+    """Raise if a tensor that a value depends on was changed before the value was computed."""
+    if any(t._version != version for t, version in this.versions):
+        raise UserError(
+            "the input or a weight of a fused layer was changed in place before the layer's result was used, "
+            "too late to compute it: use the model as it was before nin.fuse"
+        )
+
+
+def _modes(x: Tensor) -> tuple[Any, ...]:
+    """Return what decides about gradients and dtypes besides the tensors."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, dtype
+
+
+@contextlib.contextmanager
+def _restored(modes: tuple[Any, ...], device: str) -> Any:
+    """Return to the modes in which the first layer was called."""
+    grad, inference, casts, dtype = modes
+    with contextlib.ExitStack() as stack:
+        if casts != torch.is_autocast_enabled(device) or dtype is not None:
+            stack.enter_context(torch.autocast(device, dtype, enabled=casts))
+        if inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        yield
+
+
+class _ChainHead(nn.Module):
+    """The first layer of a chain; everything else about it is its class's."""
+
+    nin_chain: Chain
+
+    def make_plain(self) -> None:
+        """Become a layer of PyTorch's class again, in place."""
+        plain = next((plain for plain, head in HEADS.items() if head is type(self)), None)
+        if plain is None:  # parametrised since: a class made for this layer
+            self.nin_chain.form = "original"
+        else:
+            del self.nin_chain
+            self.__class__ = plain  # type: ignore[assignment]
+
+    def _get_name(self) -> str:
+        """Return the name of PyTorch's class, for ``print``."""
+        return next((plain.__name__ for plain, head in HEADS.items() if head is type(self)), super()._get_name())
+
+
+class ChainConv2d(_ChainHead, nn.Conv2d):
+    """An ``nn.Conv2d`` that begins a chain."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution, or a `Pending` while its chain is computed."""
+        if torch.compiler.is_compiling() or self.padding_mode != "zeros" or not _begins(self.nin_chain, self, input):
+            return super().forward(input)
+        link = conv_link(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return start(self.nin_chain, input, link)
+
+
+class ChainLinear(_ChainHead, nn.Linear):
+    """An ``nn.Linear`` that begins a chain."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product, or a `Pending` while its chain is computed."""
+        if torch.compiler.is_compiling() or not _begins(self.nin_chain, self, input):
+            return super().forward(input)
+        return start(self.nin_chain, input, Link(self.weight, self.bias, ()))
+
+
+HEADS: dict[type[nn.Module], type[_ChainHead]] = {nn.Conv2d: ChainConv2d, nn.Linear: ChainLinear}
+
+
+def begin_chain(layer: nn.Module, chain: Chain) -> None:
+    """Let a layer begin a chain, in place."""
+    layer.__class__ = HEADS[type(layer)]
+    layer.nin_chain = chain  # type: ignore[assignment]
+
+
+def _begins(chain: Chain, layer: nn.Module, x: Tensor) -> bool:
+    """Return whether a layer may leave its result pending: the model runs as it was found, and nobody looks inside."""
+    return (
+        chain.form != "original"
+        and layer.training == chain.training
+        and type(x) in PLAIN_TYPES
+        and x.layout == torch.strided
+        and (x.dim() == 4 or not chain.convolves)
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and forward_ad._current_level < 0
+        and not _has_any_global_hook()
+        and all(place.is_as_before() for place in chain.places)
+        and _is_called_by(chain.callers)
+    )
+
+
+def _is_called_by(callers: tuple[nn.Module, ...]) -> bool:
+    """Return whether a layer is called by the forwards of these modules, each called by the next.
+
+    The last one holds the whole chain: who calls a layer by itself, or in a part of the model, gets its result.
+    """
+    frame: Any = sys._getframe(3)  # behind this function, `_begins` and the layer's forward
+    for module in callers:
+        function: Any = type(module).forward
+        codes = [function.__code__]
+        while function := getattr(function, "__wrapped__", None):  # of a decorator such as torch.no_grad
+            codes.insert(0, function.__code__)
+        called: Any = None
+        for code in codes:
+            while frame is not None and frame.f_code in _CALL_CODES:
+                frame = frame.f_back
+            if frame is None or frame.f_code is not code:
+                return False
+            called, frame = called or frame, frame.f_back
+    return called.f_locals.get(called.f_code.co_varnames[0]) is callers[-1]
