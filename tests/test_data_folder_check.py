@@ -10,7 +10,7 @@ from PIL import Image
 
 from nin import data
 from nin.data import folder as image_folder
-from nin.data import folder_scan
+from nin.data import folder_scan, image_scan
 from nin.errors import UserError
 
 
@@ -131,7 +131,7 @@ def test_only_folders_are_checked(tmp_path):
 def looks(monkeypatch):
     """The paths whose headers and pixels are read."""
     seen = {"headers": [], "pixels": []}
-    read_header, decode_pixels = folder_scan.read_header, folder_scan.decode_pixels
+    read_header, decode_pixels = image_scan.read_header, image_scan.decode_pixels
 
     def count_header(file):
         seen["headers"].append(os.path.basename(file.name))
@@ -141,8 +141,8 @@ def looks(monkeypatch):
         seen["pixels"].append(os.path.basename(path))
         return decode_pixels(path, **options)
 
-    monkeypatch.setattr(folder_scan, "read_header", count_header)
-    monkeypatch.setattr(folder_scan, "decode_pixels", count_pixels)
+    monkeypatch.setattr(image_scan, "read_header", count_header)
+    monkeypatch.setattr(image_scan, "decode_pixels", count_pixels)
     monkeypatch.setattr(folder_scan, "_MIN_CACHED_FILES", 1)
     return seen
 

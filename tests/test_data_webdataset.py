@@ -15,6 +15,7 @@ from PIL import Image
 
 from nin import data, training
 from nin.config import TrainConfig
+from nin.data import tar_index
 from nin.data import webdataset as shards
 from nin.errors import UserError
 
@@ -156,7 +157,9 @@ def test_an_image_that_cannot_be_read_is_left_out_of_its_batch(folder, tmp_path)
     [
         ([("a.txt", b"x")], "hold no images"),
         ([("a.png", b"x")], "has no label"),
-        ([("a.png", b"x"), ("a.cls", b"one")], "has no label"),
+        ([("a.png", b"x"), ("a.cls", b"-1")], r"has no label \(a\.cls holds no label: a number below 0"),
+        ([("a.png", b"x"), ("a.cls", b"one")], "two classes or more, got only 'one'"),
+        ([("a.png", b"x"), ("a.json", b'{"score": 1}')], r"its keys are score; expected one of label"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x"), ("b.cls", b"0")], "none of the images looked at"),
     ],
 )
@@ -184,8 +187,8 @@ def test_wrong_shards_are_refused_in_a_line(folder, tmp_path):
 def test_the_index_is_remembered_and_forgotten_when_damaged(folder, tmp_path, monkeypatch):
     data.write_shards(folder, tmp_path / "s")
     scans = []
-    scan = shards._read_members
-    monkeypatch.setattr(shards, "_read_members", lambda path: scans.append(path) or scan(path))
+    scan = tar_index._read_index
+    monkeypatch.setattr(tar_index, "_read_index", lambda path: scans.append(path) or scan(path))
     first = data.open_shards(tmp_path / "s")
     assert len(scans) == 2
     second = data.open_shards(tmp_path / "s")

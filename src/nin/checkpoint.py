@@ -58,12 +58,14 @@ class Preprocessing:
         channels: 1 (grey) or 3 (RGB).
         mean: of each channel, for values from 0 to 1.
         std: of each channel, for values from 0 to 1.
+        value_range: the values that become 0 and 1 in images with more than 8 bits; None for the range of their type.
     """
 
     size: int
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    value_range: tuple[float, float] | None = None
 
     def check(self) -> None:
         """Check the ranges of values that came from a file.
@@ -75,9 +77,11 @@ class Preprocessing:
             raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {self.size}, {self.channels}")
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std must have {self.channels} numbers, got {self.mean} and {self.std}")
-        numbers = (*self.mean, *self.std)
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or min(self.std) <= 0:
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in self.mean + self.std) or min(self.std) <= 0:
             raise ValueError(f"mean and std must be finite and std positive, got {self.mean} and {self.std}")
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"value_range must be two finite numbers in order, got {self.value_range}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ class RunInfo:
         """Return in what a data set differs from the one that the network was trained on, or None if in nothing.
 
         Args:
-            images: compared in classes, channels and size.
+            images: compared in classes, channels, size and value range.
             test_images: compare the number of test images too.
         """
         p, count = self.preprocessing, len(images.test)
@@ -119,6 +123,7 @@ class RunInfo:
             ("classes", list(self.classes), list(images.classes)),
             ("channels", p.channels, images.channels),
             ("size", p.size, images.size),
+            ("value range", p.value_range, images.value_range),
             ("number of test images", self.data.get("test_images", count) if test_images else count, count),
         ):
             if expected != got:
@@ -245,7 +250,8 @@ def load_info(folder: Path) -> RunInfo:
 def _info_from_dict(values: dict[str, Any]) -> RunInfo:
     """Return the fields of a ``config.json`` as a `RunInfo`, and check their types."""
     p = values["preprocessing"]
-    preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]))
+    value_range = p.get("value_range") and tuple(p["value_range"])  # runs of version 0.1 have none
+    preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]), value_range)
     preprocessing.check()
     info = RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
     for field in ("model", "recipe", "data", "result", "environment"):

@@ -50,7 +50,8 @@ class TrainConfig:
         normalisation: "weight_standardisation" keeps the 1×1 chains in one piece, "none" is the paper's network; if
             not given, the first for networks of mlpconv layers (nin_…), and "none" for googlenet, which has no other.
         last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes). googlenet has "none".
-        flip: mirror half of the images; if not given, where the classes allow it (digits and letters do not).
+        flip: mirror half of the images; if not given, where neither the names of the classes (left and right, digits,
+            angles) nor a look at the images say that a mirrored one is of another class.
         shift: maximum random translation, in pixels; if not given, about a fifteenth of the image.
         seed: of the weights, the order, the augmentation and the dropout, below 2³². Two runs on one machine are
             equal.

@@ -68,7 +68,11 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         model, info = checkpoint.load_model(Path(run))
         picture = None
         if images is not None and isinstance(model, models.Network):
-            rows = example_rows(Classifier(model, info), data.load(images), info.classes[:PICTURE_CLASSES])
+            rows = example_rows(
+                Classifier(model, info),
+                data.load(images, value_range=info.preprocessing.value_range),
+                info.classes[:PICTURE_CLASSES],
+            )
             picture = draw_image_grid(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)
 

@@ -29,7 +29,7 @@ def check(
     """Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.
 
     Args:
-        data: An image folder: DIR/CLASS/*, or DIR/train and DIR/test.
+        data: An image folder: DIR/CLASS/*, or DIR/train and DIR/test. Or WebDataset shards.
         size: Height and width that images would be brought to, in pixels. Chosen from the images if not given.
         test_fraction: Share of each class that would be held out, where the folder has no test images of its own.
         seed: Chooses which.
@@ -61,7 +61,7 @@ def show_check(found: nin.data.Check) -> None:
     show_findings(found.findings, most=10)
     if found.refusal is not None:
         messages.print(f"Nobody can train on this: {found.refusal}")
-    elif not found.findings:
+    elif all(finding.kind in nin.data.HARMLESS_KINDS for finding in found.findings):
         messages.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
 
 

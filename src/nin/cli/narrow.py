@@ -75,6 +75,7 @@ def narrow(
         dry_run: Print the plan only.
         json: Print the figures as JSON on standard output.
     """
+    from nin.checkpoint import load_info
     from nin.narrowing.narrow_to_folder import load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig
 
@@ -102,7 +103,8 @@ def narrow(
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
         size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
-    samples = load_data(data, data_dir=data_dir, size=size)
+    value_range = "auto" if run is None else load_info(run).preprocessing.value_range
+    samples = load_data(data, data_dir=data_dir, size=size, value_range=value_range)
     if run is not None:
         result = narrow_with_progress(narrow_run, run, samples, config, out=out)
     else:

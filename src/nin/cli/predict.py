@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nin
+from nin.cli.check import show_findings
 from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.display.numbers import format_percent
 from nin.errors import UserError
@@ -79,10 +80,11 @@ def image_paths(paths: Sequence[Path]) -> Iterator[str]:
     """
     for path in paths:
         if path.is_dir():
-            inside = sorted(nin.data.find_images(path))
+            findings: list[nin.data.Finding] = []
+            inside = sorted(nin.data.find_images(path, findings=findings))
             if not inside:
-                extensions = ", ".join(sorted(nin.data.IMAGE_EXTENSIONS))
-                raise UserError(f"{path} holds no image: its files must end in {extensions}")
+                raise UserError(f"{path} holds no image ({nin.data.FORMAT_EXAMPLES})")
+            show_findings(findings)
             yield from inside
         elif path.exists():
             yield str(path)
@@ -130,7 +132,7 @@ def predict_paths(
             batch = []
             for path in source[start : start + INFERENCE_BATCH_SIZE]:
                 try:
-                    batch.append(nin.data.decode(path, size=p.size, channels=p.channels))
+                    batch.append(nin.data.decode(path, size=p.size, channels=p.channels, value_range=p.value_range))
                     paths.append(Path(path))
                 except UserError as error:
                     if path in required:
@@ -163,17 +165,24 @@ def show_predictions(paths: Sequence[Path], predictions: Sequence[Prediction], t
 
 def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Sequence[Prediction], folder: Path) -> None:
     """Write one picture per image: the class activation map of its class, over the image."""
+    from PIL.PngImagePlugin import PngInfo
+
     from nin import report
 
     folder.mkdir(parents=True, exist_ok=True)
     preprocessing = classifier.info.preprocessing
     size = preprocessing.size
+    comment = PngInfo()
+    comment.add_text("Comment", nin.data.MAP_COMMENT)
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
         values = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)]
-        pixels = nin.data.decode(path, size=size, channels=preprocessing.channels)
+        pixels = nin.data.decode(
+            path, size=size, channels=preprocessing.channels, value_range=preprocessing.value_range
+        )
         limit = report.symmetric_limit(values)
         picture = report.overlay(pixels, values, limit=limit, size=max(256, size))
         content = io.BytesIO()
-        picture.save(content, format="PNG")
+        # marked, so that a training does not take it for an image where the folder lies among the images
+        picture.save(content, format="PNG", pnginfo=comment)
         # numbered, as two folders may hold files of one name
         write_atomically(folder / f"{number:04d}-{path.stem}.png", content.getvalue())

@@ -61,6 +61,9 @@ def train(
     config = config or TrainConfig()
     silence_other_ranks()
     images = load_data(data, data_dir=data_dir, size=size, test_fraction=test_fraction, seed=config.seed, strict=strict)
+    if resume and config.flip is None:
+        images = training.with_recorded_flip(images, out)
+    messages.print(flip_text(images, config.flip))
     if resume and training.is_finished(out):
         messages.print(f"{out} is finished; this is its result.")
     result = train_with_progress(
@@ -89,6 +92,13 @@ def load_data(source: str, **options: Any) -> nin.data.Data:
         f"{len(images.classes)} classes"
     )
     return images
+
+
+def flip_text(images: nin.data.Data, given: bool | None) -> str:
+    """Return in one line whether images are mirrored, why, and how to change it."""
+    flip = images.flip if given is None else given
+    reason = f"{images.flip_reason} (--{'no-' if flip else ''}flip changes it)" if given is None else "as asked"
+    return f"{'Half of the images are mirrored in each epoch' if flip else 'No image is mirrored'}: {reason}"
 
 
 def train_with_progress(

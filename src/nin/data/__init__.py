@@ -1,11 +1,13 @@
 """Data sets of labelled images: load (built-in names, folders, WebDataset shards, arrays), check, augment, batch."""
 
 from nin.data.builtin import DATASET_NAMES
-from nin.data.dataset import Data, DecodedSet, FileSet, Finding, ImageSet, PathList, default_shift
-from nin.data.decoder import IMAGE_EXTENSIONS, decode
+from nin.data.dataset import Data, DecodedSet, FileSet, ImageSet, PathList, default_shift
+from nin.data.decoder import decode
 from nin.data.factory import load, load_from_record
-from nin.data.folder import FINDING_KINDS, Check, check, findings_csv
-from nin.data.folder_listing import find_images
+from nin.data.findings import FINDING_KINDS, HARMLESS_KINDS, Finding, findings_csv
+from nin.data.folder import Check, check
+from nin.data.folder_entries import MAP_COMMENT, find_images
+from nin.data.image_formats import FORMAT_EXAMPLES, IMAGE_EXTENSIONS
 from nin.data.loader import batches, to_device
 from nin.data.sampler import epoch_order
 from nin.data.transforms import augment, to_float
@@ -15,7 +17,10 @@ from nin.data.webdataset_writer import write_shards
 __all__ = [
     "DATASET_NAMES",
     "FINDING_KINDS",
+    "FORMAT_EXAMPLES",
+    "HARMLESS_KINDS",
     "IMAGE_EXTENSIONS",
+    "MAP_COMMENT",
     "Check",
     "Data",
     "DecodedSet",

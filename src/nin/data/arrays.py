@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from nin.data.dataset import Data, ImageSet
-from nin.data.decoder import Pixels, scale_to_uint8
 from nin.data.folder_listing import natural_key
+from nin.data.mirroring import FlipChoice
 from nin.data.sampler import stratified_holdout
+from nin.data.value_range import Pixels, scale_to_uint8
 from nin.errors import UserError
 
 # Channels that a single image may have: grey, grey with alpha, RGB, RGBA.
@@ -39,8 +40,9 @@ def load_arrays(source: tuple[Any, Any], *, test_fraction: float | None, seed: i
         raise UserError(f"labels: expected two classes or more, got {len(classes)}")
     sets = [ImageSet(x, _class_indices(y, classes)) for x, y in zip(images, labels, strict=True)]
     train, test = sets if is_split else _train_test_split(sets[0], test_fraction=test_fraction, seed=seed)
-    # nothing tells what the images show; dataclasses.replace(data, flip=True) says that they may be mirrored
-    return Data.from_sets("arrays", train, test, tuple(str(value) for value in classes), flip=False)
+    # dataclasses.replace(data, flip=True) says that they may be mirrored
+    flip = FlipChoice(False, "nothing tells what the images of arrays show")
+    return Data.from_sets("arrays", train, test, tuple(str(value) for value in classes), flip=flip)
 
 
 def images_from_array(values: Any) -> Tensor:

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 from nin.data.arrays import images_from_array, load_arrays
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, ImageSet
-from nin.data.decoder import Pixels, scale_to_uint8
+from nin.data.mirroring import reason_in_names
+from nin.data.value_range import Pixels, scale_to_uint8
 from nin.errors import UserError
 
 _DIGIT_NAMES = tuple("0123456789")
@@ -64,7 +65,7 @@ def _load_digits(test_fraction: float, seed: int) -> Data:
     bunch = importlib.import_module("sklearn.datasets").load_digits()  # slow, and only this needs it
     images = scale_to_uint8(bunch.images, top=16, error="digits: expected values in 0..16, got {low:g}..{high:g}")
     digits = load_arrays((images, bunch.target), test_fraction=test_fraction, seed=seed)
-    return dataclasses.replace(digits, name="digits")
+    return dataclasses.replace(digits, name="digits", flip_reason=reason_in_names(digits.classes) or "")
 
 
 def _load_torchvision(name: str, data_dir: Path | None) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:

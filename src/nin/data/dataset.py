@@ -13,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.decoder import DecodeError, Pixels, decode_pixels
+from nin.data.decoder import DecodeError, decode_pixels
+from nin.data.findings import Finding
+from nin.data.mirroring import FlipChoice, choose_flip
+from nin.data.value_range import Pixels, RangeOption, ValueRange
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
@@ -93,12 +96,14 @@ class DecodedSet(ABC):
         names: of each image.
         channels: 1 or 3, of the decoded images.
         size: height and width of the decoded images in pixels.
+        value_range: what becomes black and white in images with more than 8 bits, see `nin.data.decode`.
     """
 
     labels: Tensor
     names: PathList
     channels: int
     size: int
+    value_range: ValueRange | None = None
 
     @abstractmethod
     def decode(self, index: int) -> Pixels:
@@ -152,22 +157,8 @@ class FileSet(DecodedSet):
 
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
-        return decode_pixels(os.path.join(self.root, self.names[index]), size=self.size, channels=self.channels)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is odd about one file.
-
-    Attributes:
-        path: of the file, relative to its folder.
-        kind: one of `nin.data.FINDING_KINDS`.
-        detail: the rest of the sentence.
-    """
-
-    path: str
-    kind: str
-    detail: str
+        path = os.path.join(self.root, self.names[index])
+        return decode_pixels(path, size=self.size, channels=self.channels, value_range=self.value_range)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +180,9 @@ class Data:
         notes: what else was left out, in sentences for the user.
         findings: what a person should know about single files, the skipped ones among them.
         origin: the arguments of `load` that bring the same images again; empty for arrays.
+        flip_reason: what `flip` was decided by, in words for the user.
+        value_range: what became black and white in images with more than 8 bits; None where that is the range of their
+            type, or there are none.
     """
 
     name: str
@@ -205,6 +199,8 @@ class Data:
     notes: tuple[str, ...] = field(default=())
     findings: tuple[Finding, ...] = field(default=())
     origin: Mapping[str, Any] = field(default_factory=dict)
+    flip_reason: str = ""
+    value_range: ValueRange | None = None
 
     @classmethod
     def from_sets(
@@ -214,7 +210,7 @@ class Data:
         test: ImageSet | DecodedSet,
         classes: tuple[str, ...],
         *,
-        flip: bool | None = None,
+        flip: FlipChoice | None = None,
         **details: Any,
     ) -> Self:
         """Return a data set with what follows from its images and classes: channels, size, mean, std, shift, flip.
@@ -224,13 +220,26 @@ class Data:
             train: the images to train on.
             test: the images that measure the result.
             classes: the name of each label.
-            flip: whether a mirrored image keeps its label; `default_flip` if not given.
+            flip: whether a mirrored image keeps its label; `choose_flip` decides if not given.
             details: the other attributes.
         """
-        mean, std = channel_mean_std(train)
-        flip = default_flip(classes) if flip is None else flip
-        channels, size, shift = train.channels, train.size, default_shift(train.size)
-        return cls(name, train, test, classes, channels, size, mean, std, flip, shift, **details)
+        images, labels = sample_images(train)
+        mean, std = channel_mean_std(train.images if isinstance(train, ImageSet) else images)
+        flip = choose_flip(classes, images, labels) if flip is None else flip
+        details = {"flip_reason": flip.reason, **details}
+        return cls(
+            name,
+            train,
+            test,
+            classes,
+            train.channels,
+            train.size,
+            mean,
+            std,
+            flip.flip,
+            default_shift(train.size),
+            **details,
+        )
 
 
 @dataclass(frozen=True)
@@ -248,6 +257,7 @@ class LoadOptions:
     workers: int | None = None
     memory_limit_bytes: int = 0
     on_progress: ProgressCallback | None = None
+    value_range: RangeOption = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -257,16 +267,22 @@ class LoadOptions:
             raise UserError(f"size: expected at least 1 pixel, got {self.size}")
 
 
-def channel_mean_std(dataset: ImageSet | DecodedSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel, in units of 0..1.
+def sample_images(dataset: ImageSet | DecodedSet) -> tuple[Tensor, Tensor]:
+    """Return up to `_STATISTICS_SAMPLE` images, evenly spaced, uint8 (B, C, H, W), and their labels."""
+    indices = torch.arange(0, len(dataset), max(1, len(dataset) // _STATISTICS_SAMPLE))
+    if isinstance(dataset, DecodedSet):
+        images, indices, _ = dataset.fetch_readable(indices)  # the training lists the others when it gets there
+    else:
+        images = dataset.fetch(indices)
+    return images, dataset.labels[indices]
+
+
+def channel_mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of uint8 images (B, C, H, W), in units of 0..1.
 
     They come from a histogram of the 256 values, so they are exact and the same on every machine. A channel
     that never changes gets the spread of one grey level, so that dividing by it is safe.
     """
-    if isinstance(dataset, ImageSet):
-        images = dataset.images
-    else:
-        images = dataset.fetch(torch.arange(0, len(dataset), max(1, len(dataset) // _STATISTICS_SAMPLE)))
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in images.unbind(1):
@@ -292,8 +308,3 @@ def default_shift(size: int) -> int:
     if size <= 32:  # 2 of 32 pixels, as the fastest trainings on CIFAR-10 do
         return 1 if size < 16 else 2
     return size // 16
-
-
-def default_flip(classes: Sequence[str]) -> bool:
-    """Return whether images may be mirrored: not those of characters, whose classes are called by single ones."""
-    return not all(len(name) == 1 for name in classes)  # a mirrored 2 is no 2

@@ -1,4 +1,4 @@
-"""Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, grey or RGB, centre crop, resize."""
+"""Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, value range, centre crop, resize."""
 
 import contextlib
 import io
@@ -7,30 +7,26 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from nin.data.image_formats import formats_to_try
+from nin.data.value_range import (
+    BYTES,
+    Extent,
+    Pixels,
+    ValueRange,
+    extent,
+    is_wide,
+    read_lower_bytes,
+    scale_range,
+    wide_rawmode,
+)
 from nin.errors import UserError
-
-# The extensions of image files, and the format of Pillow's that each names.
-IMAGE_EXTENSIONS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-
-# Only these are tried, whatever a file is called: Pillow would run Ghostscript on a PostScript file.
-FORMATS = tuple(dict.fromkeys(IMAGE_EXTENSIONS.values()))
 
 # What Pillow raises on damaged or hostile bytes. DecompressionBombError guards memory; warnings come as
 # exceptions where the caller made them so.
@@ -42,6 +38,7 @@ _DECODING_ERRORS = (
     LookupError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
     EOFError,
     MemoryError,
     RuntimeError,
@@ -63,7 +60,6 @@ _ORIENTATION_TRANSPOSE = {
 }
 
 ImageSource = str | os.PathLike[str] | bytes | io.BufferedReader | Image.Image
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -74,8 +70,9 @@ class ImageHeader:
         width: in pixels.
         height: in pixels.
         grey: it has no colours.
-        format: one of `FORMATS`, or "MPO", a JPEG with more pictures behind the first.
+        format: one of `nin.data.image_formats.FORMATS`.
         frames: whether there are more than one; the first is read.
+        wide: its values are 16-bit or longer integers, or floats.
     """
 
     width: int
@@ -83,6 +80,7 @@ class ImageHeader:
     grey: bool
     format: str
     frames: bool
+    wide: bool = False
 
 
 class DecodeError(UserError):
@@ -98,19 +96,20 @@ class DecodeError(UserError):
         self.reason = reason
 
 
-def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
+def decode(source: ImageSource, *, size: int | None, channels: int, value_range: ValueRange | None = None) -> Tensor:
     """Decode one image.
 
     EXIF orientation is applied. Transparent pixels are composited over white, the background that viewers
-    show; what colour a file stores under full transparency is arbitrary. 16-bit values are divided by 257,
-    so that 65535 becomes 255. CMYK and palettes become RGB. Of an animation the first frame is read. The
-    centre square is resized to `size` with an antialiased bicubic filter, which is the same as resizing the
-    shorter side and cropping.
+    show; what colour a file stores under full transparency is arbitrary. CMYK and palettes become RGB. Of an animation
+    the first frame is read. The centre square is resized to `size` with an antialiased bicubic filter, which is the
+    same as resizing the shorter side and cropping.
 
     Args:
         source: a path, the bytes of an image file, a file that is open, or a Pillow image.
         size: height and width of the result in pixels; None keeps the whole image as it is.
         channels: 1 for grey, 3 for RGB.
+        value_range: the values that become 0 and 255 in images of 16-bit or longer integers and of floats; others lie
+            beyond black and white. None takes 0 and 65535 for integers, 0 and 1 for floats.
 
     Returns:
         uint8 (channels, size, size), or (channels, H, W) with size=None.
@@ -119,23 +118,41 @@ def decode(source: ImageSource, *, size: int | None, channels: int) -> Tensor:
         DecodeError: the file cannot be read; the message names it and says why.
         ValueError: channels is neither 1 nor 3, or size is below 1.
     """
-    return torch.from_numpy(decode_pixels(source, size=size, channels=channels))
+    return torch.from_numpy(decode_pixels(source, size=size, channels=channels, value_range=value_range))
 
 
-def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pixels:
-    """Decode one image in NumPy, for `decode`: small tensor copies would start a thread pool in each worker."""
+def decode_pixels(
+    source: ImageSource,
+    *,
+    size: int | None,
+    channels: int,
+    value_range: ValueRange | None = None,
+    name: str | None = None,
+) -> Pixels:
+    """Decode one image in NumPy, for `decode`: small tensor copies would start a thread pool in each worker.
+
+    Args:
+        source: see `decode`.
+        size: see `decode`.
+        channels: see `decode`.
+        value_range: see `decode`.
+        name: of the file that bytes come from; its extension tells formats that have no signature.
+    """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    with _open_image(source) as image:
+    with _open_image(source, name) as image:
         if size is not None and not isinstance(source, Image.Image):
             # Lets libjpeg decode at a fraction of the size, with twice what is needed left to the filter.
             image.draft(None, (2 * size, 2 * size))
+        rawmode = wide_rawmode(image) if value_range is not None else None
         image.load()
         # after load(): for TIFF that has turned the image itself
         transpose = _ORIENTATION_TRANSPOSE.get(_orientation(image))
-        flat = _flatten(image).convert("L" if channels == 1 else "RGB")
+        if rawmode is not None and not isinstance(source, Image.Image):
+            image = _narrow_colours(image, _wide_colours(image, source, name), value_range)
+        flat = _flatten(image, value_range).convert("L" if channels == 1 else "RGB")
         if transpose is not None:
             flat = flat.transpose(transpose)
         if size is not None:
@@ -144,15 +161,51 @@ def decode_pixels(source: ImageSource, *, size: int | None, channels: int) -> Pi
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def read_header(source: ImageSource) -> ImageHeader:
+def read_header(source: ImageSource, name: str | None = None) -> ImageHeader:
     """Read the size and kind of an image file, not its pixels.
+
+    Args:
+        source: see `decode`.
+        name: of the file that bytes come from, see `decode_pixels`.
 
     Raises:
         DecodeError: the file is missing, empty or not an image.
     """
-    with _open_image(source) as image:
+    with _open_image(source, name) as image:
+        wide = is_wide(image)
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-        return ImageHeader(image.width, image.height, grey, image.format or "", _has_frames(image))
+        return ImageHeader(image.width, image.height, grey, image.format or "", _has_frames(image), wide)
+
+
+def read_extent(source: ImageSource, name: str | None = None) -> Extent:
+    """Read the smallest and the largest value of an image that may have more than 8 bits a channel.
+
+    Raises:
+        DecodeError: it cannot be read, or no value is a finite number.
+    """
+    with _open_image(source, name) as image:
+        if not is_wide(image):
+            return Extent(BYTES, 0, 255)
+        is_colour = wide_rawmode(image) is not None
+        image.load()
+        return extent(_wide_colours(image, source, name) if is_colour else np.asarray(image))
+
+
+def _wide_colours(image: Image.Image, source: ImageSource, name: str | None) -> NDArray[np.uint16]:
+    """Return the 16-bit colours of an image, uint16 (H, W, 3), from its upper bytes and those of a second reading."""
+    with _open_image(source, name) as again:
+        assert isinstance(again, ImageFile.ImageFile)  # it comes from a file
+        read_lower_bytes(again)
+        lower = np.asarray(again)[:, :, :3].astype(np.uint16)
+    return np.asarray(image)[:, :, :3].astype(np.uint16) * 256 + lower
+
+
+def _narrow_colours(image: Image.Image, values: NDArray[np.uint16], value_range: ValueRange | None) -> Image.Image:
+    """Return the image with its colours scaled to bytes by the range; alpha stays."""
+    narrow = Image.fromarray(scale_range(values, value_range))
+    if image.mode == "RGBA":
+        narrow.putalpha(image.getchannel("A"))
+    return narrow
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -163,13 +216,13 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 @contextlib.contextmanager
-def _open_image(source: ImageSource) -> Iterator[Image.Image]:
+def _open_image(source: ImageSource, given_name: str | None = None) -> Iterator[Image.Image]:
     """Open the source, and make an error of Pillow's inside the block a DecodeError that names the file."""
     file: io.BytesIO | io.BufferedReader | str
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "image")
     elif isinstance(source, bytes):
-        name, file = "image bytes", io.BytesIO(source)
+        name, file = given_name or "image bytes", io.BytesIO(source)
     elif isinstance(source, io.BufferedReader):
         name, file = source.name, source
     else:
@@ -179,7 +232,7 @@ def _open_image(source: ImageSource) -> Iterator[Image.Image]:
         if isinstance(source, Image.Image):
             yield source
         else:
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=formats_to_try(str(name))) as image:
                 yield image
     except _DECODING_ERRORS as error:
         raise DecodeError(name, failure_reason(error)) from error
@@ -204,33 +257,12 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, value_range: ValueRange | None) -> Image.Image:
     """Return the image without alpha, palette and wide integers: a mode that converts to L or RGB."""
     if image.mode.startswith("I") or image.mode == "F":  # Image.convert would clip them at 255 and not scale
-        values = np.asarray(image)
-        top = 1 if values.dtype.kind == "f" else 65535
-        error = f"pixel values must be in 0..{top} for {values.dtype}"
-        return Image.fromarray(scale_to_uint8(values, top=top, error=error))
+        return Image.fromarray(scale_range(np.asarray(image), value_range))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(background, image).convert("RGB")
     return image
-
-
-def scale_to_uint8(values: NDArray[Any], *, top: float, error: str) -> Pixels:
-    """Return numbers from 0 to `top` scaled to 0..255 and rounded, ties to even.
-
-    Args:
-        values: any shape, not empty.
-        top: the value that becomes 255.
-        error: the message for values outside, with {low} and {high} in it where it names them.
-
-    Raises:
-        UserError: a value is outside, or NaN.
-    """
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= top):
-        raise UserError(error.format(low=low, high=high))
-    scaled: Pixels = np.rint(values * (255 / top)).astype(np.uint8)
-    return scaled

@@ -11,6 +11,7 @@ from nin.data.builtin import DATASET_NAMES, load_builtin
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, LoadOptions
 from nin.data.folder import read_folder
+from nin.data.value_range import RangeOption, ValueRange
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -27,6 +28,7 @@ def load(
     workers: int | None = None,
     memory_limit_bytes: int = 2 << 30,
     on_progress: ProgressCallback | None = None,
+    value_range: RangeOption = "auto",
 ) -> Data:
     """Load labelled images for training and testing.
 
@@ -35,9 +37,11 @@ def load(
             - a name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", "cifar100",
               "svhn" (write "./digits" for a folder of that name);
             - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
-              beside it. Where both are there, the test images are those of test, and val is not used;
+              beside it, in the words that people use for them (training_set, Testing, dev, …). Where both are there,
+              the test images are those of test, and val is not used; what else is not used is in Data.notes and
+              Data.findings;
             - WebDataset shards: a folder of tar files, one of them, a pattern such as "DIR/train-{000..009}.tar", or
-              a URL that the webdataset package reads;
+              a URL that the webdataset package reads. Labels are those of the .cls, .json or .txt members;
             - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
               or tensors: images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in 0..1;
             - Data, which is returned as it is.
@@ -52,6 +56,8 @@ def load(
         workers: threads that read files; the default is one for each usable core. The result is the same.
         memory_limit_bytes: up to here a folder is held in memory, above it is decoded on demand.
         on_progress: called with (what is being done, number done, number of all) while a folder is read.
+        value_range: the values that become black and white in images with more than 8 bits; "auto" takes those of the
+            images where these use a small part of their type, None the whole type. A run folder records it.
 
     Returns:
         The data set. Its labels follow the natural order of the class names: "2" before "10".
@@ -66,7 +72,7 @@ def load(
     """
     if isinstance(source, Data):
         return _check_size(source, size)
-    options = LoadOptions(size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress)
+    options = LoadOptions(size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress, value_range)
     if isinstance(source, tuple):
         return _check_size(load_arrays(source, test_fraction=test_fraction, seed=seed), size)
     # absolute, so that a report can be made from another folder
@@ -85,7 +91,7 @@ def load(
     return dataclasses.replace(images, origin={"source": path, **origin})
 
 
-def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
+def load_from_record(record: Mapping[str, Any], *, size: int, value_range: ValueRange | None = None) -> Data:
     """Load the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
 
     The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
@@ -94,6 +100,7 @@ def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
     Args:
         record: what `load` left in `Data.origin`.
         size: height and width of the network's input in pixels.
+        value_range: of the network's preprocessing.
 
     Raises:
         UserError: it is not recorded where they lie, they are not here, or the record is damaged.
@@ -109,7 +116,7 @@ def load_from_record(record: Mapping[str, Any], *, size: int) -> Data:
         raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
-    return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed)
+    return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed, value_range=value_range)
 
 
 def _check_size(data: Data, size: int | None) -> Data:

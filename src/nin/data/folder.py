@@ -13,27 +13,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nin.data.builtin import DATASET_NAMES
-from nin.data.dataset import Data, FileSet, Finding, ImageSet, LoadOptions
-from nin.data.decoder import IMAGE_EXTENSIONS
-from nin.data.folder_scan import FORMAT_NAMES, FolderScan
-from nin.display.tables import csv_lines
+from nin.data.dataset import Data, FileSet, ImageSet, LoadOptions
+from nin.data.findings import (
+    DUPLICATE,
+    EXTENSION,
+    FINDING_KINDS,
+    FRAMES,
+    HUGE,
+    IN_BOTH,
+    TINY,
+    TWO_CLASSES,
+    UNREADABLE,
+    Finding,
+)
+from nin.data.folder_scan import FolderScan
+from nin.data.image_formats import named_format
+from nin.data.image_scan import FORMAT_NAMES, ImageScan
+from nin.data.shard_scan import ShardScan
+from nin.data.webdataset import is_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
-
-UNREADABLE, TWO_CLASSES, IN_BOTH = "unreadable", "in two classes", "in training and test"
-DUPLICATE, EXTENSION, FRAMES, HUGE, TINY = "duplicate", "wrong extension", "several frames", "huge", "tiny"
-
-# The worst first, and what each means.
-FINDING_KINDS = {
-    UNREADABLE: "left out",
-    TWO_CLASSES: "the network is taught both",
-    IN_BOTH: "the test accuracy will be too good",
-    DUPLICATE: "the same bytes as another of its class",
-    HUGE: "reading takes memory",
-    TINY: "less than a quarter of the size to which images are brought",
-    EXTENSION: "read as what it is",
-    FRAMES: "the first is read",
-}
 
 # From here on a class with few images is learned badly, and the accuracy does not show it.
 IMBALANCE_RATIO = 10
@@ -84,7 +83,14 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
     def subset(indices: NDArray[np.int64]) -> ImageSet | FileSet:
         labels, names = torch.from_numpy(listing.labels[indices]), listing.names.select(indices)
         if pixels is None:
-            return FileSet(labels=labels, names=names, channels=scan.channels, size=scan.size, root=root)
+            return FileSet(
+                labels=labels,
+                names=names,
+                channels=scan.channels,
+                size=scan.size,
+                value_range=scan.value_range,
+                root=root,
+            )
         return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names))
 
     train, test = map(subset, scan.partition(is_test))
@@ -95,8 +101,9 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         test,
         listing.classes,
         skipped=tuple((listing.names[index], problem) for index, problem in sorted(scan.problems.items())),
-        notes=(*listing.notes, *imbalance_notes(listing.classes, counts)),
+        notes=(*listing.notes, *scan.notes(), *imbalance_notes(listing.classes, counts)),
         findings=collect_findings(scan, is_test),
+        value_range=scan.value_range,
     )
 
 
@@ -109,13 +116,13 @@ def check(
     workers: int | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Check:
-    """Read every image of a folder and report what cannot be read, is there twice, or is not what it says.
+    """Read every image of a folder or of shards; report what cannot be read, is there twice, or is not what it says.
 
     All images are decoded, and nothing is changed. What was found of a file is kept in the cache folder
     (``~/.cache/nin``) until its path, size or time of modification changes.
 
     Args:
-        source: an image folder, as `nin.data.load` takes it.
+        source: an image folder or shards, as `nin.data.load` takes them.
         size: height and width in pixels that images would be brought to; chosen from them if None.
         test_fraction: fraction of each class held out, 0.2 by default, where there are no test images.
         seed: chooses which.
@@ -126,12 +133,12 @@ def check(
         What was found.
 
     Raises:
-        UserError: it is no image folder, or none of its images can be read.
+        UserError: it is no image folder, none of its images can be read, or a shard is damaged or cut off.
     """
     if str(source) in DATASET_NAMES and not Path(source).is_dir():
         raise UserError(f"{source}: a named set is read as it is; expected an image folder to check")
     options = LoadOptions(size, test_fraction, seed, workers=workers, on_progress=on_progress)
-    scan = FolderScan(Path(source), options)
+    scan: ImageScan = ShardScan(source, options) if is_shards(source) else FolderScan(Path(source), options)
     listing, refusal = scan.listing, None
     scan.decode()
     try:
@@ -149,12 +156,12 @@ def check(
         channels=scan.channels,
         classes=tuple(zip(listing.classes, train, test, strict=True)),
         findings=collect_findings(scan, is_test),
-        notes=(*listing.notes, *imbalance_notes(listing.classes, train)),
+        notes=(*listing.notes, *scan.notes(), *imbalance_notes(listing.classes, train)),
         refusal=refusal,
     )
 
 
-def collect_findings(scan: FolderScan, is_test: NDArray[np.bool_]) -> tuple[Finding, ...]:
+def collect_findings(scan: ImageScan, is_test: NDArray[np.bool_]) -> tuple[Finding, ...]:
     """Return what is odd about the files, the worst kind first, files in their order.
 
     Args:
@@ -170,10 +177,11 @@ def collect_findings(scan: FolderScan, is_test: NDArray[np.bool_]) -> tuple[Find
     order = {kind: place for place, kind in enumerate(FINDING_KINDS)}
     names = scan.listing.names
     found.sort(key=lambda row: (order[row[1]], row[0]))
-    return tuple(Finding(names[index], kind, detail) for index, kind, detail in found)
+    findings = [*(Finding(names[index], kind, detail) for index, kind, detail in found), *scan.listing.findings]
+    return tuple(sorted(findings, key=lambda finding: order[finding.kind]))
 
 
-def _duplicates(scan: FolderScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[int, str, str]]:
+def _duplicates(scan: ImageScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[int, str, str]]:
     """Yield files whose bytes another file has: (index, kind, detail)."""
     readable = scan.readable()
     digests = scan.records["digest"][readable]
@@ -196,7 +204,7 @@ def _duplicates(scan: FolderScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[
                 yield index, DUPLICATE, f"the same as {listing.names[other]}"
 
 
-def _odd_sizes(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
+def _odd_sizes(scan: ImageScan) -> Iterator[tuple[int, str, str]]:
     """Yield files with very many or very few pixels."""
     width, height = (scan.records[side].astype(np.int64) for side in ("width", "height"))
     tiny = (np.minimum(width, height) * 4 < scan.size) & (width > 0)
@@ -205,14 +213,14 @@ def _odd_sizes(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
             yield index, kind, f"{width[index]} × {height[index]} pixels"
 
 
-def _odd_formats(scan: FolderScan) -> Iterator[tuple[int, str, str]]:
+def _odd_formats(scan: ImageScan) -> Iterator[tuple[int, str, str]]:
     """Yield files that are not what their extension says, or more than one picture."""
     for index in scan.readable().tolist():
         record, name = scan.records[index], scan.listing.names[index]
         file_format = FORMAT_NAMES[int(record["format"])]
-        named = IMAGE_EXTENSIONS[os.path.splitext(name)[1].lower()]
         phone_photo = file_format == "MPO"  # a JPEG with a second picture behind it
-        if named != ("JPEG" if phone_photo else file_format):
+        named = named_format(name)
+        if named != ("JPEG" if phone_photo else file_format) and os.path.splitext(name)[1]:
             yield index, EXTENSION, f"it is {file_format}"
         if record["frames"] and not phone_photo:
             yield index, FRAMES, file_format
@@ -227,8 +235,3 @@ def imbalance_notes(classes: Sequence[str], counts: Sequence[int]) -> tuple[str,
         f"{classes[most]} has {counts[most]:,} images for training and {classes[least]} only {counts[least]:,}: "
         f"the test accuracy says little about {classes[least]}",
     )
-
-
-def findings_csv(findings: Sequence[Finding]) -> bytes:
-    """Return the findings as CSV: path, kind, detail."""
-    return csv_lines([("path", "kind", "detail"), *((f.path, f.kind, f.detail) for f in findings)])

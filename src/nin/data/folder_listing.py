@@ -1,9 +1,9 @@
-"""Find the classes and the image files of a folder, without reading any."""
+"""Find the classes and the image files of a folder, without reading those whose names say that they are images."""
 
 import os
 import re
-import unicodedata
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.dataset import PathList
-from nin.data.decoder import IMAGE_EXTENSIONS
+from nin.data.findings import MASK, NO_LABEL, Finding
+from nin.data.folder_entries import FolderWalk
+from nin.data.folder_layout import EXPECTED, Layout, class_name, descend_to_classes, find_layout
+from nin.data.image_formats import FORMAT_EXAMPLES
+from nin.data.split_names import find_splits, folded_name, is_unlabelled
 from nin.errors import UserError
 
-_EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
-_SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+_MASK_WORD = r"(?:masks?|seg(?:mentations?)?|ground[ _-]?truth|gt|annotations?)"
+_MASK_STEM = re.compile(rf"(.+?)[ _.-]+{_MASK_WORD}(?:[ _-]?\d+)?", re.IGNORECASE)
+_MASK_FOLDER = re.compile(_MASK_WORD, re.IGNORECASE)
+
+Files = dict[str, list[str]]  # paths relative to the root, by class name
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +36,7 @@ class FolderListing:
         labels: int64 (N,).
         is_test: bool (N,), or None where the folder has no test images.
         notes: what was left out, in sentences for the user.
+        findings: the files and folders that were left out.
     """
 
     root: Path
@@ -37,49 +45,53 @@ class FolderListing:
     labels: NDArray[np.int64]
     is_test: NDArray[np.bool_] | None
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 def list_folder(root: Path) -> FolderListing:
     """List the images of a folder by class.
 
     The layout is `DIR/<class>/**` or, where DIR has a folder called train, `DIR/train/<class>/**` with
-    `DIR/test` or `DIR/val` (also spelled valid or validation) beside it. Classes are matched by name. Where
-    both are there, test is the test set and val is not used. Train alone is split as a DIR would be.
-    Hidden files and folders, and files with other extensions than those of images, are skipped.
+    `DIR/test` or `DIR/val` beside it; `nin.data.split_names` has the other names. Classes are matched by name. Where
+    both are there, test is the test set and val is not used. Train alone is split as a DIR would be, and so it is where
+    the test images have no labels. What is in a folder and is not used is among the findings or the notes.
 
     Raises:
         UserError: there is no such folder, or it does not have this layout with two classes of images.
     """
-    splits, notes = _find_splits(root)
-    train = splits["train"]
-    classes = _find_classes(train)
-    files = {False: _find_class_files(train, root)}
-    if not any(files[False].values()):
-        raise UserError(f"{train}: {_EXPECTED}, got no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    if "test" in splits:
-        files[True] = _find_class_files(splits["test"], root)
-        unknown = sorted(set(files[True]) - set(classes), key=natural_key)
-        if unknown:
-            few = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-            raise UserError(
-                f"{splits['test']}: class {unknown[0]!r} is not in {train}, so it cannot be recognised; "
-                f"rename or remove it (classes to learn: {few})"
-            )
-        if not any(files[True].values()):
-            raise UserError(f"{splits['test']}: expected test images in class folders, got no images")
+    walk = FolderWalk(root)
+    layout = find_layout(root, walk)
+    notes = [*layout.notes]
+    train = _class_files(layout.train, walk)
+    _check_classes(layout.train, train, walk)
+    test: Files | None
+    if layout.by_class:
+        train, test = _split_by_class(train, layout.train, walk)
+    else:
+        test = _test_files(layout, train, walk, notes)
+    empty = [name for name, files in train.items() if not files]
+    if len(empty) <= len(train) - 2:  # else the error names them
+        notes += [f"{layout.train / name} is no class: it holds no image" for name in empty]
+        train = {name: files for name, files in train.items() if files}
+    classes = tuple(train)
+    notes += _similar_names(classes)
+    for folder in {root, layout.train}:
+        for path in walk.direct_images(folder):
+            walk.leave_out(path, NO_LABEL, "it lies beside the folders of the classes")
     rows = [
-        (name, label, is_test)
-        for is_test, by_class in files.items()
-        for label, class_name in enumerate(classes)
-        for name in by_class.get(class_name, ())
+        (name, label, part is not train)
+        for part in (train, test or {})
+        for label, class_ in enumerate(classes)
+        for name in part.get(class_, ())
     ]
     return FolderListing(
         root=root,
         classes=classes,
         names=PathList(name for name, _, _ in rows),
         labels=np.array([label for _, label, _ in rows], dtype=np.int64),
-        is_test=np.array([is_test for _, _, is_test in rows]) if "test" in splits else None,
+        is_test=np.array([is_test for _, _, is_test in rows]) if test is not None else None,
         notes=tuple(notes),
+        findings=tuple(walk.findings.values()),
     )
 
 
@@ -90,111 +102,144 @@ def natural_key(name: str) -> tuple[list[tuple[int, int | str]], str]:
     return key, name  # names that differ only in case or leading zeros still have one order
 
 
-def _find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the folders that hold the classes, as {"train": ..., "test": ...}, and notes."""
-    if not root.exists():
-        raise UserError(f"{root}: there is no such file or folder; {_EXPECTED}")
-    if not root.is_dir():
-        raise UserError(f"{root}: expected a folder, got a file; {_EXPECTED}")
-    found: dict[str, Path] = {}
-    others = []
-    for folder in _subfolders(root):
-        if folder.name.lower() in _SPLIT_FOLDERS:
-            found.setdefault(_SPLIT_FOLDERS[folder.name.lower()], folder)
+def _class_files(folder: Path, walk: FolderWalk) -> Files:
+    """Return the sorted image paths, relative to the root, of each class folder, in the order of the classes."""
+    merged: Files = defaultdict(list)
+    for subfolder in walk.subfolders(folder):
+        merged[class_name(subfolder)] += map(walk.relative, _without_masks(walk.images(subfolder), walk))
+    return {name: sorted(merged[name]) for name in sorted(merged, key=natural_key)}
+
+
+def _without_masks(paths: Iterable[str], walk: FolderWalk) -> list[str]:
+    """Return the images of a class without the masks of others: called or filed as one beside an image of that name."""
+    files = [(path, os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]) for path in paths]
+    marks = [
+        (_MASK_STEM.fullmatch(stem), _MASK_FOLDER.fullmatch(os.path.basename(folder))) for _, folder, stem in files
+    ]
+    if not any(by_name or by_folder for by_name, by_folder in marks):
+        return [path for path, _, _ in files]
+    places = {(folder, stem) for _, folder, stem in files}
+    images = {stem for (_, _, stem), (_, by_folder) in zip(files, marks, strict=True) if not by_folder}
+    kept = []
+    for (path, folder, stem), (by_name, by_folder) in zip(files, marks, strict=True):
+        if by_name and (folder, by_name[1]) in places:
+            walk.leave_out(path, MASK, f"of {by_name[1]} by its name")
+        elif by_folder and (by_name[1] if by_name else stem) in images:
+            walk.leave_out(path, MASK, f"of an image of that name, by its folder {os.path.basename(folder)}")
         else:
-            others.append(folder)
-    if "train" not in found or (len(found) == 1 and others):
-        return {"train": root}, []
-    notes = [f"{other} is not used: it is beside train" for other in others]
-    val = found.pop("val", None)
-    if val is not None and "test" in found:
-        notes.append(f"{val} is not used: {found['test']} gives the final figure")
-    elif val is not None:
-        found["test"] = val
-    return found, notes
+            kept.append(path)
+    return kept
 
 
-def _find_classes(folder: Path) -> tuple[str, ...]:
-    """Return the names of the class folders in natural order; there must be two."""
-    subfolders = _subfolders(folder)
-    names = sorted({_class_name(f) for f in subfolders}, key=natural_key)
-    if len(names) >= 2:
-        return tuple(names)
-    if not names:
-        images = sum(_is_image(entry) for entry in _visible_entries(folder))
-        got = f"{images} images directly in the folder" if images else "an empty folder"
-        if not images and _visible_entries(folder):
+def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
+    """Raise UserError unless there are two class folders, and an image in one."""
+    if not files:
+        images = len(walk.direct_images(folder))
+        got = f"{images:,} images directly in the folder" if images else "an empty folder"
+        if not images and any(folder.iterdir()):
             got = "files that are no images"
-        raise UserError(f"{folder}: {_EXPECTED}, got {got}")
-    inner = _subfolders(subfolders[0])
-    hint = f"; did you mean {subfolders[0]}?" if len(inner) >= 2 else ""
-    raise UserError(f"{folder}: expected two classes or more, got only {names[0]!r}{hint}")
+        tables = sorted(path.name for place in (folder, folder.parent) for path in place.glob("*.csv"))
+        hint = (
+            f"; labels in a table ({tables[0]}) are not read: move each image to a folder of its class"
+            if tables
+            else ""
+        )
+        raise UserError(f"{folder}: {EXPECTED}, got {got}{hint if images else ''}")
+    if len(files) == 1:
+        (name,) = files
+        inner = walk.subfolders(folder)[0]
+        hint = f"; did you mean {inner}?" if len(walk.subfolders(inner)) >= 2 else ""
+        raise UserError(f"{folder}: expected two classes or more, got only {name!r}{hint}")
+    if not any(files.values()):
+        raise UserError(f"{folder}: {EXPECTED}, got no images ({FORMAT_EXAMPLES})")
 
 
-def _find_class_files(folder: Path, root: Path) -> dict[str, list[str]]:
-    """Return the sorted image paths, relative to root, by class name."""
-    merged: dict[str, list[str]] = {}
-    for subfolder in _subfolders(folder):
-        merged.setdefault(_class_name(subfolder), []).extend(find_images(subfolder))
-    return {name: sorted(Path(path).relative_to(root).as_posix() for path in paths) for name, paths in merged.items()}
+def _split_by_class(files: Files, folder: Path, walk: FolderWalk) -> tuple[Files, Files]:
+    """Return the files for training and those for testing of DIR/<class>/train beside DIR/<class>/test."""
+    depth = len(folder.relative_to(walk.root).parts) + 1
+    train: Files = {}
+    test: Files = {}
+    for name, paths in files.items():
+        inside = {path: path.split("/")[depth] for path in paths if path.count("/") > depth}
+        parts = find_splits(inside.values())
+        wanted = "test" if "test" in parts.values() else "val"
+        by_part: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            by_part[parts.get(inside.get(path, ""), "")].append(path)
+        train[name], test[name] = by_part.pop("train", []), by_part.pop(wanted, [])
+        for path in (path for rest in by_part.values() for path in rest):
+            walk.leave_out(os.fspath(walk.root / path), NO_LABEL, f"it lies beside train and {wanted}")
+    return train, test
 
 
-def find_images(folder: Path) -> Iterator[str]:
-    """Yield the image files of a folder and of the folders in it; enter each real folder once.
+def _test_files(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]) -> Files | None:
+    """Return the test images by class, or None where there are none with labels; add to the notes what is not used.
 
-    Links are followed, which os.walk can do too, but a link to a parent would lead it round for ever, or into the
-    other classes: the parents count as entered.
+    Raises:
+        UserError: the test images have a class that cannot be learned, or there is none.
     """
-    entered = {_device_and_inode(parent) for parent in folder.resolve().parents}
-    entered |= {_device_and_inode(parent) for parent in folder.absolute().parents}
-    waiting = [os.fspath(folder)]
-    while waiting:
-        directory = waiting.pop()
-        identity = _device_and_inode(directory)
-        if identity in entered:
+    used: tuple[Path, Files] | None = None
+    for part, top in layout.tests:
+        if used is not None:
+            count = sum(1 for _ in walk.images(top))
+            notes.append(f"{top} is not used ({count:,} images): {used[0]} gives the final figure")
             continue
-        entered.add(identity)
-        for entry in _visible_entries(directory):
-            if _is_folder(entry):
-                waiting.append(entry.path)
-            elif _is_image(entry):
-                yield entry.path
+        if not any(top.iterdir()):
+            notes.append(f"{top} is empty")
+            continue
+        folder = descend_to_classes(top, list(train), walk)
+        files = _match_classes(_class_files(folder, walk), train, folder, notes)
+        known = {name: paths for name, paths in files.items() if name in train}
+        unknown = [name for name, paths in files.items() if paths and name not in known]
+        direct = walk.direct_images(folder)
+        if not known and (unknown or direct):
+            names = f" (its folders are called {', '.join(unknown[:3])})" if unknown else ""
+            count = len(direct) + sum(len(files[name]) for name in unknown)
+            notes.append(
+                f"{folder} is not used: its {count:,} images have no labels, as none lies in a folder called like a "
+                f"class{names}"
+            )
+            continue
+        for path in direct:
+            walk.leave_out(path, NO_LABEL, f"it lies beside the folders of the classes in {part}")
+        for name in [name for name in unknown if is_unlabelled(name)]:
+            notes.append(f"{folder / name} is not used: its {len(files[name]):,} images have no labels")
+            unknown.remove(name)
+        if unknown:
+            few = ", ".join(list(train)[:8]) + (", ..." if len(train) > 8 else "")
+            raise UserError(
+                f"{folder}: class {unknown[0]!r} is not in {layout.train}, so it cannot be recognised; "
+                f"rename or remove it (classes to learn: {few})"
+            )
+        if not any(known.values()):
+            raise UserError(f"{folder}: expected test images in class folders, got no images")
+        used = folder, known
+    return None if used is None else used[1]
 
 
-def _visible_entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder that are not hidden, by name."""
-    try:
-        with os.scandir(folder) as entries:
-            # __MACOSX: what macOS adds to its zip files
-            visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
-    except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
-    return sorted(visible, key=lambda entry: entry.name)  # the order of scandir depends on the file system
+def _match_classes(files: Files, train: Files, folder: Path, notes: list[str]) -> Files:
+    """Return the files by the names that the classes have in training, where only case or spaces differ."""
+    by_folded: dict[str, list[str]] = defaultdict(list)
+    for name in train:
+        by_folded[folded_name(name)].append(name)
+    matched: Files = defaultdict(list)
+    for name, paths in files.items():
+        similar = by_folded[folded_name(name)]
+        if name not in train and len(similar) == 1:
+            notes.append(f"{folder / name} is taken for the class {similar[0]!r}, which is written so in training")
+            matched[similar[0]] += paths
+        else:
+            matched[name] += paths
+    return dict(matched)
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [folder / entry.name for entry in _visible_entries(folder) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # os.path.isdir answers False for a link to itself, where DirEntry.is_dir raises.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """Go by the extension. A broken link counts: it is reported when it cannot be read. A pipe does not."""
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
-        return False
-    if entry.is_symlink():
-        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
-    return entry.is_file()
-
-
-def _device_and_inode(path: str | Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
-
-
-def _class_name(folder: Path) -> str:
-    """Return the folder's name in the composed Unicode form: "é" is one class whichever system wrote it."""
-    return unicodedata.normalize("NFC", folder.name)
+def _similar_names(classes: Iterable[str]) -> list[str]:
+    """Return a sentence for classes whose names differ in case, spaces or marks between words only."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        groups[folded_name(name)].append(name)
+    return [
+        f"{' and '.join(map(repr, group))} are different classes: if they are one, put their images into one folder"
+        for group in groups.values()
+        if len(group) > 1
+    ]

@@ -1,29 +1,40 @@
-"""Read WebDataset shards: tar files whose members are KEY.jpg (or .png, …) beside KEY.cls, the label.
+"""Read WebDataset shards: tar files whose members are KEY.jpg (or .png, …) beside KEY.cls, KEY.json or KEY.txt.
 
 Not the webdataset package's pipeline, which streams shards through a shuffle buffer: there the order depends on the
 number of workers, and going on in the middle of an epoch means to read it again from its beginning. Here an index of
 the tar members gives random access. The package is needed for URLs only.
 """
 
+import bz2
 import contextlib
 import dataclasses
 import glob
+import gzip
 import json
+import lzma
 import os
 import re
 import shutil
-import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nin.data.cache import cache_folder, cache_path, digest, file_state, read_cache, write_cache
+from nin.data.cache import cache_folder, digest, file_state
 from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
-from nin.data.decoder import IMAGE_EXTENSIONS, DecodeError, Pixels, decode_pixels, read_header
+from nin.data.decoder import DecodeError, decode_pixels, read_extent, read_header
+from nin.data.findings import NO_IMAGE, NO_LABEL, Finding
+from nin.data.folder_entries import FolderWalk
+from nin.data.folder_listing import natural_key
+from nin.data.image_formats import FORMAT_EXAMPLES
 from nin.data.sampler import stratified_holdout
+from nin.data.split_names import find_splits
+from nin.data.tar_index import index_tar
+from nin.data.value_range import Pixels, ValueRange, choose_range
 from nin.errors import UserError
 from nin.runtime.files import open_atomically
 from nin.version import install_command
@@ -31,16 +42,18 @@ from nin.version import install_command
 # Beside the shards that nin wrote: the names of the classes, which tar files do not hold.
 METADATA_FILE = "nin-shards.json"
 
-# Offset and size of an image in its tar file, in bytes, and its label, -1 where there is none.
-_MEMBER = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
-_INDEX_VERSION = 2  # increased when _MEMBER or what _index writes changes
-_MAX_LABEL_BYTES = 32  # of a .cls: a number
+_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 
 # Size and channels of all images are taken from the headers of so many.
 _SAMPLED_HEADERS = 1000
 
 # So many classes may have no names: a label is a number of nine digits at most, and each class takes memory.
 _MAX_UNNAMED_CLASSES = 100_000
+_LARGEST_LABEL = 2**31 - 1
+
+# With more different texts than this, and than half of the images, .txt members are captions.
+_FEW_TEXTS = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,17 +66,25 @@ class ShardSet(DecodedSet):
 
     Attributes:
         shards: the tar files.
+        titles: their names, which those of compressed ones or behind URLs are not any more.
         shard_indices: int32 (N,), the position in shards of the one that holds each image.
         members: offset, size and label of each image, (N,).
         labels: int64 (N,), -1 where there is none.
         names: SHARD/MEMBER of each image.
+        label_names: the classes where labels are names and not numbers, in natural order.
+        findings: what is left out of the archives.
+        hint: why there are no labels, where a member should hold one.
     """
 
     shards: tuple[Path, ...]
+    titles: tuple[str, ...]
     shard_indices: NDArray[np.int32]
     members: NDArray[np.void]
     channels: int = 3
     size: int = 32
+    label_names: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    hint: str = ""
 
     def read(self, index: int) -> bytes:
         """Return the bytes of the image file at an index.
@@ -81,7 +102,13 @@ class ShardSet(DecodedSet):
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
         try:
-            return decode_pixels(self.read(index), size=self.size, channels=self.channels)
+            return decode_pixels(
+                self.read(index),
+                size=self.size,
+                channels=self.channels,
+                value_range=self.value_range,
+                name=self.names[index],
+            )
         except DecodeError as error:
             raise DecodeError(self.names[index], error.reason) from error
 
@@ -97,8 +124,16 @@ class ShardSet(DecodedSet):
 
 
 def is_shards(source: str | Path) -> bool:
-    """Return whether a source names shards: a tar file, a pattern or URL of tar files, or a folder of them."""
-    return str(source).endswith(".tar") or bool(_tar_files(source))
+    """Return whether a source names shards: a tar file, a pattern or URL of tar files, or a folder of them.
+
+    A folder that has images in its folders is an image folder, and a tar file in it one that somebody left there.
+    """
+    if not os.path.isdir(source):
+        return str(source).endswith(_EXTENSIONS)
+    if not _tar_files(source):
+        return False
+    walk = FolderWalk(Path(source))
+    return not any(walk.has_image(folder) for folder in walk.subfolders(Path(source)))
 
 
 def open_shards(source: str | Path) -> ShardSet:
@@ -106,26 +141,49 @@ def open_shards(source: str | Path) -> ShardSet:
 
     Args:
         source: a folder of tar files, one of them, a pattern ("DIR/train-{000000..000009}.tar", "DIR/*.tar"), or a URL
-            that the webdataset package reads; what a URL names is copied to the cache folder first.
+            that the webdataset package reads; what a URL names is copied to the cache folder first, and so is the
+            content of a compressed one.
 
     Returns:
         Their images, in the order of the shards and of the members in them.
 
     Raises:
-        UserError: there are none, or one is no tar file.
+        UserError: there are none, or one is no tar file, damaged or cut off.
     """
-    shards = tuple(_local_path(url) for url in _expand(source))
-    indices = [_index(path) for path in shards]
-    names = PathList(f"{path.name}/{name}" for path, (_, found) in zip(shards, indices, strict=True) for name in found)
+    urls = _expand(source)
+    fetched = [_local_path(url) for url in urls]
+    shards = tuple(_unpacked(path) for path in fetched)
+    indices = [index_tar(path) for path in shards]
+    titles = tuple(path.name for path in fetched)
+    if len(set(titles)) < len(titles):  # those of train and test, each in its folder
+        titles = tuple(f"{path.parent.name}/{path.name}" for path in fetched)
+    found = list(zip(titles, indices, strict=True))
+    names = PathList(f"{title}/{name}" for title, index in found for name in index.names)
     if not names:
-        raise UserError(f"{source}: the shards hold no images ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-    members = np.concatenate([members for members, _ in indices])
+        raise UserError(f"{source}: the shards hold no images ({FORMAT_EXAMPLES})")
+    texts = sorted({text for index in indices for text in index.labels}, key=natural_key)
+    if any(index.is_text for index in indices) and len(texts) > max(_FEW_TEXTS, len(names) / 2):
+        raise UserError(
+            f"{source}: the .txt members hold {len(texts):,} different texts for {len(names):,} images, which are no "
+            "classes; expected .cls members"
+        )
+    is_numeric = all(text.isdecimal() for text in texts)
+    values = {text: min(int(text), _LARGEST_LABEL) if is_numeric else position for position, text in enumerate(texts)}
+    labels = [np.array([*(values[text] for text in index.labels), -1])[index.members["label"]] for index in indices]
+    empty = [Finding(title, NO_IMAGE, "a shard without images") for title, index in found if not index.names]
     return ShardSet(
         shards=shards,
-        shard_indices=np.repeat(np.arange(len(shards), dtype=np.int32), [len(members) for members, _ in indices]),
-        members=members,
-        labels=torch.from_numpy(members["label"].astype(np.int64)),
+        titles=tuple(os.path.basename(url) if is_url(url) else title for url, title in zip(urls, titles, strict=True)),
+        shard_indices=np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.names) for index in indices]),
+        members=np.concatenate([index.members for index in indices]),
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         names=names,
+        label_names=() if is_numeric else tuple(texts),
+        findings=(
+            *(Finding(f"{title}/{f.path}".rstrip("/"), f.kind, f.detail) for title, i in found for f in i.findings),
+            *empty,
+        ),
+        hint=next((index.hint for index in indices if index.hint), ""),
     )
 
 
@@ -134,21 +192,55 @@ def read_shards(source: str | Path, options: LoadOptions) -> Data:
 
     A folder with shards called train-*.tar and test-*.tar (or val-*.tar) is split so; else each class is.
     """
-    shards = open_shards(source)
-    labels = shards.labels.numpy()
-    if (labels < 0).any():
-        missing = shards.names[int(np.flatnonzero(labels < 0)[0])]
-        raise UserError(f"{source}: {missing} has no label; expected a member of the same name ending in .cls")
-    classes = tuple(_class_names(source) or map(str, range(min(int(labels.max()) + 1, _MAX_UNNAMED_CLASSES))))
-    if labels.max() >= len(classes) or len(classes) < 2:
-        raise UserError(f"{source}: label {labels.max()} does not fit {len(classes)} classes")
-    channels, size = _channels_and_size(shards, options.size)
-    shards = dataclasses.replace(shards, channels=channels, size=size)
-    is_test = _test_mask(shards, labels, options)
+    shards, classes, findings = open_labelled(source)
+    channels, size, value_range = _preprocessing(shards, options)
+    shards = dataclasses.replace(shards, channels=channels, size=size, value_range=value_range)
+    is_test = test_mask(shards, options)
     train, test = (shards.select(np.flatnonzero(is_test == part)) for part in (False, True))
     if not len(train) or not len(test):
         raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
-    return Data.from_sets(Path(source).name.removesuffix(".tar"), train, test, classes)
+    name = Path(source).name.removesuffix(".tar")
+    notes = class_notes(classes, train.labels)
+    return Data.from_sets(name, train, test, classes, findings=findings, notes=notes, value_range=value_range)
+
+
+def open_labelled(source: str | Path) -> tuple[ShardSet, tuple[str, ...], tuple[Finding, ...]]:
+    """Index shards for a training.
+
+    Returns:
+        The images that have a label, the names of the classes, and what is left out.
+
+    Raises:
+        UserError: no image has a label, or the labels are no classes.
+    """
+    shards = open_shards(source)
+    labels = shards.labels.numpy()
+    without = np.flatnonzero(labels < 0)
+    if len(without) == len(labels):
+        hint = f" ({shards.hint})" if shards.hint else ""
+        raise UserError(
+            f"{source}: {shards.names[0]} has no label{hint}; expected a member of the same name ending in .cls, .json "
+            "or .txt"
+        )
+    names = _class_names(source)
+    if names and shards.label_names:
+        raise UserError(f"{source}: expected numbers as labels beside {METADATA_FILE}, got {shards.label_names[0]!r}")
+    largest = int(labels.max())
+    numbers = tuple(map(str, range(min(largest + 1, _MAX_UNNAMED_CLASSES))))
+    classes = tuple(names) or shards.label_names or numbers
+    if largest >= len(classes):
+        raise UserError(f"{source}: label {largest} does not fit {len(classes)} classes")
+    if len(classes) < 2:
+        raise UserError(f"{source}: expected two classes or more, got only {classes[0]!r}")
+    unlabelled = (Finding(shards.names[i], NO_LABEL, "no .cls, .json or .txt member has one") for i in without.tolist())
+    return shards.select(np.flatnonzero(labels >= 0)), classes, (*unlabelled, *shards.findings)
+
+
+def class_notes(classes: Sequence[str], labels: torch.Tensor) -> tuple[str, ...]:
+    """Return a sentence where there are classes without an image to train on."""
+    counts = torch.bincount(labels, minlength=len(classes))
+    empty = int((counts == 0).sum())
+    return (f"{empty:,} of {len(classes):,} classes have no image to train on",) if empty else ()
 
 
 def _class_names(source: str | Path) -> list[str]:
@@ -166,31 +258,43 @@ def _class_names(source: str | Path) -> list[str]:
         raise UserError(f"{path} is damaged or no {METADATA_FILE} of nin: {error}") from error
 
 
-def _channels_and_size(shards: ShardSet, size: int | None) -> tuple[int, int]:
-    """Return channels and size from the headers of images spread evenly over the shards."""
-    headers = []
+def _preprocessing(shards: ShardSet, options: LoadOptions) -> tuple[int, int, ValueRange | None]:
+    """Return channels, size and value range from images spread evenly over the shards."""
+    headers, extents = [], []
     for index in range(0, len(shards), max(1, len(shards) // _SAMPLED_HEADERS)):
         # training lists what cannot be read when it gets there; the headers of the others are enough here
         with contextlib.suppress(DecodeError):
-            headers.append(read_header(shards.read(index)))
+            content, name = shards.read(index), shards.names[index]
+            headers.append(read_header(content, name))
+            if headers[-1].wide:
+                extents.append(read_extent(content, name))
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
     widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
-    return 1 if all(h.grey for h in headers) else 3, size or default_size(widths, heights)
+    channels, size = 1 if all(h.grey for h in headers) else 3, options.size or default_size(widths, heights)
+    if options.value_range != "auto":
+        return channels, size, options.value_range
+    depths, lows, highs = (np.array([getattr(e, field) for e in extents]) for field in ("depth", "low", "high"))
+    return channels, size, choose_range(depths, lows, highs) if extents else None
 
 
-def _test_mask(shards: ShardSet, labels: NDArray[np.int64], options: LoadOptions) -> NDArray[np.bool_]:
+def test_mask(shards: ShardSet, options: LoadOptions) -> NDArray[np.bool_]:
     """Return which images are for testing, bool (N,): those of shards called test or val, else a part of each class."""
-    names = np.array([path.name for path in shards.shards])
+    parts = find_splits(shards.titles)
     for split in ("test", "val"):
-        chosen = np.char.startswith(names, split)
+        chosen = np.array([parts.get(title) == split for title in shards.titles])
         if chosen.any() and not chosen.all():
             return chosen[shards.shard_indices]
-    return stratified_holdout(shards.names, labels.tolist(), fraction=options.test_fraction, seed=options.seed)
+    labels = shards.labels.tolist()
+    return stratified_holdout(shards.names, labels, fraction=options.test_fraction, seed=options.seed)
 
 
 def _tar_files(folder: str | Path) -> list[str]:
-    return sorted(glob.glob(os.path.join(glob.escape(str(folder)), "*.tar")))
+    """Return the tar files in a folder, or in the folders of its parts: train and test."""
+    paths = [path for path in Path(folder).iterdir() if not path.name.startswith(".")] if os.path.isdir(folder) else []
+    found = sorted(str(path) for path in paths if path.name.endswith(_EXTENSIONS))
+    parts = find_splits(path.name for path in paths if path.is_dir()) if not found else {}
+    return found or [path for part in sorted(parts) for path in _tar_files(Path(folder) / part)]
 
 
 def _expand(source: str | Path) -> list[str]:
@@ -205,6 +309,29 @@ def _expand(source: str | Path) -> list[str]:
             if not os.path.isfile(path):
                 raise UserError(f"{path}: there is no such shard")
     return found
+
+
+def _unpacked(path: Path) -> Path:
+    """Return a shard, or the copy of a compressed one in the cache folder: only there an image has an offset.
+
+    Raises:
+        UserError: it is damaged, or the copy cannot be written.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    opener = next((module.open for signature, module in _COMPRESSIONS.items() if start.startswith(signature)), None)
+    if opener is None:
+        return path
+    name = digest(file_state(path.resolve(), path.stat()), size=12).hex()
+    copy = cache_folder() / "shards" / f"{name}-{path.name.partition('.')[0]}.tar"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with opener(path, "rb") as source, open_atomically(copy) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be unpacked to {copy.parent} ({error})") from error
+    return copy
 
 
 def _expand_braces(text: str) -> Iterator[str]:
@@ -248,39 +375,3 @@ def _local_path(url: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{url}: cannot be fetched ({error})") from error
     return path
-
-
-def _index(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    """Return members and names of the images in a shard, from the cache or from the tar file."""
-    cached_index = cache_path(file_state(path.resolve(), path.stat()), _INDEX_VERSION)
-    content = read_cache(cached_index)
-    if content is None:
-        members, names = _read_members(path)
-        lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-        write_cache(cached_index, len(members).to_bytes(8, "little") + members.tobytes() + lines)
-        return members, names
-    members = np.frombuffer(content, dtype=_MEMBER, count=int.from_bytes(content[:8], "little"), offset=8)
-    return members, content[8 + members.nbytes :].decode(errors="surrogateescape").split("\n")[:-1]
-
-
-def _read_members(path: Path) -> tuple[NDArray[np.void], list[str]]:
-    """Return members and names of the images in a tar file, from its headers and the .cls members."""
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        # "r:" is no compression: in a compressed tar file nothing can be read at an offset
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            for member in tar:
-                key, extension = os.path.splitext(member.name)
-                if not member.isreg() or "\n" in member.name:
-                    continue
-                if extension.lower() in IMAGE_EXTENSIONS:
-                    images.setdefault(key, (member.name, member.offset_data, member.size))
-                elif extension == ".cls" and member.size <= _MAX_LABEL_BYTES:
-                    text = os.pread(file.fileno(), member.size, member.offset_data)
-                    labels[key] = int(text) if re.fullmatch(rb"\s*\d{1,9}\s*", text) else -1
-                tar.members = []  # type: ignore[attr-defined]  # else it keeps them all
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: no tar file, or damaged ({error})") from error
-    rows = [(offset, size, labels.get(key, -1)) for key, (_, offset, size) in images.items()]
-    return np.array(rows, dtype=_MEMBER), [name for name, _, _ in images.values()]

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from nin.data.cache import digest
 from nin.data.dataset import LoadOptions
 from nin.data.folder_scan import FolderScan
+from nin.data.image_formats import file_extension
+from nin.data.image_scan import FORMAT_NAMES
 from nin.data.sampler import epoch_order
 from nin.data.webdataset import METADATA_FILE, is_shards
 from nin.errors import UserError
@@ -109,12 +111,13 @@ def _write_shard(path: Path, scan: FolderScan, indices: NDArray[np.int64], *, fi
     # USTAR: one header of 512 bytes for each member; Python's default, PAX, may add extended ones
     with open_atomically(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, index in enumerate(indices.tolist(), start=first):
-            extension = os.path.splitext(scan.listing.names[index])[1].lower()
+            file_format = FORMAT_NAMES[int(scan.records["format"][index])]
+            extension = file_extension(scan.listing.names[index], file_format)
             label = str(int(scan.listing.labels[index])).encode()
             try:
-                content = Path(scan.path(index)).read_bytes()
+                content = Path(scan.source(index)).read_bytes()
             except OSError as error:
-                raise UserError(f"{scan.path(index)}: cannot be opened ({error.strerror})") from error
+                raise UserError(f"{scan.source(index)}: cannot be opened ({error.strerror})") from error
             for name, data in ((f"{number:09d}{extension}", content), (f"{number:09d}.cls", label)):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)

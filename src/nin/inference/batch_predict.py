@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from nin import data
-from nin.data.decoder import DecodeError, Pixels, decode_pixels
+from nin.data.decoder import DecodeError, decode_pixels
 from nin.data.loader import map_in_threads
+from nin.data.value_range import Pixels
 from nin.display.tables import csv_lines
 from nin.errors import UserError
 from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
@@ -150,7 +151,9 @@ def _predict_rows(
         for image, index in zip(pixels, batch, strict=True):
             try:
                 source = images.read(index) if isinstance(images, data.ShardSet) else images[index]
-                image[:] = decode_pixels(source, size=p.size, channels=p.channels)
+                image[:] = decode_pixels(
+                    source, size=p.size, channels=p.channels, value_range=p.value_range, name=names[index]
+                )
             except DecodeError as error:
                 problems[index] = error.reason
         return pixels, problems

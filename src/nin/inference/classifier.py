@@ -164,7 +164,7 @@ class Classifier:
             items = unstack(torch.as_tensor(images), p.channels)
         for start in range(0, len(items), INFERENCE_BATCH_SIZE):
             batch = items[start : start + INFERENCE_BATCH_SIZE]
-            yield self.inputs(torch.stack([_decode(item, size=p.size, channels=p.channels) for item in batch]))
+            yield self.inputs(torch.stack([_decode(item, p) for item in batch]))
 
 
 def load(run: str | Path, *, device: str = "cpu") -> Classifier:
@@ -184,7 +184,7 @@ def load(run: str | Path, *, device: str = "cpu") -> Classifier:
     return Classifier(model, info, device=device)
 
 
-def _decode(image: Any, *, size: int, channels: int) -> Tensor:
+def _decode(image: Any, p: checkpoint.Preprocessing) -> Tensor:
     """Return one image of any kind that `Classifier.predict` takes as uint8 (channels, size, size)."""
     if isinstance(image, np.ndarray | Tensor):
         image = to_pillow(torch.as_tensor(image))
@@ -192,4 +192,4 @@ def _decode(image: Any, *, size: int, channels: int) -> Tensor:
         raise TypeError(
             f"an image must be a path, bytes, a Pillow image, an array or a tensor, got {type(image).__name__}"
         )
-    return data.decode(image, size=size, channels=channels)
+    return data.decode(image, size=p.size, channels=p.channels, value_range=p.value_range)

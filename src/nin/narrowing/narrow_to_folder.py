@@ -127,7 +127,7 @@ def choose_preprocessing(
             raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
     if min(std) <= 0:
         raise UserError(f"std must be above 0, got {min(std)}")
-    return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std))
+    return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std), images.value_range)
 
 
 def load_network(factory: str, weights: Path) -> nn.Module:

@@ -34,7 +34,7 @@ IMAGE_BODY: dict[str, Any] = {
     }
 }
 
-ACCEPTED_FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+ACCEPTED_FORMATS = data.FORMAT_EXAMPLES
 
 
 async def read_files(request: Request, limits: Limits) -> list[bytes]:
@@ -74,7 +74,8 @@ def _decode_image(file: bytes, index: int, preprocessing: Preprocessing, limits:
         if header.width * header.height > limits.pixels:
             size = f"{header.width}×{header.height}"
             raise HTTPException(413, f"image {index} must have at most {limits.pixels} pixels, got {size}")
-        return data.decode(file, size=preprocessing.size, channels=preprocessing.channels)
+        p = preprocessing
+        return data.decode(file, size=p.size, channels=p.channels, value_range=p.value_range)
     except DecodeError as error:
         message = f"image {index}: {error.reason}; expected {ACCEPTED_FORMATS}"
         raise HTTPException(_status_code(error.__cause__), message) from error

@@ -2,6 +2,14 @@
 
 from nin.training.loop import TrainProgress, train
 from nin.training.result import TrainResult
-from nin.training.state import CheckpointOptions, has_begun, is_finished
+from nin.training.state import CheckpointOptions, has_begun, is_finished, with_recorded_flip
 
-__all__ = ["CheckpointOptions", "TrainProgress", "TrainResult", "has_begun", "is_finished", "train"]
+__all__ = [
+    "CheckpointOptions",
+    "TrainProgress",
+    "TrainResult",
+    "has_begun",
+    "is_finished",
+    "train",
+    "with_recorded_flip",
+]

@@ -30,6 +30,7 @@ from nin.training.state import (
     load_state,
     run_folder,
     save_state,
+    with_recorded_flip,
 )
 from nin.training.step import TrainStep, make_model
 
@@ -92,20 +93,21 @@ def train(
         451
     """
     images = source if isinstance(source, data.Data) else data.load(source)
+    folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
+    if folder is not None and torchrun.is_restarted() and has_begun(folder):
+        options = dataclasses.replace(options, resume=True)
+    if folder is not None and options.resume:
+        images = with_recorded_flip(images, folder)
     resolved = (config or TrainConfig()).resolve(
         images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
     )
     batches.check_batch_size(resolved, len(images.train))
     keep_freed_memory()
-    folder = None if out is None else Path(out)
     if folder is not None and images.channels not in (1, 3):
         raise UserError(
             f"images: a run folder is for grey or RGB images, got {images.channels} channels: leave out= away and keep "
             "the result's model"
         )
-    options = keeping or CheckpointOptions()
-    if folder is not None and torchrun.is_restarted() and has_begun(folder):
-        options = dataclasses.replace(options, resume=True)
     with use_threads(resolved.threads):
         sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
         train_step = TrainStep(network or (lambda: make_model(resolved, **sizes)), resolved)
@@ -324,7 +326,9 @@ class Trainer:
         return RunInfo(
             model=self.network,
             classes=self.images.classes,
-            preprocessing=Preprocessing(self.images.size, self.images.channels, self.images.mean, self.images.std),
+            preprocessing=Preprocessing(
+                self.images.size, self.images.channels, self.images.mean, self.images.std, self.images.value_range
+            ),
             recipe={**self.settings["recipe"], "precision": precision, **overridden},
             data={**self.settings["data"], **lost},
             result=result,

@@ -65,6 +65,7 @@ def data_record(images: data.Data) -> dict[str, Any]:
         "test_images": len(images.test),
         "skipped": [list(pair) for pair in images.skipped],
         "notes": list(images.notes),
+        "flip_reason": images.flip_reason,
         **images.origin,
     }
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint
+from nin import checkpoint, data
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.training.step import TrainStep
+
+# In the data's record, but no setting: sentences.
+_REMARKS = ("notes", "flip_reason")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,26 @@ def load_state(
 
 
 def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """Return the settings that are not what they were, in words."""
-    return [f"{name}={old}, now {name}={new}" for name, old, new in changed_settings(now, before)]
+    """Return the settings that are not what they were, in words; what was only said of them may be said otherwise."""
+    changed = [row for row in changed_settings(now, before) if row[0] not in _REMARKS]
+    return [f"{name}={old}, now {name}={new}" for name, old, new in changed]
+
+
+def with_recorded_flip(images: data.Data, folder: Path) -> data.Data:
+    """Return the images with the choice of the training in a run folder whether to mirror them, where there is one.
+
+    Raises:
+        UserError: what is there is damaged.
+    """
+    if (folder / checkpoint.CONFIG_FILE).exists():
+        recipe = checkpoint.load_info(folder).recipe
+    elif (folder / checkpoint.STATE_FILE).exists():
+        recipe = checkpoint.load_state(folder)[1]["recipe"]
+    else:
+        return images
+    if not isinstance(recipe.get("flip"), bool) or recipe["flip"] == images.flip:
+        return images
+    return dataclasses.replace(images, flip=recipe["flip"], flip_reason="the training was begun so")
 
 
 def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,228 @@
+"""ImageScan: the header, the bytes and the pixels of every image of a set, each looked at once."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nin.data.dataset import LoadOptions, default_size
+from nin.data.decoder import DecodeError, decode_pixels, read_extent, read_header
+from nin.data.folder_listing import FolderListing
+from nin.data.image_formats import FORMATS
+from nin.data.loader import map_in_threads
+from nin.data.sampler import stratified_holdout
+from nin.data.value_range import BYTES, Extent, Pixels, ValueRange, choose_range, describe_range
+from nin.errors import UserError
+
+Problems = dict[int, str]  # why the image at an index cannot be read
+
+# One row for each file: 47 bytes. `key` is a hash of path, size and time of modification; `digest` one of the content;
+# `format` is a position in FORMAT_NAMES; `frames` says that there are several; `depth`, `low` and `high` are the
+# `Extent` of the values; `decoded` says that the pixels were decoded: to `darkest` … `brightest` of 0 to 255.
+RECORD = np.dtype(
+    [
+        ("key", "<u8"),
+        ("digest", "<u8", (2,)),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("format", "u1"),
+        ("grey", "?"),
+        ("frames", "?"),
+        ("decoded", "?"),
+        ("depth", "u1"),
+        ("low", "<f4"),
+        ("high", "<f4"),
+        ("darkest", "u1"),
+        ("brightest", "u1"),
+    ]
+)
+FORMAT_NAMES = ("", *FORMATS)
+
+_CHUNK = 64  # images that a thread reads between two reports of progress
+_NARROW_RANGE = 64  # of 256 values; fewer are worth a word
+_NAMED = 3  # files named in a note
+
+
+class ImageScan(ABC):
+    """The images of a set: what their headers say, which can be read, and how to train on them.
+
+    Args:
+        listing: the images.
+        options: how to read them.
+
+    Attributes:
+        listing: the images.
+        records: one `RECORD` for each; zeros where it cannot be read.
+        problems: why images cannot be read, by index.
+        channels: 1 if all readable images are grey, else 3.
+        size: height and width to train at, in pixels.
+        value_range: what becomes black and white in images with more than 8 bits, see `nin.data.decode`.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
+
+    def __init__(self, listing: FolderListing, options: LoadOptions) -> None:
+        self.listing, self.options = listing, options
+        self.records = np.zeros(len(self.listing.names), dtype=RECORD)
+        self.problems: Problems = {}
+        self._for_each(range(len(self.records)), self._read_header, "looking at files")
+        readable = self.records[self.readable()]
+        if len(readable) == 0:
+            name, reason = listing.names[0], self.problems[0]
+            count = len(self.records)
+            raise UserError(f"{listing.root}: none of the {count} images can be read; the first is {name}: {reason}")
+        self.channels = 1 if readable["grey"].all() else 3
+        self.size = options.size or default_size(readable["width"], readable["height"])
+        self.value_range: ValueRange | None
+        if options.value_range == "auto":
+            self.value_range = choose_range(readable["depth"], readable["low"], readable["high"])
+        else:
+            self.value_range = options.value_range
+
+    @abstractmethod
+    def source(self, index: int) -> str | bytes:
+        """Return the path of the image file at an index, or its bytes.
+
+        Raises:
+            DecodeError: it cannot be read.
+        """
+
+    @abstractmethod
+    def _read_header(self, index: int) -> None:
+        """Fill the record at an index from the header and the bytes of the image.
+
+        Raises:
+            DecodeError: it cannot be read.
+        """
+
+    def decode(self, pixels: Pixels | None = None) -> None:
+        """Decode the images at `size`: a file that is truncated fails here, not when its header is read.
+
+        Args:
+            pixels: takes all images, (N, channels, size, size); None decodes only what was never decoded.
+        """
+
+        def read(index: int) -> None:
+            image = decode_pixels(
+                self.source(index),
+                size=self.size,
+                channels=self.channels,
+                value_range=self.value_range,
+                name=self.listing.names[index],
+            )
+            if pixels is not None:
+                pixels[index] = image
+            self.records["darkest"][index], self.records["brightest"][index] = image.min(), image.max()
+            self.records["decoded"][index] = True
+
+        wanted = self.readable()
+        if pixels is None:
+            wanted = wanted[~self.records["decoded"][wanted]]
+        self._for_each(wanted.tolist(), read, "reading images")
+
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences about the values of all images, once they are decoded."""
+        known = self.records[self.readable()]
+        if len(known) == 0:
+            return ()
+        notes = describe_range(known["depth"], self.value_range)
+        darkest, brightest = known["darkest"], known["brightest"]
+        plain = np.flatnonzero(darkest == brightest)
+        low, high = int(darkest.min()), int(brightest.max())
+        if 0 < high - low < _NARROW_RANGE:
+            notes.append(f"The images use values {low} to {high} of 0 to 255 only; a training normalises them")
+        if 0 < 2 * len(plain) <= len(known):
+            names = self.listing.names.select(self.readable()[plain[:_NAMED]])
+            count = f"{len(plain):,} images are" if len(plain) > 1 else "1 image is"
+            notes.append(f"{count} of one colour: {', '.join(names)}{', …' if len(plain) > _NAMED else ''}")
+        return tuple(notes)
+
+    def readable(self) -> NDArray[np.int64]:
+        """Return the indices of the files that can be read."""
+        return np.flatnonzero(self.records["width"] > 0)
+
+    def test_mask(self) -> NDArray[np.bool_]:
+        """Return which files are for testing, bool (N,): those of the test folder, else a part of each class.
+
+        Raises:
+            UserError: a class has no readable image to train on, or none is left for testing.
+        """
+        listing, readable, is_test = self.listing, self.readable(), np.zeros(len(self.records), dtype=np.bool_)
+        labels = listing.labels[readable]
+        if listing.is_test is not None:
+            is_test[readable] = listing.is_test[readable]
+        else:
+            names, options = listing.names.select(readable), self.options
+            is_test[readable] = stratified_holdout(
+                names, labels.tolist(), fraction=options.test_fraction, seed=options.seed
+            )
+        train_counts = np.bincount(labels[~is_test[readable]], minlength=len(listing.classes))
+        for label in np.flatnonzero(train_counts == 0)[:1]:
+            unreadable = sum(int(listing.labels[index]) == label for index in self.problems)
+            raise UserError(
+                f"{listing.root}: class {listing.classes[label]!r} has no readable training image "
+                f"({unreadable} unreadable); add images to its folder, or remove the folder"
+            )
+        if not is_test.any():
+            raise UserError(f"{listing.root}: no image is left for testing; expected two images or more in a class")
+        return is_test
+
+    def partition(self, is_test: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the indices of the readable files for training, and of those for testing."""
+        readable = self.readable()
+        return readable[~is_test[readable]], readable[is_test[readable]]
+
+    def _for_each(self, indices: Sequence[int], read: Callable[[int], None], stage: str) -> None:
+        """Call read(index) in threads; record why it failed in `problems`, or raise that if strict."""
+
+        def read_chunk(chunk: Sequence[int]) -> Problems:
+            problems = {}
+            for index in chunk:
+                try:
+                    read(index)
+                except DecodeError as error:
+                    problems[index] = error.reason
+            return problems
+
+        chunks = (indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK))
+        results = map_in_threads(read_chunk, chunks, workers=self.options.workers)
+        for number, found in enumerate(results, start=1):
+            self.problems |= found
+            self.records[list(found)] = np.zeros((), dtype=RECORD)
+            # the results come in the order of the files, so the same file is named every time
+            if self.options.strict and found:
+                index = min(found)
+                raise UserError(
+                    f"{self.listing.root / self.listing.names[index]}: {found[index]}; replace or remove the file"
+                )
+            if self.options.on_progress is not None:
+                self.options.on_progress(stage, min(number * _CHUNK, len(indices)), len(indices))
+
+
+def read_record(source: str | bytes, name: str, key: np.uint64) -> NDArray[np.void]:
+    """Return the `RECORD` of an image.
+
+    Args:
+        source: the path of its file, or its bytes.
+        name: of the file that bytes come from.
+        key: of the record.
+
+    Raises:
+        DecodeError: it cannot be read.
+        OSError: the file cannot be opened.
+    """
+    if isinstance(source, bytes):
+        content, header = hashlib.blake2b(source, digest_size=16).digest(), read_header(source, name)
+        extent = read_extent(source, name) if header.wide else Extent(BYTES, 0, 255)
+    else:
+        with open(source, "rb") as file:
+            header = read_header(file)
+            extent = read_extent(file) if header.wide else Extent(BYTES, 0, 255)
+            file.seek(0)
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    file_format = FORMAT_NAMES.index(header.format)
+    about = (header.width, header.height, file_format, header.grey, header.frames, False)
+    return np.array((key, np.frombuffer(content, "<u8"), *about, *extent, 0, 0), dtype=RECORD)
