@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow wheel smoke docs lint clean help
+.PHONY: demo test test-slow test-oldest wheel smoke docs lint clean help
 
 help:
-	@echo "make demo       install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
-	@echo "make test       install into .venv, run the tests"
-	@echo "make test-slow  the long tests"
-	@echo "make wheel      build dist/: a manylinux wheel for all Python versions, and the source distribution"
-	@echo "make smoke      the wheel in an empty environment of each Python that is found"
-	@echo "make docs       build the documentation site into build/site"
-	@echo "make lint       ruff and mypy"
-	@echo "make clean      remove .venv and build"
+	@echo "make demo         install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
+	@echo "make test         install into .venv, run the tests"
+	@echo "make test-slow    the long tests"
+	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
+	@echo "make wheel        build dist/: a manylinux wheel for all Python versions, and the source distribution"
+	@echo "make smoke        the wheel in an empty environment of each Python that is found"
+	@echo "make docs         build the documentation site into build/site"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove .venv, .venv-oldest and build"
 
 demo: $(READY)
 	$(BIN)/nin demo
@@ -25,6 +27,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# What pyproject.toml promises: PyTorch and every other direct dependency at its lower bound.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8
+
+$(OLDEST)/.ready: $(READY)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -m uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch $@
 
 # Through the source distribution, so that both are known to be whole. The library in the wheel has a plain C
 # interface: one wheel serves every Python version, and auditwheel names the oldest glibc that it runs with.
@@ -58,4 +69,4 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/cpu/csrc/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(OLDEST) build
