@@ -181,7 +181,7 @@ class GroupLaunch:
         bytes_per_pixel = x.dtype.itemsize * sum(matrix_columns(width) for width in columns)
         return cls(
             kernel=kernel,
-            grid_of=lambda count: tiles.grid(count, widths, device),
+            grid_of=lambda count: tiles.grid(count, widths),
             numbers=walk.numbers()[1:],
             constants=constants,
             pieces=split_pixels(walk.pixels, tiles.pixels, device.scratch_bytes() // max(1, bytes_per_pixel)),

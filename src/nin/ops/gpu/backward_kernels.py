@@ -18,10 +18,8 @@ from nin.ops.gpu.primitives import (
     load_gradient_rows,
     load_rows,
     load_weight,
-    load_weights,
     pixel_offsets,
     store_matrix,
-    store_rows,
     two_layers,
     widen_index,
     zero_tiles,
@@ -29,18 +27,35 @@ from nin.ops.gpu.primitives import (
 
 
 @triton.jit
-def hidden_gradient(grads, w, tiles, j, C1: tl.constexpr, C2: tl.constexpr, BM: tl.constexpr, B1: tl.constexpr,
-                    B2: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-                    UPCAST: tl.constexpr):  # fmt: skip
+def hidden_gradient(grads, w, j, C1: tl.constexpr, C2: tl.constexpr, BM: tl.constexpr, B1: tl.constexpr,
+                    B2: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """Return the gradient of the hidden layer's columns ``j B1 ..``, before its activation's derivative."""
     total = tl.zeros((BM, B1), tl.float32)
     for m in tl.static_range((C2 + B2 - 1) // B2):
-        if RESIDENT:
-            weight = tiles[j * ((C2 + B2 - 1) // B2) + m]
-        else:
-            weight = load_weight(w, j * B1 + tl.arange(0, B1), m * B2 + tl.arange(0, B2), 1, 0, C1, 1, C2)
+        weight = load_weight(w, j * B1 + tl.arange(0, B1), m * B2 + tl.arange(0, B2), 1, 0, C1, 1, C2)
         total = dot(grads[m], tl.trans(weight), total, PRECISION, UPCAST)
     return total
+
+
+@triton.jit
+def input_gradient(total, grad, w, i, j, C: tl.constexpr, C1: tl.constexpr, BK: tl.constexpr, B1: tl.constexpr,
+                   PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Return the sum for the input's columns ``i BK ..`` with what the hidden columns ``j B1 ..`` add."""
+    weight = load_weight(w, i * BK + tl.arange(0, BK), j * B1 + tl.arange(0, B1), 1, 0, C, 1, C1)
+    return dot(grad, tl.trans(weight), total, PRECISION, UPCAST)
+
+
+@triton.jit
+def store_sums(sums, tile, n, COLUMNS: tl.constexpr, UPCAST: tl.constexpr):
+    """Write the sums over the rows of a tile (rows, columns n), in float32."""
+    if tile.dtype.primitive_bitwidth == 16:
+        # by the matrix units: a reduction over rows that lie in many threads takes ten times as many instructions
+        row = tl.arange(0, 16)
+        total = dot(tl.full((16, tile.shape[0]), 1.0, tile.dtype), tile, None, "ieee", UPCAST)
+        mask = (row == 0)[:, None] & (n < COLUMNS)[None, :]
+        tl.store(sums + row[:, None] + n[None, :], total, mask=mask)
+    else:
+        tl.store(sums + n, tl.sum(tile, 0), mask=n < COLUMNS)
 
 
 @triton.jit
@@ -51,13 +66,14 @@ def pair_gradients(
     A1: tl.constexpr, A2: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, NEEDS_X: tl.constexpr,
     NEEDS_W1: tl.constexpr, NEEDS_W2: tl.constexpr, NEEDS_B1: tl.constexpr, NEEDS_B2: tl.constexpr,
     COPY_X: tl.constexpr, COPY_G: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, B1: tl.constexpr,
-    B2: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    B2: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute the input's gradient dx of two 1×1 layers, and the factors of the weights' gradients.
 
-    Grid: (programs,), as many as the GPU holds; each loops over tiles of BM pixels of the piece, a grid apart. A
-    program holds a tile of x and of the gradient, and the sums (BM, C) of dx; the hidden layer is computed again, chunk
-    by chunk. x and dx are (N, C, H, W), g and s (N, C2, H, W), any strides; w1 is (C1, C), w2 (C2, C1).
+    Grid: (tiles of BM pixels of the piece,). A program holds a tile of x and of the gradient; the hidden layer is
+    computed again, chunk by chunk. The weights are read where they are needed, from the caches: programs that kept them
+    and looped over tiles spilled registers. x and dx are (N, C, H, W), g and s (N, C2, H, W), any strides; w1 is
+    (C1, C), w2 (C2, C1).
 
     The piece is the ``count`` pixels from ``first`` on, a multiple of BM. Of each are written, where NEEDS_ and COPY_
     say so: x_rows (count, C), the input; hidden (count, C1), the hidden layer; dz (count, C1) and gz (count, C2), the
@@ -68,69 +84,74 @@ def pair_gradients(
     argument, which is computed again. A0 is the activation that x came through, "none" or "relu": its derivative
     is applied to dx.
     """
-    tiles1, tiles2 = (), ()
-    if RESIDENT:
-        tiles1 = load_weights(w1, 1, 0, C, 1, C1, BK, B1)
-        tiles2 = load_weights(w2, 1, 0, C1, 1, C2, B1, B2)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0)):
-        local = tile * BM + tl.arange(0, BM)
-        inside = local < count
-        pixel = widen_index(first, WIDE) + local
-        rows = load_rows(x, pixel_offsets(pixel, height, width, x_image, x_row, x_column), inside, x_channel, C, BK)
-        g_offsets = pixel_offsets(pixel, height, width, g_image, g_row, g_column)
-        if A2 == "gelu" or A2 == "silu":
-            z2 = two_layers(rows, w1, tiles1, b1, w2, tiles2, b2, 1, 0, C, 1, C1, C2, A1, "none", BIAS1, BIAS2, BM,
-                            BK, B1, B2, RESIDENT, PRECISION, UPCAST)  # fmt: skip
-            grads = ()
-            for m in tl.static_range((C2 + B2 - 1) // B2):
-                n = m * B2 + tl.arange(0, B2)
-                mask = inside[:, None] & (n < C2)[None, :]
-                grad = tl.load(g + g_offsets[:, None] + (n * g_channel)[None, :], mask=mask, other=0.0)
-                grad = activation_backward(grad.to(tl.float32), z2[m], A2).to(x.dtype.element_ty)
-                grads = grads + (grad,)
-        else:
-            grads = load_gradient_rows(g, s, g_offsets, pixel_offsets(pixel, height, width, s_image, s_row, s_column),
-                                       inside, g_channel, s_channel, C2, B2, A2)  # fmt: skip
+    BITS: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
+    tile = tl.program_id(0)
+    local = tile * BM + tl.arange(0, BM)
+    inside = local < count
+    pixel = widen_index(first, WIDE) + local
+    rows = load_rows(x, pixel_offsets(pixel, height, width, x_image, x_row, x_column), inside, x_channel, C, BK)
+    g_offsets = pixel_offsets(pixel, height, width, g_image, g_row, g_column)
+    if A2 == "gelu" or A2 == "silu":
+        z2 = two_layers(rows, w1, (), b1, w2, (), b2, 1, 0, C, 1, C1, C2, A1, "none", BIAS1, BIAS2, BM, BK, B1, B2,
+                        False, PRECISION, UPCAST)  # fmt: skip
+        grads = ()
         for m in tl.static_range((C2 + B2 - 1) // B2):
             n = m * B2 + tl.arange(0, B2)
-            if COPY_G:
-                store_matrix(gz, grads[m], local, inside, n, C2)
-            if NEEDS_B2:
-                sums = tl.sum(grads[m].to(tl.float32), 0)
-                tl.store(bias2 + widen_index(first // BM + tile, WIDE) * C2 + n, sums, mask=n < C2)
-        if COPY_X:
-            for i in tl.static_range((C + BK - 1) // BK):
-                store_matrix(x_rows, rows[i], local, inside, i * BK + tl.arange(0, BK), C)
-        # what nothing asks for below, the compiler leaves out
+            mask = inside[:, None] & (n < C2)[None, :]
+            grad = tl.load(g + g_offsets[:, None] + (n * g_channel)[None, :], mask=mask, other=0.0)
+            grad = activation_backward(grad.to(tl.float32), z2[m], A2, BITS).to(x.dtype.element_ty)
+            grads = grads + (grad,)
+    else:
+        grads = load_gradient_rows(g, s, g_offsets, pixel_offsets(pixel, height, width, s_image, s_row, s_column),
+                                   inside, g_channel, s_channel, C2, B2, A2)  # fmt: skip
+    for m in tl.static_range((C2 + B2 - 1) // B2):
+        n = m * B2 + tl.arange(0, B2)
+        if COPY_G:
+            store_matrix(gz, grads[m], local, inside, n, C2)
+        if NEEDS_B2:
+            store_sums(bias2 + widen_index(first // BM + tile, WIDE) * C2, grads[m], n, C2, UPCAST)
+    if COPY_X:
+        for i in tl.static_range((C + BK - 1) // BK):
+            store_matrix(x_rows, rows[i], local, inside, i * BK + tl.arange(0, BK), C)
+    # what nothing asks for below, the compiler leaves out
+    # to dx each hidden column adds: either all sums (BM, C) in float32 are kept, or dz as it is written (BM, C1)
+    HOLD: tl.constexpr = C1 * BITS < C * 32
+    outs, held = (), ()
+    if not HOLD:
         outs = zero_tiles((C + BK - 1) // BK, BM, BK)
-        for j in tl.static_range((C1 + B1 - 1) // B1):
-            n = j * B1 + tl.arange(0, B1)
-            z = layer_sums(rows, w1, tiles1, j, 1, 0, C, 1, C1, BM, BK, B1, RESIDENT, PRECISION, UPCAST)
-            z = add_bias(z, b1, n, C1, BIAS1)
-            if NEEDS_W2:
-                store_matrix(hidden, activate(z, A1).to(hidden.dtype.element_ty), local, inside, n, C1)
-            grad = hidden_gradient(grads, w2, tiles2, j, C1, C2, BM, B1, B2, RESIDENT, PRECISION, UPCAST)
-            # pixels beyond the last one have no gradient, so what their hidden layer holds counts for nothing
-            grad = activation_backward(grad, z, A1).to(x.dtype.element_ty)
-            if NEEDS_W1:
-                store_matrix(dz, grad, local, inside, n, C1)
-            if NEEDS_B1:
-                sums = tl.sum(grad.to(tl.float32), 0)
-                tl.store(bias1 + widen_index(first // BM + tile, WIDE) * C1 + n, sums, mask=n < C1)
+    for j in tl.static_range((C1 + B1 - 1) // B1):
+        n = j * B1 + tl.arange(0, B1)
+        z = layer_sums(rows, w1, (), j, 1, 0, C, 1, C1, BM, BK, B1, False, PRECISION, UPCAST)
+        z = add_bias(z, b1, n, C1, BIAS1)
+        if NEEDS_W2:
+            store_matrix(hidden, activate(z, A1, BITS).to(hidden.dtype.element_ty), local, inside, n, C1)
+        grad = hidden_gradient(grads, w2, j, C1, C2, BM, B1, B2, PRECISION, UPCAST)
+        # pixels beyond the last one have no gradient, so what their hidden layer holds counts for nothing
+        grad = activation_backward(grad, z, A1, BITS).to(x.dtype.element_ty)
+        if NEEDS_W1:
+            store_matrix(dz, grad, local, inside, n, C1)
+        if NEEDS_B1:
+            store_sums(bias1 + widen_index(first // BM + tile, WIDE) * C1, grad, n, C1, UPCAST)
+        if HOLD:
+            held = held + (grad,)
+        else:
             sums = ()
             for i in tl.static_range((C + BK - 1) // BK):
-                if RESIDENT:
-                    weight = tiles1[i * ((C1 + B1 - 1) // B1) + j]
-                else:
-                    weight = load_weight(w1, i * BK + tl.arange(0, BK), n, 1, 0, C, 1, C1)
-                sums = sums + (dot(grad, tl.trans(weight), outs[i], PRECISION, UPCAST),)
+                sums = sums + (input_gradient(outs[i], grad, w1, i, j, C, C1, BK, B1, PRECISION, UPCAST),)
             outs = sums
-        if NEEDS_X:
-            finished = ()
-            for i in tl.static_range((C + BK - 1) // BK):
-                finished = finished + (activation_backward(outs[i], rows[i].to(tl.float32), A0),)
-            offsets = pixel_offsets(pixel, height, width, d_image, d_row, d_column)
-            store_rows(dx, finished, offsets, inside, d_channel, C, BK)
+    if NEEDS_X:
+        offsets = pixel_offsets(pixel, height, width, d_image, d_row, d_column)
+        for i in tl.static_range((C + BK - 1) // BK):
+            if HOLD:
+                out = tl.zeros((BM, BK), tl.float32)
+                for j in tl.static_range((C1 + B1 - 1) // B1):
+                    out = input_gradient(out, held[j], w1, i, j, C, C1, BK, B1, PRECISION, UPCAST)
+            else:
+                out = outs[i]
+            out = activation_backward(out, rows[i].to(tl.float32), A0, BITS)
+            c = i * BK + tl.arange(0, BK)
+            mask = inside[:, None] & (c < C)[None, :]
+            tl.store(dx + offsets[:, None] + (c * d_channel)[None, :], out.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -147,6 +168,7 @@ def layer_gradients(
     Grid: (tiles of BM pixels times blocks of CHUNKS BK input channels,). A program holds the sums of its block of dx
     and loops over BN filters. The other arguments are those of `pair_gradients`; w is (N, C).
     """
+    BITS: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
     BLOCKS: tl.constexpr = (C + CHUNKS * BK - 1) // (CHUNKS * BK)
     tile, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     local = tile * BM + tl.arange(0, BM)
@@ -170,7 +192,7 @@ def layer_gradients(
                 z = dot(values, load_weight(w, c, n, 1, 0, C, 1, N), z, PRECISION, UPCAST)
             z = add_bias(z, b, n, N, BIAS)
             grad = tl.load(g + g_offsets[:, None] + (n * g_channel)[None, :], mask=mask, other=0.0)
-            grad = activation_backward(grad.to(tl.float32), z, ACTIVATION).to(grad.dtype)
+            grad = activation_backward(grad.to(tl.float32), z, ACTIVATION, BITS).to(grad.dtype)
         else:
             grad = load_gradient(g, s, g_offsets, s_offsets, n, mask, g_channel, s_channel, ACTIVATION)
         if COPY_G:
@@ -193,7 +215,7 @@ def layer_gradients(
             if COPY_X:
                 store_matrix(x_rows, values, local, inside, c, C)
             if NEEDS_X:
-                out = activation_backward(outs[i], values.to(tl.float32), A0).to(dx.dtype.element_ty)
+                out = activation_backward(outs[i], values.to(tl.float32), A0, BITS).to(dx.dtype.element_ty)
                 tl.store(dx + offsets[:, None] + (c * d_channel)[None, :], out, mask=mask)
         elif NEEDS_X:
             tl.store(dx + offsets[:, None] + (c * d_channel)[None, :], outs[i].to(dx.dtype.element_ty), mask=mask)

@@ -144,8 +144,8 @@ def count_persistent_programs(pixels: Any, tiles: tile_sizes.ChainTiles, widths:
     """Return how many programs loop over the tiles: as many as the GPU holds at once, and no more than tiles."""
     device = tile_sizes.device_limits(x)
     shared_bytes = tile_sizes.chain_shared_bytes(widths, tiles, x.dtype.itemsize)
-    at_once = device.shared_bytes // shared_bytes if tiles.resident else 2
-    # sums and factors take most of the registers, so more than four programs find no room on an SM
+    # sums and factors take most of the registers: no more than four programs, or sixteen warps, find room on an SM
+    at_once = device.shared_bytes // shared_bytes if tiles.resident else 16 // tiles.warps
     most = device.multiprocessors * min(4, max(1, at_once))
     count = triton.cdiv(pixels, tiles.pixels)
     return torch.sym_min(count, most) if isinstance(count, torch.SymInt) else min(count, most)

@@ -40,6 +40,7 @@ def chain_forward(
     from the L2 cache.
     """
     TAPS: tl.constexpr = KH * KW
+    BITS: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
     tiles1, tiles2, tiles3 = (), (), ()
     if RESIDENT:
         tiles1 = load_weights(w1, channel_stride, tap_stride, C, TAPS, C1, BK, B1)
@@ -65,7 +66,7 @@ def chain_forward(
             for j in tl.static_range((C1 + B1 - 1) // B1):
                 z = layer_sums(rows, w1, tiles1, j, channel_stride, tap_stride, C, TAPS, C1, BM, BK, B1, RESIDENT,
                                 PRECISION, UPCAST)  # fmt: skip
-                z = activate(add_bias(z, b1, j * B1 + tl.arange(0, B1), C1, BIAS1), A1)
+                z = activate(add_bias(z, b1, j * B1 + tl.arange(0, B1), C1, BIAS1), A1, BITS)
                 middle = middle + (z.to(w1.dtype.element_ty),)
             outs = two_layers(middle, w2, tiles2, b2, w3, tiles3, b3, 1, 0, C1, 1, C2, C3, A2, A3, BIAS2, BIAS3, BM, B1,
                             B2, B3, RESIDENT, PRECISION, UPCAST)  # fmt: skip
@@ -101,7 +102,7 @@ def layer_forward(
                          x_column, C, KH, KW, SH, SW, PH, PW, DH, DW, BK)  # fmt: skip
         weight = load_weight(w, start + tl.arange(0, BK), n, channel_stride, tap_stride, C, KH * KW, N)
         total = dot(rows, weight, total, PRECISION, UPCAST)
-    total = activate(add_bias(total, b, n, N, BIAS), ACTIVATION)
+    total = activate(add_bias(total, b, n, N, BIAS), ACTIVATION, x.dtype.element_ty.primitive_bitwidth)
     offsets = pixel_offsets(pixel, out_height, out_width, y_image, y_row, y_column)
     mask = inside[:, None] & (n < N)[None, :]
     tl.store(y + offsets[:, None] + (n * y_channel)[None, :], total.to(y.dtype.element_ty), mask=mask)

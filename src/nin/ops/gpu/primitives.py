@@ -25,26 +25,54 @@ def pixel_offsets(pixel, height, width, image_stride, row_stride, column_stride)
 
 
 @triton.jit
-def activate(z, NAME: tl.constexpr):
-    """Return the activation of ``z`` (float32); NaN stays NaN."""
+def normal_upper_tail(z, BITS: tl.constexpr):
+    """Return the probability that a standard normal variable is above ``|z|``, 1 - Φ(|z|), and min(|z|, 12).
+
+    Two to the power of a polynomial, fitted to the logarithm on 0 to 5 by least squares, reweighted until the largest
+    errors are equal; it falls steeply beyond. For values of 16 bits its error is 1.8e-4 of the result, half of a
+    rounding; else 3e-8, and 7e-5 of the result where that is small. tl.erf takes three times as many instructions, and
+    1 + erf loses the digits of GELU's negative side.
+    """
+    a = tl.minimum(tl.abs(z), 12.0)  # where the result is 0, as an infinity times it is no number
+    if BITS == 16:
+        p = -0.000277861953 * a + 0.0054053138
+        p = p * a - 0.0468508825
+        p = p * a - 0.465769857
+        p = p * a - 1.14876997
+    else:
+        p = -1.35365394e-06 * a + 2.2064909e-05
+        p = p * a - 0.000107669592
+        p = p * a - 0.000313204655
+        p = p * a + 0.00727069704
+        p = p * a - 0.0526201166
+        p = p * a - 0.459174871
+        p = p * a - 1.15110803
+    return tl.exp2(p * a - 1.0), a
+
+
+@triton.jit
+def activate(z, NAME: tl.constexpr, BITS: tl.constexpr):
+    """Return the activation of ``z`` (float32), to be rounded to a number of bits; NaN stays NaN."""
     if NAME == "relu":
-        z = tl.where(z < 0, 0.0, z)  # tl.maximum would make 0 of NaN
-    elif NAME == "gelu":  # the number is 1 / √2
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "gelu":
+        tail, a = normal_upper_tail(z, BITS)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tail
     elif NAME == "silu":
         z = z * tl.sigmoid(z)
     return z
 
 
 @triton.jit
-def activation_backward(grad, source, NAME: tl.constexpr):
+def activation_backward(grad, source, NAME: tl.constexpr, BITS: tl.constexpr):
     """Return the gradient before the activation; ``source`` is its argument, or for ReLU its result."""
     if NAME == "relu":
         grad = tl.where(source <= 0, 0.0, grad)
     elif NAME == "gelu":
-        # the normal distribution's density, 1 / √(2π) exp(-z² / 2)
-        density = 0.3989422804014327 * tl.exp(-0.5 * source * source)
-        grad = grad * (0.5 * (1.0 + tl.erf(source * 0.7071067811865476)) + source * density)
+        tail, _ = normal_upper_tail(source, BITS)
+        # the normal distribution's density, 1 / √(2π) exp(-z² / 2), as a power of two
+        density = tl.exp2(-0.7213475204444817 * source * source - 1.3257480647361592)
+        grad = grad * (tl.where(source < 0, tail, 1.0 - tail) + source * density)
     elif NAME == "silu":
         sigmoid = tl.sigmoid(source)
         grad = grad * sigmoid * (1.0 + source * (1.0 - sigmoid))
@@ -90,7 +118,8 @@ def load_gradient(g, s, offsets, sources, c, mask, channel_stride, source_stride
     grad = tl.load(g + offsets[:, None] + (c * channel_stride)[None, :], mask=mask, other=0.0)
     if NAME != "none":
         source = tl.load(s + sources[:, None] + (c * source_stride)[None, :], mask=mask, other=0.0)
-        grad = activation_backward(grad.to(tl.float32), source.to(tl.float32), NAME).to(grad.dtype)
+        BITS: tl.constexpr = grad.dtype.primitive_bitwidth
+        grad = activation_backward(grad.to(tl.float32), source.to(tl.float32), NAME, BITS).to(grad.dtype)
     return grad
 
 
@@ -207,12 +236,13 @@ def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, ta
 
     The layer between them is computed in chunks of BN columns, each used at once, so it is never held as a whole.
     """
+    BITS: tl.constexpr = w.dtype.element_ty.primitive_bitwidth
     outs = zero_tiles((C_NEXT + BN_NEXT - 1) // BN_NEXT, BM, BN_NEXT)
     for j in tl.static_range((C + BN - 1) // BN):
         n = j * BN + tl.arange(0, BN)
         z = layer_sums(rows, w, tiles, j, channel_stride, tap_stride, CHANNELS, TAPS, C, BM, BK, BN, RESIDENT,
                         PRECISION, UPCAST)  # fmt: skip
-        h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION).to(w.dtype.element_ty)
+        h = activate(add_bias(z, b, n, C, BIAS), ACTIVATION, BITS).to(w.dtype.element_ty)
         sums = ()
         for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
             if RESIDENT:  # both branches are decided when the kernel is compiled
@@ -224,5 +254,5 @@ def two_layers(rows, w, tiles, b, w_next, tiles_next, b_next, channel_stride, ta
     finished = ()
     for m in tl.static_range((C_NEXT + BN_NEXT - 1) // BN_NEXT):
         z = add_bias(outs[m], b_next, m * BN_NEXT + tl.arange(0, BN_NEXT), C_NEXT, BIAS_NEXT)
-        finished = finished + (activate(z, LAST),)
+        finished = finished + (activate(z, LAST, BITS),)
     return finished

@@ -89,18 +89,27 @@ class ChainTiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairTiles(ChainTiles):
-    """Tiles of the kernel that computes the gradients of two layers; its sums are those of the input's gradient."""
+class PairTiles:
+    """Tiles of the kernel that computes the gradients of two layers.
+
+    Attributes:
+        pixels: of a tile.
+        chunks: columns of a chunk of the input and of each layer, powers of two.
+        warps: of a program.
+    """
+
+    pixels: int
+    chunks: tuple[int, int, int]
+    warps: int
 
     def constants(self) -> dict[str, Any]:
         """Return the kernel's compile-time arguments."""
-        return {**super().constants(), "RESIDENT": self.resident}
+        blocks = dict(zip(("BK", "B1", "B2"), self.chunks, strict=True))
+        return {"BM": self.pixels, **blocks, "num_warps": self.warps, "num_stages": 1}
 
-    def grid(self, pixels: Any, widths: Sequence[int], device: DeviceLimits) -> tuple[Any]:
-        """Return the programs that loop over the tiles: as many as the GPU holds at once, and no more than tiles."""
-        count = -(-pixels // self.pixels)
-        most = device.multiprocessors * (1 if self.resident else 2)
-        return (torch.sym_min(count, most) if isinstance(count, torch.SymInt) else min(count, most),)
+    def grid(self, pixels: Any, widths: Sequence[int]) -> tuple[Any]:
+        """Return a program for each tile of pixels."""
+        return (-(-pixels // self.pixels),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,7 @@ class LayerGradientTiles:
         blocks = {"BM": self.pixels, "BK": self.chunk, "BN": self.filters, "CHUNKS": self.chunks}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages}
 
-    def grid(self, pixels: Any, widths: Sequence[int], device: DeviceLimits) -> tuple[Any]:
+    def grid(self, pixels: Any, widths: Sequence[int]) -> tuple[Any]:
         """Return a program for each tile of pixels and block of input channels."""
         return (-(-pixels // self.pixels) * -(-widths[0] // (self.chunk * self.chunks)),)
 
@@ -207,8 +216,9 @@ def count_unrolled_dots(widths: Sequence[int], tiles: ChainTiles) -> int:
     return sum(a * b for a, b in itertools.pairwise(counts))
 
 
-# (pixels, warps, stages), the default first. The order is a guess from the roofline, not measured.
-CHAIN_CONFIGS = ((128, 8, 2), (64, 4, 3), (64, 4, 2), (128, 8, 1), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
+# (pixels, warps, stages), the default first: eight warps before four, as 192→192→192 with four was at 27 % of an H100's
+# bandwidth, and the compiler spilled. Not measured otherwise.
+CHAIN_CONFIGS = ((128, 8, 2), (128, 8, 1), (64, 4, 3), (64, 4, 2), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
 
 
 def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[ChainTiles]:
@@ -220,54 +230,49 @@ def chain_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> l
         device: whose shared memory is the limit.
     """
     # resident weights are read once by each program, others again for each tile of pixels
-    for resident in (True, False):
-        found = []
-        for (pixels, warps, stages), largest in itertools.product(CHAIN_CONFIGS, (64, 32)):
-            if stages > 1 and not resident:
-                # The pipeline holds what the loop over the pixels loads, which is then all weights, once a stage: 1 MB
-                # for three layers of 192.
-                continue
-            chunks = (chunk_size(widths[0]), *(chunk_size(width, largest) for width in widths[1:]))
-            tiles = ChainTiles(pixels, chunks, warps, stages, resident)
-            if (
-                chain_shared_bytes(widths, tiles, itemsize) <= device.shared_bytes
-                and tile_registers(widths, tiles, itemsize) <= MAX_TILE_REGISTERS
-                and count_unrolled_dots(widths, tiles) <= MAX_UNROLLED_DOTS
-            ):
-                found.append(tiles)
-        if found:
-            # Without repetitions: both limits give the same chunks where no width takes 64. Six, as tuning compiles and
-            # times every one of them.
-            return list(dict.fromkeys(found))[:6]
-    return []
+    found: dict[bool, list[ChainTiles]] = {True: [], False: []}
+    for resident, (pixels, warps, stages), largest in itertools.product(found, CHAIN_CONFIGS, (64, 32)):
+        if stages > 1 and not resident:
+            # The pipeline holds what the loop over the pixels loads, which is then all weights, once a stage: 1 MB for
+            # three layers of 192.
+            continue
+        chunks = (chunk_size(widths[0]), *(chunk_size(width, largest) for width in widths[1:]))
+        tiles = ChainTiles(pixels, chunks, warps, stages, resident)
+        if (
+            chain_shared_bytes(widths, tiles, itemsize) <= device.shared_bytes
+            and tile_registers(widths, tiles, itemsize) <= MAX_TILE_REGISTERS
+            and count_unrolled_dots(widths, tiles) <= MAX_UNROLLED_DOTS
+            and tiles not in found[resident]  # both limits give the same chunks where no width takes 64
+        ):
+            found[resident].append(tiles)
+    # Six, as tuning compiles and times every one of them. One whose weights are not resident is among the first: it
+    # takes so little of the chip that two or more programs share an SM.
+    return [*found[True][:1], *found[False][:1], *found[True][1:], *found[False][1:]][:6]
 
 
-# (pixels, warps, stages, largest hidden chunk), the default first: what the compiler spills least of, not measured.
-PAIR_CONFIGS = ((128, 8, 1, 64), (64, 4, 1, 32), (128, 8, 1, 32), (64, 8, 2, 64), (64, 4, 2, 64), (32, 4, 1, 16))
+# (pixels, warps, largest hidden chunk), the default first: two programs of four warps fit an SM, and so one loads while
+# the other multiplies. Not measured.
+PAIR_CONFIGS = ((64, 4, 64), (128, 8, 64), (128, 8, 32), (64, 4, 32), (32, 4, 16))
+MAX_PAIR_REGISTERS = 180  # above, the compiler spills
 
 
 def pair_tiles(widths: Sequence[int], itemsize: int, device: DeviceLimits) -> list[PairTiles]:
-    """Return the tiles that fit for the gradients of a pair of layers; its sums are as wide as the input."""
+    """Return the tiles that fit for the gradients of a pair of layers, the default first; none if there is none."""
     columns, hidden, filters = widths
-    for resident in (True, False):
-        found = []
-        for pixels, warps, stages, largest in PAIR_CONFIGS:
-            if stages > 1 and not resident:  # as in `chain_tiles`
-                continue
-            chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
-            tiles = PairTiles(pixels, chunks, warps, stages, resident)
-            # backward, the input's gradient is the last layer, whose sums stay in registers
-            as_chain = dataclasses.replace(tiles, chunks=(chunks[1], chunks[2], chunks[0]))
-            gradient_columns = round_up(filters, chunks[2])
-            if (
-                chain_shared_bytes(widths, tiles, itemsize, gradient_columns) <= device.shared_bytes
-                and tile_registers((hidden, filters, columns), as_chain, itemsize) <= MAX_TILE_REGISTERS
-                and 2 * count_unrolled_dots(widths, tiles) <= MAX_UNROLLED_DOTS
-            ):
-                found.append(tiles)
-        if found:
-            return found
-    return []
+    found = []
+    for pixels, warps, largest in PAIR_CONFIGS:
+        chunks = chunk_size(columns), chunk_size(hidden, largest), chunk_size(filters)
+        padded = [round_up(width, size) for width, size in zip(widths, chunks, strict=True)]
+        counts = [width // size for width, size in zip(padded, chunks, strict=True)]
+        # a chunk of the hidden layer and of its gradient; one of dx and dz as it is written, or all of dx
+        held = min(chunks[0] + padded[1] * itemsize / 4, padded[0])
+        registers = pixels * (2 * chunks[1] + held + padded[2] * itemsize / 4) / (32 * warps)
+        weights = 2 * max(chunks[0] * chunks[1], chunks[1] * chunks[2])
+        shared_bytes = itemsize * (pixels * (padded[0] + padded[2]) + weights)
+        dots = counts[1] * (2 * counts[0] + counts[2])
+        if registers <= MAX_PAIR_REGISTERS and shared_bytes <= device.shared_bytes and dots <= MAX_UNROLLED_DOTS:
+            found.append(PairTiles(pixels, chunks, warps))
+    return found
 
 
 def layer_gradient_tiles(channels: int, filters: int) -> list[LayerGradientTiles]:
