@@ -217,7 +217,9 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
 
 @settings(max_examples=60, deadline=None)
 @given(position=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 2_000))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "ICO", "JPEG2000", "QOI", "PCX"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files_are_read_or_refused_and_never_crash(kind, position, value, cut):
     buffer = io.BytesIO()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from nin import data
+from nin.cli.app import main
 from nin.cli.check import show_check
 from nin.data.split_names import find_splits, folded_name
 from nin.errors import UserError
@@ -350,3 +351,12 @@ def test_names_of_parts():
     assert find_splits(["train test"]) == {}
     assert Counter(find_splits(["Train", "TEST", "Valid", "dev"]).values()) == {"train": 1, "test": 1, "val": 2}
     assert folded_name(" Red-Apple_1 ") == folded_name("red apple 1")
+
+
+def test_the_maps_of_predict_are_known_again(tmp_path, run):
+    fill(tmp_path)
+    images = [str(path) for path in sorted((tmp_path / "cat").iterdir())]
+    assert main(["predict", str(run), *images, "--maps", str(tmp_path / "maps")]) in (0, None)
+    found = data.load(tmp_path)
+    assert found.classes == ("cat", "dog")
+    assert by_path(found) == {f"maps/000{number}-{number}.png": "output of nin" for number in range(3)}
