@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin.errors import UserError
@@ -730,3 +731,40 @@ def test_sparse_weights_are_refused():
     x, w, *rest = arguments()
     with pytest.raises(ValueError, match="must be dense"):
         ours(x, w.to_sparse(), *rest)
+
+
+def test_a_call_that_nobody_sees_skips_the_dispatcher_and_no_other(monkeypatch):
+    from nin.ops import schema
+
+    direct = []
+    forward, backward = schema._kernels["cpu"]
+    kernels = (lambda *a: direct.append("forward") or forward(*a), lambda *a: direct.append("backward") or backward(*a))
+    monkeypatch.setitem(schema._kernels, "cpu", kernels)
+    x, weight = torch.randn(2, 3, 4, 5), torch.randn(6, 3, 1, 1)
+
+    def call(x=x, weight=weight):
+        direct.clear()
+        return nin.conv1x1(x, weight)
+
+    want = torch.conv2d(x, weight)
+    torch.testing.assert_close(call(), want)
+    assert direct == ["forward"]
+    leaf = weight.clone().requires_grad_()
+    call(weight=leaf).sum().backward()
+    assert direct == ["forward", "backward"]
+    torch.testing.assert_close(leaf.grad[:, :, 0, 0], x.sum((0, 2, 3)).expand(6, 3))
+    # the minus of a view with a negative bit is the dispatcher's to apply
+    torch.testing.assert_close(call(torch._neg_view(x)), -want)
+    torch.testing.assert_close(call(weight=torch._neg_view(weight)), -want)
+    assert direct == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call().dtype == torch.bfloat16
+    assert direct == []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert direct == []
+    assert any(event.name == "nin::mlpconv" for event in profile.events())
+    with FlopCounterMode(display=False) as counter:
+        call()
+    assert direct == []
+    assert counter.get_total_flops() == 2 * 2 * 20 * 18

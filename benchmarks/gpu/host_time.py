@@ -129,8 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as the allocator of a GPU does
     # CPU tensors take the GPU's kernels
-    schema.library.impl("mlpconv", dispatch._forward, "CPU", allow_override=True)
-    schema.library.impl("mlpconv_backward", dispatch._backward, "CPU", allow_override=True)
+    schema.register_backend("cpu", dispatch.mlpconv, dispatch.mlpconv_backward, allow_override=True)
     results = {
         name: host_times(driver, *case, given.runs) for name, case in CASES.items() if (given.case or "") in name
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nin.ops import reference, schema
-from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
+from nin.ops.arguments import ChainArguments, Gradients
 from nin.ops.cpu import abi, library
 from nin.ops.cpu.conv_backward import convolution_backward
 from nin.ops.cpu.library import Kernels
@@ -132,5 +132,4 @@ def _is_supported(x: Tensor, chain: ChainArguments) -> bool:
 KERNELS = choose_kernels()
 
 if KERNELS is not None:
-    schema.library.impl("mlpconv", as_dispatcher_kernel(mlpconv), "CPU")
-    schema.library.impl("mlpconv_backward", as_dispatcher_backward_kernel(mlpconv_backward), "CPU")
+    schema.register_backend("cpu", mlpconv, mlpconv_backward)

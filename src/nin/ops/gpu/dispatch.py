@@ -302,8 +302,7 @@ def _decompose_on_gpu(kernel: Any, x_index: int) -> Any:
 
 
 _forward, _backward = as_dispatcher_kernel(mlpconv), as_dispatcher_backward_kernel(mlpconv_backward)
-schema.library.impl("mlpconv", _forward, "CUDA")
-schema.library.impl("mlpconv_backward", _backward, "CUDA")
+schema.register_backend("cuda", mlpconv, mlpconv_backward)
 torch.library.register_torch_dispatch(
     "nin::mlpconv", FunctionalTensorMode, _decompose_on_gpu(_forward, 0), lib=schema.library
 )

@@ -28,6 +28,8 @@ ALLOCATIONS = (
     aten.new_empty_strided.default,
 )
 
+LARGE_BYTES = 1 << 20
+
 
 class NotReplayableError(RuntimeError):
     """The call used a tensor that is neither an argument nor made by it, or read a value of one."""
@@ -154,11 +156,13 @@ class RecordedCall:
         steps = _without_unused(_with_owners(steps), results)
         self._has_launches = any(isinstance(s.function, KernelLaunch) and s.function.start for s in steps)
         self._steps: list[Callable[[Tensors, int], None]] = []
+        large = _large_tensors(steps)
         for i, step in enumerate(steps):
             self._steps.append(_compiled_step(step))
-            # memory goes to others after its last use, as in the recorded call
+            # memory goes to others after its last use, as in the recorded call; a little of it may wait for the end
             later = results.union(*(other.uses() for other in steps[i + 1 :]))
-            done = [s for s in step.uses().union(s for s in step.results if s is not None) - later if s >= inputs]
+            last = step.uses().union(slot for slot in step.results if slot is not None) - later
+            done = [slot for slot in last if slot >= inputs and slot in large]
             if done:
                 self._steps.append(_freeing_step(done))
 
@@ -194,6 +198,22 @@ def _with_owners(steps: list[_Step]) -> list[_Step]:
             step = dataclasses.replace(step, args=tuple((owner, offset) for owner, _, offset in owners))
         found.append(step)
     return found
+
+
+def _large_tensors(steps: list[_Step]) -> set[Any]:
+    """Return the slots of tensors that may hold a megabyte or more: allocations, their views, and results."""
+    large: set[Any] = set()
+    for step in steps:
+        if step.offset is not None:
+            is_large = step.args[0] in large
+        elif step.made:
+            size, _, dtype, _ = step.made
+            is_large = size.numel() * dtype.itemsize >= LARGE_BYTES
+        else:
+            is_large = True
+        if is_large:
+            large.update(step.results)
+    return large
 
 
 def _without_unused(steps: list[_Step], results: set[Slot]) -> list[_Step]:
