@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -187,7 +188,54 @@ def test_wide_layers(widths, layout):
     check(chain(*widths, images=1, size=(13, 11)), torch.float32, layout)
 
 
-# over 512 pixels of the output, as a part of a weight gradient has four tiles of 64: three parts have an order to keep
+@each_layout
+@each_dtype
+@pytest.mark.parametrize(
+    "case",
+    [chain(9, 20, 5, size=(9, 11)), chain(20, 5, size=(9, 11), activation="gelu"), chain(4, 5, 6, 7, size=(9, 11))],
+    ids=["pair", "one layer", "one and a pair"],
+)
+def test_gradients_are_summed_over_pieces_of_the_pixels(case, dtype, layout, monkeypatch):
+    from nin.ops.gpu import backward as launcher
+
+    monkeypatch.setattr(tile_sizes.DeviceLimits, "scratch_bytes", lambda _: 1)  # a tile a piece
+    monkeypatch.setattr(dispatch, "_calls", {})  # kept calls know the sizes of their pieces
+    x, weights, biases = case.tensors(dtype, layout)
+    with mock.patch.object(launcher, "write_product", wraps=launcher.write_product) as products:
+        check(case, dtype, layout)
+    assert products.call_count >= len(weights) * 2  # 198 pixels: two tiles or four
+    y = forward(case, x, weights, biases)
+    first, again = (backward(case, torch.ones_like(y), x, y, weights, biases) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(again), strict=True))
+
+
+def test_pieces_are_whole_tiles_and_fit_the_scratch():
+    from nin.ops.gpu.backward import split_pixels
+
+    for pixels, tile, most in itertools.product((1, 63, 64, 65, 1000, 524_288), (64, 128), (1, 100, 5000, 10**6)):
+        pieces = split_pixels(pixels, tile, most)
+        assert [first for first, _ in pieces] == list(itertools.accumulate((n for _, n in pieces[:-1]), initial=0))
+        assert sum(n for _, n in pieces) == pixels
+        assert all(n <= max(most, tile) for _, n in pieces)
+        assert all(n % tile == 0 for _, n in pieces[:-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of the interpreter: infinities
+def test_gelu_and_its_derivative_are_exact_on_both_sides():
+    z = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([1e30, -1e30, 1e-30, float("inf")])])
+    x = z[None, None, None, :].to(DEVICE)
+    case = Case((1, 1), ("gelu",), bias=False)
+    one = torch.ones(1, 1, 1, 1, device=DEVICE)
+    y = forward(case, x, [one], [None])
+    tail = 0.5 * torch.special.erfc(z.double().abs() / 2**0.5)
+    want = z.double().clamp(min=0) - torch.where(tail == 0, 0.0, z.double().abs() * tail)
+    torch.testing.assert_close(exact(y)[0, 0, 0], want, rtol=7e-5, atol=3e-7)
+    grad_x, *_ = backward(case, torch.ones_like(y), x[..., :-1], y[..., :-1], [one], [None], [True, False, False])
+    z = z[:-1].double()
+    slope = torch.where(z < 0, tail[:-1], 1 - tail[:-1]) + z * torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+    torch.testing.assert_close(exact(grad_x)[0, 0, 0], slope, rtol=1e-6, atol=3e-7)
+
+
 @pytest.mark.parametrize(
     ("name", "size"), [("3 17 33", (15, 18)), ("5x5 and two", (23, 24)), ("3x3 stride 2", (30, 35))]
 )

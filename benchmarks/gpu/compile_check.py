@@ -318,7 +318,8 @@ def check(
                 for kernel, arguments, constants in launches:
                     if kernel.__name__ == "add_parts":
                         continue
-                    numbers = tuple(a for a in arguments if not isinstance(a, Tensor))
+                    # what Triton compiles a number for: pieces of the pixels differ in theirs
+                    numbers = tuple((a == 1, a % 16 == 0, a >= 1 << 31) for a in arguments if not isinstance(a, Tensor))
                     key = (kernel.__name__, dtype, numbers, tuple(constants.items()))
                     if key in seen:
                         continue
