@@ -41,9 +41,24 @@ def time_once_ms(call: Callable[[int], Any], turn: int, device: torch.device) ->
 
 
 def compare(
-    calls: dict[str, Callable[[int], Any]], device: torch.device, *, seconds: float, runs: int, warmup: int = 5
+    calls: dict[str, Callable[[int], Any]],
+    device: torch.device,
+    *,
+    seconds: float,
+    runs: int,
+    warmup: int = 5,
+    divisor: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Time calls in turn: each round runs every one once, on the next input; at most ``runs`` rounds or ``seconds``."""
+    """Time calls in turn: each round runs every one once, on the next input; at most ``runs`` rounds or ``seconds``.
+
+    Args:
+        calls: by name.
+        device: that they compute on.
+        seconds: for the rounds of all of them.
+        runs: rounds.
+        warmup: calls before.
+        divisor: of the times, where a call does its work several times.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for turn in range(warmup if device.type == "cuda" else 1):
@@ -51,8 +66,8 @@ def compare(
     started = time.monotonic()
     for turn in range(runs):
         for name, call in calls.items():
-            times[name].append(time_once_ms(call, turn, device))
-        if turn >= 4 and time.monotonic() - started > seconds * len(calls):
+            times[name].append(time_once_ms(call, turn, device) / divisor)
+        if turn >= 4 and time.monotonic() - started > seconds:
             break
     return {name: summary(values) for name, values in times.items()}
 
@@ -88,9 +103,60 @@ def title(name: str, header: dict[str, Any]) -> str:
     return f"# {name}\n\n{header['device']}; {header['date']}; {versions}; NIN_GPU_TUNE={header['tuned']}\n\n"
 
 
-def write(folder: Path, name: str, values: dict[str, Any], page: str) -> None:
-    """Write NAME.json and NAME.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / f"{name}.md", page)
-    print(f"written: {folder / name}.json and .md")
+class Budget:
+    """The time that a piece may take, counted from when it is made.
+
+    Args:
+        seconds: in all.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.started = seconds, time.monotonic()
+
+    def left(self) -> float:
+        """Return the seconds that are left, 0 at least."""
+        return max(0.0, self.started + self.seconds - time.monotonic())
+
+
+class Results:
+    """Rows that are written when they are measured: a stopped run keeps those that it has.
+
+    Args:
+        folder: for NAME.jsonl, a row a line, the first of them the machine, and for NAME.md.
+        name: of the files.
+        header: the machine, see `machine`.
+        render: returns the page's body for the rows.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, header: dict[str, Any], render: Callable[[list[dict[str, Any]]], str]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lines, self.page = folder / f"{name}.jsonl", folder / f"{name}.md"
+        self.name, self.header, self.render = name, header, render
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self.lines.write_text(json.dumps(header, ensure_ascii=False) + "\n")
+        self._refresh()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a row."""
+        self.rows.append(row)
+        self._append(row)
+
+    def leave_out(self, what: str) -> None:
+        """Say what was not measured because the time was over."""
+        self.left_out.append(what)
+        self._append({"left_out": what})
+        print(f"left out, the time is over: {what}", flush=True)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._refresh()
+
+    def _refresh(self) -> None:
+        missing = f"\nLeft out, the time was over: {', '.join(self.left_out)}.\n" if self.left_out else ""
+        write_atomically(self.page, title(self.name, self.header) + self.render(self.rows) + missing)
