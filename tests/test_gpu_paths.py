@@ -3,6 +3,7 @@
 The pretended GPU refuses what a real one does, see `support.fake_gpu`; the values are compared with the CPU's.
 """
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -19,6 +20,8 @@ from nin.cli import app
 from nin.inference.evaluation import evaluate
 from nin.narrowing import FinetuneConfig, finetune
 from nin.narrowing.latency import LatencyTable
+from nin.narrowing.narrow_to_folder import narrow_run
+from nin.narrowing.workflow import WorkflowConfig
 from nin.optim import OptimizerWithEMA, adamw, sgd
 from nin.profiling.bench import runner
 from nin.profiling.bench.cases import CASES
@@ -499,3 +502,12 @@ def test_fine_tuning(images):
 
     tuned = finetune(student, teacher, epoch, FinetuneConfig(epochs=1), steps_per_epoch=3)
     assert next(tuned.parameters()).is_cuda
+
+
+def test_a_narrowed_run_and_its_control(run, tmp_path):
+    """The control is trained on the GPU, as the run's recipe has it, and timed beside the network on the CPU."""
+    digits = data.load("digits")
+    few = dataclasses.replace(digits, train=data.ImageSet(digits.train.images[:256], digits.train.labels[:256]))
+    config = WorkflowConfig({"macs": 0.6}, images=256, finetune=1, control=True)
+    result = narrow_run(run, few, config, out=tmp_path / "narrowed")
+    assert result.report.control.accuracy > 0

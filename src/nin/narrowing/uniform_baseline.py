@@ -106,11 +106,13 @@ def train_control(
         network=lambda: models.NiN(chosen),
         on_progress=progress,
     )
-    plain = to_plain_layers(result.model)
+    # trained on a GPU where there is one; timed and counted where the network beside it is
+    model = result.model.to(next(task.model.parameters()).device)
+    plain = to_plain_layers(model)
     return ControlReport(
         ratio=sum(sum(b.channels) for b in chosen.blocks) / sum(sum(b.channels) for b in base.blocks),
         epochs=int(train_config.epochs or 0),
-        macs=cost.cost(result.model, shape).macs,
+        macs=cost.cost(model, shape).macs,
         parameters=count_parameters(plain),
         latency={n: model_timer.compare(plain, n) for n in report.latency},
         accuracy=result.info.result["test_accuracy"],
