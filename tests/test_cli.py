@@ -254,6 +254,112 @@ def test_predict_names_the_file_that_is_missing_or_broken(run, pictures, tmp_pat
     code, line = fails(capsys, "predict", str(run), str(tmp_path / "half.png"))
     assert code == 2
     assert "half.png" in line
+    code, line = fails(capsys, "predict", str(run), *2 * [str(tmp_path / "half.png")])
+    assert (code, line) == (2, "nin: none of the 2 images can be read")
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--json"], ["--maps", "maps"], ["--csv", "p.csv"], ["--csv", "p.csv", "--json"]]
+)
+def test_a_damaged_file_does_not_take_the_others_answers(options, run, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "folder")
+    (tmp_path / "folder" / "half.png").write_bytes(b"\x89PNG and no more")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.png").write_text("a text")
+    for paths, left_out in (
+        (["folder/0.png", "mine.png", "none.png", "folder/1.png"], ["mine.png: ", "none.png: there is no such file"]),
+        (["folder"], ["folder/half.png: "]),
+        (["folder/0.png", "folder/1.png", "empty", "none"], ["empty holds no image", "none: there is no such file"]),
+    ):
+        if paths == ["folder"]:  # it was asked for what is in it
+            cli_main("predict", str(run), *paths, *options)
+        else:
+            with pytest.raises(SystemExit) as stop:
+                cli_main("predict", str(run), *paths, *options)
+            assert stop.value.code == 1
+        printed = capsys.readouterr()
+        if "--csv" in options:
+            with open("p.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert [row["image"] for row in rows if row["label"]] == ["folder/0.png", "folder/1.png"]
+            assert all(row["problem"] for row in rows if not row["label"])
+            assert "cannot be read: their rows have a problem" in printed.err
+        else:
+            lines = printed.err.splitlines()
+            assert len(lines) == len(left_out)
+            assert all(any(line.startswith(f"left out {start}") for line in lines) for start in left_out)
+        if "--json" in options:
+            assert [answer["image"] for answer in json.loads(printed.out)] == ["folder/0.png", "folder/1.png"]
+        elif options != ["--csv", "p.csv"]:
+            assert "folder/0.png" in printed.out
+            assert "folder/1.png" in printed.out
+        if "--maps" in options:
+            assert len(list((tmp_path / "maps").iterdir())) == 2
+            shutil.rmtree("maps")
+
+
+NO_NUMBERS = ("-1", "nan", "1.5", "many", "")
+OPTIONS = [
+    *((("cost", "nin_digits", "--count-only"), name) for name in ("--classes", "--size", "--channels")),
+    (("predict", "{run}", "{pictures}"), "--top"),
+    *((("narrow", "{run}", "--data", "digits", "--macs", "0.5"), n) for n in ("--finetune", "--images", "--batch")),
+    *((("narrow", "{run}", "--data", "digits"), name) for name in ("--macs", "--latency", "--parameters")),
+    (("narrow", "{run}", "--data", "digits", "--macs", "0.5"), "--budgets"),
+    *(
+        (("train", "digits", "--out", "{tmp}/run"), name)
+        for name in ("--epochs", "--batch-size", "--threads", "--seed", "--shift", "--checkpoint-steps")
+    ),
+    *(
+        (("train", "digits", "--out", "{tmp}/run"), name)
+        for name in ("--learning-rate", "--warmup", "--momentum", "--weight-decay", "--label-smoothing", "--dropout")
+    ),
+    *(
+        (("train", "digits", "--out", "{tmp}/run"), name)
+        for name in ("--gradient-clip", "--ema", "--checkpoint-minutes")
+    ),
+    (("serve", "--no-browser"), "--port"),
+]
+REAL = ("--learning-rate", "--weight-decay", "--gradient-clip", "--checkpoint-minutes")  # 1.5 is one of these
+
+
+@pytest.mark.parametrize(("words", "option"), OPTIONS, ids=[f"{words[0]} {option}" for words, option in OPTIONS])
+def test_a_number_out_of_range_is_one_line(words, option, run, pictures, tmp_path, capsys):
+    places = {"run": run, "pictures": pictures, "tmp": tmp_path}
+    for value in NO_NUMBERS:
+        if (option in REAL and value == "1.5") or (option == "--budgets" and not value):
+            continue
+        code, line = fails(capsys, *(word.format(**places) for word in words), option, value)
+        assert code == 2, (value, line)
+        assert not (tmp_path / "run").exists()
+
+
+NOT_ONE_IMAGE = {
+    "torchvision:raft_small": r"takes 2 inputs \(image1, image2\), not one of images",
+    "torchvision:r3d_18": r"takes videos or volumes \(N, C, D, H, W\), not images",
+    "othernets:Tokens": "takes numbers of tokens, not images",
+    "othernets:Sound": r"takes series or sound \(N, C, L\), not images",
+    "othernets:Vectors": "takes vectors of 784 values, by its first layer, not images",
+    "othernets:fails": r"failed in .*othernets.py, line \d+: ZeroDivisionError: division by zero",
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE_IMAGE)
+def test_a_network_of_other_inputs_says_so(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "othernets.py").write_text(
+        "from torch import nn\n"
+        "def Tokens(): return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))\n"
+        "def Sound(): return nn.Sequential(nn.Conv1d(1, 4, 3), nn.ReLU())\n"
+        "def Vectors(): return nn.Sequential(nn.Linear(784, 10))\n"
+        "def fails(): return 1 / 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "othernets", raising=False)
+    code, line = fails(capsys, "cost", name, "--count-only")
+    assert code == 2
+    assert re.search(NOT_ONE_IMAGE[name], line)
+    assert "--size" not in line
 
 
 def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):

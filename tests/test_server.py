@@ -160,6 +160,34 @@ def jpeg():
     return file.getvalue()
 
 
+def test_fields_beside_the_images_are_not_looked_at(client):
+    fields = {"token": "abc", "caption": "a cat", "empty": ""}
+    for files in ({"images": ("a.png", png())}, {"file": ("b", png(), "text/plain")}, {"": ("c.png", png())}):
+        answer = client.post("/api/predict", data=fields, files=files)
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["predictions"]) == 1
+    answer = client.post("/api/predict", data={"images": "aGVsbG8="}, files={"x": (None, b"1")})
+    assert answer.status_code == 400
+    assert answer.json()["detail"] == (
+        "the form must hold at least one file, got fields without a filename alone (images, x)"
+    )
+    assert client.post("/api/predict", data={f"f{i}": "1" for i in range(200)}, files={"i": png()}).status_code == 400
+
+
+def test_a_damaged_image_does_not_take_the_others_answers(client):
+    files = [("images", (name, content)) for name, content in (("a", b"no image"), ("b", png()), ("c", png()[:40]))]
+    answer = client.post("/api/predict", files=files)
+    assert answer.status_code == 200
+    first, second, third = answer.json()["predictions"]
+    assert first["problem"].startswith("image 0: ")
+    assert third["problem"].startswith("image 2: ")
+    assert second["label"] == client.post("/api/predict", files=files[1:2]).json()["predictions"][0]["label"]
+    assert client.post("/api/predict", files=files[::2]).status_code == 415
+    activations = client.post("/api/layers/0/activations", files=files)
+    assert activations.status_code == 422
+    assert activations.json()["detail"].startswith("image 0: ")
+
+
 def test_forms_that_are_none(client):
     for content, kind in (
         (b"--x\r\nnonsense", "multipart/form-data; boundary=x"),

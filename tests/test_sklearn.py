@@ -54,6 +54,9 @@ def perceptron_of(estimator):
 def test_on_a_table_it_is_a_multilayer_perceptron(table):
     X, y = table
     estimator = NiNClassifier(hidden_channels=(16, 8), epochs=3, random_state=0).fit(X, y)
+    for widths in (8, np.int64(8), [8], np.array([8])):
+        one = NiNClassifier(hidden_channels=widths, epochs=np.int64(1), random_state=0).fit(X, y)
+        assert one.train_step_.model.config.blocks[0].channels[0] == 8
     perceptron = perceptron_of(estimator)
     z = torch.from_numpy((X - X.mean(0)) / X.std(0))
     labels = torch.from_numpy(y)
@@ -171,6 +174,24 @@ def test_mistakes_are_named(table, digits):
         NiNClassifier(epochs=1).fit(images[:20], labels[:20]).predict(np.zeros((2, 8, 7, 7))[:, :1].repeat(8, 1)[:, 0])
     with pytest.raises(ValueError, match="X must hold square images"):
         NiNClassifier().fit(images[:20, :6], labels[:20])
+    for parameters, message in (
+        ({"hidden_channels": "64"}, "hidden_channels must be a whole number, got '64'"),
+        ({"hidden_channels": (64, 0)}, "hidden_channels must be at least 1, got 0"),
+        ({"hidden_channels": 2.5}, "hidden_channels must be a whole number, got 2.5"),
+        ({"hidden_channels": None}, "hidden_channels must be a whole number, got None"),
+        ({"epochs": "5"}, "epochs must be a whole number, got '5'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"learning_rate": None}, "learning_rate must be a number, got None"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
+        ({"label_smoothing": 1}, "label_smoothing must be at least 0 and below 1, got 1"),
+        ({"dropout": np.nan}, "dropout must be at least 0 and below 1, got nan"),
+        ({"flip": "yes"}, "flip must be True or False, got 'yes'"),
+        ({"shift": 0.5}, "shift must be a whole number, got 0.5"),
+        ({"device": 0}, "device must be a name, got 0"),
+        ({"precision": "half"}, "precision must be one of auto, bf16, fp32, got 'half'"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            NiNClassifier(**parameters).fit([[0.0, 1.0], [1.0, 0.0]], [0, 1])
     with pytest.raises(UserError, match=r"model is for images; a table takes hidden_channels, got model='nin_cifar'"):
         NiNClassifier(model="nin_cifar").fit(X, y)
     with pytest.raises(UserError, match="learning_rate must be above 0"):

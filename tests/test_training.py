@@ -226,7 +226,7 @@ class StopHereError(Exception):
     pass
 
 
-def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
+def test_resume_refuses_other_settings_and_a_missing_folder(digits, tmp_path):
     def stop(progress):
         if progress.row:
             raise StopHereError
@@ -240,10 +240,23 @@ def test_resume_refuses_other_settings_and_a_missing_state(digits, tmp_path):
             out=tmp_path / "run",
             keeping=training.CheckpointOptions(resume=True),
         )
-    with pytest.raises(UserError, match="holds no unfinished training"):
-        training.train(digits, QUICK, out=tmp_path / "none", keeping=training.CheckpointOptions(resume=True))
+    with pytest.raises(UserError, match=r"resume goes on in a run folder: give out="):
+        training.train(digits, QUICK, keeping=training.CheckpointOptions(resume=True))
     with pytest.raises(UserError, match="--resume"):
         training.train(digits, QUICK, out=tmp_path / "run")
+
+
+def test_resume_begins_where_nothing_has_begun(digits, tmp_path):
+    resume = training.CheckpointOptions(resume=True)
+    plain = training.train(digits, QUICK, out=tmp_path / "plain")
+    (tmp_path / "run").mkdir()  # killed before the first state
+    for _ in range(2):  # and once more when it is finished
+        begun = training.train(digits, QUICK, out=tmp_path / "run", keeping=resume)
+        assert begun.info.result["test_accuracy"] == plain.info.result["test_accuracy"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        training.train(digits, QUICK, out=tmp_path / "mine", keeping=resume)
 
 
 def test_interrupted_before_the_first_epoch_leaves_nothing(digits, tmp_path):
@@ -334,6 +347,18 @@ def test_too_small_images_are_refused_with_the_size(digits):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"epochs": "many"}, "epochs must be a whole number, got 'many'"),
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"threads": 10**6}, "threads must be at least 1 and at most 1024, got 1000000"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": None}, "learning_rate must be a number, got None"),
+        ({"flip": "no"}, "flip must be True or False, got 'no'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"model": 5}, "model must be a name, got 5"),
+        ({"precision": "fp16"}, "precision must be one of auto, bf16, fp32, got 'fp16'"),
+        ({"schedule": "step"}, "schedule must be one of cosine, triangle, got 'step'"),
+        ({"recipe": None}, "recipe must be one of default, speed, got None"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),

@@ -2,12 +2,48 @@
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any, Literal
 
 from nin.errors import UserError
 
 # PyTorch's generators take 64 bits, of which `step_seed` needs the rest.
 LARGEST_SEED = 2**32 - 1
+
+# More than any machine has; PyTorch fails to start many more in a way that ends the program.
+MOST_THREADS = 1024
+
+
+# the types whose values count as one, and what they are called
+_KINDS: dict[type, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a name"),
+}
+
+
+def check_value(name: str, value: Any, kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Any:
+    """Return a setting as a Python value: whole and real numbers are those of NumPy, too, and no truth values.
+
+    Args:
+        name: of the setting, for the message.
+        value: that was given.
+        kind: int, float, bool or str.
+        is_valid: whether a value of that type is in range.
+        requirement: what it must be, for the message.
+
+    Raises:
+        UserError: the type or the value is another.
+    """
+    is_truth_value = type(value).__name__ in ("bool", "bool_")  # NumPy's too, without importing it
+    fits = is_truth_value if kind is bool else isinstance(value, _KINDS[kind][0]) and not is_truth_value
+    if not fits:
+        raise UserError(f"{name} must be {_KINDS[kind][1]}, got {value!r}")
+    if not is_valid(value):
+        raise UserError(f"{name} must be {requirement}, got {value}")
+    return kind(value)
 
 
 def check_seed(seed: int) -> None:
@@ -16,8 +52,7 @@ def check_seed(seed: int) -> None:
     Raises:
         UserError: it is not 0 to `LARGEST_SEED`.
     """
-    if not 0 <= seed <= LARGEST_SEED:
-        raise UserError(f"seed must be 0 to {LARGEST_SEED}, got {seed}")
+    check_value("seed", seed, int, lambda x: 0 <= x <= LARGEST_SEED, f"0 to {LARGEST_SEED}")
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -83,18 +118,18 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges, before any data are loaded."""
-        fractions = ("warmup", "momentum", "label_smoothing", "ema", "dropout")
-        for is_valid, requirement, names in (
-            (lambda x: x >= 1, "at least 1", ("epochs", "batch_size", "threads")),
-            (lambda x: 0 <= x < 1, "at least 0 and below 1", fractions),
-            (lambda x: 0 < x < math.inf, "above 0 and finite", ("learning_rate", "gradient_clip")),
-            (lambda x: 0 <= x < math.inf, "at least 0 and finite", ("weight_decay", "shift")),
-        ):
+        """Check types and ranges, before any data are loaded, and turn NumPy's numbers into Python's for JSON."""
+        if type(self.device).__name__ == "device":  # of PyTorch, without importing it
+            object.__setattr__(self, "device", str(self.device))
+        for names, kind, is_valid, requirement in _CHECKS:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not is_valid(value):
-                    raise UserError(f"{name} must be {requirement}, got {value}")
+                if value is not None or name not in _OPTIONAL:
+                    object.__setattr__(self, name, check_value(name, value, kind, is_valid, requirement))
+        for name, words in _WORDS.items():
+            value = getattr(self, name)
+            if value not in words and not (value is None and name in _OPTIONAL):
+                raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         check_seed(self.seed)
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
@@ -127,6 +162,32 @@ class TrainConfig:
             "threads": 1 if image_size <= 16 else None,
         }
         return ResolvedConfig(**values | {k: v for k, v in chosen.items() if values[k] is None})
+
+
+# settings whose None means that they are chosen
+_OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
+
+# for the settings: the type, which values are in range, and that in words
+_CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
+    (("epochs", "batch_size"), int, lambda x: x >= 1, "at least 1"),
+    (("threads",), int, lambda x: 1 <= x <= MOST_THREADS, f"at least 1 and at most {MOST_THREADS}"),
+    (("warmup", "momentum", "label_smoothing", "ema"), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    (("dropout",), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    (("learning_rate", "gradient_clip"), float, lambda x: 0 < x < math.inf, "above 0 and finite"),
+    (("weight_decay",), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    (("shift",), int, lambda x: x >= 0, "at least 0 and finite"),
+    (("flip",), bool, lambda x: True, ""),
+    (("model", "device"), str, lambda x: True, ""),
+)
+
+# for settings that are words: which
+_WORDS = {
+    "recipe": ("default", "speed"),
+    "schedule": ("cosine", "triangle"),
+    "normalisation": ("weight_standardisation", "none"),
+    "last_activation": ("none", "relu"),
+    "precision": ("auto", "bf16", "fp32"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

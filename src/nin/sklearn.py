@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, column
 from torch import Tensor, nn
 
 from nin import data, models
-from nin.config import ResolvedConfig, TrainConfig
+from nin.config import ResolvedConfig, TrainConfig, check_value
 from nin.data.arrays import to_nchw
 from nin.errors import UserError
 from nin.runtime.device import use_threads
@@ -42,7 +42,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     Args:
         model: a name of `nin.models.MODELS` for images; by their size if not given. Tables have no choice.
-        hidden_channels: widths of the hidden layers, for tables.
+        hidden_channels: widths of the hidden layers, for tables; a number stands for one layer.
         epochs: passes over the samples; by their number if not given.
         batch_size: samples per step; by their number if not given.
         learning_rate: at the peak of the one-cycle schedule; `partial_fit` stays there.
@@ -75,7 +75,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
 
     # A dataclass writes the __init__ that scikit-learn asks for: it assigns the arguments, and checks them in `fit`.
     model: str | None = None
-    hidden_channels: Sequence[int] = (64,)
+    hidden_channels: int | Sequence[int] = (64,)
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float = 0.1
@@ -166,7 +166,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         spread, mean = torch.var_mean(samples.double(), dim=(0, 2, 3), correction=0)
         self._mean, self._std = mean, torch.where(spread > 0, spread, 1.0).sqrt()
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self._config, self._widths = self._resolve(len(samples), seed), tuple(self.hidden_channels)
+        self._config, self._widths = self._resolve(len(samples), seed), self._hidden_widths()
         with torch.random.fork_rng(devices=[]):
             self.train_step_ = TrainStep(self._make_network, self._config)
         self.losses_: list[float] = []
@@ -182,6 +182,13 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         config = TrainConfig(**given, seed=seed)
         resolved = config.resolve(images=count, image_size=size, flip=False, shift=shift)
         return dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
+
+    def _hidden_widths(self) -> tuple[int, ...]:
+        """Return the widths of the hidden layers."""
+        given = self.hidden_channels
+        is_several = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes)
+        widths = list(given) if is_several else [given]  # type: ignore[arg-type]  # checked in the next line
+        return tuple(check_value("hidden_channels", n, int, lambda x: x >= 1, "at least 1") for n in widths)
 
     def _make_network(self) -> nn.Module:
         channels, size, _ = self.sample_shape_

@@ -3,9 +3,11 @@
 import io
 import sys
 import warnings
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+import cyclopts
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from nin.cli.bench import bench
 from nin.cli.check import check
@@ -22,6 +24,20 @@ from nin.errors import UserError
 from nin.runtime import torchrun
 from nin.version import installed_version
 
+
+def convert(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Return the value of an option as Cyclopts converts it, which by itself would round 1.5 to a whole number.
+
+    Raises:
+        ValueError: a whole number has a fraction.
+    """
+    if kind in (int, int | None):
+        for token in tokens:
+            if "." in token.value:
+                raise ValueError(f"{token.keyword or token.value} must be a whole number, got {token.value}")
+    return cyclopts.convert(kind, tokens)
+
+
 app = App(
     name="nin",
     help="Network in Network, real: train on your images, see what the network looks at, count what it costs.",
@@ -29,7 +45,7 @@ app = App(
     version_flags=["--version"],
     result_action="return_value",
     # no --no-json and no --empty-skip; the few options with a --no- form have a Parameter of their own
-    default_parameter=Parameter(negative=""),
+    default_parameter=Parameter(negative="", converter=convert),
 )
 
 for verb in (train, check, shards, demo, predict, cost, bench, narrow, export, report, serve):
@@ -37,7 +53,11 @@ for verb in (train, check, shards, demo, predict, cost, bench, narrow, export, r
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb and exit: 0 where the work was done, 2 for a wrong argument, 130 after Ctrl-C."""
+    """Run one verb and exit.
+
+    The status is 0 where all the work was done; 1 where the machine failed, or a file among others; 2 where an argument
+    is wrong; 130 after Ctrl-C.
+    """
     # nin's own messages say once what is wrong with an image
     warnings.filterwarnings("ignore", module="PIL")
     # A file's name that is no valid Unicode cannot be encoded: show it with backslashes, as standard error does.
@@ -61,7 +81,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out; PyTorch has a class for it on a GPU, and only a message on the CPU."""
     # by its name, as torch.OutOfMemoryError itself would need PyTorch
     by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_class or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return by_class or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -22,7 +22,7 @@ def bench(
         cases: Which to time; all if not given. `nin bench list` names them.
         dtype: float32 or bfloat16; both if not given. May be given several times, as may the next.
         engine: nin, eager NCHW, … ; all that are installed if not given.
-        device: Where to time: cpu, cuda, cuda:1.
+        device: Where to time: cpu, cuda, cuda:1, or auto for a GPU where there is one.
         html: Write a chart into this file.
         json: Print the measurements as JSON on standard output.
     """

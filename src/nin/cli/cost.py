@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from nin.profiling.cost import Cost
 
+# More classes, channels or pixels a side than any network has.
+LARGEST = 1_000_000
+
 
 def cost(
     model: str,
@@ -39,8 +42,8 @@ def cost(
         json: Print the figures as JSON on standard output.
     """
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+        if value is not None and not 1 <= value <= LARGEST:
+            raise UserError(f"{name} must be at least 1 and at most {LARGEST:,}, got {value}")
     network, (usual_channels, height, width) = find_network(model, classes, channels)
     shape = (1, channels or usual_channels, size or height, size or width)
     # Counted first: it takes milliseconds, and its errors say that the size does not fit.
@@ -87,9 +90,13 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
     Raises:
         UserError: the network does not take images of that shape.
     """
+    from nin.models.factory import describe_other_input
+
     try:
         return nin.cost(network, shape)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each network has its own
+    except Exception as error:  # somebody's own network may raise anything
+        if other := describe_other_input(network):
+            raise UserError(f"{model} takes {other}: nin counts networks of one batch of images") from error
         reason = " ".join(str(error).split())[:200].rstrip(".")
         images = "×".join(map(str, shape[1:]))
         raise UserError(f"{model} does not take images of {images}: {reason}; another --size may help") from error

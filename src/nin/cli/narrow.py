@@ -39,6 +39,7 @@ def narrow(
     mean: str | None = None,
     std: str | None = None,
     data_dir: Path | None = None,
+    resume: bool = False,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -72,11 +73,13 @@ def narrow(
         mean: With --model: the channels' mean, such as 0.485,0.456,0.406; ImageNet's if not given.
         std: With --model: the channels' standard deviation; ImageNet's if not given.
         data_dir: Where the files of mnist to svhn lie.
+        resume: Where it is finished, print its result; else go on, or begin, as without it.
         dry_run: Print the plan only.
         json: Print the figures as JSON on standard output.
     """
+    from nin import checkpoint
     from nin.checkpoint import load_info
-    from nin.narrowing.narrow_to_folder import load_network, narrow_model, narrow_run
+    from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
@@ -99,6 +102,14 @@ def narrow(
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     silence_other_ranks()
+    if resume and out is not None and not dry_run:
+        report = load_finished(out, config)
+        if report is not None:
+            messages.print(f"{out} is finished; this is its result.")
+            show_narrowing(report, out, json)
+            return
+        if not (out / checkpoint.STATE_FILE).exists():
+            messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
     if model is not None and weights is not None:
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
         size = size or (None if data in nin.data.DATASET_NAMES else 224)

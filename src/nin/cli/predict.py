@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,17 +37,23 @@ def predict(
 ) -> None:
     """Classify images with a trained network.
 
+    An image that cannot be read is named on standard error and left out, or has a problem in its row of the file; all
+    others get their answers. The exit status is 1 where it was given by its own name and not found in a folder, and 2
+    where no image can be read.
+
     Args:
         run: The folder that `nin train` made.
         images: Image files; a folder stands for all images in it. Or one folder, pattern or URL of WebDataset shards.
         top: How many classes to show for each image.
-        device: Where to compute: cpu, cuda, cuda:1, mps.
+        device: Where to compute: cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.
         json: Print the predictions as JSON on standard output.
         csv: Write the predictions, with the probability of every class, into this file, however many there are.
         parquet: The same as a Parquet file.
         resume: Go on with the file where an interrupted command stopped.
         maps: Write into this folder, for each image, where in it the evidence for its class lies.
     """
+    if top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
     if csv is not None and parquet is not None:
         raise UserError("give --csv or --parquet, not both")
     if resume and csv is None and parquet is None:
@@ -55,73 +62,101 @@ def predict(
         raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
     classifier = nin.load(run, device=device)
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
-    source = nin.data.open_shards(images[0]) if is_sharded else nin.data.PathList(image_paths(images))
     table = csv or parquet
+    if is_sharded and (table is None or maps is not None or json):
+        raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE alone")
+    problems: list[str] = []
+    source = nin.data.open_shards(images[0]) if is_sharded else nin.data.PathList(image_paths(images, problems))
+    for problem in problems:
+        messages.print(f"left out {problem}")
+    named, unreadable = {str(path) for path in images}, set(problems)
     if table is not None:
-        write_predictions(classifier, source, table, resume=resume)
-        if maps is None and not json:
-            return
-    if isinstance(source, nin.data.ShardSet):
-        raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE")
-    paths, predictions = predict_paths(classifier, source, required={str(path) for path in images})
-    if maps is not None:
-        write_maps(classifier, paths, predictions, maps)
-    if json:
-        print_json([prediction_dict(*pair, top) for pair in zip(paths, predictions, strict=True)])
-    else:
-        show_predictions(paths, predictions, top)
+        unreadable |= named & write_predictions(classifier, source, table, resume=resume)
+    if isinstance(source, nin.data.PathList) and (table is None or maps is not None or json):
+        paths, predictions = predict_paths(classifier, source, silent=table is not None)
+        unreadable |= named & (set(source) - {str(path) for path in paths})
+        if json:
+            print_json([prediction_dict(*pair, top) for pair in zip(paths, predictions, strict=True)])
+        else:
+            show_predictions(paths, predictions, top)
+        if maps is not None:
+            write_maps(classifier, paths, predictions, maps)
+    # torchrun would take the status for a process that died
+    if unreadable and torchrun.world_size() == 1:
+        sys.exit(1)
 
 
-def image_paths(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield the image files among the paths, and those in the folders among them.
+def image_paths(paths: Sequence[Path], problems: list[str]) -> Iterator[str]:
+    """Yield the image files among the paths, and those in the folders among them; missing ones, too.
+
+    Args:
+        paths: of files and folders.
+        problems: gets a line for each folder without an image, and for what is neither file nor folder.
 
     Raises:
-        UserError: a path is missing, or a folder holds no image.
+        UserError: none of the paths leads to an image.
     """
+    found = False
     for path in paths:
         if path.is_dir():
             findings: list[nin.data.Finding] = []
             inside = sorted(nin.data.find_images(path, findings=findings))
             if not inside:
-                raise UserError(f"{path} holds no image ({nin.data.FORMAT_EXAMPLES})")
+                problems.append(f"{path} holds no image ({nin.data.FORMAT_EXAMPLES})")
             show_findings(findings)
+            found = found or bool(inside)
             yield from inside
-        elif path.exists():
-            yield str(path)
+        elif path.exists() and not path.is_file():
+            problems.append(f"{path} is neither a file nor a folder")
         else:
-            raise UserError(f"{path} does not exist")
+            found = found or path.exists()
+            yield str(path)
+    if not found:
+        raise UserError(problems[0] if problems else f"{paths[0]} does not exist")
 
 
-def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> None:
-    """Write the predictions into a CSV or Parquet file; under torchrun, each process writes its part."""
+def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> set[str]:
+    """Write the predictions into a CSV or Parquet file; return the names of the images that cannot be read.
+
+    Under torchrun, each process writes its part.
+    """
     from nin.inference import batch_predict
 
     partition, started = batch_predict.Partition(torchrun.rank(), torchrun.world_size()), time.monotonic()
+    unreadable: set[str] = set()
     with ProgressBar("Predicting", len(source)) as bar:
         counts = batch_predict.predict_to_file(
-            classifier, source, table, resume=resume, partition=partition, on_progress=bar.update
+            classifier,
+            source,
+            table,
+            resume=resume,
+            partition=partition,
+            on_progress=bar.update,
+            on_unreadable=unreadable.add,
         )
     if partition.rank:
-        return
+        return unreadable
     new, seconds = counts.total - counts.resumed, time.monotonic() - started
     messages.print(f"{len(source):,} images in {table}, {new:,} of them now, {new / seconds:,.0f} per second")
     if counts.unreadable:
         messages.print(f"{counts.unreadable:,} cannot be read: their rows have a problem instead of a label")
+    return unreadable
 
 
 def predict_paths(
-    classifier: Classifier, source: PathList, *, required: set[str]
+    classifier: Classifier, source: PathList, *, silent: bool = False
 ) -> tuple[list[Path], list[Prediction]]:
     """Return the paths of the readable images, and their predictions.
 
     Args:
         classifier: of the run.
         source: the paths of the images.
-        required: the paths that must be readable; others are left out with a message.
+        silent: do not name those that cannot be read.
 
     Raises:
-        UserError: an image of ``required`` cannot be read.
+        UserError: none can be read.
     """
+    from nin.data.decoder import DecodeError
     from nin.inference.classifier import INFERENCE_BATCH_SIZE
 
     p = classifier.info.preprocessing
@@ -134,12 +169,15 @@ def predict_paths(
                 try:
                     batch.append(nin.data.decode(path, size=p.size, channels=p.channels, value_range=p.value_range))
                     paths.append(Path(path))
-                except UserError as error:
-                    if path in required:
+                except DecodeError as error:
+                    if len(source) == 1:
                         raise
-                    messages.print(f"left out {error}")
+                    if not silent:
+                        messages.print(f"left out {error}")
             predictions += classifier.predict(batch)
-            bar.update(start + len(batch), len(source))
+            bar.update(min(start + INFERENCE_BATCH_SIZE, len(source)), len(source))
+    if not paths:
+        raise UserError(f"none of the {len(source):,} images can be read")
     return paths, predictions
 
 

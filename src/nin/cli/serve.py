@@ -28,7 +28,7 @@ def serve(
         port: To listen on. 8646, or the next one that is free, if not given; 0 takes any.
         host: The address to listen on. The default is reached from this machine only.
         browser: Open the page in the browser.
-        device: Where to compute: cpu, cuda, cuda:1, mps.
+        device: Where to compute: cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.
     """
     if beside is not None and run is None:
         raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")

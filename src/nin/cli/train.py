@@ -47,18 +47,23 @@ def train(
             own.
         config: The recipe.
         resume: Go on with the training in the run folder that was interrupted; the result is that of one never
-            stopped.
+            stopped. Where there is none yet, begin it.
         override: Resume although settings or data are not those of the run; what differs is recorded in config.json.
         checkpoint_minutes: Write the state at least this often.
         checkpoint_steps: Write the state after every so many steps, too.
         strict: Stop at the first file that cannot be read, instead of leaving it out.
         json: Print the result as JSON on standard output.
     """
-    if checkpoint_minutes <= 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
-        raise UserError("checkpoint_minutes must be above 0 and checkpoint_steps at least 1")
+    if not checkpoint_minutes > 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
+        raise UserError(
+            f"checkpoint_minutes must be above 0 and checkpoint_steps at least 1, got {checkpoint_minutes} and "
+            f"{checkpoint_steps}"
+        )
     from nin import training
+    from nin.runtime.device import choose_device
 
     config = config or TrainConfig()
+    choose_device(config.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
     images = load_data(data, data_dir=data_dir, size=size, test_fraction=test_fraction, seed=config.seed, strict=strict)
     if resume and config.flip is None:
@@ -66,6 +71,8 @@ def train(
     messages.print(flip_text(images, config.flip))
     if resume and training.is_finished(out):
         messages.print(f"{out} is finished; this is its result.")
+    elif resume and not training.has_begun(out):
+        messages.print(f"{out} holds nothing to resume yet: the training begins.")
     result = train_with_progress(
         images, config, out=out, resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
     )

@@ -82,6 +82,7 @@ def predict_to_file(
     resume: bool = False,
     partition: Partition | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_unreadable: Callable[[str], None] | None = None,
 ) -> PredictionCounts:
     """Classify images and write one row for each, in their order: image, label, confidence, every class, problem.
 
@@ -96,6 +97,7 @@ def predict_to_file(
         resume: go on after the rows that an interrupted call wrote, if there are any.
         partition: the images of this process of several. The one of rank 0 merges the files when all are complete.
         on_progress: called with the rows that are written and their number in the end.
+        on_unreadable: called with the name of each image that this call cannot read.
 
     Returns:
         How many rows there are, and how they came about.
@@ -122,7 +124,10 @@ def predict_to_file(
         synced_at = time.monotonic()
         for rows, failed in _predict_rows(classifier, images, range(start + before, stop)):
             file.write(csv_lines(rows))
-            unreadable += failed
+            unreadable += len(failed)
+            if on_unreadable is not None:
+                for name in failed:
+                    on_unreadable(name)
             synced.rows += len(rows)
             if time.monotonic() - synced_at > SECONDS_BETWEEN_SYNCS:
                 synced_at = time.monotonic()
@@ -141,8 +146,8 @@ def _image_names(images: Sequence[str] | data.ShardSet) -> Sequence[str]:
 
 def _predict_rows(
     classifier: Classifier, images: Sequence[str] | data.ShardSet, indices: range
-) -> Iterator[tuple[list[list[str]], int]]:
-    """Yield the rows of each batch, and how many of its images cannot be read; threads decode ahead."""
+) -> Iterator[tuple[list[list[str]], list[str]]]:
+    """Yield the rows of each batch, and the names of its images that cannot be read; threads decode ahead."""
     p, names = classifier.info.preprocessing, _image_names(images)
 
     def decode(batch: range) -> tuple[Pixels, dict[int, str]]:
@@ -165,7 +170,10 @@ def _predict_rows(
     for batch, (pixels, problems) in zip(batches, map_in_threads(decode, batches), strict=True):
         scores = classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
         scored = zip(batch, scores, strict=True)
-        yield [_row(names[i], row, classifier.classes, problems.get(i)) for i, row in scored], len(problems)
+        yield (
+            [_row(names[i], row, classifier.classes, problems.get(i)) for i, row in scored],
+            [names[i] for i in problems],
+        )
 
 
 def _row(name: str, probabilities: Tensor, classes: Sequence[str], problem: str | None) -> list[str]:

@@ -19,6 +19,7 @@ from nin.data.arrays import to_pillow, unstack
 from nin.display.numbers import format_percent
 from nin.display.tables import html_table
 from nin.errors import UserError
+from nin.runtime.device import choose_device
 
 INFERENCE_BATCH_SIZE = 64
 
@@ -54,13 +55,16 @@ class Classifier:
     Args:
         model: scores (N, classes) from images (N, C, H, W); standardised convolutions are folded.
         info: the contents of the run folder's ``config.json``.
-        device: where to compute.
+        device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+
+    Raises:
+        UserError: there is no such device here.
     """
 
     def __init__(self, model: nn.Module, info: RunInfo, *, device: str | torch.device = "cpu") -> None:
+        self.info, self.device = info, choose_device(device)
         model = model.fold() if isinstance(model, models.NiN) else model
-        self.model = model.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.info, self.device = info, torch.device(device)
+        self.model = model.eval().to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -167,19 +171,21 @@ class Classifier:
             yield self.inputs(torch.stack([_decode(item, p) for item in batch]))
 
 
-def load(run: str | Path, *, device: str = "cpu") -> Classifier:
+def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     """Load a run folder.
 
     Args:
         run: the folder that `nin.train` or ``nin train`` made.
-        device: where to compute.
+        device: where to compute, see `Classifier`.
 
     Returns:
         The classifier.
 
     Raises:
-        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other.
+        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other; or
+            there is no such device here.
     """
+    device = choose_device(device)  # before the network, so that a mistake shows at once
     model, info = checkpoint.load_model(Path(run))
     return Classifier(model, info, device=device)
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -150,10 +151,17 @@ def _from_factory(text: str) -> nn.Module:
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{text} was not found: {error}") from error
+    except Exception as error:  # somebody's own module may raise anything while it is imported
+        raise UserError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")
     _check_takes_no_arguments(text, factory)
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:  # somebody's own code may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{text} failed in {place.filename}, line {place.lineno}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{text} must give a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -166,3 +174,35 @@ def _check_takes_no_arguments(text: str, factory: Callable[..., Any]) -> None:
         return  # written in C, without a signature
     except TypeError as error:
         raise UserError(f"{text} must be callable without arguments: {error}") from error
+
+
+# What the first layer of a network says of its input, where it is not for images.
+_OTHER_INPUTS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "numbers of tokens, not images"),
+    ((nn.Conv1d, nn.ConvTranspose1d), "series or sound (N, C, L), not images"),
+    ((nn.Conv3d, nn.ConvTranspose3d), "videos or volumes (N, C, D, H, W), not images"),
+    ((nn.RNNBase, nn.Transformer, nn.TransformerEncoder, nn.MultiheadAttention), "sequences of vectors, not images"),
+)
+
+
+def describe_other_input(model: nn.Module) -> str | None:
+    """Return what a network takes that is not one batch of images (N, C, H, W), or None where that is not known.
+
+    Example:
+        >>> from nin.models.factory import describe_other_input
+        >>> describe_other_input(torch.nn.Sequential(torch.nn.Embedding(9, 4)))
+        'numbers of tokens, not images'
+    """
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (ValueError, TypeError):
+        parameters = {}.values()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in (*by_position, p.KEYWORD_ONLY)]
+    if len(required) > 1:
+        return f"{len(required)} inputs ({', '.join(required)}), not one of images"
+    layers = (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
+    first = next(layers, None)
+    if isinstance(first, nn.Linear):
+        return f"vectors of {first.in_features:,} values, by its first layer, not images"
+    return next((text for kinds, text in _OTHER_INPUTS if isinstance(first, kinds)), None)

@@ -12,6 +12,7 @@ from nin.errors import UserError
 from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate
 from nin.runtime import device
 from nin.runtime.model_copy import copy_model
+from nin.runtime.single_value_norm import normalise_single_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ class DistillationStep:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             with torch.no_grad():
                 teacher_scores = self.teacher(x)
-            scores = self.model(x)
+            with normalise_single_values(self.model):
+                scores = self.model(x)
         labels = None if labels is None else labels.to(self.device)
         loss = distillation_loss(scores.float(), teacher_scores.float(), labels, self.config)
         if not torch.isfinite(loss):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from nin import checkpoint, data
 from nin.errors import UserError
 from nin.inference import evaluation
-from nin.models.factory import create_external_model
+from nin.models.factory import create_external_model, describe_other_input
+from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
+from nin.narrowing.report import NarrowReport
 from nin.narrowing.uniform_baseline import original_config, train_control
 from nin.narrowing.workflow import CONTROL_FOLDER, NarrowingTask, WorkflowConfig, output_folder, run_workflow
 from nin.runtime import distributed
@@ -105,6 +107,29 @@ def save_narrowed_run(
     content = {"plan": result.plan.to_dict(), "report": result.report.to_dict()}
     write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
     checkpoint.remove_state(out)
+
+
+def load_finished(out: Path, config: WorkflowConfig) -> NarrowReport | None:
+    """Return the report of a narrowing that is finished in a folder, or None where there is none.
+
+    Raises:
+        UserError: it was narrowed to another budget, or its files are damaged.
+    """
+    whole, plan_file, report_file = out / NARROWING_FILE, out / PLAN_FILE, out / REPORT_FILE
+    if (out / checkpoint.STATE_FILE).exists() or not (whole.exists() or (plan_file.exists() and report_file.exists())):
+        return None
+    try:
+        if whole.exists():
+            values = json.loads(whole.read_text())
+        else:
+            values = {"plan": json.loads(plan_file.read_text()), "report": json.loads(report_file.read_text())}
+        plan, report = Plan.from_dict(values["plan"]), NarrowReport.from_dict(values["report"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{out} holds damaged files of an earlier narrowing ({error}): give another --out") from error
+    (kind, share), *_ = config.budget.items()
+    if (plan.budget, plan.share) != (kind, share):
+        raise UserError(f"{out} is finished, with {plan.budget}={plan.share}, now {kind}={share}: give another --out")
+    return report
 
 
 def choose_preprocessing(
@@ -245,7 +270,9 @@ def count_scores(model: nn.Module, images: data.Data, p: checkpoint.Preprocessin
     try:
         with torch.no_grad():
             result = model(data.to_float(pixels, p.mean, p.std, dtype=torch.float32))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except Exception as error:  # somebody's own network may raise anything
+        if other := describe_other_input(model):
+            raise UserError(f"the network takes {other}: nin narrow gives it one batch of images") from error
         reason = " ".join(str(error).split())[:200]
         size = f"{p.channels}×{p.size}×{p.size}"
         raise UserError(f"the network does not take images of {size}: {reason}; another --size may help") from error

@@ -1,8 +1,10 @@
 """The options of `nin.narrow` beside the budget."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
+from nin.config import check_value
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
@@ -45,10 +47,13 @@ class NarrowOptions:
         """Check the values."""
         if self.layout not in ("contiguous", "channels_last"):
             raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
-        for name in ("passes", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_value("passes", self.passes, int, lambda x: x >= 1, "at least 1")
+        if self.batch is not None:
+            check_value("batch", self.batch, int, lambda x: x >= 1, "at least 1")
+        if isinstance(self.cache, str):
+            object.__setattr__(self, "cache", Path(self.cache))
+        if not isinstance(self.budgets, Iterable) or isinstance(self.budgets, str):
+            raise UserError(f"budgets must be shares of the original's, got {self.budgets!r}")
         for share in self.budgets:
             check_share("budgets", share)
 

@@ -51,7 +51,7 @@ def narrow(
     latency: float | None = None,
     parameters: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     options: NarrowOptions | None = None,
 ) -> NarrowResult:
     """Narrow a trained network: structured pruning of channels plus low-rank factorisation into 1×1 bottlenecks.
@@ -64,12 +64,13 @@ def narrow(
     Args:
         model: any network with ``nn.Conv2d`` or ``nn.Linear`` layers inside.
         batches: a few hundred typical images in batches, preprocessed as the model takes them: tensors, tuples or
-            lists that begin with one (labels behind it are not used), or dicts of keyword arguments.
+            lists that begin with one (labels behind it are not used), or dicts of keyword arguments. A tensor alone is
+            one batch.
         macs: multiply-accumulates to be left, as a share of the original's, above 0 and below 1.
         latency: time to be left, measured on the model's device; give one of the three.
         parameters: parameters to be left.
         evaluate: returns the accuracy of a model; for the report only.
-        skip: names of layers to leave alone, or patterns such as "layer1.*".
+        skip: names of layers to leave alone, or patterns such as "layer1.*"; one of them, or several.
         options: see `NarrowOptions`.
 
     In a job of several processes (``torch.distributed`` in use) each of them calls this with every n-th batch: the
@@ -96,13 +97,24 @@ def narrow(
     """
     kind, share = _budget(macs=macs, latency=latency, parameters=parameters)
     options = options or NarrowOptions()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(batches, Tensor) and batches.dim() <= 4:
+        batches = [batches]  # of vectors, or of images
+    if isinstance(batches, str | dict) or not isinstance(batches, Iterable):
+        raise UserError(f"batches must be a list or loader of batches, got {type(batches).__name__}")
     loaded = list(batches)
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     # refused in all processes, or the others would wait for one that has ended
     if distributed.all_reduce_sum(torch.tensor(float(not loaded))) > 0:
         raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(to_plain_layers(model).eval(), options.layout)
     analysis = analyse(
-        original, loaded, skip=tuple(skip), cache=options.cache, on_progress=options.on_progress or ignore_progress
+        original,
+        loaded,
+        skip=patterns,
+        cache=options.cache,
+        on_progress=options.on_progress or ignore_progress,
     )
     narrower = _Narrower(original, loaded, analysis, kind, evaluate, options)
     try:

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from nin.narrowing.calibration import float_tensors, model_inputs
 from nin.runtime import distributed
 from nin.runtime.model_copy import copy_model
+from nin.runtime.single_value_norm import normalise_single_values
 
 
 @torch.no_grad()
@@ -30,16 +30,21 @@ def recalibrate_batchnorm(model: nn.Module, batches: list[Any]) -> nn.Module:
     originals, model = _batchnorms(model), copy_model(model)
     norms = _batchnorms(model)
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over all batches
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.zero_()
+        norm.momentum = None  # the plain average over all batches, of which the first replaces what was there
         norm.train()
-    for args, kwargs in model_inputs(batches):
-        model(*args, **kwargs)
-    count = distributed.all_reduce_sum(torch.tensor(float(len(batches))))  # of all processes
+    with normalise_single_values(model):
+        for args, kwargs in model_inputs(batches):
+            model(*args, **kwargs)
     for norm, original in zip(norms, originals, strict=True):
+        batches_seen = norm.num_batches_tracked
+        assert batches_seen is not None
+        count = distributed.all_reduce_sum(batches_seen.double())  # of all processes
         for value in (norm.running_mean, norm.running_var):
             assert value is not None
-            value.copy_(distributed.all_reduce_sum(value * len(batches)) / count.to(value.device))
+            if count:  # else it had single values only
+                value.copy_(distributed.all_reduce_sum(value * batches_seen) / count)
         norm.momentum = original.momentum
         norm.eval()
     return model
@@ -56,16 +61,8 @@ def recalibrate_if_better(model: nn.Module, original: nn.Module, batches: list[A
         The better model, its `calibration_error`, and whether it is the recalibrated one.
     """
     error = calibration_error(model, original, batches)
-    # a single image, or one position of one image, has no variance
-    single = any(_first_dimension(args, kwargs) < 2 for args, kwargs in model_inputs(batches))
-    if not _batchnorms(model) or distributed.all_reduce_sum(torch.tensor(float(single))) > 0:
+    if not _batchnorms(model):
         return model, error, False
     recalibrated = recalibrate_batchnorm(model, batches)
     new_error = calibration_error(recalibrated, original, batches)
     return (recalibrated, new_error, True) if new_error < error else (model, error, False)
-
-
-def _first_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the images in a batch: the length of its first tensor; 2 where it has none."""
-    sizes = [t.shape[0] for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    return sizes[0] if sizes else 2

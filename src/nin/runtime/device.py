@@ -9,28 +9,54 @@ from pathlib import Path
 import torch
 
 from nin.errors import UserError
+from nin.runtime import torchrun
 
 
-def choose_device(name: str, *, gpu: int | None = None) -> torch.device:
+def choose_device(name: str | torch.device, *, gpu: int | None = None) -> torch.device:
     """Return the device of that name; "auto" is a GPU where there is one.
+
+    Every verb and every public function that computes asks here, before it loads anything.
 
     Args:
         name: auto, cpu, cuda, cuda:1, mps.
-        gpu: index of the GPU that "auto" and "cuda" mean, where each process of a job has its own.
+        gpu: index of the GPU that "auto" and "cuda" mean; in a job of several processes each has its own.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or it has no memory left.
     """
+    if not isinstance(name, str | torch.device):
+        raise UserError(f"device must be a name such as 'cpu' or 'cuda:0', got {name!r}")
+    name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torchrun.world_size() > 1 and gpu is None:
+        gpu = torchrun.local_rank()
     if name == "cuda" and gpu is not None:
         name = f"cuda:{gpu}"
+    refused = f"device must be auto or one of this machine ({', '.join(available_devices())}), got {name!r}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be auto, cpu or a GPU of this machine, got {name!r}") from error
+    except RuntimeError as error:
+        raise UserError(refused) from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "meta":
+        raise UserError(f"{refused}: it computes no values")
+    try:
+        torch.zeros(1, device=device)
+    # PyTorch has a class of error for each kind of missing backend; one that is a package of its own is imported
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = " ".join(str(error).split(". ")[0].split())[:160].rstrip(".")
+        if "out of memory" in reason:
+            raise UserError(f"device {name!r} has no memory left: end what fills it, or give another") from error
+        raise UserError(f"{refused}: {reason}") from error
     return device
+
+
+def available_devices() -> list[str]:
+    """Return the names of this machine's devices."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

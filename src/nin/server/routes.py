@@ -43,12 +43,15 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         maps: Annotated[bool, Query(description="whether to send the class maps too")] = False,
         number: RunNumber = 0,
     ) -> Response:
-        """Classify one image (the body) or several (a form)."""
+        """Classify one image (the body) or several (a form); one that cannot be read has a problem and no label."""
         run = service.run(number)
-        pixels = await service.pixels(request, run)
+        pixels, problems = await service.pixels(request, run)
         class_maps = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
+        predictions = prediction_dicts(run.classifier, class_maps, with_maps=maps)
+        for index, problem in sorted(problems.items()):
+            predictions.insert(index, {"problem": problem})
         # FastAPI validates no Response against the schema: maps are many numbers
-        return JSONResponse({"predictions": prediction_dicts(run.classifier, class_maps, with_maps=maps)})
+        return JSONResponse({"predictions": predictions})
 
 
 def _add_image_routes(app: FastAPI, service: Service) -> None:
@@ -93,7 +96,10 @@ def _add_layer_routes(app: FastAPI, service: Service) -> None:
     ) -> schemas.Numbers:
         """Give what one layer makes of an image: (channels, h, w)."""
         run = service.run(number)
-        x = run.classifier.inputs((await service.pixels(request, run))[:1])
+        pixels, problems = await service.pixels(request, run)
+        if 0 in problems:
+            raise HTTPException(422, problems[0])
+        x = run.classifier.inputs(pixels[:1])
         values = await service.compute(lambda: layer_activations(run.network, x, index, sums=sums))
         return schemas.Numbers.of(values[0])
 

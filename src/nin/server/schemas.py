@@ -45,15 +45,16 @@ class Numbers(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the network says of one image."""
+    """What the network says of one image; of one among others that cannot be read, the problem alone."""
 
-    label: str
-    confidence: float
-    probabilities: dict[str, float] = Field(description="of every class; they add up to 1")
-    scores: dict[str, float] = Field(description="before the softmax; the mean of each map")
+    label: str | None = None
+    confidence: float | None = None
+    probabilities: dict[str, float] | None = Field(None, description="of every class; they add up to 1")
+    scores: dict[str, float] | None = Field(None, description="before the softmax; the mean of each map")
     maps: list[list[list[float]]] | None = Field(
         None, description="(classes, h, w): what each place adds to each class, where they were asked for"
     )
+    problem: str | None = Field(None, description="why the image cannot be read; the other fields are missing then")
 
 
 class Predictions(BaseModel):

@@ -15,6 +15,7 @@ from nin import models
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
 from nin.profiling.cost import cost
+from nin.runtime.device import choose_device
 from nin.server import schemas, uploads
 from nin.server.activations import layers
 from nin.server.batcher import Batcher, FullError
@@ -73,10 +74,11 @@ class Service:
         device: where to compute.
 
     Raises:
-        UserError: a folder cannot be read, or the runs do not know the same classes.
+        UserError: a folder cannot be read, the runs do not know the same classes, or there is no such device here.
     """
 
     def __init__(self, folders: Sequence[Path], limits: Limits, device: str) -> None:
+        choose_device(device)  # also where no run uses it
         self.limits = limits
         self.runs = [ServedRun(folder, device) for folder in folders]
         if len({run.classifier.classes for run in self.runs}) > 1:
@@ -100,8 +102,8 @@ class Service:
             raise HTTPException(404, "no run beside it was given: start with nin serve RUN --beside RUN")
         return self.runs[number]
 
-    async def pixels(self, request: Request, run: ServedRun) -> Tensor:
-        """Return the decoded images of a request for a run's network, uint8 (N, C, size, size)."""
+    async def pixels(self, request: Request, run: ServedRun) -> tuple[Tensor, dict[int, str]]:
+        """Return the decoded images of a request for a run's network, see `nin.server.uploads.decode_images`."""
         files = await uploads.read_files(request, self.limits)
         loop = asyncio.get_running_loop()
         p = run.classifier.info.preprocessing

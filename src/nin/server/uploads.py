@@ -26,13 +26,16 @@ IMAGE_BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["images"],
-                    "additionalProperties": False,
+                    "additionalProperties": True,
                     "properties": {"images": {"type": "array", "minItems": 1, "items": _FILE}},
                 }
             },
         },
     }
 }
+
+# text fields in a form, which are not looked at: pages send a token or a caption along
+MAX_FIELDS = 100
 
 ACCEPTED_FORMATS = data.FORMAT_EXAMPLES
 
@@ -45,11 +48,14 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        async with request.form(max_files=limits.images, max_fields=0) as form:
-            parts = [part for _, part in form.multi_items()]
-            files = [await part.read() for part in parts if isinstance(part, UploadFile)]
+        options = {"max_files": limits.images, "max_fields": MAX_FIELDS, "max_part_size": limits.body_bytes}
+        async with request.form(**options) as form:
+            parts = form.multi_items()
+            files = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
         if not files:
-            raise HTTPException(400, "the form must hold at least one file, got none")
+            fields = ", ".join(name for name, _ in parts)
+            got = f"fields without a filename alone ({fields})" if fields else "none"
+            raise HTTPException(400, f"the form must hold at least one file, got {got}")
         return files
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
         raise HTTPException(415, f"the body must be an image or multipart/form-data with images, got {kind!r}")
@@ -59,13 +65,27 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
     return [body]
 
 
-def decode_images(files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits) -> Tensor:
-    """Return the files' pixels in the size and the channels of the network's input, uint8 (N, C, size, size).
+def decode_images(
+    files: Sequence[bytes], preprocessing: Preprocessing, limits: Limits
+) -> tuple[Tensor, dict[int, str]]:
+    """Return the files' pixels in the size and the channels of the network's input, and what is wrong with the others.
+
+    Returns:
+        uint8 (N, C, size, size) of those that can be read, in their order; and the reasons by the index of the others.
 
     Raises:
-        HTTPException: a file is no image, damaged, or has too many pixels; the message says which.
+        HTTPException: none can be read: the first is no image, damaged, or has too many pixels; the message says which.
     """
-    return torch.stack([_decode_image(file, i, preprocessing, limits) for i, file in enumerate(files)])
+    pixels: list[Tensor] = []
+    problems: dict[int, HTTPException] = {}
+    for i, file in enumerate(files):
+        try:
+            pixels.append(_decode_image(file, i, preprocessing, limits))
+        except HTTPException as error:
+            problems[i] = error
+    if not pixels:
+        raise problems[0]
+    return torch.stack(pixels), {i: error.detail for i, error in problems.items()}
 
 
 def _decode_image(file: bytes, index: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:

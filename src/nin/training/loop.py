@@ -18,7 +18,7 @@ from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.inference.evaluation import evaluate, wilson_interval
 from nin.runtime import distributed, torchrun
-from nin.runtime.device import keep_freed_memory, use_threads
+from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
 from nin.training.state import (
@@ -84,23 +84,26 @@ def train(
         The network with averaged weights, and its test accuracy with a 95 % interval.
 
     Raises:
-        UserError: the data, the model and the settings do not fit together, the loss is no number any more, or there
-            is nothing to resume; one line that says what to do.
+        UserError: the data, the model and the settings do not fit together, or the loss is no number any more; one
+            line that says what to do.
         OSError: the run folder cannot be written; it names the file.
 
     Example:
         >>> nin.train("digits", nin.TrainConfig(epochs=1)).info.result["test_images"]
         451
     """
+    config = config or TrainConfig()
+    choose_device(config.device)  # before the images, so that a mistake shows at once
     images = source if isinstance(source, data.Data) else data.load(source)
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
-    if folder is not None and torchrun.is_restarted() and has_begun(folder):
-        options = dataclasses.replace(options, resume=True)
+    if folder is None and options.resume:
+        raise UserError("resume goes on in a run folder: give out=")
+    # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
+    resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
+    options = dataclasses.replace(options, resume=resume)
     if folder is not None and options.resume:
         images = with_recorded_flip(images, folder)
-    resolved = (config or TrainConfig()).resolve(
-        images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
-    )
+    resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
     batches.check_batch_size(resolved, len(images.train))
     keep_freed_memory()
     if folder is not None and images.channels not in (1, 3):

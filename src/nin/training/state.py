@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nin import checkpoint, data
+from nin.config import check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
@@ -21,7 +22,7 @@ class CheckpointOptions:
     """When the state of a training is saved, and whether to resume from it. None of it changes the results.
 
     Attributes:
-        resume: go on with the training that was interrupted in the run folder.
+        resume: go on with the training that was interrupted in the run folder; begin it where there is none.
         override: resume although settings or data differ; the differences are recorded in ``config.json``.
         minutes: save the state at least this often; it is saved at the end of every epoch too.
         steps: save the state after every so many steps, or None.
@@ -34,6 +35,12 @@ class CheckpointOptions:
     minutes: float = 5.0
     steps: int | None = None
     stop: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_value("minutes", self.minutes, float, lambda x: x > 0, "above 0")
+        if self.steps is not None:
+            check_value("steps", self.steps, int, lambda x: x >= 1, "at least 1")
 
     def is_due(self, *, step: int, seconds: float) -> bool:
         """Return whether to save the state after a step, so many seconds after it was last saved."""
@@ -126,13 +133,10 @@ def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextM
     """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
 
     Raises:
-        UserError: it holds an unfinished run, or there is none to resume.
+        UserError: it holds an unfinished run that is not to be resumed, or something else.
     """
-    if out is not None and distributed.is_main_process():
-        if resume and not has_begun(out):
-            raise UserError(f"{out} holds no unfinished training to resume: {checkpoint.STATE_FILE} is missing")
-        if not resume and (out / checkpoint.STATE_FILE).exists():
-            raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
+    if out is not None and distributed.is_main_process() and not resume and (out / checkpoint.STATE_FILE).exists():
+        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
     return checkpoint.output_folder(out, may_contain=None if resume else ())
 
 

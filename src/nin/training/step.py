@@ -13,9 +13,10 @@ from nin import models
 from nin.config import ResolvedConfig, step_seed
 from nin.errors import UserError
 from nin.optim import OptimizerWithEMA, ema_decay_at_step, one_cycle_learning_rate, sgd
-from nin.runtime import distributed, torchrun
+from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.device import choose_device, choose_dtype
+from nin.runtime.single_value_norm import normalise_single_values
 
 
 class TrainStep:
@@ -38,7 +39,7 @@ class TrainStep:
 
     def __init__(self, build_model: Callable[[], nn.Module], config: ResolvedConfig) -> None:
         self.config = config
-        self.device = choose_device(config.device, gpu=torchrun.local_rank() if distributed.world_size() > 1 else None)
+        self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = self._to_device(build_model())
@@ -87,7 +88,8 @@ class TrainStep:
         return one_cycle_learning_rate(step, steps, peak=c.learning_rate, warmup=c.warmup, schedule=c.schedule)
 
     def _run_eagerly(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        with autocast, normalise_single_values(self.model):
             # DDP's all-reduce waits for every process, so one without images runs a blank one
             scores = self.forward_model(x if len(x) else x.new_zeros(1, *x.shape[1:]))[: len(x)]
         scores = scores.float()

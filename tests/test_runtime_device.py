@@ -1,0 +1,77 @@
+"""The device: every verb and public function asks in one place, before it loads anything."""
+
+import pytest
+import torch
+
+import nin
+from nin import server
+from nin.cli import app
+from nin.errors import UserError
+from nin.profiling import bench
+from nin.runtime import device
+
+WRONG = ["gpu", "meta", "", "cuda:-1", "cuda:99", "CPU", "hpu", "tpu:x"]
+if not torch.cuda.is_available():
+    WRONG += ["cuda", "cuda:7"]
+if not torch.backends.mps.is_available():
+    WRONG.append("mps")
+if not torch.xpu.is_available():
+    WRONG.append("xpu")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_here_is_one_line(name):
+    with pytest.raises(UserError, match=r"^device must be auto or one of this machine \(cpu") as refused:
+        device.choose_device(name)
+    assert f"got {name!r}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_here():
+    assert device.choose_device("cpu") == device.choose_device(torch.device("cpu:0")) == torch.device("cpu")
+    assert device.choose_device("auto").type in ("cpu", "cuda")
+    for wrong in (None, 0, 1.5, ["cpu"]):
+        with pytest.raises(UserError, match="device must be a name such as 'cpu' or 'cuda:0', got "):
+            device.choose_device(wrong)
+
+
+def test_a_device_without_memory_is_one_line(monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has a total capacity of 79 GiB"
+        )
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(UserError, match=r"^device 'cuda:0' has no memory left: end what fills it, or give another$"):
+        device.choose_device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99", ""])
+def test_no_verb_loads_anything_for_a_device_that_is_not_here(name, run, tmp_path, monkeypatch, capsys):
+    def loads(*args, **options):
+        raise AssertionError("the device comes first")
+
+    for place in ("nin.checkpoint.load_model", "nin.data.load", "nin.profiling.bench.runner._inspect_machine"):
+        monkeypatch.setattr(place, loads)
+    for words in (
+        ("train", "digits", "--out", str(tmp_path / "run")),
+        ("predict", str(run), "a.png"),
+        ("serve", str(run), "--no-browser"),
+        ("serve", "--no-browser"),
+        ("bench", "chain-192-160-96"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            app.main([*words, "--device", name])
+        printed = capsys.readouterr()
+        assert stop.value.code == 2
+        assert printed.err.count("\n") == 1
+        assert printed.err.startswith("nin: device must be auto or one of this machine (cpu")
+    for call in (
+        lambda: nin.load(run, device=name),
+        lambda: nin.train("digits", nin.TrainConfig(device=name)),
+        lambda: server.create_app(run, device=name),
+        lambda: bench.run([], device=name),
+        lambda: nin.NiNClassifier(device=name).fit([[0.0, 1.0], [1.0, 0.0]], [0, 1]),
+    ):
+        with pytest.raises(UserError, match="device must be auto or one of this machine"):
+            call()
