@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest wheel smoke docs lint clean help
+.PHONY: demo test test-isa test-arm test-slow test-oldest wheel smoke docs lint clean help
 
 help:
 	@echo "make demo         install into .venv, train and test on embedded images, write runs/demo (about 2 minutes)"
 	@echo "make test         install into .venv, run the tests"
+	@echo "make test-isa     the kernels' tests with each instruction set as if it were the machine's own"
+	@echo "make test-arm     the kernels on an emulated ARM processor; needs g++-aarch64-linux-gnu and qemu-user"
 	@echo "make test-slow    the long tests"
 	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make wheel        build dist/: a manylinux wheel for all Python versions, and the source distribution"
@@ -24,6 +26,16 @@ demo: $(READY)
 # One process for each core; more than eight would need more memory than most machines have.
 test: $(READY)
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+
+test-isa: $(READY)
+	$(BIN)/python tests/support/each_isa.py
+
+# Guard pages and plain loops; AddressSanitizer takes six times as long under QEMU.
+test-arm:
+	cmake -S . -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DNIN_NATIVE_TESTS=ON -DNIN_SANITIZERS=
+	cmake --build build/arm --target guard_test nin_cpu --parallel 2
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/guard_test
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -22,6 +22,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config):
+    """Register the mark of tests that run with each instruction set; make test-isa leaves them out."""
+    config.addinivalue_line("markers", "each_isa: runs with each instruction set, whatever the machine's own")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items):
+    """Mark the tests that take the fixture `isa`."""
+    for item in items:
+        if "isa" in item.fixturenames:
+            item.add_marker("each_isa")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -65,6 +78,25 @@ def emulated(tmp_path_factory):
     options = ("-DNIN_EMULATE_AMX=ON", f"-DSKBUILD_PROJECT_VERSION={installed_version()}")
     folder = made_once(tmp_path_factory, "emulated", lambda folder: build_native(folder, "nin_cpu", *options))
     return library.load_library(folder / library.LIBRARY_NAME)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_instruction_set(request):
+    """Emulate AMX's registers for the whole session where NIN_CPU_ISA asks for AMX and the machine lacks it."""
+    if os.environ.get("NIN_CPU_ISA") != "avx512_amx":
+        yield
+        return
+    from nin.ops.cpu import dispatch, library
+
+    if dispatch.KERNELS.name == "avx512_amx":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "LIBRARY", request.getfixturevalue("emulated"))
+        kernels = library.find_kernels(library.LIBRARY, "avx512_amx")
+        assert kernels.name == "avx512_amx", "the machine lacks AVX-512 with bf16, which AMX's kernels use"
+        patch.setattr(dispatch, "KERNELS", kernels)
+        yield
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

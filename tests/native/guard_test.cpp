@@ -148,8 +148,8 @@ bool check_chain_gradients(const Case& c, const nin_chain& p, const Buffer& x, c
                            const Buffer (&weight_grads)[2]) {
   const Shape& s = c.shape;
   const int64_t pixels = s.batch * p.out_height * p.out_width;
-  constexpr int64_t max_pixels = 1000;  // more would take minutes
-  if (pixels > max_pixels) return true;
+  constexpr int64_t max_products = 3'000'000;  // more would take minutes
+  if (pixels * s.out[0] * (s.channels + s.out[1]) > max_products) return true;
   std::vector<Sum> first(size_t(s.out[0] * s.channels)), second(size_t(s.out[1] * s.out[0]));
   bool good = true;
   for (int64_t i = 0; i < pixels; ++i) {
