@@ -1,10 +1,11 @@
 """A cache of packed weights: the CPU kernels' copies of weights, kept until a byte of the weight changes."""
 
 import ctypes
+import functools
 import struct
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,32 +60,25 @@ def packed_weights(
     Returns:
         The packed bytes of each, 1-D.
     """
-    packed: list[Tensor | None] = []
     keys: list[_Key] = []
-    spans: list[int] = []  # address and bytes of each weight that is to be hashed
-    hashed: list[int] = []  # its index
+    copies: list[_Copy | None] = []
+    spans: list[int] = []
     tile_size = winograd_tile_size
-    for i, weight in enumerate(weights):
-        handle = kernels.handles[torch.float32 if tile_size else weight.dtype]
-        address = weight.data_ptr()
-        key = (address, weight.shape, weight.stride(), weight.dtype, handle, for_input_gradient, tile_size)
-        keys.append(key)
+    for weight in weights:
+        dtype, address = weight.dtype, weight.data_ptr()
+        handle = kernels.handles[torch.float32 if tile_size else dtype]
+        key = (address, weight.shape, weight.stride(), dtype, handle, for_input_gradient, tile_size)
         copy = _copies.get(key)
-        if copy is not None and copy.hash is None:
-            packed.append(copy.packed)
-        elif _is_dense(weight):
-            packed.append(None)
-            spans += address, weight.nbytes
-            hashed.append(i)
-        else:
-            packed.append(_pack(handle, weight, for_input_gradient, tile_size))
+        keys.append(key)
+        copies.append(copy)
+        spans += (address, 0 if copy is None or copy.hash is None else weight.nbytes)
         tile_size = 0
-    for i, value in zip(hashed, hash_bytes(kernels, spans), strict=True):
-        copy = _copies.get(keys[i])
-        if copy is None or copy.hash != value:
-            copy = _keep(keys[i], weights[i], value)
-        packed[i] = copy.packed
-    return packed  # type: ignore[return-value]
+    packed = []
+    for key, copy, weight, value in zip(keys, copies, weights, hash_bytes(kernels, spans), strict=True):
+        if copy is None or (copy.hash is not None and copy.hash != value):
+            copy = _pack_again(kernels, key, weight)
+        packed.append(copy.packed)
+    return packed
 
 
 def packed_weight(
@@ -96,7 +90,7 @@ def packed_weight(
     )[0]
 
 
-def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> list[int]:
+def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> Sequence[int]:
     """Return a hash of 64 bits of each span of memory.
 
     Args:
@@ -104,13 +98,17 @@ def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> list[int]:
         spans: an address, then a number of bytes, for each span.
     """
     count = len(spans) // 2
-    if not count:
-        return []
-    hashes = (ctypes.c_uint64 * count)()
-    blocks = struct.pack(f"{2 * count}q", *spans)
-    handle = kernels.handles[torch.float32]
-    library.check(library.loaded().nin_hash(handle, blocks, count, hashes, library.thread_pool()))
-    return list(hashes)
+    make_blocks, make_hashes = _block_types(count)
+    hashes = make_hashes()
+    handle, pool = kernels.handles[torch.float32], library.thread_pool()
+    library.check(library.loaded().nin_hash(handle, make_blocks(*spans), count, hashes, pool))
+    return hashes
+
+
+@functools.lru_cache
+def _block_types(count: int) -> tuple[Callable[..., bytes], Any]:
+    """Return what makes the structs ``nin_bytes``, and the array for their hashes: made once, as they take a µs."""
+    return struct.Struct(f"{2 * count}q").pack, ctypes.c_uint64 * count
 
 
 def hash_tensors(kernels: Kernels, tensors: Sequence[Tensor]) -> tuple[object, ...] | None:
@@ -136,11 +134,15 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def _keep(key: _Key, weight: Tensor, value: int) -> _Copy:
-    """Pack a weight and keep the copy in the cache."""
+def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
+    """Pack a weight, and keep the copy in the cache if its bytes can be hashed."""
+    packed = functools.partial(_pack, key[4], weight, key[5], key[6])
+    if not _is_dense(weight):
+        return _Copy(None, packed())
     storage = weight.untyped_storage()
     name = id(storage)
-    copy = _Copy(None if name in _constants else value, _pack(key[4], weight, key[5], key[6]))
+    value = None if name in _constants else hash_bytes(kernels, (key[0], weight.nbytes))[0]
+    copy = _Copy(value, packed())
     memory = _memories.get(name)
     if memory is None or memory.storage() is not storage:
 

@@ -1,0 +1,190 @@
+"""Packed weights are fresh in every call, whoever wrote the weights and how."""
+
+import ctypes
+import gc
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nin
+from nin.ops.cpu import dispatch, library, weight_cache
+
+pytestmark = pytest.mark.skipif(dispatch.KERNELS is None, reason="needs the compiled library")
+
+
+def write_by_ctypes(weight):
+    (ctypes.c_float * weight.numel()).from_address(weight.data_ptr())[weight.numel() - 7] = 5
+
+
+def write_in_a_process(weight):
+    weight.data = weight.detach().clone().share_memory_()
+    layer_is_right(weight)  # packs what is shared
+    torch.multiprocessing.spawn(write_one, (weight.detach(),), nprocs=1)
+
+
+def write_one(rank, weight):
+    weight[1, 2] = 9
+
+
+def step(weight, **options):
+    optimizer = torch.optim.SGD([weight], lr=0.5, **options)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[0, 1] = 1
+    optimizer.step()
+
+
+WRITES = {
+    "one value through data": lambda w: w.data[3, 5].fill_(4),
+    "a filter through data": lambda w: w.data[17].zero_(),
+    "all signs": lambda w: w.data.neg_(),
+    "filters exchanged": lambda w: w.data.copy_(w.data.flip(0)),
+    "channels exchanged": lambda w: w.data.copy_(w.data.roll(1, 1)),
+    "rounded": lambda w: w.data.mul_(8).round_().div_(8),
+    "low-rank update": lambda w: w.data.add_(torch.outer(torch.ones(32), torch.ones(40))[:, :, None, None]),
+    "by NumPy": lambda w: w.detach().numpy().__setitem__((2, 3), 6),
+    "by ctypes": write_by_ctypes,
+    "by another process": write_in_a_process,
+    "other memory": lambda w: setattr(w, "data", torch.randn(32, 40, 1, 1)),
+    "other memory by set_": lambda w: w.data.set_(torch.randn(32, 40, 1, 1)),
+    "swapped": lambda w: torch.utils.swap_tensors(w, nn.Parameter(torch.randn(32, 40, 1, 1))),
+    "from a vector": lambda w: nn.utils.vector_to_parameters(torch.randn(32 * 40), [w]),
+    "by a fused optimiser": lambda w: step(w, fused=True),
+    "by a foreach optimiser": lambda w: step(w, foreach=True),
+    "broadcast": lambda w: w.data.copy_(torch.ones(32, 40, 1, 1)),
+}
+
+
+def layer_is_right(weight):
+    x = torch.linspace(-1, 1, 40 * 256).view(1, 40, 16, 16)
+    with torch.no_grad():
+        wanted = F.conv2d(x.double(), weight.double())
+        torch.testing.assert_close(nin.conv1x1(x, weight).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_write_is_seen(name):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(32, 40, 1, 1))
+    for _ in range(2):
+        layer_is_right(weight)
+        WRITES[name](weight)
+        layer_is_right(weight)
+
+
+@pytest.mark.parametrize("channels", [33, 192])
+def test_every_filter_that_is_set_to_zero_is_seen(channels):
+    weight, x = torch.randn(channels, channels, 1, 1), torch.randn(1, channels, 16, 16)
+    for filter_ in range(channels):
+        nin.conv1x1(x, weight)
+        before = weight.data[filter_].clone()
+        weight.data[filter_] = 0
+        assert not nin.conv1x1(x, weight)[0, filter_].any()
+        weight.data[filter_] = before
+
+
+def test_transformed_weights_are_fresh():
+    weight, x = torch.randn(64, 64, 3, 3), torch.randn(4, 64, 16, 16)
+    for place in ((0, 0, 0, 0), (63, 63, 2, 2), (31, 7, 1, 0)):
+        nin.mlpconv(x, [weight], [None], padding=1, activation=None)
+        weight.numpy()[place] += 50
+        wanted = F.conv2d(x, weight, padding=1)
+        got = nin.mlpconv(x, [weight], [None], padding=1, activation=None)
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_weights_in_the_memory_of_others_are_fresh():
+    memory = np.random.default_rng(0).normal(size=(32, 40, 1, 1)).astype(np.float32)
+    weight = torch.from_numpy(memory)
+    layer_is_right(weight)
+    memory[31, 39] = 8
+    layer_is_right(weight)
+
+
+def test_gradients_use_the_weights_of_now():
+    weights = [nn.Parameter(torch.randn(24, 16, 1, 1)), nn.Parameter(torch.randn(8, 24, 1, 1))]
+    x = torch.randn(2, 16, 6, 6, requires_grad=True)
+    for _ in range(2):
+        for weight in weights:
+            weight.data.view(-1)[5] += 3
+        got = torch.autograd.grad(nin.mlpconv(x, weights, (None, None)).square().sum(), (x, *weights))
+        y = F.conv2d(F.conv2d(x, weights[0]).relu(), weights[1]).relu()
+        for a, b in zip(got, torch.autograd.grad(y.square().sum(), (x, *weights)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
+
+
+def hashed(data, threads=1):
+    array = np.frombuffer(bytearray(data), np.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return weight_cache.hash_bytes(dispatch.KERNELS, (array.ctypes.data, len(array)))[0]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 511, 512, 513, 5000, 131072, 131080])
+def test_the_hash_sees_every_bit(isa, size):
+    data = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    first = hashed(data)
+    assert hashed(data) == first
+    places = range(size) if size < 600 else np.random.default_rng(1).choice(size, 200, replace=False)
+    others = set()
+    for place in places:
+        changed = data.copy()
+        changed[place] ^= 1 << (place % 8)
+        others.add(hashed(changed))
+    assert first not in others
+    assert len(others) == len(places)
+
+
+def test_the_hash_sees_what_sums_do_not(isa):
+    values = np.ones(4096, np.float32)
+    variants = [values, -values, np.zeros_like(values), np.zeros(4095, np.float32), np.tile([1, -1], 2048)]
+    variants += [
+        np.roll(np.tile([1, -1], 2048), 1),
+        *(np.repeat(order, 1024) for order in ([1, 2, 3, 4], [2, 1, 4, 3])),
+    ]
+    variants += [np.concatenate([values[:n], -values[n : n + 16], values[n + 16 :]]) for n in range(0, 4080, 16)]
+    hashes = {hashed(np.asarray(variant, np.float32).tobytes()) for variant in variants}
+    assert len(hashes) == len(variants)
+
+
+def test_the_hash_does_not_depend_on_the_number_of_threads():
+    data = np.random.default_rng(0).integers(0, 256, 3_000_001, dtype=np.uint8)
+    assert len({hashed(data, threads) for threads in (1, 2, 3)}) == 1
+
+
+def test_views_of_one_tensor_do_not_fill_the_memory():
+    weight_cache._copies.clear()
+    base, x = torch.randn(400, 16, 1, 1), torch.randn(1, 16, 30, 30)
+    for start in range(380):
+        nin.conv1x1(x, base[start : start + 20])
+    kept = sum(copy.packed.nbytes for copy in weight_cache._copies.values())
+    assert kept < 2 * weight_cache.MAX_COPIED_RATIO * base.nbytes
+    del base
+    gc.collect()
+    assert not weight_cache._copies
+
+
+def test_constants_are_not_hashed(monkeypatch):
+    weight, x = torch.randn(32, 40, 1, 1), torch.randn(1, 40, 16, 16)
+    weight_cache.mark_constant(weight)
+    nin.conv1x1(x, weight)
+    (copy,) = (copy for key, copy in weight_cache._copies.items() if key[0] == weight.data_ptr())
+    assert copy.hash is None
+    layer_is_right(weight)
+    name = id(weight.untyped_storage())
+    del weight
+    gc.collect()
+    assert name not in weight_cache._constants
+
+
+def test_no_compiled_library_no_hash():
+    assert library.LIBRARY is not None
+    assert weight_cache.hash_tensors(dispatch.KERNELS, [torch.ones(2, device="meta")]) is None
+    assert weight_cache.hash_tensors(dispatch.KERNELS, [torch.ones(4, 4)[:, 1]]) is None
+    a, b = torch.ones(6), torch.ones(2, 3)
+    assert weight_cache.hash_tensors(dispatch.KERNELS, [a]) != weight_cache.hash_tensors(dispatch.KERNELS, [b])
