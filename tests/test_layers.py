@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import nin
 from nin.layers import VARIANCE_GAIN, StandardisedConv2d
@@ -182,3 +183,29 @@ def test_wrong_arguments_are_named(make, message):
 def test_a_filter_of_one_weight_cannot_be_standardised():
     with pytest.raises(ValueError, match="at least 2 weights in a filter, got 1"):
         nin.MLPConv(1, (4, 4), normalisation="weight_standardisation")
+
+
+def test_mlpconv_lets_hooks_and_other_modules_in():
+    layer, x = nin.MLPConv(3, (4, 5), kernel_size=3, padding=1), torch.randn(2, 3, 6, 6)
+    plain = layer.to_sequential()
+    prune.l1_unstructured(layer.convs[0], "weight", 0.5)
+    with torch.no_grad():
+        layer.convs[0].weight_orig.mul_(-3)  # the weight is computed by a hook before the forward
+    torch.testing.assert_close(layer(x), plain(x))
+    layer.convs[1].register_forward_hook(lambda _, args, out: out + 1)
+    torch.testing.assert_close(layer(x), plain(x))
+    assert not torch.equal(layer(x), torch.relu(F.conv2d(plain[1](plain[0](x)), layer.convs[1].weight)))
+
+
+def test_mlpconv_takes_the_geometry_of_its_convolutions():
+    layer, x = nin.MLPConv(4, (4, 6), kernel_size=3), torch.randn(2, 4, 7, 7)
+    others = [
+        nn.Conv2d(4, 4, 5, stride=2, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh()),
+    ]
+    for first in others:
+        layer.convs[0] = first
+        torch.testing.assert_close(layer(x), torch.relu(layer.convs[1](torch.relu(first(x)))))

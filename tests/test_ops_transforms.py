@@ -34,6 +34,7 @@ import nin
 from nin.errors import UserError
 from nin.ops.transforms import is_plain
 from support.chains import CHAINS, DTYPES, Chain, conv_chain, each_layout
+from support.random_models import in_plain_pytorch
 
 # PyTorch's forward mode itself scripts a few functions when it is used first
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
@@ -371,32 +372,6 @@ class Network(nn.Module):
 
     def forward(self, x):
         return self.last(self.standard(self.bottleneck(self.inception(self.norm(self.chain(x)))))).mean((2, 3))
-
-
-def in_plain_pytorch(model):
-    """Return a copy whose nin layers are PyTorch's, under the same names of parameters."""
-
-    class Plain(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.__dict__["_modules"], self.__dict__["_parameters"] = layer._modules, layer._parameters
-            self.layer = [layer]
-
-        def forward(self, x):
-            layer = self.layer[0]
-            if isinstance(layer, nin.Conv1x1):
-                arguments = [self.weight], [self.bias], [layer.activation or "none"], {"stride": layer.stride}
-                return conv_chain(x, *arguments)
-            weights = [c.standardised_weight() if hasattr(c, "gain") else c.weight for c in self.convs]
-            geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-            return conv_chain(x, weights, [c.bias for c in self.convs], layer.activations, geometry)
-
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nin.MLPConv | nin.Conv1x1):
-                setattr(module, name, Plain(child))
-    return model
 
 
 def per_sample_gradients(model, x):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.errors import UserError
-from nin.ops import Pair, check_activation, conv1x1, mlpconv
+from nin.ops import ACTIVATIONS, Pair, check_activation, conv1x1, mlpconv
 
 NORMALISATIONS = (None, "weight_standardisation")
 
@@ -205,11 +205,16 @@ class MLPConv(_OperatorLayer):
         return self._run(x, len(self.convs) - 1)
 
     def _run(self, x: Tensor, count: int) -> Tensor:
-        """Run the first ``count`` layers as one operator."""
+        """Run the first ``count`` layers as one operator; one by one if a hook or another module stands in between."""
         convs = cast(list[nn.Conv2d], list(self.convs)[:count])  # slicing an nn.ModuleList takes 10 µs
+        if not all(map(_is_plain_conv, convs)):
+            for conv, activation in zip(convs, self.activations, strict=False):
+                x = ACTIVATIONS[activation](conv(x))
+            return x
         weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
-        geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return mlpconv(x, weights, [conv.bias for conv in convs], activation=self.activations[:count], **geometry)
+        first = convs[0]
+        geometry = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation}
+        return mlpconv(x, weights, [conv.bias for conv in convs], activation=self.activations[:count], **geometry)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def fold(self) -> "MLPConv":
@@ -341,6 +346,18 @@ class GlobalAveragePooling(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Return scores (N, C) for ``maps`` of shape (N, C, H, W)."""
         return F.adaptive_avg_pool2d(maps, 1).flatten(1)
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    """Return whether nothing but a convolution's weights decides what it computes: no hook, no code of its own."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and getattr(conv.forward, "__func__", None) in (nn.Conv2d.forward, StandardisedConv2d.forward)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not (conv._forward_pre_hooks or conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+    )
 
 
 def _make_conv(

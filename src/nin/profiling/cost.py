@@ -252,7 +252,9 @@ class _LayerCounter:
         # that belonged to none of them when it began
         self.assigned: Counter[Any] = Counter()
         self.at_start: list[Counter[Any]] = []
-        for module in model.modules():
+        # with a hook, these would run by themselves
+        fused = {conv for module in model.modules() if isinstance(module, MLPConv) for conv in module.convs}
+        for module in self.names.keys() - fused:
             module.register_forward_pre_hook(self._before_forward)
             module.register_forward_hook(self._after_forward)
 
