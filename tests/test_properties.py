@@ -51,6 +51,12 @@ def needs_layer(change):
     return wrapped
 
 
+def dense(parameters):
+    """Make parameters contiguous, as PyTorch's own functions on flat vectors need them."""
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous()
+
+
 def owner_of(model, name):
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
@@ -118,6 +124,7 @@ def load_scaled(model, number, x):
 
 
 def vector_to_parameters(model, number, x):
+    dense(model.parameters())
     vector = nn.utils.parameters_to_vector(model.parameters())
     nn.utils.vector_to_parameters(vector * 1.5, model.parameters())
     return model
@@ -185,6 +192,7 @@ def hooked_weight(layer):
 def prune_layer(model, number, x):
     layer = model.get_submodule(pick(layers_of(model), number))
     if not hooked_weight(layer):
+        dense([layer.weight])
         prune.l1_unstructured(layer, "weight", 0.4)
     return model
 
