@@ -4,6 +4,8 @@ The pretended GPU refuses what a real one does, see `support.fake_gpu`; the valu
 """
 
 import dataclasses
+import importlib
+import json
 import pickle
 
 import numpy as np
@@ -17,14 +19,16 @@ from torch import nn
 import nin
 from nin import data, exporters, server
 from nin.cli import app
+from nin.errors import UserError
 from nin.inference.evaluation import evaluate
 from nin.narrowing import FinetuneConfig, finetune
 from nin.narrowing.latency import LatencyTable
-from nin.narrowing.narrow_to_folder import narrow_run
+from nin.narrowing.narrow_to_folder import narrow_model, narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.optim import OptimizerWithEMA, adamw, sgd
 from nin.profiling.bench import runner
 from nin.profiling.bench.cases import CASES
+from nin.runtime import distributed
 from nin.training import CheckpointOptions, batches
 from support.fake_gpu import CaptureError, DeviceMismatchError, GPUTensor, pretended_gpu
 from support.serving import pictures
@@ -510,4 +514,137 @@ def test_a_narrowed_run_and_its_control(run, tmp_path):
     few = dataclasses.replace(digits, train=data.ImageSet(digits.train.images[:256], digits.train.labels[:256]))
     config = WorkflowConfig({"macs": 0.6}, images=256, finetune=1, control=True)
     result = narrow_run(run, few, config, out=tmp_path / "narrowed")
+    assert next(result.model.parameters()).is_cuda
+    assert result.report.accuracy["finetuned"] > 0.5
     assert result.report.control.accuracy > 0
+    # the run folder is one that every machine reads
+    assert all(value.device.type == "cpu" for value in load_file(tmp_path / "narrowed/model.safetensors").values())
+
+
+def test_the_command_line_narrows_where_it_is_told_to(run, tmp_path, capsys):
+    """The report says which device was timed; without an option it is the GPU."""
+    for options, device in (((), "cuda:0"), (("--device", "cpu"), "cpu")):
+        out = tmp_path / device
+        narrow = ("narrow", str(run), "--data", "digits", "--macs", "0.6", "--images", "64", "--out", str(out))
+        app.main([*narrow, *options, "--json"])
+        report = json.loads(capsys.readouterr().out)
+        assert f" · {device} · " in report["environment"]["measured on"]
+        assert f" · {device} · " in (out / "narrowing.html").read_text()
+        assert report["accuracy"]["corrected"] > 0.5
+    assert (
+        load_file(tmp_path / "cpu/model.safetensors").keys() == load_file(tmp_path / "cuda:0/model.safetensors").keys()
+    )
+
+
+def test_somebodys_network_is_narrowed_on_the_gpu(images, tmp_path):
+    config = WorkflowConfig({"macs": 0.6}, images=64, finetune=1)
+    network, cache = nin.models.nin_digits(3).eval(), tmp_path / "cache.safetensors"
+    result = narrow_model(network, images, config, out=tmp_path / "narrowed", cache=cache)
+    assert next(result.model.parameters()).is_cuda
+    assert result.report.accuracy["finetuned"] >= 0
+
+
+def test_a_fine_tuning_goes_on_where_it_was_begun(run, images, tmp_path):
+    """A plan for a latency is one for the device that it was measured on."""
+    digits = data.load("digits")
+    few = dataclasses.replace(digits, train=data.ImageSet(digits.train.images[:128], digits.train.labels[:128]))
+    config, out = WorkflowConfig({"macs": 0.6}, images=64, finetune=2), tmp_path / "narrowed"
+    tuning = []
+
+    def stop():
+        return len(tuning) > 1
+
+    def progress(what, done, total):
+        tuning.extend([done] * what.startswith("Fine-tuning"))
+
+    keeping = CheckpointOptions(stop=stop)
+    with pytest.raises(KeyboardInterrupt):
+        narrow_run(run, few, config, out=out, keeping=keeping, on_progress=progress)
+    with pytest.raises(UserError, match="was begun with device=cuda, now cpu: give the same, or another --out"):
+        narrow_run(run, few, dataclasses.replace(config, device="cpu"), out=out)
+    result = narrow_run(run, few, dataclasses.replace(config, device="cuda"), out=out)
+    assert next(result.model.parameters()).is_cuda
+
+
+# -- several processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    """A process group of one that refuses tensors of the CPU, as NCCL does; return the number of its collectives."""
+    calls = []
+
+    def collective(*tensors):
+        calls.append(len(tensors))
+        for t in tensors:
+            if not t.is_cuda:
+                raise RuntimeError(f"No backend type associated with device type {t.device.type}")
+
+    def all_gather(gathered, t):
+        collective(t, *gathered)
+        gathered[0].copy_(t)
+
+    replacements = {
+        "is_initialized": lambda: True,
+        "get_backend": lambda: "nccl",
+        "get_rank": lambda: 0,
+        "get_world_size": lambda: 1,
+        "all_reduce": collective,
+        "broadcast": lambda t, source: collective(t),
+        "all_gather": all_gather,
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(torch.distributed, name, replacement)
+    return calls
+
+
+@pretended
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_collectives_take_tensors_of_any_device(nccl, device):
+    values, model = torch.arange(3.0, device=device), nn.Linear(2, 1).to(device)
+    before = model.weight.detach().clone()
+    total = distributed.all_reduce_sum(values)
+    assert total.device == values.device
+    assert total.tolist() == [0.0, 1.0, 2.0]
+    distributed.broadcast_model(model)
+    assert model.weight.device == values.device
+    torch.testing.assert_close(model.weight.detach(), before)
+    assert distributed.all_gather_text("é") == ["é"]
+    assert distributed.broadcast_result(lambda: "text") == "text"
+    assert len(nccl) == 1 + 2 + 2 + 2
+
+
+@pretended
+def test_narrowing_in_a_job_whose_backend_takes_no_tensors_of_the_cpu(nccl, run, tmp_path):
+    config = WorkflowConfig({"macs": 0.6}, images=64)
+    result = narrow_run(run, data.load("digits"), config, out=tmp_path / "narrowed")
+    assert result.report.accuracy["corrected"] > 0.5
+    assert nccl
+
+
+@pretended
+def test_training_in_a_job_whose_backend_takes_no_tensors_of_the_cpu(nccl, images):
+    assert nin.train(images, config(epochs=1)).info.result["test_images"] == len(images.test)
+    assert nccl
+
+
+@pretended
+def test_two_processes_on_one_gpu_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    module = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(module, "rendezvous", lambda *args, **options: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed, "_fresh_prefix_store", lambda *args: None)
+
+    def init(backend, **options):
+        assert backend == "nccl"
+        assert torch.cuda.current_device() == 1
+        raise torch.distributed.DistBackendError(
+            "NCCL error\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+        )
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    with (
+        pytest.raises(UserError, match=r"process 0 of 2 shares its GPU \(cuda:1\) with another one"),
+        distributed.process_group(torch.device("cuda:1")),
+    ):
+        pass

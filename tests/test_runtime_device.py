@@ -7,6 +7,8 @@ import nin
 from nin import server
 from nin.cli import app
 from nin.errors import UserError
+from nin.narrowing.narrow_to_folder import narrow_run
+from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
 from nin.profiling import bench
 from nin.runtime import device
 
@@ -35,6 +37,23 @@ def test_what_is_here():
             device.choose_device(wrong)
 
 
+@pytest.mark.parametrize(("gpus", "chosen"), [(8, "cuda:3"), (1, "cuda:0")])
+def test_a_process_of_a_job_takes_its_own_gpu(monkeypatch, gpus, chosen):
+    """Where it is shown only one, that one."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    assert str(device.choose_device("auto")) == str(device.choose_device("cuda")) == chosen
+
+
+def test_narrowing_needs_float64(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    with pytest.raises(UserError, match="device must be one that computes in float64, as narrowing does, got 'mps'"):
+        choose_narrowing_device("mps")
+
+
 def test_a_device_without_memory_is_one_line(monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError(
@@ -59,6 +78,7 @@ def test_no_verb_loads_anything_for_a_device_that_is_not_here(name, run, tmp_pat
         ("serve", str(run), "--no-browser"),
         ("serve", "--no-browser"),
         ("bench", "chain-192-160-96"),
+        ("narrow", str(run), "--data", "digits", "--macs", "0.5", "--dry-run"),
     ):
         with pytest.raises(SystemExit) as stop:
             app.main([*words, "--device", name])
@@ -71,6 +91,7 @@ def test_no_verb_loads_anything_for_a_device_that_is_not_here(name, run, tmp_pat
         lambda: nin.train("digits", nin.TrainConfig(device=name)),
         lambda: server.create_app(run, device=name),
         lambda: bench.run([], device=name),
+        lambda: narrow_run(run, None, WorkflowConfig({"macs": 0.5}, device=name), out=tmp_path / "out"),
         lambda: nin.NiNClassifier(device=name).fit([[0.0, 1.0], [1.0, 0.0]], [0, 1]),
     ):
         with pytest.raises(UserError, match="device must be auto or one of this machine"):

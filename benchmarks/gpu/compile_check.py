@@ -147,12 +147,13 @@ LARGE_GRID = (
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """The shared memory of a kernel with one candidate of its tiles."""
+    """The shared memory of a kernel with one candidate of its tiles; ``launch`` counts the case's launches."""
 
     case: str
     dtype: str
     capability: int
     kernel: str
+    launch: int
     tiles: str
     shared_bytes: int
     fits: bool
@@ -172,7 +173,8 @@ def find_fits(case: Case, dtype: torch.dtype, capability: int) -> Iterator[Fit]:
                 taken = seen[key] = shared_bytes(kernel, arguments, constants, capability)
                 precision = f" {constants['PRECISION']}" if dtype == torch.float32 else ""
                 name = TYPES[dtype] + precision
-                yield Fit(case.name, name, capability, kernel.__name__, describe(constants), taken, taken <= limit)
+                tiles, fits = describe(constants), taken <= limit
+                yield Fit(case.name, name, capability, kernel.__name__, place, tiles, taken, fits)
             if seen[key] <= limit:
                 fitting.add(place)
         if len(fitting) == len(launches):
@@ -183,7 +185,7 @@ def without_fit(rows: Sequence[Fit]) -> list[str]:
     """Return the kernels that fit with none of their tiles."""
     fitting: dict[str, bool] = {}
     for row in rows:
-        name = f"{row.kernel} of {row.case}, {row.dtype}, on {row.capability}"
+        name = f"{row.kernel} of {row.case}, launch {row.launch}, {row.dtype}, on {row.capability}"
         fitting[name] = fitting.get(name, False) or row.fits
     return [name for name, fits in fitting.items() if not fits]
 

@@ -430,6 +430,8 @@ def pretended_gpu(monkeypatch):
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device="cuda": torch.empty(0, dtype=torch.uint8),
+        "set_rng_state": lambda state, device="cuda": None,
         "device": _current,
         "Stream": _Stream,
         "stream": lambda stream: contextlib.nullcontext(),

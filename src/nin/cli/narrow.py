@@ -14,6 +14,8 @@ from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
 
 if TYPE_CHECKING:
+    import torch
+
     from nin.narrowing import NarrowReport, NarrowResult
 
 
@@ -41,6 +43,7 @@ def narrow(
     data_dir: Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    device: str = "auto",
     json: bool = False,
 ) -> None:
     """Make a trained network narrower, and so faster: fewer channels where they are missed least.
@@ -53,7 +56,7 @@ def narrow(
             test images measure what was lost.
         out: The folder to make. That of a run is a run: predict, report and narrow take it like any other. That of
             --model holds model.safetensors, plan.json, report.json and report.html.
-        latency: Time to be left, as a share of the original's, measured on this machine.
+        latency: Time to be left, as a share of the original's, measured on --device.
         macs: Multiply-accumulates to be left, as a share of the original's.
         parameters: Parameters to be left, as a share of the original's.
         budgets: More shares, such as 0.8,0.6,0.45: accuracy against latency at each of them, in the report.
@@ -75,12 +78,13 @@ def narrow(
         data_dir: Where the files of mnist to svhn lie.
         resume: Where it is finished, print its result; else go on, or begin, as without it.
         dry_run: Print the plan only.
+        device: Where to compute, and to measure times: auto for a GPU where there is one, cpu, cuda, cuda:1.
         json: Print the figures as JSON on standard output.
     """
     from nin import checkpoint
     from nin.checkpoint import load_info
     from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
-    from nin.narrowing.workflow import WorkflowConfig
+    from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
     config = WorkflowConfig(
@@ -93,6 +97,7 @@ def narrow(
         batch=batch,
         channels_last=channels_last,
         dry_run=dry_run,
+        device=device,
     )
     if (run is None) == (model is None) or (model is None) != (weights is None):
         raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
@@ -101,6 +106,7 @@ def narrow(
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
+    on = choose_narrowing_device(device)  # before the network and the images, so that a mistake shows at once
     silence_other_ranks()
     if resume and out is not None and not dry_run:
         report = load_finished(out, config)
@@ -117,10 +123,10 @@ def narrow(
     value_range = "auto" if run is None else load_info(run).preprocessing.value_range
     samples = load_data(data, data_dir=data_dir, size=size, value_range=value_range)
     if run is not None:
-        result = narrow_with_progress(narrow_run, run, samples, config, out=out)
+        result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)
     else:
         options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache}
-        result = narrow_with_progress(narrow_model, network, samples, config, **options)
+        result = narrow_with_progress(on, narrow_model, network, samples, config, **options)
     if torchrun.rank() > 0:
         return
     hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
@@ -141,17 +147,17 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
         raise UserError(f"{name} must be numbers with commas between them, such as 0.8,0.6, got {text!r}") from error
 
 
-def narrow_with_progress(narrow: Callable[..., NarrowResult], *arguments: Any, **options: Any) -> NarrowResult:
+def narrow_with_progress(
+    device: torch.device, narrow: Callable[..., NarrowResult], *arguments: Any, **options: Any
+) -> NarrowResult:
     """Narrow with a progress bar; Ctrl-C and SIGTERM stop it where it can go on."""
-    import torch
-
     from nin.runtime import distributed
     from nin.training import CheckpointOptions
 
     with (
         ProgressBar("Narrowing") as bar,
         catch_stop_signals() as received,
-        distributed.process_group(torch.device("cpu")),
+        distributed.process_group(device),
     ):
         try:
             keeping = CheckpointOptions(stop=lambda: bool(received))

@@ -239,7 +239,8 @@ def _unchanged_randomness() -> Iterator[None]:
     """Keep the states of the random number generators: a forward that is traced may draw from them."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(device_type="cuda") if torch.cuda.is_initialized() else torch.random.fork_rng([]):
+        # named one by one: PyTorch warns where there are several and nobody says which
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
             yield
     finally:
         random.setstate(states[0])

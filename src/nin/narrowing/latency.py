@@ -105,10 +105,14 @@ class ModelTimer:
         original: the model before, in evaluation mode.
         batches: images; the first batch is repeated as needed.
         layout: "contiguous" or "channels_last".
+
+    Attributes:
+        device: that is timed, the original's.
     """
 
     def __init__(self, original: nn.Module, batches: list[Any], layout: str) -> None:
         self.original, self.batches, self.layout = original, batches, layout
+        self.device = next(original.parameters()).device
 
     def compare(self, narrowed: nn.Module, batch: int) -> tuple[timer.Timing, timer.Timing]:
         """Return the timings before and after, with that many images at a time."""
@@ -117,7 +121,7 @@ class ModelTimer:
         )
         narrowed = to_layout(copy_model(narrowed), self.layout).eval()
         calls = {"before": lambda: self.original(*args, **kwargs), "after": lambda: narrowed(*args, **kwargs)}
-        times = _time(calls, next(self.original.parameters()).device, MODEL_SECONDS)
+        times = _time(calls, self.device, MODEL_SECONDS)
         return times["before"], times["after"]
 
 

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nin.errors import UserError
@@ -58,9 +57,8 @@ class Moments:
 
     def all_reduce(self) -> None:
         """Add up over all processes of a job, in place."""
-        if distributed.is_initialized():
-            for value in self.sums.values():
-                dist.all_reduce(value)
+        for name, value in self.sums.items():
+            self.sums[name] = distributed.all_reduce_sum(value)
 
     @property
     def has_patch_covariance(self) -> bool:

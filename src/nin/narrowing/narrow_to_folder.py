@@ -17,7 +17,15 @@ from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
 from nin.narrowing.uniform_baseline import original_config, train_control
-from nin.narrowing.workflow import CONTROL_FOLDER, NarrowingTask, WorkflowConfig, output_folder, run_workflow
+from nin.narrowing.workflow import (
+    CONTROL_FOLDER,
+    NarrowingTask,
+    WorkflowConfig,
+    choose_narrowing_device,
+    model_device,
+    output_folder,
+    run_workflow,
+)
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
@@ -60,13 +68,14 @@ def narrow_run(
         KeyboardInterrupt: ``keeping.stop`` said so; the same call resumes.
     """
     keeping = keeping or CheckpointOptions()
+    device = choose_narrowing_device(config.device)  # before the network, so that a mistake shows at once
     model, info = checkpoint.load_model(run)
     if mismatch := info.mismatch(images):
         raise UserError(f"the images do not fit {run}: {mismatch}")
     # augmented as in the training of the run, whatever the default of the data set is
     augmentation = {name: info.recipe[name] for name in ("flip", "shift") if name in info.recipe}
     images = dataclasses.replace(images, **augmentation)
-    task = NarrowingTask(model, images, info.preprocessing, True, run / CACHE_FILE)
+    task = NarrowingTask(model.to(device), images, info.preprocessing, True, run / CACHE_FILE)
     if config.control:
         original_config(info.model)  # refuses other networks before anything is computed
     folder = None if config.dry_run else out
@@ -217,7 +226,7 @@ def narrow_model(
     """Narrow any network; interrupted, the same call resumes it.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; moved to ``config.device``.
         images: to calibrate with, and, where their classes are as many as the network's scores, to test with.
         config: what is asked for.
         mean: that the network's input is normalised with, see `choose_preprocessing`.
@@ -235,6 +244,7 @@ def narrow_model(
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
     keeping = keeping or CheckpointOptions()
+    model = model.to(choose_narrowing_device(config.device))
     preprocessing = choose_preprocessing(images, mean, std)
     scores = count_scores(model, images, preprocessing)
     if config.finetune and scores is None:
@@ -269,7 +279,7 @@ def count_scores(model: nn.Module, images: data.Data, p: checkpoint.Preprocessin
     pixels = images.train.fetch(torch.arange(min(2, len(images.train))))
     try:
         with torch.no_grad():
-            result = model(data.to_float(pixels, p.mean, p.std, dtype=torch.float32))
+            result = model(data.to_float(pixels.to(model_device(model)), p.mean, p.std, dtype=torch.float32))
     except Exception as error:  # somebody's own network may raise anything
         if other := describe_other_input(model):
             raise UserError(f"the network takes {other}: nin narrow gives it one batch of images") from error

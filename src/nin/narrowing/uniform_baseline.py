@@ -93,7 +93,7 @@ def train_control(
     model_timer = ModelTimer(to_plain_layers(task.model).eval(), task.calibration_batches(config), config.layout)
     base, shape = original_config(info.model), (1, info.preprocessing.channels, *2 * (info.preprocessing.size,))
     chosen = load_or_choose(out.parent, task, config, lambda: choose_network(base, config, report, model_timer, shape))
-    train_config = control_train_config(info, config.finetune)
+    train_config = control_train_config(info, config)
 
     def progress(p: training.TrainProgress) -> None:
         on_progress(f"Training the control, epoch {p.epoch}/{p.epochs}, loss {p.loss:.3f}", p.step, p.steps)
@@ -106,8 +106,7 @@ def train_control(
         network=lambda: models.NiN(chosen),
         on_progress=progress,
     )
-    # trained on a GPU where there is one; timed and counted where the network beside it is
-    model = result.model.to(next(task.model.parameters()).device)
+    model = result.model.to(task.device)  # another where an interrupted training went on elsewhere
     plain = to_plain_layers(model)
     return ControlReport(
         ratio=sum(sum(b.channels) for b in chosen.blocks) / sum(sum(b.channels) for b in base.blocks),
@@ -153,7 +152,7 @@ def choose_network(
         return times[1].median_ms / times[0].median_ms
 
     def cost_of(ratio: float) -> float:
-        network = models.NiN(scale_channels(base, ratio))
+        network = models.NiN(scale_channels(base, ratio)).to(model_timer.device)
         if kind == "latency":
             return fraction(model_timer.compare(to_plain_layers(network), batch))
         counted = cost.cost(network, shape)
@@ -163,8 +162,8 @@ def choose_network(
     return scale_channels(base, largest_ratio(cost_of, targets[kind], BISECTION_STEPS[kind]))
 
 
-def control_train_config(info: checkpoint.RunInfo, finetune: int) -> TrainConfig:
-    """Return the settings that a run was trained with, with the epochs of the fine-tuning added.
+def control_train_config(info: checkpoint.RunInfo, config: WorkflowConfig) -> TrainConfig:
+    """Return the settings that a run was trained with, with the epochs of the fine-tuning added, on this call's device.
 
     Raises:
         UserError: the run does not say how many epochs it was trained.
@@ -173,4 +172,5 @@ def control_train_config(info: checkpoint.RunInfo, finetune: int) -> TrainConfig
     settings = {name: value for name, value in info.recipe.items() if name in names}
     if not settings.get("epochs"):
         raise UserError("--control must be given a run folder whose recipe says how many epochs it was trained")
-    return TrainConfig(**{**settings, "epochs": settings["epochs"] + finetune})
+    changed = {"epochs": settings["epochs"] + config.finetune, "device": config.device}
+    return TrainConfig(**{**settings, **changed})

@@ -48,6 +48,7 @@ class WorkflowConfig:
         channels_last: keep the weights in that memory layout, and measure it.
         dry_run: plan only, write nothing but the cache of the analysis.
         seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1": where everything is computed and timed.
     """
 
     budget: Mapping[str, float]
@@ -60,6 +61,7 @@ class WorkflowConfig:
     channels_last: bool = False
     dry_run: bool = False
     seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges, so that a mistake shows before anything is loaded."""
@@ -93,7 +95,7 @@ class NarrowingTask:
     """A network to narrow, with its data set and preprocessing.
 
     Attributes:
-        model: in evaluation mode.
+        model: in evaluation mode, on the device that computes.
         images: to calibrate with, to train on (mirrored and shifted as they say) and to test with.
         preprocessing: from an image to the network's input.
         labelled: whether its scores are for the classes of the images.
@@ -106,26 +108,52 @@ class NarrowingTask:
     labelled: bool
     cache: Path
 
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return model_device(self.model)
+
     def inputs(self, pixels: Tensor) -> Tensor:
         """Return pixels as the network takes them: float32 (N, C, H, W)."""
         return data.to_float(pixels, self.preprocessing.mean, self.preprocessing.std, dtype=torch.float32)
 
     def calibration_batches(self, config: WorkflowConfig) -> list[Tensor]:
-        """Return the calibration batches, without augmentation; to each of n processes every n-th."""
+        """Return the calibration batches, without augmentation; to each of n processes every n-th.
+
+        They are computed on the CPU and have the same bits on every device, so the same fingerprint.
+        """
         order = data.epoch_order(len(self.images.train), seed=config.seed, epoch=0)[: config.images]
         local = order.split(NARROWING_BATCH_SIZE)[distributed.rank() :: distributed.world_size()]
         order = torch.cat([*local, order[:0]])  # of a process without images too
-        return [self.inputs(pixels) for pixels, _, _ in data.batches(self.images.train, order, NARROWING_BATCH_SIZE)]
+        batches = data.batches(self.images.train, order, NARROWING_BATCH_SIZE)
+        return [self.inputs(pixels).to(self.device) for pixels, _, _ in batches]
 
     def accuracy(self, model: nn.Module) -> float:
         """Return a model's accuracy on the test images, from 0 to 1."""
         images = dataclasses.replace(self.images, mean=self.preprocessing.mean, std=self.preprocessing.std)
         training_mode = model.training
-        scores, labels = evaluation.evaluate(model.eval(), images, device=torch.device("cpu"), dtype=torch.float32)
+        scores, labels = evaluation.evaluate(model.eval(), images, device=self.device, dtype=torch.float32)
         model.train(training_mode)
         hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
         right, count = distributed.all_reduce_sum(hits).tolist()
         return float(right / count)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters; the CPU where it has none."""
+    return next((value.device for value in model.parameters()), torch.device("cpu"))
+
+
+def choose_narrowing_device(name: str) -> torch.device:
+    """Return the device to narrow on; see `nin.runtime.device.choose_device`.
+
+    Raises:
+        UserError: there is no such device here, or it has no float64, which statistics and fitting are computed in.
+    """
+    chosen = device.choose_device(name)
+    if chosen.type == "mps":
+        raise UserError(f"device must be one that computes in float64, as narrowing does, got {name!r}: give cpu")
+    return chosen
 
 
 def run_workflow(
@@ -195,7 +223,8 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
 def task_fingerprint(task: NarrowingTask, config: WorkflowConfig) -> dict[str, Any]:
     """Return what must be the same to resume: the settings, and a hash of the network and the images."""
     seen = [*task.calibration_batches(config), task.images.train.labels, task.images.test.labels]
-    settings = config.to_dict()
+    # the device itself, whatever name it was asked for by: a plan for a latency is one for that device
+    settings = {**config.to_dict(), "device": task.device.type}
     if config.finetune:
         # its epochs are config.finetune
         settings |= {name: value for name, value in FinetuneConfig().to_dict().items() if name != "epochs"}
@@ -214,7 +243,8 @@ def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
     Raises:
         UserError: the settings, the network or the images differ.
     """
-    now, settings = task_fingerprint(task, config), before.get("settings", {})
+    # what was begun before there was a choice of devices was begun on the CPU
+    now, settings = task_fingerprint(task, config), {"device": "cpu", **before.get("settings", {})}
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:
         differing = ["another network or other images"]
@@ -274,6 +304,7 @@ class _Finetuning:
         order = data.epoch_order(len(images.train), seed=seed, epoch=epoch)[done * NARROWING_BATCH_SIZE :]
         for pixels, labels, indices in data.batches(images.train, order, NARROWING_BATCH_SIZE):
             torch.manual_seed(step_seed(seed, self.train_step.step_number))  # of dropout
+            pixels, indices = pixels.to(self.task.device), indices.to(self.task.device)
             augmented = data.augment(pixels, indices, seed=seed, epoch=epoch, flip=images.flip, shift=images.shift)
             yield self.task.inputs(augmented), labels if self.task.labelled else None
 

@@ -30,7 +30,8 @@ def choose_device(name: str | torch.device, *, gpu: int | None = None) -> torch.
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torchrun.world_size() > 1 and gpu is None:
-        gpu = torchrun.local_rank()
+        # where each process is shown one GPU (CUDA_VISIBLE_DEVICES, a container each), it is its own, whatever its rank
+        gpu = torchrun.local_rank() if torch.cuda.device_count() > 1 else 0
     if name == "cuda" and gpu is not None:
         name = f"cuda:{gpu}"
     refused = f"device must be auto or one of this machine ({', '.join(available_devices())}), got {name!r}"

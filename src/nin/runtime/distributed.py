@@ -54,10 +54,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Initialise the job's process group for the time of the block; nothing happens where there is one process.
 
     Args:
-        device: that the tensors are on: NCCL for a GPU, gloo for the CPU.
+        device: that the tensors are on: NCCL for a GPU, which is the current one in the block; gloo for the CPU.
 
     Raises:
-        UserError: another process died, or did not answer for `TIMEOUT`.
+        UserError: another process died, or did not answer for `TIMEOUT`, or has the same GPU.
     """
     if world_size() == 1:
         yield
@@ -65,13 +65,21 @@ def process_group(device: torch.device) -> Iterator[None]:
     # a PyTorch that was built without torch.distributed lacks this module
     from torch.distributed.rendezvous import rendezvous
 
+    on_gpu = device.type == "cuda"
     try:
         store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
         store = _fresh_prefix_store(store, number, size)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
-        yield
+        backend = "nccl" if on_gpu else "gloo"
+        # NCCL's own tensors, and those of `_on_backend`, are on the current GPU
+        with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
+            yield
     except RuntimeError as error:
+        if "Duplicate GPU" in str(error):  # NCCL has no class for it
+            raise UserError(
+                f"process {rank()} of {world_size()} shares its GPU ({device}) with another one, and each must have "
+                "its own: start no more processes on a machine than it has GPUs, or give --device cpu"
+            ) from error
         if not _is_lost_process_error(error):
             raise
         raise UserError(
@@ -142,10 +150,16 @@ def local_part(order: Tensor, batch_size: int) -> tuple[Tensor, int]:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum over all processes, the same bits in each of them."""
-    if is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+    if not is_initialized():
+        return values
+    total = _on_backend(values.clone())
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def _on_backend(values: Tensor) -> Tensor:
+    """Return a tensor where the process group can read and write it: NCCL refuses the CPU's, so a copy on the GPU."""
+    return values.cuda() if dist.get_backend() == "nccl" else values
 
 
 def broadcast_result(compute: Callable[[], str]) -> str:
@@ -173,7 +187,9 @@ def broadcast_model(model: nn.Module) -> None:
     """Overwrite a model's parameters and buffers with those of rank 0."""
     if is_initialized():
         for value in model.state_dict().values():
-            dist.broadcast(value.detach(), 0)
+            sent = _on_backend(value.detach())
+            dist.broadcast(sent, 0)
+            value.copy_(sent)  # nothing where it is the same tensor
 
 
 def all_gather_text(text: str) -> list[str]:
@@ -182,7 +198,7 @@ def all_gather_text(text: str) -> list[str]:
         return [text]
     # bytes in a tensor, and not all_gather_object, which would unpickle what comes over the network
     data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)  # with one more, never empty
-    data = data.to(torch.device("cuda", torchrun.local_rank()) if dist.get_backend() == "nccl" else "cpu")
+    data = _on_backend(data)
     length = torch.tensor([len(data)], device=data.device)
     lengths = [torch.zeros_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
