@@ -108,6 +108,46 @@ def test_a_replay_launches_on_the_calls_own_tensors():
     assert [plans for *_, plans in (first, again, unaligned, unaligned_again)] == [1, 1, 2, 2]
 
 
+# Versions of Triton whose compiled kernels are started otherwise.
+CHANGED = {
+    "another order": "old = Kernel.__getitem__\nKernel.__getitem__ = lambda self, grid: "
+    "lambda *args, stream=None: old(self, grid)(*args[::-1], stream=stream)",
+    "other parameters": "Kernel.__getitem__ = lambda self, grid: lambda *args: None",
+}
+CHECK = """
+Kernel = triton.compiler.compiler.CompiledKernel
+CHANGE
+starts = []
+make = launch.KernelLaunch._compile
+def _compile(self, arguments):
+    before = driver.launches()
+    make(self, arguments)
+    starts.append([self.start is not None, driver.launches() - before])
+launch.KernelLaunch._compile = _compile
+rows = []
+x, chain = call((24, 40, 16))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        before = driver.launches()
+        dispatch.mlpconv(x, chain)
+        rows.append(driver.launches() - before)
+print(json.dumps([rows, starts, [str(w.message) for w in said if "nin:" in str(w.message)]]))
+"""
+
+
+def test_a_kernel_that_is_started_as_known_is_compared_with_tritons_look_up_once():
+    launches, starts, said = run_python(CHECK.replace("CHANGE", ""))
+    assert (launches, starts, said) == ([1, 1], [[True, 0]], [])
+
+
+@pytest.mark.parametrize("change", list(CHANGED.values()), ids=CHANGED)
+def test_tritons_look_up_serves_where_kernels_are_started_otherwise(change):
+    launches, starts, (said,) = run_python(CHECK.replace("CHANGE", change))
+    assert (launches, starts) == ([1, 1], [[False, 0]])
+    assert "starts kernels in a way of its own" in said
+
+
 TOO_LARGE = """
 from nin.ops.gpu import h100_timings, tile_sizes
 h100_timings.estimate_us = lambda problem, *, backward: {"triton": 1.0}

@@ -264,6 +264,44 @@ def test_the_table_serves_where_it_is_asked_for_and_where_nothing_can_be_measure
     assert choose(case, backward=False, platform="card", measure=None).engine == "cudnn"
 
 
+def test_float32_without_matrix_units_stays_with_the_library_unmeasured(monkeypatch):
+    case = problem((192, 160, 96), 32, 512, itemsize=4, precision="ieee")
+    answer = {"cudnn": 3.0, "triton": 2.0}, {}, []
+    for backward in (False, True):
+        assert choose(case, backward=backward, platform="card", measure=lambda: 1 / 0).engine == "cudnn"
+    tf32 = dataclasses.replace(case, precision="tf32")
+    half = dataclasses.replace(case, itemsize=2)
+    for other in (tf32, half):
+        assert choose(other, backward=False, platform="card", measure=lambda: answer).source == "measured"
+    forced = dataclasses.replace(case, engine="triton")
+    assert choose(forced, backward=False, platform="card", measure=lambda: 1 / 0).engine == "triton"
+    monkeypatch.setenv("NIN_GPU_TUNE", "full")
+    assert choose(case, backward=False, platform="card", measure=lambda: answer).engine == "triton"
+    monkeypatch.setenv("NIN_GPU_TUNE", "1")  # what was measured so serves
+    assert choose(case, backward=False, platform="card", measure=lambda: 1 / 0).source == "measured"
+
+
+def test_without_an_assembler_the_library_serves_and_it_is_said_once(monkeypatch):
+    def missing(arch):
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setenv("NIN_GPU", "triton")
+    dispatch.triton_problem.cache_clear()
+    try:
+        x, chain = call(24, 40, 16)
+        with pytest.warns(UserWarning, match="nin: Triton cannot compile: Cannot find ptxas; PyTorch's own") as said:
+            results = [dispatch.mlpconv(x, chain), dispatch.mlpconv(x[:1], chain)]
+        assert len(said) == 1
+        torch.testing.assert_close(results[0], reference.mlpconv(x, chain))
+        assert "Cannot find ptxas" in dispatch.backend_summary()
+    finally:
+        dispatch.triton_problem.cache_clear()
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
     x = mock.Mock(is_cuda=True)
     for capturing in (True, False):

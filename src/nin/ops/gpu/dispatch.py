@@ -56,13 +56,27 @@ def backend_summary() -> str:
 
 @functools.cache
 def triton_problem() -> str:
-    """Import Triton; return why that is impossible, or nothing."""
+    """Import Triton; return why it cannot serve here, or nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         importlib.import_module("triton")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what a broken installation raises
         return f"Triton cannot be imported: {error}"
+    return _compiler_problem() if torch.cuda.is_available() and torch.version.cuda else ""
+
+
+def _compiler_problem() -> str:
+    """Return why Triton can compile nothing for this GPU: it has no assembler; or nothing."""
+    find = getattr(importlib.import_module("triton.backends.nvidia.compiler"), "get_ptxas", None)
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        if find is not None:
+            find(10 * major + minor)
+    except TypeError:  # of another version: a compilation will tell
+        return ""
+    except (RuntimeError, OSError) as error:
+        return f"Triton cannot compile: {error}"
     return ""
 
 

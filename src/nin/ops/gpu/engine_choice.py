@@ -101,6 +101,8 @@ def choose(problem: ChainProblem, *, backward: bool, platform: str = "", measure
         name = f"{'backward' if backward else 'forward'} {problem.name()}"
         if tuning_mode() != "0":
             timing = timing_cache.read_timing(platform, name)
+    if not problem.uses_matrix_units and tuning_mode() != "full":
+        measure = None  # compiling one such kernel took 42 s, and it would hardly win
     available = (problem, backward, "triton") not in _unavailable
     wanted = timing is None or (tuning_mode() == "full" and timing["left_out"])
     if wanted and measure is not None and available and problem.engine == "auto":
@@ -126,6 +128,8 @@ def _choice(problem: ChainProblem, timing: dict[str, Any] | None, *, available: 
         return Choice("triton", f"{ENGINE_VARIABLE}=triton", tiles=timing["tiles"] if timing else {})
     if timing is not None:
         return Choice(timing["fastest"], "measured", timing["us"], timing["tiles"])
+    if not problem.uses_matrix_units:
+        return Choice(LIBRARY, "float32 without TF32")
     expected = h100_timings.estimate_us(problem, backward=backward)
     return Choice(min(expected, key=expected.__getitem__, default=LIBRARY), TABLE, expected)
 

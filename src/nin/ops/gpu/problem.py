@@ -80,6 +80,11 @@ class ChainProblem:
         """Return the columns of the input's im2col matrix, then the layers' widths."""
         return (self.in_channels * self.taps, *self.widths)
 
+    @property
+    def uses_matrix_units(self) -> bool:
+        """Whether the products are computed by matrix units, which plain float32 has none of."""
+        return self.itemsize == 2 or self.precision == "tf32"
+
     def macs(self) -> Any:
         """Return the multiply-accumulates of the forward pass."""
         return self.pixels * sum(a * b for a, b in itertools.pairwise(self.matrix_widths()))
