@@ -190,6 +190,24 @@ def without_fit(rows: Sequence[Fit]) -> list[str]:
     return [name for name, fits in fitting.items() if not fits]
 
 
+def fit_table(rows: Sequence[Fit]) -> str:
+    """Return as a Markdown table, for each card and dtype, which of their tiles the kernels fit with."""
+    launches: dict[tuple[int, str], dict[tuple[str, int], list[bool]]] = {}
+    for row in rows:
+        kernels = launches.setdefault((row.capability, row.dtype), {})
+        kernels.setdefault((row.case, row.launch), []).append(row.fits)
+    lines = [
+        "| card | dtype | compiled | kernels | fit by the default tiles | by later ones | by none |",
+        "|---" * 7 + "|",
+    ]
+    for (capability, dtype), kernels in launches.items():
+        found = kernels.values()
+        default, later = sum(fits[0] for fits in found), sum(any(fits) and not fits[0] for fits in found)
+        counts = sum(map(len, found)), len(found), default, later, len(found) - default - later
+        lines.append(f"| {capability // 10}.{capability % 10} | {dtype} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines) + "\n"
+
+
 def shared_bytes(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], capability: int) -> int:
     """Return the shared memory that the compiler takes: what ``compiled.metadata.shared`` says, in a third of the time.
 
@@ -372,6 +390,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         fits = check_grid(cases, given.capability or list(CARDS), dtypes, say)
         if given.json:
             given.json.write_text(json.dumps([dataclasses.asdict(row) for row in fits], indent=1) + "\n")
+        say(fit_table(fits))
         misfits = without_fit(fits)
         say(f"{len(fits)} compiled, {len(misfits)} kernels fit with no tiles" + "".join(f"\n{m}" for m in misfits))
         return 1 if misfits else 0
