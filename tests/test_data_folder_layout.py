@@ -56,6 +56,9 @@ def by_path(found):
         ("seg_train/seg_train", "seg_test/seg_test"),
         ("dataset/dataset/train", "dataset/dataset/val"),
         ("images/train", "images/test"),
+        ("trainval", "test"),
+        ("train_val", "test"),
+        ("训练集", "测试集"),
     ],
 )
 def test_the_parts_have_many_names(tmp_path, train, test):
@@ -104,6 +107,45 @@ def test_folders_of_equal_names_in_all_classes_are_noted(tmp_path):
     (note,) = data.check(tmp_path).notes
     assert "Lernbilder, Pruefbilder hold folders of the same names (cat, dog)" in note
     assert "call the parts train and test" in note
+
+
+@pytest.mark.parametrize("set_folder", ["Plants(Augmented)/Plants(Augmented)", "data/dataset"])
+def test_the_parts_may_lie_in_one_folder_beside_others(tmp_path, set_folder):
+    fill(tmp_path / set_folder / "train")
+    fill(tmp_path / set_folder / "valid", count=2)
+    noise(tmp_path / "test" / "test" / "leaf.png")
+    found = data.check(tmp_path)
+    assert found.classes == (("cat", 3, 2), ("dog", 3, 2))
+    assert found.notes == (
+        f"{tmp_path / set_folder} is read: it holds the parts of the set",
+        f"{tmp_path / 'test'} is not used (1 image): the parts of the set lie in "
+        f"{tmp_path / set_folder.partition('/')[0]}",
+    )
+
+
+def test_a_class_with_flat_parts_beside_a_class_without_is_no_set(tmp_path):
+    for place in ("cat/train", "cat/test", "dog"):
+        for number in range(3):
+            noise(tmp_path / place / f"{number}.png")
+    assert [name for name, _, _ in data.check(tmp_path).classes] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("links", [{"cat/all": ".."}, {"cat/all": ".", "cat/dog": "../dog", "dog/cat": "../cat"}])
+def test_links_that_lead_back_are_listed_and_end(tmp_path, links):
+    fill(tmp_path)
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target, target_is_directory=True)
+    found = data.check(tmp_path)
+    assert [name for name, _, _ in found.classes] == ["cat", "dog"]
+    assert "a link to a folder that it lies in" in {finding.detail for finding in found.findings}
+
+
+def test_the_folder_meant_is_named_however_deep(tmp_path):
+    fill(tmp_path / "archive" / "slides" / "breast")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").write_text("from a microscope")
+    with pytest.raises(UserError, match=r"got only 'archive'; did you mean .*breast\?"):
+        data.load(tmp_path)
 
 
 def test_the_parts_may_lie_in_each_class(tmp_path):
@@ -282,6 +324,19 @@ def test_masks_beside_their_images_are_left_out(tmp_path):
     assert len(found.train) + len(found.test) == 8
     fill(tmp_path / "faces", ("with_mask", "mask"))
     assert data.load(tmp_path / "faces").classes == ("mask", "with_mask")
+
+
+def test_masks_in_a_folder_called_after_the_class(tmp_path):
+    for name in ("bream", "sprat", "with_mask"):
+        for number in range(3):
+            noise(tmp_path / name / name / f"{number}.png")
+            noise(tmp_path / name / f"{name} GT" / f"{number}.png")
+    for number in range(3):  # the class itself is called like masks
+        noise(tmp_path / "with_mask" / f"{number}.png")
+    found = data.check(tmp_path)
+    assert [train + test for _, train, test in found.classes] == [3, 3, 6]
+    assert [kind for path, kind in by_path(found).items() if " GT/" in path] == ["mask"] * 9
+    assert not any("same names" in note for note in found.notes)
 
 
 def test_what_nin_wrote_among_the_images_is_left_out(tmp_path, run):

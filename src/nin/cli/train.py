@@ -69,13 +69,14 @@ def train(
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
     messages.print(flip_text(images, config.flip))
-    if resume and training.is_finished(out):
-        messages.print(f"{out} is finished; this is its result.")
-    elif resume and not training.has_begun(out):
+    was_finished = resume and training.is_finished(out)
+    if resume and not was_finished and not training.has_begun(out):
         messages.print(f"{out} holds nothing to resume yet: the training begins.")
     result = train_with_progress(
         images, config, out=out, resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
     )
+    if was_finished:  # with other settings it is refused
+        messages.print(f"{out} is finished; this is its result.")
     if torchrun.rank() > 0:
         return
     page = write_report(out, images)

@@ -69,12 +69,12 @@ class FolderWalk:
         Links are followed, which os.walk can do too, but a link to a parent would lead it round for ever, or into the
         other classes: the parents count as entered.
         """
-        entered = {_device_and_inode(parent) for parent in folder.resolve().parents}
-        entered |= {_device_and_inode(parent) for parent in folder.absolute().parents}
+        entered = {device_and_inode(parent) for parent in folder.resolve().parents}
+        entered |= {device_and_inode(parent) for parent in folder.absolute().parents}
         waiting = [os.fspath(folder)]
         while waiting:
             directory = waiting.pop()
-            identity = _device_and_inode(directory)
+            identity = device_and_inode(directory)
             if identity in entered:
                 continue
             entered.add(identity)
@@ -120,7 +120,10 @@ class FolderWalk:
         return visible
 
     def _is_input(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether a folder was not made by nin; record it else."""
+        """Return whether a folder was not made by nin, and does not lead back to where it lies; record it else."""
+        if entry.is_symlink() and _is_parent(entry.path):
+            self.leave_out(entry.path, NO_IMAGE, "a link to a folder that it lies in")
+            return False
         if sum(os.path.isfile(os.path.join(entry.path, name)) for name in _RUN_FILES) < 2:
             return True
         self.leave_out(entry.path, OUTPUT, "a run folder")
@@ -181,6 +184,13 @@ def _is_map(path: str) -> bool:
         return False
 
 
-def _device_and_inode(path: str | Path) -> tuple[int, int]:
+def _is_parent(link: str) -> bool:
+    """Return whether a link leads to a folder that it lies in."""
+    place, target = Path(os.path.realpath(os.path.dirname(link))), Path(os.path.realpath(link))
+    return target == place or target in place.parents
+
+
+def device_and_inode(path: str | Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, by whatever path it was reached."""
     found = os.stat(path)
     return found.st_dev, found.st_ino

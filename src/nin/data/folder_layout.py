@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nin.data.folder_entries import FolderWalk
-from nin.data.split_names import find_splits
+from nin.data.folder_entries import FolderWalk, device_and_inode
+from nin.data.split_names import find_splits, is_mask_name
 from nin.errors import UserError
 
 EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
@@ -41,12 +41,17 @@ def find_layout(root: Path, walk: FolderWalk) -> Layout:
     notes: list[str] = []
     folder, found = root, _find_parts(root, walk)
     while found is None:
-        inner = [subfolder for subfolder in walk.subfolders(folder) if walk.has_image(subfolder)]
-        # a single folder may be a class; one that holds train and test is none
-        if len(inner) != 1 or not _leads_to_parts(inner[0], walk):
+        holder = _part_holder(folder, walk, set())
+        if holder is None:
             return Layout(root, (), _is_split_by_class(root, walk), (*_equal_names(root, walk),))
-        folder, found = inner[0], _find_parts(inner[0], walk)
-        notes.append(f"{folder} is read: it is the only folder with images in {folder.parent}")
+        notes += [
+            f"{other} is not used{_count_text(other, walk)}: the parts of the set lie in {holder}"
+            for other in walk.subfolders(folder)
+            if other != holder and walk.has_image(other)
+        ]
+        folder, found = holder, _find_parts(holder, walk)
+    if folder != root:
+        notes.insert(0, f"{folder} is read: it holds the parts of the set")
     parts, others = found
     train = _descend(parts["train"][0], walk)
     rest = [*parts["train"][1:], *others]
@@ -104,14 +109,30 @@ def _is_train_only(train: Path, others: Sequence[Path], walk: FolderWalk) -> boo
     return not all(inside) or any(names & found for found in inside)
 
 
-def _leads_to_parts(folder: Path, walk: FolderWalk) -> bool:
-    """Return whether a folder, or the only one in it that holds images, holds the parts of a set."""
-    while _find_parts(folder, walk) is None:
-        inner = [subfolder for subfolder in walk.subfolders(folder) if walk.has_image(subfolder)]
-        if len(inner) != 1:
-            return False
-        folder = inner[0]
-    return True
+def _part_holder(folder: Path, walk: FolderWalk, seen: set[tuple[int, int]]) -> Path | None:
+    """Return the folder in a folder that alone holds the parts of a set, itself or in a folder of its own, or None.
+
+    A single folder with images may hold parts without classes. One beside others may be a class that holds them.
+
+    Args:
+        folder: where to look.
+        walk: lists folders.
+        seen: the device and inode of each folder that was looked at: links may lead round.
+    """
+    inner = [subfolder for subfolder in walk.subfolders(folder) if walk.has_image(subfolder)]
+    holders = []
+    for subfolder in inner:
+        if (identity := device_and_inode(subfolder)) in seen:
+            continue
+        seen.add(identity)
+        found = _find_parts(subfolder, walk)
+        if found is None:
+            is_holder = _part_holder(subfolder, walk, seen) is not None
+        else:
+            is_holder = len(inner) == 1 or len(_class_names(_descend(found[0]["train"][0], walk), walk)) > 1
+        if is_holder:
+            holders.append(subfolder)
+    return holders[0] if len(holders) == 1 else None
 
 
 def _descend(train: Path, walk: FolderWalk) -> Path:
@@ -136,7 +157,10 @@ def _is_split_by_class(root: Path, walk: FolderWalk) -> bool:
 
 def _equal_names(root: Path, walk: FolderWalk) -> list[str]:
     """Return a sentence where the folders that would be the classes hold folders of the same names."""
-    inside = {folder.name: frozenset(_class_names(folder, walk)) for folder in walk.subfolders(root)}
+    inside = {
+        folder.name: frozenset(name for name in _class_names(folder, walk) if not is_mask_name(name))
+        for folder in walk.subfolders(root)
+    }
     same = [name for name, found in inside.items() if len(found) > 1 and list(inside.values()).count(found) > 1]
     if len(same) < 2 or len(same) < len(inside) or _is_split_by_class(root, walk):
         return []

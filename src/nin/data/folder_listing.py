@@ -15,12 +15,8 @@ from nin.data.findings import MASK, NO_LABEL, Finding
 from nin.data.folder_entries import FolderWalk
 from nin.data.folder_layout import EXPECTED, Layout, class_name, descend_to_classes, find_layout
 from nin.data.image_formats import FORMAT_EXAMPLES
-from nin.data.split_names import find_splits, folded_name, is_unlabelled
+from nin.data.split_names import find_splits, folded_name, is_mask_name, is_unlabelled, masked_name
 from nin.errors import UserError
-
-_MASK_WORD = r"(?:masks?|seg(?:mentations?)?|ground[ _-]?truth|gt|annotations?)"
-_MASK_STEM = re.compile(rf"(.+?)[ _.-]+{_MASK_WORD}(?:[ _-]?\d+)?", re.IGNORECASE)
-_MASK_FOLDER = re.compile(_MASK_WORD, re.IGNORECASE)
 
 Files = dict[str, list[str]]  # paths relative to the root, by class name
 
@@ -106,26 +102,25 @@ def _class_files(folder: Path, walk: FolderWalk) -> Files:
     """Return the sorted image paths, relative to the root, of each class folder, in the order of the classes."""
     merged: Files = defaultdict(list)
     for subfolder in walk.subfolders(folder):
-        merged[class_name(subfolder)] += map(walk.relative, _without_masks(walk.images(subfolder), walk))
+        merged[class_name(subfolder)] += map(walk.relative, _without_masks(subfolder, walk))
     return {name: sorted(merged[name]) for name in sorted(merged, key=natural_key)}
 
 
-def _without_masks(paths: Iterable[str], walk: FolderWalk) -> list[str]:
+def _without_masks(class_folder: Path, walk: FolderWalk) -> list[str]:
     """Return the images of a class without the masks of others: called or filed as one beside an image of that name."""
-    files = [(path, os.path.dirname(path), os.path.splitext(os.path.basename(path))[0]) for path in paths]
-    marks = [
-        (_MASK_STEM.fullmatch(stem), _MASK_FOLDER.fullmatch(os.path.basename(folder))) for _, folder, stem in files
-    ]
-    if not any(by_name or by_folder for by_name, by_folder in marks):
-        return [path for path, _, _ in files]
+    files = [(path, *os.path.split(os.path.splitext(path)[0])) for path in walk.images(class_folder)]
     places = {(folder, stem) for _, folder, stem in files}
-    images = {stem for (_, _, stem), (_, by_folder) in zip(files, marks, strict=True) if not by_folder}
+    folders = {folder: os.path.basename(folder) for folder, _ in places}
+    # the class itself may be called so: with_mask
+    mask_folders = {folder for folder, name in folders.items() if name != class_folder.name and is_mask_name(name)}
+    images = {stem for folder, stem in places if folder not in mask_folders} if mask_folders else set()
     kept = []
-    for (path, folder, stem), (by_name, by_folder) in zip(files, marks, strict=True):
-        if by_name and (folder, by_name[1]) in places:
-            walk.leave_out(path, MASK, f"of {by_name[1]} by its name")
-        elif by_folder and (by_name[1] if by_name else stem) in images:
-            walk.leave_out(path, MASK, f"of an image of that name, by its folder {os.path.basename(folder)}")
+    for path, folder, stem in files:
+        masked = masked_name(stem)
+        if masked and (folder, masked) in places:
+            walk.leave_out(path, MASK, f"of {masked} by its name")
+        elif folder in mask_folders and (masked or stem) in images:
+            walk.leave_out(path, MASK, f"of an image of that name, by its folder {folders[folder]}")
         else:
             kept.append(path)
     return kept
@@ -145,11 +140,15 @@ def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
             else ""
         )
         raise UserError(f"{folder}: {EXPECTED}, got {got}{hint if images else ''}")
-    if len(files) == 1:
-        (name,) = files
-        inner = walk.subfolders(folder)[0]
-        hint = f"; did you mean {inner}?" if len(walk.subfolders(inner)) >= 2 else ""
-        raise UserError(f"{folder}: expected two classes or more, got only {name!r}{hint}")
+    filled = [subfolder for subfolder in walk.subfolders(folder) if files[class_name(subfolder)]]
+    if len(files) == 1 or len(filled) == 1:
+        only = (filled or walk.subfolders(folder))[0]
+        inner = only
+        while len(subfolders := walk.subfolders(inner)) == 1:
+            inner = subfolders[0]
+        hint = f"; did you mean {inner}?" if len(subfolders) >= 2 else ""
+        if len(files) == 1 or hint:
+            raise UserError(f"{folder}: expected two classes or more, got only {class_name(only)!r}{hint}")
     if not any(files.values()):
         raise UserError(f"{folder}: {EXPECTED}, got no images ({FORMAT_EXAMPLES})")
 
