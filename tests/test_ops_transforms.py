@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin.errors import UserError
+from nin.models.nin import BlockConfig, NiNConfig
 from nin.ops.transforms import is_plain
 from support.chains import CHAINS, DTYPES, Chain, conv_chain, each_layout
 from support.random_models import in_plain_pytorch
@@ -470,6 +471,22 @@ MODEL_ACTIONS = {
 def test_models(action):
     model, x = Network(), torch.randn(3, 3, 6, 5, dtype=torch.float64)
     same(action(model, x), action(in_plain_pytorch(model), x))
+
+
+@pytest.mark.parametrize("action", ["values", "per-sample gradients", "ensemble", "jacfwd", "vmap"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_networks_in_their_own_layout(action, channels):
+    blocks = (BlockConfig((5, 4), 3, padding=1, pool="max"), BlockConfig((6, 3), 3, padding=1))
+    model = nin.models.NiN(NiNConfig("small", channels, 3, 6, blocks)).double().eval()
+    x = torch.randn(3, channels, 6, 5, dtype=torch.float64)
+    same(MODEL_ACTIONS[action](model, x), MODEL_ACTIONS[action](in_plain_pytorch(model), x))
+
+
+def test_a_network_of_a_batch_of_batches_compiles():
+    model, x = nin.models.nin_digits().eval(), torch.randn(3, 1, 8, 8)
+    compiled = torch.compile(lambda x: vmap(lambda q: model(q[None])[0])(x), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_models_pickle():

@@ -18,4 +18,7 @@ def fastest_layout(x: Tensor) -> Tensor:
     # an exported program may run on another device
     if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_exporting():
         return x
+    if torch._C._are_functorch_transforms_active():
+        # vmap has no memory format, as its tensors have a dimension more; it can permute
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x.to(memory_format=torch.channels_last)
