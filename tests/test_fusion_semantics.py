@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import nin
 from nin.fusion.chain import Chain
@@ -260,6 +261,88 @@ def test_an_input_that_changes_before_the_layers_are_computed_is_an_error():
         fused(torch.randn(1, 8, 3, 3))
 
 
+class Square(torch.autograd.Function):
+    """A function with a forward and gradients of its own; `Halving` has them in the newer form."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Halving(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x / 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+class ChecksPoints(Two):
+    """Computes its hidden values again in the backward pass."""
+
+    def forward(self, x):
+        return checkpoint(lambda h: self.b(h.relu()), self.a(x), use_reentrant=True)
+
+
+class UsesFunctions(Two):
+    functions = (Square, Halving)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        for function in self.functions:
+            hidden = function.apply(hidden)
+        return self.b(hidden.relu())
+
+
+@pytest.mark.parametrize("kind", [ChecksPoints, UsesFunctions])
+def test_autograd_functions_between_the_layers_keep_their_gradients(kind):
+    torch.manual_seed(0)
+    model = kind().eval()
+    wanted, got = run(model, gradients=True), run(nin.fuse(model).model, gradients=True)
+    assert len(wanted) == len(got)
+    for a, b in zip(wanted, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [Square, Halving])
+def test_an_autograd_function_that_comes_later_is_an_error(function):
+    model = UsesFunctions().eval()
+    model.functions = ()
+    fused = nin.fuse(model).model
+    model.functions = fused.functions = (function,)
+    x = torch.randn(1, 8, 3, 3)
+    with pytest.raises(nin.errors.UserError, match=f"went into the autograd function {function.__name__}"):
+        fused(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_forward_that_is_set_on_a_layer_keeps_its_gradients(which):
+    model = block()
+    results = []
+    for network in (model, nin.fuse(model).model):
+        forward = network[which].forward
+        network[which].forward = lambda x, forward=forward: Square.apply(forward(Square.apply(x)))
+        x = torch.linspace(-1, 1, 400).view(2, 8, 5, 5).requires_grad_()
+        network(x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in network.parameters())])
+        network.zero_grad()
+    for wanted, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 # -- what is done to a model after it was fused -------------------------------------------------------------------
 
 
@@ -302,6 +385,7 @@ CHANGES = {
     "layer added": lambda m: m.append(nn.ReLU()) and None,
     **{f"hook on {i}": lambda m, i=i: m[i].register_forward_hook(doubling_hook) and None for i in range(4)},
     **{f"pre-hook on {i}": lambda m, i=i: m[i].register_forward_pre_hook(tripling_pre_hook) and None for i in range(4)},
+    **{f"{i} compiled": lambda m, i=i: m[i].compile(backend="eager") for i in range(4)},
     **{f"forward of {i} wrapped": lambda m, i=i: wrap(m[i]) for i in range(4)},
     "first parametrised": lambda m: parametrizations.weight_norm(m[0]) and None,
     "last parametrised": lambda m: parametrizations.spectral_norm(m[3]) and None,
@@ -337,6 +421,7 @@ CHANGES = {
     "vmap": lambda m: torch.vmap(lambda x: m(x[None])[0]),
     "traced by torch.fx": torch.fx.symbolic_trace,
     "traced by torch.jit": lambda m: torch.jit.trace(m, torch.ones(2, 8, 5, 5)),
+    "scripted": torch.jit.script,
     "there and back": lambda m: m.double().float() and None,
     "in float64": lambda m: lambda x: m.double()(x.double()),
     "on the meta device and back": lambda m: m.to("meta").to_empty(device="cpu").apply(fill_with_ones) and None,

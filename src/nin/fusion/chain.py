@@ -69,9 +69,17 @@ class Place:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether a hook sees a module's input, its output or their gradients."""
+    """Return whether a hook sees a module's input, its output or their gradients, or something runs in its place.
+
+    That is a ``forward`` set on the module itself, or what ``module.compile()`` made.
+    """
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 

@@ -1,9 +1,11 @@
 """Matching chains in a traced graph: which nodes one operator can replace."""
 
+import contextlib
 import dataclasses
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ class Tracer(fx.Tracer):
         """Return whether a module becomes one node of the graph."""
         return isinstance(m, MLPConv | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph of a module's forward."""
+        with _functions_refuse_proxies():
+            return super().trace(root, concrete_args)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for a value while the forward runs."""
         proxy = super().proxy(node)
@@ -41,6 +48,28 @@ class Tracer(fx.Tracer):
         """Return the values that the forward kept, in an attribute or a global list, after it was traced."""
         gc.collect()
         return {node for proxy, node in self._proxies if proxy() is not None}
+
+
+@contextlib.contextmanager
+def _functions_refuse_proxies() -> Iterator[None]:
+    """Let a custom autograd function raise TypeError when it gets a proxy.
+
+    It would run its forward on it, as if that were the model's, while what it does to gradients stays unseen. Such is
+    the reentrant checkpoint.
+    """
+    function: Any = torch.autograd.Function
+    original = vars(function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            raise TypeError(f"{cls.__name__} is a custom autograd function")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """Pending: the result of a chain's first layers, which are computed when the chain is complete or somebody looks."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nin.errors import UserError
 from nin.fusion.chain import PLAIN_TYPES, Chain, Link, Norm, run_layers
 
 # What lies on the stack between a module's forward and the forward that calls the module.
 _CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
-
 _nothing = torch.empty(0, device="meta")  # under a Pending: code that looks past its type finds no numbers
 
 
@@ -45,6 +45,8 @@ class Pending(Tensor):
             _check_versions(self)
             with _restored(self.modes, self.x.device.type):
                 self.value = run_layers(self.x, self.links)
+        if self.value.requires_grad and not torch.is_grad_enabled():
+            _check_no_function(self)
         return self.value
 
     @classmethod
@@ -188,6 +190,25 @@ def _check_versions(this: Pending) -> None:
         )
 
 
+def _check_no_function(this: Pending) -> None:
+    """Raise if a value is computed in the forward of a custom autograd function that got it as its argument.
+
+    The function was given what has no gradients, and would cut them off without a word.
+    """
+    forwards, classes = {}, torch.autograd.Function.__subclasses__()
+    for cls in classes:
+        classes += cls.__subclasses__()
+        forwards[getattr(cls.forward, "__code__", None)] = cls.__name__
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in forwards and any(value is this for value in tree_leaves([*frame.f_locals.values()])):
+            raise UserError(
+                f"the result of a fused layer went into the autograd function {forwards[frame.f_code]}, and did not "
+                "when the model was fused: call nin.fuse again on the model as it is now"
+            )
+        frame = frame.f_back
+
+
 def _modes(x: Tensor) -> tuple[Any, ...]:
     """Return what decides about gradients and dtypes besides the tensors."""
     device = x.device.type
@@ -222,6 +243,12 @@ class _ChainHead(nn.Module):
         else:
             del self.nin_chain
             self.__class__ = plain  # type: ignore[assignment]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return a layer of PyTorch's class with the same tensors, for ``torch.jit.script``."""
+        plain = copy.copy(self)
+        plain.make_plain()
+        return plain
 
     def _get_name(self) -> str:
         """Return the name of PyTorch's class, for ``print``."""
