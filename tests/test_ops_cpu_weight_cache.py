@@ -182,6 +182,127 @@ def test_constants_are_not_hashed(monkeypatch):
     assert name not in weight_cache._constants
 
 
+def frozen_layer():
+    """Return a frozen layer whose weights are packed, and a function that calls it and tells whether it is right."""
+    torch.manual_seed(0)
+    layer, x = nin.freeze(nin.MLPConv(16, (32, 24), kernel_size=3, padding=1).eval()), torch.randn(2, 16, 9, 9)
+
+    def is_right():
+        with torch.no_grad():
+            wanted = layer.to_sequential()(x)
+            return bool((layer(x) - wanted).norm() < 1e-4 * wanted.norm())
+
+    assert is_right()
+    assert is_right()
+    return layer, is_right
+
+
+def count_hashed_bytes(monkeypatch):
+    counted, hash_blocks = [], weight_cache._hash_blocks
+
+    def hash_and_count(kernels, blocks, count):
+        counted.append(sum(memoryview(blocks).cast("q")[1::2]))
+        return hash_blocks(kernels, blocks, count)
+
+    monkeypatch.setattr(weight_cache, "_hash_blocks", hash_and_count)
+    return counted
+
+
+SEEN_WRITES = {
+    "in place": lambda layer: layer.convs[1].weight.mul_(3),
+    "through detach": lambda layer: layer.convs[0].weight.detach()[3].fill_(2),
+    "initialised": lambda layer: nn.init.normal_(layer.convs[1].weight),
+    "loaded": lambda layer: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}),
+    "other memory": lambda layer: setattr(layer.convs[0].weight, "data", torch.randn(32, 16, 3, 3)),
+    "another parameter": lambda layer: setattr(layer.convs[0], "weight", nn.Parameter(torch.randn(32, 16, 3, 3))),
+    "swapped": lambda layer: torch.utils.swap_tensors(layer.convs[0].weight, nn.Parameter(torch.randn(32, 16, 3, 3))),
+    "a plain optimiser": lambda layer: [step(p, fused=False) for p in layer.parameters() if p.dim() == 4],
+}
+
+
+@pytest.mark.parametrize("name", SEEN_WRITES)
+def test_a_frozen_layer_sees_what_raises_version_counters(name):
+    layer, is_right = frozen_layer()
+    for _ in range(2):
+        with torch.no_grad():
+            SEEN_WRITES[name](layer)
+        assert is_right()
+
+
+def test_a_frozen_layer_is_not_hashed(monkeypatch):
+    layer, is_right = frozen_layer()
+    counted = count_hashed_bytes(monkeypatch)
+    assert is_right()
+    assert not sum(counted)
+    layer.convs[1].weight.data[3] += 1  # what freeze says it does not see
+    assert not is_right()
+    assert not sum(counted)
+
+
+def test_requires_grad_takes_the_promise_back(monkeypatch):
+    layer, is_right = frozen_layer()
+    assert not any(p.requires_grad for p in layer.parameters())
+    layer.requires_grad_(True)
+    counted = count_hashed_bytes(monkeypatch)
+    assert is_right()
+    for switch in (True, False):  # for good
+        layer.requires_grad_(switch)
+        layer.convs[1].weight.data[3] += 1
+        layer.convs[0].weight.data[3] += 1
+        assert is_right()
+    assert sum(counted) > 0
+
+
+def test_freeze_drops_gradients_and_keeps_no_memory():
+    layer = nin.MLPConv(16, (32, 24)).eval()
+    layer(torch.randn(1, 16, 3, 3)).sum().backward()
+    assert nin.freeze(layer) is layer
+    assert all(p.grad is None for p in layer.parameters())
+    names = {id(p.untyped_storage()) for p in layer.parameters()}
+    assert names <= weight_cache._constants.keys()
+    layer(torch.randn(1, 16, 3, 3))
+    del layer
+    gc.collect()
+    assert not names & weight_cache._constants.keys()
+
+
+def test_freeze_refuses_training():
+    model = nn.Sequential(nin.Conv1x1(3, 4), nin.Conv1x1(4, 4)).eval()
+    model[1].train()
+    with pytest.raises(nin.errors.UserError, match="got 1 in training"):
+        nin.freeze(model)
+
+
+def test_parameters_that_share_memory_stay_hashed():
+    memory, x = torch.randn(2, 8, 8), torch.randn(1, 8, 20, 20)
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 1, bias=False) for _ in range(2))).eval()
+    for conv, part in zip(model, memory, strict=True):
+        conv.weight.data = part[:, :, None, None]
+    nin.freeze(model)
+    for _ in range(2):
+        wanted = F.conv2d(x, model[0].weight)
+        torch.testing.assert_close(nin.conv1x1(x, model[0].weight), wanted, rtol=1e-4, atol=1e-4)
+        memory.numpy()[0] += 1
+
+
+def test_a_frozen_fused_model_sees_writes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.ReLU()).eval()
+    x = torch.randn(2, 8, 12, 12)
+    fused = nin.freeze(nin.fuse(model).model)
+    with torch.no_grad():
+        for write in (
+            lambda: None,
+            lambda: fused.get_parameter("0.weight").mul_(2),
+            lambda: fused.get_parameter("1.weight").add_(1),
+            lambda: fused.get_buffer("1.running_mean").data.add_(1),  # not a parameter, so hashed
+        ):
+            write()
+            model.load_state_dict(fused.state_dict())
+            for _ in range(2):
+                torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_no_compiled_library_no_hash():
     assert library.LIBRARY is not None
     assert weight_cache.hash_tensors(dispatch.KERNELS, [torch.ones(2, device="meta")]) is None

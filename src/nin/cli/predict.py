@@ -61,6 +61,7 @@ def predict(
     if parquet is not None and parquet.suffix != ".parquet":
         raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
     classifier = nin.load(run, device=device)
+    nin.freeze(classifier.model)
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
     table = csv or parquet
     if is_sharded and (table is None or maps is not None or json):

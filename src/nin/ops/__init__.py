@@ -8,11 +8,12 @@ from torch import Tensor
 from nin.ops import schema
 from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import dispatch as cpu_dispatch
+from nin.ops.cpu.weight_cache import freeze
 from nin.ops.gpu import dispatch as gpu_dispatch
 from nin.ops.reference import ACTIVATIONS, conv2d_chain
 from nin.ops.transforms import is_plain, overrides_dispatch
 
-__all__ = ["ACTIVATIONS", "backends", "conv1x1", "mlpconv"]
+__all__ = ["ACTIVATIONS", "backends", "conv1x1", "freeze", "mlpconv"]
 
 Pair = int | tuple[int, int]
 

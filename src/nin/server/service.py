@@ -14,6 +14,7 @@ from torch import Tensor
 from nin import models
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
+from nin.ops import freeze
 from nin.profiling.cost import cost
 from nin.runtime.device import choose_device
 from nin.server import schemas, uploads
@@ -42,7 +43,7 @@ class ServedRun:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.classifier = load(folder, device=device)
-        self.network = cast(models.Network, self.classifier.model)
+        self.network = cast(models.Network, freeze(self.classifier.model))  # nothing here writes to it
         self.samples = SampleLoader(self.classifier.info)
         self.metadata = model_metadata(self.classifier, folder)
         self._components: dict[int, PrincipalComponents] = {}

@@ -1,5 +1,6 @@
 """The structs of the compiled library's C interface (``csrc/c_api.hpp``), packed from tensors, and its forward pass."""
 
+import functools
 import os
 import struct
 from collections.abc import Sequence
@@ -33,7 +34,12 @@ def choose_winograd(kernels: Kernels, packed_chain: bytes, chain: ChainArguments
     weight = chain.weights[0]
     if not WINOGRAD or weight.shape[2] == 1:
         return packed_chain, 0
-    size = library.loaded().nin_winograd_size(kernels.handles[weight.dtype], packed_chain, weight.shape[0])
+    return _choose_winograd(kernels.handles[weight.dtype], packed_chain, weight.shape[0])
+
+
+@functools.lru_cache(4096)  # 2 µs of each call otherwise
+def _choose_winograd(handle: int, packed_chain: bytes, columns: int) -> tuple[bytes, int]:
+    size = library.loaded().nin_winograd_size(handle, packed_chain, columns)
     return packed_chain[: -_TILE_SIZE.size] + _TILE_SIZE.pack(size), size
 
 

@@ -4,12 +4,14 @@ import ctypes
 import functools
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nin.errors import UserError
 from nin.ops.cpu import library
 from nin.ops.cpu.library import Kernels
 
@@ -17,11 +19,36 @@ from nin.ops.cpu.library import Kernels
 _Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int, bool, int]
 
 
-class _Copy(NamedTuple):
-    """A packed copy, and the hash of the weight's bytes when it was made; None for a weight that never changes."""
+class _VersionCounter:
+    """The version counter of a tensor, without the tensor's memory. Two are equal only if they are one object."""
 
-    hash: int | None
+    def __init__(self, t: Tensor) -> None:
+        with torch.inference_mode(False):
+            self._alias = t.detach()  # shares the counter,
+            self._alias.data = torch.empty(0, dtype=t.dtype)  # and no longer the memory, which it would keep alive
+
+    @property
+    def value(self) -> int:
+        return self._alias._version
+
+
+class _Copy(NamedTuple):
+    """A packed copy, and what the weight was when it was made: the hash of its bytes, or for a constant its version."""
+
     packed: Tensor
+    hash: int | None = None
+    counter: _VersionCounter | None = None  # of a constant, see `mark_constant`
+    version: int = 0
+
+
+class _Chain(NamedTuple):
+    """The packed copies of a chain's weights, and what must be as it was for them to hold, to ask with one call."""
+
+    packed: list[Tensor]
+    blocks: bytes  # the structs nin_bytes of the weights that are hashed
+    hashes: list[int]
+    counters: list[_VersionCounter]
+    versions: list[int]
 
 
 class _Memory(NamedTuple):
@@ -34,11 +61,13 @@ class _Memory(NamedTuple):
 # The memory is watched and not the tensors: torch.utils.swap_tensors refuses a tensor that a weak reference points to.
 _copies: dict[_Key, _Copy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
-_constants: set[int] = set()  # ids of storages that nobody writes to
+_constants: dict[int, _VersionCounter] = {}  # by the id of the storage
+_chains: dict[tuple[Any, ...], _Chain] = {}  # of the copies above; emptied when one of them goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
 # directions and two dtypes need. Without it, a thousand views of one tensor would leave a thousand copies.
 MAX_COPIED_RATIO = 32
+MAX_CHAINS = 1024
 
 
 def packed_weights(
@@ -60,6 +89,14 @@ def packed_weights(
     Returns:
         The packed bytes of each, 1-D.
     """
+    # what follows from the weights' shapes is kept: it took 5 µs a call
+    name: list[Any] = [kernels.name, for_input_gradient, winograd_tile_size]
+    for weight in weights:
+        name += (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    chain_key = tuple(name)
+    chain = _chains.get(chain_key)
+    if chain is not None and _is_fresh(kernels, chain, weights):
+        return chain.packed
     keys: list[_Key] = []
     copies: list[_Copy | None] = []
     spans: list[int] = []
@@ -73,11 +110,46 @@ def packed_weights(
         copies.append(copy)
         spans += (address, 0 if copy is None or copy.hash is None else weight.nbytes)
         tile_size = 0
-    packed = []
+    now: list[_Copy] = []
     for key, copy, weight, value in zip(keys, copies, weights, hash_bytes(kernels, spans), strict=True):
-        if copy is None or (copy.hash is not None and copy.hash != value):
+        if copy is None or not (_is_unchanged(copy, weight) if copy.hash is None else copy.hash == value):
             copy = _pack_again(kernels, key, weight)
-        packed.append(copy.packed)
+        now.append(copy)
+    return _remember(chain_key, weights, now)
+
+
+def _is_unchanged(constant: _Copy, weight: Tensor) -> bool:
+    counter = constant.counter
+    return counter is not None and counter.value == constant.version and not weight.requires_grad
+
+
+def _is_fresh(kernels: Kernels, chain: _Chain, weights: Sequence[Tensor]) -> bool:
+    """Return whether all of a chain's weights are as they were when they were packed."""
+    if chain.counters:
+        if [counter.value for counter in chain.counters] != chain.versions:
+            return False
+        for weight in weights:
+            if weight.requires_grad:  # takes the promise back; `packed_weights` sees which weight it is
+                return False
+    return not chain.hashes or list(_hash_blocks(kernels, chain.blocks, len(chain.hashes))) == chain.hashes
+
+
+def _remember(key: tuple[Any, ...], weights: Sequence[Tensor], copies: list[_Copy]) -> list[Tensor]:
+    """Keep a chain's copies together, if each is kept, and return them."""
+    packed = [copy.packed for copy in copies]
+    constants = [copy for copy in copies if copy.counter is not None]
+    hashed = [(copy.hash, weight) for copy, weight in zip(copies, weights, strict=True) if copy.hash is not None]
+    if len(constants) + len(hashed) == len(copies):
+        if len(_chains) >= MAX_CHAINS:
+            _chains.clear()
+        spans = [number for _, weight in hashed for number in (weight.data_ptr(), weight.nbytes)]
+        _chains[key] = _Chain(
+            packed,
+            struct.pack(f"{len(spans)}q", *spans),
+            [value for value, _ in hashed],
+            [copy.counter for copy in constants if copy.counter is not None],
+            [copy.version for copy in constants],
+        )
     return packed
 
 
@@ -97,18 +169,20 @@ def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> Sequence[int]:
         kernels: of the instruction set in use.
         spans: an address, then a number of bytes, for each span.
     """
-    count = len(spans) // 2
-    make_blocks, make_hashes = _block_types(count)
-    hashes = make_hashes()
-    handle, pool = kernels.handles[torch.float32], library.thread_pool()
-    library.check(library.loaded().nin_hash(handle, make_blocks(*spans), count, hashes, pool))
+    return _hash_blocks(kernels, struct.pack(f"{len(spans)}q", *spans), len(spans) // 2)
+
+
+def _hash_blocks(kernels: Kernels, blocks: bytes, count: int) -> Sequence[int]:
+    hashes = _hashes_type(count)()
+    status = library.loaded().nin_hash(kernels.handles[torch.float32], blocks, count, hashes, library.thread_pool())
+    library.check(status)
     return hashes
 
 
 @functools.lru_cache
-def _block_types(count: int) -> tuple[Callable[..., bytes], Any]:
-    """Return what makes the structs ``nin_bytes``, and the array for their hashes: made once, as they take a µs."""
-    return struct.Struct(f"{2 * count}q").pack, ctypes.c_uint64 * count
+def _hashes_type(count: int) -> Any:
+    """Return the type of an array of hashes: made once, as that takes a µs."""
+    return ctypes.c_uint64 * count
 
 
 def hash_tensors(kernels: Kernels, tensors: Sequence[Tensor]) -> tuple[object, ...] | None:
@@ -118,16 +192,79 @@ def hash_tensors(kernels: Kernels, tensors: Sequence[Tensor]) -> tuple[object, .
     """
     if not all(t.is_cpu and t.layout == torch.strided and _is_dense(t) for t in tensors):
         return None
-    spans = [number for t in tensors for number in (t.data_ptr(), t.nbytes)]
-    return (*hash_bytes(kernels, spans), *((t.shape, t.stride(), t.dtype) for t in tensors))
+    counters = [_counter_of(t) if _constants else None for t in tensors]
+    hashed = [t for t, counter in zip(tensors, counters, strict=True) if counter is None]
+    spans = [number for t in hashed for number in (t.data_ptr(), t.nbytes)]
+    versions = [c and (t.data_ptr(), c, c.value) for t, c in zip(tensors, counters, strict=True)]
+    return (*hash_bytes(kernels, spans), *versions, *((t.shape, t.stride(), t.dtype) for t in tensors))
 
 
 def mark_constant(weight: Tensor) -> None:
-    """Promise that nobody ever writes to a weight's memory, so that its packed copies need no check."""
+    """Promise that a weight's memory is only written to by what raises its version counter, so that no byte is hashed.
+
+    The promise is taken back when the weight requires gradients in a call.
+    """
     storage = weight.untyped_storage()
     name = id(storage)
-    _constants.add(name)
-    weakref.finalize(storage, _constants.discard, name).atexit = False
+    if name not in _constants:
+        weakref.finalize(storage, _constants.pop, name, None).atexit = False
+    _constants[name] = _VersionCounter(weight)
+    memory = _memories.get(name)
+    for old in () if memory is None else memory.keys:  # those that are hashed
+        _copies.pop(old, None)
+    _chains.clear()
+
+
+def _counter_of(weight: Tensor) -> _VersionCounter | None:
+    """Return the version counter of a constant; None if its bytes are to be hashed."""
+    name = id(weight.untyped_storage())
+    if weight.requires_grad:
+        _constants.pop(name, None)
+    return _constants.get(name)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Promise that a network is only read from now on, so that a call on the CPU does not look for changed weights.
+
+    nin keeps weights in the order that its CPU kernels read them in. Each call hashes the bytes of all its weights to
+    see whether one was written to; for a network that only answers, that is time lost: the shorter the call, the more.
+    Parameters get ``requires_grad=False``, and their gradients are dropped.
+
+    Still seen: what raises a parameter's version counter (``load_state_dict``, ``copy_`` and other in-place
+    operations) and other memory in its place (``parameter.data = …``, a new parameter, ``to``). **Not seen any more**:
+    writes into the same memory through ``parameter.data`` or ``parameter.numpy()``, by another process, and by an
+    optimiser's fused kernel. ``model.requires_grad_(True)`` takes the promise back: from the next call on, every byte
+    counts again. Copies and pickles of a frozen network are not frozen.
+
+    Standardised convolutions compute their weights in every call: use their `fold` before. BatchNorm's statistics and
+    parameters that share their memory with others are hashed as before. On a GPU nothing changes.
+
+    Args:
+        model: in evaluation mode.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: a part of the model is in training mode.
+
+    Example:
+        >>> model = nin.freeze(nin.MLPConv(3, (192, 160, 96), kernel_size=5, padding=2).eval())
+        >>> model(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 96, 32, 32])
+    """
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise UserError(f"nin.freeze takes a network in evaluation mode, got {training} in training: call eval() first")
+    parameters = list(model.requires_grad_(False).parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    watchable = [p for p in parameters if p.is_cpu and p.layout == torch.strided and not p.is_inference()]
+    users = Counter(id(p.untyped_storage()) for p in watchable)
+    for parameter in watchable:
+        if users[id(parameter.untyped_storage())] == 1:
+            mark_constant(parameter)
+    return model
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -138,11 +275,16 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
     """Pack a weight, and keep the copy in the cache if its bytes can be hashed."""
     packed = functools.partial(_pack, key[4], weight, key[5], key[6])
     if not _is_dense(weight):
-        return _Copy(None, packed())
+        return _Copy(packed())
     storage = weight.untyped_storage()
     name = id(storage)
-    value = None if name in _constants else hash_bytes(kernels, (key[0], weight.nbytes))[0]
-    copy = _Copy(value, packed())
+    counter = _counter_of(weight)
+    if counter is None:
+        value = hash_bytes(kernels, (key[0], weight.nbytes))[0]
+        copy = _Copy(packed(), value)
+    else:
+        version = counter.value
+        copy = _Copy(packed(), None, counter, version)
     memory = _memories.get(name)
     if memory is None or memory.storage() is not storage:
 
@@ -150,6 +292,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
             if name in _memories and _memories[name].storage is dead:  # another storage may have the id by now
                 for old in _memories.pop(name).keys:
                     _copies.pop(old, None)
+                _chains.clear()
 
         memory = _memories[name] = _Memory(weakref.ref(storage, evict), set())
     kept = [old for old in tuple(memory.keys) if old in _copies]
@@ -157,6 +300,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
         for old in kept:
             _copies.pop(old, None)
         memory.keys.clear()
+    _chains.clear()
     memory.keys.add(key)
     _copies[key] = copy
     return copy
