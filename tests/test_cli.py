@@ -219,6 +219,8 @@ MISTAKES = [
     (["train", "digits", "--out", "{tmp}/run", "--model", "resnet"], "model must be one of"),
     (["train", "digits", "--out", "{tmp}/run", "--model", "nin_imagenet"], "at least 39×39 pixels, got 8×8"),
     (["train", "digits", "--out", "{tmp}/run", "--device", "tpu"], "device must be"),
+    (["check", ""], "an argument is empty"),
+    (["train", "digits", "--out", ""], "--out is empty"),
     (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),

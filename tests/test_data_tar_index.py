@@ -233,7 +233,7 @@ def test_an_archive_cut_anywhere_is_refused(tmp_path):
     for block in range(0, end + 1024, 512):
         for inside in (0, 1, 100, 511):
             path.write_bytes(whole[: block + inside] if block + inside < end + 1024 else whole[: end + 1023])
-            with pytest.raises(UserError, match=r"cut\.tar: (cut off|damaged|no tar file)") as caught:
+            with pytest.raises(UserError, match=r"cut\.tar: (cut off|damaged|not a tar file)") as caught:
                 data.open_shards(path)
             assert "\n" not in str(caught.value)
     path.write_bytes(whole[: end + 1024])
@@ -247,7 +247,7 @@ def test_a_damaged_header_does_not_end_the_archive(tmp_path):
     content = bytearray(path.read_bytes())
     content[offset + 20] ^= 0x55
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"damaged at byte {offset:,} of {len(content):,}, behind 6 whole members"):
+    with pytest.raises(UserError, match=rf"damaged at byte {offset:,} of {len(content):,}, after 6 whole members"):
         data.check(path)
 
 
@@ -263,7 +263,7 @@ def test_an_empty_shard_is_noted(tmp_path):
     write_tar(tmp_path / "s" / "b.tar", [])
     assert kinds(data.load(tmp_path / "s")) == {("b.tar", "no image")}
     (tmp_path / "s" / "c.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"c\.tar: no tar file, or damaged"):
+    with pytest.raises(UserError, match=r"c\.tar: not a tar file, or damaged"):
         data.load(tmp_path / "s")
 
 

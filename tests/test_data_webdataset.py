@@ -171,7 +171,7 @@ def test_shards_that_nobody_can_train_on(folder, tmp_path, members, message):
 
 def test_wrong_shards_are_refused_in_a_line(folder, tmp_path):
     (tmp_path / "no.tar").write_bytes(b"this is no tar file" * 100)
-    with pytest.raises(UserError, match=r"no\.tar: no tar file, or damaged"):
+    with pytest.raises(UserError, match=r"no\.tar: not a tar file, or damaged"):
         data.load(tmp_path / "no.tar")
     with pytest.raises(UserError, match="there is no such shard"):
         data.load(tmp_path / "none-{0..1}.tar")

@@ -29,8 +29,12 @@ def convert(kind: Any, tokens: Sequence[Token]) -> Any:
     """Return the value of an option as Cyclopts converts it, which by itself would round 1.5 to a whole number.
 
     Raises:
-        ValueError: a whole number has a fraction.
+        ValueError: it is empty, as of a variable that is not set ("" would be this folder), or a whole number has a
+            fraction.
     """
+    for token in tokens:
+        if not token.value:
+            raise ValueError(f"{token.keyword or 'an argument'} is empty")
     if kind in (int, int | None):
         for token in tokens:
             if "." in token.value:

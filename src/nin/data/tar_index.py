@@ -153,7 +153,7 @@ def _members(path: Path, findings: list[Finding]) -> Iterator[tarfile.TarInfo]:
             if end != bytes(2 * _BLOCK):
                 what = "cut off" if not end.strip(b"\0") else "damaged"
                 raise UserError(
-                    f"{path}: {what} at byte {position:,} of {path.stat().st_size:,}, behind {count:,} whole members: "
+                    f"{path}: {what} at byte {position:,} of {path.stat().st_size:,}, after {count:,} whole members: "
                     "fetch it or make it again"
                 )
             file.seek(position)
@@ -162,7 +162,7 @@ def _members(path: Path, findings: list[Finding]) -> Iterator[tarfile.TarInfo]:
                     findings.append(Finding("", NO_IMAGE, "what lies behind the end of the archive is not read"))
                     break
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path}: no tar file, or damaged ({error}), behind {count:,} whole members") from error
+        raise UserError(f"{path}: not a tar file, or damaged ({error}), after {count:,} whole members") from error
 
 
 def _reason_to_skip(member: tarfile.TarInfo) -> tuple[str, str] | None:

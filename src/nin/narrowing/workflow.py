@@ -197,7 +197,8 @@ def run_workflow(
     if task.labelled:
         accuracy["finetuned"] = task.accuracy(result.model)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
-    note = f"Fine-tuned for {config.finetune} epochs by the original's answers, in {after}."
+    epochs = "1 epoch" if config.finetune == 1 else f"{config.finetune} epochs"
+    note = f"Fine-tuned for {epochs} by the original's answers, in {after}."
     return result.with_report(accuracy=accuracy, notes=(*result.report.notes, note))
 
 
