@@ -222,6 +222,8 @@ MISTAKES = [
     (["check", ""], "an argument is empty"),
     (["train", "digits", "--out", ""], "--out is empty"),
     (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
+    (["predict", "{tmp}/none", "x.png", "--csv", "{tmp}/texts"], "{tmp}/texts is a folder"),
+    (["predict", "{tmp}/none", "x.png", "--csv", "{tmp}/new/p.csv"], "{tmp}/new: there is no such folder"),
     (["cost", "nothing"], "model must be one of"),
     (["cost", "nin_cifar", "--classes", "-1"], "at least 1"),
     (["cost", "nin_imagenet", "--size", "8"], "nin_imagenet does not take images of 3×8×8: "),

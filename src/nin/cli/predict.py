@@ -60,10 +60,12 @@ def predict(
         raise UserError("--resume goes on with a file: give --csv FILE or --parquet FILE")
     if parquet is not None and parquet.suffix != ".parquet":
         raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
+    table = csv or parquet
+    if table is not None and (table.is_dir() or not table.parent.is_dir()):
+        raise UserError(f"{table} is a folder" if table.is_dir() else f"{table.parent}: there is no such folder")
     classifier = nin.load(run, device=device)
     nin.freeze(classifier.model)
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
-    table = csv or parquet
     if is_sharded and (table is None or maps is not None or json):
         raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE alone")
     problems: list[str] = []
