@@ -500,10 +500,6 @@ def gpu_out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-def mistaken_network():
-    raise RuntimeError("a mistake")
-
-
 @pytest.mark.parametrize("factory", [python_out_of_memory, cpu_out_of_memory, gpu_out_of_memory])
 def test_out_of_memory_says_what_to_lower(factory, capsys):
     code, line = fails(capsys, "cost", f"{__name__}:{factory.__name__}")
@@ -511,9 +507,13 @@ def test_out_of_memory_says_what_to_lower(factory, capsys):
     assert "out of memory; lower --batch-size" in line
 
 
-def test_other_errors_are_not_hidden():
+def test_other_errors_are_not_hidden(monkeypatch):
+    def mistaken(*_, **__):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr("nin.training.train", mistaken)
     with pytest.raises(RuntimeError, match="a mistake"):
-        cli_main("cost", f"{__name__}:mistaken_network")
+        cli_main("train", "digits", "--out", "run")
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):

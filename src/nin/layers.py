@@ -352,7 +352,9 @@ def _is_plain_conv(conv: nn.Module) -> bool:
     """Return whether nothing but a convolution's weights decides what it computes: no hook, no code of its own."""
     return (
         isinstance(conv, nn.Conv2d)
-        and getattr(conv.forward, "__func__", None) in (nn.Conv2d.forward, StandardisedConv2d.forward)
+        # of the class, as the compiler cannot see through a bound method's __func__
+        and type(conv).forward in (nn.Conv2d.forward, StandardisedConv2d.forward)
+        and "forward" not in vars(conv)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)

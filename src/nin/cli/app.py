@@ -20,7 +20,7 @@ from nin.cli.report import report
 from nin.cli.serve import serve
 from nin.cli.shards import shards
 from nin.cli.train import train
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 from nin.runtime import torchrun
 from nin.version import installed_version
 
@@ -76,18 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else f"{error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail("out of memory; lower --batch-size, --size or --threads, or take a smaller --model", 1)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out; PyTorch has a class for it on a GPU, and only a message on the CPU."""
-    # by its name, as torch.OutOfMemoryError itself would need PyTorch
-    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return by_class or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
-    )
 
 
 def _fail(message: str, status: int) -> NoReturn:

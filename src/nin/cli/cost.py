@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table, results
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,6 +95,8 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
     try:
         return nin.cost(network, shape)
     except Exception as error:  # somebody's own network may raise anything
+        if is_out_of_memory(error):
+            raise
         if other := describe_other_input(network):
             raise UserError(f"{model} takes {other}: nin counts networks of one batch of images") from error
         reason = " ".join(str(error).split())[:200].rstrip(".")

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.nin import NiN, nin_cifar, nin_digits, nin_imagenet
 
@@ -159,6 +159,8 @@ def _from_factory(text: str) -> nn.Module:
     try:
         model = factory()
     except Exception as error:  # somebody's own code may raise anything
+        if is_out_of_memory(error):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{text} failed in {place.filename}, line {place.lineno}: {reason}") from error

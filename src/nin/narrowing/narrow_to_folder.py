@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 from nin.inference import evaluation
 from nin.models.factory import create_external_model, describe_other_input
 from nin.models.narrowing_plan import Plan
@@ -281,6 +281,8 @@ def count_scores(model: nn.Module, images: data.Data, p: checkpoint.Preprocessin
         with torch.no_grad():
             result = model(data.to_float(pixels.to(model_device(model)), p.mean, p.std, dtype=torch.float32))
     except Exception as error:  # somebody's own network may raise anything
+        if is_out_of_memory(error):
+            raise
         if other := describe_other_input(model):
             raise UserError(f"the network takes {other}: nin narrow gives it one batch of images") from error
         reason = " ".join(str(error).split())[:200]
