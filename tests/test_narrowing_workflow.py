@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -125,6 +126,32 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     out = str(tmp_path / "new")
     assert "skip must match a layer's name" in fails(capsys, run, "--macs", "0.5", "--skip", "stem", "--out", out)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_images_are_brought_to_the_runs_size_and_held_out_as_for_its_training(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(
+                tmp_path / "pets" / name / f"{i}.png"
+            )
+    recorded = ["--size", "16", "--test-fraction", "0.4", "--seed", "3"]
+    small = ["--model", "nin_digits", "--epochs", "1", "--threads", "1"]
+    app.main(["train", str(tmp_path / "pets"), "--out", str(tmp_path / "run"), *recorded, *small])
+    before = checkpoint.load_info(tmp_path / "run")
+    capsys.readouterr()
+    arguments = ["--data", str(tmp_path / "pets"), "--macs", "0.7", "--out", str(tmp_path / "new"), "--json"]
+    app.main(["narrow", str(tmp_path / "run"), *arguments])
+    after = checkpoint.load_info(tmp_path / "new")
+    assert (after.preprocessing, after.data["test_images"]) == (before.preprocessing, 8)
+    assert {name: after.data[name] for name in ("seed", "test_fraction", "size")} == {
+        "seed": 3,
+        "test_fraction": 0.4,
+        "size": 16,
+    }
+    accuracy = json.loads(capsys.readouterr().out)["accuracy"]
+    assert accuracy["original"] == pytest.approx(before.result["test_accuracy"], abs=1e-6)
 
 
 def test_images_of_another_kind_are_refused(run, tmp_path, capsys):

@@ -16,6 +16,7 @@ from nin.runtime.files import write_atomically
 if TYPE_CHECKING:
     import torch
 
+    from nin.checkpoint import RunInfo
     from nin.narrowing import NarrowReport, NarrowResult
 
 
@@ -120,8 +121,8 @@ def narrow(
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
         size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
-    value_range = "auto" if run is None else load_info(run).preprocessing.value_range
-    samples = load_data(data, data_dir=data_dir, size=size, value_range=value_range)
+    how = {"size": size} if run is None else as_recorded(load_info(run), data)
+    samples = load_data(data, data_dir=data_dir, **how)
     if run is not None:
         result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)
     else:
@@ -133,6 +134,20 @@ def narrow(
     show_narrowing(result.report, out, json)
     if hint:
         messages.print(hint)
+
+
+def as_recorded(info: RunInfo, data: str) -> dict[str, Any]:
+    """Return the options of `nin.data.load` that a run was trained with.
+
+    With another seed or fraction, images that it was trained on would be among those that test it.
+    """
+    named = data in nin.data.DATASET_NAMES  # their size is their own
+    return {
+        "size": None if named else info.preprocessing.size,
+        "value_range": info.preprocessing.value_range,
+        "seed": info.data.get("seed", 0),
+        "test_fraction": info.data.get("test_fraction"),
+    }
 
 
 def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
