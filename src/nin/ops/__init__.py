@@ -11,7 +11,7 @@ from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import freeze
 from nin.ops.gpu import dispatch as gpu_dispatch
 from nin.ops.reference import ACTIVATIONS, conv2d_chain
-from nin.ops.transforms import is_plain, overrides_dispatch
+from nin.ops.transforms import is_jit_traced, is_plain, overrides_dispatch
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "freeze", "mlpconv"]
 
@@ -49,7 +49,7 @@ def conv1x1(
         >>> bool((nin.conv1x1(x, torch.full((1, 1, 1, 1), 2.0)) == 2 * x).all())
         True
     """
-    is_matrix = not isinstance(weight, Tensor) or weight.dim() != 4 or torch._C._is_tracing()
+    is_matrix = not isinstance(weight, Tensor) or weight.dim() != 4 or is_jit_traced()
     if not is_matrix and weight.shape[2:] != (1, 1):
         raise ValueError(
             f"weight must have shape (C_out, C_in, 1, 1), got {tuple(weight.shape)}: use nin.mlpconv for k×k"
@@ -103,7 +103,7 @@ def mlpconv(
     weights, biases = list(weights), list(biases)
     activations = _activations(activation, len(weights))
     stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    if torch._C._is_tracing():
+    if is_jit_traced():
         # Of torch.jit.trace: its graph has no word for the operator's list of optional biases, and would keep the sizes
         # that the checks look at as constants. PyTorch's operators check for themselves.
         return conv2d_chain(x, ChainArguments(weights, biases, stride, padding, dilation, activations))

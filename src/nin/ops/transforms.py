@@ -24,6 +24,12 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def is_jit_traced() -> bool:
+    """Return whether ``torch.jit.trace`` records the call."""
+    # in this order: the compiler of PyTorch 2.10 cannot trace the second question
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Return whether nobody but the kernels has to see a call whose tensors need no gradients.
 
