@@ -101,3 +101,12 @@ def test_what_cannot_be_copied_is_one_line():
     model.lock = threading.Lock()
     with pytest.raises(UserError, match=r"copy\.deepcopy copies, got Sequential, .* cannot pickle '_thread.lock'"):
         nin.fuse(model)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_model():
+    class Large(nn.Module):
+        def __deepcopy__(self, memo):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        copy_model(Large())

@@ -152,6 +152,8 @@ def _from_factory(text: str) -> nn.Module:
     except (ImportError, AttributeError) as error:
         raise UserError(f"{text} was not found: {error}") from error
     except Exception as error:  # somebody's own module may raise anything while it is imported
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 
 
 @runtime_checkable
@@ -45,7 +45,9 @@ def copy_model(model: Model, shared: Mapping[int, Tensor] | None = None) -> Mode
                     memo[id(t)] = t.detach().clone().requires_grad_(t.requires_grad)
     try:
         new = copy.deepcopy(model, memo)
-    except Exception as error:
+    except Exception as error:  # somebody's own module may raise anything in its __deepcopy__
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"the model must be one that copy.deepcopy copies, got {type(model).__name__}, of which it says "

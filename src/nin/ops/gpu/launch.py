@@ -28,7 +28,6 @@ COMPILE_ERRORS = (
     triton.TritonError,
     RuntimeError,
     ValueError,
-    NotImplementedError,
     OSError,
     subprocess.CalledProcessError,
 )
