@@ -235,7 +235,7 @@ def test_both_forms_of_an_accent_are_one_class(tmp_path):
 def test_pillow_says_what_is_an_image(tmp_path, name, file_format):
     root = tmp_path / "set"
     fill(root)
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)  # the smallest icon of old Pillows
     Image.fromarray(pixels).save(root / "cat" / name, file_format)
     found = data.check(root)
     assert {row[0]: row[1] + row[2] for row in found.classes} == {"cat": 4, "dog": 3}

@@ -261,7 +261,10 @@ class _LayerCounter:
     def _unassigned(self) -> Counter[Any]:
         return Counter(self.flops.flop_counts["Global"]) - self.assigned
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
+    def _before_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and inputs[0].is_floating_point():
+            # newer versions of PyTorch refuse it themselves, 2.10 only off the meta device
+            raise TypeError(f"{type(module).__name__} takes whole numbers, got {inputs[0].dtype}")
         self.at_start.append(self._unassigned())
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
