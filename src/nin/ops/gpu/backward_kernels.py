@@ -51,7 +51,8 @@ def store_sums(sums, tile, n, COLUMNS: tl.constexpr, UPCAST: tl.constexpr):
     if tile.dtype.primitive_bitwidth == 16:
         # by the matrix units: a reduction over rows that lie in many threads takes ten times as many instructions
         row = tl.arange(0, 16)
-        ones = tl.full((16, tile.shape[0]), 1.0, tl.float32).to(tile.dtype)  # Triton 3.6's interpreter fills no bfloat16
+        # by way of float32, as the interpreter of Triton 3.6 fills no bfloat16
+        ones = tl.full((16, tile.shape[0]), 1.0, tl.float32).to(tile.dtype)
         total = dot(ones, tile, None, "ieee", UPCAST)
         mask = (row == 0)[:, None] & (n < COLUMNS)[None, :]
         tl.store(sums + row[:, None] + n[None, :], total, mask=mask)
