@@ -476,7 +476,7 @@ def test_mirrored_view_is_the_mean_of_both(digits):
 def test_config_json_is_plain_json(digits, tmp_path):
     training.train(digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path / "run")
     values = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert values["format_version"] == checkpoint.FORMAT_VERSION
+    assert values["format_version"] == 1  # older versions of nin read it
     assert values["classes"] == [str(i) for i in range(10)]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import json
-import math
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nin import models
-from nin.data import Data
+from nin.data import CENTRE_SQUARE, Data
+from nin.data.preprocessing import Preprocessing as Preprocessing
 from nin.errors import UserError
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
@@ -27,8 +27,9 @@ from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
 from nin.version import installed_version
 
-# Raised when a field of config.json changes its meaning; `load_model` reads all versions up to this one.
-FORMAT_VERSION = 1
+# Raised when a field of config.json changes its meaning, or comes that must not be overlooked; `load_model` reads all
+# versions up to this one.
+FORMAT_VERSION = 2
 
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
 METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
@@ -42,46 +43,8 @@ TIMINGS = ("epoch", "seconds", "images_per_second")
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
-# Height and width of the largest input that a config.json may ask for: 800 MB of uint8.
-LARGEST_SIZE = 16_384
-
 # A config.json holds names and numbers; one that is larger is not ours.
 LARGEST_CONFIG_BYTES = 16 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the network's input.
-
-    Attributes:
-        size: height and width, in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        mean: of each channel, for values from 0 to 1.
-        std: of each channel, for values from 0 to 1.
-        value_range: the values that become 0 and 1 in images with more than 8 bits; None for the range of their type.
-    """
-
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: tuple[float, float] | None = None
-
-    def check(self) -> None:
-        """Check the ranges of values that came from a file.
-
-        Raises:
-            ValueError: a field is out of its range.
-        """
-        if not 1 <= self.size <= LARGEST_SIZE or self.channels not in (1, 3):
-            raise ValueError(f"size must be 1 to {LARGEST_SIZE} and channels 1 or 3, got {self.size}, {self.channels}")
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(f"mean and std must have {self.channels} numbers, got {self.mean} and {self.std}")
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in self.mean + self.std) or min(self.std) <= 0:
-            raise ValueError(f"mean and std must be finite and std positive, got {self.mean} and {self.std}")
-        low, high = self.value_range or (0, 1)
-        if not -math.inf < low <= high < math.inf:
-            raise ValueError(f"value_range must be two finite numbers in order, got {self.value_range}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +72,18 @@ class RunInfo:
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
         # ASCII, so that a class folder whose name is no valid Unicode can be written down too
-        return json.dumps({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=2)
+        return json.dumps({"format_version": self.format_version, **dataclasses.asdict(self)}, indent=2)
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that a reader must know: the first one crops every image's centre square."""
+        return 1 if self.preprocessing.resize == CENTRE_SQUARE else FORMAT_VERSION
 
     def mismatch(self, images: Data, *, test_images: bool = False) -> str | None:
         """Return in what a data set differs from the one that the network was trained on, or None if in nothing.
 
         Args:
-            images: compared in classes, channels, size and value range.
+            images: compared in classes, channels, size, value range and the way of resizing.
             test_images: compare the number of test images too.
         """
         p, count = self.preprocessing, len(images.test)
@@ -124,6 +92,7 @@ class RunInfo:
             ("channels", p.channels, images.channels),
             ("size", p.size, images.size),
             ("value range", p.value_range, images.value_range),
+            ("way of resizing", p.resize, images.resize),
             ("number of test images", self.data.get("test_images", count) if test_images else count, count),
         ):
             if expected != got:
@@ -249,10 +218,7 @@ def load_info(folder: Path) -> RunInfo:
 
 def _info_from_dict(values: dict[str, Any]) -> RunInfo:
     """Return the fields of a ``config.json`` as a `RunInfo`, and check their types."""
-    p = values["preprocessing"]
-    value_range = p.get("value_range") and tuple(p["value_range"])  # runs of version 0.1 have none
-    preprocessing = Preprocessing(int(p["size"]), int(p["channels"]), tuple(p["mean"]), tuple(p["std"]), value_range)
-    preprocessing.check()
+    preprocessing = Preprocessing.from_dict(values["preprocessing"])
     info = RunInfo(**{**values, "preprocessing": preprocessing, "classes": tuple(values["classes"])})
     for field in ("model", "recipe", "data", "result", "environment"):
         if not isinstance(getattr(info, field), dict):

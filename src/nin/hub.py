@@ -70,7 +70,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         if images is not None and isinstance(model, models.Network):
             rows = example_rows(
                 Classifier(model, info),
-                data.load(images, value_range=info.preprocessing.value_range),
+                data.load(images, value_range=info.preprocessing.value_range, resize=info.preprocessing.resize),
                 info.classes[:PICTURE_CLASSES],
             )
             picture = draw_image_grid(rows, size=160) if rows else None

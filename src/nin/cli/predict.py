@@ -170,7 +170,7 @@ def predict_paths(
             batch = []
             for path in source[start : start + INFERENCE_BATCH_SIZE]:
                 try:
-                    batch.append(nin.data.decode(path, size=p.size, channels=p.channels, value_range=p.value_range))
+                    batch.append(nin.data.decode(path, **p.decoding))
                     paths.append(Path(path))
                 except DecodeError as error:
                     if len(source) == 1:
@@ -217,9 +217,7 @@ def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Seque
     comment.add_text("Comment", nin.data.MAP_COMMENT)
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
         values = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)]
-        pixels = nin.data.decode(
-            path, size=size, channels=preprocessing.channels, value_range=preprocessing.value_range
-        )
+        pixels = nin.data.decode(path, **preprocessing.decoding)
         limit = report.symmetric_limit(values)
         picture = report.overlay(pixels, values, limit=limit, size=max(256, size))
         content = io.BytesIO()

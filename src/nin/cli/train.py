@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -26,6 +26,7 @@ def train(
     out: Path,
     data_dir: Path | None = None,
     size: int | None = None,
+    resize: Literal["crop", "squash", "letterbox"] = "crop",
     test_fraction: float | None = None,
     config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
     resume: bool = False,
@@ -43,6 +44,8 @@ def train(
         out: The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
         data_dir: Where the files of mnist to svhn lie; without it they are downloaded to ~/.cache/nin.
         size: Height and width that images are brought to, in pixels. Chosen from the images if not given.
+        resize: How images become squares: crop (the centre square), squash (the whole image, distorted) or letterbox
+            (the whole image, with grey bars). Kept in the run, for every image that it is given later.
         test_fraction: Share of each class that is held out for testing, where the data have no test images of their
             own.
         config: The recipe.
@@ -65,7 +68,8 @@ def train(
     config = config or TrainConfig()
     choose_device(config.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
-    images = load_data(data, data_dir=data_dir, size=size, test_fraction=test_fraction, seed=config.seed, strict=strict)
+    how: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction}
+    images = load_data(data, data_dir=data_dir, seed=config.seed, strict=strict, **how)
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
     messages.print(flip_text(images, config.flip))

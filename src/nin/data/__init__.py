@@ -9,12 +9,14 @@ from nin.data.folder import Check, check
 from nin.data.folder_entries import MAP_COMMENT, find_images
 from nin.data.image_formats import FORMAT_EXAMPLES, IMAGE_EXTENSIONS
 from nin.data.loader import batches, to_device
+from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
 from nin.data.sampler import epoch_order
 from nin.data.transforms import augment, to_float
 from nin.data.webdataset import ShardSet, is_shards, open_shards
 from nin.data.webdataset_writer import write_shards
 
 __all__ = [
+    "CENTRE_SQUARE",
     "DATASET_NAMES",
     "FINDING_KINDS",
     "FORMAT_EXAMPLES",
@@ -28,6 +30,7 @@ __all__ = [
     "Finding",
     "ImageSet",
     "PathList",
+    "ResizeOptions",
     "ShardSet",
     "augment",
     "batches",

@@ -16,6 +16,7 @@ from torch import Tensor
 from nin.data.decoder import DecodeError, decode_pixels
 from nin.data.findings import Finding
 from nin.data.mirroring import FlipChoice, choose_flip
+from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
 from nin.data.value_range import Pixels, RangeOption, ValueRange
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -97,6 +98,7 @@ class DecodedSet(ABC):
         channels: 1 or 3, of the decoded images.
         size: height and width of the decoded images in pixels.
         value_range: what becomes black and white in images with more than 8 bits, see `nin.data.decode`.
+        resize: how images become squares.
     """
 
     labels: Tensor
@@ -104,6 +106,7 @@ class DecodedSet(ABC):
     channels: int
     size: int
     value_range: ValueRange | None = None
+    resize: ResizeOptions = CENTRE_SQUARE
 
     @abstractmethod
     def decode(self, index: int) -> Pixels:
@@ -158,7 +161,9 @@ class FileSet(DecodedSet):
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
         path = os.path.join(self.root, self.names[index])
-        return decode_pixels(path, size=self.size, channels=self.channels, value_range=self.value_range)
+        return decode_pixels(
+            path, size=self.size, channels=self.channels, value_range=self.value_range, resize=self.resize
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +188,7 @@ class Data:
         flip_reason: what `flip` was decided by, in words for the user.
         value_range: what became black and white in images with more than 8 bits; None where that is the range of their
             type, or there are none.
+        resize: how images became squares.
     """
 
     name: str
@@ -201,6 +207,7 @@ class Data:
     origin: Mapping[str, Any] = field(default_factory=dict)
     flip_reason: str = ""
     value_range: ValueRange | None = None
+    resize: ResizeOptions = CENTRE_SQUARE
 
     @classmethod
     def from_sets(
@@ -258,6 +265,7 @@ class LoadOptions:
     memory_limit_bytes: int = 0
     on_progress: ProgressCallback | None = None
     value_range: RangeOption = "auto"
+    resize: ResizeOptions = CENTRE_SQUARE
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -1,4 +1,4 @@
-"""Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, value range, centre crop, resize."""
+"""Decode an image file to a uint8 tensor: EXIF orientation, alpha over white, value range, resize."""
 
 import contextlib
 import io
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nin.data.image_formats import formats_to_try
+from nin.data.resizing import CENTRE_SQUARE, ResizeOptions, draft_size, resize_to_square
 from nin.data.value_range import (
     BYTES,
     Extent,
@@ -96,13 +97,20 @@ class DecodeError(UserError):
         self.reason = reason
 
 
-def decode(source: ImageSource, *, size: int | None, channels: int, value_range: ValueRange | None = None) -> Tensor:
+def decode(
+    source: ImageSource,
+    *,
+    size: int | None,
+    channels: int,
+    value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
+) -> Tensor:
     """Decode one image.
 
     EXIF orientation is applied. Transparent pixels are composited over white, the background that viewers
     show; what colour a file stores under full transparency is arbitrary. CMYK and palettes become RGB. Of an animation
-    the first frame is read. The centre square is resized to `size` with an antialiased bicubic filter, which is the
-    same as resizing the shorter side and cropping.
+    the first frame is read. Unless `resize` says otherwise, the centre square is resized to `size` with an antialiased
+    bicubic filter, which is the same as resizing the shorter side and cropping.
 
     Args:
         source: a path, the bytes of an image file, a file that is open, or a Pillow image.
@@ -110,6 +118,7 @@ def decode(source: ImageSource, *, size: int | None, channels: int, value_range:
         channels: 1 for grey, 3 for RGB.
         value_range: the values that become 0 and 255 in images of 16-bit or longer integers and of floats; others lie
             beyond black and white. None takes 0 and 65535 for integers, 0 and 1 for floats.
+        resize: how the image becomes a square; nothing where size is None.
 
     Returns:
         uint8 (channels, size, size), or (channels, H, W) with size=None.
@@ -118,7 +127,8 @@ def decode(source: ImageSource, *, size: int | None, channels: int, value_range:
         DecodeError: the file cannot be read; the message names it and says why.
         ValueError: channels is neither 1 nor 3, or size is below 1.
     """
-    return torch.from_numpy(decode_pixels(source, size=size, channels=channels, value_range=value_range))
+    pixels = decode_pixels(source, size=size, channels=channels, value_range=value_range, resize=resize)
+    return torch.from_numpy(pixels)
 
 
 def decode_pixels(
@@ -127,6 +137,7 @@ def decode_pixels(
     size: int | None,
     channels: int,
     value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
     name: str | None = None,
 ) -> Pixels:
     """Decode one image in NumPy, for `decode`: small tensor copies would start a thread pool in each worker.
@@ -136,6 +147,7 @@ def decode_pixels(
         size: see `decode`.
         channels: see `decode`.
         value_range: see `decode`.
+        resize: see `decode`.
         name: of the file that bytes come from; its extension tells formats that have no signature.
     """
     if channels not in (1, 3):
@@ -144,8 +156,8 @@ def decode_pixels(
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     with _open_image(source, name) as image:
         if size is not None and not isinstance(source, Image.Image):
-            # Lets libjpeg decode at a fraction of the size, with twice what is needed left to the filter.
-            image.draft(None, (2 * size, 2 * size))
+            # lets libjpeg decode at a fraction of the size
+            image.draft(None, draft_size(image.width, image.height, size, resize))
         rawmode = wide_rawmode(image) if value_range is not None else None
         image.load()
         # after load(): for TIFF that has turned the image itself
@@ -156,7 +168,7 @@ def decode_pixels(
         if transpose is not None:
             flat = flat.transpose(transpose)
         if size is not None:
-            flat = ImageOps.fit(flat, (size, size), Image.Resampling.BICUBIC)
+            flat = resize_to_square(flat, size, resize)
         pixels = np.array(flat, dtype=np.uint8).reshape(flat.height, flat.width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -11,6 +11,7 @@ from nin.data.builtin import DATASET_NAMES, load_builtin
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, LoadOptions
 from nin.data.folder import read_folder
+from nin.data.resizing import CENTRE_SQUARE, ResizeMode, ResizeOptions
 from nin.data.value_range import RangeOption, ValueRange
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
@@ -29,6 +30,7 @@ def load(
     memory_limit_bytes: int = 2 << 30,
     on_progress: ProgressCallback | None = None,
     value_range: RangeOption = "auto",
+    resize: ResizeOptions | ResizeMode = CENTRE_SQUARE,
 ) -> Data:
     """Load labelled images for training and testing.
 
@@ -58,6 +60,9 @@ def load(
         on_progress: called with (what is being done, number done, number of all) while a folder is read.
         value_range: the values that become black and white in images with more than 8 bits; "auto" takes those of the
             images where these use a small part of their type, None the whole type. A run folder records it.
+        resize: how the images of a folder or of shards become squares: "crop" (the centre square), "squash" (the whole
+            image, distorted), "letterbox" (the whole image, with grey bars), or `ResizeOptions`. A run folder records
+            it. Named sets and arrays are square already: there it is what is done with other images later.
 
     Returns:
         The data set. Its labels follow the natural order of the class names: "2" before "10".
@@ -70,18 +75,30 @@ def load(
         >>> data.train.images.shape, len(data.test), data.classes[:3]
         (torch.Size([1346, 1, 8, 8]), 451, ('0', '1', '2'))
     """
+    resize = ResizeOptions.of(resize)
     if isinstance(source, Data):
-        return _check_size(source, size)
-    options = LoadOptions(size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress, value_range)
+        return _check_fixed(source, size, resize)
+    options = LoadOptions(
+        size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress, value_range, resize
+    )
     if isinstance(source, tuple):
-        return _check_size(load_arrays(source, test_fraction=test_fraction, seed=seed), size)
+        arrays = load_arrays(source, test_fraction=test_fraction, seed=seed)
+        return _check_fixed(dataclasses.replace(arrays, resize=resize), size, resize)
     # absolute, so that a report can be made from another folder
     folder = None if data_dir is None else Path(data_dir).resolve()
-    origin = {"data_dir": folder and str(folder), "size": size, "test_fraction": test_fraction, "seed": seed}
+    origin: dict[str, Any] = {
+        "data_dir": folder and str(folder),
+        "size": size,
+        "test_fraction": test_fraction,
+        "seed": seed,
+    }
+    if resize != CENTRE_SQUARE:  # runs of version 0.1 have none, and are resumed
+        origin["resize"] = dataclasses.asdict(resize)
     name = str(source)
     if source in DATASET_NAMES:
         builtin = load_builtin(name, data_dir=folder, test_fraction=test_fraction, seed=seed)
-        return _check_size(dataclasses.replace(builtin, origin={"source": name, **origin}), size)
+        builtin = dataclasses.replace(builtin, origin={"source": name, **origin}, resize=resize)
+        return _check_fixed(builtin, size, resize)
     if is_shards(source):
         images = read_shards(name, options)
     else:
@@ -91,7 +108,13 @@ def load(
     return dataclasses.replace(images, origin={"source": path, **origin})
 
 
-def load_from_record(record: Mapping[str, Any], *, size: int, value_range: ValueRange | None = None) -> Data:
+def load_from_record(
+    record: Mapping[str, Any],
+    *,
+    size: int,
+    value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
+) -> Data:
     """Load the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
 
     The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
@@ -101,6 +124,7 @@ def load_from_record(record: Mapping[str, Any], *, size: int, value_range: Value
         record: what `load` left in `Data.origin`.
         size: height and width of the network's input in pixels.
         value_range: of the network's preprocessing.
+        resize: likewise.
 
     Raises:
         UserError: it is not recorded where they lie, they are not here, or the record is damaged.
@@ -116,13 +140,23 @@ def load_from_record(record: Mapping[str, Any], *, size: int, value_range: Value
         raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
-    return load(source, data_dir=data_dir, size=size, test_fraction=fraction, seed=seed, value_range=value_range)
+    return load(
+        source,
+        data_dir=data_dir,
+        size=size,
+        test_fraction=fraction,
+        seed=seed,
+        value_range=value_range,
+        resize=resize,
+    )
 
 
-def _check_size(data: Data, size: int | None) -> Data:
-    """Return the data set, whose size is fixed; raise UserError if another one was asked for."""
+def _check_fixed(data: Data, size: int | None, resize: ResizeOptions) -> Data:
+    """Return the data set, whose images are fixed; raise UserError if other ones were asked for."""
     if size is not None and size != data.size:
         raise UserError(f"size: expected {data.size}, the size of {data.name}, got {size}; leave it out")
+    if resize not in (CENTRE_SQUARE, data.resize):
+        raise UserError(f"resize: expected {data.resize.mode}, which made {data.name}, got {resize.mode}; leave it out")
     return data
 
 

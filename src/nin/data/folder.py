@@ -89,6 +89,7 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
                 channels=scan.channels,
                 size=scan.size,
                 value_range=scan.value_range,
+                resize=options.resize,
                 root=root,
             )
         return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names))
@@ -104,6 +105,7 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         notes=(*listing.notes, *scan.notes(), *imbalance_notes(listing.classes, counts)),
         findings=collect_findings(scan, is_test),
         value_range=scan.value_range,
+        resize=options.resize,
     )
 
 

@@ -111,6 +111,7 @@ class ImageScan(ABC):
                 size=self.size,
                 channels=self.channels,
                 value_range=self.value_range,
+                resize=self.options.resize,
                 name=self.listing.names[index],
             )
             if pixels is not None:

@@ -107,6 +107,7 @@ class ShardSet(DecodedSet):
                 size=self.size,
                 channels=self.channels,
                 value_range=self.value_range,
+                resize=self.resize,
                 name=self.names[index],
             )
         except DecodeError as error:
@@ -194,14 +195,15 @@ def read_shards(source: str | Path, options: LoadOptions) -> Data:
     """
     shards, classes, findings = open_labelled(source)
     channels, size, value_range = _preprocessing(shards, options)
-    shards = dataclasses.replace(shards, channels=channels, size=size, value_range=value_range)
+    how: dict[str, Any] = {"value_range": value_range, "resize": options.resize}
+    shards = dataclasses.replace(shards, channels=channels, size=size, **how)
     is_test = test_mask(shards, options)
     train, test = (shards.select(np.flatnonzero(is_test == part)) for part in (False, True))
     if not len(train) or not len(test):
         raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
     name = Path(source).name.removesuffix(".tar")
     notes = class_notes(classes, train.labels)
-    return Data.from_sets(name, train, test, classes, findings=findings, notes=notes, value_range=value_range)
+    return Data.from_sets(name, train, test, classes, findings=findings, notes=notes, **how)
 
 
 def open_labelled(source: str | Path) -> tuple[ShardSet, tuple[str, ...], tuple[Finding, ...]]:

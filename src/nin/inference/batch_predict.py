@@ -156,9 +156,7 @@ def _predict_rows(
         for image, index in zip(pixels, batch, strict=True):
             try:
                 source = images.read(index) if isinstance(images, data.ShardSet) else images[index]
-                image[:] = decode_pixels(
-                    source, size=p.size, channels=p.channels, value_range=p.value_range, name=names[index]
-                )
+                image[:] = decode_pixels(source, name=names[index], **p.decoding)
             except DecodeError as error:
                 problems[index] = error.reason
         return pixels, problems

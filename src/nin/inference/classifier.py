@@ -198,4 +198,4 @@ def _decode(image: Any, p: checkpoint.Preprocessing) -> Tensor:
         raise TypeError(
             f"an image must be a path, bytes, a Pillow image, an array or a tensor, got {type(image).__name__}"
         )
-    return data.decode(image, size=p.size, channels=p.channels, value_range=p.value_range)
+    return data.decode(image, **p.decoding)

@@ -161,7 +161,7 @@ def choose_preprocessing(
             raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
     if min(std) <= 0:
         raise UserError(f"std must be above 0, got {min(std)}")
-    return checkpoint.Preprocessing(images.size, images.channels, tuple(mean), tuple(std), images.value_range)
+    return dataclasses.replace(checkpoint.Preprocessing.of(images), mean=tuple(mean), std=tuple(std))
 
 
 def load_network(factory: str, weights: Path) -> nn.Module:

@@ -95,8 +95,8 @@ def build_report(
     info, preprocessing = classifier.info, classifier.info.preprocessing
     if images is None:
         try:
-            size, value_range = preprocessing.size, preprocessing.value_range
-            images = data.load_from_record(info.data, size=size, value_range=value_range)
+            p = preprocessing
+            images = data.load_from_record(info.data, size=p.size, value_range=p.value_range, resize=p.resize)
         except UserError as error:
             raise UserError(f"{run}: {error}; give the images") from error
     if mismatch := info.mismatch(images, test_images=True):

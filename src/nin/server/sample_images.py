@@ -7,6 +7,7 @@ import itertools
 import threading
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from nin import data
@@ -15,6 +16,8 @@ from nin.data.arrays import to_pillow
 from nin.errors import UserError
 
 MAX_SAMPLES = 24
+# Marks the PNG of a sample, which is the input of a network already: nothing is cropped off it again.
+SAMPLE_COMMENT = "input of a network, made by nin"
 NOT_HERE = "the test images are not here: "
 # Images that statistics are computed on, such as which channels are dead; fewer where images are large.
 MAX_CALIBRATION_IMAGES, MIN_CALIBRATION_IMAGES = 256, 32
@@ -77,7 +80,7 @@ def load_run_images(info: RunInfo) -> data.Data:
         UserError: they are not on this machine, or others are, or they have no test images.
     """
     p = info.preprocessing
-    images = data.load_from_record(info.data, size=p.size, value_range=p.value_range)
+    images = data.load_from_record(info.data, size=p.size, value_range=p.value_range, resize=p.resize)
     if info.mismatch(images):
         raise UserError("the images found there are not those that the run was trained on")
     if not len(images.test):
@@ -98,6 +101,12 @@ def _choose_samples(images: data.Data) -> list[Sample]:
 
 
 def _png(pixels: Tensor) -> bytes:
-    file = io.BytesIO()
-    to_pillow(pixels.permute(1, 2, 0)).save(file, "PNG")
+    file, comment = io.BytesIO(), PngInfo()
+    comment.add_text("Comment", SAMPLE_COMMENT)
+    to_pillow(pixels.permute(1, 2, 0)).save(file, "PNG", pnginfo=comment)
     return file.getvalue()
+
+
+def is_sample(file: bytes) -> bool:
+    """Return whether an image file is the PNG of a sample."""
+    return SAMPLE_COMMENT.encode() in file[:200]  # the comment is behind the header

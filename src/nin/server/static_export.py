@@ -137,7 +137,7 @@ def _fitting_samples(service: Service) -> list[Sample]:
 
 def _pixels(run: ServedRun, samples: list[Sample]) -> torch.Tensor:
     p = run.classifier.info.preprocessing
-    return torch.stack([data.decode(sample.png, size=p.size, channels=p.channels) for sample in samples])
+    return torch.stack([data.decode(sample.png, size=None, channels=p.channels) for sample in samples])
 
 
 def _page_data(service: Service, samples: list[Sample]) -> Any:

@@ -14,6 +14,7 @@ from nin import data
 from nin.checkpoint import Preprocessing
 from nin.data.decoder import DecodeError, read_header
 from nin.server.middleware import Limits
+from nin.server.sample_images import is_sample
 
 # an image file as the whole body, or several in a form
 _FILE = {"type": "string", "format": "binary"}
@@ -94,8 +95,8 @@ def _decode_image(file: bytes, index: int, preprocessing: Preprocessing, limits:
         if header.width * header.height > limits.pixels:
             size = f"{header.width}×{header.height}"
             raise HTTPException(413, f"image {index} must have at most {limits.pixels} pixels, got {size}")
-        p = preprocessing
-        return data.decode(file, size=p.size, channels=p.channels, value_range=p.value_range)
+        how = preprocessing.decoding
+        return data.decode(file, **(how | {"resize": data.CENTRE_SQUARE} if is_sample(file) else how))
     except DecodeError as error:
         message = f"image {index}: {error.reason}; expected {ACCEPTED_FORMATS}"
         raise HTTPException(_status_code(error.__cause__), message) from error

@@ -329,9 +329,7 @@ class Trainer:
         return RunInfo(
             model=self.network,
             classes=self.images.classes,
-            preprocessing=Preprocessing(
-                self.images.size, self.images.channels, self.images.mean, self.images.std, self.images.value_range
-            ),
+            preprocessing=Preprocessing.of(self.images),
             recipe={**self.settings["recipe"], "precision": precision, **overridden},
             data={**self.settings["data"], **lost},
             result=result,
