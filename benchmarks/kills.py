@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 
-from nin import checkpoint, data
+from nin import checkpoint, data, epoch_metrics
 from nin.cli import app, console
 from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-FILES = (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE)
+FILES = (checkpoint.MODEL_FILE, epoch_metrics.METRICS_FILE)
 SETTINGS = ("--epochs", "5", "--dropout", "0.1", "--flip", "--threads", "1", "--checkpoint-steps", "3")
 KILLED = -signal.SIGKILL
 

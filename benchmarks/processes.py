@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint
+from nin import checkpoint, epoch_metrics
 from nin.runtime.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +44,8 @@ def command(out: Path, count: int, *settings: str, restarts: int = 0) -> list[st
 def train(out: Path, count: int, *settings: str) -> dict[str, Any]:
     """Train to the end; return the loss curve, the accuracy and the speed."""
     subprocess.run(command(out, count, *settings), env=ENVIRONMENT, capture_output=True, check=True)
-    rows, times = (checkpoint.read_csv(out / name) for name in (checkpoint.METRICS_FILE, checkpoint.TIMINGS_FILE))
+    names = (epoch_metrics.METRICS_FILE, epoch_metrics.TIMINGS_FILE)
+    rows, times = (epoch_metrics.read_csv(out / name) for name in names)
     return {
         "train_loss": [row["train_loss"] for row in rows],
         "test_accuracy": checkpoint.load_info(out).result["test_accuracy"],

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"display", "errors", "optim", "version"},
     {"config", "ops", "runtime"},
-    {"data", "layers"},
+    {"data", "epoch_metrics", "layers"},
     {"fusion", "models"},
     {"checkpoint", "profiling", "timm"},
     {"exporters", "inference"},

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nin import checkpoint, data, training
+from nin import checkpoint, data, epoch_metrics, training
 from nin.config import TrainConfig
 from nin.data import loader
 from nin.errors import UserError
@@ -101,7 +101,7 @@ def losses_of(out):
 
 
 def assert_equal_runs(one, other):
-    for name in (checkpoint.MODEL_FILE, checkpoint.METRICS_FILE):
+    for name in (checkpoint.MODEL_FILE, epoch_metrics.METRICS_FILE):
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 

@@ -1,11 +1,10 @@
-"""Run folders: model.safetensors and config.json, the training state, metrics.csv and timings.csv."""
+"""Run folders: model.safetensors and config.json, and the training state."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from nin import models
 from nin.data import CENTRE_SQUARE, Data
 from nin.data.preprocessing import Preprocessing as Preprocessing
+from nin.epoch_metrics import METRICS_FILE, TIMINGS_FILE
 from nin.errors import UserError
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
@@ -32,13 +32,8 @@ from nin.version import installed_version
 FORMAT_VERSION = 2
 
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
-METRICS_FILE, TIMINGS_FILE, REPORT_FILE = "metrics.csv", "timings.csv", "report.html"
-FINDINGS_FILE = "findings.csv"
+REPORT_FILE, FINDINGS_FILE = "report.html", "findings.csv"
 FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE)
-
-# The columns of metrics.csv are the same for every run with the same settings; those of timings.csv are the clock's.
-METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-TIMINGS = ("epoch", "seconds", "images_per_second")
 
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
@@ -328,29 +323,6 @@ def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ())
 def remove_state(folder: Path) -> None:
     """Remove ``state.safetensors``, when the training has ended."""
     (Path(folder) / STATE_FILE).unlink(missing_ok=True)
-
-
-def save_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write the rows of the epochs into ``metrics.csv`` and ``timings.csv``."""
-    for name, columns in ((METRICS_FILE, METRICS), (TIMINGS_FILE, TIMINGS)):
-        lines = [[f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
-        write_atomically(folder / name, "".join(",".join(line) + "\n" for line in [list(columns), *lines]))
-
-
-def read_csv(path: Path) -> tuple[dict[str, float], ...]:
-    """Return the rows of a file that `save_metrics` wrote, none where there is no file.
-
-    Raises:
-        UserError: a line has other columns than the first one, or holds something else than numbers.
-    """
-    if not path.is_file():
-        return ()
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            rows = list(csv.DictReader(file, strict=True))
-            return tuple({str(name): float(value) for name, value in row.items()} for row in rows)
-        except (ValueError, TypeError, csv.Error) as error:
-            raise UserError(f"{path} is damaged: every line must hold one number for each column ({error})") from error
 
 
 def environment() -> dict[str, Any]:

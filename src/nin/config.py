@@ -88,6 +88,12 @@ class TrainConfig:
         flip: mirror half of the images; if not given, where neither the names of the classes (left and right, digits,
             angles) nor a look at the images say that a mirrored one is of another class.
         shift: maximum random translation, in pixels; if not given, about a fifteenth of the image.
+        validation: fraction of the training images of each class that is set apart to choose by. The epochs are then
+            measured on it, and the test images are looked at once, at the end. If not given, all are trained on.
+        patience: end the training after so many epochs without a better one on the validation images, and keep the
+            best by them; if not given, the last epoch is kept. Of equal accuracy the lower loss is better.
+        balance: what makes up for classes of unequal size: "sampling" draws as many images of each class in an epoch,
+            "weights" counts the loss of an image by the inverse of its class's size; if not given, nothing.
         seed: of the weights, the order, the augmentation and the dropout, below 2³². Two runs on one machine are
             equal.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
@@ -112,6 +118,9 @@ class TrainConfig:
     last_activation: Literal["none", "relu"] = "none"
     flip: bool | None = None
     shift: int | None = None
+    validation: float | None = None
+    patience: int | None = None
+    balance: Literal["sampling", "weights"] | None = None
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -131,6 +140,8 @@ class TrainConfig:
             if value not in words and not (value is None and name in _OPTIONAL):
                 raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         check_seed(self.seed)
+        if self.patience is not None and self.validation is None:
+            raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
         """Return the settings with every None replaced, apart from those of the machine.
@@ -166,12 +177,14 @@ class TrainConfig:
 
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
+_OPTIONAL |= {"validation", "patience", "balance"}
 
 # for the settings: the type, which values are in range, and that in words
 _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
-    (("epochs", "batch_size"), int, lambda x: x >= 1, "at least 1"),
+    (("epochs", "batch_size", "patience"), int, lambda x: x >= 1, "at least 1"),
     (("threads",), int, lambda x: 1 <= x <= MOST_THREADS, f"at least 1 and at most {MOST_THREADS}"),
     (("warmup", "momentum", "label_smoothing", "ema"), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    (("validation",), float, lambda x: 0 < x < 1, "above 0 and below 1"),
     (("dropout",), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     (("learning_rate", "gradient_clip"), float, lambda x: 0 < x < math.inf, "above 0 and finite"),
     (("weight_decay",), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
@@ -187,6 +200,7 @@ _WORDS = {
     "normalisation": ("weight_standardisation", "none"),
     "last_activation": ("none", "relu"),
     "precision": ("auto", "bf16", "fp32"),
+    "balance": ("sampling", "weights"),
 }
 
 

@@ -12,6 +12,7 @@ from nin.cli.check import show_findings
 from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, results, silence_other_ranks
 from nin.config import TrainConfig
 from nin.display.numbers import format_percent, format_percent_range
+from nin.epoch_metrics import evaluated_part
 from nin.errors import UserError
 from nin.runtime import torchrun
 
@@ -138,9 +139,10 @@ def train_with_progress(
             bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
             # a hundred short epochs get twenty lines
             if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
+                part = evaluated_part(p.row)
                 bar.line(
                     f"epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
-                    f"test accuracy {format_percent(p.row['test_accuracy'], 2)}  {p.row['seconds']:.0f} s"
+                    f"{part} accuracy {format_percent(p.row[f'{part}_accuracy'], 2)}  {p.row['seconds']:.0f} s"
                 )
 
         keeping = training.CheckpointOptions(**checkpoint_options, stop=lambda: bool(received))

@@ -10,8 +10,9 @@ from nin.data.folder_entries import MAP_COMMENT, find_images
 from nin.data.image_formats import FORMAT_EXAMPLES, IMAGE_EXTENSIONS
 from nin.data.loader import batches, to_device
 from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
-from nin.data.sampler import epoch_order
+from nin.data.sampler import balanced_order, epoch_order
 from nin.data.transforms import augment, to_float
+from nin.data.validation_split import split_validation, take_fold
 from nin.data.webdataset import ShardSet, is_shards, open_shards
 from nin.data.webdataset_writer import write_shards
 
@@ -33,6 +34,7 @@ __all__ = [
     "ResizeOptions",
     "ShardSet",
     "augment",
+    "balanced_order",
     "batches",
     "check",
     "decode",
@@ -44,6 +46,8 @@ __all__ = [
     "load",
     "load_from_record",
     "open_shards",
+    "split_validation",
+    "take_fold",
     "to_device",
     "to_float",
     "write_shards",

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Self, overload
@@ -87,6 +87,11 @@ class ImageSet:
         """Return the images at the indices: uint8 (B, C, H, W)."""
         return self.images[indices]
 
+    def select(self, indices: Tensor) -> "ImageSet":
+        """Return the images at the indices, int64 (M,), in their order."""
+        names = self.names and PathList(self.names[index] for index in indices.tolist())
+        return ImageSet(self.images[indices], self.labels[indices], names)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecodedSet(ABC):
@@ -118,6 +123,10 @@ class DecodedSet(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def select(self, indices: Tensor) -> Self:
+        """Return the images at the indices, int64 (M,), in their order."""
+        return replace(self, labels=self.labels[indices], names=self.names.select(indices.tolist()))
 
     def fetch(self, indices: Tensor) -> Tensor:
         """Decode the images at the indices: uint8 (B, C, size, size).
@@ -189,6 +198,7 @@ class Data:
         value_range: what became black and white in images with more than 8 bits; None where that is the range of their
             type, or there are none.
         resize: how images became squares.
+        validation: the images to choose by, set apart from the training images; None where there are none.
     """
 
     name: str
@@ -208,6 +218,7 @@ class Data:
     flip_reason: str = ""
     value_range: ValueRange | None = None
     resize: ResizeOptions = CENTRE_SQUARE
+    validation: ImageSet | DecodedSet | None = None
 
     @classmethod
     def from_sets(

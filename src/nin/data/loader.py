@@ -33,7 +33,9 @@ def batches(
 
     Args:
         dataset: where the samples come from.
-        order: int64 (M,), indices into the set. Leave out the first ones to go on in the middle of an epoch.
+        order: int64 (M,), indices into the set, plus any multiple of its length, which tells apart the times that a
+            sample comes up (see `nin.data.balanced_order`). Leave out the first ones to go on in the middle of an
+            epoch.
         batch_size: samples in a batch. The last batch holds what is left.
         workers: threads that decode images ahead of the caller, one for each usable core by default; 0
             decodes in the caller's thread. The number changes the speed and nothing else.
@@ -43,7 +45,7 @@ def batches(
             must all take the step.
 
     Yields:
-        images, uint8 (B, C, H, W); labels, int64 (B,); indices, int64 (B,).
+        images, uint8 (B, C, H, W); labels, int64 (B,); what the order holds for them, int64 (B,).
 
     Raises:
         ValueError: batch_size is below 1.
@@ -54,17 +56,30 @@ def batches(
     batch_indices = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     threads = workers if isinstance(dataset, DecodedSet) else 0
 
-    def fetch(indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    count = max(1, len(dataset))
+
+    def fetch(numbers: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         if on_lost is None or isinstance(dataset, ImageSet):
-            return dataset.fetch(indices), indices, []
-        return dataset.fetch_readable(indices)
+            return dataset.fetch(numbers % count), numbers, []
+        images, kept, lost = dataset.fetch_readable(numbers % count)
+        return images, _matching(numbers, kept, count), lost
 
     for images, kept, lost in map_in_threads(fetch, batch_indices, workers=threads):
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
         if len(kept) or empty:
-            yield images, dataset.labels[kept], kept
+            yield images, dataset.labels[kept % count], kept
+
+
+def _matching(numbers: Tensor, kept: Tensor, count: int) -> Tensor:
+    """Return those of the numbers whose remainders by ``count`` are kept, which are in the same order."""
+    if len(kept) == len(numbers):
+        return numbers
+    remaining = iter(numbers.tolist())
+    return torch.tensor(
+        [next(n for n in remaining if n % count == index) for index in kept.tolist()], dtype=torch.int64
+    )
 
 
 def to_device(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:

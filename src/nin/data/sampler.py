@@ -87,6 +87,41 @@ def epoch_order(count: int, *, seed: int, epoch: int, start: int = 0, stop: int 
     return torch.argsort(hashes, stable=True)[start:stop]  # stable: equal hashes have one order everywhere
 
 
+def balanced_order(labels: Tensor, *, seed: int, epoch: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return samples of an epoch in which each class comes up equally often.
+
+    The epoch is as long as one without balance. Of a class with fewer images than its part of the epoch all come up,
+    equally often but for one time; of one with more, a part, another in every epoch.
+
+    Args:
+        labels: the class of each sample, int64 (N,). Classes without samples do not matter.
+        seed: another seed gives another order.
+        epoch: another epoch gives another order.
+        start: the first position of the order to return.
+        stop: the position behind the last; all if not given.
+
+    Returns:
+        int64 (stop - start,): a sample's index, plus N for each time that it has come up before in the epoch, so that
+        each time it can be augmented in another way. The remainder of the division by N is the index.
+
+    Example:
+        >>> (balanced_order(torch.tensor([0, 0, 0, 0, 0, 1]), seed=0, epoch=0) % 6 == 5).sum().item()
+        3
+    """
+    count = len(labels)
+    turns = epoch_order(count, seed=seed, epoch=epoch, start=start, stop=stop)
+    classes = labels.unique().tolist()
+    kinds, ranks = turns % len(classes), turns // len(classes)
+    order = torch.empty_like(turns)
+    for kind, label in enumerate(classes):
+        members = (labels == label).nonzero().flatten().cpu()
+        hashes = hash_indices(members, stream_key("balance", seed, epoch))
+        members = members[hashes.argsort(stable=True)]
+        rank = ranks[kinds == kind]
+        order[kinds == kind] = members[rank % len(members)] + rank // len(members) * count
+    return order
+
+
 def _feistel_permutation(positions: Tensor, count: int, *, seed: int, epoch: int) -> Tensor:
     """Return the samples at positions of a permutation that is never held as a whole.
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nin.data.cache import cache_folder, digest, file_state
 from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
@@ -113,14 +114,15 @@ class ShardSet(DecodedSet):
         except DecodeError as error:
             raise DecodeError(self.names[index], error.reason) from error
 
-    def select(self, indices: NDArray[np.int64]) -> "ShardSet":
-        """Return the images at the indices, in their order."""
+    def select(self, indices: Tensor) -> "ShardSet":
+        """Return the images at the indices, int64 (M,), in their order."""
+        at = indices.numpy()
         return dataclasses.replace(
             self,
-            shard_indices=self.shard_indices[indices],
-            members=self.members[indices],
-            labels=self.labels[torch.from_numpy(indices)],
-            names=self.names.select(indices),
+            shard_indices=self.shard_indices[at],
+            members=self.members[at],
+            labels=self.labels[indices],
+            names=self.names.select(at),
         )
 
 
@@ -198,7 +200,7 @@ def read_shards(source: str | Path, options: LoadOptions) -> Data:
     how: dict[str, Any] = {"value_range": value_range, "resize": options.resize}
     shards = dataclasses.replace(shards, channels=channels, size=size, **how)
     is_test = test_mask(shards, options)
-    train, test = (shards.select(np.flatnonzero(is_test == part)) for part in (False, True))
+    train, test = (shards.select(torch.from_numpy(np.flatnonzero(is_test == part))) for part in (False, True))
     if not len(train) or not len(test):
         raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
     name = Path(source).name.removesuffix(".tar")
@@ -235,7 +237,7 @@ def open_labelled(source: str | Path) -> tuple[ShardSet, tuple[str, ...], tuple[
     if len(classes) < 2:
         raise UserError(f"{source}: expected two classes or more, got only {classes[0]!r}")
     unlabelled = (Finding(shards.names[i], NO_LABEL, "no .cls, .json or .txt member has one") for i in without.tolist())
-    return shards.select(np.flatnonzero(labels >= 0)), classes, (*unlabelled, *shards.findings)
+    return shards.select(torch.from_numpy(np.flatnonzero(labels >= 0))), classes, (*unlabelled, *shards.findings)
 
 
 def class_notes(classes: Sequence[str], labels: torch.Tensor) -> tuple[str, ...]:

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nin import data
 from nin.runtime import distributed
+
+Part = Literal["test", "validation"]
 
 TEST_BATCH_SIZE = 250
 GPU_TEST_BATCH_SIZE = 2000  # smaller batches leave a GPU idle
@@ -20,16 +23,18 @@ def evaluate(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    part: Part = "test",
     flip: bool = False,
     on_lost: Callable[[str, str], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scores of the test images and their labels: those of this process, where there are several.
+    """Return the scores of images and their labels: those of this process, where there are several.
 
     Args:
         model: in evaluation mode, on ``device``.
-        images: their test images are used.
+        images: the data set.
         device: where to compute.
         dtype: of the autocast; float32 for none.
+        part: of the data set that is evaluated.
         flip: take the mean of the scores of each image and its mirror image.
         on_lost: called for files that cannot be read any more, which are left out; see `nin.data.batches`.
 
@@ -39,9 +44,11 @@ def evaluate(
     # joined where they are computed: reading a batch would wait for a GPU; an empty one, as there may be no other
     scores = [torch.empty(0, len(images.classes), device=device)]
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
-    order = torch.arange(len(images.test))[distributed.rank() :: distributed.world_size()]
+    dataset = images.test if part == "test" else images.validation
+    assert dataset is not None
+    order = torch.arange(len(dataset))[distributed.rank() :: distributed.world_size()]
     batch_size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
-    for pixels, batch_labels, _ in data.batches(images.test, order, batch_size, on_lost=on_lost):
+    for pixels, batch_labels, _ in data.batches(dataset, order, batch_size, on_lost=on_lost):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             y = model(x).float()
@@ -50,6 +57,24 @@ def evaluate(
         scores.append(y)
         labels.append(batch_labels.to(device))
     return torch.cat(scores).cpu(), torch.cat(labels).cpu()
+
+
+def gather_scores(scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and labels of all processes, in the order of the images; those that were lost are left out.
+
+    Args:
+        scores: of this process, as `evaluate` returns them.
+        labels: of this process.
+        count: images of all processes together.
+    """
+    if distributed.world_size() == 1:
+        return scores, labels
+    rows = torch.arange(distributed.rank(), count, distributed.world_size())[: len(scores)]
+    # each process fills in its own rows, and the sum has all of them
+    all_scores = scores.new_zeros(count, scores.shape[1]).index_copy_(0, rows, scores)
+    all_labels = labels.new_zeros(count).index_copy_(0, rows, labels + 1)  # 0: lost
+    all_scores, all_labels = distributed.all_reduce_sum(all_scores), distributed.all_reduce_sum(all_labels)
+    return all_scores[all_labels > 0], all_labels[all_labels > 0] - 1
 
 
 def wilson_interval(hits: int, count: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nin import checkpoint, data, models
+from nin import checkpoint, data, epoch_metrics, models
 from nin.display.numbers import format_percent
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
@@ -103,7 +103,7 @@ def build_report(
         raise UserError(f"the images are not those that {run} was tested on: {mismatch}")
     if not len(images.test):
         raise UserError(f"{images.name} has no test images: there is nothing to report")
-    curves = checkpoint.read_csv(run / checkpoint.METRICS_FILE)
+    curves = epoch_metrics.read_csv(run / epoch_metrics.METRICS_FILE)
     probabilities = _predict(classifier, images, on_progress)
     labels, predicted = images.test.labels, probabilities.argmax(1)
     n = len(images.classes)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nin.display.numbers import format_count, format_percent, format_percent_range
 from nin.display.svg_chart import line_chart
+from nin.epoch_metrics import evaluated_part
 from nin.report import heatmaps
 from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
 
@@ -40,6 +41,7 @@ def render_report(report: ReportData) -> str:
     template = load_template("run_report.html", trim_blocks=True, lstrip_blocks=True, finalize=_printable)
     return template.render(
         report=report,
+        evaluated_part=evaluated_part,
         samples=[_sample(example) for example in report.samples],
         mistakes=[(example, _image(example.pixels)) for example in mistakes],
         charts=_charts(report.curves),
@@ -156,7 +158,7 @@ def _charts(curves: Sequence[dict[str, float]]) -> dict[str, str]:
     ):
         series = {
             name: [factor * row[f"{part}_{kind}"] for row in curves]
-            for name, part in (("test", "test"), ("training", "train"))
+            for name, part in (("test", "test"), ("validation", "validation"), ("training", "train"))
             if curves and f"{part}_{kind}" in curves[0]
         }
         if series:

@@ -27,11 +27,14 @@ def hold_images(images: data.Data, config: ResolvedConfig, device: torch.device)
     On a GPU it pays always, as decoding takes longer than training; with the speed recipe on any device. The batches
     stay the same.
     """
-    total_bytes = (len(images.train) + len(images.test)) * images.channels * images.size**2
+    validation = images.validation
+    count = len(images.train) + len(images.test) + (0 if validation is None else len(validation))
+    total_bytes = count * images.channels * images.size**2
     if total_bytes > MAX_HELD_BYTES or (device.type != "cuda" and config.recipe != "speed"):
         return images
     train, test = (data.to_device(part, device) for part in (images.train, images.test))
-    return dataclasses.replace(images, train=train, test=test)
+    validation = None if validation is None else data.to_device(validation, device)
+    return dataclasses.replace(images, train=train, test=test, validation=validation)
 
 
 def count_steps_per_epoch(images: int, batch_size: int) -> int:
@@ -84,9 +87,22 @@ def _local_orders(
     piece = max(1, ORDER_PIECE // config.batch_size) * config.batch_size
     for start in range(first_step * config.batch_size, end, piece):
         stop = min(start + piece, end)
-        order = data.epoch_order(count, seed=config.seed, epoch=epoch, start=start, stop=stop)
+        options = {"seed": config.seed, "epoch": epoch, "start": start, "stop": stop}
+        if config.balance == "sampling":
+            order = data.balanced_order(images.train.labels, **options)
+        else:
+            order = data.epoch_order(count, **options)
         order, batch_size = distributed.local_part(order, config.batch_size)
         yield order.to(images.train.labels.device), batch_size
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return what the loss of an image of each class counts, so that the classes count equally: float32 (classes,).
+
+    The weights of all images have the mean 1; a class without images has weight 0.
+    """
+    counts = labels.bincount(minlength=classes)
+    return torch.where(counts > 0, len(labels) / ((counts > 0).sum() * counts), 0).float()
 
 
 def check_batch_size(config: ResolvedConfig, images: int) -> None:

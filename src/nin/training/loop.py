@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import checkpoint, data
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.config import TrainConfig
 from nin.errors import UserError
-from nin.inference.evaluation import evaluate, wilson_interval
+from nin.inference import metrics
+from nin.inference.evaluation import Part, evaluate, gather_scores
 from nin.runtime import distributed, torchrun
 from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
+from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
 from nin.training.state import (
     CheckpointOptions,
@@ -48,7 +49,7 @@ class TrainProgress:
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
         loss: of the last step.
-        row: the epoch's metrics where one has just ended (see `nin.checkpoint.METRICS`), else None.
+        row: the epoch's metrics where one has just ended (see `nin.epoch_metrics`), else None.
     """
 
     step: int
@@ -103,6 +104,7 @@ def train(
     options = dataclasses.replace(options, resume=resume)
     if folder is not None and options.resume:
         images = with_recorded_flip(images, folder)
+    images = data.split_validation(images, config.validation, seed=config.seed)
     resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
     batches.check_batch_size(resolved, len(images.train))
     keep_freed_memory()
@@ -147,11 +149,15 @@ class Trainer:
         self.folder, self.options, self.on_progress = folder, options, on_progress
         self.output = folder if distributed.is_main_process() else None  # one process writes
         self.images = batches.hold_images(images, self.config, self.device)
+        if self.config.balance == "weights":
+            weights = batches.class_weights(images.train.labels, len(images.classes))
+            train_step.class_weights = weights.to(self.device)
         self.network = network_description(train_step.ema_model, folder)
         self.settings = {"recipe": dataclasses.asdict(self.config), "data": data_record(self.images)}
         self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), self.config.batch_size)
         self.steps = self.steps_per_epoch * self.config.epochs
         self.state = TrainState()
+        self.early_stopping = EarlyStopping(self.config.patience)
         self.saved_at = time.monotonic()
         self.read_interval = loss_read_interval(self.device)
         self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, hits, images of each step
@@ -164,11 +170,18 @@ class Trainer:
                 assert self.folder is not None
                 if is_finished(self.folder):
                     return load_result(self.folder, self.info({}))
-                self.state = load_state(self.folder, self.train_step, self.settings, override=self.options.override)
+                self.state = load_state(
+                    self.folder, self.train_step, self.early_stopping, self.settings, override=self.options.override
+                )
             with self.train_step.data_parallel(min(self.config.batch_size, len(self.images.train))):
-                while self.state.position.epoch < self.config.epochs:
+                while not self.is_over:
                     self.train_epoch()
                 return self.finish()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are trained, or validation says that more are of no use."""
+        return self.state.position.epoch >= self.config.epochs or self.early_stopping.is_over(self.state.metrics)
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, test, and write the run folder."""
@@ -185,10 +198,12 @@ class Trainer:
         p.epoch_seconds = before + time.perf_counter() - started
         row = self.end_epoch()
         self.state.metrics.append(row)
+        self.early_stopping.keep_if_best(self.train_step.ema_model, self.state.metrics)
         self.state.position = Position(epoch=p.epoch + 1, seconds=row["seconds"])
         if self.output is not None:
             self.save(self.output)
-            write_run(self.output, self.train_step.ema_model, self.info({}), self.state, self.images)
+            with self.early_stopping.best_weights(self.train_step.ema_model):
+                write_run(self.output, self.train_step.ema_model, self.info({}), self.state, self.images)
         self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
 
     @property
@@ -234,7 +249,8 @@ class Trainer:
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's metrics."""
         p, started = self.state.position, time.perf_counter()
-        test_loss, test_hits, test_images = self.test(dtype=self.train_step.dtype)
+        part: Part = "test" if self.images.validation is None else "validation"
+        figures = metrics.epoch_figures(*self.scores(part, dtype=self.train_step.dtype))
         for text in distributed.all_gather_text(json.dumps(self.state.lost)):
             self.state.lost |= json.loads(text)
         return {
@@ -243,24 +259,24 @@ class Trainer:
             "learning_rate": self.train_step.learning_rate(self.step - 1, self.steps),
             "train_loss": p.loss_sum / p.seen,
             "train_accuracy": p.hits / p.seen,
-            "test_loss": test_loss,
-            "test_accuracy": test_hits / test_images,
+            **{f"{part}_{name}": value for name, value in figures.items()},
             "seconds": p.seconds + p.epoch_seconds + time.perf_counter() - started,
             "images_per_second": p.seen / p.epoch_seconds,
         }
 
-    def test(self, *, dtype: torch.dtype, flip: bool = False) -> tuple[float, int, int]:
-        """Test the averaged weights; return the mean cross entropy, the number of hits, and that of images."""
+    def scores(self, part: Part, *, dtype: torch.dtype, flip: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the scores of the averaged weights for a part of the data set, and the labels, in all processes."""
+        images = self.images.test if part == "test" else self.images.validation
         scores, labels = evaluate(
-            self.train_step.ema_model, self.images, device=self.device, dtype=dtype, flip=flip, on_lost=self.on_lost
+            self.train_step.ema_model,
+            self.images,
+            part=part,
+            device=self.device,
+            dtype=dtype,
+            flip=flip,
+            on_lost=self.on_lost,
         )
-        hits = int((scores.argmax(1) == labels).sum())
-        if distributed.world_size() == 1:
-            return F.cross_entropy(scores, labels).item(), hits, len(labels)
-        loss = F.cross_entropy(scores, labels, reduction="sum").item()
-        sums = torch.tensor([loss, hits, len(labels)], dtype=torch.float64, device=self.device)
-        loss, all_hits, count = distributed.all_reduce_sum(sums).tolist()
-        return loss / count, int(all_hits), int(count)
+        return gather_scores(scores, labels, len(images or ()))
 
     def on_lost(self, path: str, reason: str) -> None:
         """Record a file that can no longer be read, and go on without it; too many of them end the training.
@@ -296,23 +312,20 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write ``state.safetensors``."""
         self.read_losses()
-        save_state(folder, self.train_step, self.state, self.settings)
+        save_state(folder, self.train_step, self.early_stopping, self.state, self.settings)
         self.saved_at = time.monotonic()
 
     def finish(self) -> TrainResult:
         """Test in float32, as the network is used, and with test-time flips where flips are on; write the result."""
-        loss, hits, count = self.test(dtype=torch.float32)
-        result: dict[str, Any] = {
-            "test_accuracy": hits / count,
-            "test_accuracy_interval": wilson_interval(hits, count),
-            "test_images": count,
-            "test_loss": loss,
-            "seconds": self.state.position.seconds,
-        }
+        self.early_stopping.restore(self.train_step.ema_model)
+        result = metrics.test_figures(*self.scores("test", dtype=torch.float32))
+        result["seconds"] = self.state.position.seconds
+        if self.config.patience is not None:
+            result["best_epoch"] = best_epoch(self.state.metrics)
         if self.config.flip:
-            _, hits, count = self.test(dtype=torch.float32, flip=True)
-            result["test_accuracy_flip"] = hits / count
-            result["test_accuracy_flip_interval"] = wilson_interval(hits, count)
+            flipped = metrics.test_figures(*self.scores("test", dtype=torch.float32, flip=True))
+            result["test_accuracy_flip"] = flipped["test_accuracy"]
+            result["test_accuracy_flip_interval"] = flipped["test_accuracy_interval"]
         info, model = self.info(result), self.train_step.ema_model
         if self.output is not None:
             write_run(self.output, model, info, self.state, self.images)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nin import checkpoint, data, models
+from nin import checkpoint, data, epoch_metrics, models
 from nin.checkpoint import RunInfo
 from nin.errors import UserError
 from nin.runtime.files import write_atomically
@@ -44,8 +44,8 @@ def load_result(folder: Path, expected: RunInfo) -> TrainResult:
     changed = list_changed({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
     if changed:
         raise UserError(f"{folder} is finished, with {'; '.join(changed)}: give another --out")
-    metrics = checkpoint.read_csv(folder / checkpoint.METRICS_FILE)
-    timings = checkpoint.read_csv(folder / checkpoint.TIMINGS_FILE)
+    metrics = epoch_metrics.read_csv(folder / epoch_metrics.METRICS_FILE)
+    timings = epoch_metrics.read_csv(folder / epoch_metrics.TIMINGS_FILE)
     return TrainResult(model, info, [row | timing for row, timing in zip(metrics, timings, strict=True)], folder)
 
 
@@ -54,7 +54,7 @@ def write_run(folder: Path, model: nn.Module, info: RunInfo, state: TrainState, 
     if images.findings:
         write_atomically(folder / checkpoint.FINDINGS_FILE, data.findings_csv(images.findings))
     checkpoint.save_model(folder, model, info)
-    checkpoint.save_metrics(folder, state.metrics)
+    epoch_metrics.save_metrics(folder, state.metrics)
 
 
 def data_record(images: data.Data) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def data_record(images: data.Data) -> dict[str, Any]:
         "name": images.name,
         "train_images": len(images.train),
         "test_images": len(images.test),
+        **({} if images.validation is None else {"validation_images": len(images.validation)}),
         "skipped": [list(pair) for pair in images.skipped],
         "notes": list(images.notes),
         "flip_reason": images.flip_reason,

@@ -11,6 +11,7 @@ from nin.config import check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
+from nin.training.early_stopping import EarlyStopping
 from nin.training.step import TrainStep
 
 # In the data's record, but no setting: sentences.
@@ -77,22 +78,35 @@ class TrainState:
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def save_state(folder: Path, train_step: TrainStep, state: TrainState, settings: dict[str, dict[str, Any]]) -> None:
+def save_state(
+    folder: Path,
+    train_step: TrainStep,
+    early_stopping: EarlyStopping,
+    state: TrainState,
+    settings: dict[str, dict[str, Any]],
+) -> None:
     """Write ``state.safetensors`` into a run folder.
 
     Args:
         folder: the run folder.
         train_step: whose tensors are saved.
+        early_stopping: whose tensors are saved too.
         state: the rest.
         settings: of recipe and data, compared when the training is resumed.
     """
-    checkpoint.save_state(folder, train_step.optimizer.state_dict(), {**dataclasses.asdict(state), **settings})
+    tensors = {**train_step.optimizer.state_dict(), **early_stopping.state_dict()}
+    checkpoint.save_state(folder, tensors, {**dataclasses.asdict(state), **settings})
 
 
 def load_state(
-    folder: Path, train_step: TrainStep, settings: dict[str, dict[str, Any]], *, override: bool
+    folder: Path,
+    train_step: TrainStep,
+    early_stopping: EarlyStopping,
+    settings: dict[str, dict[str, Any]],
+    *,
+    override: bool,
 ) -> TrainState:
-    """Restore what `save_state` wrote: the tensors into ``train_step``, the rest as the result.
+    """Restore what `save_state` wrote: the tensors into ``train_step`` and ``early_stopping``, the rest as the result.
 
     Raises:
         UserError: it is damaged, or it has other settings and ``override`` is False.
@@ -101,7 +115,7 @@ def load_state(
     changed = list_changed({**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]})
     if changed and not override:
         raise UserError(f"{folder} was begun with {'; '.join(changed)}: give the same, or --override to go on anyway")
-    train_step.optimizer.load_state_dict(tensors)
+    train_step.optimizer.load_state_dict(early_stopping.load_state_dict(tensors))
     overridden = [*values["overridden"], *changed]
     return TrainState(Position(**values["position"]), values["metrics"], overridden, dict(values["lost"]))
 

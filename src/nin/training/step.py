@@ -32,6 +32,8 @@ class TrainStep:
         model: the trained network, on the device, in channels_last.
         ema_model: the same network with the averaged weights.
         optimizer: updates both.
+        class_weights: what the loss of an image of each class counts, float32 (classes,) with a mean of 1 over the
+            images; None counts all alike.
 
     Raises:
         UserError: the device is unknown.
@@ -45,6 +47,7 @@ class TrainStep:
         self.model = self._to_device(build_model())
         # a second network, so that the averages are tested without swapping weights
         self.ema_model = self._to_device(build_model())
+        self.class_weights: Tensor | None = None
         self.forward_model: nn.Module = self.model  # in DDP's wrapper where several processes train
         optimizer = sgd(
             self.model,
@@ -106,10 +109,16 @@ class TrainStep:
         the gradient of the mean over the whole batch.
         """
         smoothing, world_size = self.config.label_smoothing, distributed.world_size()
-        if world_size == 1:
+        if world_size == 1 and self.class_weights is None:
             loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
             return loss, loss
-        local_sum = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
+        if self.class_weights is None:
+            local_sum = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="sum")
+        else:
+            # not the weights of F.cross_entropy, which weigh the smoothed part by the other classes: with few images
+            # of a class, each image of another would be pulled to it as much as to its own
+            losses = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
+            local_sum = (losses * self.class_weights[labels]).sum()
         sums = distributed.all_reduce_sum(torch.stack([local_sum.detach(), local_sum.new_tensor(len(labels))]))
         batch_size = sums[1].clamp(min=1)
         return sums[0] / batch_size, local_sum * (world_size / batch_size)
