@@ -175,7 +175,7 @@ def test_config_of_other_fields(change):
 
 def test_wrong_arguments_are_named():
     config = models.nin_digits().config
-    with pytest.raises(UserError, match=r"model must be one of nin_digits, .*, got 'resnet'"):
+    with pytest.raises(UserError, match=r"model must be one of nin_digits, .*; got 'resnet'"):
         models.create("resnet", 10)
     with pytest.raises(ValueError, match="the last block must give num_classes=9 channels, got 10"):
         models.NiN(dataclasses.replace(config, num_classes=9))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,12 +18,14 @@ from nin.data import CENTRE_SQUARE, Data
 from nin.data.preprocessing import Preprocessing as Preprocessing
 from nin.epoch_metrics import METRICS_FILE, TIMINGS_FILE
 from nin.errors import UserError
-from nin.models.narrowing_plan import Plan
-from nin.models.surgery import apply_plan
+from nin.models.description import model_description as model_description
+from nin.models.description import model_from_description
+from nin.models.description import narrowed_description as narrowed_description
 from nin.ops import backends
 from nin.runtime import device, distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
+from nin.runtime.weight_files import read_tensors
 from nin.version import installed_version
 
 # Raised when a field of config.json changes its meaning, or comes that must not be overlooked; `load_model` reads all
@@ -100,41 +101,6 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"  # there may be a thousand classes
 
 
-def model_description(model: nn.Module) -> dict[str, Any]:
-    """Return the architecture as plain data for JSON, which `model_from_description` takes.
-
-    Raises:
-        TypeError: the model is none of `nin.models`.
-    """
-    if isinstance(model, models.NiN):
-        return {"kind": "nin", "config": model.config.to_dict()}
-    if isinstance(model, models.GoogLeNet):
-        return {"kind": "googlenet", "num_classes": model.num_classes, "in_channels": model.in_channels}
-    raise TypeError(f"model must be one of nin.models, got {type(model).__name__}")
-
-
-def narrowed_description(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the description of a narrowed network: that of the network it was made from, and the plan."""
-    return {"kind": "narrowed", "base": dict(base), "plan": plan.to_dict()}
-
-
-def model_from_description(description: Mapping[str, Any]) -> nn.Module:
-    """Return a network with random weights of an architecture.
-
-    Raises:
-        ValueError, TypeError, KeyError: the description is not one that `model_description` wrote.
-    """
-    match description["kind"]:
-        case "nin":
-            return models.NiN(models.NiNConfig.from_dict(description["config"]))
-        case "googlenet":
-            return models.googlenet(description["num_classes"], in_channels=description["in_channels"])
-        case "narrowed":
-            return apply_plan(model_from_description(description["base"]), description["plan"])
-        case kind:
-            raise ValueError(f"the model's kind must be 'nin', 'googlenet' or 'narrowed', got {kind!r}")
-
-
 def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
     """Write ``model.safetensors`` and ``config.json`` into the run folder."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
@@ -142,23 +108,31 @@ def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
     write_atomically(folder / CONFIG_FILE, info.to_json())
 
 
-def load_model(folder: Path) -> tuple[nn.Module, RunInfo]:
+def load_model(folder: Path, *, trust: bool = False) -> tuple[nn.Module, RunInfo]:
     """Read a run folder.
+
+    Args:
+        folder: the run folder.
+        trust: import somebody's module where the run says that its network is made there.
 
     Returns:
         The network, in evaluation mode on the CPU, and what the folder says of it.
 
     Raises:
-        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other.
+        UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other; or its
+            network is made by somebody's module, and there is no ``trust``.
     """
     folder = Path(folder)
     info = load_info(folder)
     path = folder / MODEL_FILE
     try:
+        _check_counts(info.model, info)
         with torch.device("meta"), _SkipInit():  # takes no memory, whatever sizes the file asks for
-            model = model_from_description(info.model)
+            model = model_from_description(info.model, trust=trust)
         _check_fits(model, info)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     except DESCRIPTION_ERRORS as error:
         raise UserError(f"{folder / CONFIG_FILE}: 'model' does not describe a network of nin: {error}") from error
     tensors, _ = read_tensors(path)
@@ -169,7 +143,9 @@ def load_model(folder: Path) -> tuple[nn.Module, RunInfo]:
             f"{path} does not fit {CONFIG_FILE}: {wrong} must have shape {expected.get(wrong)}, got {got.get(wrong)}"
         )
     # copied, not assigned: the parameters keep their dtype and memory format, and nothing maps a file that may change
-    model.to_empty(device="cpu").load_state_dict(tensors)
+    if any(t.is_meta for t in model.state_dict().values()):
+        model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
     return model.eval(), info
 
 
@@ -223,6 +199,16 @@ def _info_from_dict(values: dict[str, Any]) -> RunInfo:
     return info
 
 
+def _check_counts(description: Mapping[str, Any], info: RunInfo) -> None:
+    """Refuse another package's network, which is not built on the meta device, before it takes its memory."""
+    while description["kind"] == "narrowed":
+        description = description["base"]
+    wanted = (len(info.classes), info.preprocessing.channels)
+    got = (description.get("num_classes"), description.get("in_channels"))
+    if description["kind"] == "external" and got != wanted:
+        raise ValueError(f"it has (classes, channels) {got}, the rest of the file {wanted}")
+
+
 def _check_fits(model: nn.Module, info: RunInfo) -> None:
     """Refuse a network that does not take the images or answer with the classes of the same file."""
     shape = model.config if isinstance(model, models.NiN) else model
@@ -232,24 +218,6 @@ def _check_fits(model: nn.Module, info: RunInfo) -> None:
         raise ValueError(f"it has (classes, channels) {got}, the rest of the file {wanted}")
     if isinstance(model, models.NiN) and model.smallest_input > info.preprocessing.size:
         raise ValueError(f"images must have {model.smallest_input} pixels a side, got {info.preprocessing.size}")
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file.
-
-    Returns:
-        Its tensors and its metadata.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

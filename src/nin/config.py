@@ -69,7 +69,11 @@ class TrainConfig:
 
     Attributes:
         recipe: defaults of the other settings: "default", or "speed" for a GPU (see `RECIPES`).
-        model: a name of `nin.models.MODELS`; if not given, chosen by the size of the images.
+        model: a name of `nin.models.MODELS`, or timm:NAME, torchvision:NAME, package.module:factory; if not given, that
+            of ``weights`` where they are a run's, else chosen by the size of the images.
+        pretrained: begin with the weights that timm or torchvision publish for the network. They are downloaded once.
+        weights: begin with these: a .safetensors file, a state_dict that torch.save wrote (read without running code),
+            or a run folder. The class layer is a new one where the classes are not as many.
         epochs: passes over the training images; if not given, 18, and more where there are few images.
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images.
         learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; 0.1 suits batches of 128.
@@ -103,6 +107,8 @@ class TrainConfig:
 
     recipe: Literal["default", "speed"] = "default"
     model: str | None = None
+    pretrained: bool = False
+    weights: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float = 0.1
@@ -128,6 +134,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check types and ranges, before any data are loaded, and turn NumPy's numbers into Python's for JSON."""
+        if self.weights is not None and hasattr(self.weights, "__fspath__"):
+            object.__setattr__(self, "weights", str(self.weights))
         if type(self.device).__name__ == "device":  # of PyTorch, without importing it
             object.__setattr__(self, "device", str(self.device))
         for names, kind, is_valid, requirement in _CHECKS:
@@ -142,6 +150,10 @@ class TrainConfig:
         check_seed(self.seed)
         if self.patience is not None and self.validation is None:
             raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
+        if self.pretrained and self.weights is not None:
+            raise UserError("give --pretrained or --weights, not both")
+        if self.pretrained and ":" not in (self.model or ""):
+            raise UserError(f"--pretrained goes with --model timm:NAME or torchvision:NAME, got model={self.model}")
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
         """Return the settings with every None replaced, apart from those of the machine.
@@ -177,7 +189,7 @@ class TrainConfig:
 
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
-_OPTIONAL |= {"validation", "patience", "balance"}
+_OPTIONAL |= {"weights", "validation", "patience", "balance"}
 
 # for the settings: the type, which values are in range, and that in words
 _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
@@ -189,8 +201,8 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
     (("learning_rate", "gradient_clip"), float, lambda x: 0 < x < math.inf, "above 0 and finite"),
     (("weight_decay",), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     (("shift",), int, lambda x: x >= 0, "at least 0 and finite"),
-    (("flip",), bool, lambda x: True, ""),
-    (("model", "device"), str, lambda x: True, ""),
+    (("flip", "pretrained"), bool, lambda x: True, ""),
+    (("model", "weights", "device"), str, lambda x: True, ""),
 )
 
 # for settings that are words: which

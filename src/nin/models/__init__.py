@@ -1,21 +1,29 @@
 """The networks, what narrowing makes of them, and networks of other packages by name."""
 
-from nin.models.factory import IMAGE_SIZES, MODELS, Network, create
+from nin.models.external_classifier import ExternalClassifier
+from nin.models.factory import IMAGE_SIZES, MODELS, Network, check_name, create, is_external_name
 from nin.models.googlenet import GoogLeNet, googlenet
+from nin.models.input_config import InputConfig
 from nin.models.memory_format import fastest_layout
 from nin.models.nin import BlockConfig, NiN, NiNConfig, nin_cifar, nin_digits, nin_imagenet
+from nin.models.package_networks import input_config
 
 __all__ = [
     "IMAGE_SIZES",
     "MODELS",
     "BlockConfig",
+    "ExternalClassifier",
     "GoogLeNet",
+    "InputConfig",
     "Network",
     "NiN",
     "NiNConfig",
+    "check_name",
     "create",
     "fastest_layout",
     "googlenet",
+    "input_config",
+    "is_external_name",
     "nin_cifar",
     "nin_digits",
     "nin_imagenet",

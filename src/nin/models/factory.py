@@ -1,22 +1,31 @@
 """Networks by name: nin's own, and ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``."""
 
+import contextlib
 import dataclasses
-import importlib
+import difflib
 import inspect
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from nin.errors import UserError, is_out_of_memory
+from nin.errors import UserError
+from nin.models.external_classifier import ExternalClassifier
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.nin import NiN, nin_cifar, nin_digits, nin_imagenet
+from nin.models.package_networks import (
+    DEFAULT_CHANNELS,
+    DEFAULT_SIZE,
+    check_library_name,
+    create_network,
+    from_factory,
+    from_timm,
+    from_torchvision,
+    input_config,
+)
 
-# networks with class maps, whose means are the scores
-Network: TypeAlias = NiN | GoogLeNet
+# the networks of a run folder; all have class maps, but for an `ExternalClassifier` that says why it has none
+Network: TypeAlias = NiN | GoogLeNet | ExternalClassifier
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "nin_digits": nin_digits,
@@ -30,24 +39,74 @@ IMAGE_SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 224, "googlenet
 
 NAME_FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
 
-# The input of a network that does not say: colour images of the size at which most networks are published.
-DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 224
-
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Return a new network of `MODELS`.
+    """Return a new network, with random weights unless somebody's factory gives others.
 
     Args:
-        name: of the network.
+        name: of `MODELS`, or ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, which become an
+            `ExternalClassifier`.
         num_classes: number of classes.
         options: for the network's function, such as ``in_channels`` and ``dropout``.
 
     Raises:
-        UserError: there is no such network; the message lists those that there are.
+        UserError: there is no such network; the message says what was probably meant.
     """
-    if name not in MODELS:
-        raise UserError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    return MODELS[name](num_classes, **options)
+    check_name(name)
+    if name in MODELS:
+        return MODELS[name](num_classes, **options)
+    return create_classifier(name, num_classes, **options)
+
+
+def check_name(name: str) -> None:
+    """Check that there is a network of that name, as far as that is known without importing somebody's module.
+
+    Raises:
+        UserError: there is none; the message says what was probably meant.
+    """
+    if name in MODELS:
+        return
+    package, _, own = name.partition(":")
+    if package in ("timm", "torchvision") and own:
+        check_library_name(package, own)
+    elif not is_external_name(name):
+        near = _near_names(name)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"model must be one of {', '.join(MODELS)}, or {NAME_FORMS}; got {name!r}{hint}")
+
+
+def _near_names(name: str) -> list[str]:
+    """Return what a name may have meant: the same one of torchvision or timm, or one of nin's that is nearly it."""
+    for package in ("torchvision", "timm"):
+        with contextlib.suppress(UserError):
+            check_library_name(package, name)
+            return [f"{package}:{name}"]
+    return difflib.get_close_matches(name.replace("-", "_"), MODELS, n=1)
+
+
+def create_classifier(
+    name: str, num_classes: int, *, in_channels: int = DEFAULT_CHANNELS, dropout: float = 0.0, pretrained: bool = False
+) -> ExternalClassifier:
+    """Return the network of another package with that many classes.
+
+    Args:
+        name: ``timm:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
+        num_classes: number of classes.
+        in_channels: of the images.
+        dropout: probability, before the class layer.
+        pretrained: with the weights that the package publishes, which it downloads or has in its cache.
+
+    Raises:
+        UserError: there is no such network, it does not take the images, or its weights cannot be had.
+    """
+    network, input_config = create_network(name, num_classes, in_channels=in_channels, pretrained=pretrained)
+    return ExternalClassifier(name, network, num_classes, input_config, dropout=dropout)
+
+
+def is_external_name(text: str) -> bool:
+    """Return whether a string has a form that `create_external_model` takes; there need not be such a network."""
+    package, _, name = text.partition(":")
+    return bool(name) and all(part.isidentifier() for part in package.split("."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +124,6 @@ class ExternalModel:
     channels: int = DEFAULT_CHANNELS
     height: int = DEFAULT_SIZE
     width: int = DEFAULT_SIZE
-
-
-def is_external_name(text: str) -> bool:
-    """Return whether a string has a form that `create_external_model` takes; there need not be such a network."""
-    package, _, name = text.partition(":")
-    return bool(name) and all(part.isidentifier() for part in package.split("."))
 
 
 def create_external_model(text: str, *, classes: int | None = None, channels: int | None = None) -> ExternalModel:
@@ -94,90 +147,19 @@ def create_external_model(text: str, *, classes: int | None = None, channels: in
         raise UserError(f"{text!r} is no name of a network; expected {NAME_FORMS}")
     package, _, name = text.partition(":")
     if package == "timm":
-        return _from_timm(name, classes, channels)
+        model = from_timm(name, classes, channels)
+        cfg: Any = model.default_cfg
+        usual, height, width = cfg.get("input_size", (DEFAULT_CHANNELS, DEFAULT_SIZE, DEFAULT_SIZE))
+        return ExternalModel(model, channels or usual, height, width)
     if package == "torchvision":
-        return _from_torchvision(name, classes, channels)
+        model = from_torchvision(name, classes)
+        if channels not in (None, DEFAULT_CHANNELS):
+            raise UserError(f"channels must be 3 with {text}, got {channels}: its networks take colour images")
+        size = input_config(text).size
+        return ExternalModel(model, DEFAULT_CHANNELS, size, size)
     if classes is not None:
         raise UserError(f"classes must not be given with {text}: the factory is called without arguments")
-    return ExternalModel(_from_factory(text), channels or DEFAULT_CHANNELS)
-
-
-def _from_timm(name: str, classes: int | None, channels: int | None) -> ExternalModel:
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise UserError(f"timm:{name} needs timm: pip install timm") from error
-    if not timm.is_model(name):
-        raise UserError(f"timm {timm.__version__} has no network {name!r}; timm.list_models() lists them")
-    given = {"num_classes": classes, "in_chans": channels}
-    model = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if v is not None})
-    default_input = (DEFAULT_CHANNELS, DEFAULT_SIZE, DEFAULT_SIZE)
-    default_channels, height, width = model.default_cfg.get("input_size", default_input)
-    return ExternalModel(model, channels or default_channels, height, width)
-
-
-def _from_torchvision(name: str, classes: int | None, channels: int | None) -> ExternalModel:
-    models: Any = importlib.import_module("torchvision.models")  # slow to import, and only these names need it
-    if name not in models.list_models():
-        raise UserError(f"torchvision has no network {name!r}; torchvision.models.list_models() lists them")
-    if channels not in (None, DEFAULT_CHANNELS):
-        raise UserError(f"channels must be 3 with torchvision:{name}, got {channels}: its networks take colour images")
-    parameters = inspect.signature(models.get_model_builder(name)).parameters
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if "weights_backbone" in parameters:
-        options["weights_backbone"] = None  # segmentation and detection networks download them by default
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = True  # these two warn that their default will change
-    model = models.get_model(name, weights=None, **options)
-    size = _torchvision_size(models.get_model_weights(name))
-    return ExternalModel(model, DEFAULT_CHANNELS, size, size)
-
-
-def _torchvision_size(weights: Any) -> int:
-    """Return the height and width of the images that the published weights were trained with."""
-    transforms = getattr(getattr(weights, "DEFAULT", None), "transforms", None)
-    size = getattr(transforms, "keywords", {}).get("crop_size", DEFAULT_SIZE)
-    return int(size[0] if isinstance(size, tuple | list) else size)
-
-
-def _from_factory(text: str) -> nn.Module:
-    """Import ``package.module:factory`` and return what the factory returns."""
-    module_name, _, name = text.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # python -m puts it there, a console script does not
-    try:
-        factory: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{text} was not found: {error}") from error
-    except Exception as error:  # somebody's own module may raise anything while it is imported
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(factory):
-        raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")
-    _check_takes_no_arguments(text, factory)
-    try:
-        model = factory()
-    except Exception as error:  # somebody's own code may raise anything
-        if is_out_of_memory(error):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{text} failed in {place.filename}, line {place.lineno}: {reason}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{text} must give a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _check_takes_no_arguments(text: str, factory: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(factory).bind()
-    except ValueError:
-        return  # written in C, without a signature
-    except TypeError as error:
-        raise UserError(f"{text} must be callable without arguments: {error}") from error
+    return ExternalModel(from_factory(text), channels or DEFAULT_CHANNELS)
 
 
 # What the first layer of a network says of its input, where it is not for images.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from nin import checkpoint, data
 from nin.errors import UserError, is_out_of_memory
 from nin.inference import evaluation
 from nin.models.factory import create_external_model, describe_other_input
+from nin.models.input_config import IMAGENET_MEAN, IMAGENET_STD
 from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
@@ -29,15 +29,13 @@ from nin.narrowing.workflow import (
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
+from nin.runtime.weight_files import read_weights
 from nin.training import CheckpointOptions
 
 # In a narrowed run: its plan and report; in the run that it comes from: the cache of the analysis.
 NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
 # The same plan and report in the folder of another package's network.
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
-
-# Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def narrow_run(
@@ -186,29 +184,6 @@ def load_network(factory: str, weights: Path) -> nn.Module:
         reason = " ".join(str(error).split())
         raise UserError(f"{weights} does not fit {factory}: {reason[:300]}") from error
     return model.eval()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the ``state_dict`` in a file, unwrapped from the checkpoint of a training script.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds something else than tensors.
-    """
-    if path.suffix == ".safetensors":
-        return checkpoint.read_tensors(path)[0]
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} must hold a state_dict that torch.save wrote, and nothing else: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} must hold a state_dict, names and tensors, got {type(state).__name__}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def narrow_model(

@@ -63,7 +63,7 @@ def layer_nodes(model: models.Network) -> list[LayerNode]:
         for number, block in enumerate(model.blocks, start=1):
             builder.block = number
             builder.sequence(cast(nn.Sequential, block), f"block {number}")
-    else:
+    elif isinstance(model, models.GoogLeNet):
         builder.googlenet(model)
     return builder.nodes
 

@@ -77,7 +77,7 @@ def network_description(model: nn.Module, folder: Path | None) -> dict[str, Any]
     Raises:
         UserError: a run folder could not build it again.
     """
-    if isinstance(model, models.NiN | models.GoogLeNet):
+    if isinstance(model, models.Network):
         return checkpoint.model_description(model)
     kind = type(model).__name__
     if folder is not None:

@@ -177,18 +177,24 @@ def use_distributed_dropout(model: nn.Module, batch_size: int) -> None:
 
 
 def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:
-    """Return a network with random weights for images (channels, size, size).
+    """Return a network for images (channels, size, size), with random weights unless the settings name others.
 
     Raises:
-        UserError: the model is unknown, needs larger images, or does not have what the settings ask for.
+        UserError: the model is unknown, needs larger images, or does not have what the settings ask for; or the weights
+            are not there, or of another network.
     """
     options: dict[str, Any] = {"in_channels": channels, "dropout": config.dropout}
-    if config.model.startswith("nin_"):
+    is_mlpconv = config.model.startswith("nin_")
+    if is_mlpconv:
         options["normalisation"] = None if config.normalisation == "none" else config.normalisation
         options["last_activation"] = config.last_activation
     for name in ("normalisation", "last_activation"):
-        if config.model == "googlenet" and getattr(config, name) != "none":
-            raise UserError(f"{name} must be none for googlenet, got {getattr(config, name)}: nin_… networks have it")
+        if not is_mlpconv and getattr(config, name) != "none":
+            raise UserError(
+                f"{name} must be none for {config.model}, got {getattr(config, name)}: nin_… networks have it"
+            )
+    if config.model not in models.MODELS:
+        options["pretrained"] = config.pretrained
     model = models.create(config.model, classes, **options)
     smallest = getattr(model, "smallest_input", 1)
     if size < smallest:

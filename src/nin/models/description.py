@@ -1,0 +1,66 @@
+"""The architecture of a network as plain data for JSON, and the network of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from nin.errors import UserError
+from nin.models.external_classifier import ExternalClassifier
+from nin.models.factory import MODELS, create, is_external_name
+from nin.models.googlenet import GoogLeNet, googlenet
+from nin.models.narrowing_plan import Plan
+from nin.models.nin import NiN, NiNConfig
+from nin.models.surgery import apply_plan
+
+
+def model_description(model: nn.Module) -> dict[str, Any]:
+    """Return the architecture as plain data for JSON, which `model_from_description` takes.
+
+    Raises:
+        TypeError: the model is none of `nin.models`.
+    """
+    if isinstance(model, NiN):
+        return {"kind": "nin", "config": model.config.to_dict()}
+    if isinstance(model, GoogLeNet):
+        return {"kind": "googlenet", "num_classes": model.num_classes, "in_channels": model.in_channels}
+    if isinstance(model, ExternalClassifier):
+        sizes = {"num_classes": model.num_classes, "in_channels": model.in_channels}
+        return {"kind": "external", "name": model.name, **sizes}
+    raise TypeError(f"model must be one of nin.models, got {type(model).__name__}")
+
+
+def narrowed_description(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the description of a narrowed network: that of the network it was made from, and the plan."""
+    return {"kind": "narrowed", "base": dict(base), "plan": plan.to_dict()}
+
+
+def model_from_description(description: Mapping[str, Any], *, trust: bool = False) -> nn.Module:
+    """Return a network with random weights of an architecture.
+
+    Args:
+        description: what `model_description` wrote.
+        trust: import the module of a ``package.module:factory``, which is code that the folder names.
+
+    Raises:
+        ValueError, TypeError, KeyError: the description is not one that `model_description` wrote.
+        UserError: it names a network of another package that is not here, or somebody's factory without ``trust``.
+    """
+    match description["kind"]:
+        case "nin":
+            return NiN(NiNConfig.from_dict(description["config"]))
+        case "googlenet":
+            return googlenet(description["num_classes"], in_channels=description["in_channels"])
+        case "external":
+            name = description["name"]
+            if name in MODELS or not is_external_name(name):
+                raise ValueError(f"name must be that of a network of another package, got {name!r}")
+            if not trust and not name.startswith(("timm:", "torchvision:")):
+                raise UserError(f"its network is made by {name}, code that is not nin's: trust it with --trust")
+            with torch.device("cpu"):  # on the meta device they lose the buffers that are no weights
+                return create(name, description["num_classes"], in_channels=description["in_channels"])
+        case "narrowed":
+            return apply_plan(model_from_description(description["base"], trust=trust), description["plan"])
+        case kind:
+            raise ValueError(f"the model's kind must be 'nin', 'googlenet', 'external' or 'narrowed', got {kind!r}")

@@ -1,0 +1,65 @@
+"""InputConfig: the images that a network of another package, or its published weights, were made for."""
+
+import dataclasses
+from typing import Any
+
+# Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """How an image becomes the input of a network; what it does not say is what most published networks have.
+
+    Attributes:
+        size: height and width, in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, for values from 0 to 1.
+        std: of each channel, for values from 0 to 1.
+        interpolation: of the resizing: "bicubic", "bilinear", …
+        crop_fraction: side of the centre crop over the shorter side of the resized image.
+    """
+
+    size: int = 224
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_fraction: float = 1.0
+
+    def with_channels(self, channels: int) -> "InputConfig":
+        """Return the same for images of another number of channels, each with the mean over the channels."""
+        if channels == self.channels:
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return dataclasses.replace(self, channels=channels, mean=(mean,) * channels, std=(std,) * channels)
+
+    @classmethod
+    def from_timm(cls, cfg: Any) -> "InputConfig":
+        """Return timm's configuration of weights, a ``PretrainedCfg`` or the dict of one."""
+        values = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        channels, height, width = values.get("input_size", (3, 224, 224))
+        mean, std = (tuple(map(float, values.get(key) or usual)) for key, usual in _IMAGENET.items())
+        if len(mean) != channels:
+            mean, std = mean[:1] * channels, std[:1] * channels
+        crop = float(values.get("crop_pct") or 1.0)
+        return cls(max(height, width), channels, mean, std, str(values.get("interpolation") or "bicubic"), crop)
+
+    @classmethod
+    def from_torchvision(cls, weights: Any) -> "InputConfig":
+        """Return what torchvision's weights were trained with, of an enum of weights that may be empty."""
+        try:
+            preset = weights.DEFAULT.transforms()
+            size = _first(preset.crop_size)
+            crop = size / _first(preset.resize_size)
+            mean, std = tuple(map(float, preset.mean)), tuple(map(float, preset.std))
+        except AttributeError:  # no published weights, or those of a segmentation or detection network
+            return cls()
+        return cls(size, len(mean), mean, std, str(preset.interpolation.value), crop)
+
+
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def _first(size: Any) -> int:
+    return int(size[0] if isinstance(size, list | tuple) else size)

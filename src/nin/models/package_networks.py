@@ -1,0 +1,223 @@
+"""Networks that timm, torchvision and somebody's own module make, with or without the weights they publish."""
+
+import difflib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nin.errors import UserError, is_out_of_memory
+from nin.models.input_config import InputConfig
+from nin.version import install_command
+
+# The input of a network that does not say: colour images of the size at which most networks are published.
+DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 224
+
+
+def check_library_name(package: str, name: str) -> None:
+    """Refuse a name that timm or torchvision does not know."""
+    if package == "timm":
+        timm = import_timm(name)
+        known = timm.is_model(name)
+        # the tag after the point names the weights
+        names, version = timm.list_models(), f"timm {timm.__version__}"
+        if "." in name and timm.is_model(name.split(".")[0]):
+            known = name.split(".", 1)[1] in (tag.split(".", 1)[1] for tag in _timm_tags(name))
+            names = _timm_tags(name)
+    else:
+        models: Any = importlib.import_module("torchvision.models")  # slow to import, and only these names need it
+        names, version = models.list_models(), "torchvision"
+        known = name in names
+    if not known:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {package}:{near[0]}?" if near else f"; {package}'s list_models() lists them"
+        raise UserError(f"{version} has no network {name!r}{hint}")
+
+
+def _timm_tags(name: str) -> list[str]:
+    """Return timm's names of the weights of a network, "NETWORK.TAG"."""
+    timm = import_timm(name)
+    return list(timm.list_pretrained(f"{name.split('.')[0]}.*"))
+
+
+def import_timm(name: str) -> Any:
+    """Return the package timm; the name is that of the network that needs it."""
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError(f"timm:{name} needs timm: {install_command('timm')}") from error
+
+
+def create_network(
+    name: str, num_classes: int, *, in_channels: int = DEFAULT_CHANNELS, pretrained: bool = False
+) -> tuple[nn.Module, InputConfig]:
+    """Return the network itself, as its package makes it, for these images, and what its weights were trained with.
+
+    Its classes are as many as asked for where its package takes a number; the arguments are those of
+    `create_classifier`.
+    """
+    package, _, own = name.partition(":")
+    if pretrained:
+        return create_pretrained(name, num_classes, in_channels)
+    if package == "timm":
+        network = from_timm(own, num_classes, in_channels)
+    elif package == "torchvision":
+        network = adapt_channels(from_torchvision(own, num_classes), in_channels)
+    else:
+        network = adapt_channels(from_factory(name, num_classes=num_classes, in_channels=in_channels), in_channels)
+    return network, input_config(name).with_channels(in_channels)
+
+
+def input_config(name: str) -> InputConfig:
+    """Return what the published weights of a network were trained with, without building it.
+
+    For ``package.module:factory``, whose weights are not known, it is what most published networks have.
+    """
+    package, _, own = name.partition(":")
+    if package == "timm":
+        return InputConfig.from_timm(import_timm(own).get_pretrained_cfg(own) or {})
+    if package == "torchvision":
+        models: Any = importlib.import_module("torchvision.models")
+        return InputConfig.from_torchvision(models.get_model_weights(own))
+    return InputConfig()
+
+
+def create_pretrained(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, InputConfig]:
+    """Return a network with the weights that its package publishes, and what they were trained with.
+
+    Raises:
+        UserError: there are none, or they can neither be downloaded nor are in the package's cache.
+    """
+    package, _, own = name.partition(":")
+    if package not in ("timm", "torchvision"):
+        raise UserError(f"--pretrained is for timm:NAME and torchvision:NAME, got {name}: give --weights FILE")
+    config = input_config(name)
+    try:
+        if package == "timm":
+            timm = import_timm(own)
+            return timm.create_model(own, pretrained=True, num_classes=num_classes, in_chans=in_channels), config
+        models: Any = importlib.import_module("torchvision.models")
+        network = models.get_model(own, weights="DEFAULT")
+        return adapt_channels(network, in_channels), config
+    except Exception as error:  # whatever the packages' downloads raise: URLError, HTTPError, LocalEntryNotFoundError
+        if is_out_of_memory(error):
+            raise
+        raise UserError(_no_weights(name, error)) from error
+
+
+def _no_weights(name: str, error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return (
+        f"the weights of {name} cannot be had: they are not in the package's cache and could not be downloaded "
+        f"({reason}). With a network, run it once more; without one, give --weights FILE, a .safetensors or .pth "
+        "that was downloaded elsewhere, or leave --pretrained away"
+    )
+
+
+def adapt_channels(network: nn.Module, channels: int) -> nn.Module:
+    """Return a network whose first convolution takes images of that many channels, in place.
+
+    Its weights are summed for one channel, so that a grey image gives what a colour image of three times itself would;
+    for other numbers they are repeated, and scaled to keep the size of the sum, as timm does.
+
+    Raises:
+        UserError: its first layer is no convolution.
+    """
+    first = next((module for module in network.modules() if module._parameters), network)
+    if isinstance(first, nn.Conv2d) and first.in_channels == channels:
+        return network
+    if not isinstance(first, nn.Conv2d) or first.groups != 1:
+        if channels == DEFAULT_CHANNELS:
+            return network
+        raise UserError(f"images: the network takes colour images, got {channels} channels")
+    with torch.no_grad():
+        weight, old = first.weight, first.in_channels
+        copies = -(-channels // old)
+        new = (
+            weight.sum(1, keepdim=True)
+            if channels == 1
+            else weight.repeat(1, copies, 1, 1)[:, :channels] * (old / channels)
+        )
+    first.weight, first.in_channels = nn.Parameter(new), channels
+    return network
+
+
+def from_timm(name: str, classes: int | None, channels: int | None) -> nn.Module:
+    """Return timm's network of that name with random weights; None leaves classes or channels as timm has them."""
+    check_library_name("timm", name)
+    given = {"num_classes": classes, "in_chans": channels}
+    options = {key: value for key, value in given.items() if value is not None}
+    return import_timm(name).create_model(name, pretrained=False, **options)
+
+
+def from_torchvision(name: str, classes: int | None) -> nn.Module:
+    """Return torchvision's network of that name with random weights; None leaves the classes as they are."""
+    check_library_name("torchvision", name)
+    models: Any = importlib.import_module("torchvision.models")
+    parameters = inspect.signature(models.get_model_builder(name)).parameters
+    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if "weights_backbone" in parameters:
+        options["weights_backbone"] = None  # segmentation and detection networks download them by default
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True  # these two warn that their default will change
+    return models.get_model(name, weights=None, **options)
+
+
+def from_factory(text: str, **wanted: int) -> nn.Module:
+    """Import ``package.module:factory`` and return what the factory returns.
+
+    Args:
+        text: the name.
+        wanted: arguments for it, where it has them.
+    """
+    module_name, _, name = text.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # python -m puts it there, a console script does not
+    try:
+        factory: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{text} was not found: {error}") from error
+    except Exception as error:  # somebody's own module may raise anything while it is imported
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(factory):
+        raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")
+    _check_takes_no_arguments(text, factory)
+    try:
+        model = factory(**_known_arguments(factory, wanted))
+    except Exception as error:  # somebody's own code may raise anything
+        if is_out_of_memory(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{text} failed in {place.filename}, line {place.lineno}: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{text} must give a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _check_takes_no_arguments(text: str, factory: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(factory).bind()
+    except ValueError:
+        return  # written in C, without a signature
+    except TypeError as error:
+        raise UserError(f"{text} must be callable without arguments: {error}") from error
+
+
+def _known_arguments(factory: Callable[..., Any], wanted: dict[str, int]) -> dict[str, int]:
+    """Return the arguments that a factory names."""
+    try:
+        names = inspect.signature(factory).parameters
+    except ValueError:
+        return {}
+    return {name: value for name, value in wanted.items() if name in names}
