@@ -2,12 +2,14 @@
 
 import csv
 import dataclasses
+import json
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nin import checkpoint, data, training
+from nin import checkpoint, data, report, training
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.training import batches, loop
@@ -179,3 +181,45 @@ def test_class_weights_are_those_of_scikit_learn_and_weigh_the_loss(digits):
     by_hand = -(step.class_weights[some, None] * target * scores.log_softmax(1)).sum() / 32
     loss, _ = step._loss(scores, some)
     assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_folds_are_runs_that_are_kept_when_it_is_resumed(digits, tmp_path):
+    begun = []
+
+    def fold(number, result):
+        begun.append(number)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+
+    config, out = dataclasses.replace(QUICK, epochs=2), tmp_path / "folds"
+    with pytest.raises(KeyboardInterrupt):
+        training.cross_validate(digits, config, folds=3, out=out, on_fold=fold)
+    written = (out / "fold-1" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="holds folds already"):
+        training.cross_validate(digits, config, folds=3, out=out)
+    keeping = training.CheckpointOptions(resume=True)
+    steps = []
+    result = training.cross_validate(
+        digits, config, folds=3, out=out, keeping=keeping, on_progress=lambda number, p: steps.append(number)
+    )
+    assert set(steps) == {3}
+    assert (out / "fold-1" / "model.safetensors").stat().st_mtime_ns == written
+    accuracies = [fold.info.result["test_accuracy"] for fold in result.results]
+    assert sum(fold.info.result["test_images"] for fold in result.results) == len(digits.train)
+    summary = json.loads((out / "folds.json").read_text())["figures"]["test_accuracy"]
+    assert summary["values"] == accuracies
+    assert summary["mean"] == pytest.approx(statistics.fmean(accuracies))
+    assert summary["std"] == pytest.approx(statistics.stdev(accuracies))
+    with pytest.raises(UserError, match="folds=3, now folds=2"):
+        training.cross_validate(digits, config, folds=2, out=out, keeping=keeping)
+
+
+def test_a_fold_has_a_report_of_its_own_images(tmp_path, capsys):
+    from nin.cli import app
+
+    app.main(["train", "digits", "--out", str(tmp_path / "cv"), "--folds", "2", "--epochs", "1", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["folds"] == 2
+    fold = report.build_report(tmp_path / "cv" / "fold-2")
+    assert fold.headline.accuracy == printed["figures"]["test_accuracy"]["values"][1]
+    assert fold.headline.counted_accuracy == fold.headline.accuracy

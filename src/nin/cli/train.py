@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +11,15 @@ from cyclopts import Parameter
 
 import nin
 from nin.cli.check import show_findings
-from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, results, silence_other_ranks
+from nin.cli.console import (
+    ProgressBar,
+    catch_stop_signals,
+    messages,
+    print_json,
+    print_table,
+    results,
+    silence_other_ranks,
+)
 from nin.config import TrainConfig
 from nin.display.numbers import format_percent, format_percent_range
 from nin.epoch_metrics import evaluated_part
@@ -30,6 +40,7 @@ def train(
     resize: Literal["crop", "squash", "letterbox"] = "crop",
     test_fraction: float | None = None,
     config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
+    folds: int | None = None,
     resume: bool = False,
     override: bool = False,
     checkpoint_minutes: float = 5.0,
@@ -50,6 +61,9 @@ def train(
         test_fraction: Share of each class that is held out for testing, where the data have no test images of their
             own.
         config: The recipe.
+        folds: Cross-validate instead, where there are few images: divide the training images into so many parts, train
+            without one at a time, and test on it. The run folders are fold-1 … in the one that is given, which gets
+            folds.json with mean and spread; the test images are left alone.
         resume: Go on with the training in the run folder that was interrupted; the result is that of one never
             stopped. Where there is none yet, begin it.
         override: Resume although settings or data are not those of the run; what differs is recorded in config.json.
@@ -74,12 +88,14 @@ def train(
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
     messages.print(flip_text(images, config.flip))
+    keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
+    if folds is not None:
+        train_folds(images, config, folds=folds, out=out, json=json, resume=resume, **keeping)
+        return
     was_finished = resume and training.is_finished(out)
     if resume and not was_finished and not training.has_begun(out):
         messages.print(f"{out} holds nothing to resume yet: the training begins.")
-    result = train_with_progress(
-        images, config, out=out, resume=resume, override=override, minutes=checkpoint_minutes, steps=checkpoint_steps
-    )
+    result = train_with_progress(images, config, out=out, resume=resume, **keeping)
     if was_finished:  # with other settings it is refused
         messages.print(f"{out} is finished; this is its result.")
     if torchrun.rank() > 0:
@@ -131,26 +147,78 @@ def train_with_progress(
         command: what resumes the training, to be printed when it was stopped.
         **checkpoint_options: of `nin.training.CheckpointOptions`.
     """
-    from nin import checkpoint, training
+    from nin import training
 
-    with ProgressBar("Training") as bar, catch_stop_signals() as received:
+    with training_bar(out, command) as (bar, stop):
+        keeping = training.CheckpointOptions(**checkpoint_options, stop=stop)
+        return training.train(images, config, out=out, keeping=keeping, on_progress=bar.show)
 
-        def show(p: TrainProgress) -> None:
-            bar.update(p.step, p.steps, f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
-            # a hundred short epochs get twenty lines
-            if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
-                part = evaluated_part(p.row)
-                bar.line(
-                    f"epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
-                    f"{part} accuracy {format_percent(p.row[f'{part}_accuracy'], 2)}  {p.row['seconds']:.0f} s"
-                )
 
-        keeping = training.CheckpointOptions(**checkpoint_options, stop=lambda: bool(received))
+def train_folds(
+    images: nin.data.Data, config: TrainConfig, *, folds: int, out: Path, json: bool, **checkpoint_options: Any
+) -> None:
+    """Cross-validate with a bar on a terminal, and print the figures of each fold, their mean and their spread."""
+    from nin import training
+
+    with training_bar(out) as (bar, stop):
+        keeping = training.CheckpointOptions(**checkpoint_options, stop=stop)
+        result = training.cross_validate(
+            images,
+            config,
+            folds=folds,
+            out=out,
+            keeping=keeping,
+            on_fold=lambda number, fold: bar.line(
+                f"fold {number} of {folds}: {accuracy_text(fold.info.result, 'test_accuracy')}"
+            ),
+            on_progress=lambda number, p: bar.show(p, f"fold {number}/{folds}  "),
+        )
+    if torchrun.rank() > 0:
+        return
+    if json:
+        print_json({"run": str(out), **result.to_dict()})
+        return
+    columns = [["fold", *(str(number) for number in range(1, folds + 1)), "mean", "spread"]]
+    for name, figure in result.figures.items():
+        values = (*figure["values"], figure["mean"], figure["std"])
+        cells = [f"{value:.3f}" if name == "test_loss" else format_percent(value, 1) for value in values]
+        columns.append([name.removeprefix("test_").replace("_", " "), *cells])
+    print_table(zip(*columns, strict=True), left=1, title=f"{folds} folds of {len(images.train):,} images")
+    messages.print(
+        f"The spread is the standard deviation over the folds. The {len(images.test):,} test images were left alone.\n"
+        f"What a fold looks like: nin report {out / 'fold-1'}"
+    )
+
+
+class TrainingBar(ProgressBar):
+    """A progress bar with a line for every epoch; a hundred short epochs get twenty lines."""
+
+    def show(self, p: TrainProgress, prefix: str = "") -> None:
+        """Show how far a training is."""
+        self.update(p.step, p.steps, f"{prefix}epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
+        if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
+            part = evaluated_part(p.row)
+            self.line(
+                f"{prefix}epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
+                f"{part} accuracy {format_percent(p.row[f'{part}_accuracy'], 2)}  {p.row['seconds']:.0f} s"
+            )
+
+
+@contextlib.contextmanager
+def training_bar(
+    out: Path, command: str = "the same command and --resume"
+) -> Iterator[tuple[TrainingBar, Callable[[], bool]]]:
+    """Yield a bar and what tells whether to stop; Ctrl-C and SIGTERM stop a training after the step.
+
+    Args:
+        out: the folder to make.
+        command: what resumes the training, to be printed when it was stopped.
+    """
+    with TrainingBar("Training") as bar, catch_stop_signals() as received:
         try:
-            return training.train(images, config, out=out, keeping=keeping, on_progress=show)
+            yield bar, lambda: bool(received)
         except KeyboardInterrupt:
-            is_saved = (out / checkpoint.STATE_FILE).exists()
-            bar.line(f"Go on with {command}: {out}" if is_saved else "Nothing was written.")
+            bar.line(f"Go on with {command}: {out}" if out.is_dir() else "Nothing was written.")
             raise
 
 

@@ -12,6 +12,7 @@ from nin.data.cache import cache_folder
 from nin.data.dataset import Data, LoadOptions
 from nin.data.folder import read_folder
 from nin.data.resizing import CENTRE_SQUARE, ResizeMode, ResizeOptions
+from nin.data.validation_split import take_fold
 from nin.data.value_range import RangeOption, ValueRange
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
@@ -140,7 +141,7 @@ def load_from_record(
         raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
-    return load(
+    images = load(
         source,
         data_dir=data_dir,
         size=size,
@@ -149,6 +150,12 @@ def load_from_record(
         value_range=value_range,
         resize=resize,
     )
+    fold, folds, fold_seed = (record.get(name) for name in ("fold", "folds", "fold_seed"))
+    if fold is None:
+        return images
+    if not isinstance(folds, int) or not isinstance(fold_seed, int) or fold not in range(1, folds + 1):
+        raise UserError(f"the run's record of its images is damaged ({fold=}, {folds=}, {fold_seed=})")
+    return take_fold(images, fold, folds=folds, seed=fold_seed)
 
 
 def _check_fixed(data: Data, size: int | None, resize: ResizeOptions) -> Data:
