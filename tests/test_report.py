@@ -212,7 +212,7 @@ def test_the_page_is_whole_small_and_described(collected):
     assert len(page.all("img")) == 30 + len(collected.mistakes)
     assert all(attrs["alt"].strip() for attrs in page.all("img"))
     assert all(attrs["aria-label"].strip() for attrs in page.all("svg"))
-    assert len(page.all("svg")) == 2
+    assert len(page.all("svg")) == 3  # accuracy, loss, reliability
     assert page.all("html")[0]["lang"] == "en"
     assert page.words.count("test accuracy")
     assert text.index("<img") < text.index("In figures")  # pictures first
@@ -296,7 +296,9 @@ def test_a_run_without_metrics_has_no_curves(tmp_path):
     images = some_images("ab")
     found = report.build_report(make_run(tmp_path / "run", images, rows=0), images)
     assert found.curves == ()
-    assert not Page(report.render_report(found)).all("svg")
+    page = Page(report.render_report(found))
+    assert "While it learned" not in page.words
+    assert len(page.all("svg")) == 1  # reliability
 
 
 @pytest.mark.parametrize("line", ["1,x,0,1,0,1", "1,2", "1,2,3,4,5,6,7"])

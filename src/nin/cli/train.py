@@ -88,6 +88,13 @@ def train(
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
     messages.print(flip_text(images, config.flip))
+    if folds is None and config.validation is not None:
+        images = nin.data.split_validation(images, config.validation, seed=config.seed)
+        assert images.validation is not None
+        messages.print(
+            f"{len(images.validation):,} of the images to train on are set apart to choose by; the test images are "
+            "looked at once, at the end"
+        )
     keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
     if folds is not None:
         train_folds(images, config, folds=folds, out=out, json=json, resume=resume, **keeping)
@@ -226,7 +233,18 @@ def show_result(result: TrainResult) -> None:
     """Print the test accuracy with its interval, the model, its size and the time it took."""
     r, recipe = result.info.result, result.info.recipe
     parameters = sum(p.numel() for p in result.model.parameters())
+    if "validation_accuracy" in r:
+        epoch = f"epoch {r['best_epoch']} is the best by the validation images, " if "best_epoch" in r else ""
+        text = f"{accuracy_text(r, 'validation_accuracy')}, {r['validation_images']:,} images"
+        messages.print(f"{epoch}validation accuracy {text}")
     results.print(f"test accuracy {accuracy_text(r, 'test_accuracy')}, {r['test_images']:,} images")
+    if "test_classes" in r:  # runs of version 0.1 have none
+        worst = min(r["test_classes"], key=lambda row: (row["images"] == 0, row["f1"]))
+        results.print(
+            f"  balanced accuracy {format_percent(r['test_balanced_accuracy'], 2)}, macro-F1 "
+            f"{format_percent(r['test_macro_f1'], 2)}; the lowest F1 is that of {worst['class']}, "
+            f"{format_percent(worst['f1'], 2)}"
+        )
     if "test_accuracy_flip" in r:
         results.print(f"  with a mirrored second view of each: {accuracy_text(r, 'test_accuracy_flip')}")
     seconds = r["seconds"]

@@ -17,14 +17,14 @@ def split_validation(images: Data, fraction: float | None, *, seed: int) -> Data
     Mean and standard deviation stay those of all training images, so the input is the same with and without.
 
     Args:
-        images: the data set; its test images stay as they are.
+        images: the data set; its test images stay as they are. One with a validation part is returned as it is.
         fraction: of the training images of each class. None returns the data set as it is.
         seed: another seed gives another part.
 
     Raises:
         UserError: no class has two images, so that one could be set apart.
     """
-    if fraction is None:
+    if fraction is None or images.validation is not None:
         return images
     labels = images.train.labels.tolist()
     names = images.train.names or map(str, range(len(labels)))

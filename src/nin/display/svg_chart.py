@@ -113,8 +113,9 @@ def line_chart(
         y_ticks = [mark for mark in y_ticks if mark < highest] + [highest]
     x_range = (min(x), max(x))
     x_ticks = [m for m in round_steps(*x_range, about=5) if x_range[0] <= m <= x_range[1] and m == int(m)]
+    longest = max((len(f"{name} {format_value(points[-1][1])}") for name, points in finite.items()), default=0)
     # At 328 pixels, the width of a narrow phone's page, a unit is nearly a pixel and the text stays readable.
-    plot = Plot(360, 236, 34, 258, 12, 196, x_range, (y_ticks[0], y_ticks[-1]))
+    plot = Plot(360, 236, 34, min(258, 352 - 6.2 * longest), 12, 196, x_range, (y_ticks[0], y_ticks[-1]))
     label_y = _spread_out({name: plot.y(points[-1][1]) for name, points in finite.items()})
     shapes, ends = [text(x_label, (plot.left + plot.right) / 2, plot.height - 4, "middle")], []
     for name, points in finite.items():
@@ -170,6 +171,32 @@ def point_chart(points: Sequence[SpreadPoint], *, x_label: str, description: str
         shapes.append(element("circle", class_=point.kind, cx=x, cy=y, r=4.5) + text(point.label, x, y - 9, "middle"))
     x_ticks = [mark for mark in round_steps(0, longest, about=5) if mark <= longest]
     return plot.draw(shapes, x_ticks, [mark for mark in y_ticks if mark <= highest], description)
+
+
+def reliability_chart(
+    bins: Sequence[tuple[float, float, float, float]], *, x_label: str, y_label: str, description: str
+) -> str:
+    """Draw bars over the ranges of x from 0 to 100 that they are for, a point in each, and the diagonal x = y.
+
+    Args:
+        bins: (low, high, x, y) of each: where the bar begins and ends, the point, whose y is the bar's height.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        description: what is shown, for those who do not see it.
+    """
+    plot = Plot(360, 330, 44, 346, 12, 286, (0, 100), (0, 100))
+    shapes = []
+    for low, high, x, y in bins:
+        place = {"x": plot.x(low) + 0.5, "y": plot.y(y), "width": round(plot.x(high) - plot.x(low) - 1, 1)}
+        shapes.append(element("rect", class_="bin", height=round(plot.bottom - plot.y(y), 1), **place))
+        shapes.append(element("line", class_="gap", x1=plot.x(x), x2=plot.x(x), y1=plot.y(x), y2=plot.y(y)))
+        shapes.append(element("circle", class_="point", cx=plot.x(x), cy=plot.y(y), r=3))
+    ends = {"x1": plot.x(0), "y1": plot.y(0), "x2": plot.x(100), "y2": plot.y(100)}
+    shapes.append(element("line", class_="diagonal", **ends))
+    shapes.append(text(x_label, (plot.left + plot.right) / 2, plot.height - 6, "middle"))
+    shapes.append(element("g", text(y_label, 0, 0, "middle"), transform=f"translate(11 {plot.y(50)}) rotate(-90)"))
+    ticks = [0, 20, 40, 60, 80, 100]
+    return plot.draw(shapes, ticks, ticks, description)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _predict_rows(
     # interrupted.
     batches = [indices[i : i + INFERENCE_BATCH_SIZE] for i in range(0, len(indices), INFERENCE_BATCH_SIZE)]
     for batch, (pixels, problems) in zip(batches, map_in_threads(decode, batches), strict=True):
-        scores = classifier.score_pixels(torch.from_numpy(pixels)).softmax(1)
+        scores = classifier.probabilities(classifier.score_pixels(torch.from_numpy(pixels)))
         scored = zip(batch, scores, strict=True)
         yield (
             [_row(names[i], row, classifier.classes, problems.get(i)) for i, row in scored],
@@ -198,11 +198,12 @@ def _column_names(classes: Sequence[str]) -> list[str]:
 
 
 def _fingerprint(images: Sequence[str] | data.ShardSet, classifier: Classifier) -> str:
-    """Return a hash of the images' names and the network's weights."""
+    """Return a hash of the images' names, the network's weights and the temperature, where there is one."""
     weights = sorted(classifier.model.state_dict().items())
     parts = itertools.chain(
         (os.fsencode(name) + b"\0" for name in _image_names(images)),
         (part for name, tensor in weights for part in (name, tensor)),
+        [f"temperature {classifier.temperature}"] if classifier.temperature != 1 else [],
     )
     return fingerprint(parts, hashlib.blake2b(digest_size=16))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,13 +57,27 @@ class Classifier:
         model: scores (N, classes) from images (N, C, H, W); standardised convolutions are folded.
         info: the contents of the run folder's ``config.json``.
         device: where to compute: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
+        calibrated: divide the scores by the temperature that the training fitted on its validation images, before
+            they become probabilities. It changes no answer, only how sure it is.
+
+    Attributes:
+        temperature: that the scores are divided by, for probabilities only; 1 without ``calibrated``.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or the run has no temperature.
     """
 
-    def __init__(self, model: nn.Module, info: RunInfo, *, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, info: RunInfo, *, device: str | torch.device = "cpu", calibrated: bool = False
+    ) -> None:
         self.info, self.device = info, choose_device(device)
+        temperature = fitted_temperature(info) if calibrated else 1.0
+        if temperature is None:
+            raise UserError(
+                "calibrated probabilities need a temperature, which a training fits on its validation images: train "
+                "with --validation 0.15"
+            )
+        self.temperature = temperature
         model = model.fold() if isinstance(model, models.NiN) else model
         self.model = model.eval().to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -111,10 +126,14 @@ class Classifier:
             TypeError: an image is of none of these kinds.
         """
         predictions = []
-        for probabilities in self.scores(images).softmax(1):
+        for probabilities in self.probabilities(self.scores(images)):
             best, values = int(probabilities.argmax()), tuple(probabilities.tolist())
             predictions.append(Prediction(self.classes[best], values[best], values, self.classes))
         return predictions
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probabilities (N, classes) of scores (N, classes), calibrated where that was asked for."""
+        return (scores / self.temperature).softmax(1) if self.temperature != 1 else scores.softmax(1)
 
     @torch.inference_mode()
     def scores(self, images: Any) -> Tensor:
@@ -171,23 +190,30 @@ class Classifier:
             yield self.inputs(torch.stack([_decode(item, p) for item in batch]))
 
 
-def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
+def load(run: str | Path, *, device: str | torch.device = "cpu", calibrated: bool = False) -> Classifier:
     """Load a run folder.
 
     Args:
         run: the folder that `nin.train` or ``nin train`` made.
         device: where to compute, see `Classifier`.
+        calibrated: whether probabilities are calibrated, see `Classifier`.
 
     Returns:
         The classifier.
 
     Raises:
         UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other; or
-            there is no such device here.
+            there is no such device here, or no temperature.
     """
     device = choose_device(device)  # before the network, so that a mistake shows at once
     model, info = checkpoint.load_model(Path(run))
-    return Classifier(model, info, device=device)
+    return Classifier(model, info, device=device, calibrated=calibrated)
+
+
+def fitted_temperature(info: RunInfo) -> float | None:
+    """Return the temperature that a training fitted on its validation images; None where it had none."""
+    temperature = info.result.get("temperature")
+    return float(temperature) if isinstance(temperature, int | float) and 0 < temperature < math.inf else None
 
 
 def _decode(image: Any, p: checkpoint.Preprocessing) -> Tensor:

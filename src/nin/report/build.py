@@ -4,6 +4,7 @@ import dataclasses
 import html
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch import Tensor
 from nin import checkpoint, data, epoch_metrics, models
 from nin.display.numbers import format_percent
 from nin.errors import UserError
-from nin.inference.classifier import Classifier, load
+from nin.inference import metrics
+from nin.inference.classifier import Classifier, fitted_temperature, load
 from nin.inference.evaluation import wilson_interval
 from nin.profiling.cost import Cost, cost
-from nin.report.data import ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
+from nin.report.data import Calibration, ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
 from nin.report.html_page import render_report
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -104,12 +106,13 @@ def build_report(
     if not len(images.test):
         raise UserError(f"{images.name} has no test images: there is nothing to report")
     curves = epoch_metrics.read_csv(run / epoch_metrics.METRICS_FILE)
-    probabilities = _predict(classifier, images, on_progress)
-    labels, predicted = images.test.labels, probabilities.argmax(1)
-    n = len(images.classes)
-    confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)  # (true class, predicted class)
+    scores = _predict(classifier, images, on_progress)
+    labels, probabilities = images.test.labels, scores.softmax(1)
+    confusion = metrics.confusion_counts(scores.argmax(1), labels, len(images.classes))
+    calibration = _calibrations(info, scores, labels)
     network_cost = cost(classifier.model, (1, preprocessing.channels, preprocessing.size, preprocessing.size))
-    headline = _run_summary(info, curves, network_cost, int(confusion.trace()), len(labels))
+    figures = metrics.part_figures("test", scores, labels)
+    headline = _run_summary(info, curves, network_cost, int(confusion.trace()), figures)
     config = info.model.get("config", {})
     class_counts = (confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diag().tolist())
     return Report(
@@ -122,11 +125,12 @@ def build_report(
         per_class=tuple(map(ClassMetrics, classifier.classes, *class_counts)),
         confusion=tuple(map(tuple, confusion.tolist())),
         confused=_most_confused(confusion),
+        calibration=calibration,
         mistakes=_mistakes(images, probabilities),
         samples=_samples(classifier, images, probabilities, samples),
         cost=network_cost,
         skipped=tuple((str(file), str(reason)) for file, reason in info.data.get("skipped", images.skipped)),
-        notes=(*images.notes, *_notes(headline, network_cost)),
+        notes=(*images.notes, *_notes(info, headline, network_cost)),
         recipe=info.recipe,
         preprocessing=dataclasses.asdict(preprocessing),
         environment=info.environment,
@@ -135,15 +139,23 @@ def build_report(
 
 @torch.inference_mode()
 def _predict(classifier: Classifier, images: data.Data, on_progress: ProgressCallback | None) -> Tensor:
-    """Return the class probabilities of all test images, (N, classes), float32."""
+    """Return the scores of all test images, (N, classes), float32."""
     count, done, rows = len(images.test), 0, []
     order, workers = torch.arange(count), torch.get_num_threads()
     for pixels, _, _ in data.batches(images.test, order, EVALUATION_BATCH_SIZE, workers=workers):
-        rows.append(classifier.score_pixels(pixels).softmax(1))
+        rows.append(classifier.score_pixels(pixels))
         done += len(pixels)
         if on_progress:
             on_progress("answering the test images", done, count)
     return torch.cat(rows)
+
+
+def _calibrations(info: checkpoint.RunInfo, scores: Tensor, labels: Tensor) -> tuple[Calibration, ...]:
+    """Return the calibration as it is, and with the run's temperature."""
+    temperature = fitted_temperature(info)
+    temperatures = [1.0] if temperature is None else [1.0, temperature]
+    found = [(t, metrics.reliability((scores / t).softmax(1), labels)) for t in temperatures]
+    return tuple(Calibration(metrics.calibration_error(bins), bins, t) for t, bins in found)
 
 
 def _most_confused(confusion: Tensor) -> tuple[ConfusedPair, ...]:
@@ -158,10 +170,14 @@ def _most_confused(confusion: Tensor) -> tuple[ConfusedPair, ...]:
 
 
 def _run_summary(
-    info: checkpoint.RunInfo, curves: tuple[dict[str, float], ...], network_cost: Cost, right: int, count: int
+    info: checkpoint.RunInfo,
+    curves: tuple[dict[str, float], ...],
+    network_cost: Cost,
+    right: int,
+    figures: dict[str, Any],
 ) -> RunSummary:
     result, last = info.result, curves[-1] if curves else {}
-    seconds = result.get("seconds", last.get("seconds"))
+    seconds, count = result.get("seconds", last.get("seconds")), figures["test_images"]
     flip = result.get("test_accuracy_flip")
     return RunSummary(
         accuracy=result.get("test_accuracy", right / count),
@@ -169,6 +185,10 @@ def _run_summary(
         accuracy_flip=flip,
         accuracy_flip_interval=None if flip is None else tuple(result["test_accuracy_flip_interval"]),
         counted_accuracy=right / count,
+        balanced_accuracy=figures["test_balanced_accuracy"],
+        macro_f1=figures["test_macro_f1"],
+        top5_accuracy=figures.get("test_top5_accuracy"),
+        calibration_error=figures["test_calibration_error"],
         train_images=info.data.get("train_images"),
         test_images=count,
         epochs=int(last.get("epoch", 0)),
@@ -180,8 +200,11 @@ def _run_summary(
     )
 
 
-def _notes(headline: RunSummary, network_cost: Cost) -> list[str]:
+def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost) -> list[str]:
     notes = []
+    if "best_epoch" in info.result:
+        best = info.result["best_epoch"]
+        notes.append(f"The weights are those of epoch {best}, the best one by the validation images.")
     # the training may evaluate in bfloat16, which can tip an image between two classes; the report is in float32
     if not math.isclose(headline.accuracy, headline.counted_accuracy, abs_tol=1e-9):
         right, count = round(headline.counted_accuracy * headline.test_images), headline.test_images

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nin.inference.metrics import ReliabilityBin
 from nin.profiling.cost import Cost
 
 
@@ -20,6 +21,10 @@ class RunSummary:
         accuracy_flip: with the scores averaged over each image and its mirror image; None where not measured.
         accuracy_flip_interval: its 95 % interval.
         counted_accuracy: as counted for the report, in float32, like `nin.Classifier.predict`.
+        balanced_accuracy: mean recall of the classes; counted for the report, as the next three.
+        macro_f1: mean F1 of the classes.
+        top5_accuracy: fraction of images whose class is among the five best answers; None for up to five classes.
+        calibration_error: expected calibration error of the probabilities.
         train_images: their number; None where not recorded.
         test_images: their number.
         epochs: that were trained.
@@ -35,6 +40,10 @@ class RunSummary:
     accuracy_flip: float | None
     accuracy_flip_interval: tuple[float, float] | None
     counted_accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    top5_accuracy: float | None
+    calibration_error: float
     train_images: int | None
     test_images: int
     epochs: int
@@ -70,6 +79,27 @@ class ClassMetrics:
     def precision(self) -> float | None:
         """Fraction of the predictions of this class that were right; None where it was never predicted."""
         return self.right / self.predicted if self.predicted else None
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of recall and precision; None where both have no images."""
+        both = self.images + self.predicted
+        return 2 * self.right / both if both else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How far probabilities can be trusted.
+
+    Attributes:
+        error: expected calibration error.
+        bins: accuracy by probability.
+        temperature: that the scores are divided by; 1 for none.
+    """
+
+    error: float
+    bins: tuple[ReliabilityBin, ...]
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +181,7 @@ class ReportData:
         per_class: figures of each class.
         confusion: counts (true class, predicted class).
         confused: the most frequent confusions, the most frequent first.
+        calibration: of the probabilities as they are, and with the temperature that the training fitted, where it did.
         mistakes: the misclassified images of the highest confidence, the highest first.
         samples: images with their class-confidence maps.
         cost: the table of layers.
@@ -170,6 +201,7 @@ class ReportData:
     per_class: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     confused: tuple[ConfusedPair, ...]
+    calibration: tuple[Calibration, ...]
     mistakes: tuple[ExamplePrediction, ...]
     samples: tuple[ExamplePrediction, ...]
     cost: Cost
@@ -184,7 +216,7 @@ class ReportData:
         values = dataclasses.asdict(self, dict_factory=_plain_dict)
         values["cost"] = self.cost.to_dict()
         for row, of_class in zip(values["per_class"], self.per_class, strict=True):
-            row |= {"recall": of_class.recall, "precision": of_class.precision}
+            row |= {"recall": of_class.recall, "precision": of_class.precision, "f1": of_class.f1}
         return values
 
 

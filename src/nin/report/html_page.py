@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from nin.display.numbers import format_count, format_percent, format_percent_range
-from nin.display.svg_chart import line_chart
+from nin.display.svg_chart import line_chart, reliability_chart
 from nin.epoch_metrics import evaluated_part
 from nin.report import heatmaps
-from nin.report.data import ConfusedPair, ExamplePrediction, ReportData
+from nin.report.data import Calibration, ConfusedPair, ExamplePrediction, ReportData
 
 # Nobody reads a confusion matrix of more classes, and it is wider than the page.
 MAX_MATRIX_CLASSES = 30
@@ -45,6 +45,7 @@ def render_report(report: ReportData) -> str:
         samples=[_sample(example) for example in report.samples],
         mistakes=[(example, _image(example.pixels)) for example in mistakes],
         charts=_charts(report.curves),
+        reliability=[(calibration, _reliability_chart(calibration)) for calibration in report.calibration],
         matrix=_matrix(report) if len(report.classes) <= MAX_MATRIX_CLASSES else None,
         confused=_bars(report.confused),
         per_class=_per_class(report),
@@ -166,6 +167,17 @@ def _charts(curves: Sequence[dict[str, float]]) -> dict[str, str]:
                 title, epochs, series, x_label="epoch", format_value=format_value, highest=highest
             )
     return charts
+
+
+def _reliability_chart(calibration: Calibration) -> str:
+    bins = [(100 * b.low, 100 * b.high, 100 * b.confidence, 100 * b.accuracy) for b in calibration.bins]
+    said = "; ".join(
+        f"{b.images:,} images answered with {percent(b.confidence)}, {percent(b.accuracy)} of them right"
+        for b in calibration.bins
+    )
+    return reliability_chart(
+        bins, x_label="probability of the answer, %", y_label="answers that are right, %", description=f"{said}."
+    )
 
 
 def _matrix(report: ReportData) -> list[dict[str, Any]]:

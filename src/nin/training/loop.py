@@ -16,7 +16,7 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.inference import metrics
-from nin.inference.evaluation import Part, evaluate, gather_scores
+from nin.inference.evaluation import Part, evaluate, gather_scores, wilson_interval
 from nin.runtime import distributed, torchrun
 from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
@@ -318,14 +318,22 @@ class Trainer:
     def finish(self) -> TrainResult:
         """Test in float32, as the network is used, and with test-time flips where flips are on; write the result."""
         self.early_stopping.restore(self.train_step.ema_model)
-        result = metrics.test_figures(*self.scores("test", dtype=torch.float32))
+        result: dict[str, Any] = {}
+        if self.images.validation is not None:
+            scores, labels = self.scores("validation", dtype=torch.float32)
+            result["temperature"] = metrics.fit_temperature(scores, labels)
+            result |= metrics.part_figures("validation", scores, labels)
+        scores, labels = self.scores("test", dtype=torch.float32)
+        result |= metrics.part_figures("test", scores, labels, temperature=result.get("temperature"))
+        result |= metrics.test_details(scores, labels, self.images.classes)
         result["seconds"] = self.state.position.seconds
         if self.config.patience is not None:
             result["best_epoch"] = best_epoch(self.state.metrics)
         if self.config.flip:
-            flipped = metrics.test_figures(*self.scores("test", dtype=torch.float32, flip=True))
-            result["test_accuracy_flip"] = flipped["test_accuracy"]
-            result["test_accuracy_flip_interval"] = flipped["test_accuracy_interval"]
+            scores, labels = self.scores("test", dtype=torch.float32, flip=True)
+            hits = int((scores.argmax(1) == labels).sum())
+            result["test_accuracy_flip"] = hits / len(labels)
+            result["test_accuracy_flip_interval"] = wilson_interval(hits, len(labels))
         info, model = self.info(result), self.train_step.ema_model
         if self.output is not None:
             write_run(self.output, model, info, self.state, self.images)
