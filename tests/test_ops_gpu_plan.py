@@ -29,6 +29,7 @@ from nin.ops.gpu import (  # noqa: E402
     engine_choice,
     engine_plan,
     h100_timings,
+    replay,
     tile_sizes,
     timing_cache,
 )
@@ -591,6 +592,56 @@ def test_a_replay_keeps_no_memory(monkeypatch):
     tensors = [weakref.ref(t) for t in (x, y, *chain.weights)]
     del x, y, chain
     assert [t() for t in tensors] == [None] * 4
+
+
+def every_kind_of_step(x, weight):
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # a view where the channels lie together, and a copy where not
+    out = x.new_empty((weight.shape[0], x.shape[1], 1, 1))
+    torch.mm(weight.t()[:3].t(), rows[: weight.shape[1]][:3], out=out.view(out.shape[:2]))
+    largest, _ = rows.max(1)
+    (whole,) = largest.split(largest.numel())  # a list of one
+    left, right = rows.split([2, x.shape[1] - 2], 1)
+    scratch = torch.empty(rows.shape[0], dtype=torch.float64)
+    scratch.copy_(whole).mul_(2)
+    return out, [left, right[1:, 1:]], (x[:, 1:].detach(), scratch.clone().detach())
+
+
+@pytest.mark.parametrize("public", [False, True], ids=["as Inductor", "by public functions"])
+def test_every_kind_of_step_is_replayed_on_the_calls_own_tensors(public, monkeypatch):
+    if public:  # those without the dispatcher may be missing from another version of PyTorch
+        monkeypatch.setattr(replay, "_EMPTY", {})
+        monkeypatch.setattr(replay, "_view", replay._view_slowly)
+    else:
+        assert set(replay._EMPTY) == {"cpu", "cuda"}
+        assert replay._view is not replay._view_slowly
+
+    def inputs(offset):
+        store = torch.randn(2 * 3 * 3 * 5 + offset)[offset:].view(2, 3, 3, 5)
+        return store.permute(0, 3, 1, 2), torch.randn(4, 6)
+
+    _, recorded = replay.record(every_kind_of_step, inputs(0))
+    for offset in (0, 7):
+        given = inputs(offset)
+        torch.testing.assert_close(recorded(given), every_kind_of_step(*given), rtol=0, atol=0, check_stride=True)
+
+
+def test_a_replays_results_have_memory_of_their_own(monkeypatch):
+    monkeypatch.setenv("NIN_GPU", "triton")
+    x, chain = call(8, 12, 4, layout=torch.channels_last)
+    for _ in range(2):
+        y = dispatch.mlpconv(x, chain)
+        results = [y, *gradients(x, chain, y, torch.ones_like(y))]
+        assert not any(t._is_view() for t in results)
+        addresses = {t.untyped_storage().data_ptr() for t in (x, *chain.weights, *chain.biases, *results)}
+        assert len(addresses) == len(results) + 5
+
+
+def test_what_returns_its_argument_is_replayed_as_a_view_of_it():
+    _, recorded = replay.record(lambda x: x.view(x.shape), (torch.randn(3),))
+    x = torch.randn(3)
+    y = recorded((x,))
+    assert y is not x
+    assert y.data_ptr() == x.data_ptr()
 
 
 def test_a_plan_made_during_capture_is_not_kept(monkeypatch):

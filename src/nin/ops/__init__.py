@@ -125,7 +125,7 @@ def mlpconv(
         # the autograd level would only pass the call on: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)
         with torch._C._AutoDispatchBelowAutograd():
             return op(x, weights, biases, stride, padding, dilation, activations)
-    if not torch.compiler.is_compiling() and overrides_dispatch(tensors):
+    elif not torch.compiler.is_compiling() and overrides_dispatch(tensors):
         return conv2d_chain(x, ChainArguments(weights, biases, stride, padding, dilation, activations))
     if trains and len(weights) > 1 and kernel_size != (1, 1):
         # The backward pass recomputes hidden layers. That is cheap in a 1×1 chain and expensive for a k×k convolution,

@@ -108,7 +108,7 @@ def call_kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
 
 def call_with_gradients(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
     """Call the operator's autograd function, where `calls_directly` allows it and gradients are wanted."""
-    y: Tensor = _MLPConvFunction.apply(options, len(weights), x, *weights, *biases)
+    y: Tensor = _MLPConvFunction.apply(options, len(weights), True, x, *weights, *biases)
     return y
 
 
@@ -122,9 +122,11 @@ class _MLPConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], count: int, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, options: tuple[Any, ...], count: int, direct: bool, x: Tensor, *parameters: Tensor | None
+    ) -> Tensor:
         arguments = x, parameters[:count], parameters[count:], *options
-        if calls_directly(x, (x, *parameters)):
+        if direct or calls_directly(x, (x, *parameters)):
             y = call_kernel(*arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -138,11 +140,11 @@ class _MLPConvFunction(torch.autograd.Function):
         x, y, *parameters = ctx.saved_tensors
         if y is None:  # not read
             y = torch.empty_like(grads[0], memory_format=reference.memory_format_of(x))
-        needs = list(ctx.needs_input_grad[2:])  # the first two are options and count
+        needs = ctx.needs_input_grad[3:]  # the first three are options, count and direct
         arguments = (grads[0], x, y, parameters[: ctx.count], parameters[ctx.count :], *ctx.options, needs)
         grad_x, grad_weights, grad_biases = _mlpconv_backward_autograd(*arguments)
         in_order = (grad_x, *grad_weights, *grad_biases)
-        return None, None, *(g if needed else None for g, needed in zip(in_order, needs, strict=True))
+        return None, None, None, *(g if needed else None for g, needed in zip(in_order, needs, strict=True))
 
 
 _conv2d_chain = as_dispatcher_kernel(reference.conv2d_chain)
@@ -153,7 +155,7 @@ def _mlpconv_autograd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     if is_transformed() or overrides_dispatch(tensors):
         return _conv2d_chain(x, weights, biases, *options)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y: Tensor = _MLPConvFunction.apply(options, len(weights), *tensors)
+        y: Tensor = _MLPConvFunction.apply(options, len(weights), False, *tensors)
         return y
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.nin.mlpconv.default(x, weights, biases, *options)
