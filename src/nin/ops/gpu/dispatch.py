@@ -23,7 +23,7 @@ from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients, as_dispatcher_backward_kernel, as_dispatcher_kernel
 from nin.ops.gpu import engine_choice, engine_plan, timing_cache
 from nin.ops.gpu.autotune import KernelUnavailableError
-from nin.ops.gpu.engine_choice import ENGINE_VARIABLE, TUNE_VARIABLE, Choice, tuning_mode
+from nin.ops.gpu.engine_choice import ENGINE, TUNING, Choice
 from nin.ops.gpu.engine_plan import BackwardGroup, LayerGroup
 from nin.ops.gpu.problem import DTYPES, ChainProblem, float32_precision
 
@@ -42,11 +42,11 @@ def backend_summary() -> str:
     # imported only where there is a GPU
     if importlib.util.find_spec("triton") is None or (torch.cuda.is_available() and triton_problem()):
         return f"reference (PyTorch, cuDNN): {triton_problem()}"
-    engine = engine_choice.requested_engine()
+    engine = ENGINE.read()
     kernels = engine_choice.mode_summary()
     if engine != "auto":
         kernels = {"triton": "nin Triton kernels", "reference": "reference (PyTorch, cuDNN)"}[engine]
-        kernels += f": {ENGINE_VARIABLE}={engine}"
+        kernels += f": {ENGINE.variable}={engine}"
     if not torch.cuda.is_available():
         return f"no GPU here; there: {kernels}"
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
@@ -137,9 +137,9 @@ def _call_key(
         *chain.padding,
         *chain.dilation,
         *chain.activations,
-        needs and tuple(needs),
-        os.environ.get(ENGINE_VARIABLE),
-        os.environ.get(TUNE_VARIABLE),
+        None if needs is None else tuple(needs),
+        os.environ.get(ENGINE.variable),
+        os.environ.get(TUNING.variable),
         float32_precision() if x.dtype == torch.float32 else "",
     )
 
@@ -213,14 +213,14 @@ def backward_plan(x: Tensor, chain: ChainArguments) -> tuple[BackwardGroup, ...]
 
 def _make_plan(x: Tensor, chain: ChainArguments, needs: Sequence[bool] | None, measures: bool) -> Any:
     """Return the plan and record it; empty where no kernel can take the call, or ``NIN_GPU`` forbids it."""
-    engine = engine_choice.requested_engine()
+    engine = ENGINE.read()
     if engine == "reference" or not _is_supported(x, chain):
         return ()
     timer = None
     if measures:
         from nin.ops.gpu import engine_timing  # imports Triton
 
-        timer = engine_timing.EngineTimer(x, chain, limited=tuning_mode() != "full")
+        timer = engine_timing.EngineTimer(x, chain, limited=TUNING.read() != "full")
     platform = timing_cache.platform_name(x.device)
 
     def choose(problem: ChainProblem, first: int | None, tiles: Sequence[Any], backward: bool) -> Choice:
@@ -238,13 +238,13 @@ def _make_plan(x: Tensor, chain: ChainArguments, needs: Sequence[bool] | None, m
 
 def _is_final(x: Tensor, groups: Groups) -> bool:
     """Return whether a plan may be kept: not where a graph is being captured and the table stood in for measuring."""
-    expected = tuning_mode() != "0" and any(group.choice.source == engine_choice.TABLE for group in groups)
+    expected = TUNING.read() != "0" and any(group.choice.source == engine_choice.TABLE for group in groups)
     return not (expected and x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _can_measure(x: Tensor) -> bool:
     """Return whether engines can be timed now: on a GPU, not while a graph is captured."""
-    return x.is_cuda and not torch.cuda.is_current_stream_capturing() and tuning_mode() != "0"
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing() and TUNING.read() != "0"
 
 
 def _is_supported(x: Tensor, chain: ChainArguments) -> bool:

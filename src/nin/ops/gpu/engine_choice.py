@@ -13,7 +13,37 @@ from nin.errors import UserError
 from nin.ops.gpu import h100_timings, timing_cache
 from nin.ops.gpu.problem import ChainProblem
 
-ENGINE_VARIABLE, TUNE_VARIABLE = "NIN_GPU", "NIN_GPU_TUNE"
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What an environment variable may ask for.
+
+    Attributes:
+        variable: its name.
+        values: the possible ones.
+        default: where it is not set.
+    """
+
+    variable: str
+    values: tuple[str, ...]
+    default: str
+
+    def read(self) -> str:
+        """Return the value now.
+
+        Raises:
+            UserError: it is none of the possible ones.
+        """
+        value = os.environ.get(self.variable, self.default)
+        if value not in self.values:
+            *others, last = self.values
+            raise UserError(f"{self.variable} must be {', '.join(others)} or {last}, got {value!r}")
+        return value
+
+
+ENGINE = Setting("NIN_GPU", ("auto", "triton", "reference"), default="auto")
+# by the table, measured within a second, measured without a limit
+TUNING = Setting("NIN_GPU_TUNE", ("0", "1", "full"), default="1")
 LIBRARY = "cudnn"
 TABLE = "table (H100)"
 
@@ -49,31 +79,6 @@ class Choice:
 # measures the engines of a group: returns their times, the tiles chosen, and what was left out for want of time
 Measure = Callable[[], tuple[dict[str, float], dict[str, str], list[str]]]
 
-
-def requested_engine() -> str:
-    """Return the engine that ``NIN_GPU`` asks for: auto, triton or reference.
-
-    Raises:
-        UserError: no such engine.
-    """
-    engine = os.environ.get(ENGINE_VARIABLE, "auto")
-    if engine not in ("auto", "triton", "reference"):
-        raise UserError(f"{ENGINE_VARIABLE} must be auto, triton or reference, got {engine!r}")
-    return engine
-
-
-def tuning_mode() -> str:
-    """Return what ``NIN_GPU_TUNE`` asks for: "0" for the table, "1" to measure within a second, "full" without a limit.
-
-    Raises:
-        UserError: no such mode.
-    """
-    mode = os.environ.get(TUNE_VARIABLE, "1")
-    if mode not in ("0", "1", "full"):
-        raise UserError(f"{TUNE_VARIABLE} must be 0, 1 or full, got {mode!r}")
-    return mode
-
-
 MAX_SHOWN = 3
 _chosen: dict[str, Choice] = {}  # the latest choices of this process, for `mode_summary`
 
@@ -99,12 +104,12 @@ def choose(problem: ChainProblem, *, backward: bool, platform: str = "", measure
     # a symbolic number of pixels has the engine of the table, for the number that it is traced with
     if platform and isinstance(problem.pixels, int):
         name = f"{'backward' if backward else 'forward'} {problem.name()}"
-        if tuning_mode() != "0":
+        if TUNING.read() != "0":
             timing = timing_cache.read_timing(platform, name)
-    if not problem.uses_matrix_units and tuning_mode() != "full":
+    if not problem.uses_matrix_units and TUNING.read() != "full":
         measure = None  # compiling one such kernel took 42 s, and it would hardly win
     available = (problem, backward, "triton") not in _unavailable
-    wanted = timing is None or (tuning_mode() == "full" and timing["left_out"])
+    wanted = timing is None or (TUNING.read() == "full" and timing["left_out"])
     if wanted and measure is not None and available and problem.engine == "auto":
         microseconds, tiles, left_out = measure()
         if microseconds:
@@ -125,7 +130,7 @@ def _choice(problem: ChainProblem, timing: dict[str, Any] | None, *, available: 
     if not available:
         return Choice(LIBRARY, "no kernel fits")
     if problem.engine == "triton":
-        return Choice("triton", f"{ENGINE_VARIABLE}=triton", tiles=timing["tiles"] if timing else {})
+        return Choice("triton", f"{ENGINE.variable}=triton", tiles=timing["tiles"] if timing else {})
     if timing is not None:
         return Choice(timing["fastest"], "measured", timing["us"], timing["tiles"])
     if not problem.uses_matrix_units:
@@ -136,6 +141,6 @@ def _choice(problem: ChainProblem, timing: dict[str, Any] | None, *, available: 
 
 def mode_summary() -> str:
     """Return how engines are chosen, and the latest choices of this process, for ``nin.backends()``."""
-    how = {"0": f"by a {TABLE}", "1": "as timed here", "full": "as timed here, all tiles"}[tuning_mode()]
+    how = {"0": f"by a {TABLE}", "1": "as timed here", "full": "as timed here, all tiles"}[TUNING.read()]
     latest = "".join(f"; {name}: {choice.figures()}" for name, choice in _chosen.items())
     return f"nin Triton kernels, cuDNN or cuBLAS, whichever is fastest {how}{latest}"
