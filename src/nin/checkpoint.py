@@ -256,6 +256,25 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return fingerprint(parts)
 
 
+def check_output_folder(out: Path, *, may_contain: Collection[str] | None = ()) -> None:
+    """Check that a run folder can be made; temporary files of interrupted writes are removed from it.
+
+    Args:
+        out: the folder.
+        may_contain: names of files and folders that it may hold already; None allows all.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if out.is_dir():
+        for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):
+            leftover.unlink()
+    is_file = out.exists() and not out.is_dir()
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if may_contain is not None and (is_file or not names.issubset(may_contain)):
+        raise UserError(f"{out} is not empty: give another --out, or remove it")
+
+
 @contextlib.contextmanager
 def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ()) -> Iterator[None]:
     """Create a run folder for the block that writes into it; remove it again if nothing was written.
@@ -273,13 +292,7 @@ def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ())
     if out is None or not distributed.is_main_process():
         yield
         return
-    if out.is_dir():
-        for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):
-            leftover.unlink()
-    is_file = out.exists() and not out.is_dir()
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if may_contain is not None and (is_file or not names.issubset(may_contain)):
-        raise UserError(f"{out} is not empty: give another --out, or remove it")
+    check_output_folder(out, may_contain=may_contain)
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield

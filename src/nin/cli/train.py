@@ -37,7 +37,7 @@ def train(
     out: Path,
     data_dir: Path | None = None,
     size: int | None = None,
-    resize: Literal["crop", "squash", "letterbox"] = "crop",
+    resize: Literal["crop", "squash", "letterbox"] | None = None,
     test_fraction: float | None = None,
     config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
     folds: int | None = None,
@@ -55,9 +55,11 @@ def train(
             folder or a pattern of tar files), or mnist, fashion-mnist, cifar10, cifar100, svhn.
         out: The run folder to make: model.safetensors, config.json, metrics.csv, timings.csv, report.html.
         data_dir: Where the files of mnist to svhn lie; without it they are downloaded to ~/.cache/nin.
-        size: Height and width that images are brought to, in pixels. Chosen from the images if not given.
+        size: Height and width that images are brought to, in pixels. If not given, that of the weights that the
+            training begins with, else chosen from the images.
         resize: How images become squares: crop (the centre square), squash (the whole image, distorted) or letterbox
-            (the whole image, with grey bars). Kept in the run, for every image that it is given later.
+            (the whole image, with grey bars); if not given, as for the weights that the training begins with, else
+            crop. Kept in the run, for every image that it is given later.
         test_fraction: Share of each class that is held out for testing, where the data have no test images of their
             own.
         config: The recipe.
@@ -83,7 +85,10 @@ def train(
     config = config or TrainConfig()
     choose_device(config.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
-    how: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction}
+    start = training.starting_point(config)
+    config = start.config
+    training.check_run_folder(out, resume=resume)
+    how = {**start.load_options(data, size=size, resize=resize), "test_fraction": test_fraction}
     images = load_data(data, data_dir=data_dir, seed=config.seed, strict=strict, **how)
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
@@ -158,7 +163,7 @@ def train_with_progress(
 
     with training_bar(out, command) as (bar, stop):
         keeping = training.CheckpointOptions(**checkpoint_options, stop=stop)
-        return training.train(images, config, out=out, keeping=keeping, on_progress=bar.show)
+        return training.train(images, config, out=out, keeping=keeping, on_progress=bar.show, on_note=bar.line)
 
 
 def train_folds(

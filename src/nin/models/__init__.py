@@ -1,12 +1,12 @@
 """The networks, what narrowing makes of them, and networks of other packages by name."""
 
 from nin.models.external_classifier import ExternalClassifier
-from nin.models.factory import IMAGE_SIZES, MODELS, Network, check_name, create, is_external_name
+from nin.models.factory import IMAGE_SIZES, MODELS, Network, check_name, class_layer_name, create, is_external_name
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.input_config import InputConfig
 from nin.models.memory_format import fastest_layout
 from nin.models.nin import BlockConfig, NiN, NiNConfig, nin_cifar, nin_digits, nin_imagenet
-from nin.models.package_networks import input_config
+from nin.models.package_networks import check_pretrained, input_config
 
 __all__ = [
     "IMAGE_SIZES",
@@ -19,6 +19,8 @@ __all__ = [
     "NiN",
     "NiNConfig",
     "check_name",
+    "check_pretrained",
+    "class_layer_name",
     "create",
     "fastest_layout",
     "googlenet",

@@ -12,6 +12,7 @@ from torch import nn
 from nin.errors import UserError
 from nin.models.external_classifier import ExternalClassifier
 from nin.models.googlenet import GoogLeNet, googlenet
+from nin.models.head_surgery import cut_head
 from nin.models.nin import NiN, nin_cifar, nin_digits, nin_imagenet
 from nin.models.package_networks import (
     DEFAULT_CHANNELS,
@@ -41,13 +42,14 @@ NAME_FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-    """Return a new network, with random weights unless somebody's factory gives others.
+    """Return a new network, with random weights unless others are asked for.
 
     Args:
         name: of `MODELS`, or ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``, which become an
             `ExternalClassifier`.
         num_classes: number of classes.
-        options: for the network's function, such as ``in_channels`` and ``dropout``.
+        options: for the network's function, such as ``in_channels`` and ``dropout``; for networks of other packages
+            those of `create_classifier`.
 
     Raises:
         UserError: there is no such network; the message says what was probably meant.
@@ -85,7 +87,13 @@ def _near_names(name: str) -> list[str]:
 
 
 def create_classifier(
-    name: str, num_classes: int, *, in_channels: int = DEFAULT_CHANNELS, dropout: float = 0.0, pretrained: bool = False
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = DEFAULT_CHANNELS,
+    dropout: float = 0.0,
+    pretrained: bool = False,
+    prepare: Callable[[nn.Module, str | None], None] | None = None,
 ) -> ExternalClassifier:
     """Return the network of another package with that many classes.
 
@@ -95,12 +103,23 @@ def create_classifier(
         in_channels: of the images.
         dropout: probability, before the class layer.
         pretrained: with the weights that the package publishes, which it downloads or has in its cache.
+        prepare: called with the package's network and the name of its class layer, before that becomes a 1×1
+            convolution: to load weights into it.
 
     Raises:
         UserError: there is no such network, it does not take the images, or its weights cannot be had.
     """
     network, input_config = create_network(name, num_classes, in_channels=in_channels, pretrained=pretrained)
+    if prepare is not None:
+        prepare(network, cut_head(network.eval()).class_layer)
     return ExternalClassifier(name, network, num_classes, input_config, dropout=dropout)
+
+
+def class_layer_name(model: nn.Module) -> str:
+    """Return the name of the layer that gives the scores or the class maps of one of nin's networks."""
+    if isinstance(model, NiN):
+        return f"blocks.{len(model.blocks) - 1}.0.convs.{len(model.config.blocks[-1].channels) - 1}"
+    return "classifier" if isinstance(model, GoogLeNet) else "head"
 
 
 def is_external_name(text: str) -> bool:

@@ -1,7 +1,9 @@
 """InputConfig: the images that a network of another package, or its published weights, were made for."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
+
+from nin.data.resizing import CENTRE_SQUARE, Interpolation, ResizeMode, ResizeOptions
 
 # Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -16,16 +18,14 @@ class InputConfig:
         channels: 1 (grey) or 3 (RGB).
         mean: of each channel, for values from 0 to 1.
         std: of each channel, for values from 0 to 1.
-        interpolation: of the resizing: "bicubic", "bilinear", …
-        crop_fraction: side of the centre crop over the shorter side of the resized image.
+        resize: how an image becomes a square.
     """
 
     size: int = 224
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    interpolation: str = "bicubic"
-    crop_fraction: float = 1.0
+    resize: ResizeOptions = CENTRE_SQUARE
 
     def with_channels(self, channels: int) -> "InputConfig":
         """Return the same for images of another number of channels, each with the mean over the channels."""
@@ -42,8 +42,9 @@ class InputConfig:
         mean, std = (tuple(map(float, values.get(key) or usual)) for key, usual in _IMAGENET.items())
         if len(mean) != channels:
             mean, std = mean[:1] * channels, std[:1] * channels
-        crop = float(values.get("crop_pct") or 1.0)
-        return cls(max(height, width), channels, mean, std, str(values.get("interpolation") or "bicubic"), crop)
+        # timm draws the filter at random in training only, and crops what "squash" and "border" do not distort
+        resize = _resize_options(values.get("interpolation"), values.get("crop_pct"), values.get("crop_mode"))
+        return cls(max(height, width), channels, mean, std, resize)
 
     @classmethod
     def from_torchvision(cls, weights: Any) -> "InputConfig":
@@ -51,14 +52,21 @@ class InputConfig:
         try:
             preset = weights.DEFAULT.transforms()
             size = _first(preset.crop_size)
-            crop = size / _first(preset.resize_size)
+            resize = _resize_options(preset.interpolation.value, size / _first(preset.resize_size))
             mean, std = tuple(map(float, preset.mean)), tuple(map(float, preset.std))
         except AttributeError:  # no published weights, or those of a segmentation or detection network
             return cls()
-        return cls(size, len(mean), mean, std, str(preset.interpolation.value), crop)
+        return cls(size, len(mean), mean, std, resize)
 
 
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def _resize_options(interpolation: Any, crop_fraction: Any, mode: Any = None) -> ResizeOptions:
+    """Return the options of a published network; a filter that nin lacks becomes the bicubic one."""
+    chosen: Any = interpolation if interpolation in get_args(Interpolation) else "bicubic"
+    modes: dict[Any, ResizeMode] = {"squash": "squash", "border": "letterbox"}
+    return ResizeOptions(modes.get(mode, "crop"), chosen, min(1.0, float(crop_fraction or 1.0)))
 
 
 def _first(size: Any) -> int:

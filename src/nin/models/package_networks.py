@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nin.errors import UserError, is_out_of_memory
 from nin.models.input_config import InputConfig
@@ -88,15 +87,32 @@ def input_config(name: str) -> InputConfig:
     return InputConfig()
 
 
+def check_pretrained(name: str) -> None:
+    """Check that the package of a network publishes weights of it.
+
+    Raises:
+        UserError: it does not.
+    """
+    package, _, own = name.partition(":")
+    if package not in ("timm", "torchvision"):
+        raise UserError(f"--pretrained is for timm:NAME and torchvision:NAME, got {name}: give --weights FILE")
+    check_library_name(package, own)
+    if package == "timm":
+        published = import_timm(own).is_model_pretrained(own)
+    else:
+        published = len(importlib.import_module("torchvision.models").get_model_weights(own)) > 0
+    if not published:
+        raise UserError(f"{package} publishes no weights of {own}: give --weights FILE, or leave --pretrained away")
+
+
 def create_pretrained(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, InputConfig]:
     """Return a network with the weights that its package publishes, and what they were trained with.
 
     Raises:
         UserError: there are none, or they can neither be downloaded nor are in the package's cache.
     """
+    check_pretrained(name)
     package, _, own = name.partition(":")
-    if package not in ("timm", "torchvision"):
-        raise UserError(f"--pretrained is for timm:NAME and torchvision:NAME, got {name}: give --weights FILE")
     config = input_config(name)
     try:
         if package == "timm":
@@ -129,23 +145,28 @@ def adapt_channels(network: nn.Module, channels: int) -> nn.Module:
     Raises:
         UserError: its first layer is no convolution.
     """
-    first = next((module for module in network.modules() if module._parameters), network)
-    if isinstance(first, nn.Conv2d) and first.in_channels == channels:
+    first = first_convolution(network)
+    if first is None or first.in_channels == channels:
+        if first is None and channels != DEFAULT_CHANNELS:
+            raise UserError(f"images: the network takes colour images, got {channels} channels")
         return network
-    if not isinstance(first, nn.Conv2d) or first.groups != 1:
-        if channels == DEFAULT_CHANNELS:
-            return network
-        raise UserError(f"images: the network takes colour images, got {channels} channels")
-    with torch.no_grad():
-        weight, old = first.weight, first.in_channels
-        copies = -(-channels // old)
-        new = (
-            weight.sum(1, keepdim=True)
-            if channels == 1
-            else weight.repeat(1, copies, 1, 1)[:, :channels] * (old / channels)
-        )
-    first.weight, first.in_channels = nn.Parameter(new), channels
+    first.weight = nn.Parameter(weight_for_channels(first.weight.detach(), channels))
+    first.in_channels = channels
     return network
+
+
+def first_convolution(network: nn.Module) -> nn.Conv2d | None:
+    """Return the layer that takes the images, or None where it is no convolution of all their channels together."""
+    first = next((module for module in network.modules() if module._parameters), network)
+    return first if isinstance(first, nn.Conv2d) and first.groups == 1 else None
+
+
+def weight_for_channels(weight: Tensor, channels: int) -> Tensor:
+    """Return the weight (C_out, C_in, k, k) of a first convolution for images of another number of channels."""
+    count = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // count), 1, 1)[:, :channels] * (count / channels)
 
 
 def from_timm(name: str, classes: int | None, channels: int | None) -> nn.Module:

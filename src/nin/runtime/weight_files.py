@@ -43,9 +43,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} must hold a state_dict that torch.save wrote, and nothing else: {reason}") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # averaged weights first, as timm takes them
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} must hold a state_dict, names and tensors, got {type(state).__name__}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return {_plain_name(name): value for name, value in state.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Return the name of a tensor without what DistributedDataParallel and torch.compile put before it."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name

@@ -3,15 +3,18 @@
 from nin.training.cross_validation import cross_validate
 from nin.training.loop import TrainProgress, train
 from nin.training.result import TrainResult
-from nin.training.state import CheckpointOptions, has_begun, is_finished, with_recorded_flip
+from nin.training.starting_point import starting_point
+from nin.training.state import CheckpointOptions, check_run_folder, has_begun, is_finished, with_recorded_flip
 
 __all__ = [
     "CheckpointOptions",
     "TrainProgress",
     "TrainResult",
+    "check_run_folder",
     "cross_validate",
     "has_begun",
     "is_finished",
+    "starting_point",
     "train",
     "with_recorded_flip",
 ]

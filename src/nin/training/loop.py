@@ -22,10 +22,12 @@ from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
 from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
+from nin.training.starting_point import starting_point
 from nin.training.state import (
     CheckpointOptions,
     Position,
     TrainState,
+    check_run_folder,
     has_begun,
     is_finished,
     load_state,
@@ -33,7 +35,7 @@ from nin.training.state import (
     save_state,
     with_recorded_flip,
 )
-from nin.training.step import TrainStep, make_model
+from nin.training.step import TrainStep
 
 # A training goes on without so many files, or a hundredth of all: more are gone only if their disk is.
 MAX_LOST_FILES = 10
@@ -68,6 +70,7 @@ def train(
     keeping: CheckpointOptions | None = None,
     network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a network on images and test it.
 
@@ -80,6 +83,7 @@ def train(
         network: returns the network, the same after the same seed; if not given, the one that the settings name. A run
             folder holds networks of `nin.models` only.
         on_progress: called after every step and every epoch.
+        on_note: called with a line for people: which of the weights that it begins with fit.
 
     Returns:
         The network with averaged weights, and its test accuracy with a 95 % interval.
@@ -95,13 +99,17 @@ def train(
     """
     config = config or TrainConfig()
     choose_device(config.device)  # before the images, so that a mistake shows at once
-    images = source if isinstance(source, data.Data) else data.load(source)
+    start = starting_point(config)
+    config = start.config
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
     if folder is None and options.resume:
         raise UserError("resume goes on in a run folder: give out=")
     # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
     resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
+    check_run_folder(folder, resume=resume)
+    images = source if isinstance(source, data.Data) else data.load(source, **start.load_options(source, size=None))
+    images = start.normalised(images)
     if folder is not None and options.resume:
         images = with_recorded_flip(images, folder)
     images = data.split_validation(images, config.validation, seed=config.seed)
@@ -114,8 +122,9 @@ def train(
             "the result's model"
         )
     with use_threads(resolved.threads):
-        sizes = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
-        train_step = TrainStep(network or (lambda: make_model(resolved, **sizes)), resolved)
+        note = on_note or (lambda text: None)
+        make = network or start.make_model(resolved, images, resumes=resume, on_note=note)
+        train_step = TrainStep(make, resolved)
         trainer = Trainer(images, train_step, folder, options, on_progress or (lambda progress: None))
         with run_folder(folder, resume=options.resume):
             return trainer.run()

@@ -143,14 +143,26 @@ def with_recorded_flip(images: data.Data, folder: Path) -> data.Data:
     return dataclasses.replace(images, flip=recipe["flip"], flip_reason="the training was begun so")
 
 
-def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
+def check_run_folder(out: Path | None, *, resume: bool) -> None:
+    """Check that a training may write its run folder, before anything is read or computed.
 
     Raises:
         UserError: it holds an unfinished run that is not to be resumed, or something else.
     """
-    if out is not None and distributed.is_main_process() and not resume and (out / checkpoint.STATE_FILE).exists():
+    if out is None or resume or not distributed.is_main_process():
+        return
+    if (out / checkpoint.STATE_FILE).exists():
         raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
+    checkpoint.check_output_folder(out)
+
+
+def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
+
+    Raises:
+        UserError: as `check_run_folder`.
+    """
+    check_run_folder(out, resume=resume)
     return checkpoint.output_folder(out, may_contain=None if resume else ())
 
 

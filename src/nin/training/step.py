@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from nin import models
 from nin.config import ResolvedConfig, step_seed
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
+from nin.models.initial_weights import InitialWeights
 from nin.optim import OptimizerWithEMA, ema_decay_at_step, one_cycle_learning_rate, sgd
 from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
@@ -176,12 +177,28 @@ def use_distributed_dropout(model: nn.Module, batch_size: int) -> None:
                 setattr(parent, name, DistributedDropout(child.p, batch_size))
 
 
-def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int) -> nn.Module:
-    """Return a network for images (channels, size, size), with random weights unless the settings name others.
+def make_model(
+    config: ResolvedConfig,
+    *,
+    channels: int,
+    classes: int,
+    size: int,
+    weights: InitialWeights | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> nn.Module:
+    """Return a network for images (channels, size, size), with random weights unless others are given.
+
+    Args:
+        config: the settings.
+        channels: of the images.
+        classes: their number.
+        size: height and width of the images, in pixels.
+        weights: to begin with.
+        on_note: called with a line that says what of the weights fits.
 
     Raises:
         UserError: the model is unknown, needs larger images, or does not have what the settings ask for; or the weights
-            are not there, or of another network.
+            cannot be had, or are of another network.
     """
     options: dict[str, Any] = {"in_channels": channels, "dropout": config.dropout}
     is_mlpconv = config.model.startswith("nin_")
@@ -195,11 +212,38 @@ def make_model(config: ResolvedConfig, *, channels: int, classes: int, size: int
             )
     if config.model not in models.MODELS:
         options["pretrained"] = config.pretrained
+        if weights is not None and not weights.is_of_classifier:
+            options["prepare"] = lambda network, layer: on_note(weights.load_into(network, layer))
     model = models.create(config.model, classes, **options)
+    if weights is not None and "prepare" not in options:
+        on_note(weights.load_into(model, models.class_layer_name(model)))
+    check_takes_images(model, config.model, channels=channels, classes=classes, size=size)
+    return model
+
+
+def check_takes_images(model: nn.Module, name: str, *, channels: int, classes: int, size: int) -> None:
+    """Check that a network gives a score for each class of an image of that size.
+
+    Raises:
+        UserError: it does not.
+    """
     smallest = getattr(model, "smallest_input", 1)
     if size < smallest:
         raise UserError(
-            f"{config.model} needs images of at least {smallest}×{smallest} pixels, got {size}×{size}: "
+            f"{name} needs images of at least {smallest}×{smallest} pixels, got {size}×{size}: "
             f"give a larger --size, or another --model ({', '.join(models.MODELS)})"
         )
-    return model
+    if not isinstance(model, models.ExternalClassifier):
+        return
+    try:
+        with torch.no_grad():
+            scores = model.eval()(torch.zeros(1, channels, size, size))
+    except Exception as error:  # somebody's own network may raise anything
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        shape = f"{channels}×{size}×{size}"
+        raise UserError(f"{name} does not take images of {shape}: {reason}; another --size may help") from error
+    if not isinstance(scores, Tensor) or scores.shape != (1, classes):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(f"{name} must give scores of shape (1, {classes}) for one image, got {got}")

@@ -1,0 +1,118 @@
+"""Weights that a training begins with: matched with a network by name or by order, but for the class layer."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from nin.errors import UserError
+from nin.models.package_networks import first_convolution, weight_for_channels
+
+# Counted by BatchNorm layers, and missing in older files.
+_COUNTER = "num_batches_tracked"
+
+# Tensors of a network that must be in a file by name: with fewer it is the file of another network.
+SMALLEST_FIT = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """The tensors of a weights file or of a run.
+
+    Attributes:
+        tensors: by the names in the file.
+        source: the file or folder, for messages.
+        class_layer: whether its class layer may be of the same classes; one of others would be worth nothing.
+    """
+
+    tensors: Mapping[str, Tensor]
+    source: str
+    class_layer: bool = True
+
+    @property
+    def is_of_classifier(self) -> bool:
+        """Whether the tensors are named as those of an `ExternalClassifier`."""
+        return all(name.partition(".")[0] in ("body", "between", "head") for name in self.tensors)
+
+    def load_into(self, network: nn.Module, class_layer: str | None) -> str:
+        """Copy the tensors into a network, in place; return in one line what did not fit, or "".
+
+        Names are compared first. Where some are others, but all shapes agree in their order, the order counts. Of a
+        first convolution for other channels the weights are summed or repeated. A class layer for another number of
+        classes keeps the network's own weights.
+
+        Args:
+            network: as its package makes it.
+            class_layer: its name, or None where it is not known.
+
+        Raises:
+            UserError: they are the weights of another network.
+        """
+        expected = network.state_dict()
+        of_classes = {name for name in expected if class_layer is not None and name.startswith(f"{class_layer}.")}
+        found = self._matched(network, expected, of_classes)
+        fitting = {name: t for name, t in found.items() if t.shape == expected[name].shape}
+        if not self.class_layer:
+            fitting = {name: t for name, t in fitting.items() if name not in of_classes}
+        needed = [name for name in expected if not name.endswith(_COUNTER) and name not in of_classes]
+        missing = [name for name in needed if name not in fitting]
+        if not needed or len(missing) > (1 - SMALLEST_FIT) * len(needed):
+            raise UserError(
+                f"{self.source} holds the weights of another network: {len(needed) - len(missing)} of "
+                f"{len(needed)} tensors fit" + (f"; {missing[0]} does not, for example" if missing else "")
+            )
+        network.load_state_dict({**expected, **fitting})
+        return self._note(expected, fitting, missing, of_classes, len(found))
+
+    def _matched(self, network: nn.Module, expected: Mapping[str, Tensor], of_classes: set[str]) -> dict[str, Tensor]:
+        """Return the tensors of the file by the network's names."""
+        by_name = {name: t for name, t in self.tensors.items() if name in expected}
+        first = first_convolution(network)
+        name = next((f"{n}.weight" for n, module in network.named_modules() if module is first), "")
+        if all(key in by_name for key in expected if not key.endswith(_COUNTER) and key not in of_classes):
+            return _with_channels(by_name, name, expected)
+        ours = [(key, t) for key, t in expected.items() if not key.endswith(_COUNTER)]
+        theirs = [t for key, t in self.tensors.items() if not key.endswith(_COUNTER)]
+        if len(ours) == len(theirs):
+            by_order = _with_channels({key: t for (key, _), t in zip(ours, theirs, strict=True)}, name, expected)
+            if all(
+                by_order[key].shape == t.shape or _is_other_classes(by_order[key], t, key in of_classes)
+                for key, t in ours
+            ):
+                return by_order
+        return _with_channels(by_name, name, expected)
+
+    def _note(
+        self,
+        expected: Mapping[str, Tensor],
+        fitting: Mapping[str, Tensor],
+        missing: list[str],
+        of_classes: set[str],
+        used: int,
+    ) -> str:
+        parts = []
+        if of_classes - fitting.keys():
+            count = expected[next(iter(sorted(of_classes)))].shape[0]
+            parts.append(f"the class layer is a new one, for {count:,} classes")
+        if missing:
+            parts.append(f"{len(missing)} of {len(expected)} tensors keep random weights ({_abbreviate(missing)})")
+        extra = len(self.tensors) - used
+        if extra > 0 and missing:
+            parts.append(f"{extra} in the file have no place")
+        return f"Begun with {self.source}: {'; '.join(parts)}" if parts else f"Begun with {self.source}"
+
+
+def _with_channels(found: dict[str, Tensor], name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with that of the first convolution for the network's number of channels."""
+    weight = found.get(name)
+    if weight is None or weight.dim() != 4 or weight.shape == expected[name].shape:
+        return found
+    return {**found, name: weight_for_channels(weight, expected[name].shape[1])}
+
+
+def _is_other_classes(got: Tensor, expected: Tensor, of_classes: bool) -> bool:
+    return of_classes and got.shape[1:] == expected.shape[1:]
+
+
+def _abbreviate(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,167 @@
+"""Where a training begins: the network's name, and published weights, those of a file, or those of another run."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nin import checkpoint, data, models
+from nin.config import ResolvedConfig, TrainConfig
+from nin.errors import UserError
+from nin.models.initial_weights import InitialWeights
+from nin.models.input_config import InputConfig
+from nin.runtime.weight_files import read_tensors, read_weights
+from nin.training.step import make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class StartingPoint:
+    """What a training begins with, as far as it is known before the images are.
+
+    Attributes:
+        config: the settings, with the network's name where the weights say it.
+        input_config: the images that the weights were trained with; None where there are none, or a file of nin's own.
+        run: what the run folder of the weights says, or None.
+    """
+
+    config: TrainConfig
+    input_config: InputConfig | None = None
+    run: checkpoint.RunInfo | None = None
+
+    def load_options(self, source: Any, *, size: int | None, resize: Any = None) -> dict[str, Any]:
+        """Return the options of `nin.data.load` that make images as the weights know them.
+
+        Args:
+            source: what is loaded; named sets and arrays have a size of their own.
+            size: height and width that were asked for, or None.
+            resize: the mode that was asked for, or None for that of the weights.
+        """
+        is_fixed = not isinstance(source, str | Path) or str(source) in data.DATASET_NAMES
+        options: dict[str, Any] = {} if resize is None else {"resize": resize}
+        if self.input_config is not None and not is_fixed:
+            own = self.input_config.resize
+            return {"size": size or self.input_config.size, "resize": own if resize is None else own.with_mode(resize)}
+        return {"size": size, **options}
+
+    def normalised(self, images: data.Data) -> data.Data:
+        """Return the images with the mean and standard deviation that the weights were trained with."""
+        if self.input_config is None:
+            return images
+        config = self.input_config.with_channels(images.channels)
+        return dataclasses.replace(images, mean=config.mean, std=config.std)
+
+    def make_model(
+        self, config: ResolvedConfig, images: data.Data, *, resumes: bool, on_note: Callable[[str], None]
+    ) -> Callable[[], nn.Module]:
+        """Return a function that makes the network for the images, with the weights that the training begins with.
+
+        Args:
+            config: the settings.
+            images: of the training.
+            resumes: whether a saved state takes the place of all weights.
+            on_note: called once with a line that says what of the weights fits.
+
+        Raises:
+            UserError: the weights cannot be read.
+        """
+        sizes: dict[str, Any] = {"channels": images.channels, "classes": len(images.classes), "size": images.size}
+        if resumes:
+            random = dataclasses.replace(config, pretrained=False)
+            return lambda: make_model(random, **sizes)
+        weights = None if config.weights is None else self._read(config.weights, images.classes)
+        notes: list[str] = []
+
+        def make() -> nn.Module:
+            model = make_model(config, **sizes, weights=weights, on_note=notes.append)
+            if len(notes) == 1:  # the network is made twice, and reads the weights twice
+                on_note(notes[0])
+            return model
+
+        return make
+
+    def _read(self, path: str, classes: tuple[str, ...]) -> InitialWeights:
+        folder = _run_folder(path)
+        if folder is None:
+            return InitialWeights(read_weights(Path(path)), path)
+        assert self.run is not None
+        tensors, _ = read_tensors(folder / checkpoint.MODEL_FILE)
+        same = self.run.classes == classes
+        return InitialWeights(tensors, path, class_layer=same)
+
+
+def starting_point(config: TrainConfig) -> StartingPoint:
+    """Return where a training begins, and check it, before the images are read.
+
+    Raises:
+        UserError: there is no such network, or no such weights, or those are of another network.
+    """
+    if config.model is not None:
+        models.check_name(config.model)
+    if config.pretrained:
+        assert config.model is not None
+        models.check_pretrained(config.model)
+        return StartingPoint(config, models.input_config(config.model))
+    if config.weights is None:
+        return StartingPoint(config)
+    folder = _run_folder(config.weights)
+    if folder is not None:
+        return _from_run(config, folder)
+    path = Path(config.weights)
+    if not path.is_file():
+        raise UserError(f"weights: {path} does not exist; give a .safetensors file, a state_dict, or a run folder")
+    if config.model is None:
+        raise UserError(f"weights: give --model, the network that {path} holds the weights of")
+    if config.model in models.MODELS:
+        return StartingPoint(config)
+    return StartingPoint(config, _file_config(path) or models.input_config(config.model))
+
+
+def _run_folder(weights: str) -> Path | None:
+    """Return the run folder that weights are of, by its own name or that of its file; None for another file."""
+    path = Path(weights)
+    if path.is_dir():
+        return path
+    is_of_run = path.name == checkpoint.MODEL_FILE and _read_json(path.with_name(checkpoint.CONFIG_FILE)).get("classes")
+    return path.parent if is_of_run else None
+
+
+def _file_config(path: Path) -> InputConfig | None:
+    """Return what timm's ``config.json`` beside a file of weights says of them."""
+    cfg = _read_json(path.with_name("config.json")).get("pretrained_cfg")
+    return InputConfig.from_timm(cfg) if isinstance(cfg, dict) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where there is no such file, or it holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _from_run(config: TrainConfig, folder: Path) -> StartingPoint:
+    info = checkpoint.load_info(folder)
+    description, changes = info.model, dict[str, Any]()
+    match description.get("kind"):
+        case "nin":
+            architecture = description["config"]
+            name = architecture["name"]
+            changes["last_activation"] = architecture.get("last_activation", "none")
+            changes["normalisation"] = architecture.get("normalisation") or "none"
+        case "googlenet":
+            name = "googlenet"
+        case "external":
+            name = description["name"]
+            if config.model is None and not name.startswith(("timm:", "torchvision:")):
+                raise UserError(f"weights: {folder} is of {name}, code that is not nin's: name it with --model {name}")
+        case _:
+            raise UserError(f"weights: {folder} holds a narrowed network: give the run that it was narrowed from")
+    if name != (config.model or name) or (name not in models.MODELS and not models.is_external_name(name)):
+        raise UserError(f"weights: {folder} is of {name}, not of {config.model}: leave --model away")
+    p = info.preprocessing
+    input_config = InputConfig(p.size, p.channels, p.mean, p.std, p.resize)
+    return StartingPoint(dataclasses.replace(config, model=name, **changes), input_config, info)
