@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import nin
 from nin import data, training
 from nin.cli.train import flip_text
 from nin.config import TrainConfig
@@ -164,11 +165,11 @@ def turns(tmp_path):
 def test_the_choice_is_said_and_can_be_changed(turns):
     images = data.load(turns)
     assert images.flip is False
-    assert flip_text(images, None) == (
+    assert flip_text(images, nin.TrainConfig()) == (
         "No image is mirrored: mirrored images of 'bar' look like 'foo', and the other way round (--flip changes it)"
     )
-    assert flip_text(images, True) == "Half of the images are mirrored in each epoch: as asked"
-    assert "(--no-flip changes it)" in flip_text(dataclasses.replace(images, flip=True), None)
+    assert flip_text(images, nin.TrainConfig(flip=True)) == "Half of the images are mirrored in each epoch: as asked"
+    assert "(--no-flip changes it)" in flip_text(dataclasses.replace(images, flip=True), nin.TrainConfig())
     assert data.load(turns, memory_limit_bytes=0).flip is False
 
 

@@ -8,6 +8,10 @@ from typing import Any, Literal
 
 from nin.errors import UserError
 
+# Images of at least so many pixels a side are photos: they are augmented by random crops of the whole photo. Smaller
+# ones are moved by a pixel or two, as what they show fills them.
+PHOTO_SIZE = 96
+
 # PyTorch's generators take 64 bits, of which `step_seed` needs the rest.
 LARGEST_SEED = 2**32 - 1
 
@@ -91,7 +95,14 @@ class TrainConfig:
         last_activation: "relu" is the paper's; it stops many runs at a loss of ln(classes). googlenet has "none".
         flip: mirror half of the images; if not given, where neither the names of the classes (left and right, digits,
             angles) nor a look at the images say that a mirrored one is of another class.
-        shift: maximum random translation, in pixels; if not given, about a fifteenth of the image.
+        shift: maximum random translation, in pixels, of images below 96 pixels; if not given, about a fifteenth of the
+            image. Larger images are cropped at random instead.
+        augment: "none"; "light", which mirrors (see flip) and crops or translates; or "strong", which also changes
+            colours, turns, shears and erases parts (TrivialAugment, colour jitter, random erasing).
+        mixup: alpha of the Beta distribution of the shares in which images are mixed in pairs, 0 for none; 0.2 and 0.8
+            are usual. Zhang et al. 2018, arXiv 1710.09412.
+        cutmix: likewise for a box of one image pasted into another, 0 for none; 1 is usual. With both, each step draws
+            which of the two it takes. Yun et al. 2019, arXiv 1905.04899.
         validation: fraction of the training images of each class that is set apart to choose by. The epochs are then
             measured on it, and the test images are looked at once, at the end. If not given, all are trained on.
         patience: end the training after so many epochs without a better one on the validation images, and keep the
@@ -124,6 +135,9 @@ class TrainConfig:
     last_activation: Literal["none", "relu"] = "none"
     flip: bool | None = None
     shift: int | None = None
+    augment: Literal["none", "light", "strong"] = "light"
+    mixup: float = 0.0
+    cutmix: float = 0.0
     validation: float | None = None
     patience: int | None = None
     balance: Literal["sampling", "weights"] | None = None
@@ -154,6 +168,12 @@ class TrainConfig:
             raise UserError("give --pretrained or --weights, not both")
         if self.pretrained and ":" not in (self.model or ""):
             raise UserError(f"--pretrained goes with --model timm:NAME or torchvision:NAME, got model={self.model}")
+        if self.augment == "none" and (self.flip or self.shift):
+            raise UserError('augment "none" changes no image: leave flip and shift away, or give augment="light"')
+
+    def crops(self, image_size: int) -> bool:
+        """Return whether images of this size, in pixels, are cropped at random."""
+        return self.augment != "none" and image_size >= PHOTO_SIZE
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
         """Return the settings with every None replaced, apart from those of the machine.
@@ -163,7 +183,15 @@ class TrainConfig:
             image_size: their height and width, in pixels.
             flip: whether a mirrored image keeps its label.
             shift: maximum translation that suits the images, in pixels.
+
+        Raises:
+            UserError: a setting does not fit the images.
         """
+        if self.shift and self.crops(image_size):
+            raise UserError(
+                f"shift is for images below {PHOTO_SIZE} pixels, got {image_size}: larger ones are cropped at random; "
+                'leave it away, or give augment="none"'
+            )
         # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100)
         epochs = min(100, max(18, math.ceil(400_000 / images)))
         # at least 20 steps an epoch, so that a few hundred images still make a thousand steps
@@ -179,8 +207,8 @@ class TrainConfig:
             "batch_size": batch_size,
             "dropout": 0.2 if model == "nin_digits" else 0.0,
             "normalisation": "weight_standardisation" if model.startswith("nin_") else "none",
-            "flip": flip,
-            "shift": shift,
+            "flip": flip and self.augment != "none",
+            "shift": shift if self.augment != "none" else 0,
             # a step on such small images is shorter than what it takes two threads to wait for each other
             "threads": 1 if image_size <= 16 else None,
         }
@@ -199,6 +227,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
     (("validation",), float, lambda x: 0 < x < 1, "above 0 and below 1"),
     (("dropout",), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     (("learning_rate", "gradient_clip"), float, lambda x: 0 < x < math.inf, "above 0 and finite"),
+    (("mixup", "cutmix"), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     (("weight_decay",), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     (("shift",), int, lambda x: x >= 0, "at least 0 and finite"),
     (("flip", "pretrained"), bool, lambda x: True, ""),
@@ -211,6 +240,7 @@ _WORDS = {
     "schedule": ("cosine", "triangle"),
     "normalisation": ("weight_standardisation", "none"),
     "last_activation": ("none", "relu"),
+    "augment": ("none", "light", "strong"),
     "precision": ("auto", "bf16", "fp32"),
     "balance": ("sampling", "weights"),
 }

@@ -177,8 +177,10 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         if self.model is not None and size == 1:
             raise UserError(f"model is for images; a table takes hidden_channels, got model={self.model!r}")
         shift = data.default_shift(size) if size > 1 else 0
+        if self.shift is not None:
+            shift = check_value("shift", self.shift, int, lambda x: x >= 0, "at least 0 and finite")
         names = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "dropout")
-        given = {name: getattr(self, name) for name in (*names, "flip", "shift", "device", "precision")}
+        given = {name: getattr(self, name) for name in (*names, "flip", "device", "precision")}
         config = TrainConfig(**given, seed=seed)
         resolved = config.resolve(images=count, image_size=size, flip=False, shift=shift)
         return dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))

@@ -146,6 +146,7 @@ def as_recorded(info: RunInfo, data: str) -> dict[str, Any]:
         "size": None if named else info.preprocessing.size,
         "value_range": info.preprocessing.value_range,
         "resize": info.preprocessing.resize,
+        "photos": False,
         "seed": info.data.get("seed", 0),
         "test_fraction": info.data.get("test_fraction"),
     }

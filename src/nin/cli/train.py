@@ -89,10 +89,11 @@ def train(
     config = start.config
     training.check_run_folder(out, resume=resume)
     how = {**start.load_options(data, size=size, resize=resize), "test_fraction": test_fraction}
+    how["photos"] = config.augment != "none"
     images = load_data(data, data_dir=data_dir, seed=config.seed, strict=strict, **how)
     if resume and config.flip is None:
         images = training.with_recorded_flip(images, out)
-    messages.print(flip_text(images, config.flip))
+    messages.print(flip_text(images, config))
     if folds is None and config.validation is not None:
         images = nin.data.split_validation(images, config.validation, seed=config.seed)
         assert images.validation is not None
@@ -135,8 +136,9 @@ def load_data(source: str, **options: Any) -> nin.data.Data:
     return images
 
 
-def flip_text(images: nin.data.Data, given: bool | None) -> str:
+def flip_text(images: nin.data.Data, config: TrainConfig) -> str:
     """Return in one line whether images are mirrored, why, and how to change it."""
+    given = False if config.augment == "none" else config.flip
     flip = images.flip if given is None else given
     reason = f"{images.flip_reason} (--{'no-' if flip else ''}flip changes it)" if given is None else "as asked"
     return f"{'Half of the images are mirrored in each epoch' if flip else 'No image is mirrored'}: {reason}"

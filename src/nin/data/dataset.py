@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.decoder import DecodeError, decode_pixels
+from nin.data.decoder import DecodeError, decode_photo, decode_pixels
 from nin.data.findings import Finding
 from nin.data.mirroring import FlipChoice, choose_flip
 from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
@@ -64,11 +64,14 @@ class ImageSet:
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
         names: the path of each image relative to its folder, or None where images have no names.
+        photos: the whole photo that each image was cut from, uint8 (H, W, C) of its own shape, see
+            `nin.data.resizing.resize_photo`; or the set that decodes it; or None where there is none.
     """
 
     images: Tensor
     labels: Tensor
     names: Sequence[str] | None = None
+    photos: "list[Pixels] | DecodedSet | None" = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,14 +86,29 @@ class ImageSet:
         """Height and width in pixels."""
         return self.images.shape[-1]
 
-    def fetch(self, indices: Tensor) -> Tensor:
-        """Return the images at the indices: uint8 (B, C, H, W)."""
-        return self.images[indices]
+    def fetch(self, numbers: Tensor) -> Tensor:
+        """Return images by their numbers in an order, see `nin.data.batches`: uint8 (B, C, H, W)."""
+        return self.images[numbers % max(1, len(self))]
+
+    def pixels(self, index: int) -> Pixels:
+        """Return one image: (C, H, W)."""
+        return self.images[index].numpy()
+
+    def photo(self, index: int) -> Pixels:
+        """Return one image as a random crop takes it, (H, W, C): the whole photo where there is one."""
+        if self.photos is None:
+            return self.pixels(index).transpose(1, 2, 0)
+        return self.photos.photo(index) if isinstance(self.photos, DecodedSet) else self.photos[index]
 
     def select(self, indices: Tensor) -> "ImageSet":
-        """Return the images at the indices, int64 (M,), in their order."""
-        names = self.names and PathList(self.names[index] for index in indices.tolist())
-        return ImageSet(self.images[indices], self.labels[indices], names)
+        """Return the images at the indices, int64 (K,), in their order."""
+        rows, photos = indices.tolist(), self.photos
+        return ImageSet(
+            self.images[indices],
+            self.labels[indices],
+            None if self.names is None else PathList(self.names[row] for row in rows),
+            photos.select(indices) if isinstance(photos, DecodedSet) else photos and [photos[row] for row in rows],
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,39 +139,65 @@ class DecodedSet(ABC):
             DecodeError: it cannot be read; the message begins with its path.
         """
 
+    @abstractmethod
+    def photo(self, index: int) -> Pixels:
+        """Decode one image as a random crop takes it, (H, W, channels): see `nin.data.resizing.resize_photo`.
+
+        Raises:
+            DecodeError: it cannot be read; the message begins with its path.
+        """
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The arguments of `nin.data.decoder.decode_pixels` and `decode_photo`."""
+        return {
+            "size": self.size,
+            "channels": self.channels,
+            "value_range": self.value_range,
+            "resize": self.resize,
+        }
+
+    def pixels(self, index: int) -> Pixels:
+        """Decode one image: (channels, size, size)."""
+        return self.decode(index)
+
+    def select(self, indices: Tensor) -> Self:
+        """Return the images at the indices, int64 (K,), in their order."""
+        return replace(self, labels=self.labels[indices], names=self.names.select(indices.tolist()))
+
     def __len__(self) -> int:
         return len(self.names)
 
-    def select(self, indices: Tensor) -> Self:
-        """Return the images at the indices, int64 (M,), in their order."""
-        return replace(self, labels=self.labels[indices], names=self.names.select(indices.tolist()))
+    def load(self, number: int) -> Pixels:
+        """Decode one image by its number in an order, see `nin.data.batches`."""
+        return self.decode(number % len(self))
 
-    def fetch(self, indices: Tensor) -> Tensor:
-        """Decode the images at the indices: uint8 (B, C, size, size).
+    def fetch(self, numbers: Tensor) -> Tensor:
+        """Decode images by their numbers in an order: uint8 (B, C, size, size).
 
         Raises:
             DecodeError: one cannot be read (it was readable when the set was made).
         """
-        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
-        for image, index in zip(images, indices.tolist(), strict=True):
-            image[:] = self.decode(index)
+        images = np.empty((len(numbers), self.channels, self.size, self.size), dtype=np.uint8)
+        for image, number in zip(images, numbers.tolist(), strict=True):
+            image[:] = self.load(number)
         return torch.from_numpy(images)
 
-    def fetch_readable(self, indices: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def fetch_readable(self, numbers: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         """Decode those of the images that can still be read.
 
         Returns:
-            uint8 (K, C, size, size), K <= B; their indices, int64 (K,); (path, reason) of the others.
+            uint8 (K, C, size, size), K <= B; their numbers, int64 (K,); (path, reason) of the others.
         """
-        images = np.empty((len(indices), self.channels, self.size, self.size), dtype=np.uint8)
+        images = np.empty((len(numbers), self.channels, self.size, self.size), dtype=np.uint8)
         kept: list[int] = []
         lost: list[tuple[str, str]] = []
-        for index in indices.tolist():
+        for number in numbers.tolist():
             try:
-                images[len(kept)] = self.decode(index)
-                kept.append(index)
+                images[len(kept)] = self.load(number)
+                kept.append(number)
             except DecodeError as error:
-                lost.append((self.names[index], error.reason))
+                lost.append((self.names[number % len(self)], error.reason))
         return torch.from_numpy(images[: len(kept)]), torch.tensor(kept, dtype=torch.int64), lost
 
 
@@ -169,10 +213,15 @@ class FileSet(DecodedSet):
 
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
-        path = os.path.join(self.root, self.names[index])
-        return decode_pixels(
-            path, size=self.size, channels=self.channels, value_range=self.value_range, resize=self.resize
-        )
+        return decode_pixels(self.path(index), **self.decoding)
+
+    def photo(self, index: int) -> Pixels:
+        """Decode one whole image: (H, W, channels)."""
+        return decode_photo(self.path(index), **self.decoding)
+
+    def path(self, index: int) -> str:
+        """Return the path of the file of an image."""
+        return os.path.join(self.root, self.names[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +326,7 @@ class LoadOptions:
     on_progress: ProgressCallback | None = None
     value_range: RangeOption = "auto"
     resize: ResizeOptions = CENTRE_SQUARE
+    photos: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""

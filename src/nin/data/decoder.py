@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nin.data.image_formats import formats_to_try
-from nin.data.resizing import CENTRE_SQUARE, ResizeOptions, draft_size, resize_to_square
+from nin.data.resizing import CENTRE_SQUARE, ResizeOptions, draft_size, resize_photo, resize_to_square
 from nin.data.value_range import (
     BYTES,
     Extent,
@@ -150,6 +150,67 @@ def decode_pixels(
         resize: see `decode`.
         name: of the file that bytes come from; its extension tells formats that have no signature.
     """
+    with _flat_image(source, size, channels, value_range, resize, name) as flat:
+        return _planes(flat if size is None else resize_to_square(flat, size, resize))
+
+
+def decode_photo(
+    source: ImageSource,
+    *,
+    size: int,
+    channels: int,
+    value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
+    name: str | None = None,
+) -> Pixels:
+    """Decode one whole image, from which random crops of `size` are taken: (H, W, channels), see `resize_photo`.
+
+    Args:
+        source: see `decode`.
+        size: of the crops.
+        channels: see `decode`.
+        value_range: see `decode`.
+        resize: see `decode`.
+        name: see `decode_pixels`.
+    """
+    with _flat_image(source, size, channels, value_range, resize, name) as flat:
+        return _rows(resize_photo(flat, size, resize))
+
+
+def decode_both(
+    source: ImageSource,
+    *,
+    size: int,
+    channels: int,
+    value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
+    name: str | None = None,
+) -> tuple[Pixels, Pixels]:
+    """Decode one image once and return what `decode_pixels` and `decode_photo` do."""
+    with _flat_image(source, size, channels, value_range, resize, name) as flat:
+        return _planes(resize_to_square(flat, size, resize)), _rows(resize_photo(flat, size, resize))
+
+
+def _rows(image: Image.Image) -> Pixels:
+    """Return an image as (H, W, C)."""
+    return np.array(image, dtype=np.uint8).reshape(image.height, image.width, -1)
+
+
+def _planes(image: Image.Image) -> Pixels:
+    """Return an image as (C, H, W)."""
+    return np.ascontiguousarray(_rows(image).transpose(2, 0, 1))
+
+
+@contextlib.contextmanager
+def _flat_image(
+    source: ImageSource,
+    size: int | None,
+    channels: int,
+    value_range: ValueRange | None,
+    resize: ResizeOptions,
+    name: str | None,
+) -> Iterator[Image.Image]:
+    """Decode an image to "L" or "RGB", upright; the arguments are those of `decode_pixels`."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and size < 1:
@@ -167,10 +228,7 @@ def decode_pixels(
         flat = _flatten(image, value_range).convert("L" if channels == 1 else "RGB")
         if transpose is not None:
             flat = flat.transpose(transpose)
-        if size is not None:
-            flat = resize_to_square(flat, size, resize)
-        pixels = np.array(flat, dtype=np.uint8).reshape(flat.height, flat.width, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        yield flat
 
 
 def read_header(source: ImageSource, name: str | None = None) -> ImageHeader:

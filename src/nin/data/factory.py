@@ -32,6 +32,7 @@ def load(
     on_progress: ProgressCallback | None = None,
     value_range: RangeOption = "auto",
     resize: ResizeOptions | ResizeMode = CENTRE_SQUARE,
+    photos: bool = True,
 ) -> Data:
     """Load labelled images for training and testing.
 
@@ -64,6 +65,9 @@ def load(
         resize: how the images of a folder or of shards become squares: "crop" (the centre square), "squash" (the whole
             image, distorted), "letterbox" (the whole image, with grey bars), or `ResizeOptions`. A run folder records
             it. Named sets and arrays are square already: there it is what is done with other images later.
+        photos: where the size is 96 or more, hold the whole photos of a folder's training images too, as far as they
+            fit into the limit; a training takes random crops of them. Else it decodes them each time, with the same
+            result.
 
     Returns:
         The data set. Its labels follow the natural order of the class names: "2" before "10".
@@ -80,7 +84,7 @@ def load(
     if isinstance(source, Data):
         return _check_fixed(source, size, resize)
     options = LoadOptions(
-        size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress, value_range, resize
+        size, test_fraction, seed, strict, workers, memory_limit_bytes, on_progress, value_range, resize, photos
     )
     if isinstance(source, tuple):
         arrays = load_arrays(source, test_fraction=test_fraction, seed=seed)
@@ -149,6 +153,7 @@ def load_from_record(
         seed=seed,
         value_range=value_range,
         resize=resize,
+        photos=False,
     )
     fold, folds, fold_seed = (record.get(name) for name in ("fold", "folds", "fold_seed"))
     if fold is None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from nin.config import PHOTO_SIZE
 from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Data, FileSet, ImageSet, LoadOptions
 from nin.data.findings import (
@@ -29,7 +30,9 @@ from nin.data.findings import (
 from nin.data.folder_scan import FolderScan
 from nin.data.image_formats import named_format
 from nin.data.image_scan import FORMAT_NAMES, ImageScan
+from nin.data.resizing import photo_bytes
 from nin.data.shard_scan import ShardScan
+from nin.data.value_range import Pixels
 from nin.data.webdataset import is_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -77,24 +80,30 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
     listing = scan.listing
     shape = (len(listing.names), scan.channels, scan.size, scan.size)
     pixels = np.zeros(shape, dtype=np.uint8) if prod(shape) <= options.memory_limit_bytes else None
-    scan.decode(pixels)
+    photos = _room_for_photos(scan, options)
+    scan.decode(pixels, photos)
     is_test = scan.test_mask()
 
-    def subset(indices: NDArray[np.int64]) -> ImageSet | FileSet:
+    def subset(indices: NDArray[np.int64], *, has_photos: bool) -> ImageSet | FileSet:
         labels, names = torch.from_numpy(listing.labels[indices]), listing.names.select(indices)
+        files = FileSet(
+            labels=labels,
+            names=names,
+            channels=scan.channels,
+            size=scan.size,
+            value_range=scan.value_range,
+            resize=options.resize,
+            root=root,
+        )
         if pixels is None:
-            return FileSet(
-                labels=labels,
-                names=names,
-                channels=scan.channels,
-                size=scan.size,
-                value_range=scan.value_range,
-                resize=options.resize,
-                root=root,
-            )
-        return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names))
+            return files
+        whole: list[Pixels] | FileSet | None = None
+        if has_photos and scan.size >= PHOTO_SIZE:
+            whole = files if photos is None else [photos[index] for index in indices.tolist()]
+        return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names), whole)
 
-    train, test = map(subset, scan.partition(is_test))
+    for_training, for_testing = scan.partition(is_test)
+    train, test = subset(for_training, has_photos=True), subset(for_testing, has_photos=False)
     counts = torch.bincount(train.labels, minlength=len(listing.classes)).tolist()
     return Data.from_sets(
         root.resolve().name,
@@ -107,6 +116,18 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         value_range=scan.value_range,
         resize=options.resize,
     )
+
+
+def _room_for_photos(scan: FolderScan, options: LoadOptions) -> dict[int, Pixels] | None:
+    """Return where to put the whole photos, or None where random crops take none or they do not fit into memory.
+
+    Those for testing are known only when all are decoded: they are put there too, and dropped.
+    """
+    known = scan.records[scan.readable()]
+    squares = len(known) * scan.channels * scan.size**2
+    whole = photo_bytes(known["width"].astype(np.int64), known["height"].astype(np.int64), scan.channels, scan.size)
+    fits = squares + whole <= options.memory_limit_bytes
+    return {} if options.photos and scan.size >= PHOTO_SIZE and fits else None
 
 
 def check(

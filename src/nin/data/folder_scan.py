@@ -53,10 +53,10 @@ class FolderScan(ImageScan):
         except OSError as error:
             raise DecodeError(path, failure_reason(error)) from error
 
-    def decode(self, pixels: Pixels | None = None) -> None:
+    def decode(self, pixels: Pixels | None = None, photos: dict[int, Pixels] | None = None) -> None:
         """Decode the images, see `ImageScan.decode`; a scan that is interrupted goes on from there the next time."""
         try:
-            super().decode(pixels)
+            super().decode(pixels, photos)
         finally:
             known = self.records[self.readable()]
             if len(known) >= _MIN_CACHED_FILES:

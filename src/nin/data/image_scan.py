@@ -3,12 +3,13 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.dataset import LoadOptions, default_size
-from nin.data.decoder import DecodeError, decode_pixels, read_extent, read_header
+from nin.data.decoder import DecodeError, decode_both, decode_pixels, read_extent, read_header
 from nin.data.folder_listing import FolderListing
 from nin.data.image_formats import FORMATS
 from nin.data.loader import map_in_threads
@@ -98,22 +99,26 @@ class ImageScan(ABC):
             DecodeError: it cannot be read.
         """
 
-    def decode(self, pixels: Pixels | None = None) -> None:
+    def decode(self, pixels: Pixels | None = None, photos: dict[int, Pixels] | None = None) -> None:
         """Decode the images at `size`: a file that is truncated fails here, not when its header is read.
 
         Args:
             pixels: takes all images, (N, channels, size, size); None decodes only what was never decoded.
+            photos: takes the whole photos by index, see `nin.data.decoder.decode_photo`.
         """
+        how: dict[str, Any] = {
+            "size": self.size,
+            "channels": self.channels,
+            "value_range": self.value_range,
+            "resize": self.options.resize,
+        }
 
         def read(index: int) -> None:
-            image = decode_pixels(
-                self.source(index),
-                size=self.size,
-                channels=self.channels,
-                value_range=self.value_range,
-                resize=self.options.resize,
-                name=self.listing.names[index],
-            )
+            source, name = self.source(index), self.listing.names[index]
+            if photos is None:
+                image = decode_pixels(source, name=name, **how)
+            else:
+                image, photos[index] = decode_both(source, name=name, **how)
             if pixels is not None:
                 pixels[index] = image
             self.records["darkest"][index], self.records["brightest"][index] = image.min(), image.max()

@@ -56,30 +56,17 @@ def batches(
     batch_indices = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     threads = workers if isinstance(dataset, DecodedSet) else 0
 
-    count = max(1, len(dataset))
-
     def fetch(numbers: Tensor) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         if on_lost is None or isinstance(dataset, ImageSet):
-            return dataset.fetch(numbers % count), numbers, []
-        images, kept, lost = dataset.fetch_readable(numbers % count)
-        return images, _matching(numbers, kept, count), lost
+            return dataset.fetch(numbers), numbers, []
+        return dataset.fetch_readable(numbers)
 
     for images, kept, lost in map_in_threads(fetch, batch_indices, workers=threads):
         for path, reason in lost:
             assert on_lost is not None
             on_lost(path, reason)
         if len(kept) or empty:
-            yield images, dataset.labels[kept % count], kept
-
-
-def _matching(numbers: Tensor, kept: Tensor, count: int) -> Tensor:
-    """Return those of the numbers whose remainders by ``count`` are kept, which are in the same order."""
-    if len(kept) == len(numbers):
-        return numbers
-    remaining = iter(numbers.tolist())
-    return torch.tensor(
-        [next(n for n in remaining if n % count == index) for index in kept.tolist()], dtype=torch.int64
-    )
+            yield images, dataset.labels[kept % max(1, len(dataset))], kept
 
 
 def to_device(dataset: ImageSet | DecodedSet, device: torch.device) -> ImageSet:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from nin.errors import UserError
@@ -11,7 +13,10 @@ from nin.errors import UserError
 ResizeMode = Literal["crop", "squash", "letterbox"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "hamming", "box", "nearest"]
 
-_FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
+FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
+
+# The part of a photo's shorter side that a crop at full resolution has.
+PHOTO_CROP = 0.875
 
 # The bars beside a letterboxed image: the mean grey of ImageNet's photos, so that they are near zero once normalised.
 BAR_GREY = 114
@@ -39,7 +44,7 @@ class ResizeOptions:
 
     def __post_init__(self) -> None:
         """Check the values, which may come from a file."""
-        for name, words in (("mode", get_args(ResizeMode)), ("interpolation", tuple(_FILTERS))):
+        for name, words in (("mode", get_args(ResizeMode)), ("interpolation", tuple(FILTERS))):
             if getattr(self, name) not in words:
                 raise UserError(f"resize: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         fraction: Any = self.crop_fraction
@@ -79,7 +84,7 @@ def resize_to_square(image: Image.Image, size: int, options: ResizeOptions) -> I
         size: height and width of the result in pixels.
         options: how.
     """
-    resample, cut = _FILTERS[options.interpolation], (1 - options.crop_fraction) / 2
+    resample, cut = FILTERS[options.interpolation], (1 - options.crop_fraction) / 2
     if options.mode == "crop":
         return ImageOps.fit(image, (size, size), resample, bleed=cut)
     left, top = cut * image.width, cut * image.height
@@ -90,6 +95,38 @@ def resize_to_square(image: Image.Image, size: int, options: ResizeOptions) -> I
     square = Image.new(image.mode, (size, size), (BAR_GREY,) * len(image.getbands()))
     square.paste(image.resize((width, height), resample, box), ((size - width) // 2, (size - height) // 2))
     return square
+
+
+def resize_photo(image: Image.Image, size: int, options: ResizeOptions) -> Image.Image:
+    """Return a whole image, from which random crops of `size` pixels are taken; it is never enlarged.
+
+    Its shorter side becomes `photo_side`. Squashed and letterboxed images become squares of that side, so that the
+    crops of a training show what the network is given later. The crop fraction does not matter.
+
+    Args:
+        image: "L" or "RGB".
+        size: of the crops.
+        options: how images become squares.
+    """
+    if options.mode != "crop":
+        side = min(photo_side(size), max(image.size))
+        return resize_to_square(image, side, dataclasses.replace(options, crop_fraction=1.0))
+    scale = min(1.0, photo_side(size) / min(image.size))
+    shape = (round(image.width * scale), round(image.height * scale))
+    return image if scale == 1 else image.resize(shape, FILTERS[options.interpolation])
+
+
+def photo_side(size: int) -> int:
+    """Return the shorter side of a photo from which crops of `size` pixels are taken."""
+    return math.ceil(size / PHOTO_CROP)
+
+
+def photo_bytes(widths: NDArray[np.int64], heights: NDArray[np.int64], channels: int, size: int) -> int:
+    """Return how many bytes the photos of images take at most, whatever the mode."""
+    side = photo_side(size)
+    scales = np.minimum(1.0, side / np.minimum(widths, heights))
+    areas = (widths * scales + 1) * (heights * scales + 1)
+    return channels * int(np.maximum(areas, side * side).sum())
 
 
 def letterboxed_size(width: int, height: int, size: int) -> tuple[int, int]:

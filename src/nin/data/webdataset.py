@@ -16,18 +16,17 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nin.data.cache import cache_folder, digest, file_state
 from nin.data.dataset import Data, DecodedSet, LoadOptions, PathList, default_size
-from nin.data.decoder import DecodeError, decode_pixels, read_extent, read_header
+from nin.data.decoder import DecodeError, decode_photo, decode_pixels, read_extent, read_header
 from nin.data.findings import NO_IMAGE, NO_LABEL, Finding
 from nin.data.folder_entries import FolderWalk
 from nin.data.folder_listing import natural_key
@@ -102,27 +101,24 @@ class ShardSet(DecodedSet):
 
     def decode(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""
-        try:
-            return decode_pixels(
-                self.read(index),
-                size=self.size,
-                channels=self.channels,
-                value_range=self.value_range,
-                resize=self.resize,
-                name=self.names[index],
-            )
-        except DecodeError as error:
-            raise DecodeError(self.names[index], error.reason) from error
+        return self._decode(decode_pixels, index)
 
-    def select(self, indices: Tensor) -> "ShardSet":
-        """Return the images at the indices, int64 (M,), in their order."""
-        at = indices.numpy()
+    def photo(self, index: int) -> Pixels:
+        """Decode one whole image: (H, W, channels)."""
+        return self._decode(decode_photo, index)
+
+    def _decode(self, decode: Callable[..., Pixels], index: int) -> Pixels:
+        name = self.names[index]
+        try:
+            return decode(self.read(index), name=name, **self.decoding)
+        except DecodeError as error:
+            raise DecodeError(name, error.reason) from error
+
+    def select(self, indices: torch.Tensor) -> Self:
+        """Return the images at the indices, int64 (K,), in their order."""
+        rows = indices.numpy()
         return dataclasses.replace(
-            self,
-            shard_indices=self.shard_indices[at],
-            members=self.members[at],
-            labels=self.labels[indices],
-            names=self.names.select(at),
+            super().select(indices), shard_indices=self.shard_indices[rows], members=self.members[rows]
         )
 
 

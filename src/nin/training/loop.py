@@ -108,7 +108,10 @@ def train(
     resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
     check_run_folder(folder, resume=resume)
-    images = source if isinstance(source, data.Data) else data.load(source, **start.load_options(source, size=None))
+    if isinstance(source, data.Data):
+        images = source
+    else:
+        images = data.load(source, photos=config.augment != "none", **start.load_options(source, size=None))
     images = start.normalised(images)
     if folder is not None and options.resume:
         images = with_recorded_flip(images, folder)
