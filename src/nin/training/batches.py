@@ -142,7 +142,7 @@ class BatchPart:
     @classmethod
     def of(cls, count: int, *, mixes: bool) -> "BatchPart":
         """Return this process's part of batches of so many images."""
-        own = torch.arange(count)[distributed.rank() :: distributed.world_size()]
+        own = torch.arange(distributed.rank(), count, distributed.world_size())
         partners = partner_positions(own, count) if mixes else own
         return cls(own, torch.cat([own, partners]).unique(), partners)
 

@@ -226,7 +226,8 @@ class Trainer:
     def take_step(self, x: Tensor, labels: Tensor) -> float:
         """Take one step of the optimiser; return the last loss that was read."""
         loss, scores = self.train_step(x, labels, self.step, self.steps)
-        hits, count = (scores.argmax(1) == labels).sum(), len(labels)
+        targets = labels.argmax(1) if labels.dim() == 2 else labels  # of mixed images the larger part
+        hits, count = (scores.argmax(1) == targets).sum(), len(labels)
         if distributed.world_size() > 1:
             hits, images = distributed.all_reduce_sum(torch.stack([hits, hits.new_tensor(count)]))
             count = int(images)

@@ -70,7 +70,7 @@ class TrainStep:
 
         Args:
             x: images (B, C, H, W); this process's part of the batch. B may be 0 where there are several processes.
-            labels: int64 (B,).
+            labels: int64 (B,), or the probability of each class, float32 (B, classes).
             step: which one it is, from 0.
             steps: in the whole training.
 
@@ -119,7 +119,8 @@ class TrainStep:
             # not the weights of F.cross_entropy, which weigh the smoothed part by the other classes: with few images
             # of a class, each image of another would be pulled to it as much as to its own
             losses = F.cross_entropy(scores, labels, label_smoothing=smoothing, reduction="none")
-            local_sum = (losses * self.class_weights[labels]).sum()
+            weights = self.class_weights[labels] if labels.dim() == 1 else labels @ self.class_weights
+            local_sum = (losses * weights).sum()
         sums = distributed.all_reduce_sum(torch.stack([local_sum.detach(), local_sum.new_tensor(len(labels))]))
         batch_size = sums[1].clamp(min=1)
         return sums[0] / batch_size, local_sum * (world_size / batch_size)
