@@ -42,7 +42,7 @@ test-slow: $(READY)
 
 # What pyproject.toml promises: PyTorch and every other direct dependency at its lower bound.
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 $(OPTIONS)
 
 $(OLDEST)/.ready: $(READY)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
