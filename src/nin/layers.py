@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,15 +206,18 @@ class MLPConv(_OperatorLayer):
 
     def _run(self, x: Tensor, count: int) -> Tensor:
         """Run the first ``count`` layers as one operator; one by one if a hook or another module stands in between."""
-        convs = cast(list[nn.Conv2d], list(self.convs)[:count])  # slicing an nn.ModuleList takes 10 µs
+        # not through nn.ModuleList and nn.Module's attributes, which take 5 µs of a call
+        convs = cast(list[nn.Conv2d], list(self.convs._modules.values())[:count])
         if not all(map(_is_plain_conv, convs)):
             for conv, activation in zip(convs, self.activations, strict=False):
                 x = ACTIVATIONS[activation](conv(x))
             return x
-        weights = [c.standardised_weight() if isinstance(c, StandardisedConv2d) else c.weight for c in convs]
+        weights = [
+            c.standardised_weight() if isinstance(c, StandardisedConv2d) else _tensor(c, "weight") for c in convs
+        ]
         first = convs[0]
         geometry = {"stride": first.stride, "padding": first.padding, "dilation": first.dilation}
-        return mlpconv(x, weights, [conv.bias for conv in convs], activation=self.activations[:count], **geometry)  # type: ignore[arg-type]
+        return mlpconv(x, weights, [_tensor(c, "bias") for c in convs], activation=self.activations[:count], **geometry)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def fold(self) -> "MLPConv":
@@ -360,6 +363,12 @@ def _is_plain_conv(conv: nn.Module) -> bool:
         and not isinstance(conv.padding, str)
         and not (conv._forward_pre_hooks or conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
     )
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """Return a parameter, or whatever has its name: what pruned and parametrised modules compute it to."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _make_conv(

@@ -240,7 +240,7 @@ bool run(const Case& c) {
     layers[0].weight = packed[0].data();
     p.winograd_tile_size = c.winograd_tile;
   }
-  if (nin_forward(kernels, &p, layers, x.data, y.data, &pool) != 0) return false;
+  if (nin_forward(kernels, &p, layers, x.data, y.data, &pool, nullptr, nullptr, 0) != 0) return false;
 
   bool good = true;
   for (int64_t i = 0; i < pixels; i += 1 + pixels / 16) {  // some pixels are enough to see a wrong tail

@@ -87,8 +87,11 @@ def calls_directly(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 
     The dispatcher turns every list into one of its own and back: 5 µs a call, and 12 in a backward pass.
     """
-    if not is_plain(tensors):  # first, as the compiler follows it
-        return False
+    return is_plain(tensors) and reaches_kernels(x, tensors)  # in this order, as the compiler follows the first
+
+
+def reaches_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Return whether the dispatcher would call a device's kernels with these tensors, for which `is_plain` holds."""
     for t in tensors:  # those that the dispatcher would convert or refuse
         if t is not None and (t.layout is not torch.strided or t.is_neg()):
             return False

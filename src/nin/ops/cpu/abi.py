@@ -64,4 +64,5 @@ def run_forward(
     """Run the forward pass of a chain, with its packed weights, into ``y``."""
     layers, _tensors = pack_layers(packed, chain)
     forward, handle = library.loaded().nin_forward, kernels.handles[x.dtype]
-    library.check(forward(handle, packed_chain, layers, x.data_ptr(), y.data_ptr(), library.thread_pool()))
+    addresses = x.data_ptr(), y.data_ptr()
+    library.check(forward(handle, packed_chain, layers, *addresses, library.thread_pool(), None, None, 0))

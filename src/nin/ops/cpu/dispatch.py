@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients
-from nin.ops.cpu import abi, library
+from nin.ops.cpu import abi, call_cache, library
+from nin.ops.cpu.call_cache import CallKey
 from nin.ops.cpu.conv_backward import convolution_backward
 from nin.ops.cpu.library import Kernels
-from nin.ops.cpu.weight_cache import packed_weights
+from nin.ops.cpu.weight_cache import packed_copies, packed_weights
 
 
 def choose_kernels() -> Kernels | None:
@@ -41,15 +42,30 @@ def backend_summary() -> str:
     return f"{line}; other dtypes, and single small float32 layers: reference"
 
 
-def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
-    """Compute the chain tile by tile, so that the hidden layers stay in the cache."""
+def call_key(x: Tensor, chain: ChainArguments) -> CallKey | None:
+    """Return the key for `call_cache.repeat` of a call without gradients, of plain tensors; None if it has none."""
+    return None if KERNELS is None else call_cache.key_of(KERNELS, x, chain)
+
+
+def mlpconv(x: Tensor, chain: ChainArguments, key: CallKey | None = None) -> Tensor:
+    """Compute the chain tile by tile, so that the hidden layers stay in the cache.
+
+    Args:
+        x: the images.
+        chain: the other arguments.
+        key: of a call to be repeated, see `call_key`.
+    """
     if KERNELS is None or not _is_supported(x, chain) or is_faster_in_pytorch(x, chain):
+        if key is not None:
+            call_cache.remember_reference(key)
         return reference.mlpconv(x, chain)
     y = torch.empty(chain.output_shape(x), dtype=x.dtype, memory_format=reference.memory_format_of(x))
     if y.numel() > 0:  # an empty batch has nothing to compute
         packed_chain, tile_size = abi.choose_winograd(KERNELS, abi.pack_chain(x, y, chain), chain)
-        packed = packed_weights(KERNELS, chain.weights, winograd_tile_size=tile_size)
-        abi.run_forward(KERNELS, packed_chain, packed, chain, x, y)
+        copies = packed_copies(KERNELS, chain.weights, winograd_tile_size=tile_size)
+        abi.run_forward(KERNELS, packed_chain, [copy.packed for copy in copies], chain, x, y)
+        if key is not None:
+            call_cache.remember(key, KERNELS, packed_chain, copies, chain, y)
     return y
 
 

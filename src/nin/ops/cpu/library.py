@@ -16,6 +16,8 @@ ISA_VARIABLE = "NIN_CPU_ISA"
 INSTRUCTION_SETS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
 # with their codes in the C interface
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# nin_weights_changed of nin_status
+WEIGHTS_CHANGED = 3
 
 
 def find_library() -> Path | None:
@@ -63,7 +65,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
         ("nin_winograd_gradient", status, [pointer, blob, size, pointer, pointer, pointer, blob]),
         ("nin_tap_gradient", status, [pointer, blob, blob, size, pointer, pointer, pointer, pointer, size, blob]),
         ("nin_forward_scratch_bytes", size, [pointer, blob, blob, size]),
-        ("nin_forward", status, [pointer, blob, blob, pointer, pointer, blob]),
+        ("nin_forward", status, [pointer, blob, blob, pointer, pointer, blob, blob, blob, size]),
         ("nin_backward", status, [pointer, blob, blob, blob, blob, pointer, pointer, pointer, pointer, blob]),
         ("nin_peak_flops", real, [pointer, blob, real]),
         ("nin_copy_bytes_per_second", real, [blob, pointer, pointer, size]),

@@ -32,7 +32,7 @@ class _VersionCounter:
         return self._alias._version
 
 
-class _Copy(NamedTuple):
+class PackedCopy(NamedTuple):
     """A packed copy, and what the weight was when it was made: the hash of its bytes, or for a constant its version."""
 
     packed: Tensor
@@ -40,15 +40,9 @@ class _Copy(NamedTuple):
     counter: _VersionCounter | None = None  # of a constant, see `mark_constant`
     version: int = 0
 
-
-class _Chain(NamedTuple):
-    """The packed copies of a chain's weights, and what must be as it was for them to hold, to ask with one call."""
-
-    packed: list[Tensor]
-    blocks: bytes  # the structs nin_bytes of the weights that are hashed
-    hashes: list[int]
-    counters: list[_VersionCounter]
-    versions: list[int]
+    def is_unchanged_constant(self) -> bool:
+        """Return whether this is the copy of a constant that nobody has written to."""
+        return self.counter is not None and self.counter.value == self.version
 
 
 class _Memory(NamedTuple):
@@ -59,20 +53,19 @@ class _Memory(NamedTuple):
 
 
 # The memory is watched and not the tensors: torch.utils.swap_tensors refuses a tensor that a weak reference points to.
-_copies: dict[_Key, _Copy] = {}
+_copies: dict[_Key, PackedCopy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
 _constants: dict[int, _VersionCounter] = {}  # by the id of the storage
-_chains: dict[tuple[Any, ...], _Chain] = {}  # of the copies above; emptied when one of them goes or is made again
+calls: dict[tuple[Any, ...], Any] = {}  # what `call_cache` keeps; emptied when a copy goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
 # directions and two dtypes need. Without it, a thousand views of one tensor would leave a thousand copies.
 MAX_COPIED_RATIO = 32
-MAX_CHAINS = 1024
 
 
-def packed_weights(
+def packed_copies(
     kernels: Kernels, weights: Sequence[Tensor], *, for_input_gradient: bool = False, winograd_tile_size: int = 0
-) -> list[Tensor]:
+) -> list[PackedCopy]:
     """Return weights packed for the kernels, from the cache where none of their bytes has changed.
 
     All bytes are hashed in every call, so that a change is seen whoever made it: PyTorch, an optimiser's fused kernel,
@@ -87,18 +80,10 @@ def packed_weights(
             is float32.
 
     Returns:
-        The packed bytes of each, 1-D.
+        A copy of each, whose bytes are 1-D.
     """
-    # what follows from the weights' shapes is kept: it took 5 µs a call
-    name: list[Any] = [kernels.name, for_input_gradient, winograd_tile_size]
-    for weight in weights:
-        name += (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    chain_key = tuple(name)
-    chain = _chains.get(chain_key)
-    if chain is not None and _is_fresh(kernels, chain, weights):
-        return chain.packed
     keys: list[_Key] = []
-    copies: list[_Copy | None] = []
+    copies: list[PackedCopy | None] = []
     spans: list[int] = []
     tile_size = winograd_tile_size
     for weight in weights:
@@ -110,53 +95,31 @@ def packed_weights(
         copies.append(copy)
         spans += (address, 0 if copy is None or copy.hash is None else weight.nbytes)
         tile_size = 0
-    now: list[_Copy] = []
+    now: list[PackedCopy] = []
     for key, copy, weight, value in zip(keys, copies, weights, hash_bytes(kernels, spans), strict=True):
-        if copy is None or not (_is_unchanged(copy, weight) if copy.hash is None else copy.hash == value):
+        # a weight that requires gradients is constant no more
+        if copy is None or not (
+            copy.hash == value if copy.counter is None else copy.is_unchanged_constant() and not weight.requires_grad
+        ):
             copy = _pack_again(kernels, key, weight)
         now.append(copy)
-    return _remember(chain_key, weights, now)
+    return now
 
 
-def _is_unchanged(constant: _Copy, weight: Tensor) -> bool:
-    counter = constant.counter
-    return counter is not None and counter.value == constant.version and not weight.requires_grad
-
-
-def _is_fresh(kernels: Kernels, chain: _Chain, weights: Sequence[Tensor]) -> bool:
-    """Return whether all of a chain's weights are as they were when they were packed."""
-    if chain.counters:
-        if [counter.value for counter in chain.counters] != chain.versions:
-            return False
-        for weight in weights:
-            if weight.requires_grad:  # takes the promise back; `packed_weights` sees which weight it is
-                return False
-    return not chain.hashes or list(_hash_blocks(kernels, chain.blocks, len(chain.hashes))) == chain.hashes
-
-
-def _remember(key: tuple[Any, ...], weights: Sequence[Tensor], copies: list[_Copy]) -> list[Tensor]:
-    """Keep a chain's copies together, if each is kept, and return them."""
-    packed = [copy.packed for copy in copies]
-    constants = [copy for copy in copies if copy.counter is not None]
-    hashed = [(copy.hash, weight) for copy, weight in zip(copies, weights, strict=True) if copy.hash is not None]
-    if len(constants) + len(hashed) == len(copies):
-        if len(_chains) >= MAX_CHAINS:
-            _chains.clear()
-        spans = [number for _, weight in hashed for number in (weight.data_ptr(), weight.nbytes)]
-        _chains[key] = _Chain(
-            packed,
-            struct.pack(f"{len(spans)}q", *spans),
-            [value for value, _ in hashed],
-            [copy.counter for copy in constants if copy.counter is not None],
-            [copy.version for copy in constants],
-        )
-    return packed
+def packed_weights(
+    kernels: Kernels, weights: Sequence[Tensor], *, for_input_gradient: bool = False, winograd_tile_size: int = 0
+) -> list[Tensor]:
+    """Return the bytes of weights packed for the kernels, see `packed_copies`."""
+    copies = packed_copies(
+        kernels, weights, for_input_gradient=for_input_gradient, winograd_tile_size=winograd_tile_size
+    )
+    return [copy.packed for copy in copies]
 
 
 def packed_weight(
     kernels: Kernels, weight: Tensor, *, for_input_gradient: bool = False, winograd_tile_size: int = 0
 ) -> Tensor:
-    """Return one weight packed for the kernels, see `packed_weights`."""
+    """Return one weight packed for the kernels, see `packed_copies`."""
     return packed_weights(
         kernels, (weight,), for_input_gradient=for_input_gradient, winograd_tile_size=winograd_tile_size
     )[0]
@@ -212,7 +175,7 @@ def mark_constant(weight: Tensor) -> None:
     memory = _memories.get(name)
     for old in () if memory is None else memory.keys:  # those that are hashed
         _copies.pop(old, None)
-    _chains.clear()
+    calls.clear()
 
 
 def _counter_of(weight: Tensor) -> _VersionCounter | None:
@@ -271,20 +234,20 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
+def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> PackedCopy:
     """Pack a weight, and keep the copy in the cache if its bytes can be hashed."""
     packed = functools.partial(_pack, key[4], weight, key[5], key[6])
     if not _is_dense(weight):
-        return _Copy(packed())
+        return PackedCopy(packed())
     storage = weight.untyped_storage()
     name = id(storage)
     counter = _counter_of(weight)
     if counter is None:
         value = hash_bytes(kernels, (key[0], weight.nbytes))[0]
-        copy = _Copy(packed(), value)
+        copy = PackedCopy(packed(), value)
     else:
         version = counter.value
-        copy = _Copy(packed(), None, counter, version)
+        copy = PackedCopy(packed(), None, counter, version)
     memory = _memories.get(name)
     if memory is None or memory.storage() is not storage:
 
@@ -292,7 +255,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
             if name in _memories and _memories[name].storage is dead:  # another storage may have the id by now
                 for old in _memories.pop(name).keys:
                     _copies.pop(old, None)
-                _chains.clear()
+                calls.clear()
 
         memory = _memories[name] = _Memory(weakref.ref(storage, evict), set())
     kept = [old for old in tuple(memory.keys) if old in _copies]
@@ -300,7 +263,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> _Copy:
         for old in kept:
             _copies.pop(old, None)
         memory.keys.clear()
-    _chains.clear()
+    calls.clear()
     memory.keys.add(key)
     _copies[key] = copy
     return copy

@@ -5,7 +5,7 @@
 
 #define NIN_API extern "C" __attribute__((visibility("default")))
 
-enum nin_status : int32_t { nin_ok = 0, nin_out_of_memory = 1, nin_thread_pool_failed = 2 };
+enum nin_status : int32_t { nin_ok = 0, nin_out_of_memory = 1, nin_thread_pool_failed = 2, nin_weights_changed = 3 };
 
 // PyTorch's exported torch_parallel_for, or null: then the library starts threads of its own.
 typedef int32_t (*nin_parallel_for)(int64_t begin, int64_t end, int64_t grain,
@@ -68,8 +68,11 @@ NIN_API int32_t nin_winograd_pack(const void* kernels, const nin_weight_view* we
 // The scratch memory of one thread, in bytes.
 NIN_API int64_t nin_forward_scratch_bytes(const void* kernels, const nin_chain* chain, const nin_layer* layers,
                                           int64_t threads);
+// `weights`: `count` of those that the packed weights were made of, and `hashes` what nin_hash wrote then: if one has
+// another hash now, nin_weights_changed is returned, and nothing computed.
 NIN_API int32_t nin_forward(const void* kernels, const nin_chain* chain, const nin_layer* layers, const void* x,
-                            void* y, const nin_thread_pool* pool);
+                            void* y, const nin_thread_pool* pool, const nin_bytes* weights, const uint64_t* hashes,
+                            int64_t count);
 
 // Where the gradients of a chain of 1×1 layers without padding go; null: not needed.
 struct nin_layer_gradient {

@@ -371,6 +371,14 @@ nin_status Forward::run(const nin_thread_pool& pool) const {
   return nin_ok;
 }
 
+nin_status verify(const Kernels& k, const nin_bytes* weights, const uint64_t* hashes, int64_t count,
+                  const nin_thread_pool& pool) {
+  std::vector<uint64_t> now(size_t(count), 0);
+  const int32_t status = nin_hash(k.float_kernels, weights, count, now.data(), &pool);
+  if (status != nin_ok) return nin_status(status);
+  return std::equal(now.begin(), now.end(), hashes) ? nin_ok : nin_weights_changed;
+}
+
 }  // namespace
 }  // namespace nin
 
@@ -381,9 +389,13 @@ int64_t nin_forward_scratch_bytes(const void* kernels, const nin_chain* chain, c
 }
 
 int32_t nin_forward(const void* kernels, const nin_chain* chain, const nin_layer* layers, const void* x, void* y,
-                    const nin_thread_pool* pool) {
+                    const nin_thread_pool* pool, const nin_bytes* weights, const uint64_t* hashes, int64_t count) {
   try {
     const auto& k = *static_cast<const nin::Kernels*>(kernels);
+    if (count > 0) {
+      const nin_status status = nin::verify(k, weights, hashes, count, *pool);
+      if (status != nin_ok) return status;
+    }
     return nin::Forward(k, *chain, layers, x, y, pool->threads).run(*pool);
   } catch (const std::bad_alloc&) {
     return nin_out_of_memory;

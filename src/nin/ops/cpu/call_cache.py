@@ -1,0 +1,121 @@
+"""A cache of calls: what follows from the arguments' shapes and addresses, so that a call is made again at once.
+
+Checking the arguments, choosing the algorithm and packing the structs of the C interface takes 20 to 30 µs of Python.
+None of it depends on the values. Only the weights' bytes have to be as they were when they were packed, which the
+library verifies before it computes.
+"""
+
+import dataclasses
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nin.ops import reference
+from nin.ops.arguments import ChainArguments
+from nin.ops.cpu import abi, library, weight_cache
+from nin.ops.cpu.library import Kernels
+from nin.ops.cpu.weight_cache import PackedCopy
+
+# Options; shapes, strides and dtypes of all tensors; addresses of all but the images.
+CallKey = tuple[Any, ...]
+
+MAX_CALLS = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _KernelCall:
+    """The arguments of ``nin_forward``.
+
+    Attributes:
+        kernels: the address of their table.
+        structs: nin_chain and the nin_layer.
+        hashed: the structs nin_bytes of the weights that are hashed, their hashes, and how many.
+        copies: the packed weights, which the structs point to.
+        constants: the copies of weights that are not hashed.
+        output: of ``torch.empty``, for the result.
+    """
+
+    kernels: int
+    structs: tuple[bytes, bytes]
+    hashed: tuple[bytes, bytes, int]
+    copies: Sequence[PackedCopy]
+    constants: Sequence[PackedCopy]
+    output: dict[str, Any]
+
+    def __call__(self, x: Tensor, chain: ChainArguments) -> Tensor | None:
+        """Return the chain's output, or None if a weight has changed."""
+        if self.constants:
+            for constant in self.constants:
+                if not constant.is_unchanged_constant():
+                    return None
+            for weight in chain.weights:
+                if weight.requires_grad:  # takes the promise back
+                    return None
+        y = torch.empty(**self.output)
+        forward, addresses = library.loaded().nin_forward, (x.data_ptr(), y.data_ptr())
+        status = forward(self.kernels, *self.structs, *addresses, library.thread_pool(), *self.hashed)
+        if status == library.WEIGHTS_CHANGED:
+            return None
+        library.check(status)
+        return y
+
+
+def key_of(kernels: Kernels, x: Tensor, chain: ChainArguments) -> CallKey | None:
+    """Return the key of a call; None if it is not one of plain tensors in the CPU's memory that nobody looks at.
+
+    Args:
+        kernels: of the instruction set in use.
+        x: the images, for which `transforms.is_plain` holds, as for the chain's tensors.
+        chain: the other arguments, unchecked.
+    """
+    if x is None or not x.is_cpu or x.is_nested or x.layout is not torch.strided or x.is_neg():
+        return None
+    if torch.is_autocast_enabled("cpu") or torch._C._autograd._profiler_enabled():
+        return None
+    weights, biases, stride, padding, dilation, activations = chain
+    key = [kernels.name, abi.WINOGRAD, stride, padding, dilation, *activations, x.dtype, x.shape, x.stride()]
+    for t in (*weights, *biases):
+        if t is None:
+            key.append(None)
+        elif t.is_cpu and t.layout is torch.strided and not t.is_neg():
+            key += (t.data_ptr(), t.dtype, t.shape, t.stride())
+        else:
+            return None
+    return tuple(key)
+
+
+def repeat(key: CallKey, x: Tensor, chain: ChainArguments) -> Tensor | None:
+    """Make a call again; return None if it was not made before, or a weight has changed since."""
+    call: Callable[[Tensor, ChainArguments], Tensor | None] | None = weight_cache.calls.get(key)
+    return None if call is None else call(x, chain)
+
+
+def remember_reference(key: CallKey) -> None:
+    """Keep that the reference serves a call."""
+    _keep(key, reference.mlpconv)
+
+
+def remember(
+    key: CallKey, kernels: Kernels, packed_chain: bytes, copies: Sequence[PackedCopy], chain: ChainArguments, y: Tensor
+) -> None:
+    """Keep a call that the kernels served, unless a weight or a bias has to be copied every time."""
+    hashed = [(w, copy.hash) for w, copy in zip(chain.weights, copies, strict=True) if copy.hash is not None]
+    constants = [copy for copy in copies if copy.counter is not None]
+    biases_in_place = all(bias is None or bias.is_contiguous() for bias in chain.biases)
+    if len(hashed) + len(constants) < len(copies) or not biases_in_place:
+        return
+    layers, _tensors = abi.pack_layers([copy.packed for copy in copies], chain)
+    weights = b"".join(struct.pack("2q", w.data_ptr(), w.nbytes) for w, _ in hashed)
+    hashes = struct.pack(f"{len(hashed)}Q", *(value for _, value in hashed)), len(hashed)
+    output = {"size": y.shape, "dtype": y.dtype, "memory_format": reference.memory_format_of(y)}
+    handle = kernels.handles[y.dtype]
+    _keep(key, _KernelCall(handle, (packed_chain, layers), (weights, *hashes), copies, constants, output))
+
+
+def _keep(key: CallKey, call: Callable[[Tensor, ChainArguments], Tensor | None]) -> None:
+    if len(weight_cache.calls) >= MAX_CALLS:
+        weight_cache.calls.clear()
+    weight_cache.calls[key] = call
