@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from nin.data.image_formats import formats_to_try
+from nin.data.image_formats import formats_to_try, is_heif
 from nin.data.resizing import CENTRE_SQUARE, ResizeOptions, draft_size, resize_photo, resize_to_square
 from nin.data.value_range import (
     BYTES,
@@ -28,6 +28,7 @@ from nin.data.value_range import (
     wide_rawmode,
 )
 from nin.errors import UserError
+from nin.version import install_command
 
 # What Pillow raises on damaged or hostile bytes. DecompressionBombError guards memory; warnings come as
 # exceptions where the caller made them so.
@@ -304,8 +305,23 @@ def _open_image(source: ImageSource, given_name: str | None = None) -> Iterator[
         else:
             with Image.open(file, formats=formats_to_try(str(name))) as image:
                 yield image
+    except UnidentifiedImageError as error:
+        is_photo = not isinstance(source, Image.Image) and is_heif(_first_bytes(file))
+        reason = f"a HEIC photo: {install_command('heic')}" if is_photo else failure_reason(error)
+        raise DecodeError(name, reason) from error
     except _DECODING_ERRORS as error:
         raise DecodeError(name, failure_reason(error)) from error
+
+
+def _first_bytes(file: io.BytesIO | io.BufferedReader | str) -> bytes:
+    """Return the bytes that tell the format of a file; none where it cannot be read any more."""
+    with contextlib.suppress(OSError):
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                return opened.read(12)
+        file.seek(0)
+        return file.read(12)
+    return b""
 
 
 def failure_reason(error: BaseException) -> str:

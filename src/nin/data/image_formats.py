@@ -1,5 +1,6 @@
 """Image formats: those that Pillow reads here, the one that a file's name promises, and whether a file is an image."""
 
+import importlib.util
 import inspect
 import os
 
@@ -9,11 +10,17 @@ from PIL import Image, ImageFile
 # MPEG has no decoder.
 _EXCLUDED = {"EPS", "MPEG"}
 
+# The photos of iPhones, which Pillow reads with the package pillow_heif.
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
 
 def _readable_formats() -> dict[str, bool]:
     """Return the formats that this Pillow decodes by itself, and whether their first bytes tell them."""
     Image.preinit()  # the usual formats come first, and are tried first
     Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
     formats = {}
     for name, (factory, accept) in Image.OPEN.items():
         # a stub knows the header only and hands the pixels to what another package registers
@@ -36,6 +43,8 @@ FORMATS = (*_READABLE, "MPO")
 IMAGE_EXTENSIONS = {
     **{extension: name for extension, name in Image.registered_extensions().items() if name in _READABLE},
     ".mpo": "JPEG",
+    # without the package too: then they are listed with what to install
+    **dict.fromkeys(HEIF_EXTENSIONS, "HEIF"),
 }
 
 # For messages: the list of all extensions is too long to be read.
@@ -50,7 +59,12 @@ def named_format(name: str) -> str | None:
 def formats_to_try(name: str) -> tuple[str, ...]:
     """Return the formats that a file of this name may have: any with a signature, and the one that it names."""
     named = named_format(name)
-    return SIGNED_FORMATS if named is None or _READABLE[named] else (*SIGNED_FORMATS, named)
+    return SIGNED_FORMATS if named is None or _READABLE.get(named, True) else (*SIGNED_FORMATS, named)
+
+
+def is_heif(start: bytes) -> bool:
+    """Return whether a file that begins so is a HEIF image, whatever it is called."""
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
 
 
 def file_extension(name: str, file_format: str) -> str:
