@@ -10,10 +10,12 @@ import json
 import subprocess
 import sys
 import threading
+import weakref
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nin
@@ -583,8 +585,6 @@ def test_plans_are_bounded(monkeypatch):
 
 
 def test_a_replay_keeps_no_memory(monkeypatch):
-    import weakref
-
     monkeypatch.setenv("NIN_GPU", "triton")
     x, chain = call(8, 12, 4)
     y = dispatch.mlpconv(x, chain)
@@ -634,6 +634,32 @@ def test_a_replays_results_have_memory_of_their_own(monkeypatch):
         assert not any(t._is_view() for t in results)
         addresses = {t.untyped_storage().data_ptr() for t in (x, *chain.weights, *chain.biases, *results)}
         assert len(addresses) == len(results) + 5
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the results that are alive when an operator is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.results, self.counts = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts.append(sum(result() is not None for result in self.results))
+        result = func(*args, **(kwargs or {}))
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def test_memory_goes_to_others_after_its_last_use():
+    def call(x):
+        return ((((x + 1) * 2) - 3) / 4).relu()
+
+    x = torch.randn(8)
+    _, recorded = replay.record(call, (x,))
+    with _Alive() as mode:
+        y = recorded((x,))
+    torch.testing.assert_close(y, call(x))
+    assert mode.counts == [0, 1, 1, 1, 1]  # an operator's own argument, and none before it
 
 
 def test_what_returns_its_argument_is_replayed_as_a_view_of_it():

@@ -29,7 +29,7 @@ from nin.ops.gpu.problem import DTYPES, ChainProblem, float32_precision
 
 # Compute capability from which Triton multiplies bfloat16 in matrix units.
 MIN_CAPABILITY = (8, 0)
-MAX_CALLS = 4096  # shapes whose calls are kept; at about 10 kB each
+MAX_CALLS = 4096  # shapes whose calls are kept; at 10 to 30 kB each, more where the pixels are in many pieces
 
 Groups = tuple[LayerGroup, ...]
 

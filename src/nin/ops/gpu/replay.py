@@ -173,16 +173,19 @@ class RecordedCall:
     """
 
     def __init__(self, steps: list[_Step], inputs: int, result: Any) -> None:
-        steps, result = _without_aliases(steps, inputs, result)
+        steps, result = _without_aliases(steps, result)
         results = slots_in(result)
         steps = _without_unused(_with_owners(steps), results)
-        source, large = _Source(), _large_tensors(steps)
-        for i, step in enumerate(steps):
+        source = _Source()
+        # memory goes to others after its last use, as in the recorded call; a little of it may wait for the end
+        last_uses = {slot: i for i, step in enumerate(steps) for slot in (*step.uses(), *step.results)}
+        done: list[list[Slot]] = [[] for _ in steps]
+        for slot in _large_tensors(steps) - results:
+            if slot is not None and slot >= inputs:
+                done[last_uses[slot]].append(slot)
+        for step, slots in zip(steps, done, strict=True):
             source.add(step)
-            # memory goes to others after its last use, as in the recorded call; a little of it may wait for the end
-            later = results.union(*(other.uses() for other in steps[i + 1 :]))
-            last = step.uses().union(slot for slot in step.results if slot is not None) - later
-            source.free([slot for slot in last if slot >= inputs and slot in large])
+            source.free(slots)
         self.source = source.function(inputs, result)
         exec(self.source, source.names)
         self._run = source.names["replay"]
@@ -197,7 +200,7 @@ def slots_in(tree: Any) -> set[Slot]:
     return {leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Slot)}
 
 
-def _without_aliases(steps: list[_Step], inputs: int, result: Any) -> tuple[list[_Step], Any]:
+def _without_aliases(steps: list[_Step], result: Any) -> tuple[list[_Step], Any]:
     """Return steps and result without the views that are all of a tensor which the call makes, as it lies."""
     made: dict[Any, tuple[Any, ...]] = {}
     alias: dict[Any, Slot] = {}
@@ -209,7 +212,7 @@ def _without_aliases(steps: list[_Step], inputs: int, result: Any) -> tuple[list
     for step in steps:
         args, kwargs = pytree.tree_map(to_owner, (step.args, step.kwargs))
         step = dataclasses.replace(step, args=args, kwargs=kwargs)
-        if step.offset == 0 and args[0] >= inputs and made.get(args[0]) == step.made:
+        if step.offset == 0 and made.get(args[0]) == step.made:
             alias[step.results[0]] = args[0]
             continue
         if step.made:
@@ -275,6 +278,7 @@ class _Source:
 
     def __init__(self) -> None:
         self.names: dict[str, Any] = {}
+        self._constants: dict[int, str] = {}
         self._lines: list[str] = []
 
     def add(self, step: _Step) -> None:
@@ -329,6 +333,7 @@ class _Source:
             return f"[{', '.join(map(self._text, value))}]"
         if kind is tuple:
             return f"({''.join(self._text(item) + ', ' for item in value)})"
-        name = f"c{len(self.names)}"
+        # the value stays in the names, so no other gets its id
+        name = self._constants.setdefault(id(value), f"c{len(self._constants)}")
         self.names[name] = value
         return name
