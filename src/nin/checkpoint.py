@@ -108,19 +108,15 @@ def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
     write_atomically(folder / CONFIG_FILE, info.to_json())
 
 
-def load_model(folder: Path, *, trust: bool = False) -> tuple[nn.Module, RunInfo]:
+def load_model(folder: Path) -> tuple[nn.Module, RunInfo]:
     """Read a run folder.
-
-    Args:
-        folder: the run folder.
-        trust: import somebody's module where the run says that its network is made there.
 
     Returns:
         The network, in evaluation mode on the CPU, and what the folder says of it.
 
     Raises:
         UserError: the folder or a file in it is missing, damaged, of a newer version, or does not fit the other; or its
-            network is made by somebody's module, and there is no ``trust``.
+            network is made by somebody's module, which is not trusted (see `nin.models.trust`).
     """
     folder = Path(folder)
     info = load_info(folder)
@@ -128,7 +124,7 @@ def load_model(folder: Path, *, trust: bool = False) -> tuple[nn.Module, RunInfo
     try:
         _check_counts(info.model, info)
         with torch.device("meta"), _SkipInit():  # takes no memory, whatever sizes the file asks for
-            model = model_from_description(info.model, trust=trust)
+            model = model_from_description(info.model)
         _check_fits(model, info)
         expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     except UserError as error:

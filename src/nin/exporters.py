@@ -229,6 +229,9 @@ def _image_shape(model: nn.Module, info: RunInfo | None, given: Sequence[int] | 
         return p.channels, p.size, p.size
     if isinstance(model, models.NiN):
         return model.config.in_channels, model.config.image_size, model.config.image_size
+    if isinstance(model, models.ExternalClassifier):
+        config = model.input_config
+        return config.channels, config.size, config.size
     if isinstance(model, models.GoogLeNet):
         size = models.IMAGE_SIZES["googlenet"]
         return model.in_channels, size, size

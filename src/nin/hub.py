@@ -67,7 +67,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         """
         model, info = checkpoint.load_model(Path(run))
         picture = None
-        if images is not None and isinstance(model, models.Network):
+        if images is not None and not models.no_maps_reason(model):
             rows = example_rows(
                 Classifier(model, info),
                 data.load(images, value_range=info.preprocessing.value_range, resize=info.preprocessing.resize),

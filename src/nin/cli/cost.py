@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,7 @@ def cost(
     classes: int | None = None,
     size: int | None = None,
     channels: int | None = None,
+    trust: bool = False,
     count_only: Annotated[bool, Parameter(negative=None)] = False,
     json: bool = False,
 ) -> None:
@@ -38,13 +40,15 @@ def cost(
         classes: Number of classes. The network's usual one if not given.
         size: Height and width of the image, in pixels. What the network is meant for if not given.
         channels: 1 for grey images, 3 for colour.
+        trust: Import the module that a run folder says its network is made by, where that is somebody's own code.
         count_only: Count, without running the network: no milliseconds, and no memory for the weights' results.
         json: Print the figures as JSON on standard output.
     """
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{name} must be at least 1 and at most {LARGEST:,}, got {value}")
-    network, (usual_channels, height, width) = find_network(model, classes, channels)
+    with nin.models.trust() if trust else contextlib.nullcontext():
+        network, (usual_channels, height, width) = find_network(model, classes, channels)
     shape = (1, channels or usual_channels, size or height, size or width)
     # Counted first: it takes milliseconds, and its errors say that the size does not fit.
     counted = count(model, network, shape)

@@ -1,5 +1,6 @@
 """`nin export`: write a trained network as ONNX, a torch.export program or OpenVINO."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ def export(
     format: Literal["onnx", "pt2", "openvino"] = "onnx",
     out: Path | None = None,
     preprocessing: bool = False,
+    trust: bool = False,
     json: bool = False,
 ) -> None:
     """Write a trained network into a file that runs where nin is not installed, and check it.
@@ -23,12 +25,14 @@ def export(
         format: onnx; pt2, for torch.export.load; or openvino.
         out: The file to write; model.onnx, model.pt2 or model.xml in the run folder if not given.
         preprocessing: Put the normalisation inside: the file then takes pixels (N, H, W, C), uint8.
+        trust: Import the module that the run says its network is made by, where that is somebody's own code.
         json: Print what was written as JSON on standard output.
     """
-    from nin import exporters
+    from nin import exporters, models
 
     path = out or run / f"model{exporters.SUFFIXES[format]}"
-    exported = exporters.export(run, path, format=format, preprocessing=preprocessing)
+    with models.trust() if trust else contextlib.nullcontext():
+        exported = exporters.export(run, path, format=format, preprocessing=preprocessing)
     if json:
         print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def narrow(
     resume: bool = False,
     dry_run: bool = False,
     device: str = "auto",
+    trust: bool = False,
     json: bool = False,
 ) -> None:
     """Make a trained network narrower, and so faster: fewer channels where they are missed least.
@@ -80,9 +82,10 @@ def narrow(
         resume: Where it is finished, print its result; else go on, or begin, as without it.
         dry_run: Print the plan only.
         device: Where to compute, and to measure times: auto for a GPU where there is one, cpu, cuda, cuda:1.
+        trust: Import the module that the run says its network is made by, where that is somebody's own code.
         json: Print the figures as JSON on standard output.
     """
-    from nin import checkpoint
+    from nin import checkpoint, models
     from nin.checkpoint import load_info
     from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
@@ -124,13 +127,15 @@ def narrow(
     how = {"size": size} if run is None else as_recorded(load_info(run), data)
     samples = load_data(data, data_dir=data_dir, **how)
     if run is not None:
-        result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)
+        with models.trust() if trust else contextlib.nullcontext():
+            result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)
     else:
         options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache}
         result = narrow_with_progress(on, narrow_model, network, samples, config, **options)
     if torchrun.rank() > 0:
         return
-    hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
+    with models.trust() if trust else contextlib.nullcontext():
+        hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
     show_narrowing(result.report, out, json)
     if hint:
         messages.print(hint)

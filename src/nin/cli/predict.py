@@ -34,6 +34,7 @@ def predict(
     parquet: Path | None = None,
     resume: bool = False,
     maps: Path | None = None,
+    trust: bool = False,
     calibrated: bool = False,
 ) -> None:
     """Classify images with a trained network.
@@ -51,7 +52,9 @@ def predict(
         csv: Write the predictions, with the probability of every class, into this file, however many there are.
         parquet: The same as a Parquet file.
         resume: Go on with the file where an interrupted command stopped.
-        maps: Write into this folder, for each image, where in it the evidence for its class lies.
+        maps: Write into this folder, for each image, where in it the evidence for its class lies: exactly, or where the
+            network's head does not allow that, as Grad-CAM approximates it.
+        trust: Import the module that the run says its network is made by, where that is somebody's own code.
         calibrated: Give probabilities by the temperature that a training with --validation fitted: of the answers that
             are 80 % sure, about 80 % are right. The answers stay the same.
     """
@@ -66,7 +69,7 @@ def predict(
     table = csv or parquet
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise UserError(f"{table} is a folder" if table.is_dir() else f"{table.parent}: there is no such folder")
-    classifier = nin.load(run, device=device, calibrated=calibrated)
+    classifier = nin.load(run, device=device, calibrated=calibrated, trust=trust)
     nin.freeze(classifier.model)
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
     if is_sharded and (table is None or maps is not None or json):
@@ -218,13 +221,20 @@ def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Seque
     size = preprocessing.size
     comment = PngInfo()
     comment.add_text("Comment", nin.data.MAP_COMMENT)
+    if classifier.no_maps_reason:
+        messages.print(
+            f"The maps are approximations by Grad-CAM, as there are no exact ones: {classifier.no_maps_reason}"
+        )
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
-        values = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)]
         pixels = nin.data.decode(path, **preprocessing.decoding)
-        limit = report.symmetric_limit(values)
+        if classifier.no_maps_reason:
+            values, limit, kind = classifier.approximate_maps(path, [p.label])[0], 1.0, "-gradcam"
+        else:
+            values, kind = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)], ""
+            limit = report.symmetric_limit(values)
         picture = report.overlay(pixels, values, limit=limit, size=max(256, size))
         content = io.BytesIO()
         # marked, so that a training does not take it for an image where the folder lies among the images
         picture.save(content, format="PNG", pnginfo=comment)
         # numbered, as two folders may hold files of one name
-        write_atomically(folder / f"{number:04d}-{path.stem}.png", content.getvalue())
+        write_atomically(folder / f"{number:04d}-{path.stem}{kind}.png", content.getvalue())

@@ -1,10 +1,12 @@
 """`nin serve`: serve the lesson and a run's page over HTTP."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+import nin
 from nin.cli.console import messages
 from nin.errors import UserError
 
@@ -18,6 +20,7 @@ def serve(
     host: str = "127.0.0.1",
     browser: Annotated[bool, Parameter(negative=None)] = True,
     device: str = "cpu",
+    trust: Annotated[bool, Parameter(negative=None)] = False,
 ) -> None:
     """Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.
 
@@ -29,6 +32,7 @@ def serve(
         host: The address to listen on. The default is reached from this machine only.
         browser: Open the page in the browser.
         device: Where to compute: cpu, cuda, cuda:1, mps, or auto for a GPU where there is one.
+        trust: Import the module that the run says its network is made by, where that is somebody's own code.
     """
     if beside is not None and run is None:
         raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
@@ -39,4 +43,5 @@ def serve(
         what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
         messages.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.")
 
-    server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show_address)
+    with nin.models.trust() if trust else contextlib.nullcontext():
+        server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show_address)

@@ -113,7 +113,8 @@ def train(
         messages.print(f"{out} is finished; this is its result.")
     if torchrun.rank() > 0:
         return
-    page = write_report(out, images)
+    with nin.models.trust(result.info.recipe["model"]):
+        page = write_report(out, images)
     if json:
         print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
         return

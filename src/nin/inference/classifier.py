@@ -1,5 +1,6 @@
 """The classifier of a run folder: predictions, scores and confidence maps of images."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +21,7 @@ from nin.data.arrays import to_pillow, unstack
 from nin.display.numbers import format_percent
 from nin.display.tables import html_table
 from nin.errors import UserError
+from nin.inference.grad_cam import grad_cam
 from nin.runtime.device import choose_device
 
 INFERENCE_BATCH_SIZE = 64
@@ -145,8 +147,8 @@ class Classifier:
     def confidence_maps(self, images: Any, *, size: int | None = None) -> Tensor:
         """Return the last layer's maps, whose means are the scores: how much each pixel adds to each class.
 
-        A GoogLeNet has a fully connected layer after the global average pooling. It is linear, so the maps are made by
-        computing it before the pooling.
+        A GoogLeNet, and most networks of timm and torchvision, have a fully connected layer after the global average
+        pooling. It is linear, so the maps are made by computing it before the pooling.
 
         Args:
             images: as for `predict`.
@@ -156,18 +158,38 @@ class Classifier:
             (N, classes, h, w), float32, in units of the scores.
 
         Raises:
-            UserError: the network is neither a `nin.models.NiN` nor a `nin.models.GoogLeNet`.
+            UserError: the network's last layers do not commute with the pooling; `approximate_maps` makes others.
 
         Source:
             Lin, Chen, Yan: Network in Network, 2013, arXiv 1312.4400, section 4.6.
         """
         if not isinstance(self.model, models.Network):
-            raise UserError(f"confidence maps need a NiN or a GoogLeNet, got {type(self.model).__name__}")
+            raise UserError(f"confidence maps need a network of nin.models, got {type(self.model).__name__}")
         batches = [self.model.maps(x).float().cpu() for x in self._batches(images)]
         maps = torch.cat(batches) if batches else torch.empty(0, len(self.classes), 1, 1)
         if size is not None:
             maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
         return maps
+
+    @property
+    def no_maps_reason(self) -> str:
+        """Why there are no exact confidence maps; empty where there are."""
+        return models.no_maps_reason(self.model)
+
+    def approximate_maps(self, images: Any, labels: Sequence[str]) -> Tensor:
+        """Return Grad-CAM's maps, for networks without exact ones: (N, size, size), from 0 to 1.
+
+        Args:
+            images: as for `predict`.
+            labels: the class that is asked about, for each image.
+
+        Raises:
+            UserError: the package grad-cam is missing, or the network has no feature maps at its end.
+        """
+        numbers, rows = [self.classes.index(label) for label in labels], list[Tensor]()
+        for x in self._batches(images):
+            rows.append(grad_cam(self.model, x, numbers[len(rows) * INFERENCE_BATCH_SIZE :][: len(x)]))
+        return torch.cat(rows)
 
     @torch.inference_mode()
     def score_pixels(self, pixels: Tensor) -> Tensor:
@@ -190,13 +212,16 @@ class Classifier:
             yield self.inputs(torch.stack([_decode(item, p) for item in batch]))
 
 
-def load(run: str | Path, *, device: str | torch.device = "cpu", calibrated: bool = False) -> Classifier:
+def load(
+    run: str | Path, *, device: str | torch.device = "cpu", calibrated: bool = False, trust: bool = False
+) -> Classifier:
     """Load a run folder.
 
     Args:
         run: the folder that `nin.train` or ``nin train`` made.
         device: where to compute, see `Classifier`.
         calibrated: whether probabilities are calibrated, see `Classifier`.
+        trust: import the module that the run says its network is made by, where that is somebody's own.
 
     Returns:
         The classifier.
@@ -206,7 +231,8 @@ def load(run: str | Path, *, device: str | torch.device = "cpu", calibrated: boo
             there is no such device here, or no temperature.
     """
     device = choose_device(device)  # before the network, so that a mistake shows at once
-    model, info = checkpoint.load_model(Path(run))
+    with models.trust() if trust else contextlib.nullcontext():
+        model, info = checkpoint.load_model(Path(run))
     return Classifier(model, info, device=device, calibrated=calibrated)
 
 

@@ -1,7 +1,17 @@
 """The networks, what narrowing makes of them, and networks of other packages by name."""
 
+from nin.models.description import model_name, trust
 from nin.models.external_classifier import ExternalClassifier
-from nin.models.factory import IMAGE_SIZES, MODELS, Network, check_name, class_layer_name, create, is_external_name
+from nin.models.factory import (
+    IMAGE_SIZES,
+    MODELS,
+    Network,
+    check_name,
+    class_layer_name,
+    create,
+    is_external_name,
+    no_maps_reason,
+)
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.input_config import InputConfig
 from nin.models.memory_format import fastest_layout
@@ -26,7 +36,10 @@ __all__ = [
     "googlenet",
     "input_config",
     "is_external_name",
+    "model_name",
     "nin_cifar",
     "nin_digits",
     "nin_imagenet",
+    "no_maps_reason",
+    "trust",
 ]

@@ -1,6 +1,8 @@
 """The architecture of a network as plain data for JSON, and the network of it."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,16 +38,40 @@ def narrowed_description(base: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {"kind": "narrowed", "base": dict(base), "plan": plan.to_dict()}
 
 
-def model_from_description(description: Mapping[str, Any], *, trust: bool = False) -> nn.Module:
-    """Return a network with random weights of an architecture.
+@contextlib.contextmanager
+def trust(*names: str) -> Iterator[None]:
+    """Let run folders import the modules of their ``package.module:factory`` within the block.
+
+    A run folder may be another person's, and such a name is code that it asks to be run.
 
     Args:
-        description: what `model_description` wrote.
-        trust: import the module of a ``package.module:factory``, which is code that the folder names.
+        names: of networks; all if not given.
+    """
+    token = _trusted.set(names or None)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+# names whose modules may be imported; None stands for all
+_trusted: ContextVar[tuple[str, ...] | None] = ContextVar("trusted", default=("",))
+
+
+def model_name(description: Mapping[str, Any]) -> str:
+    """Return the name of an architecture, for people."""
+    if description["kind"] == "narrowed":
+        return f"{model_name(description['base'])}, narrowed"
+    return str(description.get("name", description.get("config", {}).get("name", description["kind"])))
+
+
+def model_from_description(description: Mapping[str, Any]) -> nn.Module:
+    """Return a network with random weights of an architecture.
 
     Raises:
         ValueError, TypeError, KeyError: the description is not one that `model_description` wrote.
-        UserError: it names a network of another package that is not here, or somebody's factory without ``trust``.
+        UserError: it names a network of another package that is not here, or somebody's factory that is not trusted,
+            see `trust`.
     """
     match description["kind"]:
         case "nin":
@@ -56,11 +82,15 @@ def model_from_description(description: Mapping[str, Any], *, trust: bool = Fals
             name = description["name"]
             if name in MODELS or not is_external_name(name):
                 raise ValueError(f"name must be that of a network of another package, got {name!r}")
-            if not trust and not name.startswith(("timm:", "torchvision:")):
-                raise UserError(f"its network is made by {name}, code that is not nin's: trust it with --trust")
+            trusted = _trusted.get()
+            if not name.startswith(("timm:", "torchvision:")) and trusted is not None and name not in trusted:
+                raise UserError(
+                    f"its network is made by {name}, code that is not nin's: if you trust it, give --trust, in Python "
+                    "nin.load(…, trust=True) or with nin.models.trust()"
+                )
             with torch.device("cpu"):  # on the meta device they lose the buffers that are no weights
                 return create(name, description["num_classes"], in_channels=description["in_channels"])
         case "narrowed":
-            return apply_plan(model_from_description(description["base"], trust=trust), description["plan"])
+            return apply_plan(model_from_description(description["base"]), description["plan"])
         case kind:
             raise ValueError(f"the model's kind must be 'nin', 'googlenet', 'external' or 'narrowed', got {kind!r}")

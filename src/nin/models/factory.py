@@ -115,6 +115,13 @@ def create_classifier(
     return ExternalClassifier(name, network, num_classes, input_config, dropout=dropout)
 
 
+def no_maps_reason(model: nn.Module) -> str:
+    """Return why a network has no class maps whose means are the scores; "" where it has."""
+    if isinstance(model, ExternalClassifier):
+        return model.no_maps_reason
+    return "" if isinstance(model, Network) else f"a {type(model).__name__} is none of nin's networks"
+
+
 def class_layer_name(model: nn.Module) -> str:
     """Return the name of the layer that gives the scores or the class maps of one of nin's networks."""
     if isinstance(model, NiN):

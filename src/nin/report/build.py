@@ -4,7 +4,7 @@ import dataclasses
 import html
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,11 +113,10 @@ def build_report(
     network_cost = cost(classifier.model, (1, preprocessing.channels, preprocessing.size, preprocessing.size))
     figures = metrics.part_figures("test", scores, labels)
     headline = _run_summary(info, curves, network_cost, int(confusion.trace()), figures)
-    config = info.model.get("config", {})
     class_counts = (confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diag().tolist())
     return Report(
         data_name=str(info.data.get("name", images.name)),
-        model_name=str(config.get("name", info.model.get("kind", "network"))),
+        model_name=models.model_name(info.model),
         finished=bool(info.result),
         classes=classifier.classes,
         headline=headline,
@@ -130,7 +129,7 @@ def build_report(
         samples=_samples(classifier, images, probabilities, samples),
         cost=network_cost,
         skipped=tuple((str(file), str(reason)) for file, reason in info.data.get("skipped", images.skipped)),
-        notes=(*images.notes, *_notes(info, headline, network_cost)),
+        notes=(*images.notes, *_notes(info, headline, network_cost, classifier.no_maps_reason)),
         recipe=info.recipe,
         preprocessing=dataclasses.asdict(preprocessing),
         environment=info.environment,
@@ -200,7 +199,7 @@ def _run_summary(
     )
 
 
-def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost) -> list[str]:
+def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost, no_maps_reason: str) -> list[str]:
     notes = []
     if "best_epoch" in info.result:
         best = info.result["best_epoch"]
@@ -211,6 +210,10 @@ def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost) -
         notes.append(
             f"The accuracy is the one that the training counted; counted again here, as for the tables, the network is "
             f"right on {right:,} of {count:,} images ({format_percent(right / count, 2)})."
+        )
+    if no_maps_reason:
+        notes.append(
+            f"There are no exact class maps: {no_maps_reason}. nin predict --maps approximates them by Grad-CAM."
         )
     if network_cost.uncounted:
         notes.append(f"The MACs leave out {', '.join(network_cost.uncounted)}.")
@@ -229,10 +232,11 @@ def _samples(
 ) -> tuple[ExamplePrediction, ...]:
     chosen = _choose_samples(images.test.labels, probabilities.argmax(1), len(images.classes), count)
     examples = _examples(images, probabilities, chosen)
-    if not isinstance(classifier.model, models.Network) or not examples:
+    if classifier.no_maps_reason or not examples:
         return examples
+    network = cast(models.Network, classifier.model)
     with torch.inference_mode():
-        maps = classifier.model.maps(classifier.inputs(images.test.fetch(chosen))).float().cpu()
+        maps = network.maps(classifier.inputs(images.test.fetch(chosen))).float().cpu()
     return tuple(
         dataclasses.replace(example, maps=_shown_maps(example, image_maps))
         for example, image_maps in zip(examples, maps, strict=True)

@@ -134,7 +134,7 @@ def model_metadata(classifier: Classifier, folder: Path) -> schemas.Model:
     p = info.preprocessing
     network_cost = cost(classifier.model, (1, p.channels, p.size, p.size))
     return schemas.Model(
-        name=model_name(info.model),
+        name=models.model_name(info.model),
         run=folder.resolve().name,
         classes=list(classifier.classes),
         size=p.size,
@@ -146,10 +146,3 @@ def model_metadata(classifier: Classifier, folder: Path) -> schemas.Model:
         test_accuracy=info.result.get("test_accuracy"),
         layers=[schemas.LayerShape(**dataclasses.asdict(layer)) for layer in layers(classifier.model)],
     )
-
-
-def model_name(model: dict[str, object]) -> str:
-    """Return the name of an architecture from its entry in ``config.json``."""
-    if model["kind"] == "narrowed":
-        return f"{model_name(cast(dict[str, object], model['base']))}, narrowed"
-    return str(cast(dict[str, object], model.get("config", {})).get("name", model["kind"]))
