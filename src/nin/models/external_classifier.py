@@ -111,7 +111,11 @@ class ExternalClassifier(nn.Module):
         if self.pools_last:
             pixels = embedding.unflatten(1, (self.head.in_channels, -1)).unsqueeze(-1)
             return self.pool(self.head(self.dropout(pixels)))
-        return self.head(self.dropout(self.between(embedding))[:, :, None, None]).flatten(1)
+        for norm in self.between:
+            embedding = (
+                norm(embedding) if isinstance(norm, nn.BatchNorm1d) else norm(embedding[:, :, None, None])[:, :, 0, 0]
+            )
+        return self.head(self.dropout(embedding)[:, :, None, None]).flatten(1)
 
     def maps(self, x: Tensor) -> Tensor:
         """Return the class maps (N, num_classes, h, w), whose means are the scores, in evaluation.

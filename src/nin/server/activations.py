@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nin.models import Network
 from nin.ops import mlpconv
-from nin.server.layer_graph import Layer, LayerNode, layer_nodes
+from nin.server.layer_graph import layer_nodes
+from nin.server.layers import Layer, LayerNode
 
 # Images that go through a network at once: for 32 photos the first layer of a GoogLeNet gives 103 MB.
 ACTIVATION_BATCH_SIZE = 32
@@ -113,4 +114,6 @@ def apply_layer(node: LayerNode, inputs: list[Tensor]) -> Tensor:
     if node.weight is not None:
         geometry = {"stride": layer.stride, "padding": layer.padding}
         return mlpconv(inputs[0], [node.weight], [node.bias], activation=layer.activation, **geometry)
+    if node.function is not None:
+        return node.function(inputs)
     return torch.cat(inputs, dim=1) if node.module is None else node.module(inputs[0])

@@ -116,4 +116,6 @@ def classify(classifier: Classifier, pixels: Tensor) -> Tensor:
     """Return the class maps of images, INFERENCE_BATCH_SIZE at a time: float32 (N, classes, h, w)."""
     network = cast(Network, classifier.fastest)
     parts = pixels.split(INFERENCE_BATCH_SIZE)
-    return torch.cat([network.maps(classifier.inputs(part)) for part in parts]).float().cpu()
+    # scores without exact maps are maps of one pixel
+    make = network.maps if not classifier.no_maps_reason else lambda x: network(x)[:, :, None, None]
+    return torch.cat([make(classifier.inputs(part)) for part in parts]).float().cpu()

@@ -1,69 +1,29 @@
 """The layers of a network as a graph: every convolution, pooling and concatenation, with names for people."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import TypeAlias, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from nin import models
 from nin.layers import ACTIVATION_NAMES, Conv1x1, Inception, MLPConv
+from nin.server.layers import POOLINGS, Layer, LayerNode
+from nin.server.traced_graph import traced_nodes
 
 Convolution: TypeAlias = Conv1x1 | nn.Conv2d | nn.Linear
-
-POOLINGS = {nn.MaxPool2d: "max", nn.AvgPool2d: "average"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer of a network; each convolution of an mlpconv layer is one.
-
-    Attributes:
-        name: for people, such as "block 2, 1×1".
-        kind: "image", "convolution", "pooling" or "joining" (concatenation of branches).
-        block: the mlpconv layer or Inception module that it belongs to, counted from 1; 0 is the image.
-        place: a name that the layer keeps when the network is narrowed, by which both are put beside each other.
-        inputs: indices of the layers whose outputs it takes.
-        channels: of its output.
-        in_channels: of its input.
-        kernel_size: k.
-        stride: in pixels.
-        padding: in pixels.
-        activation: after it, "none" where there is none.
-    """
-
-    name: str
-    kind: str
-    block: int
-    place: str
-    inputs: tuple[int, ...]
-    channels: int
-    in_channels: int
-    kernel_size: int = 1
-    stride: int = 1
-    padding: int = 0
-    activation: str = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerNode:
-    """A layer with what computes it: weight and bias, or a module, or neither where branches are concatenated."""
-
-    layer: Layer
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    module: nn.Module | None = None
 
 
 def layer_nodes(model: models.Network) -> list[LayerNode]:
     """Return the layers of a network in order, from the image to the class maps, with what computes them."""
+    if isinstance(model, models.ExternalClassifier):
+        return traced_nodes(model)
     builder = _GraphBuilder(model.config.in_channels if isinstance(model, models.NiN) else model.in_channels)
     if isinstance(model, models.NiN):
         for number, block in enumerate(model.blocks, start=1):
             builder.block = number
             builder.sequence(cast(nn.Sequential, block), f"block {number}")
-    elif isinstance(model, models.GoogLeNet):
+    else:
         builder.googlenet(model)
     return builder.nodes
 

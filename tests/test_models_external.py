@@ -1,0 +1,430 @@
+"""Networks of timm, torchvision and other packages: exact maps, weights, and every verb on a run of one."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import nin
+from nin import checkpoint, data, exporters, models
+from nin.errors import UserError
+from nin.models.external_classifier import ExternalClassifier
+from nin.models.head_surgery import cut_head
+from nin.models.initial_weights import InitialWeights
+from nin.models.input_config import InputConfig
+from nin.models.package_networks import create_network
+from nin.runtime.weight_files import read_weights
+
+pytest.importorskip("timm")
+
+THREE = ("timm:tf_efficientnet_lite0", "timm:mobilenetv3_small_050", "torchvision:resnet18")
+CLASSES = ("blue", "green", "red")
+
+# Where the maps are not exact, what stands in the way.
+NETWORKS = {
+    "timm:tf_efficientnet_lite0": "",
+    "timm:mobilenetv3_small_050": "Hardswish",
+    "timm:convnext_atto": "LayerNorm2d",
+    "timm:densenet121": "",
+    "timm:regnety_002": "",
+    "torchvision:resnet18": "",
+    "torchvision:squeezenet1_1": "",
+    "torchvision:mobilenet_v3_small": "Hardswish",
+}
+EXACT = (
+    "timm:cspresnet50 timm:dla34 timm:dpn68 timm:eca_nfnet_l0 timm:ecaresnet26t timm:efficientnet_b0 "
+    "timm:ese_vovnet19b_dw timm:fastvit_t8 timm:gernet_s timm:hrnet_w18_small timm:mixnet_s timm:mnasnet_small "
+    "timm:mobilenetv2_050 timm:mobileone_s0 timm:mobilevit_xxs timm:nf_regnet_b0 timm:repvgg_a0 timm:res2net50_26w_4s "
+    "timm:resnest14d timm:resnet18 timm:resnetv2_50 timm:rexnet_100 timm:seresnet18 timm:skresnet18 "
+    "timm:swin_tiny_patch4_window7_224 timm:tinynet_e timm:tresnet_m timm:vgg11 timm:xception41 "
+    "torchvision:densenet121 torchvision:efficientnet_b0 torchvision:googlenet torchvision:mnasnet0_5 "
+    "torchvision:mobilenet_v2 torchvision:regnet_y_400mf torchvision:resnext50_32x4d torchvision:shufflenet_v2_x0_5 "
+    "torchvision:swin_t torchvision:wide_resnet50_2"
+)
+MORE_NETWORKS = {
+    **dict.fromkeys(EXACT.split(), ""),
+    "timm:ghostnet_050": "ReLU",
+    "timm:poolformer_s12": "LayerNorm2d",
+    "timm:vit_tiny_patch16_224": "LayerNorm",
+    "torchvision:vgg11": "ReLU",
+    "torchvision:convnext_tiny": "LayerNorm2d",
+}
+
+
+def disturb(network):
+    """Give BatchNorm layers statistics, without which they do next to nothing."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+
+
+def check_maps(name, reason, size):
+    network, config = create_network(name, 7)
+    disturb(network)
+    network.eval()
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = network(x)
+        model = ExternalClassifier(name, network, 7, config).eval()
+        scale = expected.abs().max()
+        assert (model(x) - expected).abs().max() <= 1e-5 * scale
+        assert (model.classify(model.embed(x)) - expected).abs().max() <= 1e-5 * scale
+        if reason:
+            assert not model.maps_are_exact
+            assert reason in model.no_maps_reason
+            with pytest.raises(UserError, match="has no exact class maps"):
+                model.maps(x)
+        else:
+            assert model.no_maps_reason == ""
+            maps = model.maps(x)
+            assert maps.shape[:2] == (2, 7)
+            assert (maps.mean((2, 3)) - expected).abs().max() <= 1e-5 * scale
+    every = {id(p) for p in model.parameters()}
+    assert {id(p) for p in [*model.head_parameters(), *model.body_parameters()]} == every
+
+
+@pytest.mark.parametrize(("name", "reason"), NETWORKS.items())
+def test_the_mean_of_a_map_is_the_score(name, reason):
+    check_maps(name, reason, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "reason"), MORE_NETWORKS.items())
+def test_the_mean_of_a_map_is_the_score_in_forty_networks(name, reason):
+    check_maps(name, reason, 224 if "swin" in name or "vit_" in name else 96)
+
+
+class Tail(nn.Module):
+    """A body of one convolution and a head that a test gives."""
+
+    def __init__(self, head, pool=None):
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 6, 3), pool, head
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.head(x if self.pool is None else self.pool(x))
+
+
+HEADS = {
+    "dropout": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(6, 4)), ""),
+    "BatchNorm": (nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4)), ""),
+    "BatchNorm before": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1), nn.Flatten()),
+        "",
+    ),
+    "maps first": (nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ""),
+    "no bias": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4, bias=False)), ""),
+    "norm": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, 4)), "LayerNorm"),
+    "activation": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.GELU(), nn.Linear(6, 4)), "GELU"),
+    "largest": (nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 4)), "AdaptiveMaxPool2d"),
+    "four pixels": (nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)), "AdaptiveAvgPool2d"),
+    "softmax": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Softmax(1)), "Softmax"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_that_commute_and_those_that_do_not(kind):
+    head, reason = HEADS[kind]
+    network = Tail(head).double()
+    disturb(network)
+    x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    expected = network.eval()(x)
+    model = ExternalClassifier("a:b", network, 4, InputConfig()).double().eval()
+    torch.testing.assert_close(model(x), expected)
+    assert (reason in model.no_maps_reason) if reason else model.no_maps_reason == ""
+    if not reason:
+        torch.testing.assert_close(model.maps(x).mean((2, 3)), expected)
+        torch.testing.assert_close(model.classify(model.embed(x)), expected)
+
+
+def test_dropout_and_batch_norm_train_as_in_the_network():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    network, x = Tail(head), torch.randn(5, 3, 9, 9)
+    model = ExternalClassifier("a:b", network, 4, InputConfig(), dropout=0.5).train()
+    model.dropout.p = 0.0
+    torch.testing.assert_close(model(x), network.train()(x))
+    model.dropout.p = 0.5
+    torch.manual_seed(1)
+    first = model(x)
+    torch.manual_seed(1)
+    pooled = head[2](model.pool(model.features(x)))
+    torch.testing.assert_close(first, F.linear(F.dropout(pooled, 0.5), head[3].weight, head[3].bias))
+
+
+def test_a_network_that_cannot_be_traced_trains_without_maps():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            pooled = x.mean((2, 3))
+            return self.fc(pooled if pooled.sum() > 0 else -pooled)
+
+    model = ExternalClassifier("a:b", Branching(), 4, InputConfig())
+    assert "cannot be traced" in model.no_maps_reason
+    assert model(torch.randn(2, 3, 5, 5)).shape == (2, 4)
+
+
+def test_other_classes_get_a_new_class_layer_and_grey_images_a_sum():
+    network, _ = create_network("torchvision:resnet18", 7)
+    colour = ExternalClassifier("torchvision:resnet18", network, 3, InputConfig())
+    assert colour(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    torch.manual_seed(3)
+    grey = models.create("torchvision:resnet18", 5, in_channels=1).eval()
+    torch.manual_seed(3)
+    colour = models.create("torchvision:resnet18", 5).eval()
+    x = torch.randn(1, 1, 40, 40)
+    torch.testing.assert_close(grey(x), colour(x.expand(1, 3, 40, 40)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nin_cifr", "did you mean nin_cifar"),
+        ("resnet18", "did you mean torchvision:resnet18"),
+        ("tf_efficientnet_lite0", "did you mean timm:tf_efficientnet_lite0"),
+        ("timm:resnet_18", "did you mean timm:resnet18"),
+        ("torchvision:resnet17", "did you mean torchvision:resnet1"),
+    ],
+)
+def test_names_that_were_meant(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        models.create(name, 3)
+    with pytest.raises(UserError, match=message):  # before the images, which are not there
+        nin.train(tmp_path / "none", nin.TrainConfig(model=name))
+
+
+def test_preprocessing_of_published_weights():
+    lite0, resnet = models.input_config("timm:tf_efficientnet_lite0"), models.input_config("torchvision:resnet18")
+    assert (lite0.size, lite0.mean, lite0.resize.crop_fraction) == (224, (0.5, 0.5, 0.5), 0.875)
+    assert (resnet.size, resnet.resize.interpolation) == (224, "bilinear")
+    assert resnet.resize.crop_fraction == pytest.approx(224 / 256)
+    assert len(lite0.with_channels(1).mean) == 1
+
+
+def load(tensors, classes, name="torchvision:resnet18"):
+    notes = []
+    weights = InitialWeights(tensors, "FILE")
+    model = models.create(name, classes, prepare=lambda network, layer: notes.append(weights.load_into(network, layer)))
+    return model.eval(), notes[0]
+
+
+def test_weights_by_name_and_by_order(tmp_path):
+    network, _config = create_network("torchvision:resnet18", 5)
+    state, x = network.eval().state_dict(), torch.randn(1, 3, 32, 32)
+    expected = network(x)
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "w.pth")
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "w.safetensors")
+    for file in ("w.pth", "w.safetensors"):
+        model, note = load(read_weights(tmp_path / file), 5)
+        torch.testing.assert_close(model(x), expected)
+        assert note == "Begun with FILE"
+    # other names, and no counters, which old files lack
+    renamed = {f"layer{i}": t for i, (name, t) in enumerate(state.items()) if "num_batches" not in name}
+    torch.testing.assert_close(load(renamed, 5)[0](x), expected)
+    assert load(renamed, 3)[1] == "Begun with FILE: the class layer is a new one, for 3 classes"
+    without = {name: t for name, t in state.items() if not name.startswith("layer4.1.conv2")}
+    assert "1 of 122 tensors keep random weights (layer4.1.conv2.weight)" in load(without, 5)[1]
+    with pytest.raises(UserError, match="holds the weights of another network: 0 of 100 tensors fit"):
+        load({"a": torch.zeros(3)}, 5)
+
+
+@pytest.mark.skipif("NIN_LITE0_WEIGHTS" not in os.environ, reason="NIN_LITE0_WEIGHTS names no file")
+def test_real_pretrained_weights_name_a_palace_and_a_daisy():
+    from sklearn.datasets import load_sample_image
+
+    model, note = load(read_weights(Path(os.environ["NIN_LITE0_WEIGHTS"])), 1000, "timm:tf_efficientnet_lite0")
+    assert note == "Begun with FILE"
+    c = model.input_config
+    for name, label in (("china.jpg", 698), ("flower.jpg", 985)):
+        pixels = data.decode(Image.fromarray(load_sample_image(name)), size=c.size, channels=3, resize=c.resize)
+        with torch.no_grad():
+            assert int(model(data.to_float(pixels[None], c.mean, c.std)).argmax()) == label
+
+
+def test_without_a_network_one_line_says_what_to_do(monkeypatch):
+    import timm
+
+    def fail(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match=r"cannot be had: .*no route to host.* give --weights FILE"):
+        models.create("timm:tf_efficientnet_lite0", 3, pretrained=True)
+    with pytest.raises(UserError, match="is for timm:NAME and torchvision:NAME"):
+        nin.train("digits", nin.TrainConfig(model="torch.nn:Identity", pretrained=True))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of small images whose colours are their classes."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 3)):
+        for label, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 120
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=THREE)
+def run(request, photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    config = nin.TrainConfig(model=request.param, epochs=1, batch_size=8, precision="fp32", threads=1)
+    nin.train(photos, config, out=out)
+    return out
+
+
+def test_every_verb_on_a_run(run, photos, tmp_path):
+    from nin.narrowing.narrow_to_folder import narrow_run
+    from nin.narrowing.workflow import WorkflowConfig
+    from nin.server.activations import layers
+    from nin.server.service import ServedRun
+
+    classifier, image = nin.load(run), photos / "test" / "red" / "0.png"
+    name = classifier.info.model["name"]
+    assert classifier.info.model["kind"] == "external"
+    scores = classifier.scores(image)
+    assert scores.shape == (1, 3)
+    if classifier.no_maps_reason:
+        assert name == "timm:mobilenetv3_small_050"
+    else:
+        torch.testing.assert_close(classifier.confidence_maps(image).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)
+    page = nin.report.write_report(run).read_text()
+    assert name in page
+    exported = exporters.export(run, tmp_path / "model.pt2")
+    assert max(exported.differences.values()) < exporters.TOLERANCE
+    assert nin.cost(classifier.model, (1, 3, 32, 32)).macs > 100_000
+    fused = nin.fuse(classifier.model).model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(fused(x), classifier.model(x), rtol=1e-3, atol=1e-4)
+    served = ServedRun(run, "cpu")
+    shown = layers(served.network)
+    assert shown[0].kind == "image"
+    assert shown[-1].channels == 3
+    assert served.metadata.name == name
+    images = data.load_from_record(classifier.info.data, size=32)
+    config = WorkflowConfig({"macs": 0.8}, images=16, finetune=1)
+    narrow_run(run, images, config, out=tmp_path / "narrow")
+    narrowed = nin.load(tmp_path / "narrow")
+    assert models.model_name(narrowed.info.model) == f"{name}, narrowed"
+    assert narrowed.scores(image).shape == (1, 3)
+    assert narrowed.no_maps_reason == classifier.no_maps_reason
+
+
+def test_the_served_layers_compute_the_scores(run):
+    from nin.server.activations import find_layer, layer_activations, layers
+    from nin.server.pca import narrowed_scores, principal_components
+
+    model = nin.load(run).model
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+    last = len(layers(model)) - 1
+    maps = layer_activations(model, x, last)
+    torch.testing.assert_close(maps.mean((2, 3)), expected, rtol=1e-4, atol=1e-5)
+    pointwise = [i for i, layer in enumerate(layers(model)) if layer.kind == "convolution" and layer.kernel_size == 1]
+    index = pointwise[len(pointwise) // 2]
+    # what a 1×1 layer takes from each channel at a pixel adds up to what it gives there
+    node = find_layer(model, index)
+    taken = layer_activations(model, x, node.layer.inputs[0])
+    stride = node.layer.stride
+    sums = torch.einsum("oi,nihw->nohw", node.weight.detach()[..., 0, 0], taken[:, :, ::stride, ::stride])
+    sums = sums if node.bias is None else sums + node.bias.detach().view(1, -1, 1, 1)
+    torch.testing.assert_close(sums, layer_activations(model, x, index, sums=True), rtol=1e-3, atol=1e-4)
+    components = principal_components(model, x, index)
+    whole = narrowed_scores(model, x, index, components, len(components.mean))
+    torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_another_run(run, photos, tmp_path):
+    other, notes = tmp_path / "two", []
+    (tmp_path / "photos").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir()
+        for name in ("red", "blue"):
+            os.symlink(photos / split / name, tmp_path / "photos" / split / name)
+    config = nin.TrainConfig(weights=str(run), epochs=1, batch_size=8, threads=1)
+    result = nin.train(tmp_path / "photos", config, out=other, on_note=notes.append)
+    assert notes == [f"Begun with {run}: the class layer is a new one, for 2 classes"]
+    before, after = (checkpoint.load_info(folder) for folder in (run, other))
+    assert after.preprocessing == before.preprocessing
+    assert result.info.recipe["model"] == before.model["name"]
+
+
+def test_wrong_weights_are_one_line(run, photos, tmp_path):
+    for options, message in (
+        ({"weights": str(tmp_path / "none.pth")}, "does not exist"),
+        ({"weights": str(run / "config.json")}, "give --model"),
+        ({"weights": str(run), "model": "nin_cifar"}, "leave --model away"),
+        ({"weights": str(run), "model": "timm:resnet18", "pretrained": True}, "not both"),
+    ):
+        with pytest.raises(UserError, match=message):
+            nin.train(photos, nin.TrainConfig(**options))
+
+
+def test_a_factory_is_imported_only_where_it_is_trusted(photos, tmp_path, monkeypatch):
+    (tmp_path / "somebodys.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes=9):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        "nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "run"
+    nin.train(photos, nin.TrainConfig(model="somebodys:make", epochs=1, threads=1), out=out)
+    with pytest.raises(UserError, match=r"made by somebodys:make, code that is not nin's: .*--trust"):
+        nin.load(out)
+    assert nin.load(out, trust=True).model.maps_are_exact
+    with models.trust("somebodys:make"):
+        assert checkpoint.load_model(out)[1].classes == CLASSES
+    with pytest.raises(UserError, match="name it with --model somebodys:make"):
+        nin.train(photos, nin.TrainConfig(weights=str(out)))
+    values = json.loads((out / "config.json").read_text())
+    values["model"]["num_classes"] = 10**9
+    (out / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="does not describe a network"):
+        nin.load(out, trust=True)
+
+
+def test_grad_cam_is_an_approximation_of_maps(photos):
+    model = models.create("timm:mobilenetv3_small_050", 3).eval()
+    info = checkpoint.RunInfo(
+        checkpoint.model_description(model),
+        CLASSES,
+        checkpoint.Preprocessing(64, 3, (0.5,) * 3, (0.5,) * 3),
+        {},
+        {},
+        {},
+        {},
+    )
+    classifier, image = nin.Classifier(model, info), photos / "test" / "red" / "0.png"
+    try:
+        import pytorch_grad_cam  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"network-in-network\[gradcam\]"):
+            classifier.approximate_maps(image, ["red"])
+        return
+    maps = classifier.approximate_maps([image, image], ["red", "blue"])
+    assert maps.shape == (2, 64, 64)
+    assert 0 <= maps.min() <= maps.max() <= 1
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_the_cut_keeps_the_networks_own_modules():
+    network, _ = create_network("timm:tf_efficientnet_lite0", 3)
+    cut = cut_head(network.eval())
+    assert cut.class_layer == "classifier"
+    assert cut.body.get_submodule("blocks") is network.blocks
