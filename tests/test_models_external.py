@@ -290,6 +290,7 @@ def run(request, photos, tmp_path_factory):
 def test_every_verb_on_a_run(run, photos, tmp_path):
     from nin.narrowing.narrow_to_folder import narrow_run
     from nin.narrowing.workflow import WorkflowConfig
+    from nin.report import write_report
     from nin.server.activations import layers
     from nin.server.service import ServedRun
 
@@ -302,7 +303,7 @@ def test_every_verb_on_a_run(run, photos, tmp_path):
         assert name == "timm:mobilenetv3_small_050"
     else:
         torch.testing.assert_close(classifier.confidence_maps(image).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)
-    page = nin.report.write_report(run).read_text()
+    page = write_report(run).read_text()
     assert name in page
     exported = exporters.export(run, tmp_path / "model.pt2")
     assert max(exported.differences.values()) < exporters.TOLERANCE

@@ -112,9 +112,8 @@ class ExternalClassifier(nn.Module):
             pixels = embedding.unflatten(1, (self.head.in_channels, -1)).unsqueeze(-1)
             return self.pool(self.head(self.dropout(pixels)))
         for norm in self.between:
-            embedding = (
-                norm(embedding) if isinstance(norm, nn.BatchNorm1d) else norm(embedding[:, :, None, None])[:, :, 0, 0]
-            )
+            pixels = embedding if isinstance(norm, nn.BatchNorm1d) else embedding[:, :, None, None]
+            embedding = norm(pixels).flatten(1)
         return self.head(self.dropout(embedding)[:, :, None, None]).flatten(1)
 
     def maps(self, x: Tensor) -> Tensor:
