@@ -1,6 +1,7 @@
 """The shell: what a person types, what they get, and one line for each mistake."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from nin import data, models, training
 from nin.cli import app, check, console, demo, predict
@@ -516,6 +519,53 @@ def test_other_errors_are_not_hidden(monkeypatch):
         cli_main("train", "digits", "--out", "run")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Return a list whose one number is the time, in seconds, of progress bars."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_on_a_terminal_a_bar_says_what_is_done_of_what_and_the_time_left(monkeypatch, clock):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, **console.PLAIN_TEXT)
+    monkeypatch.setattr(console, "messages", terminal)
+
+    def shown():
+        with terminal.capture() as capture:
+            terminal.print(bar.progress.get_renderable())
+        line, *_ = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capture.get()).strip().splitlines()
+        return line.replace("━", "").replace("╸", "").replace("╺", "").split()
+
+    with console.ProgressBar("Narrowing") as bar:
+        assert shown() == ["Narrowing"]
+        for done in (1, 2, 4):
+            clock[0] += 10 * done
+            bar.on_progress("Looking", done, 8)
+        assert shown() == ["Looking", "4", "of", "8,", "0:01:20", "left"]
+        clock[0] += 30  # a long step: the time goes on
+        assert shown() == ["Looking", "4", "of", "8,", "0:00:50", "left"]
+        bar.on_progress("Looking", 8, 8)
+        assert shown() == ["Looking", "8", "of", "8,", "0:00:00", "left"]
+        bar.on_progress("Timing layers", 1234, 0)  # a total that is not known: nothing is complete
+        assert shown() == ["Timing", "layers", "1,234"]
+        bar.on_progress("Fine-tuning, loss 0.5", 500, 1000)  # goes on where it was stopped
+        assert shown() == ["Fine-tuning,", "loss", "0.5", "500", "of", "1,000"]
+        clock[0] += 7
+        bar.on_progress("Fine-tuning, loss 0.4", 507, 1000)
+        assert shown() == ["Fine-tuning,", "loss", "0.4", "507", "of", "1,000,", "0:08:13", "left"]
+        bar.on_progress("Timing layers, plan 1 of at most 6, 12,345 timed", 41, 42)
+        assert " ".join(shown()) == "Timing layers, plan 1 of at most 6, 12,345 timed 41 of 42"
+
+
+def test_the_lines_in_a_log_have_the_time_left_too(capsys, clock):
+    with console.ProgressBar("Predicting") as bar:
+        for done in (100, 200, 300):
+            clock[0] += 9
+            bar.update(done, 30_000)
+    assert capsys.readouterr().err.splitlines() == ["Predicting: 200 of 30,000, 0:44:42 left"]
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
     with console.ProgressBar("Reading", seconds_between_lines=0) as bar:
         bar.update(1, 5)
@@ -533,4 +583,5 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
         bar.update(4, 5)  # too early after the line
         time.sleep(0.3)
         bar.update(5, 5)
-    assert capsys.readouterr().err.splitlines() == ["Reading: 2 of 5", "left out a.png", "Reading: 5 of 5"]
+    lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]  # without the time left
+    assert lines == ["Reading: 2 of 5", "left out a.png", "Reading: 5 of 5"]

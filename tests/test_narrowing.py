@@ -393,7 +393,14 @@ def test_a_dry_run_plans_only():
 
 def test_latency_is_measured_and_reached():
     model = nn.Sequential(nn.Conv2d(32, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.Flatten())
-    result = nin.narrow(model, images(8, 32, 16, 16, count=2), latency=0.6, options=NarrowOptions(batch=4))
+    told = []
+    options = NarrowOptions(batch=4, on_progress=lambda what, done, total: told.append((what, done, total)))
+    result = nin.narrow(model, images(8, 32, 16, 16, count=2), latency=0.6, options=options)
+    # of the layers that are timed for a plan, it is known how far the planning is
+    steps = [(done, total) for what, done, total in told if what.startswith("Timing layers, plan 1 of at most")]
+    assert steps
+    assert steps == sorted(steps)
+    assert all(done < total for done, total in steps)
     before, after = result.report.latency[4]
     # the plan keeps the budget by what was measured for it; beside other programs two timings differ
     assert after.median_ms <= 1.25 * 0.6 * before.median_ms

@@ -49,7 +49,10 @@ def test_cases_are_what_the_names_say():
 
 def test_a_run_says_what_ran(small):
     lines = []
-    result = bench.run(["small", "small-network"], engines=["nin", "eager"], progress=lines.append)
+    told = []
+    options = {"progress": lines.append, "on_progress": lambda *a: told.append(a)}
+    result = bench.run(["small", "small-network"], engines=["nin", "eager"], **options)
+    assert [(done, total) for _, done, total in told] == [(i, 4) for i in range(4)]
     assert [(m.case, m.dtype, m.engine) for m in result.measurements[:4]] == [
         ("small", "float32", "nin"),
         ("small", "float32", "eager"),

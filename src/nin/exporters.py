@@ -23,6 +23,7 @@ from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
 from nin.runtime.files import write_atomically
 from nin.runtime.model_copy import copy_model, keep_computed_weights
+from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.version import install_command, installed_version
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
@@ -100,6 +101,7 @@ def export(
     format: str | None = None,
     input_shape: Sequence[int] | None = None,
     preprocessing: bool = False,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> ExportResult:
     """Write a network into a file that runs without nin, at any batch size.
 
@@ -114,6 +116,7 @@ def export(
         input_shape: (C, H, W) of one image; known for a run and for the networks of `nin.models`.
         preprocessing: include the normalisation: the file then takes pixels (N, H, W, C), uint8, at the size that the
             network was trained with. Else it takes ``(pixels / 255 - mean) / std`` as (N, C, H, W), float32.
+        on_progress: called before each step with (what is being done, number done, number of all).
 
     Returns:
         What was written, and how far its scores are from the network's.
@@ -137,6 +140,7 @@ def export(
     if format == "openvino" and path.suffix != ".xml":
         raise UserError(f"path must end in .xml for OpenVINO, which puts the weights beside it, got {path}")
     check_packages(format)
+    on_progress("Loading the network", 0, 4)
     network, info = _copy_network(model)
     shape = _image_shape(network, info, input_shape)
     metadata = model_metadata(shape, info, preprocessing=preprocessing)
@@ -145,8 +149,11 @@ def export(
             raise UserError("preprocessing is known for a run folder or a Classifier, got a bare network")
         network = Preprocessed(network, info.preprocessing)
     inputs = [_example_input(shape, count, pixels=preprocessing) for count in CHECK_BATCH_SIZES]
+    on_progress("Tracing the network", 1, 4)
     program = portable_program(network, inputs[1])
+    on_progress("Converting the network", 2, 4)
     contents, run = _CONVERTERS[format](program, metadata)
+    on_progress("Comparing the scores", 3, 4)
     with torch.inference_mode():
         differences = {len(x): _relative_difference(run(x), network(x)) for x in inputs}
     if max(differences.values()) > TOLERANCE:

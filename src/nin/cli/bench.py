@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nin.cli.console import messages, print_json, results
+from nin.cli.console import ProgressBar, print_json, results
 from nin.runtime.files import write_atomically
 
 
@@ -33,7 +33,8 @@ def bench(
         return
     chosen = {"cases": cases, "dtypes": dtype, "engines": engine}
     given = {name: values for name, values in chosen.items() if values}
-    benchmark = nin.profiling.bench.run(**given, device=device, progress=messages.print)
+    with ProgressBar("Measuring the machine") as bar:
+        benchmark = nin.profiling.bench.run(**given, device=device, progress=bar.line, on_progress=bar.on_progress)
     if html is not None:
         write_atomically(html, nin.profiling.bench.html_page(benchmark))
     if json:

@@ -1,6 +1,7 @@
 """Terminal output of every verb: progress and messages on standard error, results on standard output."""
 
 import contextlib
+import datetime
 import json
 import signal
 import sys
@@ -10,8 +11,9 @@ from types import FrameType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from nin.runtime import torchrun
 
@@ -30,6 +32,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressBar:
     """A progress bar on a terminal; plain lines elsewhere, so that a log stays readable.
 
+    It shows what is being done, how much of it is done, of how much, and the time left. The time is that of the steps
+    of this stage so far: a stage ends where the total becomes another, or fewer steps are done than before.
+
     Args:
         text: what is being done.
         total: its steps; None where they are known later.
@@ -39,17 +44,17 @@ class ProgressBar:
     def __init__(
         self, text: str, total: int | None = None, *, seconds_between_lines: float = SECONDS_BETWEEN_LINES
     ) -> None:
-        self.text, self.last_line_s = text, time.monotonic()
+        self.text, self.done, self.total = text, 0, total or 0
+        self.last_line_s = self.updated_s = time.monotonic()
+        self.stage_start: tuple[int, float] | None = None  # steps done and time at its first update
         self.seconds_between_lines = seconds_between_lines
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            _CountColumn(self),
             console=messages,
             transient=True,
+            expand=True,
             disable=not messages.is_terminal,
         )
         self.task = self.progress.add_task(text, total=total)
@@ -63,10 +68,34 @@ class ProgressBar:
 
     def update(self, done: int, total: int, text: str | None = None) -> None:
         """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
-        text = text or self.text
-        self.progress.update(self.task, completed=done, total=total or None, description=text)
-        if self.progress.disable and time.monotonic() - self.last_line_s > self.seconds_between_lines:
-            self.line(f"{text}: {done} of {total}" if total else f"{text}: {done}")
+        text, now = text or self.text, time.monotonic()
+        if total != self.total or done < self.done:
+            self.stage_start = None
+            # a new task: rich takes a total of None as one that stays as it was
+            self.progress.remove_task(self.task)
+            self.task = self.progress.add_task(text, total=total or None)
+        self.stage_start = self.stage_start or (done, now)
+        self.done, self.total, self.updated_s = done, total, now
+        self.progress.update(self.task, completed=done, description=text)
+        if self.progress.disable and now - self.last_line_s > self.seconds_between_lines:
+            self.line(f"{text}: {self.count_text()}")
+
+    def count_text(self) -> str:
+        """Return how much is done, of how much, and the time left where it is known."""
+        if not self.total:
+            return f"{self.done:,}" if self.done else ""
+        left = self.seconds_left()
+        time_text = "" if left is None else f", {datetime.timedelta(seconds=round(left))} left"
+        return f"{self.done:,} of {self.total:,}{time_text}"
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until this stage ends, at its pace so far; None where that is not known."""
+        if not self.total or self.stage_start is None:
+            return None
+        steps, seconds = self.done - self.stage_start[0], self.updated_s - self.stage_start[1]
+        if steps <= 0:
+            return None
+        return max(0.0, (self.total - self.done) * seconds / steps - (time.monotonic() - self.updated_s))
 
     def on_progress(self, text: str, done: int, total: int) -> None:
         """Update the bar; this is a `nin.runtime.progress.ProgressCallback`."""
@@ -76,6 +105,17 @@ class ProgressBar:
         """Print a line above the bar."""
         self.last_line_s = time.monotonic()
         messages.print(text)
+
+
+class _CountColumn(ProgressColumn):
+    """Shows `ProgressBar.count_text`, with a time left that goes on between two updates."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(self.bar.count_text())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nin.cli.console import messages, print_json, results
+from nin.cli.console import ProgressBar, messages, print_json, results
 
 
 def export(
@@ -31,8 +31,8 @@ def export(
     from nin import exporters, models
 
     path = out or run / f"model{exporters.SUFFIXES[format]}"
-    with models.trust() if trust else contextlib.nullcontext():
-        exported = exporters.export(run, path, format=format, preprocessing=preprocessing)
+    with models.trust() if trust else contextlib.nullcontext(), ProgressBar("Loading the network") as bar:
+        exported = exporters.export(run, path, format=format, preprocessing=preprocessing, on_progress=bar.on_progress)
     if json:
         print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
         return

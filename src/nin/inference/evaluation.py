@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nin import data
 from nin.runtime import distributed
+from nin.runtime.progress import ProgressCallback, ignore_progress
 
 Part = Literal["test", "validation"]
 
@@ -26,6 +27,7 @@ def evaluate(
     part: Part = "test",
     flip: bool = False,
     on_lost: Callable[[str, str], None] | None = None,
+    on_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Tensor, Tensor]:
     """Return the scores of images and their labels: those of this process, where there are several.
 
@@ -37,6 +39,7 @@ def evaluate(
         part: of the data set that is evaluated.
         flip: take the mean of the scores of each image and its mirror image.
         on_lost: called for files that cannot be read any more, which are left out; see `nin.data.batches`.
+        on_progress: called with what is being done, the images of this process done, and all of them.
 
     Returns:
         Scores (N, classes), float32, and labels (N,), int64, on the CPU.
@@ -48,7 +51,7 @@ def evaluate(
     assert dataset is not None
     order = torch.arange(len(dataset))[distributed.rank() :: distributed.world_size()]
     batch_size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
-    for pixels, batch_labels, _ in data.batches(dataset, order, batch_size, on_lost=on_lost):
+    for number, (pixels, batch_labels, _) in enumerate(data.batches(dataset, order, batch_size, on_lost=on_lost), 1):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             y = model(x).float()
@@ -56,6 +59,7 @@ def evaluate(
                 y = (y + model(x.flip(3)).float()) / 2
         scores.append(y)
         labels.append(batch_labels.to(device))
+        on_progress("Testing", min(number * batch_size, len(order)), len(order))
     return torch.cat(scores).cpu(), torch.cat(labels).cpu()
 
 

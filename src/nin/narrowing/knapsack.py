@@ -67,6 +67,7 @@ class Knapsack:
         cost: of a chain of layers.
         channel_costs: of what else lies at an edge (BatchNorm), by the edge's consumer, for each of its channels.
         fixed_cost: of all else in the network.
+        on_step: called in `solve`, before each of its steps, with the number of those before it and of all.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Knapsack:
         cost: CostFunction,
         channel_costs: dict[str, float] | None = None,
         fixed_cost: float = 0.0,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        self.on_step = on_step
         self.specs, self.space, self.cost, self.fixed_cost = specs, space, cost, fixed_cost
         self.channel_costs = channel_costs or {}
         # an edge goes by its consumer's name: a layer has one input
@@ -167,6 +170,8 @@ class Knapsack:
         Raises:
             UserError: none is as cheap; it says what can be reached.
         """
+        steps = BISECTION_STEPS + 2
+        self.on_step(0, steps)
         whole = self.unchanged()
         if whole.cost <= budget:
             return whole
@@ -177,13 +182,15 @@ class Knapsack:
                 f"the budget must be at least {best.cost / whole.cost:.3f} of the original, got "
                 f"{budget / whole.cost:.3f}: no more can be left out of these layers"
             )
-        for _ in range(BISECTION_STEPS):
+        for step in range(BISECTION_STEPS):
+            self.on_step(step + 1, steps)
             middle = (low * high) ** 0.5
             solution = self.minimise(middle)
             if solution.cost <= budget:
                 best, high = solution, middle
             else:
                 low = middle
+        self.on_step(steps - 1, steps)
         return self.spend_slack(best, budget)
 
     def spend_slack(self, solution: Solution, budget: float) -> Solution:

@@ -37,7 +37,11 @@ class LatencyTable:
         layout: "contiguous" or "channels_last".
         cache: a JSON file that `save` writes. Tables of another machine, PyTorch, number of threads, batch, dtype,
             layout or time spent on each stay in it and are not used.
-        on_progress: called before each measurement, with the number of those before it.
+        on_progress: called before each measurement.
+
+    Attributes:
+        progress: what the layers are timed for, and how many of all its steps are done; total 0 if not known.
+        measured: number of chains that were timed.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class LatencyTable:
     ) -> None:
         self.like, self.batch, self.layout, self.cache = like, batch, layout, cache
         self.on_progress, self.measured = on_progress, 0
+        self.progress: tuple[str, int, int] = ("", 0, 0)
         name = torch.cuda.get_device_name(like.device) if like.is_cuda else processor_name()
         words = (name, like.device, torch.__version__, torch.get_num_threads(), like.dtype, batch, layout)
         self.setting = " · ".join(map(str, (*words, f"{LAYER_SECONDS * 1e3:g} ms each")))
@@ -63,7 +68,8 @@ class LatencyTable:
         same = tuple(dataclasses.replace(spec, name="", calls=1) for spec in chain)
         key = json.dumps([dataclasses.astuple(spec) for spec in same])
         if key not in self.known:
-            self.on_progress("Timing layers", self.measured, 0)
+            purpose, done, total = self.progress
+            self.on_progress(f"Timing layers{purpose}, {self.measured:,} timed", done, total)
             self.measured += 1
             self.known[key] = self.measure(same)
         return chain[0].calls * self.known[key]

@@ -124,7 +124,12 @@ class Planner:
                 norms = [self.original.get_submodule(n) for n in edge.between if n not in self.analysis.specs]
                 channels[edge.consumer] = sum(map(count_parameters, norms)) / width
                 fixed -= channels[edge.consumer] * width
-        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], channels, fixed)
+        on_step = self._on_latency_step if self.kind == "latency" else lambda done, total: None
+        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], channels, fixed, on_step)
+
+    def _on_latency_step(self, done: int, total: int) -> None:
+        """Say which step of the solver asks for the times that follow."""
+        self.table.progress = (self.table.progress[0], done, total)
 
     def _revert_slower(
         self, knapsack: Knapsack, solution: Solution, share: float, budget: float
@@ -188,7 +193,8 @@ class Planner:
         kept, missed = 0.0, whole.cost
         most = share * LATENCY_TOLERANCE
         tried: list[tuple[float, Solution]] = []  # with the share that each leaves
-        for _ in range(LATENCY_PLANS):
+        for attempt in range(1, LATENCY_PLANS + 1):
+            self.table.progress = (f", plan {attempt} of at most {LATENCY_PLANS}", 0, 0)
             solution = knapsack.solve(budget)
             planned = apply_plan(self.original, self._to_plan(knapsack, solution, share))
             before, after = self.model_timer.compare(planned, self.table.batch)
@@ -241,7 +247,8 @@ class Planner:
     def _layer_latencies(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return the milliseconds before and after of each layer that changes."""
         latencies = {}
-        for layer in plan.layers:
+        for done, layer in enumerate(plan.layers):
+            self.table.progress = (" of a plan", done, len(plan.layers))
             before = (self.analysis.specs[layer.name],)
             after = planned_layers(before[0], layer)
             if after != before:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from nin.narrowing.pipeline import NarrowResult, narrow
 from nin.narrowing.report import NarrowReport
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
-from nin.runtime.progress import ProgressCallback
+from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.training import CheckpointOptions
 
 # Images at a time, of the calibration and of the fine-tuning.
@@ -128,11 +129,13 @@ class NarrowingTask:
         batches = data.batches(self.images.train, order, NARROWING_BATCH_SIZE)
         return [self.inputs(pixels).to(self.device) for pixels, _, _ in batches]
 
-    def accuracy(self, model: nn.Module) -> float:
+    def accuracy(self, model: nn.Module, on_progress: ProgressCallback = ignore_progress) -> float:
         """Return a model's accuracy on the test images, from 0 to 1."""
         images = dataclasses.replace(self.images, mean=self.preprocessing.mean, std=self.preprocessing.std)
         training_mode = model.training
-        scores, labels = evaluation.evaluate(model.eval(), images, device=self.device, dtype=torch.float32)
+        scores, labels = evaluation.evaluate(
+            model.eval(), images, device=self.device, dtype=torch.float32, on_progress=on_progress
+        )
         model.train(training_mode)
         hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
         right, count = distributed.all_reduce_sum(hits).tolist()
@@ -195,7 +198,7 @@ def run_workflow(
     _Finetuning(task, config, out, result, keeping).run(state, progress)
     accuracy = dict(result.report.accuracy)
     if task.labelled:
-        accuracy["finetuned"] = task.accuracy(result.model)
+        accuracy["finetuned"] = task.accuracy(result.model, progress)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
     epochs = "1 epoch" if config.finetune == 1 else f"{config.finetune} epochs"
     note = f"Fine-tuned for {epochs} by the original's answers, in {after}."
@@ -215,7 +218,7 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
         task.model,
         task.calibration_batches(config),
         **dict(config.budget),
-        evaluate=task.accuracy if task.labelled else None,
+        evaluate=functools.partial(task.accuracy, on_progress=progress) if task.labelled else None,
         skip=config.skip,
         options=options,
     )

@@ -21,6 +21,7 @@ from nin.profiling.bench.engines import ENGINES, Call, UnavailableError, prepare
 from nin.profiling.cost import cost
 from nin.profiling.roofline import roofline_bound
 from nin.runtime.device import choose_device, keep_freed_memory, processor_name
+from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.runtime.timer import Timing, time_interleaved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -116,6 +117,7 @@ def run(
     engines: Sequence[str] = tuple(ENGINES),
     device: str = "cpu",
     progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    on_progress: ProgressCallback = ignore_progress,
 ) -> Benchmark:
     """Time the cases with every engine, the engines in turn within one case and dtype.
 
@@ -125,6 +127,7 @@ def run(
         engines: names in `nin.profiling.bench.engines.ENGINES`.
         device: "cpu", "cuda", "cuda:1". Every call on a GPU is synchronised, so its times include the launches.
         progress: called with a line of text for each case.
+        on_progress: called before each case with (what is being timed, number done, number of all).
 
     Returns:
         The machine and all measurements; an engine that is not installed has a reason instead of times.
@@ -147,6 +150,7 @@ def run(
     measurements: list[EngineResult] = []
     for name in cases:
         for dtype in dtypes:
+            on_progress(f"Timing {name} {dtype}", len(measurements) // max(1, len(engines)), len(cases) * len(dtypes))
             results = _run_case(CASES[name], dtype, engines, machine, torch_device)
             measurements += results
             times = ", ".join(f"{m.engine} {m.timing.median_ms:.3f}" for m in results if m.timing)
