@@ -41,7 +41,8 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     is brought to mean 0 and variance 1.
 
     Args:
-        model: a name of `nin.models.MODELS` for images; by their size if not given. Tables have no choice.
+        model: for images, a name of `nin.models.MODELS`, or timm:NAME, torchvision:NAME, package.module:factory, with
+            random weights; by their size if not given. Tables have no choice.
         hidden_channels: widths of the hidden layers, for tables; a number stands for one layer.
         epochs: passes over the samples; by their number if not given.
         batch_size: samples per step; by their number if not given.
