@@ -6,6 +6,8 @@ import io
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -22,6 +24,7 @@ from nin import models, server
 from nin.errors import UserError
 from nin.ops import mlpconv
 from nin.profiling import bottleneck_timing
+from nin.runtime import listener
 from nin.server import activations, static_files, uvicorn_server
 from nin.server.batcher import Batcher, FullError, classify
 from nin.server.middleware import SECURITY_HEADERS
@@ -145,6 +148,7 @@ def test_hostile_uploads_get_a_clear_refusal(client, name, form):
     allowed = status if isinstance(status, tuple) else (status,)
     assert answer.status_code in (*allowed, 415 if form and name == "empty" else 0), answer.text
     assert len(answer.json()["detail"]) > 10
+    assert not {"body", "multipart", "form"} & set(answer.json()["detail"].split())
     assert post(client, png()).status_code == 200  # it still serves
 
 
@@ -169,7 +173,7 @@ def test_fields_beside_the_images_are_not_looked_at(client):
     answer = client.post("/api/predict", data={"images": "aGVsbG8="}, files={"x": (None, b"1")})
     assert answer.status_code == 400
     assert answer.json()["detail"] == (
-        "the form must hold at least one file, got fields without a filename alone (images, x)"
+        "send at least one image file; the form has only the fields images, x, which are no files"
     )
     assert client.post("/api/predict", data={f"f{i}": "1" for i in range(200)}, files={"i": png()}).status_code == 400
 
@@ -186,6 +190,7 @@ def test_a_damaged_image_does_not_take_the_others_answers(client):
     activations = client.post("/api/layers/0/activations", files=files)
     assert activations.status_code == 422
     assert activations.json()["detail"].startswith("image 0: ")
+    assert not post(client, b"no image").json()["detail"].startswith("image 0")  # there is only this one
 
 
 def test_forms_that_are_none(client):
@@ -196,7 +201,14 @@ def test_forms_that_are_none(client):
         (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--\r\n', "multipart/form-data; boundary=x"),
     ):
         assert post(client, content, kind).status_code == 400
-    assert post(client, b"{}", "application/json").status_code == 415
+    answer = post(client, b"a letter", "text/plain")  # as a browser sends a text file that was dropped
+    assert (
+        answer.status_code,
+        answer.json()["detail"].startswith("this is no image, but text/plain; expected JPEG"),
+    ) == (
+        415,
+        True,
+    )
     too_many = client.post("/api/predict", files=[("images", ("x", png()))] * 5)
     assert too_many.status_code == 400
     assert "detail" in too_many.json()
@@ -440,12 +452,12 @@ def test_those_who_have_gone_away_leave_their_place():
 
 
 def test_a_port_that_is_taken_is_a_users_error():
-    with uvicorn_server.listen("127.0.0.1", 0) as taken:
+    with listener.listen("127.0.0.1", 0) as taken:
         taken.listen()
         with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1, port"):
-            uvicorn_server.listen("127.0.0.1", taken.getsockname()[1])
+            listener.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen"):
-        uvicorn_server.listen("127.0.0.1", 99999)
+        listener.listen("127.0.0.1", 99999)
 
 
 def test_serve_says_where_and_stops(monkeypatch):
@@ -468,3 +480,23 @@ def test_serve_says_where_and_stops(monkeypatch):
 def test_json_answers_hold_no_markup_of_the_users(client):
     answer = client.post("/api/predict", files={"<script>": ("<img src=x onerror=alert(1)>.png", b"no image")})
     assert "<" not in json.dumps(answer.json())
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path):
+    """A taken port and a missing run are told without PyTorch, which takes seconds to import."""
+    with listener.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        script = (
+            "import sys\nsys.modules['torch'] = None\nfrom nin.cli import app\n"
+            "sys.exit(app.main(['serve', *sys.argv[1:]]))"
+        )
+        for arguments, words in (
+            (["--port", str(port)], f"cannot listen on 127.0.0.1, port {port}: Address already in use"),
+            ([str(tmp_path / "gone")], "there is no folder"),
+        ):
+            command = [sys.executable, "-c", script, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            assert words in " ".join(done.stderr.split()), done.stderr
+            assert done.returncode != 0
+    with pytest.raises(UserError, match="is not a run folder"):
+        server.serve(tmp_path, port=0, browser=False)

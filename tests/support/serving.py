@@ -12,7 +12,7 @@ import uvicorn
 from PIL import Image
 
 from nin import checkpoint, models
-from nin.server import uvicorn_server
+from nin.runtime.listener import listen
 
 
 def make_run(folder, *, classes=tuple("0123456789"), source="digits"):
@@ -37,7 +37,7 @@ class Running:
 
     def __init__(self, app):
         self.app = app
-        self.listener = uvicorn_server.listen("127.0.0.1", 0)
+        self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

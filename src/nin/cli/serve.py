@@ -9,6 +9,7 @@ from cyclopts import Parameter
 import nin
 from nin.cli.console import messages
 from nin.errors import UserError
+from nin.runtime.listener import listen
 
 
 def serve(
@@ -36,7 +37,13 @@ def serve(
     """
     if beside is not None and run is None:
         raise UserError("--beside needs a run to be beside of: nin serve RUN --beside RUN")
-    from nin import server
+    for folder in (run, beside):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {folder}. A run is made with: nin train DATA --out RUN")
+    listener = listen(host, port)
+    messages.print("Loading …")
+
+    from nin import server  # imports PyTorch, which what is wrong above need not wait for
 
     def show_address(address: str) -> None:
         runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
@@ -44,4 +51,6 @@ def serve(
         messages.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.")
 
     with nin.models.trust() if trust else contextlib.nullcontext():
-        server.serve(run, beside=beside, port=port, host=host, browser=browser, device=device, on_start=show_address)
+        server.serve(
+            run, beside=beside, host=host, browser=browser, device=device, listener=listener, on_start=show_address
+        )

@@ -13,6 +13,12 @@ from html import escape
 # Two labels at the ends of lines stand at least this far apart.
 LABEL_DISTANCE = 15
 
+# Width of every drawing: on the narrowest phones, whose pages leave 288 pixels for it, text of 13 units has 10 pixels.
+WIDTH = 360
+
+# Room for a letter of a label, in units; the page's styles may make letters this large and no larger.
+LETTER_WIDTH, LETTER_HEIGHT = 7, 12
+
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
@@ -113,19 +119,19 @@ def line_chart(
         y_ticks = [mark for mark in y_ticks if mark < highest] + [highest]
     x_range = (min(x), max(x))
     x_ticks = [m for m in round_steps(*x_range, about=5) if x_range[0] <= m <= x_range[1] and m == int(m)]
-    longest = max((len(f"{name} {format_value(points[-1][1])}") for name, points in finite.items()), default=0)
-    # At 328 pixels, the width of a narrow phone's page, a unit is nearly a pixel and the text stays readable.
-    plot = Plot(360, 236, 34, min(258, 352 - 6.2 * longest), 12, 196, x_range, (y_ticks[0], y_ticks[-1]))
+    ends = {name: f"{name} {format_value(points[-1][1])}" for name, points in finite.items()}
+    room = 10 + LETTER_WIDTH * max((len(label) for label in ends.values()), default=0)
+    plot = Plot(WIDTH, 236, 34, WIDTH - room, 12, 196, x_range, (y_ticks[0], y_ticks[-1]))
     label_y = _spread_out({name: plot.y(points[-1][1]) for name, points in finite.items()})
-    shapes, ends = [text(x_label, (plot.left + plot.right) / 2, plot.height - 4, "middle")], []
+    shapes = [text(x_label, (plot.left + plot.right) / 2, plot.height - 4, "middle")]
     for name, points in finite.items():
         places = [(plot.x(a), plot.y(b)) for a, b in points]
-        (end_x, end_y), end = places[-1], format_value(points[-1][1])
+        end_x, end_y = places[-1]
         path = "M" + " L".join(f"{a:g} {b:g}" for a, b in places)
         curve = element("path", class_="line", d=path) + element("circle", class_="dot", cx=end_x, cy=end_y, r=3)
-        shapes.append(element("g", curve + text(f"{name} {end}", end_x + 8, label_y[name] + 4), class_=name))
-        ends.append(f"{name} ends at {end}")
-    return plot.draw(shapes, x_ticks or [x_range[0]], y_ticks, f"{title} over {x_label}: {'; '.join(ends)}.")
+        shapes.append(element("g", curve + text(ends[name], end_x + 8, label_y[name] + 4), class_=name))
+    description = f"{title} over {x_label}; at the end: {'; '.join(ends.values())}."
+    return plot.draw(shapes, x_ticks or [x_range[0]], y_ticks, description)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +140,7 @@ class SpreadPoint:
 
     Attributes:
         kind: CSS class of both.
-        label: above the point.
+        label: beside the point.
         low: x where the line begins.
         x: of the point.
         high: x where the line ends.
@@ -149,8 +155,28 @@ class SpreadPoint:
     y: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A rectangle of a drawing: that of a label, or of what a label must not cover."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlap(self, other: "Box") -> float:
+        """Return the area that both cover."""
+        width = min(self.right, other.right) - max(self.left, other.left)
+        return max(0.0, width) * max(0.0, min(self.bottom, other.bottom) - max(self.top, other.top))
+
+    @property
+    def area(self) -> float:
+        """Return width times height."""
+        return (self.right - self.left) * (self.bottom - self.top)
+
+
 def point_chart(points: Sequence[SpreadPoint], *, x_label: str, description: str, highest: float = math.inf) -> str:
-    """Draw points with their spread in x, over an axis from 0.
+    """Draw points with their spread in x, over an axis from 0, each with its label where there is room.
 
     Args:
         points: at least one.
@@ -162,13 +188,19 @@ def point_chart(points: Sequence[SpreadPoint], *, x_label: str, description: str
     low, high = min(point.y for point in points), max(point.y for point in points)
     margin = max(0.1 * (high - low), 0.2)  # room for the labels, and for a line where all are the same
     y_ticks = round_steps(low - margin, high + margin, about=4)
-    plot = Plot(720, 292, 56, 700, 14, 250, (0, longest), (y_ticks[0], y_ticks[-1]))
+    plot = Plot(WIDTH, 272, 40, WIDTH - 6, 10, 230, (0, longest), (y_ticks[0], y_ticks[-1]))
     shapes = [text(x_label, plot.right, plot.bottom + 36, "end")]
     for point in points:
         x, y = plot.x(point.x), plot.y(point.y)
         ends = {"x1": plot.x(point.low), "x2": plot.x(point.high), "y1": y, "y2": y}
         shapes.append(element("line", class_=f"spread {point.kind}", **ends))
-        shapes.append(element("circle", class_=point.kind, cx=x, cy=y, r=4.5) + text(point.label, x, y - 9, "middle"))
+        shapes.append(element("circle", class_=point.kind, cx=x, cy=y, r=4.5))
+    for point, box in zip(points, place_labels(plot, points), strict=True):
+        x, y, middle = plot.x(point.x), plot.y(point.y), (box.left + box.right) / 2
+        if box.bottom < y - 12 or box.top > y + 12:  # too far away to be seen as the point's own
+            near = box.bottom if box.bottom < y else box.top
+            shapes.append(element("line", class_="leader", x1=x, x2=round(middle, 1), y1=y, y2=round(near, 1)))
+        shapes.append(text(point.label, middle, box.bottom - 2, "middle"))
     x_ticks = [mark for mark in round_steps(0, longest, about=5) if mark <= longest]
     return plot.draw(shapes, x_ticks, [mark for mark in y_ticks if mark <= highest], description)
 
@@ -184,7 +216,7 @@ def reliability_chart(
         y_label: what y is, with its unit.
         description: what is shown, for those who do not see it.
     """
-    plot = Plot(360, 330, 44, 346, 12, 286, (0, 100), (0, 100))
+    plot = Plot(WIDTH, 330, 44, 346, 12, 286, (0, 100), (0, 100))
     shapes = []
     for low, high, x, y in bins:
         place = {"x": plot.x(low) + 0.5, "y": plot.y(y), "width": round(plot.x(high) - plot.x(low) - 1, 1)}
@@ -199,12 +231,52 @@ def reliability_chart(
     return plot.draw(shapes, ticks, ticks, description)
 
 
+def place_labels(plot: Plot, points: Sequence[SpreadPoint]) -> list[Box]:
+    """Return the room of each point's label: the nearest that covers no dot, no line and no other label.
+
+    Where there is none, it is the one that covers least.
+    """
+    area = Box(plot.left, 0, plot.width, plot.bottom)
+    taken = []
+    for point in points:
+        x, y = plot.x(point.x), plot.y(point.y)
+        taken += [Box(x - 6, y - 6, x + 6, y + 6), Box(plot.x(point.low), y - 1.5, plot.x(point.high), y + 1.5)]
+    placed = []
+    for point in points:
+        candidates = _label_candidates(plot, point)
+        free = [
+            candidate.area - area.overlap(candidate) + sum(candidate.overlap(box) for box in taken)
+            for candidate in candidates
+        ]
+        best = candidates[free.index(min(free))]  # of equal ones the first, which is the nearest
+        placed.append(best)
+        taken.append(best)
+    return placed
+
+
+def _label_candidates(plot: Plot, point: SpreadPoint) -> list[Box]:
+    """Return the places of a point's label, the nearest first: above, below, and at the ends of its line."""
+    x, y = plot.x(point.x), plot.y(point.y)
+    width = LETTER_WIDTH * len(point.label)
+    # moved along the point as far as the edges ask for
+    left = min(max(x - width / 2, plot.left + 1), plot.width - width)
+    left_of, right_of = plot.x(point.low) - width - 8, plot.x(point.high) + 8
+    boxes = []
+    for away in range(6):
+        height = away * LETTER_HEIGHT
+        boxes += [(left, y - 7 - LETTER_HEIGHT - height), (left, y + 7 + height)]
+        if away == 0:
+            boxes += [(right_of, y - LETTER_HEIGHT / 2), (left_of, y - LETTER_HEIGHT / 2)]
+        boxes += [(side, y + up) for side in (right_of, left_of) for up in (-20 - height, 8 + height)]
+    return [Box(a, b, a + width, b + LETTER_HEIGHT) for a, b in boxes]
+
+
 @dataclasses.dataclass(frozen=True)
 class Bar:
     """A row of a bar chart.
 
     Attributes:
-        label: to its left.
+        label: above the bars.
         lengths: (CSS class, value, height) of each bar in the row; later ones lie over earlier ones.
         spread: values between which a line is drawn; none where it is empty.
         note: behind the bar.
@@ -216,34 +288,29 @@ class Bar:
     note: str = ""
 
 
-def bar_chart(
-    bars: Sequence[Bar], *, description: str, width: float, label_width: float, note_width: float, row: float
-) -> str:
-    """Draw rows of horizontal bars, which fill the width where they or their spread are longest.
+def bar_chart(bars: Sequence[Bar], *, description: str, note_width: float) -> str:
+    """Draw rows of horizontal bars, each under its label; they fill the width where they or their spread are longest.
 
     Args:
         bars: from top to bottom.
         description: what is shown, for those who do not see it.
-        width: of the drawing.
-        label_width: room for the labels.
         note_width: room behind the longest bar.
-        row: height of a row.
     """
     lengths = [(*(value for _, value, _ in bar.lengths), *bar.spread) for bar in bars]
-    scale = (width - label_width - note_width) / (max((max(values, default=0) for values in lengths), default=0) or 1)
-    shapes = []
+    scale = (WIDTH - note_width) / (max((max(values, default=0) for values in lengths), default=0) or 1)
+    shapes, row = [], 32
     for i, (bar, values) in enumerate(zip(bars, lengths, strict=True)):
-        middle = (i + 0.5) * row
-        shapes.append(text(bar.label, label_width - 8, middle + 4, "end"))
+        middle = i * row + 22
+        shapes.append(text(bar.label, 0, i * row + 12))
         for kind, value, height in bar.lengths:
-            place = {"x": label_width, "y": middle - height / 2, "width": round(scale * value, 1), "height": height}
+            place = {"x": 0, "y": middle - height / 2, "width": round(scale * value, 1), "height": height}
             shapes.append(element("rect", class_=kind, **place))
         if bar.spread:
-            low, high = (round(label_width + scale * value, 1) for value in bar.spread)
+            low, high = (round(scale * value, 1) for value in bar.spread)
             shapes.append(element("line", class_="spread", x1=low, x2=high, y1=middle, y2=middle))
         if bar.note:
-            shapes.append(text(bar.note, label_width + (scale * max(values) + 6 if values else 0), middle + 4))
-    return svg(width, len(bars) * row, description, shapes)
+            shapes.append(text(bar.note, scale * max(values) + 6 if values else 0, middle + 4))
+    return svg(WIDTH, len(bars) * row, description, shapes)
 
 
 def round_steps(low: float, high: float, *, about: int) -> list[float]:

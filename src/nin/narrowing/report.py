@@ -16,6 +16,9 @@ from nin.narrowing.analysis import Analysis
 from nin.narrowing.planner import PlannerResult
 from nin.runtime.timer import Timing
 
+# The keys of `NarrowReport.accuracy` in words.
+STAGES = {"raw": "narrowed", "corrected": "recalibrated", "finetuned": "fine-tuned"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
@@ -103,7 +106,8 @@ class NarrowReport:
         parameters: of the whole model, before and after.
         file_bytes: of its ``state_dict``, before and after.
         latency: for each batch size measured, the timing before and after.
-        accuracy: what ``evaluate`` returned for "original", "raw", "corrected" and "finetuned", where there was one.
+        accuracy: what ``evaluate`` returned for "original", "raw" (narrowed, the layers fitted), "corrected" (BatchNorm
+            measured again too, where that helped) and "finetuned", where there was one.
         predicted_loss: sum over the layers of their predicted errors.
         calibration_error: squared distance from the original's output as a fraction of its variance; None in a dry
             run.
@@ -147,66 +151,79 @@ class NarrowReport:
 
     def tables(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         """Return the tables with their titles, each with its header first; those without rows are left out."""
-        tables = [
-            ("The whole", [("", "before", "after", "share"), *self.summary_rows()]),
-            ("Several budgets", self.curve_rows()),
-            ("Beside the control", self.control_rows()),
-            ("Each layer", self.layer_rows()),
-        ]
-        return [(title, rows) for title, rows in tables if rows]
+        titles = {
+            "summary": "The whole",
+            "curve": "Several budgets",
+            "control": "Beside the control",
+            "layers": "Each layer",
+        }
+        return [(titles[name], rows) for name, rows in self.tables_by_name().items() if rows]
 
-    def summary_rows(self) -> list[tuple[str, ...]]:
-        """Return the costs and the accuracy of the whole: name, before, after, after as a fraction of before."""
+    def tables_by_name(self) -> dict[str, list[tuple[str, ...]]]:
+        """Return the rows of each table, its header first; of one that there is nothing to say in, none."""
+        return {
+            "summary": self._summary_rows(),
+            "curve": self._curve_rows(),
+            "control": self._control_rows(),
+            "layers": self._layer_rows(),
+        }
+
+    def _summary_rows(self) -> list[tuple[str, ...]]:
+        """Return the costs and the accuracy of the whole."""
         counts = (("MACs", self.macs), ("parameters", self.parameters), ("file, bytes", self.file_bytes))
-        rows = [
-            (name, f"{before:,}", f"{after:,}", f"{after / max(1, before):.3f}") for name, (before, after) in counts
+        rows: list[tuple[str, ...]] = [("", "before", "after", "share or difference")]
+        rows += [
+            (name, f"{before:,}", f"{after:,}", format_percent(after / max(1, before)))
+            for name, (before, after) in counts
         ]
         for batch, (before, after) in self.latency.items():
-            ratio = f"{after.median_ms / before.median_ms:.3f}"
+            ratio = format_percent(after.median_ms / before.median_ms)
             rows.append((f"ms, batch {batch}", _milliseconds(before), _milliseconds(after), ratio))
         original = self.accuracy.get("original")
         for name, value in self.accuracy.items():
             if name != "original" and original is not None:
-                rows.append((f"accuracy, {name}", f"{original:.4f}", f"{value:.4f}", f"{value - original:+.4f}"))
+                difference = f"{100 * (value - original):+.2f} points"
+                rows.append((f"accuracy, {STAGES[name]}", _accuracy(original), _accuracy(value), difference))
         if self.calibration_error is not None:
-            rows.append(("error of the result", "0", f"{self.calibration_error:.3g}", "of its variance"))
-        return list(rows)
+            rows.append(("error of the result", "0", format_percent(self.calibration_error, 2), "of its variance"))
+        return rows
 
-    def curve_rows(self) -> list[tuple[str, ...]]:
-        """Return the table of the budgets, its header first; empty where there was one budget."""
+    def _curve_rows(self) -> list[tuple[str, ...]]:
+        """Return the costs and the accuracy at each of several budgets."""
         if not self.curve:
             return []
         sizes = list(self.latency)
         before = [_milliseconds(self.latency[n][0]) for n in sizes]
         rows: list[tuple[str, ...]] = [
             ("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error"),
-            ("1", f"{self.macs[0]:,}", *before, _format(self.accuracy.get("original"), ".4f"), "0"),
+            (format_share(1), f"{self.macs[0]:,}", *before, _accuracy(self.accuracy.get("original")), "0"),
         ]
         for p in self.curve:
             after = [_milliseconds(p.latency[n][1]) for n in sizes]
-            accuracy, error = _format(p.accuracy.get("corrected"), ".4f"), _format(p.calibration_error, ".3g")
-            rows.append((f"{p.share:g}", f"{p.macs:,}", *after, accuracy, error))
+            error = "" if p.calibration_error is None else format_percent(p.calibration_error, 2)
+            accuracy = _accuracy(p.accuracy.get("corrected"))
+            rows.append((format_share(p.share), f"{p.macs:,}", *after, accuracy, error))
         return rows
 
-    def control_rows(self) -> list[tuple[str, ...]]:
-        """Return the narrowed network beside the control, the header first; empty where there is no control."""
+    def _control_rows(self) -> list[tuple[str, ...]]:
+        """Return the narrowed network beside the control."""
         c = self.control
         if c is None:
             return []
         sizes = [n for n in self.latency if n in c.latency]
         best = self.accuracy.get("finetuned", self.accuracy.get("corrected"))
-        name = f"control: {c.ratio:.2f} of the channels, trained {c.epochs} epochs"
+        name = f"control: {format_percent(c.ratio, 0)} of the channels, trained {c.epochs} epochs"
         rows: list[tuple[str, ...]] = [("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy")]
         for network, macs, parameters, latency, accuracy in (
             ("narrowed", self.macs[1], self.parameters[1], self.latency, best),
             (name, c.macs, c.parameters, c.latency, c.accuracy),
         ):
             times = (_milliseconds(latency[n][1]) for n in sizes)
-            rows.append((network, f"{macs:,}", f"{parameters:,}", *times, _format(accuracy, ".4f")))
+            rows.append((network, f"{macs:,}", f"{parameters:,}", *times, _accuracy(accuracy)))
         return rows
 
-    def layer_rows(self) -> list[tuple[str, ...]]:
-        """Return the table of the layers, its header first."""
+    def _layer_rows(self) -> list[tuple[str, ...]]:
+        """Return what became of each layer."""
         rows: list[tuple[str, ...]] = [("layer", "before", "after", "MACs", "parameters", "ms", "error", "note")]
         for layer in self.layers:
             ms = ""
@@ -215,8 +232,8 @@ class NarrowReport:
             error = format_percent(layer.predicted_error) if layer.after else ""
             if layer.measured_error is not None:
                 error += f" → {format_percent(layer.measured_error)}"
-            macs = f"× {layer.macs_after / layer.macs_before:.2f}" if layer.macs_before else ""
-            count = f"× {layer.parameters_after / layer.parameters_before:.2f}" if layer.parameters_before else ""
+            macs = _share_left(layer.macs_before, layer.macs_after)
+            count = _share_left(layer.parameters_before, layer.parameters_after)
             rows.append((layer.name, layer.before, layer.after, macs, count, ms, error, layer.reason))
         return rows
 
@@ -229,8 +246,17 @@ class NarrowReport:
         return "".join(html_table(rows) for _, rows in self.tables()) + notes
 
 
-def _format(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
+def format_share(share: float) -> str:
+    """Return a budget in percent, with the decimals that it has: 50 %, 62.5 %."""
+    return f"{100 * share:.6g} %"
+
+
+def _accuracy(value: float | None) -> str:
+    return "" if value is None else format_percent(value, 2)
+
+
+def _share_left(before: int, after: int) -> str:
+    return format_percent(after / before, 0) if before else ""
 
 
 def _milliseconds(t: Timing) -> str:

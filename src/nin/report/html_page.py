@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from importlib import resources
@@ -71,6 +72,7 @@ def load_template(name: str, **options: Any) -> Any:
         "minutes": minutes,
         "interval": interval,
         "figure": lambda v: f"{v:.6g}",
+        "breakable": breakable,
     }
     return environment.from_string(resources.files("nin.report").joinpath(name).read_text("utf-8"))
 
@@ -80,6 +82,16 @@ def _printable(value: Any) -> Any:
     if type(value) is not str:  # Markup is the template's own
         return value
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in value)
+
+
+def breakable(words: str) -> Any:
+    """Return escaped text that may go on in the next line after a slash, a dot, a hyphen or an underscore.
+
+    Browsers break long file names at any letter, else.
+    """
+    from markupsafe import Markup, escape  # comes with Jinja
+
+    return Markup("<wbr>").join(escape(_printable(part)) for part in re.split(r"(?<=[/\\._-])(?=\w)", words))
 
 
 def percent(fraction: float | None, of: int | None = None) -> str:

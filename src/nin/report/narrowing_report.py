@@ -2,6 +2,7 @@
 
 from nin.display.svg_chart import Bar, SpreadPoint, bar_chart, point_chart
 from nin.narrowing import NarrowReport
+from nin.narrowing.report import format_share
 from nin.report.html_page import load_template
 from nin.runtime.timer import Timing
 
@@ -13,18 +14,14 @@ def render_narrowing_report(report: NarrowReport, title: str) -> str:
         report: of `nin.narrow`.
         title: the heading.
     """
-    header, *rows = report.layer_rows()
     return load_template("narrowing_report.html").render(
         title=title,
         notes=report.notes,
         environment=[f"{name}: {value}" for name, value in report.environment.items()],
-        summary=report.summary_rows(),
+        accuracies=set(report.accuracy),
         charts={batch: latency_chart(report, batch) for batch in report.latency},
-        curve=report.curve_rows(),
-        control=report.control_rows(),
         macs=macs_chart(report),
-        header=header,
-        rows=rows,
+        **report.tables_by_name(),
     )
 
 
@@ -32,14 +29,14 @@ def macs_chart(report: NarrowReport) -> str:
     """Return the bars of each layer's multiply-accumulates before and after, as SVG."""
     bars = [
         Bar(
-            layer.name if len(layer.name) <= 34 else f"…{layer.name[-33:]}",
+            layer.name if len(layer.name) <= 48 else f"…{layer.name[-47:]}",
             [("before", layer.macs_before, 12), ("after", layer.macs_after, 6)],
         )
         for layer in report.layers
         if layer.macs_before
     ]
     description = "Multiply-accumulates of each layer before and after; the figures are in the table below."
-    return bar_chart(bars, description=description, width=720, label_width=204, note_width=6, row=16)
+    return bar_chart(bars, description=description, note_width=0)
 
 
 def latency_chart(report: NarrowReport, batch: int) -> str:
@@ -51,7 +48,9 @@ def latency_chart(report: NarrowReport, batch: int) -> str:
         return ""
     original, narrowed = report.latency[batch]
     points = [_point("original", "original", original, report.accuracy["original"])]
-    points += [_point("narrowed", f"{p.share:g}", p.latency[batch][1], p.accuracy["corrected"]) for p in report.curve]
+    points += [
+        _point("narrowed", format_share(p.share), p.latency[batch][1], p.accuracy["corrected"]) for p in report.curve
+    ]
     if "finetuned" in report.accuracy:
         points.append(_point("tuned", "fine-tuned", narrowed, report.accuracy["finetuned"]))
     if report.control is not None and batch in report.control.latency:

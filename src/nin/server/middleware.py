@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nin.display.numbers import format_bytes
+
 # Scripts, styles and requests come from this server alone, and none are written into the page.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -128,7 +130,7 @@ class SecurityMiddleware:
             if not message.get("more_body") or size > DRAIN_FACTOR * limit:
                 break
         if not fits:
-            raise HTTPException(413, f"the body must have at most {limit} bytes")
+            raise HTTPException(413, f"too large: at most {format_bytes(limit)} can be sent at once")
         return b"".join(parts)
 
 

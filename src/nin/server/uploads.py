@@ -55,14 +55,14 @@ async def read_files(request: Request, limits: Limits) -> list[bytes]:
             files = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
         if not files:
             fields = ", ".join(name for name, _ in parts)
-            got = f"fields without a filename alone ({fields})" if fields else "none"
-            raise HTTPException(400, f"the form must hold at least one file, got {got}")
+            got = f"only the fields {fields}, which are no files" if fields else "no file"
+            raise HTTPException(400, f"send at least one image file; the form has {got}")
         return files
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise HTTPException(415, f"the body must be an image or multipart/form-data with images, got {kind!r}")
+        raise HTTPException(415, f"this is no image, but {kind}; expected {ACCEPTED_FORMATS}")
     body = await request.body()
     if not body:
-        raise HTTPException(400, "the body must be an image, got nothing")
+        raise HTTPException(400, f"the file is empty; expected an image: {ACCEPTED_FORMATS}")
     return [body]
 
 
@@ -81,24 +81,26 @@ def decode_images(
     problems: dict[int, HTTPException] = {}
     for i, file in enumerate(files):
         try:
-            pixels.append(_decode_image(file, i, preprocessing, limits))
+            pixels.append(_decode_image(file, preprocessing, limits))
         except HTTPException as error:
+            if len(files) > 1:  # say which
+                error.detail = f"image {i}: {error.detail}"
             problems[i] = error
     if not pixels:
         raise problems[0]
     return torch.stack(pixels), {i: error.detail for i, error in problems.items()}
 
 
-def _decode_image(file: bytes, index: int, preprocessing: Preprocessing, limits: Limits) -> Tensor:
+def _decode_image(file: bytes, preprocessing: Preprocessing, limits: Limits) -> Tensor:
     try:
         header = read_header(file)
         if header.width * header.height > limits.pixels:
             size = f"{header.width}×{header.height}"
-            raise HTTPException(413, f"image {index} must have at most {limits.pixels} pixels, got {size}")
+            raise HTTPException(413, f"the image must have at most {limits.pixels:,} pixels, got {size}")
         how = preprocessing.decoding
         return data.decode(file, **(how | {"resize": data.CENTRE_SQUARE} if is_sample(file) else how))
     except DecodeError as error:
-        message = f"image {index}: {error.reason}; expected {ACCEPTED_FORMATS}"
+        message = f"{error.reason}; expected {ACCEPTED_FORMATS}"
         raise HTTPException(_status_code(error.__cause__), message) from error
 
 

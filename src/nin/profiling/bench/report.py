@@ -7,10 +7,16 @@ from rich.table import Table
 from nin.display.svg_chart import Bar, bar_chart
 from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
 
-STYLE = """body{font:14px/1.4 system-ui,sans-serif;max-width:60em;margin:2em auto;color:#222}
-h2{font-size:1em;margin:1.6em 0 .3em}svg{display:block;width:740px;max-width:100%}
-svg text{font-size:12px;fill:#222}.nin{fill:#2a6f97}.other{fill:#b8b8b8}
-.spread{stroke:#222;stroke-width:1.5}p,td{color:#444}"""
+STYLE = """:root{color-scheme:light dark;--paper:#fcfbf9;--ink:#1d1c1a;--quiet:#5f5b55;--nin:#2a6f97;--other:#c9c4bb}
+@media(prefers-color-scheme:dark){:root{--paper:#161718;--ink:#ece9e4;--quiet:#aaa69e;--nin:#56b4e9;--other:#4b4f53}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:0 auto;padding:28px 16px 48px;background:var(--paper);
+color:var(--ink);overflow-wrap:break-word}p{color:var(--quiet);max-width:46em}
+.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:0 40px}
+h2{font-size:1em;margin:1.6em 0 .3em}svg{display:block;width:100%;max-width:520px;height:auto}
+svg text{font-size:10px;fill:var(--quiet)}.nin{fill:var(--nin)}.other{fill:var(--other)}
+.spread{stroke:var(--ink);stroke-width:1.5}
+@media(max-width:560px){svg text{font-size:12px}}@media(max-width:360px){svg text{font-size:13px}}"""
 
 
 def rich_table(benchmark: Benchmark) -> Table:
@@ -50,14 +56,15 @@ def _cells(m: EngineResult, nin_ms: float | None) -> list[str]:
 def html_page(benchmark: Benchmark) -> str:
     """Return a self-contained page with a bar chart of each case and dtype."""
     parts = [
-        f"<h2>{escape(case)}, {escape(dtype)}</h2>{_engine_chart(case, benchmark.results_of(case, dtype))}"
+        f"<div><h2>{escape(case)}, {escape(dtype)}</h2>{_engine_chart(case, benchmark.results_of(case, dtype))}</div>"
         for case, dtype in benchmark.cases()
     ]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>nin bench</title><style>{STYLE}</style>'
-        f"<h1>nin bench</h1><p>{escape(machine_summary(benchmark.machine))}</p>"
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>nin bench</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style><main><h1>nin bench</h1><p>{escape(machine_summary(benchmark.machine))}</p>"
         "<p>Median time in milliseconds, shorter is better; the line spans the 20th to the 80th percentile.</p>"
-        f"{''.join(parts)}</html>\n"
+        f'<div class="cases">{"".join(parts)}</div></main></html>\n'
     )
 
 
@@ -85,4 +92,4 @@ def _engine_chart(case: str, rows: list[EngineResult]) -> str:
         for m in rows
     ]
     description = f"Median milliseconds of each engine for {case}."
-    return bar_chart(bars, description=description, width=740, label_width=130, note_width=90, row=18)
+    return bar_chart(bars, description=description, note_width=74)
