@@ -18,6 +18,7 @@ from nin.inference.evaluation import wilson_interval
 from nin.profiling.cost import Cost, cost
 from nin.report.data import Calibration, ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
 from nin.report.html_page import render_report
+from nin.report.receptive_field import receptive_field
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
 
@@ -127,6 +128,7 @@ def build_report(
         calibration=calibration,
         mistakes=_mistakes(images, probabilities),
         samples=_samples(classifier, images, probabilities, samples),
+        map_cells=_map_cells(classifier),
         cost=network_cost,
         skipped=tuple((str(file), str(reason)) for file, reason in info.data.get("skipped", images.skipped)),
         notes=(*images.notes, *_notes(info, headline, network_cost, classifier.no_maps_reason)),
@@ -241,6 +243,14 @@ def _samples(
         dataclasses.replace(example, maps=_shown_maps(example, image_maps))
         for example, image_maps in zip(examples, maps, strict=True)
     )
+
+
+def _map_cells(classifier: Classifier) -> str:
+    """Return what a cell of the class maps can show; nothing where the network makes none."""
+    model, p = classifier.model, classifier.info.preprocessing
+    if not isinstance(model, models.Network) or not getattr(model, "maps_are_exact", True):
+        return ""
+    return str(receptive_field(model, (p.channels, p.size, p.size)))
 
 
 def _choose_samples(labels: Tensor, predicted: Tensor, classes: int, count: int) -> Tensor:

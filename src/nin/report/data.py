@@ -184,6 +184,7 @@ class ReportData:
         calibration: of the probabilities as they are, and with the temperature that the training fitted, where it did.
         mistakes: the misclassified images of the highest confidence, the highest first.
         samples: images with their class-confidence maps.
+        map_cells: what a cell of the maps can show and what it cannot, in sentences; empty where there are no maps.
         cost: the table of layers.
         skipped: (file, reason) of the images that could not be read.
         notes: warnings and remarks, in sentences.
@@ -204,6 +205,7 @@ class ReportData:
     calibration: tuple[Calibration, ...]
     mistakes: tuple[ExamplePrediction, ...]
     samples: tuple[ExamplePrediction, ...]
+    map_cells: str
     cost: Cost
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
