@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nin import models
-from nin.server.layer_graph import LayerNode, layer_nodes
+from nin.server.layer_graph import layer_nodes
+from nin.server.layers import LayerNode
 
 
 @dataclasses.dataclass(frozen=True)
