@@ -500,3 +500,10 @@ def test_a_broken_library_is_an_error_and_not_a_fallback(tmp_path):
     path.write_bytes(b"no library")
     with pytest.raises(ImportError, match="cannot be loaded"):
         library.load_library(path)
+
+
+@pytest.mark.skipif(library.LIBRARY is None, reason="nin was installed without a C++ compiler")
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    with pytest.raises(ImportError, match="built from other sources"):
+        library.load_library(library.find_library())

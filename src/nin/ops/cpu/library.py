@@ -19,6 +19,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # nin_weights_changed of nin_status
 WEIGHTS_CHANGED = 3
 
+# nin_interface of the library that this package calls
+INTERFACE = 2
+
 
 def find_library() -> Path | None:
     """Return the path of the compiled library; None if the package was installed without a compiler."""
@@ -50,6 +53,8 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
     built, expected = library.nin_version().decode(), installed_version()
     if built != expected:
         raise ImportError(f"{path} must be of version {expected}, got {built}: install nin again")
+    if not hasattr(library, "nin_interface") or library.nin_interface() != INTERFACE:
+        raise ImportError(f"{path} was built from other sources than these: install nin again")
     # blob: the bytes of a struct; status: nin_status, see `check`
     pointer, blob, size, real = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_double
     status = ctypes.c_int32

@@ -44,6 +44,9 @@ struct nin_weight_view {
 // Returns the kernels of an instruction set for a data type; null if the name is unknown or the machine lacks the set.
 NIN_API const void* nin_find_kernels(const char* name, int64_t type);
 NIN_API const char* nin_version();
+// Returns the number of this interface. Raised, here and in library.py, when a function or a struct changes: a library
+// that was built before would read arguments that are not there, or leave out what is asked of it.
+NIN_API int64_t nin_interface();
 NIN_API int64_t nin_packed_bytes(const void* kernels, const nin_weight_view* weight);
 NIN_API void nin_pack(const void* kernels, const nin_weight_view* weight, const void* data, void* packed);
 // Writes a hash of each of `count` blocks of memory, of all their bytes, to tell whether a weight has changed since it
