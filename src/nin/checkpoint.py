@@ -34,7 +34,9 @@ FORMAT_VERSION = 2
 
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
 REPORT_FILE, FINDINGS_FILE = "report.html", "findings.csv"
-FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE)
+# while a training runs: how far it is
+PROGRESS_FILE = "progress.json"
+FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE, PROGRESS_FILE)
 
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)

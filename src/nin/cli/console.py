@@ -1,121 +1,33 @@
 """Terminal output of every verb: progress and messages on standard error, results on standard output."""
 
 import contextlib
-import datetime
 import json
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
+from nin.display import progress_bar
+from nin.display.progress_bar import PLAIN_TEXT
 from nin.runtime import torchrun
-
-# files and classes have names such as "[red]" and ":cat:", which rich would take for markup
-PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 
 messages = Console(stderr=True, soft_wrap=True, **PLAIN_TEXT)
 
 # a file or a pipe has no width: 240 columns keep the lines of a table whole
 results = Console(width=None if sys.stdout.isatty() else 240, **PLAIN_TEXT)
 
-# of a log file, so that a long job does not fill it
-SECONDS_BETWEEN_LINES = 10.0
 
-
-class ProgressBar:
-    """A progress bar on a terminal; plain lines elsewhere, so that a log stays readable.
-
-    It shows what is being done, how much of it is done, of how much, and the time left. The time is that of the steps
-    of this stage so far: a stage ends where the total becomes another, or fewer steps are done than before.
-
-    Args:
-        text: what is being done.
-        total: its steps; None where they are known later.
-        seconds_between_lines: where there is no terminal, at least; a job that takes less prints none.
-    """
+class ProgressBar(progress_bar.ProgressBar):
+    """A progress bar on standard error, see `nin.display.progress_bar`."""
 
     def __init__(
-        self, text: str, total: int | None = None, *, seconds_between_lines: float = SECONDS_BETWEEN_LINES
+        self, text: str, total: int | None = None, *, seconds_between_lines: float = progress_bar.SECONDS_BETWEEN_LINES
     ) -> None:
-        self.text, self.done, self.total = text, 0, total or 0
-        self.last_line_s = self.updated_s = time.monotonic()
-        self.stage_start: tuple[int, float] | None = None  # steps done and time at its first update
-        self.seconds_between_lines = seconds_between_lines
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-            _CountColumn(self),
-            console=messages,
-            transient=True,
-            expand=True,
-            disable=not messages.is_terminal,
-        )
-        self.task = self.progress.add_task(text, total=total)
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def update(self, done: int, total: int, text: str | None = None) -> None:
-        """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
-        text, now = text or self.text, time.monotonic()
-        if total != self.total or done < self.done:
-            self.stage_start = None
-            # a new task: rich takes a total of None as one that stays as it was
-            self.progress.remove_task(self.task)
-            self.task = self.progress.add_task(text, total=total or None)
-        self.stage_start = self.stage_start or (done, now)
-        self.done, self.total, self.updated_s = done, total, now
-        self.progress.update(self.task, completed=done, description=text)
-        if self.progress.disable and now - self.last_line_s > self.seconds_between_lines:
-            self.line(f"{text}: {self.count_text()}")
-
-    def count_text(self) -> str:
-        """Return how much is done, of how much, and the time left where it is known."""
-        if not self.total:
-            return f"{self.done:,}" if self.done else ""
-        left = self.seconds_left()
-        time_text = "" if left is None else f", {datetime.timedelta(seconds=round(left))} left"
-        return f"{self.done:,} of {self.total:,}{time_text}"
-
-    def seconds_left(self) -> float | None:
-        """Return the seconds until this stage ends, at its pace so far; None where that is not known."""
-        if not self.total or self.stage_start is None:
-            return None
-        steps, seconds = self.done - self.stage_start[0], self.updated_s - self.stage_start[1]
-        if steps <= 0:
-            return None
-        return max(0.0, (self.total - self.done) * seconds / steps - (time.monotonic() - self.updated_s))
-
-    def on_progress(self, text: str, done: int, total: int) -> None:
-        """Update the bar; this is a `nin.runtime.progress.ProgressCallback`."""
-        self.update(done, total, text)
-
-    def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.last_line_s = time.monotonic()
-        messages.print(text)
-
-
-class _CountColumn(ProgressColumn):
-    """Shows `ProgressBar.count_text`, with a time left that goes on between two updates."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        super().__init__(Column(no_wrap=True))
-        self.bar = bar
-
-    def render(self, task: Task) -> Text:
-        return Text(self.bar.count_text())
+        super().__init__(text, total, console=messages, seconds_between_lines=seconds_between_lines)
 
 
 @contextlib.contextmanager

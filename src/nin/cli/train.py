@@ -22,12 +22,12 @@ from nin.cli.console import (
 )
 from nin.config import TrainConfig
 from nin.display.numbers import format_percent, format_percent_range
-from nin.epoch_metrics import evaluated_part
 from nin.errors import UserError
 from nin.runtime import torchrun
 
 if TYPE_CHECKING:
     from nin.training import TrainProgress, TrainResult
+    from nin.training.progress_lines import ProgressLines
 
 
 def train(
@@ -45,6 +45,8 @@ def train(
     override: bool = False,
     checkpoint_minutes: float = 5.0,
     checkpoint_steps: int | None = None,
+    overwrite: bool = False,
+    tensorboard: bool = False,
     strict: bool = False,
     json: bool = False,
 ) -> None:
@@ -71,6 +73,10 @@ def train(
         override: Resume although settings or data are not those of the run; what differs is recorded in config.json.
         checkpoint_minutes: Write the state at least this often.
         checkpoint_steps: Write the state after every so many steps, too.
+        overwrite: Remove the run that lies in the run folder before the training begins; a folder that holds anything
+            else is refused.
+        tensorboard: Write TensorBoard's event files, with the figures of metrics.csv, into the folder tensorboard of
+            the run folder.
         strict: Stop at the first file that cannot be read, instead of leaving it out.
         json: Print the result as JSON on standard output.
     """
@@ -87,7 +93,8 @@ def train(
     silence_other_ranks()
     start = training.starting_point(config)
     config = start.config
-    training.check_run_folder(out, resume=resume)
+    if folds is None:
+        training.check_run_folder(out, resume=resume, overwrite=overwrite)
     how = {**start.load_options(data, size=size, resize=resize), "test_fraction": test_fraction}
     how["photos"] = config.augment != "none"
     images = load_data(data, data_dir=data_dir, seed=config.seed, strict=strict, **how)
@@ -102,6 +109,7 @@ def train(
             "looked at once, at the end"
         )
     keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
+    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite}
     if folds is not None:
         train_folds(images, config, folds=folds, out=out, json=json, resume=resume, **keeping)
         return
@@ -151,6 +159,7 @@ def train_with_progress(
     *,
     out: Path,
     command: str = "the same command and --resume",
+    overwrite: bool = False,
     **checkpoint_options: Any,
 ) -> TrainResult:
     """Train with a bar on a terminal and a line for every epoch; Ctrl-C and SIGTERM stop it after the step.
@@ -160,17 +169,33 @@ def train_with_progress(
         config: the recipe.
         out: the run folder to make.
         command: what resumes the training, to be printed when it was stopped.
+        overwrite: whether to remove a run that lies there.
         **checkpoint_options: of `nin.training.CheckpointOptions`.
     """
     from nin import training
 
     with training_bar(out, command) as (bar, stop):
         keeping = training.CheckpointOptions(**checkpoint_options, stop=stop)
-        return training.train(images, config, out=out, keeping=keeping, on_progress=bar.show, on_note=bar.line)
+        return training.train(
+            images,
+            config,
+            out=out,
+            keeping=keeping,
+            on_progress=bar.show,
+            on_note=bar.line,
+            overwrite=overwrite,
+        )
 
 
 def train_folds(
-    images: nin.data.Data, config: TrainConfig, *, folds: int, out: Path, json: bool, **checkpoint_options: Any
+    images: nin.data.Data,
+    config: TrainConfig,
+    *,
+    folds: int,
+    out: Path,
+    json: bool,
+    overwrite: bool,
+    **checkpoint_options: Any,
 ) -> None:
     """Cross-validate with a bar on a terminal, and print the figures of each fold, their mean and their spread."""
     from nin import training
@@ -183,6 +208,7 @@ def train_folds(
             folds=folds,
             out=out,
             keeping=keeping,
+            overwrite=overwrite,
             on_fold=lambda number, fold: bar.line(
                 f"fold {number} of {folds}: {accuracy_text(fold.info.result, 'test_accuracy')}"
             ),
@@ -206,17 +232,20 @@ def train_folds(
 
 
 class TrainingBar(ProgressBar):
-    """A progress bar with a line for every epoch; a hundred short epochs get twenty lines."""
+    """A progress bar with the lines of a training, and of each fold's."""
+
+    def __init__(self) -> None:
+        super().__init__("Training")
+        self.lines: dict[str, ProgressLines] = {}
 
     def show(self, p: TrainProgress, prefix: str = "") -> None:
         """Show how far a training is."""
-        self.update(p.step, p.steps, f"{prefix}epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}")
-        if p.row and (p.epoch % max(1, p.epochs // 20) == 0 or p.epoch == p.epochs):
-            part = evaluated_part(p.row)
-            self.line(
-                f"{prefix}epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
-                f"{part} accuracy {format_percent(p.row[f'{part}_accuracy'], 2)}  {p.row['seconds']:.0f} s"
-            )
+        from nin.training.progress_lines import ProgressLines
+
+        lines = self.lines.setdefault(prefix, ProgressLines())
+        self.update(p.step, p.steps, f"{prefix}{lines.text(p)}")
+        for line in lines.after(p):
+            self.line(f"{prefix}{line}")
 
 
 @contextlib.contextmanager
@@ -229,7 +258,7 @@ def training_bar(
         out: the folder to make.
         command: what resumes the training, to be printed when it was stopped.
     """
-    with TrainingBar("Training") as bar, catch_stop_signals() as received:
+    with TrainingBar() as bar, catch_stop_signals() as received:
         try:
             yield bar, lambda: bool(received)
         except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
 from nin.training.cross_validation import cross_validate
-from nin.training.loop import TrainProgress, train
+from nin.training.loop import train
+from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.starting_point import starting_point
 from nin.training.state import CheckpointOptions, check_run_folder, has_begun, is_finished, with_recorded_flip

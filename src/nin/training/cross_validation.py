@@ -13,9 +13,10 @@ from nin.config import TrainConfig, check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
-from nin.training.loop import TrainProgress, train
+from nin.training.loop import train
+from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
-from nin.training.state import CheckpointOptions
+from nin.training.state import CheckpointOptions, remove_run
 
 SUMMARY_FILE = "folds.json"
 
@@ -55,6 +56,7 @@ def cross_validate(
     folds: int,
     out: Path,
     keeping: CheckpointOptions | None = None,
+    overwrite: bool = False,
     on_fold: Callable[[int, TrainResult], None] | None = None,
     on_progress: Callable[[int, TrainProgress], None] | None = None,
 ) -> FoldsResult:
@@ -69,6 +71,7 @@ def cross_validate(
         folds: their number, at least 2.
         out: the folder to make, with a run folder ``fold-1`` … for each, and ``folds.json``.
         keeping: as for `nin.train`. Resuming keeps the folds that are finished, and goes on with the one that is not.
+        overwrite: remove the folds that lie in ``out`` before this training begins, as `nin.train` does with a run.
         on_fold: called with the number of a fold, from 1, and its result.
         on_progress: called with the number of the fold and its progress, as that of `nin.train`.
 
@@ -81,9 +84,14 @@ def cross_validate(
     check_value("folds", folds, int, lambda x: x >= 2, "at least 2")
     keeping = keeping or CheckpointOptions()
     parts = [data.take_fold(images, number, folds=folds, seed=config.seed) for number in range(1, folds + 1)]
-    begun = [number for number in range(1, folds + 1) if fold_folder(out, number).exists()]
-    if begun and not keeping.resume:
-        raise UserError(f"{out} holds folds already: go on with --resume, or give another --out")
+    if overwrite and keeping.resume:
+        raise UserError("give resume or overwrite, not both: one goes on with the folds, the other removes them")
+    begun = sorted(out.glob("fold-*"))
+    if begun and not (keeping.resume or overwrite):
+        raise UserError(f"{out} holds folds already: go on with --resume, or give another --out, or --overwrite")
+    for folder in begun if overwrite and distributed.is_main_process() else []:
+        remove_run(folder)
+        folder.rmdir()
     results = []
     for number, part in enumerate(parts, 1):
         result = train(
@@ -92,6 +100,7 @@ def cross_validate(
             out=fold_folder(out, number),
             keeping=keeping,
             on_progress=on_progress and functools.partial(on_progress, number),
+            progress=None if on_progress is None else False,
         )
         results.append(result)
         if on_fold is not None:

@@ -1,5 +1,6 @@
 """The training loop: epochs, steps, tests and checkpoints, from images and a `nin.config.TrainConfig` to a result."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,6 +22,9 @@ from nin.runtime import distributed, torchrun
 from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
 from nin.training.early_stopping import EarlyStopping, best_epoch
+from nin.training.event_log import EventLog
+from nin.training.progress import ProgressReporter, TrainProgress
+from nin.training.progress_lines import shown_progress
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
 from nin.training.starting_point import starting_point
 from nin.training.state import (
@@ -41,27 +45,6 @@ from nin.training.step import TrainStep
 MAX_LOST_FILES = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainProgress:
-    """How far a training is, as ``on_progress`` is called with after every step and every epoch.
-
-    Attributes:
-        step: steps done, of ``steps``.
-        steps: in the whole training.
-        epoch: the current one, from 1, of ``epochs``.
-        epochs: in the whole training.
-        loss: of the last step.
-        row: the epoch's metrics where one has just ended (see `nin.epoch_metrics`), else None.
-    """
-
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float
-    row: dict[str, float] | None = None
-
-
 def train(
     source: Any,
     config: TrainConfig | None = None,
@@ -71,6 +54,8 @@ def train(
     network: Callable[[], nn.Module] | None = None,
     on_progress: Callable[[TrainProgress], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    progress: bool | None = None,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Train a network on images and test it.
 
@@ -84,6 +69,10 @@ def train(
             folder holds networks of `nin.models` only.
         on_progress: called after every step and every epoch.
         on_note: called with a line for people: which of the weights that it begins with fit.
+        progress: show a bar and a line for each epoch. If not given, they are shown in a notebook and on a terminal,
+            unless ``on_progress`` is given.
+        overwrite: remove the run that lies in ``out`` before this training begins, as for a notebook's cell that is run
+            again. A folder that holds anything else is refused.
 
     Returns:
         The network with averaged weights, and its test accuracy with a 95 % interval.
@@ -104,10 +93,12 @@ def train(
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
     if folder is None and options.resume:
         raise UserError("resume goes on in a run folder: give out=")
+    if overwrite and options.resume:
+        raise UserError("give resume or overwrite, not both: one goes on with a run, the other removes it")
     # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
     resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
-    check_run_folder(folder, resume=resume)
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
     if isinstance(source, data.Data):
         images = source
     else:
@@ -125,12 +116,12 @@ def train(
             "the result's model"
         )
     with use_threads(resolved.threads):
-        note = on_note or (lambda text: None)
-        make = network or start.make_model(resolved, images, resumes=resume, on_note=note)
+        make = network or start.make_model(resolved, images, resumes=resume, on_note=on_note or (lambda text: None))
         train_step = TrainStep(make, resolved)
-        trainer = Trainer(images, train_step, folder, options, on_progress or (lambda progress: None))
-        with run_folder(folder, resume=options.resume):
-            return trainer.run()
+        with shown_progress(progress, on_progress) as report:
+            trainer = Trainer(images, train_step, folder, options, report)
+            with run_folder(folder, resume=options.resume, overwrite=overwrite):
+                return trainer.run()
 
 
 def loss_read_interval(device: torch.device) -> int:
@@ -158,7 +149,7 @@ class Trainer:
         on_progress: Callable[[TrainProgress], None],
     ) -> None:
         self.train_step, self.config, self.device = train_step, train_step.config, train_step.device
-        self.folder, self.options, self.on_progress = folder, options, on_progress
+        self.folder, self.options = folder, options
         self.output = folder if distributed.is_main_process() else None  # one process writes
         self.images = batches.hold_images(images, self.config, self.device)
         if self.config.balance == "weights":
@@ -168,6 +159,8 @@ class Trainer:
         self.settings = {"recipe": dataclasses.asdict(self.config), "data": data_record(self.images)}
         self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), self.config.batch_size)
         self.steps = self.steps_per_epoch * self.config.epochs
+        event_log = EventLog(self.output) if self.output is not None and options.tensorboard else None
+        self.reporter = ProgressReporter(self.steps, self.config.epochs, self.output, event_log, on_progress)
         self.state = TrainState()
         self.early_stopping = EarlyStopping(self.config.patience)
         self.saved_at = time.monotonic()
@@ -177,7 +170,7 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train the epochs that are left, with the other processes of the job, and return the result."""
-        with distributed.process_group(self.device):
+        with contextlib.closing(self.reporter), distributed.process_group(self.device):
             if self.options.resume:
                 assert self.folder is not None
                 if is_finished(self.folder):
@@ -197,14 +190,14 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, test, and write the run folder."""
-        p, epochs, ahead = self.state.position, self.config.epochs, self.read_interval > 1
+        p, ahead = self.state.position, self.read_interval > 1
         started, before = time.perf_counter(), p.epoch_seconds
         for x, labels in batches.epoch_batches(
             self.images, self.config, self.device, epoch=p.epoch, first_step=p.step, ahead=ahead, on_lost=self.on_lost
         ):
             loss = self.take_step(x, labels)
             p.epoch_seconds = before + time.perf_counter() - started
-            self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, loss))
+            self.reporter.after_step(self.step, p.epoch + 1, loss)
             self.save_if_due()
         self.read_losses()
         p.epoch_seconds = before + time.perf_counter() - started
@@ -216,7 +209,7 @@ class Trainer:
             self.save(self.output)
             with self.early_stopping.best_weights(self.train_step.ema_model):
                 write_run(self.output, self.train_step.ema_model, self.info({}), self.state, self.images)
-        self.on_progress(TrainProgress(self.step, self.steps, p.epoch + 1, epochs, row["train_loss"], row))
+        self.reporter.after_epoch(self.step, self.state.metrics)
 
     @property
     def step(self) -> int:

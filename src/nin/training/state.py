@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from nin.config import check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
+from nin.training import event_log
 from nin.training.early_stopping import EarlyStopping
 from nin.training.step import TrainStep
 
@@ -27,6 +29,7 @@ class CheckpointOptions:
         override: resume although settings or data differ; the differences are recorded in ``config.json``.
         minutes: save the state at least this often; it is saved at the end of every epoch too.
         steps: save the state after every so many steps, or None.
+        tensorboard: write TensorBoard's event files, too.
         stop: called after every step; when it returns True, the state is saved and the training ends with
             KeyboardInterrupt.
     """
@@ -35,6 +38,7 @@ class CheckpointOptions:
     override: bool = False
     minutes: float = 5.0
     steps: int | None = None
+    tensorboard: bool = False
     stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
@@ -143,7 +147,11 @@ def with_recorded_flip(images: data.Data, folder: Path) -> data.Data:
     return dataclasses.replace(images, flip=recipe["flip"], flip_reason="the training was begun so")
 
 
-def check_run_folder(out: Path | None, *, resume: bool) -> None:
+# a training that was killed before it wrote anything else leaves the file that says how far it was
+_LEFT_BEHIND = (checkpoint.PROGRESS_FILE,)
+
+
+def check_run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> None:
     """Check that a training may write its run folder, before anything is read or computed.
 
     Raises:
@@ -151,19 +159,50 @@ def check_run_folder(out: Path | None, *, resume: bool) -> None:
     """
     if out is None or resume or not distributed.is_main_process():
         return
+    if overwrite:
+        files_of_run(out)
+        return
     if (out / checkpoint.STATE_FILE).exists():
-        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out")
-    checkpoint.check_output_folder(out)
+        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out, or --overwrite")
+    checkpoint.check_output_folder(out, may_contain=_LEFT_BEHIND)
 
 
-def run_folder(out: Path | None, *, resume: bool) -> contextlib.AbstractContextManager[None]:
+def run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> contextlib.AbstractContextManager[None]:
     """Return the context in which a training writes its run folder, see `nin.checkpoint.output_folder`.
 
     Raises:
         UserError: as `check_run_folder`.
     """
+    if out is not None and overwrite and not resume and distributed.is_main_process():
+        remove_run(out)
     check_run_folder(out, resume=resume)
-    return checkpoint.output_folder(out, may_contain=None if resume else ())
+    return checkpoint.output_folder(out, may_contain=None if resume else _LEFT_BEHIND)
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """Return the files and folders of a run in its folder, none where there is no folder.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in found:
+        if path.name not in checkpoint.FILES and path.name != event_log.FOLDER:
+            raise UserError(f"overwrite removes runs only, and {path} is none of a run's files: give another folder")
+    return found
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files of a run from its folder, if there are any.
+
+    Raises:
+        UserError: the folder holds anything else; nothing is removed.
+    """
+    for path in files_of_run(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def has_begun(folder: Path) -> bool:
