@@ -6,7 +6,7 @@ def duration(seconds: float) -> str:
 
     Example:
         >>> [duration(s) for s in (0.4, 75, 1000, 5400, 200_000)]
-        ['1 s', '75 s', '17 min', '1 h 30 min', '2 d 8 h']
+        ['1 s', '75 s', '17 min', '1 h 30 min', '2 d 7 h']
     """
     if seconds < 120:
         return f"{max(1, round(seconds))} s"
