@@ -20,6 +20,7 @@ from rich.console import Console
 from nin import data, models, training
 from nin.cli import app, check, console, demo, predict
 from nin.config import TrainConfig
+from nin.display import progress_bar
 from nin.inference import classifier
 
 
@@ -523,7 +524,7 @@ def test_other_errors_are_not_hidden(monkeypatch):
 def clock(monkeypatch):
     """Return a list whose one number is the time, in seconds, of progress bars."""
     now = [0.0]
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress_bar, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

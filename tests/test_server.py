@@ -410,6 +410,7 @@ def test_the_description_lists_every_operation(client):
         "/api/layers/{index}/narrowed",
         "/api/dead",
         "/api/bottleneck",
+        "/api/training",
     }
     assert set(paths["/api/predict"]["post"]["requestBody"]["content"]) == {"image/*", "multipart/form-data"}
 

@@ -48,7 +48,11 @@ def serve(
     def show_address(address: str) -> None:
         runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
         what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
-        messages.print(f"{address}  {what}. The HTTP API is described at {address}api. Ctrl-C ends it.")
+        if address.endswith("training"):
+            what = f"the curves of {run}, which is not finished; beside them {what}"
+        messages.print(
+            f"{address}  {what}. The HTTP API is described at {address.removesuffix('training')}api. Ctrl-C ends it."
+        )
 
     with nin.models.trust() if trust else contextlib.nullcontext():
         server.serve(

@@ -243,9 +243,9 @@ class TrainingBar(ProgressBar):
         from nin.training.progress_lines import ProgressLines
 
         lines = self.lines.setdefault(prefix, ProgressLines())
-        self.update(p.step, p.steps, f"{prefix}{lines.text(p)}")
         for line in lines.after(p):
             self.line(f"{prefix}{line}")
+        self.update(p.step, p.steps, f"{prefix}{lines.text(p)}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The report of a run as one HTML file, which loads and runs nothing."""
 
 import functools
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from nin.display.numbers import format_count, format_percent, format_percent_range
-from nin.display.svg_chart import line_chart, reliability_chart
+from nin.display.svg_chart import reliability_chart
+from nin.display.training_curves import training_curves
 from nin.epoch_metrics import evaluated_part
 from nin.report import heatmaps
 from nin.report.data import Calibration, ConfusedPair, ExamplePrediction, ReportData
@@ -45,7 +45,7 @@ def render_report(report: ReportData) -> str:
         evaluated_part=evaluated_part,
         samples=[_sample(example) for example in report.samples],
         mistakes=[(example, _image(example.pixels)) for example in mistakes],
-        charts=_charts(report.curves),
+        charts=training_curves(report.curves),
         reliability=[(calibration, _reliability_chart(calibration)) for calibration in report.calibration],
         matrix=_matrix(report) if len(report.classes) <= MAX_MATRIX_CLASSES else None,
         confused=_bars(report.confused),
@@ -159,26 +159,6 @@ def _sample(example: ExamplePrediction) -> dict[str, Any]:
         "maps": list(zip(example.maps, overlays, strict=True)),
         "limit": f"{limit:.1f}" if limit >= 0.05 else f"{limit:.1g}",
     }
-
-
-def _charts(curves: Sequence[dict[str, float]]) -> dict[str, str]:
-    """Return the training curves as SVG by their titles."""
-    epochs = [row.get("epoch", i + 1) for i, row in enumerate(curves)]
-    charts = {}
-    for kind, title, factor, format_value, highest in (
-        ("accuracy", "accuracy, %", 100, lambda v: f"{v:.1f}{NARROW_SPACE}%", 100.0),
-        ("loss", "loss (cross entropy), nats", 1, lambda v: f"{v:.3g}", math.inf),
-    ):
-        series = {
-            name: [factor * row[f"{part}_{kind}"] for row in curves]
-            for name, part in (("test", "test"), ("validation", "validation"), ("training", "train"))
-            if curves and f"{part}_{kind}" in curves[0]
-        }
-        if series:
-            charts[title] = line_chart(
-                title, epochs, series, x_label="epoch", format_value=format_value, highest=highest
-            )
-    return charts
 
 
 def _reliability_chart(calibration: Calibration) -> str:

@@ -1,7 +1,7 @@
 """Schemas of the HTTP API's responses; the names of the classes are those of the OpenAPI document."""
 
 import base64
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -29,6 +29,19 @@ class Problem(BaseModel):
     """Why a request was refused."""
 
     detail: str
+
+
+class Training(BaseModel):
+    """How far the training of the run is."""
+
+    state: Literal["none", "training", "interrupted", "finished"]
+    text: str = Field(description="the same in a sentence")
+    name: str = Field(default="", description="of the run folder")
+    step: int = Field(default=0, description="done, while it trains")
+    steps: int = Field(default=0, description="in the whole training, while it trains")
+    note: str = Field(default="", description="what should be known, such as that it has stopped learning")
+    epochs_done: int = 0
+    charts: dict[str, str] = Field(default={}, description="the curves as SVG, by their titles")
 
 
 class Numbers(BaseModel):

@@ -16,7 +16,7 @@ TYPES = {
     ".json": "application/json",
     ".svg": "image/svg+xml",
 }
-NAMES = {"index.html": "/", "api.html": "/api"}
+NAMES = {"index.html": "/", "api.html": "/api", "training.html": "/training"}
 
 
 @cache

@@ -11,6 +11,7 @@ import uvicorn
 from nin.checkpoint import load_info
 from nin.runtime.listener import listen
 from nin.server.app import create_app
+from nin.server.training_status import is_begun, is_unfinished
 
 
 def serve(
@@ -41,7 +42,7 @@ def serve(
     """
     # what is quickly found wrong is said before a network is loaded
     for folder in (run, beside):
-        if folder is not None:
+        if folder is not None and not is_begun(folder):
             load_info(folder)
     listener = listen(host, port) if listener is None else listener
     try:
@@ -52,6 +53,8 @@ def serve(
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5)
 
+    if run is not None and is_unfinished(run):
+        address += "training"
     if on_start is not None:
         on_start(address)
     if browser:

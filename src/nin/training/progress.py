@@ -61,6 +61,7 @@ class ProgressReporter:
     ) -> None:
         self.steps, self.epochs, self.event_log, self.on_progress = steps, epochs, event_log, on_progress
         self.path = None if folder is None else folder / PROGRESS_FILE
+        self.note = ""  # the last one, for the file
         self.written_at = -SECONDS_BETWEEN_FILES
         self.epoch_mark: tuple[int, float] | None = None  # step and time when the last epoch ended
         self.session_mark: tuple[int, float] | None = None  # when the second step of this session began
@@ -84,7 +85,8 @@ class ProgressReporter:
         self.epoch_mark = (step, now)
         if self.event_log is not None:
             self.event_log.write(metrics)
-        row = metrics[-1]
+        row, note = metrics[-1], plateau_note(metrics, self.epochs)
+        self.note = note or self.note
         self._report(
             TrainProgress(
                 step,
@@ -94,7 +96,7 @@ class ProgressReporter:
                 row["train_loss"],
                 row,
                 seconds_left=self._left(step),
-                note=plateau_note(metrics, self.epochs),
+                note=note,
             )
         )
 
@@ -111,6 +113,7 @@ class ProgressReporter:
         self.written_at = time.monotonic()
         values: Mapping[str, object] = {
             **{name: value for name, value in vars(progress).items() if name != "row"},
+            "note": self.note,
             "updated": time.time(),
         }
         temporary = path.with_name(f".{path.name}.new")

@@ -32,9 +32,8 @@ class ProgressLines:
         self.said_end = False
 
     def text(self, p: TrainProgress) -> str:
-        """Return what stands beside the bar: epoch, loss, and the time that is left."""
-        left = "" if p.seconds_left is None else f"  {duration(p.seconds_left)} left"
-        return f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}{left if p.step < p.steps else ''}"
+        """Return what stands beside the bar, which says the steps and the time that is left."""
+        return f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}"
 
     def after(self, p: TrainProgress) -> list[str]:
         """Return the lines that are to be printed now."""
@@ -91,9 +90,9 @@ def shown_progress(
         with ProgressBar("Training", console=console) as bar:
 
             def show(p: TrainProgress) -> None:
-                bar.update(p.step, p.steps, lines.text(p))
                 for line in lines.after(p):
                     bar.line(line)
+                bar.update(p.step, p.steps, lines.text(p))
 
             yield _both(show, on_progress)
     else:
@@ -134,4 +133,5 @@ class NotebookProgress:
         self.shown_at = time.monotonic()
         text = "<br>".join(line.replace("&", "&amp;").replace("<", "&lt;") for line in self.printed)
         bar = f'<progress max="{p.steps}" value="{p.step}" style="width: 20em"></progress>'
-        self.handle.update(self.html(f'<pre style="margin: 0">{text}</pre>{bar} {self.lines.text(p)}'))
+        left = "" if p.seconds_left is None else f", {duration(p.seconds_left)} left"
+        self.handle.update(self.html(f'<pre style="margin: 0">{text}</pre>{bar} {self.lines.text(p)}{left}'))

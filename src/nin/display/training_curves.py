@@ -1,0 +1,28 @@
+"""The curves of a training as SVG."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from nin.display.svg_chart import line_chart
+
+NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+
+def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return the training curves as SVG by their titles."""
+    epochs = [row.get("epoch", i + 1) for i, row in enumerate(curves)]
+    charts = {}
+    for kind, title, factor, format_value, highest in (
+        ("accuracy", "accuracy, %", 100, lambda v: f"{v:.1f}{NARROW_SPACE}%", 100.0),
+        ("loss", "loss (cross entropy), nats", 1, lambda v: f"{v:.3g}", math.inf),
+    ):
+        series = {
+            name: [factor * row[f"{part}_{kind}"] for row in curves]
+            for name, part in (("test", "test"), ("validation", "validation"), ("training", "train"))
+            if curves and f"{part}_{kind}" in curves[0]
+        }
+        if series:
+            charts[title] = line_chart(
+                title, epochs, series, x_label="epoch", format_value=format_value, highest=highest
+            )
+    return charts
