@@ -1,21 +1,24 @@
 """Every page of the product at the widths of phones, tablets and desks: nothing overflows, breaks in two or is tiny."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import expect
 from torch import nn
 
 import nin
-from nin import checkpoint, data, models, report
+from nin import checkpoint, data, models, report, server
 from nin.narrowing import CurvePoint
 from nin.narrowing.report import ControlReport
 from nin.profiling.bench.report import html_page
 from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
 from nin.runtime.timer import Timing
-from support.browser import needs_chromium
+from support.browser import Visit, needs_chromium, slide
 from support.layout import SCHEMES, WIDTHS, axe_faults, layout_faults
+from support.serving import Running, make_run, png
 
 pytestmark = needs_chromium
 
@@ -105,3 +108,66 @@ def test_a_written_page_fits_every_screen(browser, axe, name, tmp_path):
         assert axe_faults(axe, page) == []
     page.close()
     assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Serve the lesson with a look inside."""
+    running = Running(server.create_app(make_run(tmp_path_factory.mktemp("served") / "run")))
+    running.app.state.service.runs[0].samples.thread.join(timeout=60)
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("width", WIDTHS[2:])
+def test_the_served_page_fits_wide_screens(browser, served, width):
+    scheme = SCHEMES[WIDTHS.index(width) % 2]
+    made = Visit(
+        browser, served, viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page = made.page
+    expect(page.locator("#inside [data-paths] h3")).to_have_count(1)
+    page.locator("#one-channel").get_by_label("ReLU").uncheck()
+    slide(page, "weight", -2.7)  # the widest numbers of step 1
+    for r in (20, 64, 128, 200, 256):  # the label of step 5 goes with it
+        slide(page, "r:", r)
+        assert layout_faults(page) == [], r
+    page.emulate_media(color_scheme=SCHEMES[1 - SCHEMES.index(scheme)])
+    assert layout_faults(page) == []
+    page.goto(served.url + "/api")
+    expect(page.get_by_role("heading", name="POST /api/predict")).to_be_visible()
+    assert layout_faults(page) == []
+    made.close()
+
+
+def test_the_circle_of_step_6_is_a_circle_on_a_portrait_photo(browser, served):
+    made = Visit(browser, served, reduced_motion="reduce")
+    step = made.page.locator("#colours")
+    photo = {"name": "x.png", "mimeType": "image/png", "buffer": png(size=(30, 90))}
+    step.locator("input[type=file]").set_input_files(photo)
+    expect(step.locator("canvas").first).to_have_attribute("width", "30")
+    step.get_by_role("application").focus()
+    made.page.keyboard.press("ArrowDown")
+    step.get_by_role("application").click(position={"x": 100, "y": 100})
+    circle = step.locator(".marker").bounding_box()
+    assert circle["width"] == pytest.approx(circle["height"], abs=1)
+    made.close()
+
+
+def test_a_layer_that_takes_long_shows_no_numbers_of_another(browser, served):
+    """The maps and sums of the layer before go at once, and it is said that the next is being computed."""
+    made = Visit(browser, served, reduced_motion="reduce")
+    inside = made.page.locator("#inside")
+    expect(inside.locator("[data-paths] h3")).to_have_count(1)
+    release, started = threading.Event(), threading.Event()
+    served.app.state.service.batcher.compute(lambda: (started.set(), release.wait(20)))
+    started.wait(10)
+    inside.get_by_role("button", name="block 1, 3×3").click()
+    expect(inside.locator("p[role=status]")).to_have_text("This layer is being computed …")
+    assert inside.locator("[data-channel], [data-paths] h3").count() == 0
+    inside.get_by_role("button", name="block 1, 1×1 (1)").click()  # another is chosen before it comes
+    release.set()
+    expect(inside.locator("[data-paths] h3")).to_have_count(1, timeout=20_000)
+    expect(inside.locator("h3").filter(has_text="block 1, 1×1 (1)").first).to_be_visible()
+    expect(inside.locator("p[role=status]")).to_be_hidden()
+    made.close()

@@ -13,7 +13,7 @@ function show(path, method, operation) {
   const bodies = Object.keys(operation.requestBody?.content ?? {}).map((type) => ["body", type]);
   const answers = Object.entries(operation.responses).map(([status, answer]) => [status, answer.description]);
   return element("section", { class: "block" },
-    element("h2", {}, element("code", {}, `${method.toUpperCase()} ${path}`)),
+    element("h2", {}, element("code", {}, `${method.toUpperCase()} `, ...path.split(/(?=\/)/).flatMap((part) => [element("wbr"), part]))),
     element("p", {}, operation.description),
     rows([...parameters, ...bodies, ...answers]));
 }

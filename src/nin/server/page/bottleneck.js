@@ -16,7 +16,7 @@ export function bottleneck(figure, { health }) {
   const width = element("figcaption");
   const data = { macs: element("data") };
   const ms = { narrow: element("span", {}, "–"), wide: element("span", {}, "–") };
-  const chart = svg("svg", { class: "chart", viewBox: "0 0 640 270", width: 640, height: 270, role: "img" });
+  const chart = svg("svg", { class: "chart", viewBox: "0 0 640 284", width: 640, height: 284, role: "img" });
   const said = element("p", { class: "said" });
   const note = element("p", { class: "quiet" });
   const control = slider({ label: "r:", min: 8, max: 256, step: 1, value: r, onInput: (value) => { r = value; update(); } });
@@ -40,7 +40,7 @@ export function bottleneck(figure, { health }) {
         break;
       }
       update();
-      note.textContent = conditions(measured.get(value));
+      note.textContent = conditions(measured.get(value)) + busy([measured.get(value).narrow, measured.get(value).wide]);
     }
     one.disabled = all.disabled = false;
   }
@@ -89,6 +89,11 @@ function table(rows) {
 }
 
 const milliseconds = (timing) => `${format(timing.median_ms, 1)} (${format(timing.low_ms, 1)} to ${format(timing.high_ms, 1)})`;
+
+// What is said of times that scatter: a ratio of them is no better than they are.
+const STEADY = 1.3;
+const busy = (timings) => (timings.some(({ low_ms: low, high_ms: high }) => high > STEADY * low)
+  ? ` The times scatter by more than ${format(100 * (STEADY - 1), 0)} %: something else runs on this machine. Measure again when it rests.` : "");
 
 const conditions = ({ narrow, shape, dtype, memory_format: order, threads, torch, processor }) =>
   `Milliseconds: median (20th to 80th percentile) of ${narrow.runs} runs in turn, ${shape.join("×")}, ${dtype}, ${order}, ${threads} threads, PyTorch ${torch}, ${processor}`

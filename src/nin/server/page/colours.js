@@ -18,6 +18,7 @@ export async function colours(figure) {
   result.setAttribute("aria-label", "what comes out");
   const caption = element("figcaption", {}, "what the filter lets through");
   const units = element("div", { class: "units", hidden: true });
+  const legend = element("p", { class: "quiet", hidden: true }, "Each unit’s weights for red (R), green (G) and blue (B): the bar’s height is the size, its colour the sign.");
   const bars = makeUnits(units);
   const sliders = NAMES.map((name, c) => slider({
     label: name, min: -2, max: 2, step: 0.05, value: state.weights[c], show: (v) => format(v, 2),
@@ -33,7 +34,7 @@ export async function colours(figure) {
     element("div", { class: "photos" },
       element("figure", { class: "part" }, element("figcaption", {}, "the photo: click a colour"), photo.element),
       element("figure", { class: "part" }, caption, element("div", { class: "picture" }, result))),
-    said, units);
+    said, legend, units);
 
   async function open(source) {
     stop();
@@ -53,7 +54,7 @@ export async function colours(figure) {
   // The filter of the sliders: relu(weights · colour), white where it is 1 or more.
   function mix() {
     stop();
-    units.hidden = true;
+    units.hidden = legend.hidden = true;
     caption.textContent = "what the filter lets through";
     const [r, g, b] = state.weights;
     paint(result, state.photo, (x, y, z) => Math.max(0, r * x + g * y + b * z));
@@ -76,7 +77,7 @@ export async function colours(figure) {
     const network = new ColourNetwork(values, wanted);
     const each = calm() ? STEPS : 4; // all at once where motion is not wanted
     const start = 4 * (row * width + column);
-    units.hidden = false;
+    units.hidden = legend.hidden = false;
     caption.textContent = "what the network picks out";
     const frame = () => {
       let loss = 0;
@@ -122,7 +123,8 @@ function makeUnits(box) {
   const cells = Array.from({ length: HIDDEN }, () => NAMES.map(() => element("i", { class: "bar" })));
   box.append(...cells.map((bars, h) => element("div", {},
     element("p", { class: "caption" }, `unit ${h + 1}`),
-    element("div", { class: "unit-box", role: "img" }, ...bars))));
+    element("div", { class: "unit-box", role: "img" }, ...bars),
+    element("div", { class: "unit-names", "aria-hidden": true }, ...NAMES.map((name) => element("span", { title: name }, name[0].toUpperCase()))))));
   return (parameters) => cells.forEach((bars, h) => {
     const weights = NAMES.map((_, c) => parameters[3 * h + c]);
     bars.forEach((bar, c) => {

@@ -36,11 +36,12 @@ class Inside {
     this.panels = element("div", { class: "looks" }, ...this.views.map((view) => this.panel(view)));
     this.layerButtons = network.layers.map((layer, i) => this.layerButton(layer, i));
     this.title = element("h3");
+    this.status = element("p", { class: "said", role: "status", hidden: true });
     this.channels = element("div", { class: "looks" });
     this.paths = element("div", { class: "looks", "data-paths": "" });
     this.narrowed = new NarrowingPanel((rebuilt) => this.redraw(rebuilt));
     this.block = element("div", { class: "block", hidden: true },
-      element("h3", {}, "Layer by layer"), this.layerRows(), this.title, this.channels, element("div", { class: "block" }, this.paths), this.narrowed.element);
+      element("h3", {}, "Layer by layer"), this.layerRows(), this.title, this.status, this.channels, element("div", { class: "block" }, this.paths), this.narrowed.element);
     const above = this.beside ? this.views[0].chooser : element("div", { class: "controls" }, checkbox("Compare with a second image", false, (on) => this.compare(on)));
     this.element = element("div", {}, above, this.panels, this.block);
   }
@@ -100,17 +101,34 @@ class Inside {
     const { seen, network } = this;
     if (!seen.length) return;
     this.block.hidden = false;
-    const turn = (this.turn += 1);
+    const turn = (this.shown = this.turn += 1);
     const layer = network.layers[this.layer];
     this.layerButtons.forEach((button, i) => button.setAttribute("aria-pressed", i === this.layer));
     const silent = network.dead?.channels[this.layer] ?? [];
     this.title.textContent = `${layer.name}: ${channelsOf(layer)}`
       + (network.dead ? `, ${silent.length} dead on all of ${network.dead.images} test images` : "");
     for (const view of seen) view.index = view.network.layerAt(layer.place);
-    const drawn = await Promise.all(seen.map((view) => this.channelMaps(view)));
-    if (turn !== this.turn) return; // another layer was chosen meanwhile
-    this.channels.replaceChildren(...drawn);
-    await this.choose(this.channel);
+    // what is shown of another layer goes at once: the numbers of a large one take seconds
+    this.channels.replaceChildren();
+    this.paths.replaceChildren();
+    this.narrowed.close();
+    this.say("This layer is being computed …");
+    try {
+      const drawn = await Promise.all(seen.map((view) => this.channelMaps(view)));
+      if (turn !== this.turn) return; // another layer was chosen meanwhile
+      this.channels.replaceChildren(...drawn);
+      await this.choose(this.channel);
+      if (turn === this.shown) this.say("");
+    } catch (error) {
+      if (turn === this.shown) this.say(`This layer could not be shown: ${error.message}`);
+    }
+  }
+
+  // What is being done, where it takes a while; nothing where all is shown.
+  say(words) {
+    this.status.textContent = words;
+    this.status.hidden = !words;
+    this.block.setAttribute("aria-busy", words.endsWith("…"));
   }
 
   async channelMaps(view) {
@@ -147,7 +165,7 @@ class Inside {
       view.note.textContent = other ? `channel ${alike.channel + 1} is most like the chosen one on this image: correlation ${format(alike.correlation, 2)}` : "";
     });
     this.seen.forEach((view, i) => {
-      for (const button of this.channels.children[i].querySelectorAll("button")) button.setAttribute("aria-pressed", Number(button.dataset.channel) === view.channel);
+      for (const button of this.channels.children[i]?.querySelectorAll("button") ?? []) button.setAttribute("aria-pressed", Number(button.dataset.channel) === view.channel);
     });
     await this.point();
     const [first] = this.seen;

@@ -6,7 +6,7 @@ import { largest } from "./maths.js";
 import { coordinates, macs, narrowMacs, rebuild, stopsPaying, varianceKept } from "./low-rank.js";
 import { LIVE } from "./api-client.js";
 
-const [WIDE, HIGH, LEFT, TOP, BOTTOM] = [420, 170, 46, 8, 132];
+const [WIDE, HIGH, LEFT, TOP, BOTTOM] = [420, 176, 58, 14, 138];
 
 export class NarrowingPanel {
   // onRebuilt(output) to show all maps narrowed, onRebuilt(null) to show them as they are.
@@ -33,6 +33,13 @@ export class NarrowingPanel {
     this.fractions = varianceKept(this.spectrum);
     this.rank = Math.max(1, Math.min(stopsPaying(layer) - 1, this.fractions.findIndex((fraction) => fraction >= 0.95)));
     this.build();
+  }
+
+  // Shows nothing until another layer is opened.
+  close() {
+    this.turn += 1;
+    this.view = null;
+    this.element.hidden = true;
   }
 
   choose(filter) {

@@ -33,7 +33,8 @@ export function picture({ label, onSelect = () => {}, onHover = null, square = f
     marker.style.top = `${(100 * (row + 0.5)) / canvas.height}%`;
     if (size !== null) {
       marker.style.width = `${(100 * size) / canvas.width}%`;
-      marker.style.height = `${(100 * size) / canvas.height}%`;
+      marker.style.height = "auto"; // as wide as high, whatever the photo's shape
+      marker.style.aspectRatio = "1";
     }
   };
   const draw = (image) => {

@@ -42,7 +42,10 @@ export function pixelGrid({ rows, columns, label, kind = "", onSelect = () => {}
     cells.forEach((cell, i) => {
       shade(cell, values[i], limit);
       if (digits === null) cell.setAttribute("aria-label", format(values[i], 2));
-      else cell.textContent = format(values[i], digits);
+      else {
+        cell.textContent = format(values[i], digits);
+        cell.classList.toggle("long", cell.textContent.length > 4); // −27.0
+      }
       cell.dataset.value = values[i];
     });
   };
