@@ -35,12 +35,34 @@ def few_digits():
     return dataclasses.replace(images, train=train)
 
 
-def work(images, out, *, die_at=None, stop_at=None):
+# a network with BatchNorm, whose images are mixed
+TUNE = TrainConfig(
+    model="timm:mobilenetv3_small_050",
+    recipe="finetune",
+    epochs=1,
+    batch_size=20,
+    mixup=0.2,
+    threads=1,
+    precision="fp32",
+)
+
+
+def few_colour_digits():
+    images, shape = few_digits(), {"channels": 3, "size": 32}
+    parts = {}
+    for name in ("train", "test"):
+        part = getattr(images, name).select(torch.arange(60))
+        pixels = part.fetch(torch.arange(60)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        parts[name] = data.ImageSet(pixels.repeat(1, 3, 1, 1), part.labels)
+    return dataclasses.replace(images, **parts, **shape, mean=images.mean * 3, std=images.std * 3)
+
+
+def work(images, out, *, die_at=None, stop_at=None, config=CONFIG):
     """Train as one of the processes, or as the only one, and write down the losses; end as the shell would."""
     losses = []
 
     def show(p):
-        if p.row is None:
+        if p.row is None and not p.phase:
             losses.append([p.step, p.loss])
         if p.step == die_at and distributed.rank() == 1 and not torchrun.is_restarted():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +72,7 @@ def work(images, out, *, die_at=None, stop_at=None):
 
     keeping = training.CheckpointOptions(steps=3, stop=stop)
     try:
-        training.train(images, CONFIG, out=out, keeping=keeping, on_progress=show)
+        training.train(images, config, out=out, keeping=keeping, on_progress=show)
     except UserError as error:
         out.with_suffix(f".{distributed.rank()}.error").write_text(str(error))
         sys.exit(2)
@@ -132,6 +154,20 @@ def test_two_processes_train_as_one_does_and_a_death_changes_no_bit(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"freeze": True}], ids=["all", "class layer"])
+def test_two_processes_fine_tune_as_one_does(tmp_path, changes):
+    images, one, two = few_colour_digits(), tmp_path / "one", tmp_path / "two"
+    config = dataclasses.replace(TUNE, **changes)
+    work(images, one, config=config)
+    assert run_job(images, two, 2, config=config) == [0, 0]
+    assert torch.allclose(losses_of(two), losses_of(one), rtol=1e-4)
+    mine, theirs = (load_file(out / checkpoint.MODEL_FILE) for out in (one, two))
+    fitted, expected = theirs["head.weight"], mine["head.weight"]
+    assert torch.allclose(fitted, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
+    rows = [epoch_metrics.read_csv(out / "metrics.csv")[-1]["train_loss"] for out in (one, two)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
 def test_torchrun_starts_again_what_died(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

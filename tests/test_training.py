@@ -360,7 +360,7 @@ def test_too_small_images_are_refused_with_the_size(digits):
         ({"model": 5}, "model must be a name, got 5"),
         ({"precision": "fp16"}, "precision must be one of auto, bf16, fp32, got 'fp16'"),
         ({"schedule": "step"}, "schedule must be one of cosine, triangle, got 'step'"),
-        ({"recipe": None}, "recipe must be one of default, speed, got None"),
+        ({"recipe": "fast"}, "recipe must be one of default, speed, finetune, got 'fast'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),

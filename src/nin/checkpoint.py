@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from nin import models
 from nin.data import CENTRE_SQUARE, Data
 from nin.data.preprocessing import Preprocessing as Preprocessing
-from nin.epoch_metrics import METRICS_FILE, TIMINGS_FILE
+from nin.epoch_metrics import LEARNING_RATE_FILE, METRICS_FILE, TIMINGS_FILE
 from nin.errors import UserError
 from nin.models.description import model_description as model_description
 from nin.models.description import model_from_description
@@ -36,7 +36,17 @@ MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state
 REPORT_FILE, FINDINGS_FILE = "report.html", "findings.csv"
 # while a training runs: how far it is
 PROGRESS_FILE = "progress.json"
-FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, METRICS_FILE, TIMINGS_FILE, REPORT_FILE, FINDINGS_FILE, PROGRESS_FILE)
+FILES = (
+    MODEL_FILE,
+    CONFIG_FILE,
+    STATE_FILE,
+    METRICS_FILE,
+    TIMINGS_FILE,
+    LEARNING_RATE_FILE,
+    REPORT_FILE,
+    FINDINGS_FILE,
+    PROGRESS_FILE,
+)
 
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)

@@ -72,19 +72,27 @@ class TrainConfig:
     """The settings of `nin.train`. What is None is chosen from the data by `resolve`, and recorded in the run folder.
 
     Attributes:
-        recipe: defaults of the other settings: "default", or "speed" for a GPU (see `RECIPES`).
+        recipe: defaults of the other settings: "default", "speed" for a GPU, or "finetune" (see `RECIPES`); if not
+            given, the last one where the training begins with weights, or only the class layer is trained.
         model: a name of `nin.models.MODELS`, or timm:NAME, torchvision:NAME, package.module:factory; if not given, that
             of ``weights`` where they are a run's, else chosen by the size of the images.
         pretrained: begin with the weights that timm or torchvision publish for the network. They are downloaded once.
         weights: begin with these: a .safetensors file, a state_dict that torch.save wrote (read without running code),
             or a run folder. The class layer is a new one where the classes are not as many.
-        epochs: passes over the training images; if not given, 18, and more where there are few images.
-        batch_size: images per step, of all processes together; if not given, 128, and less where there are few images.
+        freeze: train the class layer alone, on the features that the network has from its weights.
+        epochs: passes over the training images; if not given, 18 (finetune: 12), and more where there are few images.
+        batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
+            "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
         learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; 0.1 suits batches of 128.
+            "auto" finds one by a range test of less than a minute, see `nin.training.learning_rate_test`.
+        body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
+        optimizer: "sgd" unless the recipe says another, or "adamw".
         warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest.
         schedule: how it falls: "cosine", or "triangle" (in a straight line).
-        momentum: of SGD, in Nesterov's form.
+        momentum: of SGD, in Nesterov's form; of AdamW's gradients it is 0.9.
         weight_decay: per step, on weights only (not on biases and gains).
+        batch_norm: "train", unless the recipe says another, takes the mean and variance of each batch; "frozen" takes
+            the running ones that the weights came with, and leaves them. Scales and shifts are trained in either case.
         label_smoothing: probability of the target that is spread evenly over all classes.
         gradient_clip: maximum norm of the gradient of all parameters together.
         ema: decay per step of the averaged weights, which are the ones that are tested and saved.
@@ -116,17 +124,21 @@ class TrainConfig:
         threads: of the CPU; if not given, one for each core.
     """
 
-    recipe: Literal["default", "speed"] = "default"
+    recipe: Literal["default", "speed", "finetune"] | None = None
     model: str | None = None
     pretrained: bool = False
     weights: str | None = None
+    freeze: bool = False
     epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float = 0.1
+    batch_size: int | Literal["auto"] | None = None
+    learning_rate: float | Literal["auto"] = 0.1
+    body_rate: float | None = None
+    optimizer: Literal["sgd", "adamw"] | None = None
     warmup: float = 0.2
     schedule: Literal["cosine", "triangle"] = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    batch_norm: Literal["train", "frozen"] | None = None
     label_smoothing: float = 0.1
     gradient_clip: float = 1.0
     ema: float = 0.995
@@ -155,7 +167,7 @@ class TrainConfig:
         for names, kind, is_valid, requirement in _CHECKS:
             for name in names:
                 value = getattr(self, name)
-                if value is not None or name not in _OPTIONAL:
+                if not (value is None and name in _OPTIONAL) and not (value == "auto" and name in _FOUND):
                     object.__setattr__(self, name, check_value(name, value, kind, is_valid, requirement))
         for name, words in _WORDS.items():
             value = getattr(self, name)
@@ -166,6 +178,12 @@ class TrainConfig:
             raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
         if self.pretrained and self.weights is not None:
             raise UserError("give --pretrained or --weights, not both")
+        if self.freeze and not (self.pretrained or self.weights or self.recipe == "finetune"):
+            raise UserError(
+                "freeze trains the class layer on what weights have learned: give --pretrained or --weights"
+            )
+        if self.freeze and self.recipe not in (None, "finetune"):
+            raise UserError(f"freeze goes with the recipe finetune, got {self.recipe}")
         if self.pretrained and ":" not in (self.model or ""):
             raise UserError(f"--pretrained goes with --model timm:NAME or torchvision:NAME, got model={self.model}")
         if self.augment == "none" and (self.flip or self.shift):
@@ -174,6 +192,10 @@ class TrainConfig:
     def crops(self, image_size: int) -> bool:
         """Return whether images of this size, in pixels, are cropped at random."""
         return self.augment != "none" and image_size >= PHOTO_SIZE
+
+    def finds(self, name: str) -> bool:
+        """Return whether a setting is to be found by trying."""
+        return bool(getattr(self, name) == "auto")
 
     def resolve(self, *, images: int, image_size: int, flip: bool, shift: int) -> "ResolvedConfig":
         """Return the settings with every None replaced, apart from those of the machine.
@@ -192,8 +214,11 @@ class TrainConfig:
                 f"shift is for images below {PHOTO_SIZE} pixels, got {image_size}: larger ones are cropped at random; "
                 'leave it away, or give augment="none"'
             )
-        # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100)
-        epochs = min(100, max(18, math.ceil(400_000 / images)))
+        recipe = self.recipe or ("finetune" if self.pretrained or self.weights else "default")
+        # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100); from weights
+        # about 8,000, at least 12 times each, as the features are there already
+        seen, least = (8_000, 12) if recipe == "finetune" else (400_000, 18)
+        epochs = 1 if self.freeze else min(100, max(least, math.ceil(seen / images)))
         # at least 20 steps an epoch, so that a few hundred images still make a thousand steps
         batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
         # nin_cifar up to the size at which it costs what nin_imagenet does at 224 pixels; at 96 it costs twice that
@@ -201,8 +226,12 @@ class TrainConfig:
         model = self.model or by_size
         values = dict(vars(self))
         untouched = {field.name for field in dataclasses.fields(TrainConfig) if values[field.name] == field.default}
-        values |= {name: value for name, value in RECIPES[self.recipe].items() if name in untouched}
+        values |= {name: value for name, value in RECIPES[recipe].items() if name in untouched}
         chosen = {
+            "recipe": recipe,
+            "body_rate": 1.0,
+            "optimizer": "sgd",
+            "batch_norm": "train",
             "model": model,
             "epochs": epochs,
             "batch_size": batch_size,
@@ -218,7 +247,10 @@ class TrainConfig:
 
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
-_OPTIONAL |= {"weights", "validation", "patience", "balance"}
+_OPTIONAL |= {"recipe", "body_rate", "optimizer", "batch_norm", "weights", "validation", "patience", "balance"}
+
+# settings whose "auto" means that they are found by trying
+_FOUND = {"learning_rate", "batch_size"}
 
 # for the settings: the type, which values are in range, and that in words
 _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
@@ -229,15 +261,18 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
     (("dropout",), float, lambda x: 0 <= x < 1, "at least 0 and below 1"),
     (("learning_rate", "gradient_clip"), float, lambda x: 0 < x < math.inf, "above 0 and finite"),
     (("mixup", "cutmix"), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+    (("body_rate",), float, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     (("weight_decay",), float, lambda x: 0 <= x < math.inf, "at least 0 and finite"),
     (("shift",), int, lambda x: x >= 0, "at least 0 and finite"),
-    (("flip", "pretrained"), bool, lambda x: True, ""),
+    (("flip", "pretrained", "freeze"), bool, lambda x: True, ""),
     (("model", "weights", "device"), str, lambda x: True, ""),
 )
 
 # for settings that are words: which
 _WORDS = {
-    "recipe": ("default", "speed"),
+    "recipe": ("default", "speed", "finetune"),
+    "optimizer": ("sgd", "adamw"),
+    "batch_norm": ("train", "frozen"),
     "schedule": ("cosine", "triangle"),
     "normalisation": ("weight_standardisation", "none"),
     "last_activation": ("none", "relu"),
@@ -251,9 +286,14 @@ _WORDS = {
 class ResolvedConfig(TrainConfig):
     """`TrainConfig` after `resolve`: settings that depend on the data are no longer None."""
 
+    recipe: Literal["default", "speed", "finetune"] = "default"
     model: str = "nin_cifar"
     epochs: int = 20
     batch_size: int = 128
+    learning_rate: float = 0.1
+    body_rate: float = 1.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    batch_norm: Literal["train", "frozen"] = "train"
     dropout: float = 0.0
     normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
     flip: bool = False
@@ -277,6 +317,26 @@ RECIPES: dict[str, dict[str, Any]] = {
         # airbench's; the straight line keeps the rate high for longer than the cosine's end does
         "schedule": "triangle",
         # averages over as many images as 0.995 does with batches of 128
+        "ema": 0.98,
+    },
+    # From weights, for as few as some hundred images. Before the first epoch the class layer is fitted to the features
+    # that the weights give (see `nin.training.head_fit`): the gradients of a random one would undo them. Figures:
+    # docs/finetuning.md.
+    "finetune": {
+        # its steps have one length in layers whose gradients differ by orders of magnitude, so one learning rate serves
+        # networks of all kinds: Steiner et al. 2021, arXiv 2106.10270, section 3
+        "optimizer": "adamw",
+        "weight_decay": 0.05,
+        # 20 steps an epoch for 660 photos
+        "batch_size": 32,
+        # the class layer is fitted already; 2e-3 and 1e-3 unlearn in the first epochs what the weights know
+        "learning_rate": 5e-4,
+        # the body has learned from a million images, the class layer from a few hundred
+        "body_rate": 0.2,
+        # the moments of a batch of 32 are noise to layers that have seen a million images
+        "batch_norm": "frozen",
+        "warmup": 0.1,
+        # averages over the last 50 steps, two or three epochs of some hundred images
         "ema": 0.98,
     },
 }

@@ -1,4 +1,4 @@
-"""The figures of each epoch as metrics.csv and timings.csv."""
+"""The figures of each epoch as metrics.csv and timings.csv; the range test of the learning rate."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from nin.errors import UserError
 from nin.runtime.files import write_atomically
 
 METRICS_FILE, TIMINGS_FILE = "metrics.csv", "timings.csv"
+LEARNING_RATE_FILE = "learning_rate.csv"
 
 # The columns of metrics.csv are the same for every run with the same settings; those of timings.csv are the clock's.
 METRICS = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy")
@@ -31,8 +32,14 @@ def save_metrics(folder: Path, rows: Sequence[Mapping[str, float]]) -> None:
         write_atomically(folder / name, "".join(",".join(line) + "\n" for line in [list(columns), *lines]))
 
 
+def save_learning_rate_test(folder: Path, rates: Sequence[float], losses: Sequence[float]) -> None:
+    """Write the learning rate and the smoothed loss of each step of a range test into ``learning_rate.csv``."""
+    lines = [f"{rate:.6g},{loss:.6g}\n" for rate, loss in zip(rates, losses, strict=True)]
+    write_atomically(folder / LEARNING_RATE_FILE, "".join(["learning_rate,loss\n", *lines]))
+
+
 def read_csv(path: Path) -> tuple[dict[str, float], ...]:
-    """Return the rows of a file that `save_metrics` wrote, none where there is no file.
+    """Return the rows of a file that a function of this module wrote, none where there is no file.
 
     Raises:
         UserError: a line has other columns than the first one, or holds something else than numbers.

@@ -1,7 +1,7 @@
 """SGD and AdamW, gradient clipping, an exponential moving average (EMA) of the weights, the one-cycle schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,8 @@ class OptimizerWithEMA:
     Args:
         model: trained in place.
         ema_model: a network of the same architecture; it is overwritten with the averaged weights.
-        optimizer: of the model's parameters, such as `sgd` or `adamw` return; its learning rate is set at each step.
+        optimizer: of the model's parameters, such as `sgd` or `adamw` return; its learning rate is set at each step,
+            in each group times the group's ``lr_factor``, where it has one.
     """
 
     def __init__(self, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -48,7 +49,7 @@ class OptimizerWithEMA:
         On a GPU they are written into tensors in its memory, where a replayed CUDA graph reads them.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = _filled(group["lr"], learning_rate)
+            group["lr"] = _filled(group["lr"], learning_rate * group.get("lr_factor", 1.0))
         self.lerp_weight = _filled(self.lerp_weight, 1 - ema_decay)
 
     def backward_and_update(self, loss: Tensor, *, gradient_clip: float) -> None:
@@ -76,7 +77,8 @@ class OptimizerWithEMA:
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore the state that `state_dict` returned; what came after it is forgotten."""
+        self.optimizer.state.clear()
         for network, prefix in ((self.model, "model."), (self.ema_model, "average.")):
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         parameters = dict(self.model.named_parameters())
@@ -97,7 +99,15 @@ def _filled(setting: float | Tensor, value: float) -> float | Tensor:
     return setting.fill_(value) if isinstance(setting, Tensor) else value
 
 
-def sgd(model: nn.Module, *, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+def sgd(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    slower: Iterable[nn.Parameter] = (),
+    slower_rate: float = 1.0,
+) -> torch.optim.Optimizer:
     """Return stochastic gradient descent with Nesterov momentum.
 
     Args:
@@ -105,13 +115,21 @@ def sgd(model: nn.Module, *, learning_rate: float, momentum: float, weight_decay
         learning_rate: at the first step.
         momentum: of the gradients.
         weight_decay: per step, on weights, not on biases and gains (one-dimensional).
+        slower: parameters of the model whose learning rate is lower.
+        slower_rate: factor of their learning rate.
     """
-    groups = _parameter_groups(model, weight_decay)
+    groups = _parameter_groups(model, weight_decay, slower, slower_rate)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    slower: Iterable[nn.Parameter] = (),
+    slower_rate: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return Adam with decoupled weight decay.
 
@@ -120,18 +138,27 @@ def adamw(
         learning_rate: at the first step.
         betas: decay of the running averages of the gradient and of its square.
         weight_decay: times the learning rate per step, on weights, not on biases and gains (one-dimensional).
+        slower: parameters of the model whose learning rate is lower.
+        slower_rate: factor of their learning rate.
 
     Source:
         Loshchilov, Hutter: Decoupled weight decay regularization, 2017, arXiv 1711.05101.
     """
-    return torch.optim.AdamW(_parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+    groups = _parameter_groups(model, weight_decay, slower, slower_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters with weight decay and those without, as an optimiser takes them."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, slower: Iterable[nn.Parameter], slower_rate: float
+) -> list[dict[str, Any]]:
+    """Return the parameters with weight decay and those without, the slower ones apart, as an optimiser takes them."""
+    slow = {id(p) for p in slower} if slower_rate != 1 else set()
+    groups = []
+    for factor, is_slow in ((1.0, False), (slower_rate, True)):
+        of_rate = [p for p in model.parameters() if (id(p) in slow) == is_slow]
+        for decay, is_weight in ((weight_decay, True), (0.0, False)):
+            group = [p for p in of_rate if (p.dim() > 1) == is_weight]
+            groups.append({"params": group, "weight_decay": decay, "lr_factor": factor})
     return [group for group in groups if group["params"]]
 
 

@@ -26,3 +26,14 @@ def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
                 title, epochs, series, x_label="epoch", format_value=format_value, highest=highest
             )
     return charts
+
+
+def range_test_chart(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return the range test of the learning rate as SVG by its title; nothing where there was none."""
+    if not rows:
+        return {}
+    title = "range test of the learning rate: smoothed loss"
+    exponents = [math.log10(row["learning_rate"]) for row in rows]
+    series = {"training": [row["loss"] for row in rows]}
+    label = "learning rate, power of ten"
+    return {title: line_chart(title, exponents, series, x_label=label, format_value=lambda v: f"{v:.3g}")}

@@ -122,6 +122,7 @@ def build_report(
         classes=classifier.classes,
         headline=headline,
         curves=curves,
+        range_test=epoch_metrics.read_csv(run / epoch_metrics.LEARNING_RATE_FILE),
         per_class=tuple(map(ClassMetrics, classifier.classes, *class_counts)),
         confusion=tuple(map(tuple, confusion.tolist())),
         confused=_most_confused(confusion),

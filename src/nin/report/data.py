@@ -178,6 +178,7 @@ class ReportData:
         classes: their names.
         headline: the main figures.
         curves: the rows of ``metrics.csv``.
+        range_test: the rows of ``learning_rate.csv``; none where the learning rate was given.
         per_class: figures of each class.
         confusion: counts (true class, predicted class).
         confused: the most frequent confusions, the most frequent first.
@@ -199,6 +200,7 @@ class ReportData:
     classes: tuple[str, ...]
     headline: RunSummary
     curves: tuple[dict[str, float], ...]
+    range_test: tuple[dict[str, float], ...]
     per_class: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     confused: tuple[ConfusedPair, ...]

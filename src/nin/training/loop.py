@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from nin import checkpoint, data
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.config import TrainConfig
+from nin.epoch_metrics import save_learning_rate_test
 from nin.errors import UserError
 from nin.inference import metrics
 from nin.inference.evaluation import Part, evaluate, gather_scores, wilson_interval
 from nin.runtime import distributed, torchrun
 from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
+from nin.training.batch_size_test import check_batch_size_test, find_batch_size
 from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.event_log import EventLog
+from nin.training.head_fit import HeadFit, fit_class_layer, no_fit_reason
+from nin.training.learning_rate_test import find_learning_rate
+from nin.training.loss_reader import LossReader, loss_read_interval
 from nin.training.progress import ProgressReporter, TrainProgress
 from nin.training.progress_lines import shown_progress
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
@@ -37,6 +42,7 @@ from nin.training.state import (
     load_state,
     run_folder,
     save_state,
+    with_found_settings,
     with_recorded_flip,
 )
 from nin.training.step import TrainStep
@@ -87,7 +93,7 @@ def train(
         451
     """
     config = config or TrainConfig()
-    choose_device(config.device)  # before the images, so that a mistake shows at once
+    check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
     start = starting_point(config)
     config = start.config
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
@@ -106,9 +112,9 @@ def train(
     images = start.normalised(images)
     if folder is not None and options.resume:
         images = with_recorded_flip(images, folder)
+        config = with_found_settings(config, folder)
     images = data.split_validation(images, config.validation, seed=config.seed)
     resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
-    batches.check_batch_size(resolved, len(images.train))
     keep_freed_memory()
     if folder is not None and images.channels not in (1, 3):
         raise UserError(
@@ -116,17 +122,17 @@ def train(
             "the result's model"
         )
     with use_threads(resolved.threads):
-        make = network or start.make_model(resolved, images, resumes=resume, on_note=on_note or (lambda text: None))
+        note = on_note or (lambda text: None)
+        make = network or start.make_model(resolved, images, resumes=resume, on_note=note)
+        if resolved.finds("batch_size"):
+            size = find_batch_size(resolved, images, make, choose_device(config.device))
+            resolved = dataclasses.replace(resolved, batch_size=size)
+        batches.check_batch_size(resolved, len(images.train))
         train_step = TrainStep(make, resolved)
         with shown_progress(progress, on_progress) as report:
             trainer = Trainer(images, train_step, folder, options, report)
             with run_folder(folder, resume=options.resume, overwrite=overwrite):
                 return trainer.run()
-
-
-def loss_read_interval(device: torch.device) -> int:
-    """Return the number of steps whose losses are read together: on a GPU many, as reading waits for all of them."""
-    return 50 if device.type == "cuda" else 1
 
 
 class Trainer:
@@ -157,16 +163,15 @@ class Trainer:
             train_step.class_weights = weights.to(self.device)
         self.network = network_description(train_step.ema_model, folder)
         self.settings = {"recipe": dataclasses.asdict(self.config), "data": data_record(self.images)}
-        self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), self.config.batch_size)
+        count = len(images.train)
+        self.steps_per_epoch = 1 if self.config.freeze else batches.count_steps_per_epoch(count, self.config.batch_size)
         self.steps = self.steps_per_epoch * self.config.epochs
         event_log = EventLog(self.output) if self.output is not None and options.tensorboard else None
         self.reporter = ProgressReporter(self.steps, self.config.epochs, self.output, event_log, on_progress)
         self.state = TrainState()
         self.early_stopping = EarlyStopping(self.config.patience)
         self.saved_at = time.monotonic()
-        self.read_interval = loss_read_interval(self.device)
-        self.unread: list[tuple[Tensor, Tensor, int]] = []  # loss, hits, images of each step
-        self.last_loss = math.nan
+        self.losses = LossReader(loss_read_interval(self.device))
 
     def run(self) -> TrainResult:
         """Train the epochs that are left, with the other processes of the job, and return the result."""
@@ -178,7 +183,13 @@ class Trainer:
                 self.state = load_state(
                     self.folder, self.train_step, self.early_stopping, self.settings, override=self.options.override
                 )
+            elif (
+                self.config.recipe == "finetune" and not self.config.freeze and not no_fit_reason(self.train_step.model)
+            ):
+                self.fit_class_layer()
             with self.train_step.data_parallel(min(self.config.batch_size, len(self.images.train))):
+                if self.config.finds("learning_rate"):
+                    self.find_learning_rate()
                 while not self.is_over:
                     self.train_epoch()
                 return self.finish()
@@ -190,16 +201,18 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train what is left of an epoch, test, and write the run folder."""
-        p, ahead = self.state.position, self.read_interval > 1
+        p = self.state.position
         started, before = time.perf_counter(), p.epoch_seconds
-        for x, labels in batches.epoch_batches(
-            self.images, self.config, self.device, epoch=p.epoch, first_step=p.step, ahead=ahead, on_lost=self.on_lost
-        ):
-            loss = self.take_step(x, labels)
-            p.epoch_seconds = before + time.perf_counter() - started
-            self.reporter.after_step(self.step, p.epoch + 1, loss)
-            self.save_if_due()
-        self.read_losses()
+        if self.config.freeze:
+            fit = self.fit_class_layer()
+            p.step, p.loss_sum, p.hits, p.seen = 1, fit.loss * fit.images, fit.hits, fit.images
+        else:
+            for x, labels in self.batches(p.epoch, p.step):
+                loss = self.take_step(x, labels)
+                p.epoch_seconds = before + time.perf_counter() - started
+                self.reporter.after_step(self.step, p.epoch + 1, loss)
+                self.save_if_due()
+            self.read_losses()
         p.epoch_seconds = before + time.perf_counter() - started
         row = self.end_epoch()
         self.state.metrics.append(row)
@@ -210,6 +223,43 @@ class Trainer:
             with self.early_stopping.best_weights(self.train_step.ema_model):
                 write_run(self.output, self.train_step.ema_model, self.info({}), self.state, self.images)
         self.reporter.after_epoch(self.step, self.state.metrics)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's part of the batches of an epoch, images and labels."""
+        options: dict[str, Any] = {"ahead": self.losses.interval > 1, "on_lost": self.on_lost}
+        return batches.epoch_batches(
+            self.images, self.config, self.device, epoch=epoch, first_step=first_step, **options
+        )
+
+    def fit_class_layer(self) -> HeadFit:
+        """Fit the class layer to the features of the other layers, in the trained network and in the averaged one."""
+        step, phase = self.train_step, "features of the frozen layers"
+        fit = fit_class_layer(
+            step.model,
+            self.images,
+            self.config,
+            device=self.device,
+            dtype=step.dtype,
+            class_weights=step.class_weights,
+            on_lost=self.on_lost,
+            on_progress=lambda *counts: self.reporter.before_steps(phase, *counts),
+        )
+        step.ema_model.load_state_dict(step.model.state_dict())
+        return fit
+
+    def find_learning_rate(self) -> None:
+        """Find the learning rate by a range test, and write its curve into the run folder."""
+        phase = "range test of the learning rate"
+        found = find_learning_rate(
+            self.train_step,
+            self.config,
+            itertools.chain.from_iterable(map(self.batches, itertools.count())),
+            on_progress=lambda *figures: self.reporter.before_steps(phase, *figures),
+        )
+        self.config = self.train_step.config = dataclasses.replace(self.config, learning_rate=found.learning_rate)
+        self.settings["recipe"]["learning_rate"] = found.learning_rate
+        if self.output is not None:
+            save_learning_rate_test(self.output, found.rates, found.losses)
 
     @property
     def step(self) -> int:
@@ -224,33 +274,18 @@ class Trainer:
         if distributed.world_size() > 1:
             hits, images = distributed.all_reduce_sum(torch.stack([hits, hits.new_tensor(count)]))
             count = int(images)
-        self.unread.append((loss, hits, count))
         self.state.position.step += 1
-        if len(self.unread) >= self.read_interval:
+        if self.losses.add(loss, hits, count):
             self.read_losses()
-        return self.last_loss
+        return self.losses.last
 
     def read_losses(self) -> None:
-        """Copy the losses and hits of the steps since the last time to the CPU, and add them to the epoch's sums.
+        """Add the losses and hits of the steps since the last time to the epoch's sums.
 
         Raises:
             UserError: a loss is no finite number.
         """
-        p, unread = self.state.position, self.unread
-        self.unread = []
-        if not unread:
-            return
-        rows = torch.stack([torch.stack((loss.double(), hits.double())) for loss, hits, _ in unread]).tolist()
-        for i, ((loss, hits), (_, _, count)) in enumerate(zip(rows, unread, strict=True)):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss} at step {self.step - len(unread) + i + 1} (epoch {p.epoch + 1}); what was "
-                    f"written before is kept. Try a lower learning_rate than {self.config.learning_rate}"
-                )
-            p.loss_sum += loss * count
-            p.hits += int(hits)
-            p.seen += count
-            self.last_loss = loss
+        self.losses.read(self.state.position, step=self.step, learning_rate=self.config.learning_rate)
 
     def end_epoch(self) -> dict[str, float]:
         """Test, and return the epoch's metrics."""
@@ -262,7 +297,7 @@ class Trainer:
         return {
             "epoch": p.epoch + 1,
             "step": self.step,
-            "learning_rate": self.train_step.learning_rate(self.step - 1, self.steps),
+            "learning_rate": 0.0 if self.config.freeze else self.train_step.learning_rate(self.step - 1, self.steps),
             "train_loss": p.loss_sum / p.seen,
             "train_accuracy": p.hits / p.seen,
             **{f"{part}_{name}": value for name, value in figures.items()},

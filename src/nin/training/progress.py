@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ class TrainProgress:
         steps: in the whole training.
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
-        loss: of the last step.
+        loss: of the last step; NaN before the first one.
         row: the epoch's metrics where one has just ended (see `nin.epoch_metrics`), else None.
         seconds_left: until all epochs are trained, at the pace of the last epoch; of this session's steps before one
             has ended, and None before there are any.
         note: what a person should know after this epoch, said once; else "".
+        phase: what comes before the first step, in words, of which ``step`` of ``steps`` is done; empty in the epochs.
     """
 
     step: int
@@ -38,6 +40,7 @@ class TrainProgress:
     row: dict[str, float] | None = None
     seconds_left: float | None = None
     note: str = ""
+    phase: str = ""
 
 
 class ProgressReporter:
@@ -66,6 +69,10 @@ class ProgressReporter:
         self.epoch_mark: tuple[int, float] | None = None  # step and time when the last epoch ended
         self.session_mark: tuple[int, float] | None = None  # when the second step of this session began
         self.seconds_per_step: float | None = None
+
+    def before_steps(self, phase: str, done: int, count: int, loss: float = math.nan) -> None:
+        """Tell the callback of what comes before the first step: ``done`` of ``count`` of it."""
+        self.on_progress(TrainProgress(done, count, 1, self.epochs, loss, phase=phase))
 
     def after_step(self, step: int, epoch: int, loss: float) -> None:
         """Report a step; the epoch is counted from 1."""

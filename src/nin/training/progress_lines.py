@@ -33,10 +33,12 @@ class ProgressLines:
 
     def text(self, p: TrainProgress) -> str:
         """Return what stands beside the bar, which says the steps and the time that is left."""
-        return f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}"
+        return p.phase or f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.3f}"
 
     def after(self, p: TrainProgress) -> list[str]:
         """Return the lines that are to be printed now."""
+        if p.phase:
+            return []
         lines = []
         if self.started is None:
             self.started = time.monotonic()

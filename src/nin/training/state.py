@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nin import checkpoint, data
-from nin.config import check_value
+from nin.config import TrainConfig, check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
@@ -130,18 +130,34 @@ def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [f"{name}={old}, now {name}={new}" for name, old, new in changed]
 
 
+def _recorded_recipe(folder: Path) -> dict[str, Any]:
+    """Return the settings of the training in a run folder; empty where there is none."""
+    if (folder / checkpoint.CONFIG_FILE).exists():
+        return checkpoint.load_info(folder).recipe
+    recipe: dict[str, Any] = {}
+    if (folder / checkpoint.STATE_FILE).exists():
+        recipe = checkpoint.load_state(folder)[1]["recipe"]
+    return recipe
+
+
+def with_found_settings(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the settings with what the training in a run folder found for "auto".
+
+    Raises:
+        UserError: what is there is damaged.
+    """
+    found = [name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"]
+    recipe = _recorded_recipe(folder) if found else {}
+    return dataclasses.replace(config, **{name: recipe[name] for name in found if name in recipe})
+
+
 def with_recorded_flip(images: data.Data, folder: Path) -> data.Data:
     """Return the images with the choice of the training in a run folder whether to mirror them, where there is one.
 
     Raises:
         UserError: what is there is damaged.
     """
-    if (folder / checkpoint.CONFIG_FILE).exists():
-        recipe = checkpoint.load_info(folder).recipe
-    elif (folder / checkpoint.STATE_FILE).exists():
-        recipe = checkpoint.load_state(folder)[1]["recipe"]
-    else:
-        return images
+    recipe = _recorded_recipe(folder)
     if not isinstance(recipe.get("flip"), bool) or recipe["flip"] == images.flip:
         return images
     return dataclasses.replace(images, flip=recipe["flip"], flip_reason="the training was begun so")
