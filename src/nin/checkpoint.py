@@ -36,17 +36,8 @@ MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state
 REPORT_FILE, FINDINGS_FILE = "report.html", "findings.csv"
 # while a training runs: how far it is
 PROGRESS_FILE = "progress.json"
-FILES = (
-    MODEL_FILE,
-    CONFIG_FILE,
-    STATE_FILE,
-    METRICS_FILE,
-    TIMINGS_FILE,
-    LEARNING_RATE_FILE,
-    REPORT_FILE,
-    FINDINGS_FILE,
-    PROGRESS_FILE,
-)
+_TABLES = (METRICS_FILE, TIMINGS_FILE, LEARNING_RATE_FILE, FINDINGS_FILE)
+FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, *_TABLES, REPORT_FILE, PROGRESS_FILE)
 
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)

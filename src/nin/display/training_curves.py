@@ -28,7 +28,7 @@ def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
     return charts
 
 
-def range_test_chart(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def range_test_curve(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return the range test of the learning rate as SVG by its title; nothing where there was none."""
     if not rows:
         return {}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nin.display.numbers import format_count, format_percent, format_percent_range
 from nin.display.svg_chart import reliability_chart
-from nin.display.training_curves import range_test_chart, training_curves
+from nin.display.training_curves import range_test_curve, training_curves
 from nin.epoch_metrics import evaluated_part
 from nin.report import heatmaps
 from nin.report.data import Calibration, ConfusedPair, ExamplePrediction, ReportData
@@ -45,7 +45,7 @@ def render_report(report: ReportData) -> str:
         evaluated_part=evaluated_part,
         samples=[_sample(example) for example in report.samples],
         mistakes=[(example, _image(example.pixels)) for example in mistakes],
-        charts={**training_curves(report.curves), **range_test_chart(report.range_test)},
+        charts={**training_curves(report.curves), **range_test_curve(report.range_test)},
         reliability=[(calibration, _reliability_chart(calibration)) for calibration in report.calibration],
         matrix=_matrix(report) if len(report.classes) <= MAX_MATRIX_CLASSES else None,
         confused=_bars(report.confused),

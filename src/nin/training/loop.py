@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,8 +123,7 @@ def train(
             "the result's model"
         )
     with use_threads(resolved.threads):
-        note = on_note or (lambda text: None)
-        make = network or start.make_model(resolved, images, resumes=resume, on_note=note)
+        make = network or start.make_model(resolved, images, resumes=resume, on_note=on_note or (lambda text: None))
         if resolved.finds("batch_size"):
             size = find_batch_size(resolved, images, make, choose_device(config.device))
             resolved = dataclasses.replace(resolved, batch_size=size)
@@ -242,7 +242,7 @@ class Trainer:
             dtype=step.dtype,
             class_weights=step.class_weights,
             on_lost=self.on_lost,
-            on_progress=lambda *counts: self.reporter.before_steps(phase, *counts),
+            on_progress=lambda done, count: self.reporter.before_steps(phase, done, count, math.nan),
         )
         step.ema_model.load_state_dict(step.model.state_dict())
         return fit

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +23,12 @@ class TrainProgress:
         steps: in the whole training.
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
-        loss: of the last step; NaN before the first one.
+        loss: of the last step; NaN where nothing is trained yet.
         row: the epoch's metrics where one has just ended (see `nin.epoch_metrics`), else None.
         seconds_left: until all epochs are trained, at the pace of the last epoch; of this session's steps before one
             has ended, and None before there are any.
+        phase: what comes before the first step, in words, of which ``step`` of ``steps`` is done; "" in the epochs.
         note: what a person should know after this epoch, said once; else "".
-        phase: what comes before the first step, in words, of which ``step`` of ``steps`` is done; empty in the epochs.
     """
 
     step: int
@@ -70,8 +69,8 @@ class ProgressReporter:
         self.session_mark: tuple[int, float] | None = None  # when the second step of this session began
         self.seconds_per_step: float | None = None
 
-    def before_steps(self, phase: str, done: int, count: int, loss: float = math.nan) -> None:
-        """Tell the callback of what comes before the first step: ``done`` of ``count`` of it."""
+    def before_steps(self, phase: str, done: int, count: int, loss: float) -> None:
+        """Report what comes before the first step; only to the callback, as it takes a minute at most."""
         self.on_progress(TrainProgress(done, count, 1, self.epochs, loss, phase=phase))
 
     def after_step(self, step: int, epoch: int, loss: float) -> None:

@@ -37,9 +37,9 @@ class ProgressLines:
 
     def after(self, p: TrainProgress) -> list[str]:
         """Return the lines that are to be printed now."""
+        lines: list[str] = []
         if p.phase:
-            return []
-        lines = []
+            return lines
         if self.started is None:
             self.started = time.monotonic()
             lines.append(f"{p.epochs} {'epoch' if p.epochs == 1 else 'epochs'} of {p.steps // p.epochs:,} steps")
