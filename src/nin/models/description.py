@@ -91,6 +91,8 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
             with torch.device("cpu"):  # on the meta device they lose the buffers that are no weights
                 return create(name, description["num_classes"], in_channels=description["in_channels"])
         case "narrowed":
-            return apply_plan(model_from_description(description["base"]), description["plan"])
+            base = model_from_description(description["base"])
+            with next(base.parameters()).device:  # where it is loaded from a file, only nin's own are on meta
+                return apply_plan(base, description["plan"])
         case kind:
             raise ValueError(f"the model's kind must be 'nin', 'googlenet', 'external' or 'narrowed', got {kind!r}")
