@@ -112,7 +112,7 @@ def classifier_of(model):
 
 
 def test_maps_need_a_network_that_makes_them():
-    with pytest.raises(UserError, match="confidence maps need a NiN or a GoogLeNet, got Sequential"):
+    with pytest.raises(UserError, match=r"confidence maps need a network of nin\.models, got Sequential"):
         classifier_of(without_maps()).confidence_maps(picture(3, 32))
 
 

@@ -317,9 +317,9 @@ def test_several_budgets_and_a_control(run, tmp_path, capsys):
     assert 0.5 * report["macs"][1] < control["macs"] <= report["macs"][1]
     assert nin.load(out / "control").info.result["test_accuracy"] == control["accuracy"]
     page = (out / "narrowing.html").read_text()
-    assert page.count('<div class="curve"><svg') == 2
+    assert page.count("<h3>Accuracy in % at batch") == 2
     assert page.count("<circle") == 2 * (1 + 3 + 1 + 1)
-    assert f"{control['accuracy']:.4f}" in page
+    assert f"{100 * control['accuracy']:.2f}" in page
     written = json.loads((out / "narrowing.json").read_text())["report"]
     kept = nin.narrowing.NarrowReport.from_dict(written)
     assert json.loads(json.dumps(kept.to_dict())) == written

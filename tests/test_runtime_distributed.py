@@ -168,10 +168,11 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, changes):
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_what_died(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
-        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_processes as t\n"
+        "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import test_runtime_distributed as t\n"
         "t.work(t.few_digits(), pathlib.Path(sys.argv[2]), die_at=8)\n"
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

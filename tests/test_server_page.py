@@ -149,22 +149,6 @@ def test_pixels_are_chosen_by_the_keyboard_and_steps_2_and_3_agree(visit):
     expect(visit.locator("#live")).to_contain_text("Output")  # said to those who do not see it
 
 
-def test_hovering_takes_less_than_a_frame(visit):
-    milliseconds = visit.locator("#many-channels [role=application]").first.evaluate(
-        """(block) => {
-            const frame = block.getBoundingClientRect(), times = [];
-            for (let i = 0; i < 60; i++) {
-                const [x, y] = [frame.left + frame.width * (0.1 + 0.1 * (i % 6)), frame.bottom - frame.height * 0.3];
-                const start = performance.now();
-                block.dispatchEvent(new PointerEvent('pointermove', {clientX: x, clientY: y, bubbles: true}));
-                times.push(performance.now() - start);
-            }
-            return times.sort((a, b) => a - b)[30];
-        }"""
-    )
-    assert milliseconds < 16
-
-
 def test_shrinking_counts(visit):
     data = visit.locator("#shrinking data")
     assert [data.nth(i).get_attribute("value") for i in range(3)] == ["4816896", "6176", "25088"]

@@ -40,21 +40,24 @@ def serve(
     for folder in (run, beside):
         if folder is not None and not folder.is_dir():
             raise UserError(f"there is no folder {folder}. A run is made with: nin train DATA --out RUN")
-    listener = listen(host, port)
-    messages.print("Loading …")
+    with contextlib.closing(listen(host, port)) as listener:
+        from nin import server  # imports PyTorch, which what is wrong above need not wait for
+        from nin.runtime.device import choose_device
 
-    from nin import server  # imports PyTorch, which what is wrong above need not wait for
+        choose_device(device)
+        messages.print("Loading …")
 
-    def show_address(address: str) -> None:
-        runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
-        what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
-        if address.endswith("training"):
-            what = f"the curves of {run}, which is not finished; beside them {what}"
-        messages.print(
-            f"{address}  {what}. The HTTP API is described at {address.removesuffix('training')}api. Ctrl-C ends it."
-        )
+        def show_address(address: str) -> None:
+            runs = " beside ".join(str(folder) for folder in (run, beside) if folder is not None)
+            what = f"the lesson, and {runs} to look inside" if runs else "the lesson"
+            if address.endswith("training"):
+                what = f"the curves of {run}, which is not finished; beside them {what}"
+            messages.print(
+                f"{address}  {what}. The HTTP API is described at {address.removesuffix('training')}api. "
+                "Ctrl-C ends it."
+            )
 
-    with nin.models.trust() if trust else contextlib.nullcontext():
-        server.serve(
-            run, beside=beside, host=host, browser=browser, device=device, listener=listener, on_start=show_address
-        )
+        with nin.models.trust() if trust else contextlib.nullcontext():
+            server.serve(
+                run, beside=beside, host=host, browser=browser, device=device, listener=listener, on_start=show_address
+            )
