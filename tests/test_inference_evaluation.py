@@ -7,6 +7,7 @@ from torch._subclasses import FakeTensorMode
 
 import nin
 from nin import data
+from nin.inference import evaluation
 from nin.inference.evaluation import evaluate
 
 
@@ -22,3 +23,9 @@ def test_no_operation_mixes_devices(flip):
         scores, labels = evaluate(network, images, device=torch.device("cuda"), dtype=torch.float32, flip=flip)
     assert scores.shape == (len(images.test), 3)
     assert scores.device.type == labels.device.type == "cpu"
+
+
+def test_batches_of_larger_images_have_fewer():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [evaluation.evaluation_batch_size(size, cpu) for size in (8, 96, 224, 448, 8192)] == [250, 250, 45, 11, 1]
+    assert [evaluation.evaluation_batch_size(size, gpu) for size in (96, 224)] == [2000, 367]

@@ -16,6 +16,10 @@ Part = Literal["test", "validation"]
 TEST_BATCH_SIZE = 250
 GPU_TEST_BATCH_SIZE = 2000  # smaller batches leave a GPU idle
 
+# Of larger images than these, in pixels a side, a batch has fewer, so that all batches take about the same memory: 250
+# photos of 224 pixels take 1.2 GB in one layer of EfficientNet-Lite0.
+FULL_BATCH_SIZE = 96
+
 
 @torch.no_grad()
 def evaluate(
@@ -50,7 +54,7 @@ def evaluate(
     dataset = images.test if part == "test" else images.validation
     assert dataset is not None
     order = torch.arange(len(dataset))[distributed.rank() :: distributed.world_size()]
-    batch_size = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
+    batch_size = evaluation_batch_size(images.size, device)
     for number, (pixels, batch_labels, _) in enumerate(data.batches(dataset, order, batch_size, on_lost=on_lost), 1):
         x = data.to_float(pixels.to(device), images.mean, images.std, dtype=torch.float32)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -61,6 +65,12 @@ def evaluate(
         labels.append(batch_labels.to(device))
         on_progress("Testing", min(number * batch_size, len(order)), len(order))
     return torch.cat(scores).cpu(), torch.cat(labels).cpu()
+
+
+def evaluation_batch_size(size: int, device: torch.device) -> int:
+    """Return the number of images of a size, in pixels, that are evaluated at a time."""
+    most = GPU_TEST_BATCH_SIZE if device.type == "cuda" else TEST_BATCH_SIZE
+    return max(1, min(most, most * FULL_BATCH_SIZE**2 // size**2))
 
 
 def gather_scores(scores: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
