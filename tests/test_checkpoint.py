@@ -101,7 +101,7 @@ def test_a_disk_that_gives_back_something_else_keeps_the_old_state(tmp_path, mon
 def test_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="is not a run folder of nin"):
         checkpoint.load_model(tmp_path)
-    with pytest.raises(UserError, match="is not a run folder of nin"):
+    with pytest.raises(UserError, match="none does not exist: give a run folder"):
         nin.load(tmp_path / "none")
 
 
@@ -227,11 +227,11 @@ except OSError as error:
     ("change", "expected"),
     [
         ({}, None),
-        ({"classes": ("cat", "dog")}, "its classes is ['cat', 'dog'], that of digits is ['0', '1', '2'"),
-        ({"channels": 3}, "its channels is 3, that of digits is 1"),
+        ({"classes": ("cat", "dog")}, "its classes are ['cat', 'dog'], those of digits are ['0', '1', '2'"),
+        ({"channels": 3}, "its number of channels is 3, that of digits is 1"),
         ({"size": 9}, "its size is 9, that of digits is 8"),
         ({"tested": 7}, "its number of test images is 7, that of digits is 451"),
-        ({"classes": tuple(map(str, range(1000)))}, "…, that of digits is"),
+        ({"classes": tuple(map(str, range(1000)))}, "…, those of digits are"),
     ],
 )
 def test_images_that_differ_from_those_of_the_run(change, expected):

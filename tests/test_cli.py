@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import nin
 from nin import data, models, training
 from nin.cli import app, check, console, demo, predict
 from nin.config import TrainConfig
@@ -225,7 +226,7 @@ MISTAKES = [
     (["train", "digits", "--out", "{tmp}/run", "--device", "tpu"], "device must be"),
     (["check", ""], "an argument is empty"),
     (["train", "digits", "--out", ""], "--out is empty"),
-    (["predict", "{tmp}/none", "x.png"], "is not a run folder"),
+    (["predict", "{tmp}/none", "x.png"], "does not exist: give a run folder"),
     (["predict", "{tmp}/none", "x.png", "--csv", "{tmp}/texts"], "{tmp}/texts is a folder"),
     (["predict", "{tmp}/none", "x.png", "--csv", "{tmp}/new/p.csv"], "{tmp}/new: there is no such folder"),
     (["cost", "nothing"], "model must be one of"),
@@ -263,7 +264,7 @@ def test_predict_names_the_file_that_is_missing_or_broken(run, pictures, tmp_pat
     assert code == 2
     assert "half.png" in line
     code, line = fails(capsys, "predict", str(run), *2 * [str(tmp_path / "half.png")])
-    assert (code, line) == (2, "nin: none of the 2 images can be read")
+    assert (code, line) == (2, "nin: none of 2 images can be read")
 
 
 @pytest.mark.parametrize(
@@ -293,8 +294,9 @@ def test_a_damaged_file_does_not_take_the_others_answers(options, run, pictures,
             assert [row["image"] for row in rows if row["label"]] == ["folder/0.png", "folder/1.png"]
             assert all(row["problem"] for row in rows if not row["label"])
             assert "cannot be read: their rows have a problem" in printed.err
+            os.remove("p.csv")
         else:
-            lines = printed.err.splitlines()
+            lines = [line for line in printed.err.splitlines() if "maps in the folder" not in line]
             assert len(lines) == len(left_out)
             assert all(any(line.startswith(f"left out {start}") for line in lines) for start in left_out)
         if "--json" in options:
@@ -586,3 +588,76 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
         bar.update(5, 5)
     lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]  # without the time left
     assert lines == ["Reading: 2 of 5", "left out a.png", "Reading: 5 of 5"]
+
+
+def test_a_table_of_predictions_is_not_overwritten_unasked(run, pictures, tmp_path, capsys):
+    table = tmp_path / "p.csv"
+    cli_main("predict", str(run), str(pictures / "*.png"), "--csv", str(table))  # in quotes, as no shell expands it
+    assert "2 images in" in capsys.readouterr().err
+    before = table.read_bytes()
+    assert before.count(b"\n") == 3
+    code, line = fails(capsys, "predict", str(run), str(pictures / "0.png"), "--csv", str(table))
+    assert code == 2
+    assert "exists: give another name, or --overwrite" in line
+    assert table.read_bytes() == before
+    cli_main("predict", str(run), str(pictures / "0.png"), "--csv", str(table), "--overwrite")
+    assert "1 image in" in capsys.readouterr().err
+    assert table.read_bytes().count(b"\n") == 2
+
+
+def test_tables_fit_80_columns_and_keep_both_ends_of_a_path(run, monkeypatch):
+    terminal = Console(file=io.StringIO(), width=80, **console.PLAIN_TEXT)
+    monkeypatch.setattr(console, "results", terminal)
+    console.print_table(
+        [("image", "class", "then"), ("photos/of/the/summer/of/the/year/2024/IMG_0001.jpg", "cat", "dog 3.0 %, " * 5)],
+        middle=1,
+    )
+    printed = terminal.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert all(text in printed for text in ("photos/", "IMG_0001.jpg", "cat"))
+    assert printed.count("…") == 1
+    counted = nin.cost(models.nin_cifar(), (1, 3, 32, 32))
+    console.print_table(counted.rows(), left=4, total=True)
+    assert "…" not in terminal.file.getvalue().replace(printed, "")  # folded, not cut
+
+
+def test_an_unfinished_run_says_so(run, pictures, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(run, unfinished)
+    config = json.loads((unfinished / "config.json").read_text())
+    (unfinished / "config.json").write_text(json.dumps({**config, "result": {}}))
+    cli_main("predict", str(unfinished), str(pictures / "0.png"))
+    assert "is unfinished, after" in capsys.readouterr().err
+    (unfinished / "config.json").unlink()
+    (unfinished / "state.safetensors").write_bytes(b"")
+    _, line = fails(capsys, "predict", str(unfinished), str(pictures / "0.png"))
+    assert "unfinished run, stopped before its first epoch ended" in line
+    assert f"--out {unfinished} --resume" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["train", "digits", "--out", "x", "--lr", "0.1"], "Unknown option: --lr. Did you mean --learning-rate?"),
+        (["train", "digits", "--out", "x", "--shift", "40"], "shift must be below the 8 pixels of the images, got 40"),
+        (["train", "digits", "--out", "{file}"], "is a file: give another --out"),
+        (["predict", "no-run", "a.png"], "no-run does not exist: give a run folder"),
+        (["check", "x", "--seed", "-1"], "seed must be 0 to"),
+        (["shards", "x", "--out", "y", "--seed", "-1"], "seed must be 0 to"),
+    ],
+)
+def test_small_mistakes_get_a_line_of_their_own(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").touch()
+    code, line = fails(capsys, *(word.format(file=tmp_path / "afile") for word in arguments))
+    assert code == 2
+    assert text in line
+
+
+def test_a_fault_of_the_counting_is_not_told_as_one_of_the_network(monkeypatch):
+    def mistaken(*_):
+        raise RuntimeError("a mistake of nin")
+
+    monkeypatch.setattr("nin.profiling.cost.copy_model", mistaken)
+    with pytest.raises(RuntimeError, match="a mistake of nin"):
+        cli_main("cost", "nin_cifar", "--count-only")

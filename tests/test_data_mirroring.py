@@ -185,13 +185,13 @@ def test_a_training_keeps_the_choice_that_it_began_with(turns, tmp_path):
     begun_otherwise = dataclasses.replace(images, flip=True, flip_reason="another version")
     with pytest.raises(KeyboardInterrupt):
         training.train(begun_otherwise, config, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
-    assert training.with_recorded_flip(images, tmp_path / "run").flip is True
+    assert training.with_recorded_augmentation(images, tmp_path / "run").flip is True
     resumed = training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     assert resumed.info.recipe["flip"] is True
     assert "test_accuracy_flip" in resumed.info.result  # the second view follows the same choice
     again = training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
     assert again.info.recipe["flip"] is True
-    assert training.with_recorded_flip(images, tmp_path / "none") is images
+    assert training.with_recorded_augmentation(images, tmp_path / "none") is images
     fresh = training.train(images, config)
     assert fresh.info.recipe["flip"] is False
     assert "test_accuracy_flip" not in fresh.info.result

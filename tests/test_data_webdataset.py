@@ -88,13 +88,19 @@ def test_a_stopped_command_goes_on(folder, tmp_path, monkeypatch):
     (out / ".train-000002.tar.abc").write_bytes(b"half")
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(times) == 2
-    with pytest.raises(UserError, match="not what this command began"):
+    with pytest.raises(UserError, match="holds something else than an interrupted call"):
         data.write_shards(folder, out, images_per_shard=8)
     data.write_shards(folder, out, images_per_shard=7)
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar") if path.name in times} == times
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
-    with pytest.raises(UserError, match="not empty"):
-        data.write_shards(folder, out, images_per_shard=7)
+    # once more, when all are there: nothing is written, but a shard that is gone
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert data.write_shards(folder, out, images_per_shard=7) == tuple(
+        sorted(out.glob("train-*.tar")) + sorted(out.glob("test-*.tar"))
+    )
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    with pytest.raises(UserError, match="holds something else"):
+        data.write_shards(folder, out, images_per_shard=8)
 
 
 def test_training_on_shards_resumes_in_the_middle_of_an_epoch(folder, tmp_path):

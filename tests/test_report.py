@@ -342,7 +342,7 @@ def test_images_are_loaded_again_by_name(tmp_path):
 def test_the_wrong_images_are_refused(tmp_path):
     images = some_images("ab")
     run = make_run(tmp_path / "run", images)
-    with pytest.raises(UserError, match=r"its classes is \['a', 'b'\]"):
+    with pytest.raises(UserError, match=r"its classes are \['a', 'b'\]"):
         report.build_report(run, some_images("ac"))
     with pytest.raises(UserError, match="number of test images is 40"):
         report.build_report(run, some_images("ab", test=30))

@@ -159,7 +159,7 @@ def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
     assert after.metrics[-1]["seconds"] == pytest.approx(before.metrics[-1]["seconds"], rel=1e-5)
     for name, tensor in before.model.state_dict().items():
         assert torch.equal(after.model.state_dict()[name], tensor)
-    with pytest.raises(UserError, match=r"finished, with epochs=3, now epochs=4: give another --out"):
+    with pytest.raises(UserError, match=r"finished, with --epochs 3, now 4: .*give another --out"):
         training.train(digits, dataclasses.replace(auto, epochs=4), out=out, keeping=resume)
 
 
@@ -233,7 +233,7 @@ def test_resume_refuses_other_settings_and_a_missing_folder(digits, tmp_path):
 
     with pytest.raises(StopHereError):
         training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
-    with pytest.raises(UserError, match=r"learning_rate=0\.1, now learning_rate=0\.05"):
+    with pytest.raises(UserError, match=r"--learning-rate 0\.1, now 0\.05: leave that away"):
         training.train(
             digits,
             dataclasses.replace(QUICK, learning_rate=0.05),
@@ -244,6 +244,41 @@ def test_resume_refuses_other_settings_and_a_missing_folder(digits, tmp_path):
         training.train(digits, QUICK, keeping=training.CheckpointOptions(resume=True))
     with pytest.raises(UserError, match="--resume"):
         training.train(digits, QUICK, out=tmp_path / "run")
+
+
+def test_resume_takes_the_settings_of_the_run_where_none_are_given(digits, tmp_path):
+    def stop(progress):
+        if progress.row:
+            raise StopHereError
+
+    out, resume = tmp_path / "run", training.CheckpointOptions(resume=True)
+    config = dataclasses.replace(QUICK, learning_rate=0.05, shift=0, seed=7)
+    with pytest.raises(StopHereError):
+        training.train(digits, config, out=out, on_progress=stop)
+    # a finished one is read in the same way
+    for _ in range(2):
+        result = training.train(digits, out=out, keeping=resume)
+        assert result.info.result
+        recipe = result.info.recipe
+        assert [recipe[name] for name in ("epochs", "learning_rate", "shift", "seed")] == [QUICK.epochs, 0.05, 0, 7]
+        assert "overridden" not in recipe
+
+
+def test_two_trainings_in_one_folder_are_refused(digits, tmp_path):
+    out, messages = tmp_path / "run", []
+
+    def begin_another(progress):
+        if not messages:
+            for resume in (False, True):
+                with pytest.raises(UserError) as refused:
+                    training.train(digits, QUICK, out=out, keeping=training.CheckpointOptions(resume=resume))
+                messages.append(str(refused.value))
+
+    training.train(digits, QUICK, out=out, on_progress=begin_another)
+    assert all("another process writes into" in text for text in messages)
+    assert training.train(
+        digits, out=out, keeping=training.CheckpointOptions(resume=True)
+    ).info.result  # no lock is left
 
 
 def test_resume_begins_where_nothing_has_begun(digits, tmp_path):

@@ -13,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nin import models
+from nin import epoch_metrics, models
 from nin.data import CENTRE_SQUARE, Data
 from nin.data.preprocessing import Preprocessing as Preprocessing
+from nin.display.numbers import shorten
 from nin.epoch_metrics import LEARNING_RATE_FILE, METRICS_FILE, TIMINGS_FILE
 from nin.errors import UserError
 from nin.models.description import model_description as model_description
@@ -23,7 +24,7 @@ from nin.models.description import model_from_description
 from nin.models.description import narrowed_description as narrowed_description
 from nin.ops import backends
 from nin.runtime import device, distributed
-from nin.runtime.files import write_atomically
+from nin.runtime.files import locked_folder, write_atomically
 from nin.runtime.fingerprint import fingerprint
 from nin.runtime.weight_files import read_tensors
 from nin.version import installed_version
@@ -88,20 +89,16 @@ class RunInfo:
         p, count = self.preprocessing, len(images.test)
         for what, expected, got in (
             ("classes", list(self.classes), list(images.classes)),
-            ("channels", p.channels, images.channels),
+            ("number of channels", p.channels, images.channels),
             ("size", p.size, images.size),
             ("value range", p.value_range, images.value_range),
             ("way of resizing", p.resize, images.resize),
             ("number of test images", self.data.get("test_images", count) if test_images else count, count),
         ):
             if expected != got:
-                return f"its {what} is {_shorten(expected)}, that of {images.name} is {_shorten(got)}"
+                verb, that = ("are", "those") if what == "classes" else ("is", "that")
+                return f"its {what} {verb} {shorten(str(expected))}, {that} of {images.name} {verb} {shorten(str(got))}"
         return None
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"  # there may be a thousand classes
 
 
 def save_model(folder: Path, model: nn.Module, info: RunInfo) -> None:
@@ -163,6 +160,17 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def unfinished_note(folder: Path, info: RunInfo) -> str:
+    """Return that a run's training has not ended, and how it goes on; "" where it has ended."""
+    if info.result:
+        return ""
+    epochs = len(epoch_metrics.read_csv(folder / METRICS_FILE)) if (folder / METRICS_FILE).is_file() else "some"
+    return (
+        f"{folder} is unfinished, after {epochs} of {info.recipe.get('epochs', 'all')} epochs: its answers are those "
+        f"of the network so far. Go on with: nin train DATA --out {folder} --resume"
+    )
+
+
 def load_info(folder: Path) -> RunInfo:
     """Read a run folder's ``config.json``.
 
@@ -170,6 +178,13 @@ def load_info(folder: Path) -> RunInfo:
         UserError: the folder is no run folder, or the file is damaged or of a newer version.
     """
     path = Path(folder) / CONFIG_FILE
+    if not Path(folder).exists():
+        raise UserError(f"{folder} does not exist: give a run folder, which nin train DATA --out RUN makes")
+    if (Path(folder) / STATE_FILE).is_file() and not path.is_file():
+        raise UserError(
+            f"{folder} is an unfinished run, stopped before its first epoch ended: there is no network yet. Go on "
+            f"with: nin train DATA --out {folder} --resume"
+        )
     if not path.is_file():
         raise UserError(
             f"{folder} is not a run folder of nin: it has no {CONFIG_FILE}. Make one with: nin train DATA --out RUN"
@@ -243,7 +258,10 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     text = metadata.get("json", "")
     if metadata.get("sha256") != _digest(tensors, text):
-        raise UserError(f"{path} is damaged: its checksum does not fit what it holds")
+        raise UserError(
+            f"{path} is damaged, its checksum does not fit what it holds: bring it back from a copy, or begin "
+            "again with another --out"
+        )
     return tensors, json.loads(text)
 
 
@@ -256,7 +274,7 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def check_output_folder(out: Path, *, may_contain: Collection[str] | None = ()) -> None:
-    """Check that a run folder can be made; temporary files of interrupted writes are removed from it.
+    """Check that a run folder can be made; temporary files of interrupted writes do not count.
 
     Args:
         out: the folder.
@@ -265,12 +283,11 @@ def check_output_folder(out: Path, *, may_contain: Collection[str] | None = ()) 
     Raises:
         UserError: it holds something else.
     """
-    if out.is_dir():
-        for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):
-            leftover.unlink()
-    is_file = out.exists() and not out.is_dir()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give another --out, which is the folder to make")
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if may_contain is not None and (is_file or not names.issubset(may_contain)):
+    names -= {path.name for name in FILES for path in out.glob(f".{name}.*")}
+    if may_contain is not None and not names.issubset(may_contain):
         raise UserError(f"{out} is not empty: give another --out, or remove it")
 
 
@@ -285,7 +302,7 @@ def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ())
         may_contain: names of files and folders that it may hold already; None allows all.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or another process writes into it.
         OSError: it cannot be made.
     """
     if out is None or not distributed.is_main_process():
@@ -293,11 +310,14 @@ def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ())
         return
     check_output_folder(out, may_contain=may_contain)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if not any(out.iterdir()):
-            out.rmdir()
+    with locked_folder(out):
+        for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):
+            leftover.unlink()
+        try:
+            yield
+        finally:
+            if not any(out.iterdir()):
+                out.rmdir()
 
 
 def remove_state(folder: Path) -> None:

@@ -72,10 +72,10 @@ class TrainConfig:
     """The settings of `nin.train`. What is None is chosen from the data by `resolve`, and recorded in the run folder.
 
     Attributes:
-        recipe: defaults of the other settings: "default", "speed" for a GPU, or "finetune" (see `RECIPES`); if not
+        recipe: defaults of the other settings: "default", "speed" for a GPU (few, large steps), or "finetune"; if not
             given, the last one where the training begins with weights, or only the class layer is trained.
-        model: a name of `nin.models.MODELS`, or timm:NAME, torchvision:NAME, package.module:factory; if not given, that
-            of ``weights`` where they are a run's, else chosen by the size of the images.
+        model: nin_digits, nin_cifar, nin_imagenet, googlenet, or timm:NAME, torchvision:NAME, package.module:factory;
+            if not given, that of ``weights`` where they are a run's, else chosen by the size of the images.
         pretrained: begin with the weights that timm or torchvision publish for the network. They are downloaded once.
         weights: begin with these: a .safetensors file, a state_dict that torch.save wrote (read without running code),
             or a run folder. The class layer is a new one where the classes are not as many.
@@ -214,6 +214,8 @@ class TrainConfig:
                 f"shift is for images below {PHOTO_SIZE} pixels, got {image_size}: larger ones are cropped at random; "
                 'leave it away, or give augment="none"'
             )
+        if self.shift is not None and self.shift >= image_size:
+            raise UserError(f"shift must be below the {image_size} pixels of the images, got {self.shift}")
         recipe = self.recipe or ("finetune" if self.pretrained or self.weights else "default")
         # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100); from weights
         # about 8,000, at least 12 times each, as the features are there already

@@ -66,7 +66,7 @@ class ExportResult:
         """Return one line: path, size, and the largest difference."""
         checked = ", ".join(map(str, self.differences))
         size, most = format_bytes(self.file_bytes), max(self.differences.values())
-        return f"{self.path}: {size}, checked with {checked} images: within {most:.1e} of the network"
+        return f"{self.path}: {size}, checked with {checked} images at a time: within {most:.1e} of the network"
 
 
 class Preprocessed(nn.Module):

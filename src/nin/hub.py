@@ -9,7 +9,6 @@ import io
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 from PIL import Image
 from torch import nn
 
@@ -21,6 +20,12 @@ from nin.inference.classifier import Classifier
 from nin.profiling.cost import Cost, cost
 from nin.report import draw_image_grid, example_rows
 from nin.runtime.files import write_atomically
+from nin.version import install_command
+
+try:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"nin.hub needs {error.name}: {install_command('hub')}", name=error.name) from error
 
 PICTURE_FILE = "confidence-maps.png"
 # rows of the model card's picture, one image of each

@@ -8,13 +8,18 @@ import dataclasses
 from typing import Any, cast
 
 import torch.fx
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from nin import models
 from nin.layers import MLPConv
 from nin.models.memory_format import fastest_layout
 from nin.ops import conv1x1
+from nin.version import install_command
+
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"nin.timm needs {error.name}: {install_command('timm')}", name=error.name) from error
 
 POOLS = ("avg", "")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import cyclopts
-from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts import App, CycloptsError, Parameter, Token, UnknownOptionError
 
 from nin.cli.bench import bench
 from nin.cli.check import check
@@ -23,6 +23,20 @@ from nin.cli.train import train
 from nin.errors import UserError, is_out_of_memory
 from nin.runtime import torchrun
 from nin.version import installed_version
+
+# what other programs call our options, where the letters are too different for a suggestion
+OTHER_NAMES = {
+    "--lr": "--learning-rate",
+    "--wd": "--weight-decay",
+    "--bs": "--batch-size",
+    "--batch": "--batch-size",
+    "--workers": "--threads",
+    "--output": "--out",
+    "--img-size": "--size",
+    "--imgsz": "--size",
+    "--gpu": "--device",
+    "--arch": "--model",
+}
 
 
 def convert(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -44,7 +58,7 @@ def convert(kind: Any, tokens: Sequence[Token]) -> Any:
 
 app = App(
     name="nin",
-    help="Network in Network, real: train on your images, see what the network looks at, count what it costs.",
+    help="Network in Network: train on your images, see what the network looks at, count what it costs.",
     version=installed_version,
     version_flags=["--version"],
     result_action="return_value",
@@ -69,6 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, exit_on_error=False, print_error=False)
+    except UnknownOptionError as error:
+        keyword = (error.token.keyword or "").partition("=")[0]
+        known = {name for argument in error.argument_collection for name in argument.names}
+        usual = OTHER_NAMES.get(keyword)
+        _fail(f"Unknown option: {keyword}. Did you mean {usual}?" if usual in known else f"{error}", 2)
     except (CycloptsError, UserError) as error:
         _fail(f"{error}", 2)
     except KeyboardInterrupt:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table
+from nin.config import check_seed
+from nin.display.numbers import format_number_of
 from nin.runtime.files import write_atomically
 
 # classes in the table; a longer one is not read
@@ -37,6 +39,7 @@ def check(
         csv: Write what was found into this file: path, kind, detail.
         json: Print what was found as JSON on standard output.
     """
+    check_seed(seed)
     with ProgressBar(f"Reading {data}") as bar:
         found = nin.data.check(data, size=size, test_fraction=test_fraction, seed=seed, on_progress=bar.on_progress)
     if csv is not None:
@@ -60,9 +63,9 @@ def show_check(found: nin.data.Check) -> None:
         messages.print(note)
     show_findings(found.findings, most=10)
     if found.refusal is not None:
-        messages.print(f"Nobody can train on this: {found.refusal}")
+        messages.print(f"A training would not begin: {found.refusal}")
     elif all(finding.kind in nin.data.HARMLESS_KINDS for finding in found.findings):
-        messages.print(f"All {found.images:,} images are whole, each is there once, and each is what it says.")
+        messages.print(f"{format_number_of(found.images, 'image')}: each is whole, there once, and what it says it is.")
 
 
 def show_findings(findings: Sequence[nin.data.Finding], *, most: int = 3) -> None:

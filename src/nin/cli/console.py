@@ -1,19 +1,26 @@
 """Terminal output of every verb: progress and messages on standard error, results on standard output."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
 from nin.display import progress_bar
 from nin.display.progress_bar import PLAIN_TEXT
 from nin.runtime import torchrun
+
+if TYPE_CHECKING:
+    from nin.checkpoint import RunInfo
 
 messages = Console(stderr=True, soft_wrap=True, **PLAIN_TEXT)
 
@@ -65,8 +72,16 @@ def silence_other_ranks() -> None:
         messages.quiet = results.quiet = True
 
 
+def say_if_unfinished(run: Path, info: RunInfo) -> None:
+    """Say so where a run is not finished, whose network is used all the same."""
+    from nin.checkpoint import unfinished_note
+
+    if note := unfinished_note(run, info):
+        messages.print(note)
+
+
 def print_table(
-    rows: Iterable[Sequence[str]], *, left: int | None = None, title: str = "", total: bool = False
+    rows: Iterable[Sequence[str]], *, left: int | None = None, title: str = "", total: bool = False, middle: int = 0
 ) -> None:
     """Print a table on standard output.
 
@@ -75,16 +90,38 @@ def print_table(
         left: number of columns flush left, the others are flush right; all are left if not given.
         title: above the table.
         total: whether a line is drawn above the last row.
+        middle: number of columns, from the first, whose cells are cut in the middle where the terminal is narrow, so
+            that both ends of a path are seen. The others are folded, never cut.
     """
     header, *body = rows
     table = Table(title=title)
+    # what the other columns leave of the width; each column has two spaces and a line around it
+    widths = [max(cell_len(row[i]) for row in (header, *body)) for i in range(len(header))]
+    spare = results.width - sum(min(width, 30) for width in widths[middle:]) - 3 * len(header) - 1
+    most = max(16, spare // middle) if middle else 0
+    body = [(*(cut_middle(cell, most) for cell in row[:middle]), *row[middle:]) for row in body]
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if left is None or i < left else "right")
+        side: Literal["left", "right"] = "left" if left is None or i < left else "right"
+        least = min(widths[i], most) if i < middle else None
+        table.add_column(name, justify=side, overflow="fold", min_width=least)
     for i, row in enumerate(body):
         if total and i == len(body) - 1:
             table.add_section()
         table.add_row(*row)
     results.print(table)
+
+
+def cut_middle(text: str, most: int) -> str:
+    """Return a text of at most so many characters, its middle left out: both ends of a path tell more.
+
+    Example:
+        >>> cut_middle("photos/2024/summer/IMG_0001.jpg", 20)
+        'photos/20…G_0001.jpg'
+    """
+    if len(text) <= most:
+        return text
+    end = most // 2
+    return f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
 def print_json(value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,9 +104,18 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
             raise
         if other := describe_other_input(network):
             raise UserError(f"{model} takes {other}: nin counts networks of one batch of images") from error
+        if not _is_of_the_network(error):
+            raise
         reason = " ".join(str(error).split())[:200].rstrip(".")
         images = "×".join(map(str, shape[1:]))
         raise UserError(f"{model} does not take images of {images}: {reason}; another --size may help") from error
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Return whether an error was raised in a network's forward, and not in the code that counts it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    called = any(frame.f_code.co_name == "_call_impl" for frame in frames)  # of nn.Module
+    return called and not str(frames[-1].f_globals.get("__name__")).startswith("nin.profiling")
 
 
 def show_cost(model: str, counted: Cost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import sys
 import time
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import nin
 from nin.cli.check import show_findings
-from nin.cli.console import ProgressBar, messages, print_json, print_table
-from nin.display.numbers import format_percent
+from nin.cli.console import ProgressBar, messages, print_json, print_table, say_if_unfinished
+from nin.display.numbers import format_number_of, format_percent
 from nin.errors import UserError
 from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
@@ -33,6 +34,7 @@ def predict(
     csv: Path | None = None,
     parquet: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     maps: Path | None = None,
     trust: bool = False,
     calibrated: bool = False,
@@ -52,6 +54,7 @@ def predict(
         csv: Write the predictions, with the probability of every class, into this file, however many there are.
         parquet: The same as a Parquet file.
         resume: Go on with the file where an interrupted command stopped.
+        overwrite: Replace a file of that name, whose rows are then lost.
         maps: Write into this folder, for each image, where in it the evidence for its class lies: exactly, or where the
             network's head does not allow that, as Grad-CAM approximates it.
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
@@ -69,7 +72,11 @@ def predict(
     table = csv or parquet
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise UserError(f"{table} is a folder" if table.is_dir() else f"{table.parent}: there is no such folder")
+    if table is not None and table.exists() and not (overwrite or resume):
+        raise UserError(f"{table} exists: give another name, or --overwrite to replace it")
+    images = [path for pattern in images for path in expand(pattern)]
     classifier = nin.load(run, device=device, calibrated=calibrated, trust=trust)
+    say_if_unfinished(run, classifier.info)
     nin.freeze(classifier.model)
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
     if is_sharded and (table is None or maps is not None or json):
@@ -90,9 +97,17 @@ def predict(
             show_predictions(paths, predictions, top)
         if maps is not None:
             write_maps(classifier, paths, predictions, maps)
+            messages.print(f"{format_number_of(len(paths), 'map')} in the folder {maps}")
     # torchrun would take the status for a process that died
     if unreadable and torchrun.world_size() == 1:
         sys.exit(1)
+
+
+def expand(path: Path) -> list[Path]:
+    """Return the paths that match a pattern in quotes, such as "*.jpg"; the path itself where there are none."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))] or [path]
 
 
 def image_paths(paths: Sequence[Path], problems: list[str]) -> Iterator[str]:
@@ -146,7 +161,8 @@ def write_predictions(classifier: Classifier, source: ShardSet | PathList, table
     if partition.rank:
         return unreadable
     new, seconds = counts.total - counts.resumed, time.monotonic() - started
-    messages.print(f"{len(source):,} images in {table}, {new:,} of them now, {new / seconds:,.0f} per second")
+    before = f", {counts.resumed:,} of them from before" if counts.resumed else ""
+    messages.print(f"{format_number_of(len(source), 'image')} in {table}{before}, {new / seconds:,.0f} per second")
     if counts.unreadable:
         messages.print(f"{counts.unreadable:,} cannot be read: their rows have a problem instead of a label")
     return unreadable
@@ -186,7 +202,7 @@ def predict_paths(
             predictions += classifier.predict(batch)
             bar.update(min(start + INFERENCE_BATCH_SIZE, len(source)), len(source))
     if not paths:
-        raise UserError(f"none of the {len(source):,} images can be read")
+        raise UserError(f"none of {format_number_of(len(source), 'image')} can be read")
     return paths, predictions
 
 
@@ -207,7 +223,7 @@ def show_predictions(paths: Sequence[Path], predictions: Sequence[Prediction], t
     for path, p in zip(paths, predictions, strict=True):
         others = ", ".join(f"{name} {format_percent(value)}" for name, value in top_classes(p, top)[1:])
         rows.append((str(path), p.label, format_percent(p.confidence), others))
-    print_table(rows)
+    print_table(rows, middle=1)
 
 
 def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Sequence[Prediction], folder: Path) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json
+from nin.config import check_seed
+from nin.display.numbers import format_number_of
 
 
 def shards(
@@ -26,6 +28,7 @@ def shards(
         seed: Of the order of the images, and of what is held out.
         json: Print the names of the shards as JSON on standard output.
     """
+    check_seed(seed)
     with ProgressBar(f"Reading {data}") as bar:
         paths = nin.data.write_shards(
             data,
@@ -38,4 +41,4 @@ def shards(
     if json:
         print_json({"shards": [str(path) for path in paths]})
     else:
-        messages.print(f"{len(paths):,} shards in {out}\nUse them:  nin train {out} --out RUN")
+        messages.print(f"{format_number_of(len(paths), 'shard')} in {out}\nUse them:  nin train {out} --out RUN")

@@ -21,7 +21,7 @@ from nin.cli.console import (
     silence_other_ranks,
 )
 from nin.config import TrainConfig
-from nin.display.numbers import format_percent, format_percent_range
+from nin.display.numbers import format_number_of, format_percent, format_percent_range
 from nin.errors import UserError
 from nin.runtime import torchrun
 
@@ -69,7 +69,7 @@ def train(
             without one at a time, and test on it. The run folders are fold-1 … in the one that is given, which gets
             folds.json with mean and spread; the test images are left alone.
         resume: Go on with the training in the run folder that was interrupted; the result is that of one never
-            stopped. Where there is none yet, begin it.
+            stopped. Options that are not given are as they were. Where there is none yet, begin it.
         override: Resume although settings or data are not those of the run; what differs is recorded in config.json.
         checkpoint_minutes: Write the state at least this often.
         checkpoint_steps: Write the state after every so many steps, too.
@@ -89,17 +89,20 @@ def train(
     from nin.runtime.device import choose_device
 
     config = config or TrainConfig()
+    loading: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction, "data_dir": data_dir}
+    if resume:  # what is not given is as the training was begun
+        config = training.with_recorded_settings(config, out)
+        loading = training.with_recorded_loading(loading, out)
     choose_device(config.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
     start = training.starting_point(config)
     config = start.config
     if folds is None:
         training.check_run_folder(out, resume=resume, overwrite=overwrite)
-    how = {**start.load_options(data, size=size, resize=resize), "test_fraction": test_fraction}
-    how["photos"] = config.augment != "none"
-    images = load_data(data, data_dir=data_dir, seed=config.seed, strict=strict, **how)
+    loading |= start.load_options(data, size=loading["size"], resize=loading.pop("resize"))
+    images = load_data(data, photos=config.augment != "none", seed=config.seed, strict=strict, **loading)
     if resume and config.flip is None:
-        images = training.with_recorded_flip(images, out)
+        images = training.with_recorded_augmentation(images, out)
     messages.print(flip_text(images, config))
     if folds is None and config.validation is not None:
         images = nin.data.split_validation(images, config.validation, seed=config.seed)
@@ -139,8 +142,8 @@ def load_data(source: str, **options: Any) -> nin.data.Data:
     show_findings(images.findings)
     size = f"{images.size}×{images.size} {'grey' if images.channels == 1 else 'colour'}"
     messages.print(
-        f"{images.name}: {len(images.train):,} images to train on, {len(images.test):,} to test, {size}, "
-        f"{len(images.classes)} classes"
+        f"{images.name}: {format_number_of(len(images.train), 'image')} to train on, {len(images.test):,} to test, "
+        f"{size}, {len(images.classes)} classes"
     )
     return images
 
@@ -272,9 +275,9 @@ def show_result(result: TrainResult) -> None:
     parameters = sum(p.numel() for p in result.model.parameters())
     if "validation_accuracy" in r:
         epoch = f"epoch {r['best_epoch']} is the best by the validation images, " if "best_epoch" in r else ""
-        text = f"{accuracy_text(r, 'validation_accuracy')}, {r['validation_images']:,} images"
+        text = f"{accuracy_text(r, 'validation_accuracy')}, {format_number_of(r['validation_images'], 'image')}"
         messages.print(f"{epoch}validation accuracy {text}")
-    results.print(f"test accuracy {accuracy_text(r, 'test_accuracy')}, {r['test_images']:,} images")
+    results.print(f"test accuracy {accuracy_text(r, 'test_accuracy')}, {format_number_of(r['test_images'], 'image')}")
     if "test_classes" in r:  # runs of version 0.1 have none
         worst = min(r["test_classes"], key=lambda row: (row["images"] == 0, row["f1"]))
         results.print(
@@ -285,7 +288,7 @@ def show_result(result: TrainResult) -> None:
     if "test_accuracy_flip" in r:
         results.print(f"  with a mirrored second view of each: {accuracy_text(r, 'test_accuracy_flip')}")
     seconds = r["seconds"]
-    duration = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+    duration = format_number_of(round(seconds), "second") if seconds < 120 else f"{seconds / 60:.1f} minutes"
     messages.print(f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}")
 
 

@@ -16,6 +16,7 @@ from nin.data.folder_entries import FolderWalk
 from nin.data.folder_layout import EXPECTED, Layout, class_name, descend_to_classes, find_layout
 from nin.data.image_formats import FORMAT_EXAMPLES
 from nin.data.split_names import find_splits, folded_name, is_mask_name, is_unlabelled, masked_name
+from nin.display.numbers import format_number_of
 from nin.errors import UserError
 
 Files = dict[str, list[str]]  # paths relative to the root, by class name
@@ -130,7 +131,7 @@ def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
     """Raise UserError unless there are two class folders, and an image in one."""
     if not files:
         images = len(walk.direct_images(folder))
-        got = f"{images:,} images directly in the folder" if images else "an empty folder"
+        got = f"{format_number_of(images, 'image')} directly in the folder" if images else "an empty folder"
         if not images and any(folder.iterdir()):
             got = "files that are no images"
         tables = sorted(path.name for place in (folder, folder.parent) for path in place.glob("*.csv"))
@@ -181,7 +182,7 @@ def _test_files(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]
     for part, top in layout.tests:
         if used is not None:
             count = sum(1 for _ in walk.images(top))
-            notes.append(f"{top} is not used ({count:,} images): {used[0]} gives the final figure")
+            notes.append(f"{top} is not used ({format_number_of(count, 'image')}): {used[0]} gives the final figure")
             continue
         if not any(top.iterdir()):
             notes.append(f"{top} is empty")
@@ -195,8 +196,8 @@ def _test_files(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]
             names = f" (its folders are called {', '.join(unknown[:3])})" if unknown else ""
             count = len(direct) + sum(len(files[name]) for name in unknown)
             notes.append(
-                f"{folder} is not used: its {count:,} images have no labels, as none lies in a folder called like a "
-                f"class{names}"
+                f"{folder} is not used: {format_number_of(count, 'image')} without a label, as none lies in a folder "
+                f"called like a class{names}"
             )
             continue
         for path in direct:

@@ -15,6 +15,7 @@ from nin.data.image_formats import FORMATS
 from nin.data.loader import map_in_threads
 from nin.data.sampler import stratified_holdout
 from nin.data.value_range import BYTES, Extent, Pixels, ValueRange, choose_range, describe_range
+from nin.display.numbers import format_number_of
 from nin.errors import UserError
 
 Problems = dict[int, str]  # why the image at an index cannot be read
@@ -74,7 +75,9 @@ class ImageScan(ABC):
         if len(readable) == 0:
             name, reason = listing.names[0], self.problems[0]
             count = len(self.records)
-            raise UserError(f"{listing.root}: none of the {count} images can be read; the first is {name}: {reason}")
+            raise UserError(
+                f"{listing.root}: none of {format_number_of(count, 'image')} can be read; the first is {name}: {reason}"
+            )
         self.channels = 1 if readable["grey"].all() else 3
         self.size = options.size or default_size(readable["width"], readable["height"])
         self.value_range: ValueRange | None

@@ -71,7 +71,9 @@ def write_shards(
         "images": {"train": len(train), "test": len(test)},
         "made_from": _fingerprint(scan, is_test, images_per_shard, seed),
     }
-    _start_or_resume(out, metadata)
+    is_finished = _is_finished(out, metadata)
+    if not is_finished:
+        _start_or_resume(out, metadata)
     shards = []
     for split, indices in (("train", train), ("test", test)):
         order = indices[epoch_order(len(indices), seed=seed, epoch=0).numpy()]
@@ -83,8 +85,15 @@ def write_shards(
             shards.append(path)
             if on_progress is not None:
                 on_progress(f"writing {split} shards", number + 1, len(pieces))
-    os.replace(out / _PARTIAL_METADATA_FILE, out / METADATA_FILE)
+    if not is_finished:
+        os.replace(out / _PARTIAL_METADATA_FILE, out / METADATA_FILE)
     return tuple(shards)
+
+
+def _is_finished(out: Path, metadata: dict[str, object]) -> bool:
+    """Return whether an earlier call with the same metadata wrote all shards; one that is gone is written again."""
+    path = out / METADATA_FILE
+    return path.is_file() and path.read_text(encoding="utf-8") == json.dumps(metadata, indent=1)
 
 
 def _fingerprint(scan: FolderScan, is_test: NDArray[np.bool_], images_per_shard: int, seed: int) -> str:
@@ -98,7 +107,10 @@ def _start_or_resume(out: Path, metadata: dict[str, object]) -> None:
     text, partial = json.dumps(metadata, indent=1), out / _PARTIAL_METADATA_FILE
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not partial.is_file() or partial.read_text(encoding="utf-8") != text:
-            raise UserError(f"{out} is not empty, and not what this command began: give another --out, or remove it")
+            raise UserError(
+                f"{out} holds something else than an interrupted call with these images and options: give another "
+                "--out, or remove it"
+            )
         for leftover in out.glob(".*.tar.*"):
             leftover.unlink()
         return

@@ -28,6 +28,26 @@ def format_count(number: int, space: str = " ") -> str:
     return str(number)
 
 
+def format_number_of(number: int, noun: str) -> str:
+    """Return a number of things, with the noun's regular plural.
+
+    Example:
+        >>> format_number_of(1, "image"), format_number_of(1234, "image")
+        ('1 image', '1,234 images')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shorten(text: str, most: int = 80) -> str:
+    """Return a text of at most so many characters, its end left out.
+
+    Example:
+        >>> shorten("Network in Network", 8)
+        'Network…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def format_bytes(count: float) -> str:
     """Return a number of bytes: 1.5 MB for 1,500,000."""
     for unit in ("B", "kB", "MB", "GB"):

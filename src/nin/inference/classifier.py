@@ -83,6 +83,12 @@ class Classifier:
         model = model.fold() if isinstance(model, models.NiN) else model
         self.model = model.eval().to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def __repr__(self) -> str:
+        names = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+        p, name = self.info.preprocessing, self.info.recipe.get("model", type(self.model).__name__)
+        shape = f"{p.channels}×{p.size}×{p.size}"
+        return f"{type(self).__name__}({name}, images {shape}, {len(self.classes)} classes: {names}; on {self.device})"
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the order of the scores."""

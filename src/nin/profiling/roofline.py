@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin.display.numbers import format_number_of
 from nin.ops.cpu.peak_throughput import measure_copy_bandwidth, measure_peak_flops
 from nin.runtime.timer import Timing, summarize
 
@@ -57,7 +58,7 @@ class ModelTiming:
     def __str__(self) -> str:
         """Return the time of the whole, and the limits behind the bounds, in two lines."""
         spread = f"{self.total.low_ms:.2f} to {self.total.high_ms:.2f} ms in 3 of 5 runs"
-        lines = [f"{self.total.median_ms:.2f} ms ({spread}) on {self.threads} threads of the CPU"]
+        lines = [f"{self.total.median_ms:.2f} ms ({spread}) on {format_number_of(self.threads, 'thread')} of the CPU"]
         if self.peak_flops is not None and self.copy_bandwidth is not None:
             limits = f"{self.peak_flops / 1e9:.0f} GFLOP/s and {self.copy_bandwidth / 1e9:.0f} GB/s of copying"
             lines.append(f"at least: by {limits}, both measured here; from a cache it can take less")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from nin.errors import UserError
+
 
 def write_atomically(path: Path, content: bytes | str, *, read_back: bool = False) -> None:
     """Write a file atomically.
@@ -56,6 +58,36 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
         if error.errno is None:  # raised by the caller's block, with words of its own
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder for the block, so that two processes do not write into it. The lock ends with the process.
+
+    It is advisory, and there is none on Windows and on file systems without one.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process writes into {folder}: wait until it has ended, or give another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,7 +5,15 @@ from nin.training.loop import train
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.starting_point import starting_point
-from nin.training.state import CheckpointOptions, check_run_folder, has_begun, is_finished, with_recorded_flip
+from nin.training.state import (
+    CheckpointOptions,
+    check_run_folder,
+    has_begun,
+    is_finished,
+    with_recorded_augmentation,
+    with_recorded_loading,
+    with_recorded_settings,
+)
 
 __all__ = [
     "CheckpointOptions",
@@ -17,5 +25,7 @@ __all__ = [
     "is_finished",
     "starting_point",
     "train",
-    "with_recorded_flip",
+    "with_recorded_augmentation",
+    "with_recorded_loading",
+    "with_recorded_settings",
 ]

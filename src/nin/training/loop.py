@@ -43,8 +43,8 @@ from nin.training.state import (
     load_state,
     run_folder,
     save_state,
-    with_found_settings,
-    with_recorded_flip,
+    with_recorded_augmentation,
+    with_recorded_settings,
 )
 from nin.training.step import TrainStep
 
@@ -94,9 +94,6 @@ def train(
         451
     """
     config = config or TrainConfig()
-    check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
-    start = starting_point(config)
-    config = start.config
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
     if folder is None and options.resume:
         raise UserError("resume goes on in a run folder: give out=")
@@ -105,6 +102,11 @@ def train(
     # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
     resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
+    if folder is not None and resume:
+        config = with_recorded_settings(config, folder)
+    check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
+    start = starting_point(config)
+    config = start.config
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     if isinstance(source, data.Data):
         images = source
@@ -112,8 +114,7 @@ def train(
         images = data.load(source, photos=config.augment != "none", **start.load_options(source, size=None))
     images = start.normalised(images)
     if folder is not None and options.resume:
-        images = with_recorded_flip(images, folder)
-        config = with_found_settings(config, folder)
+        images = with_recorded_augmentation(images, folder)
     images = data.split_validation(images, config.validation, seed=config.seed)
     resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
     keep_freed_memory()

@@ -10,7 +10,7 @@ from nin import checkpoint, data, epoch_metrics, models
 from nin.checkpoint import RunInfo
 from nin.errors import UserError
 from nin.runtime.files import write_atomically
-from nin.training.state import TrainState, list_changed
+from nin.training.state import TrainState, describe_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,11 @@ def load_result(folder: Path, expected: RunInfo) -> TrainResult:
     """
     with models.trust(str(expected.model.get("name"))):  # the person has named it again
         model, info = checkpoint.load_model(folder)
-    changed = list_changed({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
-    if changed:
-        raise UserError(f"{folder} is finished, with {'; '.join(changed)}: give another --out")
+    changes = describe_changes({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
+    if changes:
+        raise UserError(
+            f"{folder} is finished, with {changes}: leave that away to see its result, or give another --out"
+        )
     metrics = epoch_metrics.read_csv(folder / epoch_metrics.METRICS_FILE)
     timings = epoch_metrics.read_csv(folder / epoch_metrics.TIMINGS_FILE)
     return TrainResult(model, info, [row | timing for row, timing in zip(metrics, timings, strict=True)], folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nin import checkpoint, data
 from nin.config import TrainConfig, check_value
+from nin.display.numbers import shorten
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
@@ -18,6 +19,9 @@ from nin.training.step import TrainStep
 
 # In the data's record, but no setting: sentences.
 _REMARKS = ("notes", "flip_reason")
+
+# options of `nin.data.load` in the data's record, beside the seed
+_LOAD_OPTIONS = ("data_dir", "size", "test_fraction", "resize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +120,12 @@ def load_state(
         UserError: it is damaged, or it has other settings and ``override`` is False.
     """
     tensors, values = checkpoint.load_state(folder)
-    changed = list_changed({**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]})
+    now, before = {**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]}
+    changed = list_changed(now, before)
     if changed and not override:
-        raise UserError(f"{folder} was begun with {'; '.join(changed)}: give the same, or --override to go on anyway")
+        raise UserError(
+            f"{folder} was begun with {describe_changes(now, before)}: leave that away, or --override to go on anyway"
+        )
     train_step.optimizer.load_state_dict(early_stopping.load_state_dict(tensors))
     overridden = [*values["overridden"], *changed]
     return TrainState(Position(**values["position"]), values["metrics"], overridden, dict(values["lost"]))
@@ -130,37 +137,72 @@ def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return [f"{name}={old}, now {name}={new}" for name, old, new in changed]
 
 
-def _recorded_recipe(folder: Path) -> dict[str, Any]:
-    """Return the settings of the training in a run folder; empty where there is none."""
-    if (folder / checkpoint.CONFIG_FILE).exists():
-        return checkpoint.load_info(folder).recipe
-    recipe: dict[str, Any] = {}
+def describe_changes(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """Return the settings that are not what they were, for a message: by the names of their options, and shortened."""
+    options = {field.name for field in dataclasses.fields(TrainConfig)} | {*_LOAD_OPTIONS}
+    texts = []
+    for name, old, new in changed_settings(now, before):
+        if name in _REMARKS:
+            continue
+        label = f"--{name.replace('_', '-')}" if name in options else name.replace("_", " ")
+        values = ["not given" if value is None else shorten(str(value)) for value in (old, new)]
+        texts.append(f"{label} {values[0]}, now {values[1]}")
+    most = 5
+    return "; ".join([*texts[:most], *([f"{len(texts) - most} more"] if len(texts) > most else [])])
+
+
+def recorded_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the recipe and the data's record of the training in a run folder; two empty ones where there is none.
+
+    Raises:
+        UserError: what is there is damaged.
+    """
     if (folder / checkpoint.STATE_FILE).exists():
-        recipe = checkpoint.load_state(folder)[1]["recipe"]
-    return recipe
+        values = checkpoint.load_state(folder)[1]
+        return values["recipe"], values["data"]
+    if (folder / checkpoint.CONFIG_FILE).exists():
+        info = checkpoint.load_info(folder)
+        return info.recipe, info.data
+    return {}, {}
 
 
-def with_found_settings(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return the settings with what the training in a run folder found for "auto".
+def with_recorded_settings(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Return the settings of the training in a run folder, where there is one, in the place of those not given.
+
+    A setting that has its default counts as not given. Those that go by the images are in `with_recorded_augmentation`.
+
+    Raises:
+        UserError: what is in the folder is damaged.
+    """
+    recipe = recorded_settings(folder)[0]
+    untouched = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) == field.default}
+    # what the training found for "auto"
+    untouched |= {name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"}
+    names = (untouched & recipe.keys()) - {"flip", "shift"}
+    return dataclasses.replace(config, **{name: recipe[name] for name in names})
+
+
+def with_recorded_loading(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return options of `nin.data.load`, those that are None as the training in a run folder has them."""
+    record = recorded_settings(folder)[1]
+    recorded = {name: record.get(name) for name in _LOAD_OPTIONS}
+    if isinstance(recorded["resize"], dict):
+        recorded["resize"] = recorded["resize"].get("mode")
+    return {name: recorded.get(name) if value is None else value for name, value in options.items()}
+
+
+def with_recorded_augmentation(images: data.Data, folder: Path) -> data.Data:
+    """Return the images with the flip and the shift of the training in a run folder, where there is one.
 
     Raises:
         UserError: what is there is damaged.
     """
-    found = [name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"]
-    recipe = _recorded_recipe(folder) if found else {}
-    return dataclasses.replace(config, **{name: recipe[name] for name in found if name in recipe})
-
-
-def with_recorded_flip(images: data.Data, folder: Path) -> data.Data:
-    """Return the images with the choice of the training in a run folder whether to mirror them, where there is one.
-
-    Raises:
-        UserError: what is there is damaged.
-    """
-    recipe = _recorded_recipe(folder)
-    if not isinstance(recipe.get("flip"), bool) or recipe["flip"] == images.flip:
+    recipe = recorded_settings(folder)[0]
+    flip, shift = recipe.get("flip", images.flip), recipe.get("shift", images.shift)
+    if not isinstance(flip, bool) or not isinstance(shift, int) or (flip, shift) == (images.flip, images.shift):
         return images
-    return dataclasses.replace(images, flip=recipe["flip"], flip_reason="the training was begun so")
+    reason = images.flip_reason if flip == images.flip else "the training was begun so"
+    return dataclasses.replace(images, flip=flip, shift=shift, flip_reason=reason)
 
 
 # a training that was killed before it wrote anything else leaves the file that says how far it was
