@@ -210,7 +210,7 @@ def test_folds_are_runs_that_are_kept_when_it_is_resumed(digits, tmp_path):
     assert summary["values"] == accuracies
     assert summary["mean"] == pytest.approx(statistics.fmean(accuracies))
     assert summary["std"] == pytest.approx(statistics.stdev(accuracies))
-    with pytest.raises(UserError, match="folds=3, now folds=2"):
+    with pytest.raises(UserError, match="folds 3, now 2"):
         training.cross_validate(digits, config, folds=2, out=out, keeping=keeping)
 
 

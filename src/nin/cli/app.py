@@ -4,7 +4,7 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import cyclopts
 from cyclopts import App, CycloptsError, Parameter, Token, UnknownOptionError
@@ -49,7 +49,8 @@ def convert(kind: Any, tokens: Sequence[Token]) -> Any:
     for token in tokens:
         if not token.value:
             raise ValueError(f"{token.keyword or 'an argument'} is empty")
-    if kind in (int, int | None):
+    kinds = {kind, *get_args(kind)}  # such as int | Literal["auto"] | None
+    if int in kinds and float not in kinds:
         for token in tokens:
             if "." in token.value:
                 raise ValueError(f"{token.keyword or token.value} must be a whole number, got {token.value}")
