@@ -53,8 +53,10 @@ def host_times(driver: FakeDriver, channels: int, widths: Sequence[int], kernel_
     import torch
 
     import nin
+    from nin.ops.cpu import dispatch as cpu_dispatch
     from nin.ops.gpu import dispatch
 
+    cpu_dispatch.KERNELS = None  # or the cache of the CPU's calls would answer, which a tensor on a GPU does not meet
     torch.manual_seed(0)
     layer = nin.MLPConv(channels, widths, kernel_size=kernel_size).bfloat16()
     x = torch.randn(1, channels, kernel_size, kernel_size).bfloat16().to(memory_format=torch.channels_last)
