@@ -169,7 +169,7 @@ def test_test_images_without_labels(tmp_path, place):
     found = data.load(tmp_path)
     assert (len(found.train), len(found.test)) == (8, 2)
     (note,) = found.notes
-    assert "is not used: its 3 images have no labels" in note
+    assert "is not used: 3 images without a label" in note
     fill(tmp_path / "val", count=1)
     found = data.load(tmp_path)
     assert found.test.names == ("val/cat/0.png", "val/dog/0.png")
@@ -186,7 +186,7 @@ def test_unlabelled_images_beside_labelled_test_images(tmp_path):
     found = data.load(tmp_path)
     assert len(found.test) == 6
     assert by_path(found) == {"test/loose.png": "no label", "stray.png": "no label"}
-    assert f"{tmp_path}/test/unknown is not used: its 1 images have no labels" in found.notes
+    assert f"{tmp_path}/test/unknown is not used: 1 image without a label" in found.notes
 
 
 def test_a_class_written_otherwise_in_test_is_that_class(tmp_path):
@@ -392,7 +392,7 @@ def test_check_says_that_all_is_well_beside_harmless_files(tmp_path, capsys):
     printed = capsys.readouterr()
     text = " ".join((printed.out + printed.err).split())
     assert "hidden, 1 file: left out" in text
-    assert "All 6 images are whole" in text
+    assert "6 images: each is whole" in text
     (tmp_path / "cat" / "half.png").write_bytes((tmp_path / "cat" / "0.png").read_bytes()[:40])
     show_check(data.check(tmp_path))
     assert "are whole" not in "".join(capsys.readouterr())

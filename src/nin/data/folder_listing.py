@@ -203,7 +203,8 @@ def _test_files(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]
         for path in direct:
             walk.leave_out(path, NO_LABEL, f"it lies beside the folders of the classes in {part}")
         for name in [name for name in unknown if is_unlabelled(name)]:
-            notes.append(f"{folder / name} is not used: its {len(files[name]):,} images have no labels")
+            unlabelled = format_number_of(len(files[name]), "image")
+            notes.append(f"{folder / name} is not used: {unlabelled} without a label")
             unknown.remove(name)
         if unknown:
             few = ", ".join(list(train)[:8]) + (", ..." if len(train) > 8 else "")
