@@ -79,7 +79,9 @@ def class_figures(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, 
     """
     from sklearn.metrics import precision_recall_fscore_support  # takes a second
 
-    figures = precision_recall_fscore_support(labels, predicted, labels=np.arange(classes), zero_division=0)
+    # arrays, as scikit-learn 1.6 takes no tensors
+    pair, names = (labels.numpy(), predicted.numpy()), np.arange(classes)
+    figures = precision_recall_fscore_support(*pair, labels=names, zero_division=0)
     return dict(zip(("precision", "recall", "f1", "images"), figures, strict=True))
 
 
