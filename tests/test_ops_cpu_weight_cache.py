@@ -152,6 +152,32 @@ def test_the_hash_sees_what_sums_do_not(isa):
     assert len(hashes) == len(variants)
 
 
+@pytest.mark.parametrize("start", ["zeros", "random"])
+def test_two_changed_bits_do_not_hide_each_other(isa, start):
+    random = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    words = (np.zeros(512, np.float32) if start == "zeros" else random).view(np.uint64)
+    pointer, kernels = (words.ctypes.data, words.nbytes), dispatch.KERNELS
+    first = weight_cache.hash_bytes(kernels, pointer)[0]
+
+    def hash_with_flipped(place, bits, other, other_bits):
+        words[place] ^= bits
+        words[other] ^= other_bits
+        result = weight_cache.hash_bytes(kernels, pointer)[0]
+        words[place] ^= bits
+        words[other] ^= other_bits
+        return result
+
+    one = np.uint64(1)
+    bits = [one << np.uint64(b) for b in range(64)]
+    # the same lane of the next blocks, whatever the instruction set; any two bits
+    for distance in (8, 16, 32, 64):
+        assert all(hash_with_flipped(5, a, 5 + distance, b) != first for a in bits[::9] + bits[31::32] for b in bits)
+    # the signs of any two float32
+    signs = [(i // 2, bits[31 + 32 * (i % 2)]) for i in range(260)]
+    pairs = [(signs[i], signs[j]) for i in range(1, 260, 20) for j in range(i + 1, 260)]
+    assert all(hash_with_flipped(*a, *b) != first for a, b in pairs)
+
+
 def test_the_hash_does_not_depend_on_the_number_of_threads():
     data = np.random.default_rng(0).integers(0, 256, 3_000_001, dtype=np.uint8)
     assert len({hashed(data, threads) for threads in (1, 2, 3)}) == 1
