@@ -359,6 +359,6 @@ def test_a_mixed_up_training_resumes_bit_for_bit(photos, tmp_path, size):
         assert torch.equal(a, b)
     recipe = json.loads((tmp_path / "part" / "config.json").read_text())["recipe"]
     assert {name: recipe[name] for name in STRONG} == STRONG
-    other = dataclasses.replace(config, augment="light")
-    with pytest.raises(UserError, match="augment=strong, now augment=light"):
+    other = dataclasses.replace(config, augment="none")
+    with pytest.raises(UserError, match="augment"):
         nin.train(images, other, out=tmp_path / "part", keeping=nin.training.CheckpointOptions(resume=True))
