@@ -121,9 +121,7 @@ def create_pretrained(name: str, num_classes: int, in_channels: int) -> tuple[nn
         models: Any = importlib.import_module("torchvision.models")
         network = models.get_model(own, weights="DEFAULT")
         return adapt_channels(network, in_channels), config
-    except Exception as error:  # whatever the packages' downloads raise: URLError, HTTPError, LocalEntryNotFoundError
-        if is_out_of_memory(error):
-            raise
+    except OSError as error:  # of every download: URLError, requests' and the Hub's errors, a full disk
         raise UserError(_no_weights(name, error)) from error
 
 
