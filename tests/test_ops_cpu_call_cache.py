@@ -1,6 +1,7 @@
 """Calls that were made before compute from the arguments of now, and are checked as the first call was."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -148,6 +149,40 @@ def test_a_call_is_checked_and_packed_once(arguments, monkeypatch):
     weights[0].data[5] += 1
     with pytest.raises(AssertionError, match="packed again"):
         call(x, weights, biases)
+
+
+FORMATS = {
+    "contiguous": lambda *size: torch.randn(size),
+    "channels_last": lambda *size: torch.randn(size).to(memory_format=torch.channels_last),
+    "both": lambda *size: torch.randn(size).contiguous(memory_format=torch.channels_last),
+    "transposed": lambda n, c, h, w: torch.randn(n, c, w, h).to(memory_format=torch.channels_last).transpose(2, 3),
+    "half of the channels": lambda n, c, h, w: torch.randn(n, 2 * c, h, w).to(memory_format=torch.channels_last)[
+        :, ::2
+    ],
+    "half of the columns": lambda n, c, h, w: torch.randn(n, c, h, 2 * w)[..., ::2],
+    "one image": lambda n, c, h, w: torch.randn(1, c, h, w).expand(n, c, h, w),
+    "permuted": lambda n, c, h, w: torch.randn(n, h, w, c).permute(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("served", ["compiled", "PyTorch"])
+def test_the_result_has_the_strides_of_conv2d(name, served, monkeypatch):
+    monkeypatch.setattr(dispatch, "is_faster_in_pytorch", lambda *_: served == "PyTorch")
+    weight_cache.calls.clear()
+    weights = {channels: torch.randn(3, channels, 3, 3) for channels in (1, 4)}
+    for images, channels, height, width in itertools.product((1, 2), (1, 4), (1, 3), (1, 3)):
+        x, weight = FORMATS[name](images, channels, height, width), weights[channels]
+        for weight_, padding in ((weight, 1), (weight, 2), (weight[:, :, :1, :1].contiguous(), 0)):
+            wanted = F.conv2d(x, weight_, padding=padding)
+            for _ in range(3):
+                got = nin.mlpconv(x, (weight_,), (None,), padding=padding, activation="none")
+                assert got.stride() == wanted.stride(), (x.shape, x.stride(), weight_.shape)
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    empty = F.conv2d(FORMATS[name](0, 4, 3, 3), weights[4])
+    for _ in range(2):
+        got = nin.mlpconv(FORMATS[name](0, 4, 3, 3), (weights[4],), (None,), activation="none")
+        assert (got.shape, got.stride()) == (empty.shape, empty.stride())
 
 
 def test_small_layers_stay_with_pytorch(monkeypatch):

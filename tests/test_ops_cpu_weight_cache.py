@@ -292,6 +292,143 @@ def test_requires_grad_takes_the_promise_back(monkeypatch):
     assert sum(counted) > 0
 
 
+def test_requires_grad_takes_the_promise_back_where_pytorch_serves():
+    layer, x, small = nin.freeze(nin.Conv1x1(64, 64).eval()), torch.randn(1, 64, 32, 32), torch.randn(1, 64, 2, 2)
+    calls = {
+        "no gradients": lambda: torch.no_grad()(layer)(small),
+        "again": lambda: torch.no_grad()(layer)(small),
+        "gradients": lambda: layer(small).sum().backward(),
+        "transformed": lambda: torch.func.jvp(layer, (small,), (small,)),
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16)(layer)(small),
+    }
+    for call in calls.values():
+        nin.freeze(layer)
+        with torch.no_grad():
+            layer(small)
+            layer(x)
+        layer.requires_grad_(True)
+        call()
+        layer.weight.data.mul_(1.5)
+        layer.requires_grad_(False)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_requires_grad_takes_the_promise_back_for_every_packed_copy():
+    layer = nin.freeze(nin.MLPConv(16, (16,), kernel_size=3, padding=1).eval())
+    images = [torch.randn(2, 16, *size, requires_grad=True) for size in ((24, 24), (3, 3), (1, 40))]
+
+    def are_right():
+        for x in images:
+            wanted = layer.to_sequential()(x)
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-3, atol=1e-3)
+            ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (layer(x), wanted))
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+
+    are_right()
+    layer.requires_grad_(True)
+    layer(images[1])
+    layer.requires_grad_(False)
+    layer.convs[0].weight.data.mul_(-2)
+    are_right()
+
+
+@pytest.mark.parametrize("move", ["share_memory", "data", "swap", "delete"])
+def test_other_tensors_at_the_address_of_a_frozen_weight(move):
+    memory, x = np.random.default_rng(0).normal(size=(32, 40, 1, 1)).astype(np.float32), torch.randn(1, 40, 16, 16)
+    layer = nin.Conv1x1(40, 32, bias=False).eval()
+    layer.weight.data = torch.from_numpy(memory)
+    nin.freeze(layer)
+    moves = {
+        "share_memory": layer.share_memory,
+        "data": lambda: setattr(layer.weight, "data", layer.weight.data.clone()),
+        "swap": lambda: torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(32, 40, 1, 1))),
+        "delete": lambda: delattr(layer, "weight"),
+    }
+    with torch.no_grad():
+        for _ in range(2):
+            layer(x)
+        moves[move]()
+        others = [torch.from_numpy(memory), nn.Parameter(torch.from_numpy(memory), requires_grad=False)]
+        for other in others * 2:
+            memory *= -2
+            for _ in range(2):
+                torch.testing.assert_close(nin.conv1x1(x, other), F.conv2d(x, other), rtol=1e-3, atol=1e-3)
+
+
+def test_another_parameter_in_a_frozen_weights_memory():
+    layer, x = nin.freeze(nin.Conv1x1(40, 32, bias=False).eval()), torch.randn(1, 40, 16, 16)
+    other = nn.Parameter(layer.weight.data, requires_grad=False)  # with a version counter of its own
+
+    def are_right():
+        with torch.no_grad():
+            for weight in (other, layer.weight, layer.weight.detach(), layer.weight.view(32, 40, 1, 1)):
+                torch.testing.assert_close(nin.conv1x1(x, weight), F.conv2d(x, weight), rtol=1e-4, atol=1e-4)
+
+    with torch.no_grad():
+        for _ in range(2):
+            nin.conv1x1(x, layer.weight)
+        while other._version < layer.weight._version:
+            other.mul_(-1.5)
+        are_right()
+        nin.freeze(layer)
+        other.mul_(2)
+        are_right()
+
+
+def test_views_of_a_frozen_weight_are_not_hashed(monkeypatch):
+    layer, x = nin.freeze(nin.Conv1x1(40, 32, bias=False).eval()), torch.randn(1, 40, 16, 16)
+    with torch.no_grad():
+        nin.conv1x1(x, layer.weight)
+        counted = count_hashed_bytes(monkeypatch)
+        for _ in range(2):
+            nin.conv1x1(x, layer.weight.flatten(1)[:, :, None, None])
+        assert not sum(counted)
+        layer.weight.mul_(2)
+        wanted = F.conv2d(x, layer.weight)
+        torch.testing.assert_close(nin.conv1x1(x, layer.weight.view(32, 40, 1, 1)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_written_to_and_back_while_it_is_packed(monkeypatch):
+    weight, pack = torch.randn(32, 40, 1, 1), weight_cache._pack
+    before = weight.clone()
+
+    def pack_meanwhile(*arguments, **options):  # what another thread may do
+        weight.neg_()
+        packed = pack(*arguments, **options)
+        weight.copy_(before)
+        return packed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_cache, "_pack", pack_meanwhile)
+        nin.conv1x1(torch.randn(1, 40, 16, 16), weight)
+    for _ in range(2):
+        layer_is_right(weight)
+
+
+def test_a_batchnorm_written_to_and_back_while_it_is_folded(monkeypatch):
+    from nin.fusion import chain
+
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.ReLU()).eval()
+    fused, x, fold = nin.fuse(model).model, torch.randn(2, 8, 12, 12), chain._fold
+    norm = fused.get_submodule("1")
+
+    def fold_meanwhile(link):
+        norm.weight.data.neg_()
+        folded = fold(link)
+        norm.weight.data.neg_()
+        return folded
+
+    with torch.no_grad():
+        norm.weight.data.fill_(0.7)
+        model.load_state_dict(fused.state_dict())
+        with monkeypatch.context() as patch:
+            patch.setattr(chain, "_fold", fold_meanwhile)
+            fused(x)
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_freeze_drops_gradients_and_keeps_no_memory():
     layer = nin.MLPConv(16, (32, 24)).eval()
     layer(torch.randn(1, 16, 3, 3)).sum().backward()

@@ -731,6 +731,103 @@ def test_what_is_refused_is_named(convert, message, mode):
         ours(convert(x), *rest)
 
 
+def escaped(transform):
+    """Return a function that lets a tensor out of a transform, whose wrapper stays around it."""
+
+    def convert(t):
+        kept = []
+        transform(lambda wrapped: kept.append(wrapped) or wrapped.sum())(t)
+        return kept[0]
+
+    return convert
+
+
+# tensors of PyTorch's own class whose values do not lie at their address, and what gives the values
+ELSEWHERE = {
+    "functional": torch._to_functional_tensor,
+    "zeros": lambda t: torch._efficientzerotensor(tuple(t.shape), dtype=t.dtype),
+    "grad": escaped(grad),
+    "jvp": escaped(lambda f: lambda t: jvp(f, (t,), (t,))),
+    "functionalised": escaped(torch.func.functionalize),
+    "negated": torch._neg_view,
+    "conjugated": lambda t: torch.complex(t, t).conj().imag,
+}
+
+
+def values_of(t):
+    if torch._is_functional_tensor(t):
+        torch._sync(t)
+        t = torch._from_functional_tensor(t)
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("size", [(4, 3), (20, 20)], ids=str)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_values_that_lie_elsewhere(name, size, mode):
+    args = arguments(torch.float32, size=size)
+    plain_args = [t.detach() for t in args]
+    for _ in range(2):
+        ours(*plain_args)  # kept by the cache of calls
+    for place in range(len(args)):
+        mixed = [ELSEWHERE[name](t) if i == place else t for i, t in enumerate(plain_args)]
+        with mode():
+            got, again, wanted = ours(*mixed), ours(*mixed), plain(*mixed)
+        for result in (got, again):
+            torch.testing.assert_close(values_of(result), values_of(wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["functional", "zeros"])
+def test_gradients_that_lie_elsewhere(name):
+    args = arguments(torch.float32, size=(20, 20))
+    tensors = [t.detach().requires_grad_() for t in args]
+    grads = []
+    for f in (ours, plain):
+        y = f(*tensors)
+        grads.append(torch.autograd.grad(y, tensors, ELSEWHERE[name](torch.ones_like(y))))
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(values_of(got), values_of(wanted), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("size", [(4, 3), (20, 20)], ids=str)
+def test_what_has_lost_its_values_is_refused(place, size):
+    args = [t.detach().clone() for t in arguments(torch.float32, size=size)]
+    ours(*args)
+    one_of_a_batch = escaped(lambda f: lambda t: vmap(f)(t[None]))(args[place])
+    empty = args[place].clone()
+    empty.untyped_storage().resize_(0)
+    for lost, error, message in (
+        (one_of_a_batch, RuntimeError, "escaped from inside"),
+        (empty, ValueError, "must have memory"),
+    ):
+        with pytest.raises(error, match=message):
+            ours(*(lost if i == place else t for i, t in enumerate(args)))
+
+
+def test_a_weight_that_loses_its_memory_before_the_backward_pass():
+    args = trained(arguments(torch.float32, size=(20, 20)))
+    y = ours(*args)
+    args[1].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have memory"):
+        y.sum().backward()
+
+
+def test_the_older_vmap():
+    from torch._vmap_internals import _vmap
+
+    args = [t.detach() for t in arguments(torch.float32)]
+    images = torch.stack((args[0], 2 * args[0]))
+    got = _vmap(lambda x: ours(x, *args[1:]))(images)
+    same(got, torch.stack([plain(x, *args[1:]) for x in images]), rtol=1e-4, atol=1e-5)
+
+
+def test_nested_weights_are_refused():
+    x, w, *rest = arguments()
+    with pytest.raises(ValueError, match="weight 0 must be one tensor, got a nested one"):
+        ours(x, torch.nested.nested_tensor(list(w)), *rest)
+
+
 def test_sparse_weights_are_refused():
     x, w, *rest = arguments()
     with pytest.raises(ValueError, match="must be dense"):

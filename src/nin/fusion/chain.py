@@ -51,6 +51,12 @@ class Link(NamedTuple):
         tensors = [self.weight, self.bias, *(self.norm[:4] if self.norm else ())]
         return [t for t in tensors if t is not None]
 
+    def clone(self) -> "Link":
+        """Return the layer with copies of its tensors."""
+        norm = self.norm and Norm(*(t.clone() if isinstance(t, Tensor) else t for t in self.norm))  # type: ignore[arg-type]
+        bias = None if self.bias is None else self.bias.clone()
+        return self._replace(weight=self.weight.clone(), bias=bias, norm=norm)
+
 
 Folded = list[tuple[Tensor, Tensor | None]]  # weight (C_out, C_in, kH, kW) and bias of each link
 
@@ -160,18 +166,25 @@ class Chain:
             return [_fold(link) for link in links]
         kernels = cpu_dispatch.KERNELS
         content = None if kernels is None else hash_tensors(kernels, behind)
-        if content is None:  # on a GPU: the few small kernels of folding are launched faster than values come back
+        if (
+            kernels is None or content is None
+        ):  # on a GPU: the few small kernels of folding are launched faster than values come back
             return [_fold(link) for link in links]
         state = content, tuple(link.norm and (link.norm.eps, _which(link)) for link in links)
         kept = self._folded
         if kept is None or kept[0] != state:
             # ordinary tensors, whoever asks first: those made in inference mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
-                folded = [(w.contiguous(memory_format=_format(w)), b) for w, b in map(_fold, links)]
-            for link, (weight, _) in zip(links, folded, strict=True):
-                if link.norm is not None:
-                    mark_constant(weight)
-            kept = self._folded = state, folded
+                # another thread may write to the tensors meanwhile, and back: what is folded must be what was hashed
+                copies = [link.clone() for link in links]
+                folded = [(w.contiguous(memory_format=_format(w)), b) for w, b in map(_fold, copies)]
+            kept = state, folded
+            copied = [t for link in copies if link.norm is not None for t in link.tensors()]
+            if hash_tensors(kernels, behind, copied) == content:
+                for link, (weight, _) in zip(links, folded, strict=True):
+                    if link.norm is not None:
+                        mark_constant(weight)
+                self._folded = kept
         # layers without BatchNorm as they are now, the others as they were folded
         return [_fold(link) if link.norm is None else f for link, f in zip(links, kept[1], strict=True)]
 

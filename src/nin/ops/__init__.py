@@ -9,10 +9,10 @@ from nin.ops import schema
 from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import call_cache
 from nin.ops.cpu import dispatch as cpu_dispatch
-from nin.ops.cpu.weight_cache import freeze
+from nin.ops.cpu.weight_cache import freeze, take_back_constants
 from nin.ops.gpu import dispatch as gpu_dispatch
 from nin.ops.reference import ACTIVATIONS, conv2d_chain
-from nin.ops.transforms import is_jit_traced, is_plain, overrides_dispatch
+from nin.ops.transforms import is_jit_traced, is_plain, is_wrapped, overrides_dispatch
 
 __all__ = ["ACTIVATIONS", "backends", "conv1x1", "freeze", "mlpconv"]
 
@@ -116,6 +116,8 @@ def mlpconv(
         if key is not None and (y := call_cache.repeat(key, x, chain)) is not None:
             return y
     _check_tensors(x, weights, biases)
+    if plain or not torch.compiler.is_compiling():
+        take_back_constants(weights)  # here, as autocast and transforms give the kernels other tensors
     size, kernel_size = x.shape[2:], weights[0].shape[2:]
     for d, side in enumerate(("height", "width")):
         reach = dilation[d] * (kernel_size[d] - 1) + 1
@@ -131,6 +133,8 @@ def mlpconv(
     trains = _want_gradients(tensors)
     if plain and schema.reaches_kernels(x, tensors):
         op = schema.call_with_gradients if trains else schema.call_kernel
+    elif plain and any(map(is_wrapped, tensors)):  # of a transform that has ended, or of PyTorch's older vmap
+        return conv2d_chain(x, chain)
     elif not trains and plain:
         # the autograd level would only pass the call on: 24.1 → 19.1 µs for a call on 7×7 pixels (docs/kernels.md)
         with torch._C._AutoDispatchBelowAutograd():
@@ -206,7 +210,7 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
         raise ValueError(f"weights and biases must be as many, and at least one, got {len(weights)} and {len(biases)}")
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if not isinstance(weight, Tensor) or weight.dtype != dtype or weight.device != device:
+        if not isinstance(weight, Tensor) or weight.is_nested or weight.dtype != dtype or weight.device != device:
             _check_like(_name("weight", i, weights), weight, x)
         shape = weight.shape
         fits = len(shape) == 4 and shape[1] == channels and (i == 0 or shape[2:] == (1, 1))
@@ -217,7 +221,7 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
             raise ValueError(f"{which} must have shape {wanted}, got {tuple(shape)}: {before} {channels} channels")
         channels = shape[0]
         if bias is not None:
-            if not isinstance(bias, Tensor) or bias.dtype != dtype or bias.device != device:
+            if not isinstance(bias, Tensor) or bias.is_nested or bias.dtype != dtype or bias.device != device:
                 _check_like(_name("bias", i, weights), bias, x)
             if bias.shape != (channels,):
                 which = _name("bias", i, weights)
@@ -231,6 +235,8 @@ def _name(kind: str, layer: int, weights: list[Tensor]) -> str:
 def _check_like(name: str, t: Tensor, x: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise ValueError(f"{name} must be one tensor, got a nested one")
     # autocast casts all of them to one dtype
     if t.device != x.device or (t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")

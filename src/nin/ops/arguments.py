@@ -80,11 +80,22 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
 
 def as_dispatcher_kernel(kernel: Callable[[Tensor, ChainArguments], Tensor]) -> Callable[..., Tensor]:
     """Return ``kernel(x, chain)`` with the operator's signature: the chain's fields as separate arguments."""
-    return lambda x, *fields: kernel(x, ChainArguments(*fields))
+    return lambda x, weights, biases, *options: kernel(x, ChainArguments(weights, resolve(biases), *options))
 
 
 def as_dispatcher_backward_kernel(
     kernel: Callable[[Tensor, Tensor, Tensor, ChainArguments, Sequence[bool]], Gradients],
 ) -> Callable[..., Gradients]:
     """Return ``kernel(grad, x, y, chain, needs)`` with the operator's signature, as `as_dispatcher_kernel` does."""
-    return lambda grad, x, y, *rest: kernel(grad, x, y, ChainArguments(*rest[:-1]), rest[-1])
+    return lambda grad, x, y, weights, biases, *rest: kernel(
+        grad, x, y, ChainArguments(weights, resolve(biases), *rest[:-1]), rest[-1]
+    )
+
+
+def resolve(biases: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return biases whose values lie in memory, where they are negated views or PyTorch's tensors of zeros.
+
+    PyTorch's fallbacks do that for tensors and lists of them, and not for lists that may hold None.
+    """
+    resolved = [b if b is None or not b._is_zerotensor() else b.new_zeros(b.shape) for b in biases]
+    return [b if b is None else b.resolve_neg() for b in resolved]

@@ -19,10 +19,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of the output for an input ``x``: channels_last if its channels are contiguous."""
-    # PyTorch's own rule depends on the weights too and is ambiguous for one channel. This one depends on x alone, so
-    # that the fake kernel and every backend agree.
-    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    """Return the memory format of the output for an input ``x``: that of PyTorch's ``conv2d`` with contiguous weights.
+
+    ``conv2d`` looks at the weights too. This rule looks at x alone, so that the fake kernel and every backend agree.
+    """
+    # PyTorch's is_channels_last_strides_2d: the strides increase from channels to columns, rows and images, and tell
+    # something where there is one channel or one pixel
+    (_, channels, height, width), (image, channel, row, column) = x.shape, x.stride()
+    increase = channel > 0 and channel * channels <= column and column * width <= row and row * height <= image
+    is_channels_last = increase and row * height != channel and x.numel() > 0
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def to_memory_format(t: Tensor, layout: torch.memory_format) -> Tensor:

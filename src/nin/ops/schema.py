@@ -21,7 +21,7 @@ from nin.ops.arguments import (
     as_dispatcher_kernel,
     needs_input_gradient,
 )
-from nin.ops.transforms import is_plain, is_transformed, overrides_dispatch
+from nin.ops.transforms import has_memory, is_plain, is_transformed, overrides_dispatch
 
 _OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, str[] activations"
 
@@ -39,7 +39,15 @@ def _fallback(x: Tensor, chain: ChainArguments) -> Tensor:
     for t in (x, *chain.weights):
         if t.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
             raise ValueError(f"images and weights must be dense, got one of layout {t.layout}: use its to_dense()")
+    check_memory((x, *chain.weights, *chain.biases))
     return reference.mlpconv(x, chain)
+
+
+def check_memory(tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for a tensor whose storage was resized to 0, at which PyTorch's own kernels may crash."""
+    for t in tensors:
+        if t is not None and t.is_cpu and t.layout is torch.strided and not has_memory(t):
+            raise ValueError(f"each tensor must have memory, got one of shape {tuple(t.shape)} whose storage is empty")
 
 
 library.impl("mlpconv", as_dispatcher_kernel(_fallback), "CompositeExplicitAutograd")
@@ -93,7 +101,7 @@ def calls_directly(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
 def reaches_kernels(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     """Return whether the dispatcher would call a device's kernels with these tensors, for which `is_plain` holds."""
     for t in tensors:  # those that the dispatcher would convert or refuse
-        if t is not None and (t.layout is not torch.strided or t.is_neg()):
+        if t is not None and (t.layout is not torch.strided or t.is_neg() or not has_memory(t)):
             return False
     device_type = x.device.type
     return (

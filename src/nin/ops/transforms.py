@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 # exact types, as a subclass of either may do anything; None stands for a bias
-_PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
+PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
 
 
 def is_transformed() -> bool:
@@ -42,8 +43,25 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or not _PLAIN_TYPES.issuperset(map(type, tensors))
+        or not PLAIN_TYPES.issuperset(map(type, tensors))
     )
+
+
+def is_wrapped(t: Tensor | None) -> bool:
+    """Return whether a tensor is one that ``torch.func``, or PyTorch's older ``vmap``, made around another."""
+    return t is not None and (is_functorch_wrapped_tensor(t) or is_legacy_batchedtensor(t))
+
+
+def has_memory(t: Tensor) -> bool:
+    """Return whether the values of a tensor on a device lie at its address.
+
+    Those of a wrapper lie elsewhere, those of PyTorch's functional tensors and tensors of zeros, and of one whose
+    storage was resized to 0, nowhere.
+    """
+    try:
+        return t.data_ptr() != 0 or t.numel() == 0
+    except RuntimeError:  # a wrapper has no storage
+        return False
 
 
 def overrides_dispatch(tensors: Sequence[Tensor | None]) -> bool:
@@ -52,11 +70,11 @@ def overrides_dispatch(tensors: Sequence[Tensor | None]) -> bool:
     Such a class knows PyTorch's convolution and cannot know nin's. PyTorch's fake and functional tensors, with which it
     traces, do know it.
     """
-    return not _PLAIN_TYPES.issuperset(map(type, tensors)) and any(map(_overrides_dispatch, tensors))
+    return not PLAIN_TYPES.issuperset(map(type, tensors)) and any(map(_overrides_dispatch, tensors))
 
 
 def _overrides_dispatch(t: Any) -> bool:
-    if type(t) in _PLAIN_TYPES or not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
+    if type(t) in PLAIN_TYPES or not torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python):
         return False
     from torch._subclasses import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor

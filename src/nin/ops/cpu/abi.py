@@ -26,7 +26,13 @@ def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments) -> bytes:
     weights, _, stride, padding, dilation, _ = chain
     shape, out = x.shape, y.shape
     values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
-    return _CHAIN.pack(*values, *x.stride(), *y.stride(), len(weights), 0)  # 0: direct, until `choose_winograd`
+    return _CHAIN.pack(*values, *_strides(x), *_strides(y), len(weights), 0)  # 0: direct, until `choose_winograd`
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Return the strides of images; of single pixels such that all of them are seen to be one line, in any format."""
+    image, channel, row, column = t.stride()
+    return (image, channel, image, image) if t.shape[2] == t.shape[3] == 1 else (image, channel, row, column)
 
 
 def choose_winograd(kernels: Kernels, packed_chain: bytes, chain: ChainArguments) -> tuple[bytes, int]:

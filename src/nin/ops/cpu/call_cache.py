@@ -34,7 +34,7 @@ class _KernelCall:
         structs: nin_chain and the nin_layer.
         hashed: the structs nin_bytes of the weights that are hashed, their hashes, and how many.
         copies: the packed weights, which the structs point to.
-        constants: the copies of weights that are not hashed.
+        constants: the weights that are not hashed: their places and copies.
         output: of ``torch.empty``, for the result.
     """
 
@@ -42,18 +42,14 @@ class _KernelCall:
     structs: tuple[bytes, bytes]
     hashed: tuple[bytes, bytes, int]
     copies: Sequence[PackedCopy]
-    constants: Sequence[PackedCopy]
+    constants: Sequence[tuple[int, PackedCopy]]
     output: dict[str, Any]
 
     def __call__(self, x: Tensor, chain: ChainArguments) -> Tensor | None:
         """Return the chain's output, or None if a weight has changed."""
-        if self.constants:
-            for constant in self.constants:
-                if not constant.is_unchanged_constant():
-                    return None
-            for weight in chain.weights:
-                if weight.requires_grad:  # takes the promise back
-                    return None
+        for place, copy in self.constants:
+            if not copy.is_of_constant(chain.weights[place]):
+                return None
         y = torch.empty(**self.output)
         forward, addresses = library.loaded().nin_forward, (x.data_ptr(), y.data_ptr())
         status = forward(self.kernels, *self.structs, *addresses, library.thread_pool(), *self.hashed)
@@ -66,6 +62,8 @@ class _KernelCall:
 def key_of(kernels: Kernels, x: Tensor, chain: ChainArguments) -> CallKey | None:
     """Return the key of a call; None if it is not one of plain tensors in the CPU's memory that nobody looks at.
 
+    Nor is it one where a tensor is empty, or its values do not lie at its address, see `has_memory`.
+
     Args:
         kernels: of the instruction set in use.
         x: the images, for which `transforms.is_plain` holds, as for the chain's tensors.
@@ -77,13 +75,18 @@ def key_of(kernels: Kernels, x: Tensor, chain: ChainArguments) -> CallKey | None
         return None
     weights, biases, stride, padding, dilation, activations = chain
     key = [kernels.name, abi.WINOGRAD, stride, padding, dilation, *activations, x.dtype, x.shape, x.stride()]
-    for t in (*weights, *biases):
-        if t is None:
-            key.append(None)
-        elif t.is_cpu and t.layout is torch.strided and not t.is_neg():
-            key += (t.data_ptr(), t.dtype, t.shape, t.stride())
-        else:
+    try:
+        if not x.data_ptr():
             return None
+        for t in (*weights, *biases):
+            if t is None:
+                key.append(None)
+            elif t.is_cpu and t.layout is torch.strided and not t.is_neg() and (address := t.data_ptr()):
+                key += (address, t.dtype, t.shape, t.stride())
+            else:
+                return None
+    except RuntimeError:  # of a wrapper, which has no storage; asking first would take as long as all of this
+        return None
     return tuple(key)
 
 
@@ -95,23 +98,32 @@ def repeat(key: CallKey, x: Tensor, chain: ChainArguments) -> Tensor | None:
 
 def remember_reference(key: CallKey) -> None:
     """Keep that the reference serves a call."""
-    _keep(key, reference.mlpconv)
+    _keep(key, _call_reference)
+
+
+def _call_reference(x: Tensor, chain: ChainArguments) -> Tensor:
+    weight_cache.take_back_constants(chain.weights)
+    return reference.mlpconv(x, chain)
 
 
 def remember(
-    key: CallKey, kernels: Kernels, packed_chain: bytes, copies: Sequence[PackedCopy], chain: ChainArguments, y: Tensor
+    key: CallKey,
+    kernels: Kernels,
+    packed_chain: bytes,
+    copies: Sequence[PackedCopy],
+    chain: ChainArguments,
+    output: dict[str, Any],
 ) -> None:
     """Keep a call that the kernels served, unless a weight or a bias has to be copied every time."""
     hashed = [(w, copy.hash) for w, copy in zip(chain.weights, copies, strict=True) if copy.hash is not None]
-    constants = [copy for copy in copies if copy.counter is not None]
+    constants = [(place, copy) for place, copy in enumerate(copies) if copy.constant is not None]
     biases_in_place = all(bias is None or bias.is_contiguous() for bias in chain.biases)
     if len(hashed) + len(constants) < len(copies) or not biases_in_place:
         return
     layers, _tensors = abi.pack_layers([copy.packed for copy in copies], chain)
     weights = b"".join(struct.pack("2q", w.data_ptr(), w.nbytes) for w, _ in hashed)
     hashes = struct.pack(f"{len(hashed)}Q", *(value for _, value in hashed)), len(hashed)
-    output = {"size": y.shape, "dtype": y.dtype, "memory_format": reference.memory_format_of(y)}
-    handle = kernels.handles[y.dtype]
+    handle = kernels.handles[output["dtype"]]
     _keep(key, _KernelCall(handle, (packed_chain, layers), (weights, *hashes), copies, constants, output))
 
 

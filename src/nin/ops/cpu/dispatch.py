@@ -8,13 +8,14 @@ one down.
 import os
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nin.ops import reference, schema
 from nin.ops.arguments import ChainArguments, Gradients
-from nin.ops.cpu import abi, call_cache, library
+from nin.ops.cpu import abi, call_cache, library, weight_cache
 from nin.ops.cpu.call_cache import CallKey
 from nin.ops.cpu.conv_backward import convolution_backward
 from nin.ops.cpu.library import Kernels
@@ -55,17 +56,21 @@ def mlpconv(x: Tensor, chain: ChainArguments, key: CallKey | None = None) -> Ten
         chain: the other arguments.
         key: of a call to be repeated, see `call_key`.
     """
+    schema.check_memory((x, *chain.weights, *chain.biases))
+    weight_cache.take_back_constants(chain.weights)
     if KERNELS is None or not _is_supported(x, chain) or is_faster_in_pytorch(x, chain):
         if key is not None:
             call_cache.remember_reference(key)
         return reference.mlpconv(x, chain)
-    y = torch.empty(chain.output_shape(x), dtype=x.dtype, memory_format=reference.memory_format_of(x))
+    layout = reference.memory_format_of(x)
+    output: dict[str, Any] = {"size": chain.output_shape(x), "dtype": x.dtype, "memory_format": layout}
+    y = torch.empty(**output)
     if y.numel() > 0:  # an empty batch has nothing to compute
         packed_chain, tile_size = abi.choose_winograd(KERNELS, abi.pack_chain(x, y, chain), chain)
         copies = packed_copies(KERNELS, chain.weights, winograd_tile_size=tile_size)
         abi.run_forward(KERNELS, packed_chain, [copy.packed for copy in copies], chain, x, y)
         if key is not None:
-            call_cache.remember(key, KERNELS, packed_chain, copies, chain, y)
+            call_cache.remember(key, KERNELS, packed_chain, copies, chain, output)
     return y
 
 
@@ -97,6 +102,7 @@ MAX_BACKWARD_WEIGHTS = 1 << 21
 
 def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
     """Compute the gradients with the compiled kernels, if they support the chain; see `reference.mlpconv_backward`."""
+    schema.check_memory((grad, x, y, *chain.weights, *chain.biases))
     fits = (grad.shape, grad.dtype) == (y.shape, x.dtype) and grad.numel() > 0
     if KERNELS is not None and fits and _is_supported(x, chain):
         if chain.is_pointwise():

@@ -14,22 +14,51 @@ from torch import Tensor, nn
 from nin.errors import UserError
 from nin.ops.cpu import library
 from nin.ops.cpu.library import Kernels
+from nin.ops.transforms import PLAIN_TYPES, is_wrapped
 
 # Where a weight lies and how it is packed: address, shape, strides, dtype, then what `_pack` is asked for.
 _Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int, bool, int]
 
 
-class _VersionCounter:
-    """The version counter of a tensor, without the tensor's memory. Two are equal only if they are one object."""
+class _Constant:
+    """The promise that a weight is only written to by what raises its version counter; see `mark_constant`.
 
-    def __init__(self, t: Tensor) -> None:
+    It keeps neither the weight nor its memory alive.
+
+    Attributes:
+        stands: whether it was not taken back.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.stands = True
+        self._owner, self._storage = _owner_of(weight), weakref.ref(weight.untyped_storage())
         with torch.inference_mode(False):
-            self._alias = t.detach()  # shares the counter,
-            self._alias.data = torch.empty(0, dtype=t.dtype)  # and no longer the memory, which it would keep alive
+            self._alias = weight.detach()  # shares the counter,
+            self._alias.data = torch.empty(0, dtype=weight.dtype)  # and no longer the memory, which it would keep alive
 
     @property
-    def value(self) -> int:
+    def version(self) -> int:
         return self._alias._version
+
+    def holds_for(self, weight: Tensor) -> bool:
+        """Return whether a tensor is the weight that it was given for, or a view of it, in the memory of then.
+
+        Another tensor may have come to the same address, and a parameter made from ``weight.data`` has a counter of its
+        own. The counters' values tell a new tensor in the place of one that was freed.
+        """
+        return (
+            self.stands
+            and _owner_of(weight) == self._owner
+            and weight.untyped_storage() is self._storage()
+            and not weight.requires_grad
+            and weight._version == self._alias._version
+        )
+
+
+def _owner_of(weight: Tensor) -> int:
+    """Return the address of PyTorch's object for a tensor, or for the tensor that it is a view of."""
+    base: Tensor | None = weight._base
+    return weight._cdata if base is None else base._cdata
 
 
 class PackedCopy(NamedTuple):
@@ -37,12 +66,13 @@ class PackedCopy(NamedTuple):
 
     packed: Tensor
     hash: int | None = None
-    counter: _VersionCounter | None = None  # of a constant, see `mark_constant`
+    constant: _Constant | None = None
     version: int = 0
 
-    def is_unchanged_constant(self) -> bool:
-        """Return whether this is the copy of a constant that nobody has written to."""
-        return self.counter is not None and self.counter.value == self.version
+    def is_of_constant(self, weight: Tensor) -> bool:
+        """Return whether this is the copy of a constant, ``weight``, that nobody has written to."""
+        constant = self.constant
+        return constant is not None and constant.holds_for(weight) and constant.version == self.version
 
 
 class _Memory(NamedTuple):
@@ -55,7 +85,7 @@ class _Memory(NamedTuple):
 # The memory is watched and not the tensors: torch.utils.swap_tensors refuses a tensor that a weak reference points to.
 _copies: dict[_Key, PackedCopy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
-_constants: dict[int, _VersionCounter] = {}  # by the id of the storage
+_constants: dict[int, _Constant] = {}  # by the id of the storage
 calls: dict[tuple[Any, ...], Any] = {}  # what `call_cache` keeps; emptied when a copy goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
@@ -97,10 +127,7 @@ def packed_copies(
         tile_size = 0
     now: list[PackedCopy] = []
     for key, copy, weight, value in zip(keys, copies, weights, hash_bytes(kernels, spans), strict=True):
-        # a weight that requires gradients is constant no more
-        if copy is None or not (
-            copy.hash == value if copy.counter is None else copy.is_unchanged_constant() and not weight.requires_grad
-        ):
+        if copy is None or not (copy.hash == value if copy.constant is None else copy.is_of_constant(weight)):
             copy = _pack_again(kernels, key, weight)
         now.append(copy)
     return now
@@ -148,42 +175,69 @@ def _hashes_type(count: int) -> Any:
     return ctypes.c_uint64 * count
 
 
-def hash_tensors(kernels: Kernels, tensors: Sequence[Tensor]) -> tuple[object, ...] | None:
+def hash_tensors(
+    kernels: Kernels, tensors: Sequence[Tensor], copies: Sequence[Tensor] | None = None
+) -> tuple[object, ...] | None:
     """Return a value that is equal as long as the tensors are, in shapes, strides, dtypes and every byte.
 
     None where that cannot be told: not all are in the CPU's memory, without gaps.
+
+    Args:
+        kernels: of the instruction set in use.
+        tensors: whose versions are asked for, where they are constants.
+        copies: of the tensors, whose bytes are hashed in their place.
     """
     if not all(t.is_cpu and t.layout == torch.strided and _is_dense(t) for t in tensors):
         return None
-    counters = [_counter_of(t) if _constants else None for t in tensors]
-    hashed = [t for t, counter in zip(tensors, counters, strict=True) if counter is None]
+    constants = [_constant_of(t) if _constants else None for t in tensors]
+    hashed = [t for t, constant in zip(copies or tensors, constants, strict=True) if constant is None]
     spans = [number for t in hashed for number in (t.data_ptr(), t.nbytes)]
-    versions = [c and (t.data_ptr(), c, c.value) for t, c in zip(tensors, counters, strict=True)]
+    versions = [c and (t.data_ptr(), c, c.version) for t, c in zip(tensors, constants, strict=True)]
     return (*hash_bytes(kernels, spans), *versions, *((t.shape, t.stride(), t.dtype) for t in tensors))
 
 
 def mark_constant(weight: Tensor) -> None:
     """Promise that a weight's memory is only written to by what raises its version counter, so that no byte is hashed.
 
-    The promise is taken back when the weight requires gradients in a call.
+    The promise is taken back by a call in which the weight requires gradients, or another tensor has its memory. Of two
+    weights in one memory only the first is constant.
     """
     storage = weight.untyped_storage()
     name = id(storage)
     if name not in _constants:
         weakref.finalize(storage, _constants.pop, name, None).atexit = False
-    _constants[name] = _VersionCounter(weight)
+    elif not _constants[name].holds_for(weight):
+        _take_back(name)
+        return
+    _constants[name] = _Constant(weight)
     memory = _memories.get(name)
     for old in () if memory is None else memory.keys:  # those that are hashed
         _copies.pop(old, None)
     calls.clear()
 
 
-def _counter_of(weight: Tensor) -> _VersionCounter | None:
-    """Return the version counter of a constant; None if its bytes are to be hashed."""
+def _take_back(name: int) -> None:
+    """Take back the promise for a storage, for all copies of what lies in it."""
+    _constants.pop(name).stands = False
+
+
+def _constant_of(weight: Tensor) -> _Constant | None:
+    """Return the promise for a weight; None if its bytes are to be hashed."""
     name = id(weight.untyped_storage())
-    if weight.requires_grad:
-        _constants.pop(name, None)
-    return _constants.get(name)
+    constant = _constants.get(name)
+    if constant is None or constant.holds_for(weight):
+        return constant
+    _take_back(name)
+    return None
+
+
+def take_back_constants(weights: Sequence[Tensor]) -> None:
+    """Take back the promises for those weights of a call that require gradients, whatever computes it."""
+    if _constants:
+        for weight in weights:
+            # a wrapper has no storage
+            if type(weight) in PLAIN_TYPES and weight.requires_grad and not is_wrapped(weight):
+                _constant_of(weight)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -195,9 +249,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Still seen: what raises a parameter's version counter (``load_state_dict``, ``copy_`` and other in-place
     operations) and other memory in its place (``parameter.data = …``, a new parameter, ``to``). **Not seen any more**:
-    writes into the same memory through ``parameter.data`` or ``parameter.numpy()``, by another process, and by an
-    optimiser's fused kernel. ``model.requires_grad_(True)`` takes the promise back: from the next call on, every byte
-    counts again. Copies and pickles of a frozen network are not frozen.
+    writes into the same memory through ``parameter.data`` (a parameter made from it too) or ``parameter.numpy()``, by
+    another process, and by an optimiser's fused kernel. ``model.requires_grad_(True)`` takes the promise back: from the
+    next call on, every byte counts again. Copies and pickles of a frozen network are not frozen.
 
     Standardised convolutions compute their weights in every call: use their `fold` before. BatchNorm's statistics and
     parameters that share their memory with others are hashed as before. On a GPU nothing changes.
@@ -236,18 +290,19 @@ def _is_dense(t: Tensor) -> bool:
 
 def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> PackedCopy:
     """Pack a weight, and keep the copy in the cache if its bytes can be hashed."""
-    packed = functools.partial(_pack, key[4], weight, key[5], key[6])
+    pack = functools.partial(_pack, key[4], for_input_gradient=key[5], winograd_tile_size=key[6])
     if not _is_dense(weight):
-        return PackedCopy(packed())
+        return PackedCopy(pack(weight))
     storage = weight.untyped_storage()
     name = id(storage)
-    counter = _counter_of(weight)
-    if counter is None:
-        value = hash_bytes(kernels, (key[0], weight.nbytes))[0]
-        copy = PackedCopy(packed(), value)
+    constant = _constant_of(weight)
+    if constant is None:
+        # Another thread may write to the weight meanwhile, and back. What is hashed must be what is packed.
+        snapshot = weight.clone()
+        copy = PackedCopy(pack(snapshot), hash_bytes(kernels, (snapshot.data_ptr(), snapshot.nbytes))[0])
     else:
-        version = counter.value
-        copy = PackedCopy(packed(), None, counter, version)
+        version = constant.version  # before the values are read, as operations write first and then raise it
+        copy = PackedCopy(pack(weight), None, constant, version)
     memory = _memories.get(name)
     if memory is None or memory.storage() is not storage:
 
