@@ -141,6 +141,39 @@ def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
         assert picture.size == (256, 256)
 
 
+def test_a_trained_run_has_one_number_of_parameters_and_is_timed_as_it_answers(run, capsys):
+    model, info = nin.checkpoint.load_model(run)
+    folded = nin.load(run).model
+    count = sum(p.numel() for p in folded.parameters())
+    assert count < sum(p.numel() for p in model.parameters())  # the gains of its standardised filters
+    cli_main("cost", str(run), "--count-only", "--json")
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["parameters"] == count
+    shape = (1, info.preprocessing.channels, info.preprocessing.size, info.preprocessing.size)
+    measured = nin.cost(model, shape, measured=True)
+    assert measured.parameters == nin.cost(folded, shape).parameters == count
+    assert sum(layer.parameters for layer in measured.layers) == count
+    assert any(isinstance(m, nin.layers.StandardisedConv2d) for m in model.modules())  # it is left as it is
+
+
+@pytest.mark.parametrize("name", ["nin_imagenet", "timm:tf_efficientnet_lite0"])
+def test_the_table_of_costs_fits_into_80_columns(name, capsys, monkeypatch):
+    from nin.cli import cost
+
+    narrow = Console(width=80, **console.PLAIN_TEXT)
+    monkeypatch.setattr(console, "results", narrow)
+    monkeypatch.setattr(cost, "results", narrow)
+    cli_main("cost", name, "--count-only")
+    printed = capsys.readouterr()
+    network, size = cost.find_network(name, None, None)
+    layers = nin.cost(network, (1, *size)).layers
+    lines = printed.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for layer in layers:  # each in one line, whole
+        assert any(layer.name in line and f"{layer.macs:,}" in line for line in lines), layer.name
+    assert "left out, as the terminal is 80 columns wide: activation" in printed.err
+
+
 def test_cost_of_a_name_and_of_a_run(run, capsys):
     cli_main("cost", "nin_cifar", "--count-only", "--json")
     counted = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """cost: counted by hand, by PyTorch's own counter, and printed."""
 
+import copy
 import json
 
 import pytest
@@ -211,7 +212,11 @@ def test_the_parameters_are_the_whole_model_and_shared_ones_once():
     model = nn.Sequential(first, second, nn.LayerNorm(4))
     assert nin.cost(model, (1, 3, 4, 4)).parameters == 16 + 4 + 4 + 8
     standardised = nin.MLPConv(3, (8, 6), kernel_size=3, normalisation="weight_standardisation")
-    assert nin.cost(standardised, (1, 3, 8, 8)).parameters == sum(p.numel() for p in standardised.parameters())
+    # of standardised filters those that answer: their gains are folded into them
+    counted, folded = nin.cost(standardised, (1, 3, 8, 8)), copy.deepcopy(standardised).fold()
+    assert counted.parameters == sum(p.numel() for p in folded.parameters())
+    assert counted.parameters == sum(layer.parameters for layer in counted.layers)
+    assert sum(p.numel() for p in standardised.parameters()) == counted.parameters + 8 + 6  # it is left as it is
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.cells import cell_len
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table, results
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nin.profiling.cost import Cost
+
+# Columns in the order in which a narrow terminal leaves them out.
+LESS_NEEDED = ("activation", "MACs %", "output", "channels", "at least", "kernel")
 
 # More classes, channels or pixels a side than any network has.
 LARGEST = 1_000_000
@@ -118,11 +122,36 @@ def _is_of_the_network(error: Exception) -> bool:
     return called and not str(frames[-1].f_globals.get("__name__")).startswith("nin.profiling")
 
 
+def fit_columns(rows: list[tuple[str, ...]], width: int) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return a table without the columns that a terminal has no room for, and the headings of these.
+
+    Args:
+        rows: of cells, the header first.
+        width: of the terminal, in columns.
+    """
+    left_out: list[str] = []
+    for name in LESS_NEEDED:
+        # each column has two spaces and a line around it
+        if sum(max(map(cell_len, column)) + 3 for column in zip(*rows, strict=True)) + 1 <= width:
+            break
+        if name in rows[0]:
+            index = rows[0].index(name)
+            rows = [row[:index] + row[index + 1 :] for row in rows]
+            left_out.append(name)
+    return rows, left_out
+
+
 def show_cost(model: str, counted: Cost) -> None:
     """Print the cost as a table, and what is not in it."""
     shape = "×".join(map(str, counted.input_shape))
     title = f"{model}, input {shape}; 1 MAC = 2 floating-point operations"
-    print_table(counted.rows(), left=4, title=title, total=True)
+    rows, left_out = fit_columns(counted.rows(), results.width)
+    left = sum(name not in left_out for name in ("layer", "kernel", "channels", "output"))
+    print_table(rows, left=left, title=title, total=True)
+    if left_out:
+        messages.print(
+            f"left out, as the terminal is {results.width} columns wide: {', '.join(left_out)}; --json has all"
+        )
     if counted.uncounted:
         messages.print(f"not counted: {', '.join(counted.uncounted)}")
     if counted.measured is not None:

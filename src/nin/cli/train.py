@@ -271,8 +271,10 @@ def training_bar(
 
 def show_result(result: TrainResult) -> None:
     """Print the test accuracy with its interval, the model, its size and the time it took."""
+    from nin.profiling.cost import count_parameters
+
     r, recipe = result.info.result, result.info.recipe
-    parameters = sum(p.numel() for p in result.model.parameters())
+    parameters = count_parameters(result.model)
     if "validation_accuracy" in r:
         epoch = f"epoch {r['best_epoch']} is the best by the validation images, " if "best_epoch" in r else ""
         text = f"{accuracy_text(r, 'validation_accuracy')}, {format_number_of(r['validation_images'], 'image')}"

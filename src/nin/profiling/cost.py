@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from nin.display.numbers import format_bytes, format_percent
 from nin.display.tables import html_table, text_table
-from nin.layers import Conv1x1, MLPConv
+from nin.layers import Conv1x1, MLPConv, StandardisedConv2d
 from nin.ops.schema import chain_macs
 from nin.profiling.roofline import ModelTiming, time_model
 from nin.runtime.model_copy import copy_model
@@ -156,6 +156,9 @@ def cost(
 ) -> Cost:
     """Count the cost of one forward pass, on the meta device: nothing is computed unless it is to be timed.
 
+    Standardised weights are folded before, as `nin.load` folds them: figures and times are those of the network that
+    answers.
+
     A convolution makes ``N · C_out · H' · W' · (C_in / groups) · kH · kW`` multiply-accumulates (MACs); one MAC is
     two floating-point operations. Biases, activations, pooling and normalisation are not counted, as is usual.
     FLOPs are those of ``torch.utils.flop_counter``, so that matrix products outside of layers, such as those of
@@ -182,21 +185,41 @@ def cost(
     shape = tuple(int(size) for size in input_shape)
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"input_shape must be (N, C, H, W), each at least 1, got {shape}")
-    parameters = sum(p.numel() for p in model.parameters())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         # Meta tensors have shapes and no values: a network of any size is counted in milliseconds and no memory.
-        counter = _count(_copy_to_meta(model).eval(), torch.empty(shape, dtype=dtype, device="meta"))
+        counter = _count(_as_it_answers(_copy_to_meta(model)), torch.empty(shape, dtype=dtype, device="meta"))
     except (RuntimeError, TypeError):  # item() and numpy() of a meta tensor, one of two devices
-        counter = _count(copy_model(model).eval().to("cpu"), torch.zeros(shape, dtype=dtype))
+        counter = _count(_as_it_answers(copy_model(model)).to("cpu"), torch.zeros(shape, dtype=dtype))
     timing = None
     if measured:
         macs: Counter[str] = Counter()
         for layer in counter.layers:
             macs[layer.module] += layer.macs
         x = torch.rand(shape).to(dtype)
-        timing = time_model(copy_model(model).eval().to("cpu"), x, macs, on_progress)
-    return Cost(shape, tuple(counter.layers), parameters, tuple(counter.uncounted()), timing)
+        timing = time_model(_as_it_answers(copy_model(model)).to("cpu"), x, macs, on_progress)
+    return Cost(shape, tuple(counter.layers), count_parameters(model), tuple(counter.uncounted()), timing)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of weights and biases of a network as it answers: gains of standardised filters are folded.
+
+    Example:
+        >>> from nin.profiling.cost import count_parameters
+        >>> convolution = nin.models.nin_cifar(normalisation="weight_standardisation")
+        >>> count_parameters(convolution) == count_parameters(convolution.fold())
+        True
+    """
+    gains = sum(module.gain.numel() for module in model.modules() if isinstance(module, StandardisedConv2d))
+    return sum(p.numel() for p in model.parameters()) - gains
+
+
+def _as_it_answers(model: nn.Module) -> nn.Module:
+    """Return the network in evaluation mode with its standardised weights folded, in place."""
+    for module in model.modules():
+        if isinstance(module, MLPConv):
+            module.fold()
+    return model.eval()
 
 
 def _copy_to_meta(model: nn.Module) -> nn.Module:
