@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import random
 
 import pytest
 import torch
@@ -497,7 +498,7 @@ def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypa
 
     monkeypatch.setattr(latency.LatencyTable, "measure", measure)
     model, batches = chain(), images(16, 3, 16, 16)
-    options = NarrowOptions(thin=False, renormalise=False)
+    options = NarrowOptions(thin=False, renormalise=False, revert_slower=True)
     slow = nin.narrow(model, batches, macs=0.55, options=dataclasses.replace(options, revert_slower=False)).report
     mended = nin.narrow(model, batches, macs=0.55, options=options).report
     assert any(layer.latency_ms_after > layer.latency_ms_before for layer in slow.layers if layer.latency_ms_after)
@@ -511,9 +512,21 @@ def test_no_layer_is_left_slower_than_before_where_the_budget_allows_it(monkeypa
 
 def test_layers_that_the_budget_needs_stay_though_slower_and_the_report_says_so(monkeypatch):
     monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: 1e9 - knapsack.macs(layers))
-    report = nin.narrow(chain(), images(16, 3, 16, 16), macs=0.6).report
+    options = NarrowOptions(revert_slower=True)
+    report = nin.narrow(chain(), images(16, 3, 16, 16), macs=0.6, options=options).report
     assert report.macs[1] <= 0.6 * report.macs[0]
     assert any(note.startswith("Slower than before, but the budget needs them: ") for note in report.notes)
+
+
+@pytest.mark.parametrize("kind", ["macs", "parameters"])
+def test_a_budget_that_is_no_time_gives_the_same_plan_whatever_the_clock_says(kind, monkeypatch):
+    clock = random.Random(0)
+    monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: clock.random())
+    model, batches = chain(), images(16, 3, 16, 16)
+    results = [nin.narrow(model, batches, **{kind: 0.6}) for _ in range(2)]
+    assert results[0].plan == results[1].plan
+    for name, values in results[0].model.state_dict().items():
+        assert torch.equal(values, results[1].model.state_dict()[name]), name
 
 
 class Halved(nn.Module):
@@ -577,7 +590,7 @@ def test_a_slower_layer_does_not_become_a_cheaper_one_that_is_slower_still(share
     monkeypatch.setattr(latency.LatencyTable, "measure", lambda self, layers: milliseconds(layers))
     model, batches = Halved().eval(), images(16, 3, 16, 16)
     quiet = nin.narrow(model, batches, macs=share, options=QUIET).report
-    report = nin.narrow(model, batches, macs=share, options=NarrowOptions()).report
+    report = nin.narrow(model, batches, macs=share, options=NarrowOptions(revert_slower=True)).report
     assert 0.95 * quiet.macs[1] <= report.macs[1] <= share * report.macs[0]
     assert report.calibration_error <= 1.5 * quiet.calibration_error
     slower = [layer.name for layer in report.layers if layer.after and layer.latency_ms_after > layer.latency_ms_before]

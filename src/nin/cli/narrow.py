@@ -17,7 +17,6 @@ from nin.runtime.files import write_atomically
 if TYPE_CHECKING:
     import torch
 
-    from nin.checkpoint import RunInfo
     from nin.narrowing import NarrowReport, NarrowResult
 
 
@@ -44,6 +43,7 @@ def narrow(
     std: str | None = None,
     data_dir: Path | None = None,
     resume: bool = False,
+    revert_slower: bool = False,
     dry_run: bool = False,
     device: str = "auto",
     trust: bool = False,
@@ -80,6 +80,8 @@ def narrow(
         std: With --model: the channels' standard deviation; ImageNet's if not given.
         data_dir: Where the files of mnist to svhn lie.
         resume: Where it is finished, print its result; else go on, or begin, as without it.
+        revert_slower: With --macs or --parameters: avoid layers that are measured slower than before. Without it, the
+            same network, images and options give the same plan on a quiet and on a busy machine.
         dry_run: Print the plan only.
         device: Where to compute, and to measure times: auto for a GPU where there is one, cpu, cuda, cuda:1.
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
@@ -87,7 +89,7 @@ def narrow(
     """
     from nin import checkpoint, models
     from nin.checkpoint import load_info
-    from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
+    from nin.narrowing.narrow_to_folder import as_recorded, load_finished, load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
@@ -102,6 +104,7 @@ def narrow(
         channels_last=channels_last,
         dry_run=dry_run,
         device=device,
+        revert_slower=revert_slower,
     )
     if (run is None) == (model is None) or (model is None) != (weights is None):
         raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
@@ -139,22 +142,6 @@ def narrow(
     show_narrowing(result.report, out, json)
     if hint:
         messages.print(hint)
-
-
-def as_recorded(info: RunInfo, data: str) -> dict[str, Any]:
-    """Return the options of `nin.data.load` that a run was trained with.
-
-    With another seed or fraction, images that it was trained on would be among those that test it.
-    """
-    named = data in nin.data.DATASET_NAMES  # their size is their own
-    return {
-        "size": None if named else info.preprocessing.size,
-        "value_range": info.preprocessing.value_range,
-        "resize": info.preprocessing.resize,
-        "photos": False,
-        "seed": info.data.get("seed", 0),
-        "test_fraction": info.data.get("test_fraction"),
-    }
 
 
 def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -89,6 +90,22 @@ def narrow_run(
         if distributed.is_main_process():
             save_narrowed_run(folder, run, result, info, images, config)
     return result
+
+
+def as_recorded(info: checkpoint.RunInfo, source: str) -> dict[str, Any]:
+    """Return the options of `nin.data.load` that a run was trained with.
+
+    With another seed or fraction, images that it was trained on would be among those that test it.
+    """
+    named = source in data.DATASET_NAMES  # their size is their own
+    return {
+        "size": None if named else info.preprocessing.size,
+        "value_range": info.preprocessing.value_range,
+        "resize": info.preprocessing.resize,
+        "photos": False,
+        "seed": info.data.get("seed", 0),
+        "test_fraction": info.data.get("test_fraction"),
+    }
 
 
 def save_narrowed_run(

@@ -18,8 +18,9 @@ class NarrowOptions:
         factorise: replace layers by two or three of lower rank.
         passes: times that the images are run through both networks for the reconstruction, at most.
         renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.
-        revert_slower: give layers that were measured slower than before fewer channels, or keep them as they were,
-            where the budget is spent all the same and little more is lost.
+        revert_slower: for a budget of multiply-accumulates or parameters, give layers that were measured slower than
+            before fewer channels, or keep them as they were, where the budget is spent all the same and little more is
+            lost. The clock then has a say: without it the same network, images and options give the same plan.
         measure_latency: time the whole model before and after.
         batch: images at a time when measuring; that of the first batch if not given.
         layout: memory layout of the weights: "contiguous", or "channels_last", which is often faster.
@@ -34,7 +35,7 @@ class NarrowOptions:
     factorise: bool = True
     passes: int = 32
     renormalise: bool = True
-    revert_slower: bool = True
+    revert_slower: bool = False
     measure_latency: bool = True
     batch: int | None = None
     layout: str = "contiguous"

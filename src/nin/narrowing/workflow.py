@@ -50,6 +50,7 @@ class WorkflowConfig:
         dry_run: plan only, write nothing but the cache of the analysis.
         seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1": where everything is computed and timed.
+        revert_slower: avoid layers that are measured slower than before, see `NarrowOptions`.
     """
 
     budget: Mapping[str, float]
@@ -63,6 +64,7 @@ class WorkflowConfig:
     dry_run: bool = False
     seed: int = 0
     device: str = "auto"
+    revert_slower: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges, so that a mistake shows before anything is loaded."""
@@ -212,6 +214,7 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
         budgets=config.budgets,
         batch=config.batch,
         layout=config.layout,
+        revert_slower=config.revert_slower,
         on_progress=progress,
     )
     return narrow(
@@ -247,8 +250,9 @@ def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
     Raises:
         UserError: the settings, the network or the images differ.
     """
-    # what was begun before there was a choice of devices was begun on the CPU
-    now, settings = task_fingerprint(task, config), {"device": "cpu", **before.get("settings", {})}
+    # what was begun before there was a choice was begun on the CPU, without slower layers
+    usual = {"device": "cpu", "revert_slower": True}
+    now, settings = task_fingerprint(task, config), {**usual, **before.get("settings", {})}
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:
         differing = ["another network or other images"]
