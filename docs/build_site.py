@@ -31,7 +31,18 @@ SOURCE, SITE = ROOT / "build" / "site-source", ROOT / "build" / "site"
 SECTIONS = {
     "Start": ["install", "tutorial-learner", "tutorial-images", "tutorial-engineer", "tutorial-pytorch"],
     "Understand": ["one-by-one", "mathematics", "page"],
-    "Guides": ["pretrained", "finetuning", "choosing", "narrowing", "fuse", "export", "scikit-learn", "timm", "hub"],
+    "Guides": [
+        "pretrained",
+        "finetuning",
+        "choosing",
+        "speed",
+        "narrowing",
+        "fuse",
+        "export",
+        "scikit-learn",
+        "timm",
+        "hub",
+    ],
     "How it works": ["kernels", "gpu", "design"],
     "Reference": ["api"],
 }

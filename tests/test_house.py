@@ -28,6 +28,7 @@ FLOORS = [
     {"server", "training"},
     {"narrowing", "sklearn"},
     {"report"},
+    {"speed_search"},
     {"cli", "hub"},
     {"__main__"},
 ]

@@ -16,6 +16,13 @@ from nin.narrowing.report import ControlReport
 from nin.profiling.bench.report import html_page
 from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
 from nin.runtime.timer import Timing
+from nin.speed_search.combinations import Combination
+from nin.speed_search.page import render_page
+from nin.speed_search.quality import Quality
+from nin.speed_search.result import Row, SpeedResult
+from nin.speed_search.runners import Setting
+from nin.speed_search.timing import Interval
+from nin.version import install_command
 from support.browser import Visit, needs_chromium, slide
 from support.layout import SCHEMES, WIDTHS, axe_faults, layout_faults
 from support.serving import Running, make_run, png
@@ -82,7 +89,52 @@ def write_speed(folder):
     return path
 
 
-WRITERS = {"report": write_run_report, "narrowing": write_narrowing_report, "speed": write_speed}
+def write_search(folder):
+    """Write the page of a search for the fastest combination, with a loss beyond the chart and long names."""
+    rows = tuple(
+        Row(
+            Combination(form, number, engine),
+            {n: Interval(ms * n, ms * n - 0.3, ms * n + 0.4, 9) for n in (1, 32)},
+            Quality(162, 0.98, 0.012, 0.86 - lost / 100, lost, 1.2),
+            20_500_000,
+            412_000_000,
+            {n: Setting(2, "channels_last") for n in (1, 32)},
+        )
+        for form, number, engine, ms, lost in (
+            ("original", "float32", "eager", 21.4, 0.0),
+            ("original", "bfloat16", "eager", 38.0, 0.1),
+            ("original", "float32", "nin", 12.0, 0.0),
+            ("original", "int8", "onnxruntime", 5.2, 71.0),
+            ("narrowed 0.65", "int8", "openvino", 3.1, 0.62),
+            ("narrowed 0.65", "float32", "compile", 3.2, -0.4),
+        )
+    )
+    missing = Row(Combination("original", "int8", "openvino"), reason=f"not installed: {install_command('speed')}")
+    machine = {"processor": "A processor", "cores": 2, "kernel": "nin", "versions": {"torch": "2"}, "load": [0.1, 2.5]}
+    control = {n: (rows[0].latency[n], rows[0].latency[n]) for n in (1, 32)}
+    found = SpeedResult(
+        "timm:tf_efficientnet_lite0",
+        "photos",
+        True,
+        1.0,
+        (1, 32),
+        (*rows, missing),
+        rows[4].combination,
+        control,
+        {**machine, "date": "2026-11-28"},
+        ("narrowed 0.5: the budget cannot be reached",),
+    )
+    path = folder / "fastest.html"
+    path.write_text(render_page(found), "utf-8")
+    return path
+
+
+WRITERS = {
+    "report": write_run_report,
+    "narrowing": write_narrowing_report,
+    "speed": write_speed,
+    "fastest": write_search,
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +157,10 @@ def test_a_written_page_fits_every_screen(browser, axe, name, tmp_path):
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 800})
             assert layout_faults(page) == [], (width, scheme)
+            for point in page.locator("svg .point").all()[:6]:  # words that are there while it has the focus
+                point.focus()
+                expect(point.locator(".told text").first).to_be_visible()
+                assert layout_faults(page) == [], (width, scheme, point.get_attribute("aria-label"))
         assert axe_faults(axe, page) == []
     page.close()
     assert wrong == []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nin.ops import backends, conv1x1, freeze, mlpconv
     from nin.profiling.cost import cost
     from nin.sklearn import NiNClassifier
+    from nin.speed_search.search import speed
     from nin.training import train
 
 # the module that each public name comes from
@@ -30,6 +31,7 @@ _MODULES = {
     "nin.ops": ("backends", "conv1x1", "freeze", "mlpconv"),
     "nin.profiling.cost": ("cost",),
     "nin.sklearn": ("NiNClassifier",),
+    "nin.speed_search.search": ("speed",),
     "nin.training": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -56,6 +58,7 @@ __all__ = [
     "mlpconv",
     "models",
     "narrow",
+    "speed",
     "train",
 ]
 

@@ -51,7 +51,7 @@
     for (const drawing of document.querySelectorAll('svg')) {
         if (!shown(drawing)) continue;
         const frame = drawing.getBoundingClientRect();
-        const words = [...drawing.querySelectorAll('text')].filter((one) => one.textContent.trim());
+        const words = [...drawing.querySelectorAll('text')].filter((one) => one.textContent.trim() && one.getBoundingClientRect().width);
         const boxes = words.map((one) => one.getBoundingClientRect());
         words.forEach((one, i) => {
             const { a: cosine, b: sine } = one.getScreenCTM();

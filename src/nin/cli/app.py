@@ -19,6 +19,7 @@ from nin.cli.predict import predict
 from nin.cli.report import report
 from nin.cli.serve import serve
 from nin.cli.shards import shards
+from nin.cli.speed import speed
 from nin.cli.train import train
 from nin.errors import UserError, is_out_of_memory
 from nin.runtime import torchrun
@@ -67,7 +68,7 @@ app = App(
     default_parameter=Parameter(negative="", converter=convert),
 )
 
-for verb in (train, check, shards, demo, predict, cost, bench, narrow, export, report, serve):
+for verb in (train, check, shards, demo, predict, cost, bench, narrow, speed, export, report, serve):
     app.command(verb)
 
 

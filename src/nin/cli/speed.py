@@ -1,0 +1,105 @@
+"""`nin speed`: measure every sensible way to run a network faster, and keep the fastest."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+import nin
+from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, print_table, results
+from nin.cli.narrow import parse_numbers
+
+DEFAULT_BUDGETS = "0.8,0.65,0.5"
+
+
+def speed(
+    network: str,
+    /,
+    *,
+    data: str,
+    lose: float = 1.0,
+    batch: tuple[int, ...] = (1,),
+    out: Path | None = None,
+    budgets: str = DEFAULT_BUDGETS,
+    narrow: Annotated[bool, Parameter(negative="--no-narrow")] = True,
+    finetune: int = 0,
+    engine: tuple[str, ...] = (),
+    threads: int | None = None,
+    test_images: int = 2000,
+    weights: Path | None = None,
+    size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    data_dir: Path | None = None,
+    trust: bool = False,
+    json: bool = False,
+) -> None:
+    """Make a network fast on this machine's CPU: measure every sensible way side by side, and keep the fastest.
+
+    As it is and narrowed; in float32, bfloat16 and int8; in PyTorch, torch.compile, nin's operator, ONNX Runtime and
+    OpenVINO, as far as they are installed. Stopped with Ctrl-C, the same command with --out goes on.
+
+    Args:
+        network: A run folder; or timm:NAME, torchvision:NAME, package.module:function that makes the network.
+        data: Images as for `nin train`, or a folder of images without classes. The test images compare the answers;
+            int8 is calibrated and layers are fitted on training images only.
+        lose: Points of accuracy that may be lost at most; without labels, per cent of the answers that may change.
+        batch: Images at a time that are timed; may be given several times, and the first one decides.
+        out: The folder to make: the fastest, ready to use, with an example; the page and the figures.
+        budgets: Shares of the multiplications that narrowed networks keep.
+        narrow: Try narrowed networks.
+        finetune: Epochs of training of each narrowed network.
+        engine: eager, compile, nin, onnxruntime, openvino; all if not given. May be given several times.
+        threads: Of every engine; the fastest number is looked for if not given.
+        test_images: That are looked at, at most.
+        weights: With the name of a network: its weights, model.safetensors or a state_dict that torch.save wrote
+            (read without running code).
+        size: With the name of a network: height and width that images are brought to, in pixels.
+        mean: With the name of a network: the channels' mean, such as 0.485,0.456,0.406.
+        std: With the name of a network: the channels' standard deviation.
+        data_dir: Where the files of mnist to svhn lie.
+        trust: Import the module that a run says its network is made by, where that is somebody's own code.
+        json: Print the figures as JSON on standard output.
+    """
+    shares = parse_numbers("budgets", budgets) if narrow else ()
+    means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
+    from nin.speed_search.combinations import ENGINES
+
+    # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
+    received: list[int] = []
+    with ProgressBar("Reading the images") as bar, contextlib.ExitStack() as stack:
+        if finetune:
+            received = stack.enter_context(catch_stop_signals())
+        try:
+            found = nin.speed(
+                network,
+                data,
+                lose=lose,
+                batches=batch,
+                budgets=shares,
+                finetune=finetune,
+                engines=engine or tuple(ENGINES),
+                threads=threads,
+                test_images=test_images,
+                weights=weights,
+                size=size,
+                mean=means,
+                std=stds,
+                data_dir=data_dir,
+                out=out,
+                trust=trust,
+                stop=lambda: bool(received),
+                on_progress=bar.on_progress,
+            )
+        except KeyboardInterrupt:
+            if out is not None:
+                bar.line("What was measured is kept: the same command goes on.")
+            raise
+    if json:
+        print_json({"out": None if out is None else str(out), **found.to_dict()})
+        return
+    print_table(found.table(), left=3, title=f"{found.network} on {found.images}")
+    results.print("\n".join(found.lines()))
+    if out is not None and found.chosen is not None:
+        messages.print(f"Use it: python {out / 'example.py'} IMAGE…")
