@@ -12,6 +12,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -138,7 +139,10 @@ def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
     drawn = sorted(maps.iterdir())
     assert len(drawn) == 2
     with Image.open(drawn[0]) as picture:
-        assert picture.size == (256, 256)
+        assert picture.size[0] > 2 * 256  # the image, and its map with a scale
+        colours = np.asarray(picture).reshape(-1, 3).astype(int)
+        assert (abs(colours - [27, 27, 27]).sum(1) < 20).any()  # the ink of the titles
+        assert (np.ptp(colours, axis=1) > 100).any()  # the colours of the map
 
 
 def test_a_trained_run_has_one_number_of_parameters_and_is_timed_as_it_answers(run, capsys):
@@ -654,18 +658,49 @@ def test_tables_fit_80_columns_and_keep_both_ends_of_a_path(run, monkeypatch):
     assert "…" not in terminal.file.getvalue().replace(printed, "")  # folded, not cut
 
 
-def test_an_unfinished_run_says_so(run, pictures, tmp_path, capsys):
+def test_an_unfinished_run_says_so(run, pictures, tmp_path, monkeypatch, capsys):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
     config = json.loads((unfinished / "config.json").read_text())
     (unfinished / "config.json").write_text(json.dumps({**config, "result": {}}))
-    cli_main("predict", str(unfinished), str(pictures / "0.png"))
-    assert "is unfinished, after" in capsys.readouterr().err
+    for command in (
+        ("predict", str(unfinished), str(pictures / "0.png")),
+        ("export", str(unfinished), "--format", "pt2"),
+        ("narrow", str(unfinished), "--data", "digits", "--macs", "0.6", "--images", "64", "--dry-run"),
+    ):
+        cli_main(*command)
+        assert "is unfinished, after" in capsys.readouterr().err, command
+    monkeypatch.setattr("nin.server.serve", lambda *_, **__: None)
+    cli_main("serve", str(run), "--beside", str(unfinished), "--port", "0", "--no-browser")
+    assert capsys.readouterr().err.count("is unfinished, after") == 1
     (unfinished / "config.json").unlink()
     (unfinished / "state.safetensors").write_bytes(b"")
     _, line = fails(capsys, "predict", str(unfinished), str(pictures / "0.png"))
     assert "unfinished run, stopped before its first epoch ended" in line
     assert f"--out {unfinished} --resume" in line
+
+
+def test_a_default_that_is_given_is_a_setting_like_any_other(tmp_path, monkeypatch, capsys):
+    """With the resumed run's other value it is a contradiction, and a recipe does not replace it."""
+    monkeypatch.chdir(tmp_path)
+
+    def stop(self, p, prefix=""):
+        if p.row:
+            raise KeyboardInterrupt
+
+    command = ("train", "digits", "--out", "out", "--epochs", "2", "--seed", "3", "--learning-rate", "0.05")
+    with monkeypatch.context() as patched:
+        patched.setattr("nin.cli.train.TrainingBar.show", stop)
+        with pytest.raises(SystemExit):
+            cli_main(*command)
+    capsys.readouterr()
+    for option, value, before in (("learning-rate", "0.1", "0.05"), ("seed", "0", "3")):
+        code, line = fails(capsys, "train", "digits", "--out", "out", "--resume", f"--{option}", value)
+        assert code == 2
+        assert f"--{option} {before}, now {value}" in line
+    sizes = {"images": 1000, "image_size": 32, "flip": False, "shift": 0}
+    assert nin.TrainConfig(recipe="speed", learning_rate=0.1).resolve(**sizes).learning_rate == 0.1
+    assert nin.TrainConfig(recipe="speed").resolve(**sizes).learning_rate == 0.2
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ def test_resuming_refuses_other_images_and_damage(classifier, paths, tmp_path, m
             batch_predict.predict_to_file(classifier, paths, out, resume=True)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_resuming_leaves_a_finished_file_as_it_is(classifier, paths, suffix, tmp_path):
+    out, some = tmp_path / f"p.{suffix}", paths[:70]
+    batch_predict.predict_to_file(classifier, some, out)
+    before = (out.read_bytes(), out.stat().st_mtime_ns)
+    counts = batch_predict.predict_to_file(classifier, some, out, resume=True)
+    assert (counts.total, counts.resumed) == (70, 70)
+    for others in (some[:-1], [*some, paths[80]], [paths[80], *some[1:]]):
+        with pytest.raises(UserError, match="no finished table of these images"):
+            batch_predict.predict_to_file(classifier, others, out, resume=True)
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == before
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    out.write_bytes(b"somebody's notes")
+    with pytest.raises(UserError, match="no finished table"):
+        batch_predict.predict_to_file(classifier, some, out, resume=True)
+    assert out.read_bytes() == b"somebody's notes"
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_processes_write_one_file(classifier, paths, whole, world_size, tmp_path):
     out = tmp_path / "p.csv"

@@ -395,11 +395,14 @@ def test_the_image_grid_has_a_row_for_each_image():
         image_grid.draw_image_grid([])
 
 
-def test_a_missing_font_is_named(monkeypatch):
+def test_without_matplotlib_titles_are_in_ascii(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    row = image_grid.ImageRow("photo", torch.zeros(3, 80, 80, dtype=torch.uint8), [])
-    with pytest.raises(UserError, match=r"needs matplotlib's font: pip install 'network-in-network\[hub\]'"):
-        image_grid.draw_image_grid([row])
+    panel = image_grid.MapPanel("Müll 98 % − a very long name of a class indeed", torch.ones(4, 4))
+    row = image_grid.ImageRow("猫.jpg", torch.zeros(3, 80, 80, dtype=torch.uint8), [panel])
+    assert (np.asarray(image_grid.draw_image_grid([row])) == 27).any()  # ink
+    font = image_grid._font(12)
+    assert image_grid._legible("猫 −1 …", font) == "? -1 ..."
+    assert font.getlength(image_grid._fitting(panel.title, font, 60)) <= 60
 
 
 def test_importing_the_report_is_cheap():

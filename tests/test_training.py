@@ -364,7 +364,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_epoch(digits, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr("nin.training.step.one_cycle_learning_rate", too_high)
-        with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch 3\).*learning_rate"):
+        with pytest.raises(
+            UserError, match=r"the loss became \S+ at step \d+ \(epoch 3\); what was written to .*--learning-rate"
+        ):
             training.train(digits, config, out=out, on_progress=remember)
     assert list(written) == [1, 2]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == written[2]
@@ -389,7 +391,7 @@ def test_too_small_images_are_refused_with_the_size(digits):
         ({"batch_size": True}, "batch_size must be a whole number, got True"),
         ({"threads": 10**6}, "threads must be at least 1 and at most 1024, got 1000000"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
-        ({"learning_rate": None}, "learning_rate must be a number, got None"),
+        ({"momentum": None}, "momentum must be a number, got None"),
         ({"flip": "no"}, "flip must be True or False, got 'no'"),
         ({"seed": None}, "seed must be a whole number, got None"),
         ({"model": 5}, "model must be a name, got 5"),
@@ -560,7 +562,9 @@ def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, stop_at
 @running_ahead()
 def test_a_loss_that_is_read_late_still_stops_the_training(digits):
     config = dataclasses.replace(QUICK, learning_rate=1e30, gradient_clip=1e30, normalisation="none")
-    with pytest.raises(UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\)"):
+    with pytest.raises(
+        UserError, match=r"the loss became \S+ at step \d+ \(epoch \d\)\. Try a lower --learning-rate than"
+    ):
         training.train(digits, config)
 
 

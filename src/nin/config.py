@@ -83,19 +83,23 @@ class TrainConfig:
         epochs: passes over the training images; if not given, 18 (finetune: 12), and more where there are few images.
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
             "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
-        learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; 0.1 suits batches of 128.
-            "auto" finds one by a range test of less than a minute, see `nin.training.learning_rate_test`.
+        learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; if not given, 0.1, which
+            suits batches of 128, or what the recipe says. "auto" finds one by a range test of less than a minute, see
+            `nin.training.learning_rate_test`.
         body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
         optimizer: "sgd" unless the recipe says another, or "adamw".
-        warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest.
-        schedule: how it falls: "cosine", or "triangle" (in a straight line).
+        warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest. 0.2
+            unless the recipe says another.
+        schedule: how it falls: "cosine" unless the recipe says another, or "triangle" (in a straight line).
         momentum: of SGD, in Nesterov's form; of AdamW's gradients it is 0.9.
-        weight_decay: per step, on weights only (not on biases and gains).
+        weight_decay: per step, on weights only (not on biases and gains); 0.0005 unless the recipe says another.
         batch_norm: "train", unless the recipe says another, takes the mean and variance of each batch; "frozen" takes
             the running ones that the weights came with, and leaves them. Scales and shifts are trained in either case.
-        label_smoothing: probability of the target that is spread evenly over all classes.
+        label_smoothing: probability of the target that is spread evenly over all classes; 0.1 unless the recipe says
+            another.
         gradient_clip: maximum norm of the gradient of all parameters together.
-        ema: decay per step of the averaged weights, which are the ones that are tested and saved.
+        ema: decay per step of the averaged weights, which are the ones that are tested and saved; 0.995 unless the
+            recipe says another.
         dropout: probability, after each pooling; if not given, 0.2 for nin_digits and 0 for others. The paper's 0.5 is
             for hundreds of epochs.
         normalisation: "weight_standardisation" keeps the 1×1 chains in one piece, "none" is the paper's network; if
@@ -131,17 +135,17 @@ class TrainConfig:
     freeze: bool = False
     epochs: int | None = None
     batch_size: int | Literal["auto"] | None = None
-    learning_rate: float | Literal["auto"] = 0.1
+    learning_rate: float | Literal["auto"] | None = None
     body_rate: float | None = None
     optimizer: Literal["sgd", "adamw"] | None = None
-    warmup: float = 0.2
-    schedule: Literal["cosine", "triangle"] = "cosine"
+    warmup: float | None = None
+    schedule: Literal["cosine", "triangle"] | None = None
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float | None = None
     batch_norm: Literal["train", "frozen"] | None = None
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = None
     gradient_clip: float = 1.0
-    ema: float = 0.995
+    ema: float | None = None
     dropout: float | None = None
     normalisation: Literal["weight_standardisation", "none"] | None = None
     last_activation: Literal["none", "relu"] = "none"
@@ -226,9 +230,9 @@ class TrainConfig:
         # nin_cifar up to the size at which it costs what nin_imagenet does at 224 pixels; at 96 it costs twice that
         by_size = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 70 else "nin_imagenet"
         model = self.model or by_size
-        values = dict(vars(self))
-        untouched = {field.name for field in dataclasses.fields(TrainConfig) if values[field.name] == field.default}
-        values |= {name: value for name, value in RECIPES[recipe].items() if name in untouched}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {**RECIPES["default"], **RECIPES[recipe]}
+        values |= {name: value for name, value in defaults.items() if values[name] is None}
         chosen = {
             "recipe": recipe,
             "body_rate": 1.0,
@@ -250,6 +254,7 @@ class TrainConfig:
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
 _OPTIONAL |= {"recipe", "body_rate", "optimizer", "batch_norm", "weights", "validation", "patience", "balance"}
+_OPTIONAL |= {"learning_rate", "warmup", "schedule", "weight_decay", "label_smoothing", "ema"}
 
 # settings whose "auto" means that they are found by trying
 _FOUND = {"learning_rate", "batch_size"}
@@ -295,16 +300,28 @@ class ResolvedConfig(TrainConfig):
     learning_rate: float = 0.1
     body_rate: float = 1.0
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    warmup: float = 0.2
+    schedule: Literal["cosine", "triangle"] = "cosine"
+    weight_decay: float = 5e-4
     batch_norm: Literal["train", "frozen"] = "train"
+    label_smoothing: float = 0.1
+    ema: float = 0.995
     dropout: float = 0.0
     normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
     flip: bool = False
     shift: int = 0
 
 
-# What a recipe puts in the place of TrainConfig's defaults. A setting that was given and is not its default stays.
+# What a recipe puts in the place of settings that are not given; where it says nothing, the default recipe does.
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {
+        "learning_rate": 0.1,
+        "warmup": 0.2,
+        "schedule": "cosine",
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.1,
+        "ema": 0.995,
+    },
     # Few, large steps, so that a GPU is the limit and not the launching of kernels; after Jordan, 94 % on CIFAR-10 in
     # 3.29 seconds on a single GPU, 2024, arXiv 2404.00498 (airbench), whose alternating flip and two-pixel shift are
     # in the default recipe already. No Muon, no whitening, no BatchNorm: the network is the paper's.

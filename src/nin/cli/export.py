@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from nin.cli.console import ProgressBar, messages, print_json, results
+from nin.cli.console import ProgressBar, messages, print_json, results, say_if_unfinished
 
 
 def export(
@@ -28,8 +28,9 @@ def export(
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
         json: Print what was written as JSON on standard output.
     """
-    from nin import exporters, models
+    from nin import checkpoint, exporters, models
 
+    say_if_unfinished(run, checkpoint.load_info(run))
     path = out or run / f"model{exporters.SUFFIXES[format]}"
     with models.trust() if trust else contextlib.nullcontext(), ProgressBar("Loading the network") as bar:
         exported = exporters.export(run, path, format=format, preprocessing=preprocessing, on_progress=bar.on_progress)

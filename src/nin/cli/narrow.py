@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nin
-from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, print_table, silence_other_ranks
+from nin.cli.console import (
+    ProgressBar,
+    catch_stop_signals,
+    messages,
+    print_json,
+    print_table,
+    say_if_unfinished,
+    silence_other_ranks,
+)
 from nin.cli.train import load_data, write_report
 from nin.errors import UserError
 from nin.runtime import torchrun
@@ -121,14 +129,17 @@ def narrow(
             messages.print(f"{out} is finished; this is its result.")
             show_narrowing(report, out, json)
             return
+        if not (out / checkpoint.STATE_FILE).exists():
+            messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
+    info = None if run is None else load_info(run)
+    if run is not None and info is not None:
+        say_if_unfinished(run, info)
     if model is not None and weights is not None:
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
         size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
-    how = {"size": size} if run is None else as_recorded(load_info(run), data)
+    how = {"size": size} if info is None else as_recorded(info, data)
     samples = load_data(data, data_dir=data_dir, **how)
-    if resume and out is not None and not dry_run and not (out / checkpoint.STATE_FILE).exists():
-        messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
     if run is not None:
         with models.trust() if trust else contextlib.nullcontext():
             result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)

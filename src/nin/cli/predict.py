@@ -53,7 +53,7 @@ def predict(
         json: Print the predictions as JSON on standard output.
         csv: Write the predictions, with the probability of every class, into this file, however many there are.
         parquet: The same as a Parquet file.
-        resume: Go on with the file where an interrupted command stopped.
+        resume: Go on with the file where an interrupted command stopped; a finished one is left as it is.
         overwrite: Replace a file of that name, whose rows are then lost.
         maps: Write into this folder, for each image, where in it the evidence for its class lies: exactly, or where the
             network's head does not allow that, as Grad-CAM approximates it.
@@ -65,6 +65,8 @@ def predict(
         raise UserError(f"top must be at least 1, got {top}")
     if csv is not None and parquet is not None:
         raise UserError("give --csv or --parquet, not both")
+    if resume and overwrite:
+        raise UserError("give --resume or --overwrite, not both: one goes on with a file, the other replaces it")
     if resume and csv is None and parquet is None:
         raise UserError("--resume goes on with a file: give --csv FILE or --parquet FILE")
     if parquet is not None and parquet.suffix != ".parquet":
@@ -161,6 +163,9 @@ def write_predictions(classifier: Classifier, source: ShardSet | PathList, table
     if partition.rank:
         return unreadable
     new, seconds = counts.total - counts.resumed, time.monotonic() - started
+    if resume and not new:
+        messages.print(f"{table} is finished: it has {format_number_of(len(source), 'image')}, and is left as it is")
+        return unreadable
     before = f", {counts.resumed:,} of them from before" if counts.resumed else ""
     messages.print(f"{format_number_of(len(source), 'image')} in {table}{before}, {new / seconds:,.0f} per second")
     if counts.unreadable:
@@ -227,7 +232,7 @@ def show_predictions(paths: Sequence[Path], predictions: Sequence[Prediction], t
 
 
 def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Sequence[Prediction], folder: Path) -> None:
-    """Write one picture per image: the class activation map of its class, over the image."""
+    """Write one picture per image: the image, and over it in grey the map of its class, with a scale."""
     from PIL.PngImagePlugin import PngInfo
 
     from nin import report
@@ -244,11 +249,11 @@ def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Seque
     for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
         pixels = nin.data.decode(path, **preprocessing.decoding)
         if classifier.no_maps_reason:
-            values, limit, kind = classifier.approximate_maps(path, [p.label])[0], 1.0, "-gradcam"
+            values, kind = classifier.approximate_maps(path, [p.label])[0], "-gradcam"
         else:
             values, kind = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)], ""
-            limit = report.symmetric_limit(values)
-        picture = report.overlay(pixels, values, limit=limit, size=max(256, size))
+        panel = report.MapPanel(f"{p.label} {format_percent(p.confidence)}", values)
+        picture = report.draw_image_grid([report.ImageRow(path.name, pixels, [panel])], size=max(256, size))
         content = io.BytesIO()
         # marked, so that a training does not take it for an image where the folder lies among the images
         picture.save(content, format="PNG", pnginfo=comment)

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import nin
-from nin.cli.console import messages
+from nin.cli.console import messages, say_if_unfinished
 from nin.errors import UserError
 from nin.runtime.listener import listen
 
@@ -42,9 +42,14 @@ def serve(
             raise UserError(f"there is no folder {folder}. A run is made with: nin train DATA --out RUN")
     with contextlib.closing(listen(host, port)) as listener:
         from nin import server  # imports PyTorch, which what is wrong above need not wait for
+        from nin.checkpoint import load_info
         from nin.runtime.device import choose_device
+        from nin.server.training_status import is_begun
 
         choose_device(device)
+        for folder in (run, beside):
+            if folder is not None and not is_begun(folder):
+                say_if_unfinished(folder, load_info(folder))
         messages.print("Loading …")
 
         def show_address(address: str) -> None:

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from nin.training.progress_lines import ProgressLines
 
 
+class GivenConfig(TrainConfig):
+    """The settings of the command line, with the names of those that were given: one may be given as its default."""
+
+    given: frozenset[str]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        object.__setattr__(self, "given", frozenset(given))
+
+
 def train(
     data: str,
     /,
@@ -39,7 +49,7 @@ def train(
     size: int | None = None,
     resize: Literal["crop", "squash", "letterbox"] | None = None,
     test_fraction: float | None = None,
-    config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
+    config: Annotated[GivenConfig | None, Parameter(name="*", negative=None)] = None,
     folds: int | None = None,
     resume: bool = False,
     override: bool = False,
@@ -88,38 +98,39 @@ def train(
     from nin import training
     from nin.runtime.device import choose_device
 
-    config = config or TrainConfig()
+    given = frozenset() if config is None else config.given
+    settings: TrainConfig = config or TrainConfig()
     loading: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction, "data_dir": data_dir}
     if resume:  # what is not given is as the training was begun
-        config = training.with_recorded_settings(config, out)
+        settings = training.with_recorded_settings(settings, out, given)
         loading = training.with_recorded_loading(loading, out)
-    choose_device(config.device)  # before the images, so that a mistake shows at once
+    choose_device(settings.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
-    start = training.starting_point(config)
-    config = start.config
+    start = training.starting_point(settings)
+    settings = start.config
     if folds is None:
         training.check_run_folder(out, resume=resume, overwrite=overwrite)
+    was_finished = resume and training.is_finished(out)
+    if resume and folds is None and not training.has_begun(out):
+        messages.print(f"{out} holds nothing to resume yet: the training begins.")
     loading |= start.load_options(data, size=loading["size"], resize=loading.pop("resize"))
-    images = load_data(data, photos=config.augment != "none", seed=config.seed, strict=strict, **loading)
-    if resume and config.flip is None:
+    images = load_data(data, photos=settings.augment != "none", seed=settings.seed, strict=strict, **loading)
+    if resume and settings.flip is None:
         images = training.with_recorded_augmentation(images, out)
-    messages.print(flip_text(images, config))
-    if folds is None and config.validation is not None:
-        images = nin.data.split_validation(images, config.validation, seed=config.seed)
+    messages.print(flip_text(images, settings))
+    if folds is None and settings.validation is not None:
+        images = nin.data.split_validation(images, settings.validation, seed=settings.seed)
         assert images.validation is not None
         messages.print(
             f"{len(images.validation):,} of the images to train on are set apart to choose by; the test images are "
             "looked at once, at the end"
         )
     keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
-    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite}
+    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite, "given": given}
     if folds is not None:
-        train_folds(images, config, folds=folds, out=out, json=json, resume=resume, **keeping)
+        train_folds(images, settings, folds=folds, out=out, json=json, resume=resume, **keeping)
         return
-    was_finished = resume and training.is_finished(out)
-    if resume and not was_finished and not training.has_begun(out):
-        messages.print(f"{out} holds nothing to resume yet: the training begins.")
-    result = train_with_progress(images, config, out=out, resume=resume, **keeping)
+    result = train_with_progress(images, settings, out=out, resume=resume, **keeping)
     if was_finished:  # with other settings it is refused
         messages.print(f"{out} is finished; this is its result.")
     if torchrun.rank() > 0:

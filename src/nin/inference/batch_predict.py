@@ -1,5 +1,7 @@
 """Batch prediction: any number of images into a CSV or Parquet file, by one process or several, resumable."""
 
+import csv
+import glob
 import hashlib
 import importlib
 import itertools
@@ -10,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -94,7 +96,8 @@ def predict_to_file(
         classifier: of the images.
         images: paths, or shards.
         out: the file; Parquet if its name ends in .parquet, else CSV.
-        resume: go on after the rows that an interrupted call wrote, if there are any.
+        resume: go on after the rows that an interrupted call wrote, if there are any. A file that is finished is left
+            as it is.
         partition: the images of this process of several. The one of rank 0 merges the files when all are complete.
         on_progress: called with the rows that are written and their number in the end.
         on_unreadable: called with the name of each image that this call cannot read.
@@ -103,13 +106,16 @@ def predict_to_file(
         How many rows there are, and how they came about.
 
     Raises:
-        UserError: there are rows of an interrupted call without ``resume``, or rows of other images or of another
-            network.
+        UserError: there are rows of an interrupted call without ``resume``, rows of other images or of another
+            network, or ``resume`` meets a finished file of other images or classes.
         OSError: the file cannot be written; it is named.
     """
     partition = partition or Partition()
     start, stop = partition.bounds(len(images))
     part = _partial_path(out, partition)
+    if resume and out.exists() and not any(out.parent.glob(f"{glob.escape(out.name)}.*partial")):
+        _check_finished(out, images, classifier.classes)
+        return PredictionCounts(stop - start, stop - start, 0)
     synced = _SyncPoint(_fingerprint(images, classifier))
     if resume:
         synced = _read_sync_point(part, synced)
@@ -138,6 +144,45 @@ def predict_to_file(
     if partition.rank == 0:
         _merge(out, partition, len(images), synced, classifier.classes)
     return PredictionCounts(stop - start, before, unreadable)
+
+
+def _check_finished(out: Path, images: Sequence[str] | data.ShardSet, classes: Sequence[str]) -> None:
+    """Check that a finished file has a row for each of the images, and a column for each class.
+
+    Raises:
+        UserError: it has others, or is no such file.
+    """
+    is_parquet = out.suffix == ".parquet"
+    expected = itertools.chain([_column_names(classes)], ([name] for name in _image_names(images)))
+    found = _parquet_rows(out) if is_parquet else _csv_rows(out)
+    try:
+        same = all(
+            row is not None
+            and names is not None
+            and row[: len(names)] == (list(map(_utf8, names)) if is_parquet else names)
+            for row, names in itertools.zip_longest(found, expected)
+        )
+    except (ValueError, LookupError, csv.Error):
+        same = False
+    if not same:
+        raise UserError(
+            f"{out} exists, and is no finished table of these images and classes: give another name, or --overwrite"
+        )
+
+
+def _csv_rows(out: Path) -> Iterator[list[str]]:
+    """Yield the rows of a CSV file, the header first."""
+    with out.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield from csv.reader(file)
+
+
+def _parquet_rows(out: Path) -> Iterator[list[str]]:
+    """Yield the names of the columns of a Parquet file, then the image of each row."""
+    pq = _pyarrow(out, "pyarrow.parquet")[0]
+    file = pq.ParquetFile(out)
+    yield file.schema_arrow.names
+    for batch in file.iter_batches(columns=["image"]):
+        yield from ([name] for name in batch.column(0).to_pylist())
 
 
 def _image_names(images: Sequence[str] | data.ShardSet) -> Sequence[str]:
@@ -233,13 +278,23 @@ def _read_sync_point(part: Path, fresh: _SyncPoint) -> _SyncPoint:
     return synced
 
 
-def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
-    """Convert the rows to Parquet in blocks: image, label and problem are text, the others float64; empty is null."""
+def _pyarrow(out: Path, *modules: str) -> list[Any]:
+    """Import modules of PyArrow."""
     try:
-        pa, pq, pa_csv = map(importlib.import_module, ("pyarrow", "pyarrow.parquet", "pyarrow.csv"))
+        return [importlib.import_module(name) for name in modules]
     except ImportError as error:
         raise UserError(f"{out}: Parquet needs: {install_command('parquet')}") from error
-    names = [name.encode(errors="surrogateescape").decode(errors="backslashreplace") for name in _column_names(classes)]
+
+
+def _utf8(name: str) -> str:
+    """Return a name as Parquet holds it: bytes that are no valid UTF-8 are escaped."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _csv_to_parquet(rows: Path, out: Path, classes: Sequence[str]) -> None:
+    """Convert the rows to Parquet in blocks: image, label and problem are text, the others float64; empty is null."""
+    pa, pq, pa_csv = _pyarrow(out, "pyarrow", "pyarrow.parquet", "pyarrow.csv")
+    names = [_utf8(name) for name in _column_names(classes)]
     is_text = [True, True, *[False] * (len(names) - 3), True]
     # bytes, and numbers for names: PyArrow's CSV reader takes valid UTF-8 only, which paths and classes need not be
     types = {str(i): pa.binary() if text else pa.float64() for i, text in enumerate(is_text)}

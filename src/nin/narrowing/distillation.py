@@ -98,9 +98,9 @@ class DistillationStep:
         loss = distillation_loss(scores.float(), teacher_scores.float(), labels, self.config)
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}; "
-                "what was written before is kept. Leave a larger share of the original, or try a lower learning_rate "
-                f"than {self.config.learning_rate}"
+                f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}. "
+                "Leave a larger share of the original, or, in Python, give FinetuneConfig a lower learning_rate than "
+                f"{self.config.learning_rate}"
             )
         number, config = self.step_number, self.config
         learning_rate = one_cycle_learning_rate(number, self.steps, peak=config.learning_rate, warmup=config.warmup)

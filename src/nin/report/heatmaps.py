@@ -19,7 +19,8 @@ WARM, COOL = (213, 94, 0), (0, 114, 178)
 STRONGEST_ALPHA = 0.88
 
 # Grey levels under a map start here instead of at black, so that colour shows on a black background as well.
-DARKEST_GREY = 136
+# A photo is seldom black over large parts, and what is on it must still be seen: it keeps more of its contrast.
+DARKEST_GREY, DARKEST_GREY_OF_PHOTO = 136, 72
 
 # Up to this side an image is enlarged pixel by pixel; above it, it is a photo.
 LARGEST_PIXELATED = 64
@@ -51,7 +52,8 @@ def overlay(pixels: Tensor, values: Tensor, *, limit: float, size: int) -> Image
     if not limit > 0:
         raise ValueError(f"limit must be above 0, got {limit}")
     grey = np.asarray(resized_image(pixels, size).convert("L"), dtype=np.float32)
-    base = DARKEST_GREY + grey * ((255 - DARKEST_GREY) / 255)
+    darkest = DARKEST_GREY if pixels.shape[-1] <= LARGEST_PIXELATED else DARKEST_GREY_OF_PHOTO
+    base = darkest + grey * ((255 - darkest) / 255)
     return Image.fromarray(_tint(base, (_enlarge(values, size) / limit).clip(-1, 1)))
 
 

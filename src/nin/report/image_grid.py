@@ -10,10 +10,8 @@ from torch import Tensor
 
 from nin import data
 from nin.display.numbers import format_percent
-from nin.errors import UserError
 from nin.inference.classifier import Classifier
 from nin.report import heatmaps
-from nin.version import install_command
 
 # `example_rows` looks at so many images of a class, and takes one that is classified with at least this probability.
 IMAGES_PER_CLASS, MIN_CONFIDENCE = 64, 0.5
@@ -93,7 +91,6 @@ def draw_image_grid(rows: Sequence[ImageRow], *, title: str = "", size: int = 19
 
     Raises:
         ValueError: there are no rows.
-        UserError: matplotlib is not installed, whose font is used.
 
     Example:
         >>> panel = MapPanel("seven 98 %", torch.ones(4, 4))
@@ -133,27 +130,34 @@ def _draw_row(grid: Image.Image, row: ImageRow, *, left: int, top: int, size: in
     left += strip.width + round(0.03 * size)
     draw.text((left, top), f"+{limit:.1f}", QUIET, small, anchor="lt")
     draw.text((left, top + size / 2), "0", QUIET, small, anchor="lm")
-    draw.text((left, top + size), f"−{limit:.1f}", QUIET, small, anchor="lb")
+    draw.text((left, top + size), _legible(f"\N{MINUS SIGN}{limit:.1f}", small), QUIET, small, anchor="lb")
 
 
 def _font(size: float, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans: it has the letters of most alphabets, in which classes may be named.
-
-    It comes with matplotlib, which the hub extra installs. Pillow's own font has ASCII alone, without × and −.
-    """
+    """Return DejaVu Sans, which has the letters of most alphabets and comes with matplotlib; else Pillow's own font."""
     try:
         import matplotlib
-    except ImportError as error:
-        raise UserError(f"a picture with titles needs matplotlib's font: {install_command('hub')}") from error
+    except ImportError:
+        font = ImageFont.load_default(max(6, round(size)))
+        assert isinstance(font, ImageFont.FreeTypeFont)  # as a size is given
+        return font
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, max(6, round(size)))
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """Return the text on one line, truncated to a width in pixels."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text, dots = _legible(text, font), _legible("…", font)
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and font.getlength(text + dots) > width:
         text = text[:-1]
-    return text + "…"
+    return text + dots
+
+
+def _legible(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """Return the text with what cannot be shown replaced: Pillow's own font has ASCII alone."""
+    if font.getname()[0] == "DejaVu Sans":
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = "".join(c if c.isprintable() else "?" for c in text.replace("\N{MINUS SIGN}", "-").replace("…", "..."))
+    return text.encode("ascii", "replace").decode()

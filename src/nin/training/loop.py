@@ -103,7 +103,7 @@ def train(
     resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
     if folder is not None and resume:
-        config = with_recorded_settings(config, folder)
+        config = with_recorded_settings(config, folder, options.given)
     check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
     start = starting_point(config)
     config = start.config
@@ -172,7 +172,7 @@ class Trainer:
         self.state = TrainState()
         self.early_stopping = EarlyStopping(self.config.patience)
         self.saved_at = time.monotonic()
-        self.losses = LossReader(loss_read_interval(self.device))
+        self.losses = LossReader(loss_read_interval(self.device), self.output)
 
     def run(self) -> TrainResult:
         """Train the epochs that are left, with the other processes of the job, and return the result."""

@@ -1,10 +1,12 @@
 """The losses and hits of the steps, copied from the device now and then, and summed over an epoch."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nin.checkpoint import STATE_FILE
 from nin.errors import UserError
 from nin.training.state import Position
 
@@ -19,13 +21,14 @@ class LossReader:
 
     Args:
         interval: steps after which they are to be read.
+        folder: the run folder that the training writes, or None.
 
     Attributes:
         last: the last loss that was read; NaN before the first one.
     """
 
-    def __init__(self, interval: int) -> None:
-        self.interval, self.last = interval, math.nan
+    def __init__(self, interval: int, folder: Path | None = None) -> None:
+        self.interval, self.folder, self.last = interval, folder, math.nan
         self._unread: list[tuple[Tensor, Tensor, int]] = []  # loss, hits, images of each step
 
     def add(self, loss: Tensor, hits: Tensor, images: int) -> bool:
@@ -50,9 +53,11 @@ class LossReader:
         rows = torch.stack([torch.stack((loss.double(), hits.double())) for loss, hits, _ in unread]).tolist()
         for i, ((loss, hits), (_, _, images)) in enumerate(zip(rows, unread, strict=True)):
             if not math.isfinite(loss):
+                is_written = self.folder is not None and (self.folder / STATE_FILE).exists()
+                kept = f"; what was written to {self.folder} before is kept" if is_written else ""
                 raise UserError(
-                    f"the loss became {loss} at step {step - len(unread) + i + 1} (epoch {p.epoch + 1}); what was "
-                    f"written before is kept. Try a lower learning_rate than {learning_rate}"
+                    f"the loss became {loss} at step {step - len(unread) + i + 1} (epoch {p.epoch + 1}){kept}. Try a "
+                    f"lower --learning-rate than {learning_rate}"
                 )
             p.loss_sum += loss * images
             p.hits += int(hits)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class CheckpointOptions:
         minutes: save the state at least this often; it is saved at the end of every epoch too.
         steps: save the state after every so many steps, or None.
         tensorboard: write TensorBoard's event files, too.
+        given: names of settings that count as given, whatever their value, see `with_recorded_settings`.
         stop: called after every step; when it returns True, the state is saved and the training ends with
             KeyboardInterrupt.
     """
@@ -43,6 +44,7 @@ class CheckpointOptions:
     minutes: float = 5.0
     steps: int | None = None
     tensorboard: bool = False
+    given: Collection[str] = ()
     stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
@@ -166,10 +168,15 @@ def recorded_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {}
 
 
-def with_recorded_settings(config: TrainConfig, folder: Path) -> TrainConfig:
+def with_recorded_settings(config: TrainConfig, folder: Path, given: Collection[str] = ()) -> TrainConfig:
     """Return the settings of the training in a run folder, where there is one, in the place of those not given.
 
-    A setting that has its default counts as not given. Those that go by the images are in `with_recorded_augmentation`.
+    Those that go by the images are in `with_recorded_augmentation`.
+
+    Args:
+        config: the settings.
+        folder: the run folder.
+        given: names of settings that were given although they may have their default; others count as not given then.
 
     Raises:
         UserError: what is in the folder is damaged.
@@ -177,8 +184,8 @@ def with_recorded_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     recipe = recorded_settings(folder)[0]
     untouched = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) == field.default}
     # what the training found for "auto"
-    untouched |= {name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"}
-    names = (untouched & recipe.keys()) - {"flip", "shift"}
+    found = {name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"}
+    names = ((untouched - set(given) | found) & recipe.keys()) - {"flip", "shift"}
     return dataclasses.replace(config, **{name: recipe[name] for name in names})
 
 
