@@ -257,7 +257,13 @@ MISTAKES = [
     (["train", "{tmp}/empty", "--out", "{tmp}/run"], "{tmp}/empty"),
     (["train", "{tmp}/texts", "--out", "{tmp}/run"], "{tmp}/texts"),
     (["train", "{tmp}/one", "--out", "{tmp}/run"], "{tmp}/one"),
-    (["train", "digits", "--out", "{tmp}/texts"], "is not empty"),
+    # before any image is read: there is none
+    (["train", "{tmp}/none", "--out", "{tmp}/texts"], "{tmp}/texts is not empty"),
+    (["train", "{tmp}/none", "--out", "{tmp}/texts", "--resume", "--overwrite"], "give resume or overwrite, not both"),
+    (["train", "{tmp}/none", "--out", "{tmp}/texts", "--overwrite"], "overwrite removes runs only"),
+    (["train", "{tmp}/none", "--out", "{tmp}/texts", "--folds", "3"], "{tmp}/texts is not empty"),
+    (["train", "{tmp}/none", "--out", "{tmp}/file"], "{tmp}/file is a file"),
+    (["train", "{tmp}/none", "--out", "{tmp}/file", "--folds", "3"], "{tmp}/file is a file"),
     (["train", "digits", "--out", "{tmp}/run", "--model", "resnet"], "model must be one of"),
     (["train", "digits", "--out", "{tmp}/run", "--model", "nin_imagenet"], "at least 39×39 pixels, got 8×8"),
     (["train", "digits", "--out", "{tmp}/run", "--device", "tpu"], "device must be"),
@@ -283,6 +289,7 @@ def test_each_mistake_gets_one_line_and_leaves_nothing(arguments, message, tmp_p
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts" / "a").mkdir(parents=True)
     (tmp_path / "texts" / "a" / "notes.txt").write_text("words")
+    (tmp_path / "file").touch()
     (tmp_path / "one" / "cat").mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (32, 32)).save(tmp_path / "one" / "cat" / f"{i}.png")

@@ -15,6 +15,7 @@ from nin.errors import UserError
 from nin.training import batch_size_test, head_fit
 from nin.training.learning_rate_test import LearningRateTest, find_learning_rate
 from nin.training.step import TrainStep, make_model
+from support.stopping import stop_after
 
 MOBILENET = "timm:mobilenetv3_small_050"
 TUNE = TrainConfig(model=MOBILENET, recipe="finetune", epochs=2, batch_size=16, threads=1, precision="fp32", flip=True)
@@ -215,16 +216,6 @@ def test_soft_targets_are_the_labels_where_they_are_certain(images, weighted):
     other = soft.roll(1, 0)
     mixed, first, second = (start(TUNE, images)(x, t, 0, 10)[0].item() for t in ((soft + other) / 2, soft, other))
     assert mixed == pytest.approx((first + second) / 2, rel=1e-5)
-
-
-def stop_after(count):
-    steps = []
-
-    def stop():
-        steps.append(1)
-        return len(steps) == count
-
-    return stop
 
 
 def assert_resumes(images, config, tmp_path, stop_at):

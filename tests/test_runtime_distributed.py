@@ -20,6 +20,7 @@ from nin import checkpoint, data, epoch_metrics, training
 from nin.config import TrainConfig
 from nin.data import loader
 from nin.errors import UserError
+from nin.models.factory import create_external_model
 from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.runtime import distributed, torchrun
@@ -166,6 +167,61 @@ def test_two_processes_fine_tune_as_one_does(tmp_path, changes):
     assert torch.allclose(fitted, expected, rtol=1e-2, atol=1e-3 * expected.abs().max().item())
     rows = [epoch_metrics.read_csv(out / "metrics.csv")[-1]["train_loss"] for out in (one, two)]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("balance", ["sampling", "weights"])
+def test_two_processes_choose_and_balance_as_one_does(tmp_path, balance):
+    images, one, two = few_digits(), tmp_path / "one", tmp_path / "two"
+    config = dataclasses.replace(CONFIG, epochs=2, validation=0.25, patience=1, balance=balance)
+    work(images, one, config=config)
+    assert run_job(images, two, 2, config=config) == [0, 0]
+    torch.testing.assert_close(losses_of(two), losses_of(one), rtol=2e-3, atol=0)
+    mine, theirs = (epoch_metrics.read_csv(out / "metrics.csv") for out in (one, two))
+    assert [row.keys() for row in mine] == [row.keys() for row in theirs]
+    for row, other in zip(mine, theirs, strict=True):
+        assert other["validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-2)
+    infos = [checkpoint.load_info(out) for out in (one, two)]
+    assert infos[0].data == infos[1].data, "the same images are set apart"
+    assert infos[0].result["validation_images"] == infos[1].result["validation_images"]
+
+
+def train_until(images, out, *, config, step, reached):
+    """Train, and stand still after a step, where the process is killed."""
+
+    def show(p):
+        if p.step == step:
+            reached.touch()
+            time.sleep(120)
+
+    training.train(images, config, out=out, keeping=training.CheckpointOptions(steps=3), on_progress=show)
+
+
+def test_a_killed_fine_tuning_of_mixed_images_goes_on_to_the_same_bits(tmp_path):
+    images, weights = few_colour_digits(), tmp_path / "weights.safetensors"
+    torch.manual_seed(1)
+    save_file(create_external_model(TUNE.model).model.state_dict(), weights)
+    changes = {"weights": str(weights), "augment": "strong", "cutmix": 1.0, "epochs": 3, "dropout": 0.1}
+    config = dataclasses.replace(TUNE, **changes)
+    whole, killed, reached = tmp_path / "whole", tmp_path / "killed", tmp_path / "reached"
+    training.train(images, config, out=whole)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nin.training"])
+    what = {"config": config, "step": 8, "reached": reached}  # of 9; the last state is that of step 6
+    process = context.Process(target=train_until, args=(images, killed), kwargs=what)
+    process.start()
+    deadline = time.monotonic() + 250
+    while not reached.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (reached.exists(), process.exitcode) == (True, -signal.SIGKILL)
+    assert (killed / checkpoint.STATE_FILE).exists()
+    weights.unlink()
+    steps = []
+    keeping = training.CheckpointOptions(resume=True)
+    training.train(images, config, out=killed, keeping=keeping, on_progress=lambda p: steps.append(p.step))
+    assert steps[0] == 7
+    assert_equal_runs(killed, whole)
 
 
 @pytest.mark.slow

@@ -116,7 +116,8 @@ class TrainConfig:
         cutmix: likewise for a box of one image pasted into another, 0 for none; 1 is usual. With both, each step draws
             which of the two it takes. Yun et al. 2019, arXiv 1905.04899.
         validation: fraction of the training images of each class that is set apart to choose by. The epochs are then
-            measured on it, and the test images are looked at once, at the end. If not given, all are trained on.
+            measured on it, and the test images are looked at once, at the end. If not given, all are trained on. A data
+            set with a validation part of its own (a val folder beside test) takes none.
         patience: end the training after so many epochs without a better one on the validation images, and keep the
             best by them; if not given, the last epoch is kept. Of equal accuracy the lower loss is better.
         balance: what makes up for classes of unequal size: "sampling" draws as many images of each class in an epoch,
@@ -178,8 +179,6 @@ class TrainConfig:
             if value not in words and not (value is None and name in _OPTIONAL):
                 raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}")
         check_seed(self.seed)
-        if self.patience is not None and self.validation is None:
-            raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
         if self.pretrained and self.weights is not None:
             raise UserError("give --pretrained or --weights, not both")
         if self.freeze and not (self.pretrained or self.weights or self.recipe == "finetune"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ from rich.cells import cell_len
 
 import nin
 from nin.cli.console import ProgressBar, messages, print_json, print_table, results
-from nin.errors import UserError, is_out_of_memory
+from nin.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,27 +98,11 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
     Raises:
         UserError: the network does not take images of that shape.
     """
-    from nin.models.factory import describe_other_input
+    from nin.models.factory import explain_refused_images
 
-    try:
+    images = "×".join(map(str, shape[1:]))
+    with explain_refused_images(network, model, images, given="nin counts networks of one batch of images"):
         return nin.cost(network, shape)
-    except Exception as error:  # somebody's own network may raise anything
-        if is_out_of_memory(error):
-            raise
-        if other := describe_other_input(network):
-            raise UserError(f"{model} takes {other}: nin counts networks of one batch of images") from error
-        if not _is_of_the_network(error):
-            raise
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        images = "×".join(map(str, shape[1:]))
-        raise UserError(f"{model} does not take images of {images}: {reason}; another --size may help") from error
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """Return whether an error was raised in a network's forward, and not in the code that counts it."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    called = any(frame.f_code.co_name == "_call_impl" for frame in frames)  # of nn.Module
-    return called and not str(frames[-1].f_globals.get("__name__")).startswith("nin.profiling")
 
 
 def fit_columns(rows: list[tuple[str, ...]], width: int) -> tuple[list[tuple[str, ...]], list[str]]:

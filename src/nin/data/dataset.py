@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nin.data.decoder import DecodeError, decode_photo, decode_pixels
+from nin.data.decoder import DecodeError, DecodeOptions, decode_options, decode_photo, decode_pixels
 from nin.data.findings import Finding
 from nin.data.mirroring import FlipChoice, choose_flip
 from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
@@ -148,14 +148,9 @@ class DecodedSet(ABC):
         """
 
     @property
-    def decoding(self) -> dict[str, Any]:
+    def decoding(self) -> DecodeOptions:
         """The arguments of `nin.data.decoder.decode_pixels` and `decode_photo`."""
-        return {
-            "size": self.size,
-            "channels": self.channels,
-            "value_range": self.value_range,
-            "resize": self.resize,
-        }
+        return decode_options(self)
 
     def pixels(self, index: int) -> Pixels:
         """Decode one image: (channels, size, size)."""

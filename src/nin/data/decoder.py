@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NotRequired, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -128,68 +129,90 @@ def decode(
         DecodeError: the file cannot be read; the message names it and says why.
         ValueError: channels is neither 1 nor 3, or size is below 1.
     """
-    pixels = decode_pixels(source, size=size, channels=channels, value_range=value_range, resize=resize)
-    return torch.from_numpy(pixels)
+    if size is None:
+        with _flat_image(source, None, size=None, channels=channels, value_range=value_range) as flat:
+            return torch.from_numpy(_planes(flat))
+    options: DecodeOptions = {"size": size, "channels": channels, "value_range": value_range, "resize": resize}
+    return torch.from_numpy(decode_pixels(source, **options))
 
 
-def decode_pixels(
-    source: ImageSource,
-    *,
-    size: int | None,
-    channels: int,
-    value_range: ValueRange | None = None,
-    resize: ResizeOptions = CENTRE_SQUARE,
-    name: str | None = None,
-) -> Pixels:
+class DecodeOptions(TypedDict):
+    """The arguments of `decode` that say what an image becomes."""
+
+    size: int
+    channels: int
+    value_range: NotRequired[ValueRange | None]
+    resize: NotRequired[ResizeOptions]
+
+
+class DecodedTo(Protocol):
+    """What says so by its attributes: a set of images, or the preprocessing of a network."""
+
+    @property
+    def size(self) -> int:
+        """Height and width, in pixels."""
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """What becomes black and white in images with more than 8 bits."""
+
+    @property
+    def resize(self) -> ResizeOptions:
+        """How an image becomes a square."""
+
+
+def decode_options(wanted: DecodedTo) -> DecodeOptions:
+    """Return what an image becomes as arguments of `decode`."""
+    return {
+        "size": wanted.size,
+        "channels": wanted.channels,
+        "value_range": wanted.value_range,
+        "resize": wanted.resize,
+    }
+
+
+def decode_pixels(source: ImageSource, *, name: str | None = None, **options: Unpack[DecodeOptions]) -> Pixels:
     """Decode one image in NumPy, for `decode`: small tensor copies would start a thread pool in each worker.
 
     Args:
         source: see `decode`.
-        size: see `decode`.
-        channels: see `decode`.
-        value_range: see `decode`.
-        resize: see `decode`.
         name: of the file that bytes come from; its extension tells formats that have no signature.
+        **options: see `decode`.
     """
-    with _flat_image(source, size, channels, value_range, resize, name) as flat:
-        return _planes(flat if size is None else resize_to_square(flat, size, resize))
+    with _flat_image(source, name, **options) as flat:
+        return _square(flat, **options)
 
 
-def decode_photo(
-    source: ImageSource,
-    *,
-    size: int,
-    channels: int,
-    value_range: ValueRange | None = None,
-    resize: ResizeOptions = CENTRE_SQUARE,
-    name: str | None = None,
-) -> Pixels:
+def decode_photo(source: ImageSource, *, name: str | None = None, **options: Unpack[DecodeOptions]) -> Pixels:
     """Decode one whole image, from which random crops of `size` are taken: (H, W, channels), see `resize_photo`.
 
     Args:
         source: see `decode`.
-        size: of the crops.
-        channels: see `decode`.
-        value_range: see `decode`.
-        resize: see `decode`.
         name: see `decode_pixels`.
+        **options: see `decode`.
     """
-    with _flat_image(source, size, channels, value_range, resize, name) as flat:
-        return _rows(resize_photo(flat, size, resize))
+    with _flat_image(source, name, **options) as flat:
+        return _photo(flat, **options)
 
 
 def decode_both(
-    source: ImageSource,
-    *,
-    size: int,
-    channels: int,
-    value_range: ValueRange | None = None,
-    resize: ResizeOptions = CENTRE_SQUARE,
-    name: str | None = None,
+    source: ImageSource, *, name: str | None = None, **options: Unpack[DecodeOptions]
 ) -> tuple[Pixels, Pixels]:
     """Decode one image once and return what `decode_pixels` and `decode_photo` do."""
-    with _flat_image(source, size, channels, value_range, resize, name) as flat:
-        return _planes(resize_to_square(flat, size, resize)), _rows(resize_photo(flat, size, resize))
+    with _flat_image(source, name, **options) as flat:
+        return _square(flat, **options), _photo(flat, **options)
+
+
+def _square(image: Image.Image, **options: Unpack[DecodeOptions]) -> Pixels:
+    return _planes(resize_to_square(image, options["size"], options.get("resize", CENTRE_SQUARE)))
+
+
+def _photo(image: Image.Image, **options: Unpack[DecodeOptions]) -> Pixels:
+    return _rows(resize_photo(image, options["size"], options.get("resize", CENTRE_SQUARE)))
 
 
 def _rows(image: Image.Image) -> Pixels:
@@ -205,11 +228,12 @@ def _planes(image: Image.Image) -> Pixels:
 @contextlib.contextmanager
 def _flat_image(
     source: ImageSource,
+    name: str | None,
+    *,
     size: int | None,
     channels: int,
-    value_range: ValueRange | None,
-    resize: ResizeOptions,
-    name: str | None,
+    value_range: ValueRange | None = None,
+    resize: ResizeOptions = CENTRE_SQUARE,
 ) -> Iterator[Image.Image]:
     """Decode an image to "L" or "RGB", upright; the arguments are those of `decode_pixels`."""
     if channels not in (1, 3):

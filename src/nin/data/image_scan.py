@@ -3,13 +3,13 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nin.data.dataset import LoadOptions, default_size
-from nin.data.decoder import DecodeError, decode_both, decode_pixels, read_extent, read_header
+from nin.data.decoder import DecodeError, decode_both, decode_options, decode_pixels, read_extent, read_header
 from nin.data.folder_listing import FolderListing
 from nin.data.image_formats import FORMATS
 from nin.data.loader import map_in_threads
@@ -47,6 +47,14 @@ _NARROW_RANGE = 64  # of 256 values; fewer are worth a word
 _NAMED = 3  # files named in a note
 
 
+class Parts(NamedTuple):
+    """The indices of the readable images of each part of a set, int64 (K,)."""
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    validation: NDArray[np.int64]
+
+
 class ImageScan(ABC):
     """The images of a set: what their headers say, which can be read, and how to train on them.
 
@@ -61,6 +69,7 @@ class ImageScan(ABC):
         channels: 1 if all readable images are grey, else 3.
         size: height and width to train at, in pixels.
         value_range: what becomes black and white in images with more than 8 bits, see `nin.data.decode`.
+        resize: how images become squares.
 
     Raises:
         UserError: none of the images can be read.
@@ -80,6 +89,7 @@ class ImageScan(ABC):
             )
         self.channels = 1 if readable["grey"].all() else 3
         self.size = options.size or default_size(readable["width"], readable["height"])
+        self.resize = options.resize
         self.value_range: ValueRange | None
         if options.value_range == "auto":
             self.value_range = choose_range(readable["depth"], readable["low"], readable["high"])
@@ -109,12 +119,7 @@ class ImageScan(ABC):
             pixels: takes all images, (N, channels, size, size); None decodes only what was never decoded.
             photos: takes the whole photos by index, see `nin.data.decoder.decode_photo`.
         """
-        how: dict[str, Any] = {
-            "size": self.size,
-            "channels": self.channels,
-            "value_range": self.value_range,
-            "resize": self.options.resize,
-        }
+        how = decode_options(self)
 
         def read(index: int) -> None:
             source, name = self.source(index), self.listing.names[index]
@@ -168,7 +173,8 @@ class ImageScan(ABC):
             is_test[readable] = stratified_holdout(
                 names, labels.tolist(), fraction=options.test_fraction, seed=options.seed
             )
-        train_counts = np.bincount(labels[~is_test[readable]], minlength=len(listing.classes))
+        is_train = ~(is_test | listing.is_validation)[readable]
+        train_counts = np.bincount(labels[is_train], minlength=len(listing.classes))
         for label in np.flatnonzero(train_counts == 0)[:1]:
             unreadable = sum(int(listing.labels[index]) == label for index in self.problems)
             raise UserError(
@@ -179,10 +185,11 @@ class ImageScan(ABC):
             raise UserError(f"{listing.root}: no image is left for testing; expected two images or more in a class")
         return is_test
 
-    def partition(self, is_test: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the indices of the readable files for training, and of those for testing."""
-        readable = self.readable()
-        return readable[~is_test[readable]], readable[is_test[readable]]
+    def partition(self, is_test: NDArray[np.bool_]) -> Parts:
+        """Return the readable files of each part."""
+        readable, is_validation = self.readable(), self.listing.is_validation
+        is_train = ~(is_test | is_validation)
+        return Parts(*(readable[part[readable]] for part in (is_train, is_test, is_validation)))
 
     def _for_each(self, indices: Sequence[int], read: Callable[[int], None], stage: str) -> None:
         """Call read(index) in threads; record why it failed in `problems`, or raise that if strict."""

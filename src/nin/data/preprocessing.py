@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from nin.data.dataset import Data
+from nin.data.decoder import DecodeOptions, decode_options
 from nin.data.resizing import CENTRE_SQUARE, ResizeOptions
 
 # Height and width of the largest input that a config.json may ask for: 800 MB of uint8.
 LARGEST_SIZE = 16_384
 
+# Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input.
+    """How an image becomes the network's input; what it does not say is what most published networks have.
 
     Attributes:
         size: height and width, in pixels.
@@ -25,10 +29,10 @@ class Preprocessing:
         resize: how an image becomes a square.
     """
 
-    size: int
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    size: int = 224
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     value_range: tuple[float, float] | None = None
     resize: ResizeOptions = CENTRE_SQUARE
 
@@ -38,14 +42,9 @@ class Preprocessing:
         return cls(images.size, images.channels, images.mean, images.std, images.value_range, images.resize)
 
     @property
-    def decoding(self) -> dict[str, Any]:
+    def decoding(self) -> DecodeOptions:
         """The arguments of `nin.data.decode` that make the network's input of an image."""
-        return {
-            "size": self.size,
-            "channels": self.channels,
-            "value_range": self.value_range,
-            "resize": self.resize,
-        }
+        return decode_options(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
 from nin.models.external_classifier import ExternalClassifier
 from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.head_surgery import cut_head
@@ -195,6 +196,39 @@ _OTHER_INPUTS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Conv3d, nn.ConvTranspose3d), "videos or volumes (N, C, D, H, W), not images"),
     ((nn.RNNBase, nn.Transformer, nn.TransformerEncoder, nn.MultiheadAttention), "sequences of vectors, not images"),
 )
+
+
+@contextlib.contextmanager
+def explain_refused_images(model: nn.Module, name: str, images: str, *, given: str) -> Iterator[None]:
+    """Turn an error of somebody's network into what it takes and what it was given; a fault of nin's own stays one.
+
+    Args:
+        model: the network that is called in the block.
+        name: what it is called in the message.
+        images: what it is given, such as 3×224×224.
+        given: what nin gives a network, for one that takes something else.
+
+    Raises:
+        UserError: the network does not take the images.
+    """
+    try:
+        yield
+    except Exception as error:  # somebody's own network may raise anything
+        if is_out_of_memory(error):
+            raise
+        if other := describe_other_input(model):
+            raise UserError(f"{name} takes {other}: {given}") from error
+        if not _is_of_network(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(f"{name} does not take images of {images}: {reason}; another --size may help") from error
+
+
+def _is_of_network(error: Exception) -> bool:
+    """Return whether an error was raised in a network's forward, and not in the code that calls or counts it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    called = any(frame.f_code.co_name == "_call_impl" for frame in frames)  # of nn.Module
+    return called and not str(frames[-1].f_globals.get("__name__")).startswith("nin.profiling")
 
 
 def describe_other_input(model: nn.Module) -> str | None:

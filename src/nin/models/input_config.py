@@ -3,29 +3,13 @@
 import dataclasses
 from typing import Any, get_args
 
-from nin.data.resizing import CENTRE_SQUARE, Interpolation, ResizeMode, ResizeOptions
-
-# Mean and standard deviation of ImageNet's colours, with which most published networks were trained.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from nin.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from nin.data.resizing import Interpolation, ResizeMode, ResizeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class InputConfig:
-    """How an image becomes the input of a network; what it does not say is what most published networks have.
-
-    Attributes:
-        size: height and width, in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        mean: of each channel, for values from 0 to 1.
-        std: of each channel, for values from 0 to 1.
-        resize: how an image becomes a square.
-    """
-
-    size: int = 224
-    channels: int = 3
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    resize: ResizeOptions = CENTRE_SQUARE
+class InputConfig(Preprocessing):
+    """What published weights were trained with, of a network of another package."""
 
     def with_channels(self, channels: int) -> "InputConfig":
         """Return the same for images of another number of channels, each with the mean over the channels."""
@@ -44,7 +28,7 @@ class InputConfig:
             mean, std = mean[:1] * channels, std[:1] * channels
         # timm draws the filter at random in training only, and crops what "squash" and "border" do not distort
         resize = _resize_options(values.get("interpolation"), values.get("crop_pct"), values.get("crop_mode"))
-        return cls(max(height, width), channels, mean, std, resize)
+        return cls(max(height, width), channels, mean, std, resize=resize)
 
     @classmethod
     def from_torchvision(cls, weights: Any) -> "InputConfig":
@@ -56,7 +40,7 @@ class InputConfig:
             mean, std = tuple(map(float, preset.mean)), tuple(map(float, preset.std))
         except AttributeError:  # no published weights, or those of a segmentation or detection network
             return cls()
-        return cls(size, len(mean), mean, std, resize)
+        return cls(size, len(mean), mean, std, resize=resize)
 
 
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

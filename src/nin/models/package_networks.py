@@ -63,8 +63,8 @@ def create_network(
     """
     package, _, own = name.partition(":")
     if pretrained:
-        return create_pretrained(name, num_classes, in_channels)
-    if package == "timm":
+        network = create_pretrained(name, num_classes, in_channels)
+    elif package == "timm":
         network = from_timm(own, num_classes, in_channels)
     elif package == "torchvision":
         network = adapt_channels(from_torchvision(own, num_classes), in_channels)
@@ -105,22 +105,21 @@ def check_pretrained(name: str) -> None:
         raise UserError(f"{package} publishes no weights of {own}: give --weights FILE, or leave --pretrained away")
 
 
-def create_pretrained(name: str, num_classes: int, in_channels: int) -> tuple[nn.Module, InputConfig]:
-    """Return a network with the weights that its package publishes, and what they were trained with.
+def create_pretrained(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """Return a network with the weights that its package publishes.
 
     Raises:
         UserError: there are none, or they can neither be downloaded nor are in the package's cache.
     """
     check_pretrained(name)
     package, _, own = name.partition(":")
-    config = input_config(name)
     try:
         if package == "timm":
-            timm = import_timm(own)
-            return timm.create_model(own, pretrained=True, num_classes=num_classes, in_chans=in_channels), config
+            options = {"num_classes": num_classes, "in_chans": in_channels}
+            network: nn.Module = import_timm(own).create_model(own, pretrained=True, **options)
+            return network
         models: Any = importlib.import_module("torchvision.models")
-        network = models.get_model(own, weights="DEFAULT")
-        return adapt_channels(network, in_channels), config
+        return adapt_channels(models.get_model(own, weights="DEFAULT"), in_channels)
     except OSError as error:  # of every download: URLError, requests' and the Hub's errors, a full disk
         raise UserError(_no_weights(name, error)) from error
 

@@ -1,9 +1,9 @@
 """Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
-from nin.training.cross_validation import cross_validate
-from nin.training.loop import train
+from nin.training.cross_validation import check_folds_folder, cross_validate
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
+from nin.training.setup import train
 from nin.training.starting_point import starting_point
 from nin.training.state import (
     CheckpointOptions,
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointOptions",
     "TrainProgress",
     "TrainResult",
+    "check_folds_folder",
     "check_run_folder",
     "cross_validate",
     "has_begun",

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nin import data
+from nin import checkpoint, data
 from nin.config import TrainConfig, check_value
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
-from nin.training.loop import train
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
-from nin.training.state import CheckpointOptions, remove_run
+from nin.training.setup import train
+from nin.training.state import CheckpointOptions, check_resume_or_overwrite, remove_run
 
 SUMMARY_FILE = "folds.json"
 
@@ -83,13 +83,9 @@ def cross_validate(
     """
     check_value("folds", folds, int, lambda x: x >= 2, "at least 2")
     keeping = keeping or CheckpointOptions()
+    check_folds_folder(out, resume=keeping.resume, overwrite=overwrite)
     parts = [data.take_fold(images, number, folds=folds, seed=config.seed) for number in range(1, folds + 1)]
-    if overwrite and keeping.resume:
-        raise UserError("give resume or overwrite, not both: one goes on with the folds, the other removes them")
-    begun = sorted(out.glob("fold-*"))
-    if begun and not (keeping.resume or overwrite):
-        raise UserError(f"{out} holds folds already: go on with --resume, or give another --out, or --overwrite")
-    for folder in begun if overwrite and distributed.is_main_process() else []:
+    for folder in sorted(out.glob("fold-*")) if overwrite and distributed.is_main_process() else []:
         remove_run(folder)
         folder.rmdir()
     results = []
@@ -109,6 +105,21 @@ def cross_validate(
     if distributed.is_main_process():
         write_atomically(out / SUMMARY_FILE, json.dumps(summary.to_dict(), indent=2))
     return summary
+
+
+def check_folds_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check that a cross-validation may write its folder, before anything is read or computed.
+
+    Raises:
+        UserError: it holds folds that are neither to be resumed nor overwritten, or something else; or it is a file.
+    """
+    check_resume_or_overwrite(resume=resume, overwrite=overwrite)
+    if not distributed.is_main_process():  # which may have begun meanwhile
+        return
+    folds = {path.name for path in out.glob("fold-*")}
+    if folds and not (resume or overwrite):
+        raise UserError(f"{out} holds folds already: go on with --resume, or give another --out, or --overwrite")
+    checkpoint.check_output_folder(out, may_contain={*folds, SUMMARY_FILE})
 
 
 def fold_folder(out: Path, number: int) -> Path:

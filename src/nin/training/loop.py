@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, tests and checkpoints, from images and a `nin.config.TrainConfig` to a result."""
+"""The training loop: epochs, steps, tests and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -11,129 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nin import checkpoint, data
 from nin.checkpoint import Preprocessing, RunInfo
-from nin.config import TrainConfig
 from nin.epoch_metrics import save_learning_rate_test
 from nin.errors import UserError
 from nin.inference import metrics
 from nin.inference.evaluation import Part, evaluate, gather_scores, wilson_interval
-from nin.runtime import distributed, torchrun
-from nin.runtime.device import choose_device, keep_freed_memory, use_threads
+from nin.runtime import distributed
 from nin.training import batches
-from nin.training.batch_size_test import check_batch_size_test, find_batch_size
 from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.event_log import EventLog
 from nin.training.head_fit import HeadFit, fit_class_layer, no_fit_reason
 from nin.training.learning_rate_test import find_learning_rate
 from nin.training.loss_reader import LossReader, loss_read_interval
 from nin.training.progress import ProgressReporter, TrainProgress
-from nin.training.progress_lines import shown_progress
 from nin.training.result import TrainResult, data_record, load_result, network_description, write_run
-from nin.training.starting_point import starting_point
 from nin.training.state import (
     CheckpointOptions,
     Position,
     TrainState,
-    check_run_folder,
-    has_begun,
     is_finished,
     load_state,
-    run_folder,
     save_state,
-    with_recorded_augmentation,
-    with_recorded_settings,
 )
 from nin.training.step import TrainStep
 
 # A training goes on without so many files, or a hundredth of all: more are gone only if their disk is.
 MAX_LOST_FILES = 10
-
-
-def train(
-    source: Any,
-    config: TrainConfig | None = None,
-    *,
-    out: str | Path | None = None,
-    keeping: CheckpointOptions | None = None,
-    network: Callable[[], nn.Module] | None = None,
-    on_progress: Callable[[TrainProgress], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    progress: bool | None = None,
-    overwrite: bool = False,
-) -> TrainResult:
-    """Train a network on images and test it.
-
-    Args:
-        source: a `nin.data.Data`, or whatever `nin.data.load` takes: "digits", a folder, arrays.
-        config: the training settings; what is None is chosen from the data.
-        out: the run folder to make: ``model.safetensors``, ``config.json``, ``metrics.csv``, ``timings.csv``.
-            None writes nothing.
-        keeping: how often the state is saved, and whether to resume.
-        network: returns the network, the same after the same seed; if not given, the one that the settings name. A run
-            folder holds networks of `nin.models` only.
-        on_progress: called after every step and every epoch.
-        on_note: called with a line for people: which of the weights that it begins with fit.
-        progress: show a bar and a line for each epoch. If not given, they are shown in a notebook and on a terminal,
-            unless ``on_progress`` is given.
-        overwrite: remove the run that lies in ``out`` before this training begins, as for a notebook's cell that is run
-            again. A folder that holds anything else is refused.
-
-    Returns:
-        The network with averaged weights, and its test accuracy with a 95 % interval.
-
-    Raises:
-        UserError: the data, the model and the settings do not fit together, or the loss is no number any more; one
-            line that says what to do.
-        OSError: the run folder cannot be written; it names the file.
-
-    Example:
-        >>> nin.train("digits", nin.TrainConfig(epochs=1)).info.result["test_images"]
-        451
-    """
-    config = config or TrainConfig()
-    folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
-    if folder is None and options.resume:
-        raise UserError("resume goes on in a run folder: give out=")
-    if overwrite and options.resume:
-        raise UserError("give resume or overwrite, not both: one goes on with a run, the other removes it")
-    # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
-    resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
-    options = dataclasses.replace(options, resume=resume)
-    if folder is not None and resume:
-        config = with_recorded_settings(config, folder, options.given)
-    check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
-    start = starting_point(config)
-    config = start.config
-    check_run_folder(folder, resume=resume, overwrite=overwrite)
-    if isinstance(source, data.Data):
-        images = source
-    else:
-        images = data.load(source, photos=config.augment != "none", **start.load_options(source, size=None))
-    images = start.normalised(images)
-    if folder is not None and options.resume:
-        images = with_recorded_augmentation(images, folder)
-    images = data.split_validation(images, config.validation, seed=config.seed)
-    resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
-    keep_freed_memory()
-    if folder is not None and images.channels not in (1, 3):
-        raise UserError(
-            f"images: a run folder is for grey or RGB images, got {images.channels} channels: leave out= away and keep "
-            "the result's model"
-        )
-    with use_threads(resolved.threads):
-        make = network or start.make_model(resolved, images, resumes=resume, on_note=on_note or (lambda text: None))
-        if resolved.finds("batch_size"):
-            size = find_batch_size(resolved, images, make, choose_device(config.device))
-            resolved = dataclasses.replace(resolved, batch_size=size)
-        batches.check_batch_size(resolved, len(images.train))
-        train_step = TrainStep(make, resolved)
-        with shown_progress(progress, on_progress) as report:
-            trainer = Trainer(images, train_step, folder, options, report)
-            with run_folder(folder, resume=options.resume, overwrite=overwrite):
-                return trainer.run()
 
 
 class Trainer:

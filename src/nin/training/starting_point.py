@@ -76,7 +76,7 @@ class StartingPoint:
 
         def make() -> nn.Module:
             model = make_model(config, **sizes, weights=weights, on_note=notes.append)
-            if len(notes) == 1:  # the network is made twice, and reads the weights twice
+            if len(notes) == 1:  # where the size of the batch is found by trying, the network is made twice
                 on_note(notes[0])
             return model
 
@@ -163,5 +163,5 @@ def _from_run(config: TrainConfig, folder: Path) -> StartingPoint:
     if name != (config.model or name) or (name not in models.MODELS and not models.is_external_name(name)):
         raise UserError(f"weights: {folder} is of {name}, not of {config.model}: leave --model away")
     p = info.preprocessing
-    input_config = InputConfig(p.size, p.channels, p.mean, p.std, p.resize)
+    input_config = InputConfig(p.size, p.channels, p.mean, p.std, resize=p.resize)
     return StartingPoint(dataclasses.replace(config, model=name, **changes), input_config, info)

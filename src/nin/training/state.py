@@ -216,12 +216,24 @@ def with_recorded_augmentation(images: data.Data, folder: Path) -> data.Data:
 _LEFT_BEHIND = (checkpoint.PROGRESS_FILE,)
 
 
+def check_resume_or_overwrite(*, resume: bool, overwrite: bool) -> None:
+    """Check that not both were asked for.
+
+    Raises:
+        UserError: they were.
+    """
+    if overwrite and resume:
+        raise UserError("give resume or overwrite, not both: one goes on with what is there, the other removes it")
+
+
 def check_run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> None:
     """Check that a training may write its run folder, before anything is read or computed.
 
     Raises:
-        UserError: it holds an unfinished run that is not to be resumed, or something else.
+        UserError: it holds an unfinished run that is not to be resumed, or something else; or it is to be resumed and
+            overwritten.
     """
+    check_resume_or_overwrite(resume=resume, overwrite=overwrite)
     if out is None or resume or not distributed.is_main_process():
         return
     if overwrite:

@@ -12,12 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nin import models
 from nin.config import ResolvedConfig, step_seed
-from nin.errors import UserError, is_out_of_memory
+from nin.errors import UserError
+from nin.models.factory import explain_refused_images
 from nin.models.initial_weights import InitialWeights
 from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate, sgd
 from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.device import choose_device, choose_dtype
+from nin.runtime.model_copy import copy_model
 from nin.runtime.single_value_norm import normalise_single_values
 
 
@@ -27,7 +29,7 @@ class TrainStep:
     The optimiser's `state_dict` is all that a step changes: a training that loads it goes on with the same bits.
 
     Args:
-        build_model: returns the network, the same each time it is called after the same seed.
+        build_model: returns the network; called once.
         config: the training settings.
 
     Attributes:
@@ -48,7 +50,7 @@ class TrainStep:
         self.model = self._to_device(build_model())
         self.dtype = _choose_dtype(config.precision, self.device, self.model)
         # a second network, so that the averages are tested without swapping weights
-        self.ema_model = self._to_device(build_model())
+        self.ema_model = copy_model(self.model)
         self.class_weights: Tensor | None = None
         self.forward_model: nn.Module = self.model  # in DDP's wrapper where several processes train
         self.optimizer = OptimizerWithEMA(self.model, self.ema_model, _make_optimizer(self.model, config))
@@ -277,15 +279,9 @@ def check_takes_images(model: nn.Module, name: str, *, channels: int, classes: i
         )
     if not isinstance(model, models.ExternalClassifier):
         return
-    try:
-        with torch.no_grad():
-            scores = model.eval()(torch.zeros(1, channels, size, size))
-    except Exception as error:  # somebody's own network may raise anything
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        shape = f"{channels}×{size}×{size}"
-        raise UserError(f"{name} does not take images of {shape}: {reason}; another --size may help") from error
+    shape, given = f"{channels}×{size}×{size}", "nin gives it one batch of images"
+    with torch.no_grad(), explain_refused_images(model, name, shape, given=given):
+        scores = model.eval()(torch.zeros(1, channels, size, size))
     if not isinstance(scores, Tensor) or scores.shape != (1, classes):
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise UserError(f"{name} must give scores of shape (1, {classes}) for one image, got {got}")
