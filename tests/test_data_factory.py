@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from nin import data
+from nin.data.preprocessing import Preprocessing
 from nin.errors import UserError
+
+DIGITS = Preprocessing(8, 1, (0.3,), (0.4,))
 
 
 def test_the_same_images_come_again():
     images = data.load("digits", seed=3, test_fraction=0.5)
-    again = data.load_from_record(images.origin, size=images.size)
+    again = data.load_from_record(images.origin, Preprocessing.of(images))
     assert torch.equal(again.test.images, images.test.images)
     assert again.origin["seed"] == 3
 
@@ -25,12 +28,16 @@ def test_the_same_images_come_again():
         ({"source": "digits", "test_fraction": "half"}, "damaged"),
         ({"source": "digits", "test_fraction": 7.0}, "test_fraction"),
         ({"source": "digits", "seed": None}, "damaged"),
+        ({"source": "digits", "fold": 3, "folds": 2, "fold_seed": 0}, "damaged"),
+        ({"source": "digits", "fold": 1, "folds": 2}, "damaged"),
+        ({"source": "digits", "validation": "some", "validation_seed": 0}, "damaged"),
+        ({"source": "digits", "validation": 0.2}, "damaged"),
         ({"source": "/nowhere/photos"}, "no such folder"),
     ],
 )
 def test_what_is_not_here_or_damaged_is_one_clear_line(record, words):
     with pytest.raises(UserError, match=words) as caught:
-        data.load_from_record(record, size=8)
+        data.load_from_record(record, DIGITS)
     assert "\n" not in str(caught.value)
 
 
@@ -38,10 +45,10 @@ def test_a_record_runs_no_program_and_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     proof = tmp_path / "proof"
     with pytest.raises(UserError, match="URL"):
-        data.load_from_record({"source": f"pipe:touch {proof}; cat /dev/null #.tar"}, size=8)
+        data.load_from_record({"source": f"pipe:touch {proof}; cat /dev/null #.tar"}, DIGITS)
     assert not proof.exists()
     with pytest.raises(UserError):
-        data.load_from_record({"source": "mnist"}, size=28)
+        data.load_from_record({"source": "mnist"}, DIGITS)
     assert not (tmp_path / "cache" / "nin").exists() or not any((tmp_path / "cache" / "nin").iterdir())
 
 

@@ -166,7 +166,7 @@ def test_a_run_keeps_its_way_of_resizing(folder, tmp_path):
     path = next(folder.rglob("0.png"))
     squashed = data.decode(path, size=16, channels=images.channels, resize=ResizeOptions("squash"))
     torch.testing.assert_close(classifier.scores(path), classifier.score_pixels(squashed[None]))
-    again = data.load_from_record(classifier.info.data, size=16, resize=classifier.info.preprocessing.resize)
+    again = data.load_from_record(classifier.info.data, classifier.info.preprocessing)
     assert result.info.mismatch(again, test_images=True) is None
     cropped = data.load(folder, size=16)
     assert result.info.mismatch(cropped) == (

@@ -78,6 +78,26 @@ def test_validation_needs_two_images_of_a_class(digits):
         data.split_validation(few, 0.5, seed=0)
 
 
+def test_a_data_set_is_split_once(digits):
+    split = data.split_validation(digits, 0.2, seed=0)
+    assert data.split_validation(split, 0.2, seed=0) is split
+    assert data.split_validation(split, None, seed=0) is split
+    own = dataclasses.replace(digits, validation=digits.test)
+    for images, fraction, seed in ((split, 0.3, 0), (split, 0.2, 1), (own, 0.2, 0)):
+        with pytest.raises(UserError, match=r"validation: digits has a validation part already, of \d+ images: leave"):
+            data.split_validation(images, fraction, seed=seed)
+
+
+def test_the_parts_of_a_training_come_again_from_its_record(digits):
+    fold = data.split_validation(data.take_fold(digits, 2, folds=3, seed=1), 0.2, seed=5)
+    again = data.with_recorded_parts(digits, fold.origin)
+    assert again.name == fold.name == "digits, fold 2 of 3"
+    for part in ("train", "test", "validation"):
+        assert torch.equal(getattr(again, part).images, getattr(fold, part).images), part
+    assert data.with_recorded_parts(again, fold.origin) is again
+    assert data.with_recorded_parts(digits, digits.origin) is digits
+
+
 def test_each_training_image_is_in_one_fold(digits):
     folds = [data.take_fold(digits, number, folds=4, seed=0) for number in (1, 2, 3, 4)]
     tested = torch.cat([fold.test.images for fold in folds])

@@ -94,7 +94,7 @@ def test_a_training_on_12_bits_in_16_learns_and_its_run_reads_the_same_range(tmp
     assert [p.label for p in classifier.predict([path.read_bytes() for path in paths])] == wanted
     stored = torch.stack([data.decode(path, size=16, channels=1, value_range=(low, high)) for path in paths])
     assert torch.equal(stored, images.test.images)
-    again = data.load_from_record(result.info.data, size=16, value_range=(low, high))
+    again = data.load_from_record(result.info.data, result.info.preprocessing)
     assert torch.equal(again.test.images, images.test.images)
     other = dataclasses.replace(images, value_range=None)
     assert "its value range is (0.0, 4095.0)" in result.info.mismatch(other)

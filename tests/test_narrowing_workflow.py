@@ -17,12 +17,14 @@ from starlette.testclient import TestClient
 from torch import nn
 
 import nin
-from nin import checkpoint, data, server
+from nin import checkpoint, data, report, server
 from nin.cli import app
+from nin.config import TrainConfig
+from nin.data.image_augmentation import AugmentedSet
 from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models.factory import create_external_model
-from nin.narrowing import FinetuneConfig, uniform_baseline, workflow
+from nin.narrowing import DistillationStep, FinetuneConfig, uniform_baseline, workflow
 from nin.narrowing.narrow_to_folder import narrow_run
 from nin.narrowing.workflow import WorkflowConfig
 from nin.training import CheckpointOptions
@@ -289,11 +291,11 @@ def test_a_fine_tuning_that_diverges_is_stopped_and_the_state_before_is_kept(run
 
 
 def test_the_fine_tuning_mirrors_and_shifts_as_the_runs_recipe_says(run, other_run, digits, tmp_path, monkeypatch):
-    seen = []
+    seen, augment_as_said = [], data.augment
 
-    def augment(pixels, indices, *, seed, epoch, flip, shift):
+    def augment(*arguments, flip, shift, **options):
         seen.append((flip, shift))
-        return pixels
+        return augment_as_said(*arguments, flip=flip, shift=shift, **options)
 
     monkeypatch.setattr(data, "augment", augment)
     config = WorkflowConfig({"macs": 0.5}, images=64, finetune=1)
@@ -302,6 +304,129 @@ def test_the_fine_tuning_mirrors_and_shifts_as_the_runs_recipe_says(run, other_r
     seen.clear()
     narrow_run(other_run, digits, config, out=tmp_path / "two")
     assert set(seen) == {(True, 0)}
+
+
+def write_photos(folder, count):
+    """Write photos of 128×112 pixels, dark ones and bright ones."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        kind = ("dark", "bright")[number % 2]
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 128, (112, 128, 3)) + 127 * (number % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / kind / f"{number:02}.png")
+
+
+@pytest.mark.filterwarnings("ignore:.*see fewer samples than values")  # a few images are enough for a test
+def test_the_fine_tuning_augments_and_mixes_as_the_run_did(tmp_path, monkeypatch, capsys):
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    write_photos(photos, 20)
+    (tmp_path / "narrowings_own.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes=2):\n"
+        "    layers = [nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU()]\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ["--augment", "strong", "--mixup", "0.4", "--resize", "squash", "--size", "96", "--no-flip"]
+    network = ["--model", "narrowings_own:make", "--epochs", "1", "--batch-size", "8"]
+    app.main(["train", str(photos), "--out", str(run), *network, *settings])
+    augmentations, boxes, targets = [], [], []
+    load, call = AugmentedSet.load, DistillationStep.__call__
+
+    def seen_load(self, number):
+        augmentations.append(self.augmentation)
+        boxes.append(self.source.photo(number % len(self)).shape)
+        return load(self, number)
+
+    def seen_call(self, x, labels):
+        targets.append(labels)
+        return call(self, x, labels)
+
+    monkeypatch.setattr(AugmentedSet, "load", seen_load)
+    monkeypatch.setattr(DistillationStep, "__call__", seen_call)
+    out = tmp_path / "narrow"
+    budget = ["--macs", "0.8", "--images", "8", "--finetune", "1", "--out", str(out), "--trust"]
+    app.main(["narrow", str(run), "--data", str(photos), *budget])
+    capsys.readouterr()
+    (augmentation,) = set(augmentations)
+    assert (augmentation.level, augmentation.crops, augmentation.flip) == ("strong", True, False)
+    assert set(boxes) == {(110, 110, 3)}, "whole photos, squashed, not the squares of the test"
+    assert all(target.shape == (16, 2) and target.dtype == torch.float32 for target in targets)
+    assert any(((target > 0.01) & (target < 0.99)).any() for target in targets)
+    assert checkpoint.load_info(out).preprocessing.resize.mode == "squash"
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    """Two folds of the digits, with a validation part."""
+    out = tmp_path_factory.mktemp("folds") / "runs"
+    app.main(["train", "digits", "--out", str(out), "--folds", "2", "--validation", "0.2", "--epochs", "1"])
+    return out
+
+
+def fetched(monkeypatch):
+    """Record the images that are fetched to narrow with and to test with, as bytes."""
+    seen = {"train": set(), "test": set()}
+    iterate, evaluate = data.batches, workflow.evaluation.evaluate
+
+    def batches(dataset, order, *arguments, **options):
+        seen["train"] |= {image.tobytes() for image in dataset.fetch(order).numpy()}
+        yield from iterate(dataset, order, *arguments, **options)
+
+    def tested(model, images, **options):
+        before = set(seen["train"])
+        result = evaluate(model, images, **options)
+        seen["train"] = before
+        seen["test"] |= {image.tobytes() for image in images.test.images.numpy()}
+        return result
+
+    monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(workflow.evaluation, "evaluate", tested)
+    monkeypatch.setattr("nin.cli.narrow.write_report", lambda run, images: None)  # it fetches test images, too
+    return seen
+
+
+def test_a_fold_is_narrowed_with_its_own_images(folds, tmp_path, monkeypatch, capsys):
+    run, out = folds / "fold-2", tmp_path / "narrow"
+    info = checkpoint.load_info(run)
+    expected = data.load_from_record(info.data, info.preprocessing)
+    assert (info.data["fold"], info.data["validation"]) == (2, 0.2)
+    pixels = {part: {i.tobytes() for i in getattr(expected, part).images.numpy()} for part in ("train", "test")}
+    kept_apart = {image.tobytes() for image in expected.validation.images.numpy()}
+    assert not pixels["train"] & (pixels["test"] | kept_apart)
+    seen = fetched(monkeypatch)
+    narrow(run, "--macs", "0.5", "--finetune", "1", "--images", "2000", "--out", str(out), "--json")
+    printed = capsys.readouterr()
+    assert seen["train"] <= pixels["train"]
+    assert len(seen["train"]) > 0.9 * len(pixels["train"])
+    assert seen["test"] == pixels["test"]
+    counts = (len(expected.train), len(expected.validation), len(expected.test))
+    assert "{:,} images to train on, {:,} to choose by, {:,} to test".format(*counts) in printed.err
+    narrowed = checkpoint.load_info(out)
+    assert narrowed.result["test_images"] == len(expected.test)
+    # it is a fold still: its report and what is narrowed from it have the same parts
+    assert report.build_report(out).headline.counted_accuracy == narrowed.result["test_accuracy"]
+    seen["train"].clear()  # of those of the report
+    narrow(out, "--macs", "0.5", "--finetune", "1", "--images", "2000", "--out", str(tmp_path / "again"))
+    assert seen["train"] <= pixels["train"]
+
+
+def test_a_fold_is_reported_with_its_own_images_whatever_is_given(folds):
+    run, digits = folds / "fold-1", data.load("digits")
+    own, given = report.build_report(run), report.build_report(run, digits)
+    assert given.headline.test_images == own.headline.test_images != len(digits.test)
+    assert given.confusion == own.confusion
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "gone", "freeze": True, "pretrained": False}])
+def test_the_control_is_trained_as_a_run_of_photos_was(settings):
+    recipe = TrainConfig(model="nin_imagenet", augment="light").resolve(images=99, image_size=224, flip=True, shift=14)
+    recorded = {**dataclasses.asdict(recipe), **settings}
+    info = checkpoint.RunInfo({}, (), None, recorded, {}, {}, {})
+    config = uniform_baseline.control_train_config(info, WorkflowConfig({"macs": 0.5}, finetune=2))
+    resolved = config.resolve(images=99, image_size=224, flip=True, shift=14)
+    assert resolved.epochs == recipe.epochs + 2
+    assert (resolved.weights, resolved.freeze, resolved.flip) == (None, False, True)
 
 
 def test_several_budgets_and_a_control(run, tmp_path, capsys):

@@ -97,7 +97,7 @@ def narrow(
     """
     from nin import checkpoint, models
     from nin.checkpoint import load_info
-    from nin.narrowing.narrow_to_folder import as_recorded, load_finished, load_network, narrow_model, narrow_run
+    from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
     from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
@@ -138,7 +138,11 @@ def narrow(
         network = load_network(model, weights)  # before the images, so that a mistake shows at once
         size = size or (None if data in nin.data.DATASET_NAMES else 224)
         cache = weights.with_suffix(".narrowing.safetensors")
-    how = {"size": size} if info is None else as_recorded(info, data)
+    how: dict[str, Any] = {"photos": finetune > 0 or control}  # for random crops
+    if info is None:
+        how["size"] = size
+    else:
+        how |= {"load": nin.data.load_as_recorded, "record": info.data, "preprocessing": info.preprocessing}
     samples = load_data(data, data_dir=data_dir, **how)
     if run is not None:
         with models.trust() if trust else contextlib.nullcontext():

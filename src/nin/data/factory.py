@@ -11,9 +11,10 @@ from nin.data.builtin import DATASET_NAMES, load_builtin
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, LoadOptions
 from nin.data.folder import read_folder
+from nin.data.preprocessing import Preprocessing
 from nin.data.resizing import CENTRE_SQUARE, ResizeMode, ResizeOptions
-from nin.data.validation_split import take_fold
-from nin.data.value_range import RangeOption, ValueRange
+from nin.data.validation_split import with_recorded_parts
+from nin.data.value_range import RangeOption
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
@@ -42,8 +43,7 @@ def load(
               "svhn" (write "./digits" for a folder of that name);
             - an image folder, `DIR/<class>/**`, or `DIR/train/<class>/**` with `DIR/test` or `DIR/val`
               beside it, in the words that people use for them (training_set, Testing, dev, …). Where both are there,
-              the test images are those of test, and val is not used; what else is not used is in Data.notes and
-              Data.findings;
+              val is Data.validation, the images to choose by; what is not used is in Data.notes and Data.findings;
             - WebDataset shards: a folder of tar files, one of them, a pattern such as "DIR/train-{000..009}.tar", or
               a URL that the webdataset package reads. Labels are those of the .cls, .json or .txt members;
             - (images, labels), or ((images, labels), (images, labels)) for training and testing, as arrays
@@ -58,7 +58,8 @@ def load(
         seed: chooses which images are held out. The choice goes by name, not by position.
         strict: stop at the first file that cannot be read, where it would else be listed in Data.skipped.
         workers: threads that read files; the default is one for each usable core. The result is the same.
-        memory_limit_bytes: up to here a folder is held in memory, above it is decoded on demand.
+        memory_limit_bytes: up to here decoded images are held in memory: those of a folder from the beginning, those of
+            shards, and of a folder that is larger, once they are needed. What does not fit is decoded on demand.
         on_progress: called with (what is being done, number done, number of all) while a folder is read.
         value_range: the values that become black and white in images with more than 8 bits; "auto" takes those of the
             images where these use a small part of their type, None the whole type. A run folder records it.
@@ -66,8 +67,8 @@ def load(
             image, distorted), "letterbox" (the whole image, with grey bars), or `ResizeOptions`. A run folder records
             it. Named sets and arrays are square already: there it is what is done with other images later.
         photos: where the size is 96 or more, hold the whole photos of a folder's training images too, as far as they
-            fit into the limit; a training takes random crops of them. Else it decodes them each time, with the same
-            result.
+            fit into the limit; a training takes random crops of them. What does not fit it decodes each time, with the
+            same result.
 
     Returns:
         The data set. Its labels follow the natural order of the class names: "2" before "10".
@@ -113,23 +114,15 @@ def load(
     return dataclasses.replace(images, origin={"source": path, **origin})
 
 
-def load_from_record(
-    record: Mapping[str, Any],
-    *,
-    size: int,
-    value_range: ValueRange | None = None,
-    resize: ResizeOptions = CENTRE_SQUARE,
-) -> Data:
+def load_from_record(record: Mapping[str, Any], preprocessing: Preprocessing) -> Data:
     """Load the images that a run folder's ``config.json`` says it was trained on, as far as they are on this machine.
 
     The file may be another person's, so nothing is downloaded and no URL is followed: one such as "pipe:COMMAND" would
     run a program.
 
     Args:
-        record: what `load` left in `Data.origin`.
-        size: height and width of the network's input in pixels.
-        value_range: of the network's preprocessing.
-        resize: likewise.
+        record: ``data`` of the file: what `load` left in `Data.origin`.
+        preprocessing: of the network.
 
     Raises:
         UserError: it is not recorded where they lie, they are not here, or the record is damaged.
@@ -139,28 +132,53 @@ def load_from_record(
         raise UserError("the run does not record where its images lie")
     if is_url(source):
         raise UserError(f"the run's images lie behind a URL, which is not followed ({source})")
-    data_dir, fraction, seed = record.get("data_dir"), record.get("test_fraction"), record.get("seed", 0)
-    valid = isinstance(data_dir, str | None) and isinstance(fraction, int | float | None) and isinstance(seed, int)
-    if not valid:
-        raise UserError(f"the run's record of its images is damaged ({data_dir=}, test_fraction={fraction!r}, {seed=})")
+    data_dir = record.get("data_dir")
+    if not isinstance(data_dir, str | None):
+        raise UserError(f"the run's record of its images is damaged ({data_dir=})")
     if source in DATASET_NAMES:
         data_dir = data_dir or str(cache_folder())
+    return load_as_recorded(source, record, preprocessing, data_dir=data_dir)
+
+
+def load_as_recorded(
+    source: str | Path,
+    record: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    *,
+    data_dir: str | Path | None = None,
+    photos: bool = False,
+    on_progress: ProgressCallback | None = None,
+) -> Data:
+    """Load the images of a training from where they lie now, in the same parts.
+
+    With another seed, fraction or fold, images that the network was trained on would be among those that test it.
+
+    Args:
+        source: a name, a folder or shards, as for `load`.
+        record: ``data`` of the run folder's ``config.json``.
+        preprocessing: of the network.
+        data_dir: as for `load`.
+        photos: as for `load`.
+        on_progress: as for `load`.
+
+    Raises:
+        UserError: as `load`, or the record is damaged.
+    """
+    fraction, seed = record.get("test_fraction"), record.get("seed", 0)
+    if not isinstance(fraction, int | float | None) or not isinstance(seed, int):
+        raise UserError(f"the run's record of its images is damaged (test_fraction={fraction!r}, {seed=})")
     images = load(
         source,
         data_dir=data_dir,
-        size=size,
+        size=None if source in DATASET_NAMES else preprocessing.size,  # theirs is their own
         test_fraction=fraction,
         seed=seed,
-        value_range=value_range,
-        resize=resize,
-        photos=False,
+        value_range=preprocessing.value_range,
+        resize=preprocessing.resize,
+        photos=photos,
+        on_progress=on_progress,
     )
-    fold, folds, fold_seed = (record.get(name) for name in ("fold", "folds", "fold_seed"))
-    if fold is None:
-        return images
-    if not isinstance(folds, int) or not isinstance(fold_seed, int) or fold not in range(1, folds + 1):
-        raise UserError(f"the run's record of its images is damaged ({fold=}, {folds=}, {fold_seed=})")
-    return take_fold(images, fold, folds=folds, seed=fold_seed)
+    return with_recorded_parts(images, record)
 
 
 def _check_fixed(data: Data, size: int | None, resize: ResizeOptions) -> Data:

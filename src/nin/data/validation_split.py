@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from nin.data.dataset import Data
 from nin.data.sampler import stratified_holdout
+from nin.display.numbers import format_number_of
 from nin.errors import UserError
 
 
@@ -17,15 +20,21 @@ def split_validation(images: Data, fraction: float | None, *, seed: int) -> Data
     Mean and standard deviation stay those of all training images, so the input is the same with and without.
 
     Args:
-        images: the data set; its test images stay as they are. One with a validation part is returned as it is.
+        images: the data set; its test images stay as they are. One that was split so is returned as it is.
         fraction: of the training images of each class. None returns the data set as it is.
         seed: another seed gives another part.
 
     Raises:
-        UserError: no class has two images, so that one could be set apart.
+        UserError: no class has two images, so that one could be set apart; or the data set has another validation part.
     """
-    if fraction is None or images.validation is not None:
+    record = {"validation": fraction, "validation_seed": seed}
+    if fraction is None or (images.validation is not None and record.items() <= images.origin.items()):
         return images
+    if images.validation is not None:
+        raise UserError(
+            f"validation: {images.name} has a validation part already, of "
+            f"{format_number_of(len(images.validation), 'image')}: leave --validation away to choose by that"
+        )
     labels = images.train.labels.tolist()
     names = images.train.names or map(str, range(len(labels)))
     # named apart from the test images, which are chosen by the same hash
@@ -33,7 +42,12 @@ def split_validation(images: Data, fraction: float | None, *, seed: int) -> Data
     if not is_chosen.any():
         raise UserError("validation: no class has two images to train on, of which one could be set apart")
     train, validation = (torch.from_numpy(np.flatnonzero(part)) for part in (~is_chosen, is_chosen))
-    return dataclasses.replace(images, train=images.train.select(train), validation=images.train.select(validation))
+    return dataclasses.replace(
+        images,
+        train=images.train.select(train),
+        validation=images.train.select(validation),
+        origin={**images.origin, **record},
+    )
 
 
 def take_fold(images: Data, number: int, *, folds: int, seed: int) -> Data:
@@ -69,3 +83,28 @@ def take_fold(images: Data, number: int, *, folds: int, seed: int) -> Data:
         test=images.train.select(torch.from_numpy(test)),
         origin={**images.origin, "fold": number, "folds": folds, "fold_seed": seed},
     )
+
+
+def with_recorded_parts(images: Data, record: Mapping[str, Any]) -> Data:
+    """Return the data set with the parts of a training: what it left out to test on, as a fold, or to choose by.
+
+    Images that a network has learned must not test it, and those that chose it must not train it further.
+
+    Args:
+        images: the data set; one that has these parts is returned as it is.
+        record: ``data`` of the run folder's ``config.json``.
+
+    Raises:
+        UserError: the record is damaged, or the images do not suffice for its folds.
+    """
+    fold, folds, fold_seed = (record.get(name) for name in ("fold", "folds", "fold_seed"))
+    fraction, seed = record.get("validation"), record.get("validation_seed")
+    if fold is not None and "fold" not in images.origin:
+        if not isinstance(folds, int) or not isinstance(fold_seed, int) or fold not in range(1, folds + 1):
+            raise UserError(f"the run's record of its images is damaged ({fold=}, {folds=}, {fold_seed=})")
+        images = take_fold(images, fold, folds=folds, seed=fold_seed)
+    if fraction is not None and images.validation is None:
+        if not isinstance(fraction, float) or not 0 < fraction < 1 or not isinstance(seed, int):
+            raise UserError(f"the run's record of its images is damaged (validation={fraction!r}, {seed=})")
+        images = split_validation(images, fraction, seed=seed)
+    return images

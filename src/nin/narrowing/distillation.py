@@ -82,7 +82,7 @@ class DistillationStep:
 
         Args:
             x: images, as the network takes them.
-            labels: (N,), or None.
+            labels: int64 (N,), the probability of each class, float32 (N, classes), or None.
 
         Raises:
             UserError: the loss is no finite number; the weights are those before the step.

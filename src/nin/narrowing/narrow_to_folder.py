@@ -3,17 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.errors import UserError, is_out_of_memory
+from nin.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from nin.errors import UserError
 from nin.inference import evaluation
-from nin.models.factory import create_external_model, describe_other_input
-from nin.models.input_config import IMAGENET_MEAN, IMAGENET_STD
+from nin.models.factory import create_external_model, explain_refused_images
 from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
@@ -38,6 +37,9 @@ NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
 # The same plan and report in the folder of another package's network.
 PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
 
+# Settings of a run's training that its fine-tuning takes over: those of the images, and those of the batches.
+MOVES, AUGMENTATION = ("flip", "shift"), ("augment", "mixup", "cutmix")
+
 
 def narrow_run(
     run: Path,
@@ -52,7 +54,8 @@ def narrow_run(
 
     Args:
         run: the folder that ``nin train`` or ``nin narrow`` made.
-        images: the training images to calibrate with, and the test images that measure the accuracy.
+        images: the training images to calibrate with, and the test images that measure the accuracy; of a fold, or of
+            a training with a validation part, the parts are those of the run.
         config: what is asked for.
         out: the run folder to make; it may be None in a dry run.
         keeping: when the state of a fine-tuning is saved, and whether to stop.
@@ -69,12 +72,15 @@ def narrow_run(
     keeping = keeping or CheckpointOptions()
     device = choose_narrowing_device(config.device)  # before the network, so that a mistake shows at once
     model, info = checkpoint.load_model(run)
+    images = data.with_recorded_parts(images, info.data)
     if mismatch := info.mismatch(images):
         raise UserError(f"the images do not fit {run}: {mismatch}")
     # augmented as in the training of the run, whatever the default of the data set is
-    augmentation = {name: info.recipe[name] for name in ("flip", "shift") if name in info.recipe}
-    images = dataclasses.replace(images, **augmentation)
-    task = NarrowingTask(model.to(device), images, info.preprocessing, True, run / CACHE_FILE)
+    moves, augmentation = (
+        {name: info.recipe[name] for name in names if name in info.recipe} for names in (MOVES, AUGMENTATION)
+    )
+    images = dataclasses.replace(images, **moves)
+    task = NarrowingTask(model.to(device), images, info.preprocessing, True, run / CACHE_FILE, augmentation)
     if config.control:
         original_config(info.model)  # refuses other networks before anything is computed
     folder = None if config.dry_run else out
@@ -90,22 +96,6 @@ def narrow_run(
         if distributed.is_main_process():
             save_narrowed_run(folder, run, result, info, images, config)
     return result
-
-
-def as_recorded(info: checkpoint.RunInfo, source: str) -> dict[str, Any]:
-    """Return the options of `nin.data.load` that a run was trained with.
-
-    With another seed or fraction, images that it was trained on would be among those that test it.
-    """
-    named = source in data.DATASET_NAMES  # their size is their own
-    return {
-        "size": None if named else info.preprocessing.size,
-        "value_range": info.preprocessing.value_range,
-        "resize": info.preprocessing.resize,
-        "photos": False,
-        "seed": info.data.get("seed", 0),
-        "test_fraction": info.data.get("test_fraction"),
-    }
 
 
 def save_narrowed_run(
@@ -269,15 +259,8 @@ def count_scores(model: nn.Module, images: data.Data, p: checkpoint.Preprocessin
         UserError: it does not take the images.
     """
     pixels = images.train.fetch(torch.arange(min(2, len(images.train))))
-    try:
-        with torch.no_grad():
-            result = model(data.to_float(pixels.to(model_device(model)), p.mean, p.std, dtype=torch.float32))
-    except Exception as error:  # somebody's own network may raise anything
-        if is_out_of_memory(error):
-            raise
-        if other := describe_other_input(model):
-            raise UserError(f"the network takes {other}: nin narrow gives it one batch of images") from error
-        reason = " ".join(str(error).split())[:200]
-        size = f"{p.channels}×{p.size}×{p.size}"
-        raise UserError(f"the network does not take images of {size}: {reason}; another --size may help") from error
+    x = data.to_float(pixels.to(model_device(model)), p.mean, p.std, dtype=torch.float32)
+    given, shape = "nin narrow gives it one batch of images", f"{p.channels}×{p.size}×{p.size}"
+    with torch.no_grad(), explain_refused_images(model, "the network", shape, given=given):
+        result = model(x)
     return result.shape[1] if isinstance(result, Tensor) and result.dim() == 2 else None

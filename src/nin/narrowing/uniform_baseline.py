@@ -168,7 +168,9 @@ def control_train_config(info: checkpoint.RunInfo, config: WorkflowConfig) -> Tr
     Raises:
         UserError: the run does not say how many epochs it was trained.
     """
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    # flip and shift are those of the images; the control begins with random weights, as no others fit it
+    others = {"flip", "shift", "weights", "pretrained", "freeze"}
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - others
     settings = {name: value for name, value in info.recipe.items() if name in names}
     if not settings.get("epochs"):
         raise UserError("--control must be given a run folder whose recipe says how many epochs it was trained")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.config import check_seed, step_seed
+from nin.config import TrainConfig, check_seed, step_seed
 from nin.errors import UserError
 from nin.inference import evaluation
 from nin.models.narrowing_plan import Plan
@@ -25,7 +25,7 @@ from nin.narrowing.report import NarrowReport
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.runtime.progress import ProgressCallback, ignore_progress
-from nin.training import CheckpointOptions
+from nin.training import CheckpointOptions, batches
 
 # Images at a time, of the calibration and of the fine-tuning.
 NARROWING_BATCH_SIZE = 64
@@ -103,6 +103,8 @@ class NarrowingTask:
         preprocessing: from an image to the network's input.
         labelled: whether its scores are for the classes of the images.
         cache: the file that keeps the analysis.
+        augmentation: settings of `nin.config.TrainConfig` by which the fine-tuning augments and mixes images, beside
+            flip and shift; its defaults where there are none.
     """
 
     model: nn.Module
@@ -110,11 +112,17 @@ class NarrowingTask:
     preprocessing: checkpoint.Preprocessing
     labelled: bool
     cache: Path
+    augmentation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
         return model_device(self.model)
+
+    @property
+    def normalised_images(self) -> data.Data:
+        """The images with the mean and standard deviation that the network's input is normalised with."""
+        return dataclasses.replace(self.images, mean=self.preprocessing.mean, std=self.preprocessing.std)
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Return pixels as the network takes them: float32 (N, C, H, W)."""
@@ -133,10 +141,9 @@ class NarrowingTask:
 
     def accuracy(self, model: nn.Module, on_progress: ProgressCallback = ignore_progress) -> float:
         """Return a model's accuracy on the test images, from 0 to 1."""
-        images = dataclasses.replace(self.images, mean=self.preprocessing.mean, std=self.preprocessing.std)
         training_mode = model.training
         scores, labels = evaluation.evaluate(
-            model.eval(), images, device=self.device, dtype=torch.float32, on_progress=on_progress
+            model.eval(), self.normalised_images, device=self.device, dtype=torch.float32, on_progress=on_progress
         )
         model.train(training_mode)
         hits = torch.tensor([(scores.argmax(1) == labels).sum(), len(labels)], dtype=torch.float64)
@@ -235,6 +242,7 @@ def task_fingerprint(task: NarrowingTask, config: WorkflowConfig) -> dict[str, A
     if config.finetune:
         # its epochs are config.finetune
         settings |= {name: value for name, value in FinetuneConfig().to_dict().items() if name != "epochs"}
+        settings |= task.augmentation
     return {"settings": settings, "subject": fingerprint_analysis(task.model, seen, config.skip)}
 
 
@@ -282,7 +290,11 @@ class _Finetuning:
     ) -> None:
         self.task, self.config, self.out, self.result, self.keeping = task, config, out, result, keeping
         self.fingerprint = {} if out is None else task_fingerprint(task, config)
-        self.steps_per_epoch = -(-len(task.images.train) // NARROWING_BATCH_SIZE)
+        images = self.images = task.normalised_images
+        self.augmentation = TrainConfig(batch_size=NARROWING_BATCH_SIZE, seed=config.seed, **task.augmentation).resolve(
+            images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift
+        )
+        self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), NARROWING_BATCH_SIZE)
         # on a CPU the gradients of convolutions are fastest in this layout
         model = result.model.to(memory_format=torch.channels_last)
         steps, finetune_config = config.finetune * self.steps_per_epoch, FinetuneConfig(epochs=config.finetune)
@@ -306,15 +318,19 @@ class _Finetuning:
             self.result.model.to(memory_format=torch.contiguous_format)
 
     def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the batches of the current epoch that are left: inputs, and labels where the task has them."""
-        images, seed = self.task.images, self.config.seed
+        """Yield the batches of the epoch that are left: inputs, and labels or mixed ones where the task has any."""
         epoch, done = divmod(self.train_step.step_number, self.steps_per_epoch)
-        order = data.epoch_order(len(images.train), seed=seed, epoch=epoch)[done * NARROWING_BATCH_SIZE :]
-        for pixels, labels, indices in data.batches(images.train, order, NARROWING_BATCH_SIZE):
-            torch.manual_seed(step_seed(seed, self.train_step.step_number))  # of dropout
-            pixels, indices = pixels.to(self.task.device), indices.to(self.task.device)
-            augmented = data.augment(pixels, indices, seed=seed, epoch=epoch, flip=images.flip, shift=images.shift)
-            yield self.task.inputs(augmented), labels if self.task.labelled else None
+        for x, labels in batches.epoch_batches(
+            self.images,
+            self.augmentation,
+            self.task.device,
+            epoch=epoch,
+            first_step=done,
+            ahead=False,
+            on_lost=_refuse_lost,
+        ):
+            torch.manual_seed(step_seed(self.config.seed, self.train_step.step_number))  # of dropout
+            yield x, labels if self.task.labelled else None
 
     def save_if_due(self) -> None:
         """Save the state if it is time, and stop if that was asked for."""
@@ -336,6 +352,10 @@ class _Finetuning:
         }
         checkpoint.save_state(self.out, self.train_step.tensors(), values)
         self.saved = time.monotonic()
+
+
+def _refuse_lost(path: str, reason: str) -> None:
+    raise UserError(f"{path}: {reason}; bring it back, and the same command goes on")
 
 
 def _load_state(

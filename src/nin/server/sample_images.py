@@ -79,8 +79,7 @@ def load_run_images(info: RunInfo) -> data.Data:
     Raises:
         UserError: they are not on this machine, or others are, or they have no test images.
     """
-    p = info.preprocessing
-    images = data.load_from_record(info.data, size=p.size, value_range=p.value_range, resize=p.resize)
+    images = data.load_from_record(info.data, info.preprocessing)
     if info.mismatch(images):
         raise UserError("the images found there are not those that the run was trained on")
     if not len(images.test):

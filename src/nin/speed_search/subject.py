@@ -17,7 +17,7 @@ from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
 from nin.models.package_networks import input_config
-from nin.narrowing.narrow_to_folder import as_recorded, count_scores
+from nin.narrowing.narrow_to_folder import count_scores
 from nin.runtime.model_copy import keep_computed_weights
 from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.runtime.weight_files import read_weights
@@ -127,8 +127,10 @@ def _of_run(run: Path, source: str | Path | data.Data, options: dict[str, Any], 
     if is_unlabelled(source):
         images = load_unlabelled(Path(str(source)), **p.decoding)
     else:
-        recorded = {} if isinstance(source, data.Data) else as_recorded(info, str(source))
-        images = data.load(source, **{**recorded, **options})
+        if isinstance(source, data.Data):
+            images = data.with_recorded_parts(source, info.data)
+        else:
+            images = data.load_as_recorded(source, info.data, p, **options)
         if mismatch := info.mismatch(images):
             raise UserError(f"the images do not fit {run}: {mismatch}")
         images = dataclasses.replace(images, **{k: info.recipe[k] for k in ("flip", "shift") if k in info.recipe})
