@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nin.data import FileSet, ImageSet, batches, load
+from nin.cli import app
+from nin.data import FileSet, ImageSet, batches, check, load, write_shards
 from nin.data.dataset import PathList, default_size
 from nin.data.folder_listing import natural_key
 from nin.errors import UserError
@@ -99,14 +100,68 @@ def test_given_parts_are_matched_by_name(tmp_path, held_out):
     assert data.test.names == (f"{held_out}/2/c.png", f"{held_out}/ant/b.png")
 
 
-def test_test_is_used_and_val_is_said_to_be_unused(tmp_path):
-    for part in ("train", "val", "test"):
+def test_val_beside_test_is_the_validation_part(tmp_path):
+    for part in ("train", "val", "test", "dev"):
         for name in ("a", "b"):
             picture(tmp_path / part / name / f"{part}.png")
     data = load(tmp_path)
     assert data.test.names == ("test/a/test.png", "test/b/test.png")
-    assert len(data.notes) == 1
-    assert "val is not used" in data.notes[0]
+    assert data.validation.names == ("dev/a/dev.png", "dev/b/dev.png")
+    assert data.validation.labels.tolist() == [0, 1]
+    assert data.train.names == ("train/a/train.png", "train/b/train.png")
+    (note,) = data.notes
+    assert note.endswith("test gives the final figure, " + str(tmp_path / "dev") + " is to choose by")
+    assert "val is not used (2 images)" in note
+    decoded = load(tmp_path, memory_limit_bytes=0).validation
+    assert tuple(decoded.names) == data.validation.names
+    assert torch.equal(decoded.fetch(torch.arange(2)), data.validation.images)
+
+
+@pytest.mark.parametrize(
+    ("files", "held", "said"),
+    [
+        ([], 0, "val is empty"),
+        (["1.png", "2.png"], 0, "val is not used: 2 images without a label"),
+        (["a/1.png", "c/2.png"], 1, "val/c is not used: 1 image of a class that is not in"),
+        (["A/1.png"], 1, "is taken for the class 'a'"),
+    ],
+)
+def test_what_of_val_cannot_be_used_is_said(tmp_path, files, held, said):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            picture(tmp_path / part / name / f"{part}.png")
+    (tmp_path / "val").mkdir()
+    for number, name in enumerate(files):
+        picture(tmp_path / "val" / name, size=(20 + number, 20))
+    data = load(tmp_path)
+    assert held == (0 if data.validation is None else len(data.validation))
+    (note,) = data.notes
+    assert said in note
+    assert len(data.train) + len(data.test) == 4
+
+
+def test_a_set_with_val_is_checked_and_written_as_shards(tmp_path, capsys):
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        for name in ("a", "b"):
+            for number in range(count):
+                noise(tmp_path / "set" / part / name / f"{number}.png", [ord(name), count, number])
+    leak = tmp_path / "set" / "val" / "a" / "leak.png"
+    leak.write_bytes((tmp_path / "set" / "train" / "a" / "0.png").read_bytes())
+    found = check(tmp_path / "set")
+    assert found.classes == (("a", 4, 3), ("b", 4, 3))
+    assert found.validation == (3, 2)
+    kinds = {finding.path: finding.kind for finding in found.findings}
+    assert kinds["val/a/leak.png"] == "in validation and another part"
+    app.main(["check", str(tmp_path / "set")])
+    assert "to choose by" in capsys.readouterr().out
+    shards = tmp_path / "shards"
+    assert [path.name[:5] for path in write_shards(tmp_path / "set", shards)] == ["train", "test-", "val-0"]
+    written = load(shards)
+    assert [len(part) for part in (written.train, written.test, written.validation)] == [8, 6, 5]
+    assert check(shards).validation == (3, 2)
+    # parts that are not there are not made up
+    (shards / "test-000000.tar").unlink()
+    assert (len(load(shards).test), load(shards).validation) == (5, None)
 
 
 def test_train_alone_is_split(tmp_path):

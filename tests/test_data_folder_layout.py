@@ -157,8 +157,10 @@ def test_the_parts_may_lie_in_each_class(tmp_path):
     found = data.load(tmp_path)
     assert (found.classes, len(found.train), len(found.test)) == (("cat", "dog"), 8, 2)
     assert all("/test/" in name for name in found.test.names)
-    left_out = {f"{name}/val/{number}.png" for name in ("cat", "dog") for number in (0, 1)}
-    assert by_path(found) == dict.fromkeys({*left_out, "cat/loose.png"}, "no label")
+    expected = {f"{name}/val/{number}.png": name for name in ("cat", "dog") for number in (0, 1)}
+    names = found.validation.names
+    assert {n: found.classes[label] for n, label in zip(names, found.validation.labels, strict=True)} == expected
+    assert by_path(found) == {"cat/loose.png": "no label"}
 
 
 @pytest.mark.parametrize("place", ["test", "test/unknown", "test/test", "test/images"])

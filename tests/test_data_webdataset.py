@@ -4,9 +4,11 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 
 from nin import data, training
 from nin.config import TrainConfig
-from nin.data import tar_index
+from nin.data import dataset, tar_index
 from nin.data import webdataset as shards
 from nin.errors import UserError
 
@@ -264,3 +266,61 @@ def test_one_huge_label_does_not_make_a_billion_classes(tmp_path):
     write_tar(path, [*members, ("9.png", png(9)), ("9.cls", b"999999999")])
     with pytest.raises(UserError, match="label 999999999 does not fit 100000 classes"):
         data.load(str(path))
+
+
+def counted(monkeypatch):
+    """Count the images that are decoded from shards and from files, by name."""
+    found = Counter()
+    for module, kind in ((shards, "decode_pixels"), (shards, "decode_photo"), (dataset, "decode_pixels")):
+        decode = getattr(module, kind)
+
+        def count(source, *, decode=decode, kind=kind, **options):
+            found[kind, options.get("name") or str(source)] += 1
+            return decode(source, **options)
+
+        monkeypatch.setattr(module, kind, count)
+    return found
+
+
+def test_what_memory_can_hold_is_decoded_once(folder, tmp_path, monkeypatch):
+    data.write_shards(folder, tmp_path / "shards")
+    expected = data.load(tmp_path / "shards", memory_limit_bytes=0)
+    found = counted(monkeypatch)
+    images = data.load(tmp_path / "shards")
+    order = torch.arange(len(images.train))
+    for _ in range(2):
+        for batch in data.batches(images.train, order, 5):
+            assert batch[0].dtype == torch.uint8
+        images.test.fetch(torch.arange(len(images.test)))
+    # the images of the statistics are among them, and so are those of parts and of the same image again
+    part = data.split_validation(images, 0.3, seed=0)
+    part.validation.fetch(torch.arange(len(part.validation)))
+    part.train.select(torch.tensor([3, 1])).fetch(torch.tensor([0, 1]))
+    assert set(found.values()) == {1}
+    assert len(found) == len(images.train) + len(images.test)
+    assert torch.equal(images.train.fetch(order), expected.train.fetch(order))
+    for index in range(2):
+        np.testing.assert_array_equal(images.train.photo(index), expected.train.photo(index))
+    images.train.photo(1)
+    assert [count for (kind, _), count in found.items() if kind == "decode_photo"][-1] == 2  # ours once, the other once
+    # another process decodes its own
+    again = pickle.loads(pickle.dumps(images.train))
+    assert (again.store.used, torch.equal(again.fetch(order), images.train.fetch(order))) == (0, True)
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_what_does_not_fit_into_memory_is_decoded_each_time(folder, tmp_path, monkeypatch, kind):
+    data.write_shards(folder, tmp_path / "shards")
+    source = tmp_path / "shards" if kind == "shards" else folder
+    one = data.load(source, memory_limit_bytes=0).test.decode(0).nbytes
+    images = data.load(source, memory_limit_bytes=10 * one)
+    found = counted(monkeypatch)
+    order = torch.arange(len(images.train))
+    images.test.fetch(torch.arange(len(images.test)))
+    for _ in range(3):
+        images.train.fetch(order)
+    assert images.train.store is images.test.store
+    assert images.train.store.used <= 10 * one
+    once = sum(count <= 1 for count in found.values())
+    assert 0 < once <= 10
+    assert max(found.values()) == 3

@@ -3,18 +3,22 @@
 import csv
 import dataclasses
 import json
+import re
 import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from nin import checkpoint, data, report, training
+from nin import checkpoint, data, epoch_metrics, report, training
+from nin.cli import app
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.training import batches, loop
 from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.step import TrainStep, make_model
+from support.stopping import stop_after
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 FILES = ("model.safetensors", "metrics.csv")
@@ -27,16 +31,6 @@ def digits():
     labels = images.train.labels
     keep = torch.cat([(labels < 2).nonzero().flatten(), (labels >= 2).nonzero().flatten()[::7]]).sort().values
     return dataclasses.replace(images, train=images.train.select(keep))
-
-
-def stop_after(count):
-    steps = []
-
-    def stop():
-        steps.append(1)
-        return len(steps) == count
-
-    return stop
 
 
 def resumed(digits, config, out, stop_at):
@@ -61,6 +55,41 @@ def test_with_validation_the_test_images_are_looked_at_once(digits, tmp_path, mo
     assert record["train_images"] + record["validation_images"] == len(digits.train)
     assert result.info.recipe["validation"] == 0.2
     assert result.info.result["test_images"] == len(digits.test)
+
+
+def test_a_val_folder_beside_test_is_the_validation_part(digits, tmp_path, capsys):
+    folder, out = tmp_path / "set", tmp_path / "run"
+    pixels = digits.train.fetch(torch.arange(0, 300, 2))[:, 0].numpy()
+    labels = digits.train.labels[0:300:2].tolist()
+    for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        path = folder / ("train", "train", "val", "test")[number % 4] / str(label % 3) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    options = ["--epochs", "3", "--patience", "2"]
+    app.main(["train", str(folder), "--out", str(out), *options])
+    printed = capsys.readouterr().err
+    assert re.search(r"set: \d+ images to train on, 37 to choose by, 37 to test", printed)
+    assert (
+        "37 images of the validation part are to choose by; the test images are looked at once, at the end" in printed
+    )
+    info = checkpoint.load_info(out)
+    assert (info.data["validation_images"], info.result["validation_images"]) == (37, 37)
+    assert {"best_epoch", "temperature"} <= info.result.keys()
+    (row, *_) = epoch_metrics.read_csv(out / "metrics.csv")
+    assert "validation_accuracy" in row
+    assert "test_accuracy" not in row
+    # resumed, reported and cross-validated as any other
+    app.main(["train", str(folder), "--out", str(out), "--resume", *options])
+    assert "is finished; this is its result" in capsys.readouterr().err
+    assert report.build_report(out).headline.test_images == 37
+    with pytest.raises(SystemExit):
+        app.main(["train", str(folder), "--out", str(tmp_path / "two"), "--validation", "0.2"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "set has a validation part already, of 37 images: leave --validation away" in said
+    with pytest.raises(UserError, match="leave --validation away"):
+        training.train(folder, TrainConfig(validation=0.2))
+    folds = training.cross_validate(data.load(folder), QUICK, folds=2, out=tmp_path / "folds")
+    assert [fold.info.result["validation_images"] for fold in folds.results] == [37, 37]
 
 
 def test_best_epoch_is_of_the_highest_accuracy_then_of_the_lowest_loss_then_the_first():
@@ -129,9 +158,9 @@ def test_an_unfinished_run_holds_the_best_weights_so_far(digits, tmp_path, monke
         assert torch.equal(tensor, script.weights[1][name])
 
 
-def test_patience_needs_validation():
+def test_patience_needs_validation(digits):
     with pytest.raises(UserError, match="patience goes by images that are set apart"):
-        TrainConfig(patience=3)
+        training.train(digits, TrainConfig(patience=3))
     for value in (0, 1, -0.1, "0.2"):
         with pytest.raises(UserError, match="validation must be"):
             TrainConfig(validation=value)
@@ -215,8 +244,6 @@ def test_folds_are_runs_that_are_kept_when_it_is_resumed(digits, tmp_path):
 
 
 def test_a_fold_has_a_report_of_its_own_images(tmp_path, capsys):
-    from nin.cli import app
-
     app.main(["train", "digits", "--out", str(tmp_path / "cv"), "--folds", "2", "--epochs", "1", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["folds"] == 2

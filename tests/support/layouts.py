@@ -258,7 +258,7 @@ def _label_member(style, label):
 
 
 def unmentioned(layout, data):
-    """Return the labelled images of a layout that a data set neither holds with their label nor lists."""
+    """Return the labelled images of a layout that a data set without a val part neither holds right nor lists."""
     held = {}
     for part, is_test in ((data.train, False), (data.test, True)):
         for name, label in zip(part.names, part.labels.tolist(), strict=True):

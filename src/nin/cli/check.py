@@ -54,10 +54,13 @@ def check(
 
 def show_check(found: nin.data.Check) -> None:
     """Print the classes, and the findings."""
-    rows = [("class", "to train on", "to test")]
-    rows += [(name, f"{train:,}", f"{test:,}") for name, train, test in found.classes[:MAX_ROWS]]
+    rows = [["class", "to train on", "to test"]]
+    rows += [[name, f"{train:,}", f"{test:,}"] for name, train, test in found.classes[:MAX_ROWS]]
+    if found.validation:
+        cells = ["to choose by", *(f"{count:,}" for count in found.validation)]
+        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=False)]
     if len(found.classes) > MAX_ROWS:
-        rows.append((f"… and {len(found.classes) - MAX_ROWS} more", "", ""))
+        rows.append([f"… and {len(found.classes) - MAX_ROWS} more", *[""] * (len(rows[0]) - 1)])
     print_table(rows, left=1)
     for note in found.notes:
         messages.print(note)

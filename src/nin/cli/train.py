@@ -110,6 +110,8 @@ def train(
     settings = start.config
     if folds is None:
         training.check_run_folder(out, resume=resume, overwrite=overwrite)
+    else:
+        training.check_folds_folder(out, resume=resume, overwrite=overwrite)
     was_finished = resume and training.is_finished(out)
     if resume and folds is None and not training.has_begun(out):
         messages.print(f"{out} holds nothing to resume yet: the training begins.")
@@ -118,13 +120,14 @@ def train(
     if resume and settings.flip is None:
         images = training.with_recorded_augmentation(images, out)
     messages.print(flip_text(images, settings))
-    if folds is None and settings.validation is not None:
+    if folds is None:
         images = nin.data.split_validation(images, settings.validation, seed=settings.seed)
-        assert images.validation is not None
-        messages.print(
-            f"{len(images.validation):,} of the images to train on are set apart to choose by; the test images are "
-            "looked at once, at the end"
-        )
+        if images.validation is not None:
+            of_own = settings.validation is None
+            which = "images of the validation part are" if of_own else "of the images to train on are set apart"
+            messages.print(
+                f"{len(images.validation):,} {which} to choose by; the test images are looked at once, at the end"
+            )
     keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
     keeping |= {"tensorboard": tensorboard, "overwrite": overwrite, "given": given}
     if folds is not None:
@@ -144,17 +147,18 @@ def train(
     messages.print(f"Look at what it learned: {page}\nUse it:                  nin predict {out} IMAGE…")
 
 
-def load_data(source: str, **options: Any) -> nin.data.Data:
-    """Load a data set with a progress bar, and print what was left out."""
+def load_data(source: str, *, load: Callable[..., nin.data.Data] | None = None, **options: Any) -> nin.data.Data:
+    """Load a data set with a progress bar, by `nin.data.load` if not given, and print what was left out."""
     with ProgressBar(f"Reading {source}") as bar:
-        images = nin.data.load(source, on_progress=bar.on_progress, **options)
+        images = (load or nin.data.load)(source, on_progress=bar.on_progress, **options)
     for note in images.notes:
         messages.print(note)
     show_findings(images.findings)
+    to_choose_by = "" if images.validation is None else f"{len(images.validation):,} to choose by, "
     size = f"{images.size}×{images.size} {'grey' if images.channels == 1 else 'colour'}"
     messages.print(
-        f"{images.name}: {format_number_of(len(images.train), 'image')} to train on, {len(images.test):,} to test, "
-        f"{size}, {len(images.classes)} classes"
+        f"{images.name}: {format_number_of(len(images.train), 'image')} to train on, "
+        f"{to_choose_by}{len(images.test):,} to test, {size}, {len(images.classes)} classes"
     )
     return images
 

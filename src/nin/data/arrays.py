@@ -11,6 +11,7 @@ from torch import Tensor
 from nin.data.dataset import Data, ImageSet
 from nin.data.folder_listing import natural_key
 from nin.data.mirroring import FlipChoice
+from nin.data.resizing import BAR_GREY, ResizeOptions, resize_to_square
 from nin.data.sampler import stratified_holdout
 from nin.data.value_range import Pixels, scale_to_uint8
 from nin.errors import UserError
@@ -77,6 +78,31 @@ def to_nchw(
     if images.ndim != 4 or images.shape[2] != images.shape[3] or images.size == 0:
         raise UserError(error.format(shape=values.shape))
     return images
+
+
+def to_squares(images: NDArray[Any], options: ResizeOptions) -> NDArray[Any]:
+    """Return images of any shape as squares of their shorter side, of the same type.
+
+    Args:
+        images: (N, H, W), (N, H, W, C) or (N, C, H, W) with one to four channels, of any numbers.
+        options: how. The bars of a letterbox are `nin.data.resizing.BAR_GREY` in bytes, else the mean of the channel.
+
+    Returns:
+        (N, H, W) or (N, C, H, W); what is no batch of images, or of squares, as it is.
+    """
+    is_last = images.ndim == 4 and images.shape[3] <= 4
+    planes = images.transpose(0, 3, 1, 2) if is_last else images
+    if planes.size == 0 or planes.shape[-2] == planes.shape[-1] or (planes.ndim == 4 and planes.shape[1] > 4):
+        return images
+    size, is_bytes = min(planes.shape[-2:]), images.dtype == np.uint8
+
+    def square(plane: NDArray[Any]) -> NDArray[Any]:
+        bar = BAR_GREY if is_bytes else float(plane.mean())
+        image = Image.fromarray(np.ascontiguousarray(plane if is_bytes else plane.astype(np.float32)))
+        return np.asarray(resize_to_square(image, size, options, bar=bar))
+
+    flat = np.stack([square(plane) for plane in planes.reshape(-1, *planes.shape[-2:])])
+    return flat.reshape(*planes.shape[:-2], size, size)
 
 
 def to_uint8(

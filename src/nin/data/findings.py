@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from nin.display.tables import csv_lines
 
 UNREADABLE, TWO_CLASSES, IN_BOTH = "unreadable", "in two classes", "in training and test"
+IN_VALIDATION = "in validation and another part"
 DUPLICATE, EXTENSION, FRAMES, HUGE, TINY = "duplicate", "wrong extension", "several frames", "huge", "tiny"
 NO_LABEL, EXTRA, MASK, OUTPUT = "no label", "beside the image", "mask", "output of nin"
 NO_IMAGE, HIDDEN = "no image", "hidden"
@@ -15,6 +16,7 @@ FINDING_KINDS = {
     UNREADABLE: "left out",
     TWO_CLASSES: "the network is taught both",
     IN_BOTH: "the test accuracy will be too good",
+    IN_VALIDATION: "what is chosen by the validation images will look too good",
     DUPLICATE: "the same bytes as another of its class",
     NO_LABEL: "left out",
     HUGE: "reading takes memory",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nin.config import PHOTO_SIZE
 from nin.data.builtin import DATASET_NAMES
-from nin.data.dataset import Data, FileSet, ImageSet, LoadOptions
+from nin.data.dataset import Data, DecodedSet, FileSet, ImageSet, LoadOptions
 from nin.data.findings import (
     DUPLICATE,
     EXTENSION,
@@ -22,12 +22,14 @@ from nin.data.findings import (
     FRAMES,
     HUGE,
     IN_BOTH,
+    IN_VALIDATION,
     TINY,
     TWO_CLASSES,
     UNREADABLE,
     Finding,
 )
 from nin.data.folder_scan import FolderScan
+from nin.data.held_set import hold
 from nin.data.image_formats import named_format
 from nin.data.image_scan import FORMAT_NAMES, ImageScan
 from nin.data.resizing import photo_bytes
@@ -55,6 +57,7 @@ class Check:
         size: height and width that they would be brought to, in pixels.
         channels: 1 or 3.
         classes: of each class its name, its readable images for training, and those for testing.
+        validation: of each class its readable images in a validation part; empty where there is none.
         findings: about single files, the worst kind first.
         notes: about the folder, in sentences.
         refusal: why a training would not begin, or None.
@@ -65,6 +68,7 @@ class Check:
     size: int
     channels: int
     classes: tuple[tuple[str, int, int], ...]
+    validation: tuple[int, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     refusal: str | None
@@ -84,7 +88,9 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
     scan.decode(pixels, photos)
     is_test = scan.test_mask()
 
-    def subset(indices: NDArray[np.int64], *, has_photos: bool) -> ImageSet | FileSet:
+    room = options.memory_limit_bytes - (0 if pixels is None else pixels.nbytes)
+
+    def subset(indices: NDArray[np.int64], *, has_photos: bool) -> ImageSet | DecodedSet:
         labels, names = torch.from_numpy(listing.labels[indices]), listing.names.select(indices)
         files = FileSet(
             labels=labels,
@@ -97,13 +103,19 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         )
         if pixels is None:
             return files
-        whole: list[Pixels] | FileSet | None = None
+        whole: list[Pixels] | DecodedSet | None = None
         if has_photos and scan.size >= PHOTO_SIZE:
-            whole = files if photos is None else [photos[index] for index in indices.tolist()]
+            if photos is None:
+                (whole,) = hold(files, limit=room if options.photos else 0)
+            else:
+                whole = [photos[index] for index in indices.tolist()]
         return ImageSet(torch.from_numpy(pixels[indices]), labels, tuple(names), whole)
 
-    for_training, for_testing = scan.partition(is_test)
-    train, test = subset(for_training, has_photos=True), subset(for_testing, has_photos=False)
+    parts = scan.partition(is_test)
+    train, test = subset(parts.train, has_photos=True), subset(parts.test, has_photos=False)
+    validation = subset(parts.validation, has_photos=False)
+    if isinstance(train, DecodedSet) and isinstance(test, DecodedSet) and isinstance(validation, DecodedSet):
+        train, test, validation = hold(train, test, validation, limit=room)
     counts = torch.bincount(train.labels, minlength=len(listing.classes)).tolist()
     return Data.from_sets(
         root.resolve().name,
@@ -115,6 +127,7 @@ def read_folder(root: Path, options: LoadOptions) -> Data:
         findings=collect_findings(scan, is_test),
         value_range=scan.value_range,
         resize=options.resize,
+        validation=validation if len(validation) else None,
     )
 
 
@@ -168,7 +181,7 @@ def check(
         is_test = scan.test_mask()
     except UserError as error:
         is_test, refusal = np.zeros(len(listing.names), dtype=np.bool_), str(error)
-    train, test = (
+    train, test, validation = (
         np.bincount(listing.labels[indices], minlength=len(listing.classes)).tolist()
         for indices in scan.partition(is_test)
     )
@@ -178,6 +191,7 @@ def check(
         size=scan.size,
         channels=scan.channels,
         classes=tuple(zip(listing.classes, train, test, strict=True)),
+        validation=tuple(validation) if any(validation) else (),
         findings=collect_findings(scan, is_test),
         notes=(*listing.notes, *scan.notes(), *imbalance_notes(listing.classes, train)),
         refusal=refusal,
@@ -215,7 +229,8 @@ def _duplicates(scan: ImageScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[i
     listing = scan.listing
     for group in (group for group in groups if len(group) > 1):
         first, labels = int(group[0]), listing.labels[group]
-        train = group[~is_test[group]]
+        is_validation = scan.listing.is_validation[group]
+        train, elsewhere = group[~is_test[group] & ~is_validation], group[~is_validation]
         for index in group.tolist():
             other = first if index != first else int(group[1])
             if (labels != labels[0]).any():
@@ -223,6 +238,8 @@ def _duplicates(scan: ImageScan, is_test: NDArray[np.bool_]) -> Iterator[tuple[i
                 yield index, TWO_CLASSES, f"the same as {listing.names[other]}"
             elif is_test[index] and len(train):
                 yield index, IN_BOTH, f"the same as {listing.names[int(train[0])]}"
+            elif scan.listing.is_validation[index] and len(elsewhere):
+                yield index, IN_VALIDATION, f"the same as {listing.names[int(elsewhere[0])]}"
             elif index != first:
                 yield index, DUPLICATE, f"the same as {listing.names[other]}"
 

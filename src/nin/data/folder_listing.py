@@ -32,6 +32,7 @@ class FolderListing:
         names: paths relative to root, with "/" on every system.
         labels: int64 (N,).
         is_test: bool (N,), or None where the folder has no test images.
+        is_validation: bool (N,), the images of a val folder beside those of a test folder.
         notes: what was left out, in sentences for the user.
         findings: the files and folders that were left out.
     """
@@ -41,6 +42,7 @@ class FolderListing:
     names: PathList
     labels: NDArray[np.int64]
     is_test: NDArray[np.bool_] | None
+    is_validation: NDArray[np.bool_]
     notes: tuple[str, ...]
     findings: tuple[Finding, ...]
 
@@ -50,8 +52,8 @@ def list_folder(root: Path) -> FolderListing:
 
     The layout is `DIR/<class>/**` or, where DIR has a folder called train, `DIR/train/<class>/**` with
     `DIR/test` or `DIR/val` beside it; `nin.data.split_names` has the other names. Classes are matched by name. Where
-    both are there, test is the test set and val is not used. Train alone is split as a DIR would be, and so it is where
-    the test images have no labels. What is in a folder and is not used is among the findings or the notes.
+    both are there, val is the validation part. Train alone is split as a DIR would be, and so it is where the test
+    images have no labels. What is in a folder and is not used is among the findings or the notes.
 
     Raises:
         UserError: there is no such folder, or it does not have this layout with two classes of images.
@@ -63,9 +65,9 @@ def list_folder(root: Path) -> FolderListing:
     _check_classes(layout.train, train, walk)
     test: Files | None
     if layout.by_class:
-        train, test = _split_by_class(train, layout.train, walk)
+        train, test, validation = _split_by_class(train, layout.train, walk)
     else:
-        test = _test_files(layout, train, walk, notes)
+        test, validation = _other_parts(layout, train, walk, notes)
     empty = [name for name, files in train.items() if not files]
     if len(empty) <= len(train) - 2:  # else the error names them
         notes += [f"{layout.train / name} is no class: it holds no image" for name in empty]
@@ -76,17 +78,19 @@ def list_folder(root: Path) -> FolderListing:
         for path in walk.direct_images(folder):
             walk.leave_out(path, NO_LABEL, "it lies beside the folders of the classes")
     rows = [
-        (name, label, part is not train)
-        for part in (train, test or {})
+        (name, label, number)
+        for number, part in enumerate((train, test or {}, validation))
         for label, class_ in enumerate(classes)
         for name in part.get(class_, ())
     ]
+    parts = np.array([part for _, _, part in rows])
     return FolderListing(
         root=root,
         classes=classes,
         names=PathList(name for name, _, _ in rows),
         labels=np.array([label for _, label, _ in rows], dtype=np.int64),
-        is_test=np.array([is_test for _, _, is_test in rows]) if test is not None else None,
+        is_test=None if test is None else parts == 1,
+        is_validation=parts == 2,
         notes=tuple(notes),
         findings=tuple(walk.findings.values()),
     )
@@ -154,11 +158,12 @@ def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
         raise UserError(f"{folder}: {EXPECTED}, got no images ({FORMAT_EXAMPLES})")
 
 
-def _split_by_class(files: Files, folder: Path, walk: FolderWalk) -> tuple[Files, Files]:
-    """Return the files for training and those for testing of DIR/<class>/train beside DIR/<class>/test."""
+def _split_by_class(files: Files, folder: Path, walk: FolderWalk) -> tuple[Files, Files, Files]:
+    """Return the files to train on, to test and to choose by of DIR/<class>/train beside DIR/<class>/test and val."""
     depth = len(folder.relative_to(walk.root).parts) + 1
     train: Files = {}
     test: Files = {}
+    validation: Files = {}
     for name, paths in files.items():
         inside = {path: path.split("/")[depth] for path in paths if path.count("/") > depth}
         parts = find_splits(inside.values())
@@ -166,56 +171,88 @@ def _split_by_class(files: Files, folder: Path, walk: FolderWalk) -> tuple[Files
         by_part: dict[str, list[str]] = defaultdict(list)
         for path in paths:
             by_part[parts.get(inside.get(path, ""), "")].append(path)
-        train[name], test[name] = by_part.pop("train", []), by_part.pop(wanted, [])
+        train[name], test[name], validation[name] = (by_part.pop(part, []) for part in ("train", wanted, "val"))
         for path in (path for rest in by_part.values() for path in rest):
             walk.leave_out(os.fspath(walk.root / path), NO_LABEL, f"it lies beside train and {wanted}")
-    return train, test
+    return train, test, validation
 
 
-def _test_files(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]) -> Files | None:
-    """Return the test images by class, or None where there are none with labels; add to the notes what is not used.
+def _other_parts(layout: Layout, train: Files, walk: FolderWalk, notes: list[str]) -> tuple[Files | None, Files]:
+    """Return the test images by class, or None where there are none with labels, and those of a val folder beside them.
+
+    What is not used is added to the notes.
 
     Raises:
         UserError: the test images have a class that cannot be learned, or there is none.
     """
-    used: tuple[Path, Files] | None = None
+    test: Files | None = None
+    validation: Files = {}
+    places: list[Path] = []
     for part, top in layout.tests:
-        if used is not None:
+        is_validation = test is not None and part == "val" and not validation
+        if test is not None and not is_validation:
             count = sum(1 for _ in walk.images(top))
-            notes.append(f"{top} is not used ({format_number_of(count, 'image')}): {used[0]} gives the final figure")
+            chosen = f", {places[1]} is to choose by" if len(places) > 1 else ""
+            final = f"{places[0]} gives the final figure{chosen}"
+            notes.append(f"{top} is not used ({format_number_of(count, 'image')}): {final}")
             continue
         if not any(top.iterdir()):
             notes.append(f"{top} is empty")
             continue
         folder = descend_to_classes(top, list(train), walk)
-        files = _match_classes(_class_files(folder, walk), train, folder, notes)
-        known = {name: paths for name, paths in files.items() if name in train}
-        unknown = [name for name, paths in files.items() if paths and name not in known]
-        direct = walk.direct_images(folder)
-        if not known and (unknown or direct):
-            names = f" (its folders are called {', '.join(unknown[:3])})" if unknown else ""
-            count = len(direct) + sum(len(files[name]) for name in unknown)
-            notes.append(
-                f"{folder} is not used: {format_number_of(count, 'image')} without a label, as none lies in a folder "
-                f"called like a class{names}"
-            )
-            continue
-        for path in direct:
-            walk.leave_out(path, NO_LABEL, f"it lies beside the folders of the classes in {part}")
-        for name in [name for name in unknown if is_unlabelled(name)]:
-            unlabelled = format_number_of(len(files[name]), "image")
-            notes.append(f"{folder / name} is not used: {unlabelled} without a label")
-            unknown.remove(name)
-        if unknown:
-            few = ", ".join(list(train)[:8]) + (", ..." if len(train) > 8 else "")
-            raise UserError(
-                f"{folder}: class {unknown[0]!r} is not in {layout.train}, so it cannot be recognised; "
-                f"rename or remove it (classes to learn: {few})"
-            )
-        if not any(known.values()):
-            raise UserError(f"{folder}: expected test images in class folders, got no images")
-        used = folder, known
-    return None if used is None else used[1]
+        found = _labelled_files(folder, part, layout, train, walk, notes, is_validation=is_validation)
+        if found is not None:
+            places.append(folder)
+            test, validation = (test, found) if is_validation else (found, validation)
+    return test, validation
+
+
+def _labelled_files(
+    folder: Path,
+    part: str,
+    layout: Layout,
+    train: Files,
+    walk: FolderWalk,
+    notes: list[str],
+    *,
+    is_validation: bool,
+) -> Files | None:
+    """Return the images of a part by class; None where they have no labels, and of a validation part no known ones.
+
+    Raises:
+        UserError: the test images have a class that cannot be learned, or there is none.
+    """
+    files = _match_classes(_class_files(folder, walk), train, folder, notes)
+    known = {name: paths for name, paths in files.items() if name in train}
+    unknown = [name for name, paths in files.items() if paths and name not in known]
+    direct = walk.direct_images(folder)
+    if not known and (unknown or direct):
+        names = f" (its folders are called {', '.join(unknown[:3])})" if unknown else ""
+        count = len(direct) + sum(len(files[name]) for name in unknown)
+        notes.append(
+            f"{folder} is not used: {format_number_of(count, 'image')} without a label, as none lies in a folder "
+            f"called like a class{names}"
+        )
+        return None
+    for path in direct:
+        walk.leave_out(path, NO_LABEL, f"it lies beside the folders of the classes in {part}")
+    for name in [name for name in unknown if is_validation or is_unlabelled(name)]:
+        unlabelled = format_number_of(len(files[name]), "image")
+        reason = "without a label" if is_unlabelled(name) else f"of a class that is not in {layout.train}"
+        notes.append(f"{folder / name} is not used: {unlabelled} {reason}")
+        unknown.remove(name)
+    if unknown:
+        few = ", ".join(list(train)[:8]) + (", ..." if len(train) > 8 else "")
+        raise UserError(
+            f"{folder}: class {unknown[0]!r} is not in {layout.train}, so it cannot be recognised; "
+            f"rename or remove it (classes to learn: {few})"
+        )
+    if not any(known.values()):
+        if is_validation:
+            notes.append(f"{folder} is not used: its folders hold no images")
+            return None
+        raise UserError(f"{folder}: expected test images in class folders, got no images")
+    return known
 
 
 def _match_classes(files: Files, train: Files, folder: Path, notes: list[str]) -> Files:

@@ -76,13 +76,14 @@ class ResizeOptions:
 CENTRE_SQUARE = ResizeOptions()
 
 
-def resize_to_square(image: Image.Image, size: int, options: ResizeOptions) -> Image.Image:
+def resize_to_square(image: Image.Image, size: int, options: ResizeOptions, *, bar: float = BAR_GREY) -> Image.Image:
     """Return an image as a square.
 
     Args:
-        image: "L" or "RGB".
+        image: "L", "RGB" or "F".
         size: height and width of the result in pixels.
         options: how.
+        bar: the value of each channel in the bars of a letterbox.
     """
     resample, cut = FILTERS[options.interpolation], (1 - options.crop_fraction) / 2
     if options.mode == "crop":
@@ -92,7 +93,7 @@ def resize_to_square(image: Image.Image, size: int, options: ResizeOptions) -> I
     if options.mode == "squash":
         return image.resize((size, size), resample, box)
     width, height = letterboxed_size(image.width, image.height, size)
-    square = Image.new(image.mode, (size, size), (BAR_GREY,) * len(image.getbands()))
+    square = Image.new(image.mode, (size, size), bar if image.mode == "F" else (bar,) * len(image.getbands()))
     square.paste(image.resize((width, height), resample, box), ((size - width) // 2, (size - height) // 2))
     return square
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from nin.data.dataset import LoadOptions
 from nin.data.folder_listing import FolderListing
 from nin.data.image_scan import ImageScan, read_record
-from nin.data.webdataset import class_notes, open_labelled, test_mask
+from nin.data.webdataset import class_notes, open_labelled, part_masks
 from nin.errors import UserError
 
 
@@ -26,14 +26,15 @@ class ShardScan(ImageScan):
     def __init__(self, source: str | Path, options: LoadOptions) -> None:
         self.shards, classes, findings = open_labelled(source)
         labels = self.shards.labels.numpy()
-        is_test = test_mask(self.shards, options)
+        is_test, is_validation = part_masks(self.shards, options)
         listing = FolderListing(
             root=Path(source),
             classes=classes,
             names=self.shards.names,
             labels=labels,
             is_test=is_test,
-            notes=class_notes(classes, self.shards.labels[~is_test]),
+            is_validation=is_validation,
+            notes=class_notes(classes, self.shards.labels[~(is_test | is_validation)]),
             findings=findings,
         )
         super().__init__(listing, options)
@@ -46,7 +47,7 @@ class ShardScan(ImageScan):
         """Return which images are for testing; a number for which there is no image is no class that lacks some."""
         assert self.listing.is_test is not None
         is_test = self.listing.is_test & (self.records["width"] > 0)
-        if not is_test.any() or is_test.sum() == len(self.readable()):
+        if not is_test.any() or not len(self.partition(is_test).train):
             raise UserError(f"{self.listing.root}: no image is left for {'training' if is_test.any() else 'testing'}")
         return is_test
 

@@ -30,6 +30,7 @@ from nin.data.decoder import DecodeError, decode_photo, decode_pixels, read_exte
 from nin.data.findings import NO_IMAGE, NO_LABEL, Finding
 from nin.data.folder_entries import FolderWalk
 from nin.data.folder_listing import natural_key
+from nin.data.held_set import hold
 from nin.data.image_formats import FORMAT_EXAMPLES
 from nin.data.sampler import stratified_holdout
 from nin.data.split_names import find_splits
@@ -189,19 +190,25 @@ def open_shards(source: str | Path) -> ShardSet:
 def read_shards(source: str | Path, options: LoadOptions) -> Data:
     """Return shards as Data; see `nin.data.load`.
 
-    A folder with shards called train-*.tar and test-*.tar (or val-*.tar) is split so; else each class is.
+    A folder with shards called train-*.tar and test-*.tar (or val-*.tar) is split so, and where both are there val is
+    the validation part; else each class is.
     """
     shards, classes, findings = open_labelled(source)
     channels, size, value_range = _preprocessing(shards, options)
     how: dict[str, Any] = {"value_range": value_range, "resize": options.resize}
     shards = dataclasses.replace(shards, channels=channels, size=size, **how)
-    is_test = test_mask(shards, options)
-    train, test = (shards.select(torch.from_numpy(np.flatnonzero(is_test == part))) for part in (False, True))
+    is_test, is_validation = part_masks(shards, options)
+    train, test, validation = (
+        shards.select(torch.from_numpy(np.flatnonzero(part)))
+        for part in (~(is_test | is_validation), is_test, is_validation)
+    )
     if not len(train) or not len(test):
         raise UserError(f"{source}: no image is left for {'testing' if len(train) else 'training'}")
     name = Path(source).name.removesuffix(".tar")
     notes = class_notes(classes, train.labels)
-    return Data.from_sets(name, train, test, classes, findings=findings, notes=notes, **how)
+    held = hold(train, test, validation, limit=options.memory_limit_bytes)
+    how["validation"] = held[2] if len(validation) else None
+    return Data.from_sets(name, held[0], held[1], classes, findings=findings, notes=notes, **how)
 
 
 def open_labelled(source: str | Path) -> tuple[ShardSet, tuple[str, ...], tuple[Finding, ...]]:
@@ -278,15 +285,22 @@ def _preprocessing(shards: ShardSet, options: LoadOptions) -> tuple[int, int, Va
     return channels, size, choose_range(depths, lows, highs) if extents else None
 
 
-def test_mask(shards: ShardSet, options: LoadOptions) -> NDArray[np.bool_]:
-    """Return which images are for testing, bool (N,): those of shards called test or val, else a part of each class."""
-    parts = find_splits(shards.titles)
-    for split in ("test", "val"):
-        chosen = np.array([parts.get(title) == split for title in shards.titles])
-        if chosen.any() and not chosen.all():
-            return chosen[shards.shard_indices]
+def part_masks(shards: ShardSet, options: LoadOptions) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which images are for testing, and which to choose by, bool (N,) each.
+
+    Those of shards called test or val are for testing, else a part of each class. Where there are both, val is to
+    choose by.
+    """
+    names = find_splits(shards.titles)
+    parts = np.array([names.get(title, "train") for title in shards.titles])[shards.shard_indices]
+    is_test, is_val = parts == "test", parts == "val"
+    if is_test.any() and not is_test.all():
+        return is_test, is_val & ~(is_test | is_val).all()
+    if is_val.any() and not is_val.all():
+        return is_val, np.zeros_like(is_val)
     labels = shards.labels.tolist()
-    return stratified_holdout(shards.names, labels, fraction=options.test_fraction, seed=options.seed)
+    held_out = stratified_holdout(shards.names, labels, fraction=options.test_fraction, seed=options.seed)
+    return held_out, np.zeros_like(is_val)
 
 
 def _tar_files(folder: str | Path) -> list[str]:

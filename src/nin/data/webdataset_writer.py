@@ -36,9 +36,9 @@ def write_shards(
 ) -> tuple[Path, ...]:
     """Write an image folder as WebDataset shards: OUT/train-000000.tar, …, OUT/test-000000.tar, ….
 
-    The images are copied as they are, in an order shuffled by the seed; those that cannot be read are left out. Each
-    shard is whole or not there; the same call goes on where an earlier one was stopped. The same folder gives the same
-    bytes.
+    A validation part becomes OUT/val-000000.tar, …. The images are copied as they are, in an order shuffled by the
+    seed; those that cannot be read are left out. Each shard is whole or not there; the same call goes on where an
+    earlier one was stopped. The same folder gives the same bytes.
 
     Args:
         source: the folder, as `nin.data.load` takes it.
@@ -64,18 +64,21 @@ def write_shards(
     scan, out = FolderScan(Path(source), options), Path(out)
     scan.decode()
     is_test = scan.test_mask()
-    train, test = scan.partition(is_test)
+    parts = scan.partition(is_test)
+    by_split = {"train": parts.train, "test": parts.test}
+    if len(parts.validation):
+        by_split["val"] = parts.validation
     metadata = {
         "format_version": 1,
         "classes": list(scan.listing.classes),
-        "images": {"train": len(train), "test": len(test)},
+        "images": {split: len(indices) for split, indices in by_split.items()},
         "made_from": _fingerprint(scan, is_test, images_per_shard, seed),
     }
     is_finished = _is_finished(out, metadata)
     if not is_finished:
         _start_or_resume(out, metadata)
     shards = []
-    for split, indices in (("train", train), ("test", test)):
+    for split, indices in by_split.items():
         order = indices[epoch_order(len(indices), seed=seed, epoch=0).numpy()]
         pieces = [order[start : start + images_per_shard] for start in range(0, len(order), images_per_shard)]
         for number, piece in enumerate(pieces):
@@ -99,6 +102,8 @@ def _is_finished(out: Path, metadata: dict[str, object]) -> bool:
 def _fingerprint(scan: FolderScan, is_test: NDArray[np.bool_], images_per_shard: int, seed: int) -> str:
     """Return a hash of all that decides the bytes of the shards."""
     files = scan.records["key"].tobytes() + is_test.tobytes() + scan.listing.labels.tobytes()
+    if scan.listing.is_validation.any():
+        files += scan.listing.is_validation.tobytes()
     return digest(f"{images_per_shard} {seed}".encode() + files, size=16).hex()
 
 
