@@ -6,6 +6,7 @@ import pickletools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -14,7 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from nin import NiNClassifier
+from nin import NiNClassifier, data
+from nin.data import image_augmentation, resizing
 from nin.errors import UserError
 
 SMALL = {"hidden_channels": (16,), "epochs": 25, "batch_size": 16, "random_state": 0}
@@ -198,3 +200,82 @@ def test_mistakes_are_named(table, digits):
         NiNClassifier(learning_rate=0).fit(X, y)
     with pytest.raises(ValueError, match=r"the loss became .*: learning_rate must be lower than 1e\+30"):
         NiNClassifier(learning_rate=1e30, epochs=5).fit(X, y)
+
+
+def test_its_settings_are_cloned_and_searched():
+    settings = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "resize": "squash"}
+    estimator = clone(NiNClassifier(**settings))
+    assert settings.items() <= estimator.get_params().items()
+    assert estimator.set_params(augment="none").augment == "none"
+    assert clone(NiNClassifier(resize=data.ResizeOptions("letterbox"))).resize.mode == "letterbox"
+
+
+@pytest.mark.parametrize("settings", [{"augment": "strong"}, {"mixup": 0.4, "flip": True}, {"cutmix": 1.0}])
+def test_augmented_and_mixed_samples_are_learned_from(digits, settings):
+    images, labels = (digits[0] * 255).astype(np.uint8), digits[1]
+    options = {"epochs": 8, "batch_size": 16, "random_state": 0}
+    first, plain = (NiNClassifier(**options, **more).fit(images[:160], labels[:160]) for more in (settings, {}))
+    assert first.score(images[400:], labels[400:]) > 0.4
+    assert not np.array_equal(first.predict_proba(images), plain.predict_proba(images))
+    twice = clone(first).set_params(epochs=1)
+    once, again = (clone(twice).fit(images[:64], labels[:64]).predict_proba(images[:9]) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+
+
+def test_photos_are_cropped_at_random_where_they_are_bytes(monkeypatch):
+    crops, crop = [], image_augmentation.random_box
+    monkeypatch.setattr(image_augmentation, "random_box", lambda *a: crops.append(a[:2]) or crop(*a))
+    images = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), dtype=np.uint8)
+    estimator = NiNClassifier(model="timm:mobilenetv3_small_050", epochs=1, random_state=0)
+    estimator.fit(images, np.arange(8) % 2)
+    assert crops == [(96, 96)] * 8
+    clone(estimator).fit(images / 255, np.arange(8) % 2)
+    clone(estimator).set_params(augment="none").fit(images, np.arange(8) % 2)
+    assert len(crops) == 8
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:squeezenet1_1"])
+def test_a_network_of_another_package(name):
+    rng = np.random.default_rng(0)
+    labels = np.array(["dark", "bright"])[np.arange(24) % 2]
+    images = rng.integers(0, 128, (24, 32, 32, 3)) + 127 * (np.arange(24) % 2)[:, None, None, None]
+    estimator = NiNClassifier(model=name, epochs=2, batch_size=8, random_state=0).fit(images, labels)
+    probabilities = estimator.predict_proba(images)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    again = pickle.loads(pickle.dumps(estimator))
+    np.testing.assert_array_equal(again.predict_proba(images), probabilities)
+    with pytest.raises(UserError, match="has no network 'nonesuch'"):
+        NiNClassifier(model="timm:nonesuch").fit(images, labels)
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize("form", ["NHW", "NHWC", "NCHW"])
+def test_images_that_are_no_squares_become_some(mode, form):
+    rng = np.random.default_rng(0)
+    photos = rng.integers(0, 256, (12, 8, 12, 3), dtype=np.uint8)
+    expected = np.stack([resizing.resize_to_square(Image.fromarray(p), 8, data.ResizeOptions(mode)) for p in photos])
+    labels, options = np.arange(12) % 2, {"model": "nin_digits", "epochs": 1, "random_state": 0}
+    shape = {"NHW": lambda x: x[..., 0], "NHWC": lambda x: x, "NCHW": lambda x: x.transpose(0, 3, 1, 2)}[form]
+    estimator = NiNClassifier(resize=mode, **options).fit(shape(photos), labels)
+    same = NiNClassifier(**options).fit(shape(expected), labels)
+    np.testing.assert_array_equal(estimator.predict_proba(shape(photos)), same.predict_proba(shape(expected)))
+    floats = clone(estimator).fit(shape(photos).astype(np.float64) * 2, labels)
+    assert floats.sample_shape_ == estimator.sample_shape_
+    with pytest.raises(ValueError, match="X must hold square images"):
+        NiNClassifier(**options).fit(shape(photos), labels)
+
+
+def test_mistakes_of_augmentation_are_named(table, digits):
+    for settings, samples, message in (
+        ({"augment": "heavy"}, digits, "augment must be one of none, light, strong, got 'heavy'"),
+        ({"augment": "strong"}, digits, 'augment="strong" is for images of uint8, got torch.float32'),
+        ({"augment": "none", "shift": 2}, digits, 'augment "none" changes no image'),
+        ({"augment": "none", "flip": True}, digits, 'augment "none" changes no image'),
+        ({"augment": "strong"}, table, 'augment="strong" and cutmix are for images'),
+        ({"cutmix": 1}, table, "and cutmix are for images"),
+        ({"mixup": -1}, table, "mixup must be at least 0 and finite, got -1"),
+        ({"resize": "stretch"}, digits, "resize: mode must be one of crop, squash, letterbox, got 'stretch'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            NiNClassifier(epochs=1, **settings).fit(*samples)
+    assert NiNClassifier(**SMALL, mixup=0.4).fit(*table).score(*table) > 0.85

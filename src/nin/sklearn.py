@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from nin import data, models
 from nin.config import ResolvedConfig, TrainConfig, check_value
-from nin.data.arrays import to_nchw
+from nin.data.arrays import to_nchw, to_squares
+from nin.data.mixing import draw_mix, mix_batch, partner_positions
+from nin.data.resizing import ResizeMode
 from nin.errors import UserError
 from nin.runtime.device import use_threads
+from nin.training.batches import augmented_set
 from nin.training.step import TrainStep, make_model
 
 SKLEARN_BATCH_SIZE = 256
@@ -37,8 +40,8 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     A table (n_samples, n_features) is taken as images of one pixel with n_features channels. There a network of 1×1
     convolutions is a multilayer perceptron, ``hidden_channels`` wide:
     ``score = W_L relu(… relu(W_1 z + b_1) …) + b_L``, where z are the features, each with mean 0 and variance 1.
-    Images are (n_samples, H, W), (n_samples, H, W, C) or (n_samples, C, H, W), H = W, of any numbers; each channel
-    is brought to mean 0 and variance 1.
+    Images are (n_samples, H, W), (n_samples, H, W, C) or (n_samples, C, H, W), H = W unless ``resize`` is given, of any
+    numbers; each channel is brought to mean 0 and variance 1.
 
     Args:
         model: for images, a name of `nin.models.MODELS`, or timm:NAME, torchvision:NAME, package.module:factory, with
@@ -53,6 +56,13 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         dropout: after each pooling, for images; if not given, 0.2 for ``nin_digits`` and 0 for others.
         flip: mirror half of the images.
         shift: largest random translation, in pixels; by the size of the images if not given.
+        augment: "none", "light" or "strong", for images, as in `nin.train`. What is done to the pixels of single images
+            ("strong", and the random crops of images of 96 pixels and more) is for uint8, grey or RGB; "light" mirrors
+            and translates all others.
+        mixup: alpha of the Beta distribution of the shares in which samples are mixed in pairs, 0 for none.
+        cutmix: likewise for a box of one image pasted into another.
+        resize: how images that are no squares become some, of their shorter side: "crop", "squash", "letterbox" or
+            `nin.data.ResizeOptions`; if not given, they are refused.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", "bf16", or "auto" for what is fastest here.
         random_state: a whole number for the same result every time, a RandomState, or None.
@@ -85,6 +95,10 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     dropout: float | None = None
     flip: bool = False
     shift: int | None = None
+    augment: str = "light"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    resize: data.ResizeOptions | ResizeMode | None = None
     device: str = "auto"
     precision: str = "fp32"
     random_state: Any = None
@@ -181,8 +195,13 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         if self.shift is not None:
             shift = check_value("shift", self.shift, int, lambda x: x >= 0, "at least 0 and finite")
         names = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "dropout")
-        given = {name: getattr(self, name) for name in (*names, "flip", "device", "precision")}
+        images_names = ("flip", "augment", "mixup", "cutmix", "device", "precision")
+        given = {name: getattr(self, name) for name in (*names, *images_names)}
+        if self.augment == "none":  # refuses a shift
+            given["shift"] = self.shift
         config = TrainConfig(**given, seed=seed)
+        if size == 1 and (config.augment == "strong" or config.cutmix):
+            raise UserError('augment="strong" and cutmix are for images: give a table mixup alone')
         resolved = config.resolve(images=count, image_size=size, flip=False, shift=shift)
         return dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
 
@@ -205,17 +224,41 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         config, total = self._config, 0.0
         # the warmup is a fraction of all steps, whose number is not known here
         self.train_step_.config = dataclasses.replace(config, warmup=0.0) if steps == UNKNOWN_TOTAL_STEPS else config
-        for indices in order.split(config.batch_size):
-            pixels = data.augment(
-                samples[indices], indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
-            )
-            labels = targets[indices].to(self.train_step_.device)
-            loss = self.train_step_(self._inputs(pixels), labels, self.n_steps_, steps)[0].item()
+        for pixels, labels, indices in data.batches(
+            self._augmented(samples, targets, epoch=epoch), order, config.batch_size
+        ):
+            if not self._crops(samples):
+                pixels = data.augment(
+                    pixels, indices, seed=config.seed, epoch=epoch, flip=config.flip, shift=config.shift
+                )
+            x, labels = self._inputs(pixels), labels.to(self.train_step_.device)
+            if config.mixup or config.cutmix:
+                step = self.n_steps_  # epochs of partial_fit may be of any length
+                mix = draw_mix(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed, epoch=0, step=step)
+                rows = torch.arange(len(x), device=x.device)
+                x, labels = mix_batch(x, labels, rows, partner_positions(rows, len(x)), mix, classes=len(self.classes_))
+            loss = self.train_step_(x, labels, self.n_steps_, steps)[0].item()
             if not np.isfinite(loss):
                 raise ValueError(f"the loss became {loss}: learning_rate must be lower than {config.learning_rate}")
             total += loss * len(indices)
             self.n_steps_ += 1
         self.losses_.append(total / len(order))
+
+    def _crops(self, samples: Tensor) -> bool:
+        """Return whether images are cropped at random."""
+        return samples.dtype == torch.uint8 and self._config.crops(self.sample_shape_[1])
+
+    def _augmented(self, samples: Tensor, targets: Tensor, *, epoch: int) -> data.ImageSet | data.DecodedSet:
+        """Return the samples, augmented as far as that is done to single images."""
+        images = data.ImageSet(samples, targets)
+        if self._config.augment != "strong" and not self._crops(samples):
+            return images
+        if samples.dtype != torch.uint8:
+            raise UserError(f'augment="strong" is for images of uint8, got {samples.dtype}: give those, or "light"')
+        channels, size, _ = self.sample_shape_
+        mean, std = (tuple((values / 255).tolist()) for values in (self._mean, self._std))
+        named = data.Data("samples", images, images, (), channels, size, mean, std, flip=False, shift=0)
+        return augmented_set(named, self._config, epoch=epoch)
 
     def _inputs(self, samples: Tensor) -> Tensor:
         """Return the network's input: each channel with mean 0 and variance 1, float32 (B, C, H, W)."""
@@ -239,7 +282,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             values, given = validate_data(self, X, y, **options)
             check_classification_targets(given)
             labels = column_or_1d(given, warn=True)
-        samples = _as_images(np.asarray(values))
+        samples = _as_images(np.asarray(values), self.resize)
         if not reset and tuple(samples.shape[1:]) != self.sample_shape_:
             raise ValueError(f"X must hold samples (C, H, W) of {self.sample_shape_}, got {tuple(samples.shape[1:])}")
         return samples, labels
@@ -276,10 +319,12 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         self.train_step_.optimizer.load_state_dict(tensors)
 
 
-def _as_images(values: Array) -> Tensor:
+def _as_images(values: Array, resize: data.ResizeOptions | ResizeMode | None) -> Tensor:
     """Return samples as (N, C, H, W), those of a table as images of one pixel; uint8 stays, the rest becomes floats."""
     if values.ndim == 2:
         return torch.from_numpy(values.astype(np.float64))[:, :, None, None]
+    if resize is not None:
+        values = to_squares(values, data.ResizeOptions.of(resize))
     error = "X must hold square images (N, H, W), (N, H, W, C) or (N, C, H, W), got {shape}"
     images = to_nchw(values, error=error)
     return torch.from_numpy(images.astype(np.uint8 if images.dtype == np.uint8 else np.float32, order="C"))
