@@ -13,7 +13,9 @@ from nin.models.input_config import InputConfig
 from nin.models.memory_format import fastest_layout
 from nin.models.surgery import replace_module
 
-torch.fx.wrap("fastest_layout")  # tracing sees one call, see `nin.models.memory_format`
+# tracing sees one call, see `nin.models.memory_format`
+torch.fx.wrap("fastest_layout")
+torch.fx.wrap("averaged_in_window")
 
 
 class ExternalClassifier(nn.Module):
@@ -63,7 +65,9 @@ class ExternalClassifier(nn.Module):
         self.pools_last, self.channels_last = cut.pools_last, cut.channels_last
         self.body = cut.body
         self.between = nn.Sequential(*cut.between)
-        self.dropout, self.pool = nn.Dropout(dropout), GlobalAveragePooling()
+        self.dropout = nn.Dropout(dropout)
+        self.pool = GlobalAveragePooling() if cut.window is None else nn.Sequential(cut.window, nn.Flatten())
+        self.window = None if cut.window is None else _pair(cut.window.kernel_size)
         self.head = self._make_head(layer, cut.activation)
 
     def _make_head(self, layer: nn.Module | None, activation: str) -> nn.Module:
@@ -127,7 +131,8 @@ class ExternalClassifier(nn.Module):
         features = self.features(x)
         for norm in self.between:
             features = _as_affine(cast(nn.BatchNorm2d, norm), features)
-        return self.head(features)
+        maps = self.head(features)
+        return maps if self.window is None else averaged_in_window(maps, self.window)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return one score per class, (N, num_classes), for images ``x`` of shape (N, in_channels, H, W)."""
@@ -141,6 +146,24 @@ class ExternalClassifier(nn.Module):
     def body_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of `embed`."""
         yield from self.body.parameters()
+
+
+def averaged_in_window(maps: Tensor, window: tuple[int, int]) -> Tensor:
+    """Return maps whose mean is that of their first rows and columns: what the scores do not count is zero.
+
+    Args:
+        maps: (N, classes, h, w).
+        window: rows and columns that count; where they are all, the maps stay as they are.
+    """
+    height, width = maps.shape[-2:]
+    if window == (height, width):
+        return maps
+    counted = maps[..., : window[0], : window[1]] * (height * width / (window[0] * window[1]))
+    return nn.functional.pad(counted, (0, width - window[1], 0, height - window[0]))
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def _as_affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:

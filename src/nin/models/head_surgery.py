@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import operator
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class Cut:
         activation: after the class layer, "none" or "relu"; what follows the class layer then is the pooling.
         pools_last: whether the pooling follows the class layer.
         channels_last: whether the feature maps are (N, h, w, C).
+        window: the pooling where it averages so many pixels, however many there are; None where it averages all.
         reason: why the class layer gives no exact maps; empty where it does.
     """
 
@@ -33,7 +34,22 @@ class Cut:
     activation: str = "none"
     pools_last: bool = False
     channels_last: bool = False
+    window: nn.AvgPool2d | None = None
     reason: str = ""
+
+
+class _Pooling(NamedTuple):
+    """Averaging over the pixels of feature maps.
+
+    Attributes:
+        features: the node of the feature maps.
+        layout: of these, "NCHW" or "NHWC".
+        window: as in `Cut`.
+    """
+
+    features: fx.Node
+    layout: str
+    window: nn.AvgPool2d | None = None
 
 
 class _CannotCutError(Exception):
@@ -100,6 +116,9 @@ class _TailTracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
 
+# Sizes of images, in pixels, of which one suits a network whose feature maps are looked at; most take any.
+_PROBE_SIZES = (32, 64, 96, 128, 224, 256, 299, 384)
+
 # What changes the shape only; where a linear layer follows, all of it is (N, C) or (N, C, 1, 1).
 _RESHAPING_MODULES = (nn.Flatten, nn.Identity)
 _RESHAPING_FUNCTIONS = (torch.flatten, torch.squeeze, torch.reshape, torch.unsqueeze)
@@ -123,26 +142,49 @@ class _Tail:
             _OpenError: a module must be looked into.
         """
         node = self._output()
-        pools_last, activation = False, "none"
+        pooled, activation = None, "none"
         while not self._is_class_layer(node):
             if self._is_neutral(node):
-                pass
-            elif self._pooling(node) == "NCHW":
-                pools_last = True
-            elif pools_last and activation == "none" and self._is_relu(node):
-                activation = "relu"
+                node = self._input(node)
+            elif (pooling := self._pooling(node)) and pooling.layout == "NCHW":
+                pooled, node = pooling, pooling.features
+            elif pooled and activation == "none" and self._is_relu(node):
+                activation, node = "relu", self._input(node)
             else:
                 self._stop(node, "its scores come out of {}, not of a linear layer")
-            node = self._input(node)
         name, before = str(node.target), self._input(node)
-        if pools_last:
-            return Cut(self._body(before), name, (), activation, pools_last)
+        if pooled and pooled.window is None:
+            return Cut(self._body(before), name, (), activation, pools_last=True)
+        if pooled and activation == "none":
+            return Cut(self._body(before), name, window=pooled.window)
+        if pooled:
+            raise _CannotCutError("its ReLU stands before an AvgPool2d that averages a part of each map")
         self.class_layer = name
-        features, between, layout = self._features(before)
-        return Cut(self._body(features), name, tuple(between), channels_last=layout == "NHWC")
+        pooling, between = self._features(before)
+        body = self._body(pooling.features)
+        if pooling.window is not None and not self._leaves_one_pixel(node, body):
+            raise _CannotCutError("its AvgPool2d leaves more than one pixel of each feature map", name)
+        is_last = pooling.layout == "NHWC"
+        return Cut(body, name, tuple(between), channels_last=is_last, window=pooling.window)
 
-    def _features(self, node: fx.Node) -> tuple[fx.Node, list[nn.Module], str]:
-        """Return the node of the feature maps, the layers between pooling and class layer, and the maps' layout."""
+    def _leaves_one_pixel(self, node: fx.Node, body: nn.Module) -> bool:
+        """Return whether the class layer takes as many numbers as there are feature maps: one pixel of each."""
+        layer = self._module(node)
+        if not isinstance(layer, nn.Linear):
+            return True
+        channels = next((m.in_channels for m in self.network.modules() if isinstance(m, nn.Conv2d)), 3)
+        tensor = next(self.network.parameters())
+        for size in _PROBE_SIZES:
+            try:
+                with torch.no_grad():
+                    features = body(tensor.new_zeros(1, channels, size, size))
+            except RuntimeError:  # too small for it, or another size than it is for
+                continue
+            return bool(features.shape[1] == layer.in_features)
+        return False
+
+    def _features(self, node: fx.Node) -> tuple[_Pooling, list[nn.Module]]:
+        """Return the pooling of the feature maps, and the layers between it and the class layer."""
         between: list[nn.Module] = []
         while not (pooling := self._pooling(node)):
             module = self._module(node)
@@ -151,7 +193,7 @@ class _Tail:
             elif not self._is_neutral(node):
                 self._stop(node, "between its feature maps and its class layer stands {}, which is not averaging")
             node = self._input(node)
-        return self._input(node), between, pooling
+        return pooling, between
 
     def _body(self, features: fx.Node) -> fx.GraphModule:
         """Return the network up to the feature maps; its modules are those of the network."""
@@ -210,19 +252,57 @@ class _Tail:
     def _is_relu(self, node: fx.Node) -> bool:
         return type(self._module(node)) is nn.ReLU or node.target in (F.relu, torch.relu, "relu", "relu_")
 
-    def _pooling(self, node: fx.Node) -> str:
-        """Return "NCHW" or "NHWC" where a node averages feature maps of that layout over all pixels, else ""."""
+    def _pooling(self, node: fx.Node) -> _Pooling | None:
+        """Return what of feature maps a node averages, or None where it does something else."""
         module = self._module(node)
+        if isinstance(module, nn.AvgPool2d) or node.target is F.avg_pool2d:
+            return self._average_pooling(node, module)
+        sizes: tuple[Any, ...] = ()
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            return "NCHW" if module.output_size in (1, (1, 1)) else ""
-        if node.target is F.adaptive_avg_pool2d:
-            size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-            return "NCHW" if size in (1, (1, 1), [1, 1]) else ""
-        if node.target == "mean" or node.target is torch.mean:
-            dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-            if isinstance(dims, list | tuple) and all(isinstance(dim, int) for dim in dims):
-                return {(2, 3): "NCHW", (1, 2): "NHWC"}.get(tuple(sorted(dim % 4 for dim in dims)), "")
-        return ""
+            sizes = (module.output_size,)
+        elif node.target is F.adaptive_avg_pool2d:
+            sizes = (node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size"),)
+        if sizes:
+            return _Pooling(self._input(node), "NCHW") if sizes[0] in (1, (1, 1), [1, 1]) else None
+        source, averaged = self._averaged_axes(node)
+        layouts = {frozenset({2, 3}): "NCHW", frozenset({1, 2}): "NHWC"}
+        layout = layouts.get(frozenset(averaged))
+        return None if layout is None else _Pooling(source, layout)
+
+    def _average_pooling(self, node: fx.Node, module: nn.Module | None) -> _Pooling | None:
+        """Return the pooling of an AvgPool2d; None for one whose mean is not that of the pixels in its window."""
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        if isinstance(module, nn.AvgPool2d):
+            given = {name: getattr(module, name) for name in names}
+        else:
+            given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+        size = given.get("kernel_size")
+        if given.get("padding") not in (None, 0, (0, 0)) or given.get("ceil_mode") or given.get("divisor_override"):
+            return None
+        if isinstance(size, fx.Node):
+            return _Pooling(self._input(node), "NCHW") if _is_size_of(size, self._input(node)) else None
+        window = nn.AvgPool2d(size, given.get("stride") or None)  # type: ignore[arg-type]  # traced as it was called
+        return _Pooling(self._input(node), "NCHW", window)
+
+    def _averaged_axes(self, node: fx.Node) -> tuple[fx.Node, set[int]]:
+        """Return the axes of (N, C, h, w) that a chain of means averages, and what the first one takes."""
+        means: list[fx.Node] = []
+        while node.target == "mean" or node.target is torch.mean:
+            means.insert(0, node)
+            node = self._input(node)
+        axes, averaged = [0, 1, 2, 3], set[int]()
+        for each in means:
+            dims: Any = each.kwargs.get("dim", each.args[1] if len(each.args) > 1 else None)
+            dims = [dims] if isinstance(dims, int) else dims
+            keeps: Any = each.kwargs.get("keepdim", each.args[2] if len(each.args) > 2 else False)
+            if not isinstance(dims, list | tuple) or not all(
+                isinstance(dim, int) and -len(axes) <= dim < len(axes) for dim in dims
+            ):
+                return node, set()
+            found = {axes[dim] for dim in dims}
+            averaged |= found
+            axes = axes if keeps else [axis for axis in axes if axis not in found]
+        return node, averaged
 
     def _stop(self, node: fx.Node, reason: str) -> None:
         """Look into a module of somebody's own, or say what stands in the way."""
@@ -242,6 +322,16 @@ class _Tail:
                 return f"{getattr(node.target, '__name__', node.target)}()"
             return f"a {getattr(kind, '__name__', kind)}"
         return f"a {type(module).__name__}"
+
+
+def _is_size_of(node: fx.Node, features: fx.Node) -> bool:
+    """Return whether a node is height and width of feature maps: x.shape[2:], x.size()[-2:]."""
+    if node.target is not operator.getitem or node.args[1] not in (slice(2, None), slice(-2, None), slice(2, 4)):
+        return False
+    shape = node.args[0]
+    if not isinstance(shape, fx.Node) or shape.args[0] is not features:
+        return False
+    return bool(shape.target == "size" or (shape.target is getattr and shape.args[1] == "shape"))
 
 
 def _is_pytorchs(module: nn.Module) -> bool:
