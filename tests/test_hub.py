@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, hub_mixin
@@ -126,3 +127,55 @@ def test_a_folder_that_is_damaged(saved, tmp_path):
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         HubClassifier.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Write red and blue images of 20 pixels, three of each for testing."""
+    root, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(16):
+        path = root / ("red", "blue")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = noise.integers(0, 90, (20, 20, 3)).astype(np.uint8)
+        pixels[..., 2 * (number % 2)] += 150
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "torchvision:squeezenet1_1"])
+def test_a_run_of_another_packages_network(name, pictures, tmp_path):
+    config = nin.TrainConfig(model=name, epochs=1, batch_size=4, threads=1)
+    nin.train(nin.data.load(pictures, size=32, resize="squash"), config, out=tmp_path / "run")
+    made = HubClassifier.from_run(tmp_path / "run", images=pictures)
+    made.save_pretrained(tmp_path / "saved")
+    again, run = HubClassifier.from_pretrained(tmp_path / "saved"), nin.load(tmp_path / "run")
+    image = next(pictures.rglob("*.png"))
+    torch.testing.assert_close(again.scores(image), run.scores(image))
+    assert again.info.preprocessing == run.info.preprocessing
+    assert again.no_maps_reason == run.no_maps_reason
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"The network {name.replace('_', '&#95;')}, of " in card
+    assert ("confidence_maps(" in card) != bool(run.no_maps_reason)
+    assert ("approximate_maps(" in card) == bool(run.no_maps_reason)
+    assert "trust" not in card
+
+
+def test_somebodys_factory_is_imported_only_where_it_is_trusted(pictures, tmp_path, monkeypatch):
+    (tmp_path / "hubs_own.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes=2):\n"
+        "    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), head)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = nin.TrainConfig(model="hubs_own:make", epochs=1, threads=1)
+    nin.train(nin.data.load(pictures, size=32), config, out=tmp_path / "run")
+    with pytest.raises(UserError, match="made by hubs_own:make, code that is not nin's"):
+        HubClassifier.from_run(tmp_path / "run")
+    HubClassifier.from_run(tmp_path / "run", trust=True).save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="made by hubs_own:make, code that is not nin's"):
+        HubClassifier.from_pretrained(tmp_path / "saved")
+    image = next(pictures.rglob("*.png"))
+    again = HubClassifier.from_pretrained(tmp_path / "saved", trust=True)
+    torch.testing.assert_close(again.scores(image), nin.load(tmp_path / "run", trust=True).scores(image))
+    assert 'from_pretrained("REPOSITORY OR FOLDER", trust=True)' in (tmp_path / "saved" / "README.md").read_text()

@@ -4,6 +4,7 @@ Importing this module imports ``huggingface_hub`` (``pip install 'network-in-net
 does. Only loading from the Hub and pushing to it need the internet.
 """
 
+import contextlib
 import dataclasses
 import io
 from pathlib import Path
@@ -43,6 +44,8 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         device: where to compute.
         picture: some images with their confidence maps, for the model card.
 
+    ``from_pretrained`` takes ``device`` and ``trust`` as `from_run` does.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -59,25 +62,25 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         self.picture = picture
 
     @classmethod
-    def from_run(cls, run: str | Path, *, images: Any = None, device: str = "cpu") -> Self:
+    def from_run(cls, run: str | Path, *, images: Any = None, device: str = "cpu", trust: bool = False) -> Self:
         """Return the classifier of a run folder.
 
         Args:
             run: the folder that `nin.train` made.
             images: what it was trained on, as for `nin.data.load`: its test images make the card's picture.
             device: where to compute.
+            trust: import the module that the run says its network is made by, where that is somebody's own.
 
         Raises:
-            UserError: the folder or the images cannot be read.
+            UserError: the folder or the images cannot be read, or its network is made by a module that is not trusted.
         """
-        model, info = checkpoint.load_model(Path(run))
+        with models.trust() if trust else contextlib.nullcontext():
+            model, info = checkpoint.load_model(Path(run))
         picture = None
         if images is not None and not models.no_maps_reason(model):
-            rows = example_rows(
-                Classifier(model, info),
-                data.load(images, value_range=info.preprocessing.value_range, resize=info.preprocessing.resize),
-                info.classes[:PICTURE_CLASSES],
-            )
+            is_path = isinstance(images, str | Path)
+            loaded = data.load_as_recorded(images, info.data, info.preprocessing) if is_path else data.load(images)
+            rows = example_rows(Classifier(model, info), loaded, info.classes[:PICTURE_CLASSES])
             picture = draw_image_grid(rows, size=160) if rows else None
         return cls(model, info, device=device, picture=picture)
 
@@ -85,7 +88,8 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
         """Return the model card: data, settings, accuracy with its interval, costs and picture."""
         p = self.info.preprocessing
         costs = cost(self.model, (1, p.channels, p.size, p.size))
-        return ModelCard(model_card_text(self.info, costs, picture=self.picture is not None))
+        has_maps = not self.no_maps_reason
+        return ModelCard(model_card_text(self.info, costs, picture=self.picture is not None, has_maps=has_maps))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         info = self.info
@@ -98,7 +102,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
             write_atomically(save_directory / PICTURE_FILE, content.getvalue())
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", **options: Any) -> Self:
+    def _from_pretrained(cls, *, model_id: str, device: str = "cpu", trust: bool = False, **options: Any) -> Self:
         folder = Path(model_id)
         if not folder.is_dir():
             # the mixin passes the fields of config.json too
@@ -107,21 +111,27 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
             files = (checkpoint.CONFIG_FILE, checkpoint.MODEL_FILE)
             # both files come into one folder, that of the revision
             folder = [Path(hf_hub_download(model_id, file, **options)).parent for file in files][-1]
-        model, info = checkpoint.load_model(folder)
+        with models.trust() if trust else contextlib.nullcontext():
+            model, info = checkpoint.load_model(folder)
         return cls(model, info, device=device)
 
 
-def model_card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
+def model_card_text(info: RunInfo, cost: Cost, *, picture: bool, has_maps: bool = True) -> str:
     """Return the model card of a run as Markdown with YAML front matter."""
     result, recipe, trained_on = info.result, info.recipe, info.data
-    name = escape_markdown(str(recipe.get("model", "network")))
+    own_name = str(recipe.get("model", "network"))
+    name = escape_markdown(own_name)
+    kind = f"The network {name}" if models.is_external_name(own_name) else "A Network in Network"
+    is_somebodys = models.is_external_name(own_name) and not own_name.startswith(("timm:", "torchvision:"))
+    options = ", trust=True" if is_somebodys else ""  # the reader is told whose code that is, below
+    maps = 'confidence_maps("new.png")' if has_maps else f'approximate_maps("new.png", [{info.classes[0]!r}])'
     source = escape_markdown(str(trained_on.get("name", "images")))
     size = f"{info.preprocessing.size}×{info.preprocessing.size}"
     colour = "grey" if info.preprocessing.channels == 1 else "colour"
     parts = [
         f"---\n{_card_metadata(info)}\n---\n\n# {name}, trained on {source}",
         f"Sorts {colour} images of {size} pixels into {len(info.classes)} classes: {_class_list(info.classes)}. "
-        f"A Network in Network of {cost.parameters:,} parameters and {cost.macs:,} multiply-accumulates an image.",
+        f"{kind}, of {cost.parameters:,} parameters and {cost.macs:,} multiply-accumulates an image.",
     ]
     if picture:
         parts.append(
@@ -133,8 +143,9 @@ def model_card_text(info: RunInfo, cost: Cost, *, picture: bool) -> str:
         _accuracy_table(info) if "test_accuracy" in result else "It was not tested.",
         "## Use it",
         "```python\nfrom nin.hub import HubClassifier\n\n"
-        'classifier = HubClassifier.from_pretrained("REPOSITORY OR FOLDER")\n'
-        'classifier.predict("new.png")\nclassifier.confidence_maps("new.png")\n```',
+        f'classifier = HubClassifier.from_pretrained("REPOSITORY OR FOLDER"{options})\n'
+        f'classifier.predict("new.png")\nclassifier.{maps}\n```',
+        *([f"`trust=True` lets it import the code that makes the network, {name}: look at it first."] * is_somebodys),
         "It names one of its classes for every image, also where the image shows none of them. How sure it is "
         "(`confidence`) was not calibrated.",
         "## Trained on",
