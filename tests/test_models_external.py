@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from starlette.testclient import TestClient
 from torch import nn
 
 import nin
@@ -21,7 +24,10 @@ from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
 from nin.models.package_networks import create_network
+from nin.report import build_report, render_report
 from nin.runtime.weight_files import read_weights
+from nin.server import create_app
+from support.serving import numbers, post
 
 pytest.importorskip("timm")
 
@@ -130,6 +136,76 @@ HEADS = {
     "four pixels": (nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4)), "AdaptiveAvgPool2d"),
     "softmax": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.Softmax(1)), "Softmax"),
 }
+
+
+class Pooled(nn.Module):
+    """A head whose pooling is a function of the feature maps."""
+
+    def __init__(self, pool, inputs=6):
+        super().__init__()
+        self.pool, self.linear = pool, nn.Linear(inputs, 4)
+
+    def forward(self, x):
+        return self.linear(self.pool(x).flatten(1))
+
+
+# the feature maps are 7×5
+POOLINGS = {
+    "mean of a mean": (lambda x: x.mean(3).mean(2), ""),
+    "last axes": (lambda x: x.mean(-1).mean(-1), ""),
+    "kept axes": (lambda x: x.mean(2, keepdim=True).mean(3, keepdim=True), ""),
+    "rows first": (lambda x: x.mean(2).mean(dim=2), ""),
+    "torch.mean": (lambda x: torch.mean(torch.mean(x, -1, True), dim=(2,)), ""),
+    "as large as the maps": (lambda x: F.avg_pool2d(x, x.size()[2:]), ""),
+    "of their shape": (lambda x: F.avg_pool2d(x, kernel_size=x.shape[-2:]), ""),
+    "window": (nn.AvgPool2d((7, 5)), ""),
+    "window by a function": (lambda x: F.avg_pool2d(x, (7, 5), stride=1), ""),
+    "window of a part": (nn.AvgPool2d(4), ""),
+    "one axis": (lambda x: x.mean(3).mean(1).repeat(1, 2)[:, :6], "getitem"),
+    "the images": (lambda x: x.mean(3).mean(0).expand(3, 6, 7).mean(2), "mean"),
+    "border counted": (nn.AvgPool2d((7, 5), padding=(1, 1), stride=9), "AvgPool2d"),
+    "sum": (nn.AvgPool2d((7, 5), divisor_override=1), "AvgPool2d"),
+    "of another": (lambda x: F.avg_pool2d(x, x[:, :, :7, :5].shape[2:]), "avg_pool2d"),
+}
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_poolings_in_other_words(kind):
+    pool, reason = POOLINGS[kind]
+    network = Tail(Pooled(pool)).double()
+    disturb(network)
+    x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    expected = network.eval()(x)
+    model = ExternalClassifier("a:b", network, 4, InputConfig()).double().eval()
+    torch.testing.assert_close(model(x), expected)
+    assert (reason in model.no_maps_reason) if reason else model.no_maps_reason == ""
+    if not reason:
+        maps = model.maps(x)
+        assert maps.shape == (3, 4, 7, 5)
+        torch.testing.assert_close(maps.mean((2, 3)), expected)
+        torch.testing.assert_close(model.classify(model.embed(x)), expected)
+    if kind == "window of a part":  # what the score does not count is not shown as evidence
+        assert not maps[:, :, 4:].any()
+        assert not maps[..., 4:].any()
+
+
+def test_windows_that_give_no_exact_maps():
+    several = Tail(Pooled(nn.AvgPool2d(3), inputs=12))  # 2×1 pixels of six maps
+    activated = Tail(nn.Sequential(nn.Conv2d(6, 4, 1), nn.ReLU(), nn.AvgPool2d((7, 5)), nn.Flatten()))
+    plain = Tail(nn.Sequential(nn.Conv2d(6, 4, 1), nn.AvgPool2d((7, 5)), nn.Flatten()))
+    x = torch.randn(2, 3, 9, 7)
+    for network, reason in (
+        (several, "its AvgPool2d leaves more than one pixel of each feature map"),
+        (activated, "its ReLU stands before an AvgPool2d"),
+        (plain, ""),
+    ):
+        disturb(network)
+        expected = network.eval()(x)
+        model = ExternalClassifier("a:b", network, 4, InputConfig()).eval()
+        torch.testing.assert_close(model(x), expected)
+        assert model.no_maps_reason.startswith(reason)
+        assert bool(model.no_maps_reason) == bool(reason)
+    torch.testing.assert_close(model.maps(x).mean((2, 3)), expected)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -342,7 +418,7 @@ def test_a_run_is_narrowed_and_fine_tuned(name, make_run, photos, tmp_path):
 
     run = make_run(name)
     before = nin.load(run)
-    images = data.load_from_record(before.info.data, size=32)
+    images = data.load_from_record(before.info.data, before.info.preprocessing)
     # the late layers of ResNet-18 have 512 channels, whose spectra take long
     skip, share = (("body.layer[234].*",), 0.95) if name == "torchvision:resnet18" else ((), 0.8)
     narrow_run(run, images, WorkflowConfig({"macs": share}, skip=skip, images=16, finetune=1), out=tmp_path / "narrow")
@@ -451,6 +527,91 @@ def test_grad_cam_is_an_approximation_of_maps(photos):
     assert maps.shape == (2, 64, 64)
     assert 0 <= maps.min() <= maps.max() <= 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def untrained(photos, tmp_path_factory):
+    """A run folder of a network without exact maps, with random weights, whose images are here."""
+    model, images = models.create("timm:mobilenetv3_small_050", 3).eval(), data.load(photos, size=64)
+    record = {"name": "photos", "test_images": len(images.test), **images.origin}
+    description, preprocessing = checkpoint.model_description(model), checkpoint.Preprocessing.of(images)
+    info = checkpoint.RunInfo(description, CLASSES, preprocessing, {"model": model.name}, record, {"seconds": 1.0}, {})
+    out = tmp_path_factory.mktemp("untrained") / "run"
+    out.mkdir()
+    checkpoint.save_model(out, model, info)
+    return out
+
+
+class GradCAMInPlaceOfThePackages:
+    """Has the form of pytorch_grad_cam's, and gives maps that say which class they are of."""
+
+    def __init__(self, model, target_layers):
+        assert len(target_layers) == 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __call__(self, input_tensor, targets):
+        assert input_tensor.requires_grad
+        ramp = np.linspace(0, 1, input_tensor.shape[-1], dtype=np.float32)
+        return np.stack([np.outer(ramp, ramp) ** (1 + label) for label in targets])
+
+
+@pytest.fixture
+def with_grad_cam(monkeypatch):
+    package, targets = types.ModuleType("pytorch_grad_cam"), types.ModuleType("pytorch_grad_cam.utils.model_targets")
+    package.GradCAM, targets.ClassifierOutputTarget = GradCAMInPlaceOfThePackages, int
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", package)
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam.utils", types.ModuleType("pytorch_grad_cam.utils"))
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam.utils.model_targets", targets)
+
+
+def test_the_report_approximates_maps_by_grad_cam(untrained, with_grad_cam):
+    report = build_report(untrained)
+    assert not report.maps_are_exact
+    assert len(report.samples) == 8
+    ramp = np.linspace(0, 1, 64)
+    scores = nin.load(untrained).scores([torch.from_numpy(sample.pixels) for sample in report.samples])
+    for sample, row in zip(report.samples, scores, strict=True):
+        assert sample.maps[0].label == sample.predicted
+        assert (sample.maps[1].label == sample.true) != sample.right
+        for shown in sample.maps:
+            np.testing.assert_allclose(shown.values, np.outer(ramp, ramp) ** (1 + shown.label), atol=1e-6)
+            assert shown.score == pytest.approx(row[shown.label].item(), abs=1e-4)
+    assert any("There are no exact class maps" in n and "Grad-CAM approximates them" in n for n in report.notes)
+    page = render_report(report)
+    assert "An approximation, by Grad-CAM" in page
+    assert "by Grad-CAM" in page.split("Test images")[0]
+    assert "The score of a class is the mean of its map" not in page
+    assert 'class="scale"' not in page
+
+
+def test_the_server_approximates_maps_by_grad_cam(untrained, with_grad_cam, photos):
+    client = TestClient(create_app(untrained), base_url="http://127.0.0.1:8646")
+    assert "Hardswish" in client.get("/api/model").json()["no_maps_reason"]
+    image = (photos / "test" / "red" / "0.png").read_bytes()
+    for label in range(3):
+        answer = post(client, image, path=f"/api/approximate-map?label={label}")
+        ramp = np.linspace(0, 1, 64)
+        np.testing.assert_allclose(numbers(answer.json())[0], np.outer(ramp, ramp) ** (1 + label), atol=1e-6)
+    assert post(client, image, path="/api/approximate-map?label=3").status_code == 404
+    assert post(client, b"no image", path="/api/approximate-map?label=0").status_code == 415
+
+
+def test_without_the_package_report_and_server_say_what_to_install(untrained, monkeypatch, photos):
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    report = build_report(untrained)
+    assert not any(sample.maps for sample in report.samples)
+    (note,) = (note for note in report.notes if "no exact class maps" in note)
+    assert "network-in-network[gradcam]" in note
+    assert "Test images" in render_report(report)
+    client = TestClient(create_app(untrained), base_url="http://127.0.0.1:8646")
+    answer = post(client, (photos / "test" / "red" / "0.png").read_bytes(), path="/api/approximate-map?label=0")
+    assert answer.status_code == 422
+    assert "network-in-network[gradcam]" in answer.json()["detail"]
 
 
 def test_the_cut_keeps_the_networks_own_modules():

@@ -409,6 +409,7 @@ def test_the_description_lists_every_operation(client):
         "/api/layers/{index}/spectrum",
         "/api/layers/{index}/narrowed",
         "/api/dead",
+        "/api/approximate-map",
         "/api/bottleneck",
         "/api/training",
     }

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 import time
 
 import pytest
 import torch
 from starlette.testclient import TestClient
 
+import nin
 from nin import checkpoint, data, training
 from nin.config import TrainConfig
 from nin.server import create_app
 from nin.server.training_status import training_status
 from support.browser import CHROMIUM
+from support.serving import png, post
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,60 @@ def test_a_training_in_its_first_epoch_is_served_without_a_network(tmp_path, unf
     assert client(None).get("/api/training").json()["state"] == "none"
 
 
+def test_the_network_is_that_of_the_last_epoch_until_the_training_has_ended(tmp_path):
+    images = data.load("digits")
+    few = dataclasses.replace(images, train=images.train.select(torch.arange(0, len(images.train), 6)))
+    config, out, steps = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32"), tmp_path / "run", []
+    write_progress(tmp_path, epoch=1)
+    out.mkdir()
+    (tmp_path / "progress.json").rename(out / "progress.json")
+    served, seen = client(out), []
+    picture = png(200)
+
+    def ask():
+        answers = served.get("/api/training").json()["answers"]
+        model = served.get("/api/model")
+        if model.status_code == 404:
+            return answers, None, None
+        return answers, model.json()["unfinished"], post(served, picture).json()["predictions"][0]["scores"]
+
+    def stop():
+        steps.append(1)
+        if len(steps) % 3 == 1:  # the first step of each epoch
+            seen.append(ask())
+        return len(steps) == 5
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(few, config, out=out, keeping=training.CheckpointOptions(stop=stop))
+    assert seen[0] == ("", None, None)
+    assert seen[1][:2] == ("epoch 1 of 3", "epoch 1 of 3")
+    assert ask() == seen[1], "nothing was written since"
+    samples = served.app.state.service.runs[0].samples
+    training.train(few, config, out=out, keeping=training.CheckpointOptions(stop=stop, resume=True))
+    assert seen[2][:2] == ("epoch 2 of 3", "epoch 2 of 3")
+    assert ask()[:2] == ("", "")
+    run = served.app.state.service.runs[0]
+    assert run.samples is samples, "the test images are read once"
+    finished = ask()[2]
+    assert finished == {
+        name: pytest.approx(score, abs=1e-5)
+        for name, score in zip(run.classifier.classes, nin.load(out).scores(picture)[0].tolist(), strict=True)
+    }
+    assert len({json.dumps(scores) for scores in (seen[1][2], seen[2][2], finished)}) == 3
+    # what is finished is not read again
+    (out / "config.json").write_text("{")
+    assert post(served, picture).json()["predictions"][0]["scores"] == finished
+
+
+def test_an_unreadable_network_of_a_training_does_not_end_the_server(unfinished, tmp_path):
+    out = shutil.copytree(unfinished, tmp_path / "run")
+    served = client(out)
+    before = served.get("/api/model").json()
+    (out / "config.json").write_text("{")
+    assert served.get("/api/model").json() == before
+    assert "epoch 2 of 4" in before["unfinished"]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_the_page_shows_the_curves_and_refreshes_itself(unfinished, browser, tmp_path):
     import threading
@@ -97,6 +154,7 @@ def test_the_page_shows_the_curves_and_refreshes_itself(unfinished, browser, tmp
         write_progress(unfinished, epoch=4, note="It has stopped learning: for ten epochs.")
         page.get_by_text("Training, epoch 4 of 4").wait_for()
         page.get_by_text("It has stopped learning").wait_for()
+        page.get_by_text("The network that answers is that of epoch 2 of 4.").wait_for()
         assert not wrong
         page.close()
     finally:

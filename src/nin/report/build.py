@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from nin.errors import UserError
 from nin.inference import metrics
 from nin.inference.classifier import Classifier, fitted_temperature, load
 from nin.inference.evaluation import wilson_interval
+from nin.inference.grad_cam import grad_cam
 from nin.profiling.cost import Cost, cost
 from nin.report.data import Calibration, ClassMap, ClassMetrics, ConfusedPair, ExamplePrediction, ReportData, RunSummary
 from nin.report.html_page import render_report
@@ -98,10 +100,10 @@ def build_report(
     info, preprocessing = classifier.info, classifier.info.preprocessing
     if images is None:
         try:
-            p = preprocessing
-            images = data.load_from_record(info.data, size=p.size, value_range=p.value_range, resize=p.resize)
+            images = data.load_from_record(info.data, preprocessing)
         except UserError as error:
             raise UserError(f"{run}: {error}; give the images") from error
+    images = data.with_recorded_parts(images, info.data)
     if mismatch := info.mismatch(images, test_images=True):
         raise UserError(f"the images are not those that {run} was tested on: {mismatch}")
     if not len(images.test):
@@ -114,6 +116,7 @@ def build_report(
     network_cost = cost(classifier.model, (1, preprocessing.channels, preprocessing.size, preprocessing.size))
     figures = metrics.part_figures("test", scores, labels)
     headline = _run_summary(info, curves, network_cost, int(confusion.trace()), figures)
+    chosen, maps_problem = _samples(classifier, images, scores, samples)
     class_counts = (confusion.sum(1).tolist(), confusion.sum(0).tolist(), confusion.diag().tolist())
     return Report(
         data_name=str(info.data.get("name", images.name)),
@@ -128,11 +131,12 @@ def build_report(
         confused=_most_confused(confusion),
         calibration=calibration,
         mistakes=_mistakes(images, probabilities),
-        samples=_samples(classifier, images, probabilities, samples),
+        samples=chosen,
+        maps_are_exact=not classifier.no_maps_reason,
         map_cells=_map_cells(classifier),
         cost=network_cost,
         skipped=tuple((str(file), str(reason)) for file, reason in info.data.get("skipped", images.skipped)),
-        notes=(*images.notes, *_notes(info, headline, network_cost, classifier.no_maps_reason)),
+        notes=(*images.notes, *_notes(info, headline, network_cost, classifier.no_maps_reason, maps_problem)),
         recipe=info.recipe,
         preprocessing=dataclasses.asdict(preprocessing),
         environment=info.environment,
@@ -202,7 +206,9 @@ def _run_summary(
     )
 
 
-def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost, no_maps_reason: str) -> list[str]:
+def _notes(
+    info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost, no_maps_reason: str, maps_problem: str
+) -> list[str]:
     notes = []
     if "best_epoch" in info.result:
         best = info.result["best_epoch"]
@@ -215,9 +221,8 @@ def _notes(info: checkpoint.RunInfo, headline: RunSummary, network_cost: Cost, n
             f"right on {right:,} of {count:,} images ({format_percent(right / count, 2)})."
         )
     if no_maps_reason:
-        notes.append(
-            f"There are no exact class maps: {no_maps_reason}. nin predict --maps approximates them by Grad-CAM."
-        )
+        instead = f"Nor are they approximated: {maps_problem}" if maps_problem else "Grad-CAM approximates them"
+        notes.append(f"There are no exact class maps: {no_maps_reason}. {instead}.")
     if network_cost.uncounted:
         notes.append(f"The MACs leave out {', '.join(network_cost.uncounted)}.")
     return notes
@@ -231,19 +236,25 @@ def _mistakes(images: data.Data, probabilities: Tensor) -> tuple[ExamplePredicti
 
 
 def _samples(
-    classifier: Classifier, images: data.Data, probabilities: Tensor, count: int
-) -> tuple[ExamplePrediction, ...]:
-    chosen = _choose_samples(images.test.labels, probabilities.argmax(1), len(images.classes), count)
-    examples = _examples(images, probabilities, chosen)
-    if classifier.no_maps_reason or not examples:
-        return examples
-    network = cast(models.Network, classifier.model)
-    with torch.inference_mode():
-        maps = network.maps(classifier.inputs(images.test.fetch(chosen))).float().cpu()
-    return tuple(
-        dataclasses.replace(example, maps=_shown_maps(example, image_maps))
-        for example, image_maps in zip(examples, maps, strict=True)
-    )
+    classifier: Classifier, images: data.Data, scores: Tensor, count: int
+) -> tuple[tuple[ExamplePrediction, ...], str]:
+    """Return images with their maps, exact ones or Grad-CAM's, and why there are none, or ""."""
+    chosen = _choose_samples(images.test.labels, scores.argmax(1), len(images.classes), count)
+    examples = _examples(images, scores.softmax(1), chosen)
+    if not examples:
+        return examples, ""
+    x, labels = classifier.inputs(images.test.fetch(chosen)), _shown_labels(examples, scores[chosen])
+    if classifier.no_maps_reason:
+        try:
+            maps = torch.stack([grad_cam(classifier.model, x, list(each)) for each in zip(*labels, strict=True)], 1)
+        except UserError as error:
+            return examples, str(error)
+    else:
+        with torch.inference_mode():
+            everything = cast(models.Network, classifier.model).maps(x).float().cpu()
+        maps = torch.stack([rows[list(each)] for rows, each in zip(everything, labels, strict=True)])
+    shown = zip(examples, labels, maps, scores[chosen], strict=True)
+    return tuple(dataclasses.replace(example, maps=_class_maps(*rest)) for example, *rest in shown), ""
 
 
 def _map_cells(classifier: Classifier) -> str:
@@ -280,14 +291,20 @@ def _examples(images: data.Data, probabilities: Tensor, indices: Tensor) -> tupl
     return tuple(examples)
 
 
-def _shown_maps(example: ExamplePrediction, maps: Tensor) -> tuple[ClassMap, ...]:
-    """Return the maps of the predicted class, and of the true class or the runner-up; ``maps`` is (classes, h, w)."""
-    scores = maps.mean((1, 2))
+def _shown_labels(examples: Sequence[ExamplePrediction], scores: Tensor) -> list[tuple[int, int]]:
+    """Return the classes whose maps are shown: the predicted one, and the true one or the runner-up."""
+    labels = []
+    for example, row in zip(examples, scores, strict=True):
+        other = example.true
+        if example.right:
+            other = next(int(i) for i in row.argsort(descending=True) if int(i) != example.predicted)
+        labels.append((example.predicted, other))
+    return labels
+
+
+def _class_maps(labels: tuple[int, int], maps: Tensor, scores: Tensor) -> tuple[ClassMap, ...]:
     probabilities = scores.softmax(0)
-    other = example.true
-    if example.right:
-        other = next(int(i) for i in scores.argsort(descending=True) if int(i) != example.predicted)
     return tuple(
-        ClassMap(label, float(scores[label]), float(probabilities[label]), maps[label].numpy())
-        for label in (example.predicted, other)
+        ClassMap(label, float(scores[label]), float(probabilities[label]), values.numpy())
+        for label, values in zip(labels, maps, strict=True)
     )

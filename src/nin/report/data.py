@@ -125,9 +125,9 @@ class ClassMap:
 
     Attributes:
         label: of the class.
-        score: the mean of the map.
+        score: the mean of the map, where it is exact.
         probability: after the softmax over all classes.
-        values: float32 (h, w), in units of the score.
+        values: float32 (h, w), in units of the score; of Grad-CAM from 0 to 1.
     """
 
     label: int
@@ -185,6 +185,7 @@ class ReportData:
         calibration: of the probabilities as they are, and with the temperature that the training fitted, where it did.
         mistakes: the misclassified images of the highest confidence, the highest first.
         samples: images with their class-confidence maps.
+        maps_are_exact: whether the maps are exact; else they are Grad-CAM's, from 0 to 1.
         map_cells: what a cell of the maps can show and what it cannot, in sentences; empty where there are no maps.
         cost: the table of layers.
         skipped: (file, reason) of the images that could not be read.
@@ -207,6 +208,7 @@ class ReportData:
     calibration: tuple[Calibration, ...]
     mistakes: tuple[ExamplePrediction, ...]
     samples: tuple[ExamplePrediction, ...]
+    maps_are_exact: bool
     map_cells: str
     cost: Cost
     skipped: tuple[tuple[str, str], ...]

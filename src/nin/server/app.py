@@ -11,7 +11,7 @@ from nin.server.middleware import Limits, SecurityMiddleware
 from nin.server.routes import add_routes
 from nin.server.service import Service
 from nin.server.static_files import add_page
-from nin.server.training_status import add_training, is_begun
+from nin.server.training_route import add_training
 from nin.version import installed_version
 
 
@@ -36,9 +36,7 @@ def create_app(
         UserError: a run folder cannot be read, or the runs do not know the same classes.
     """
     limits = limits or Limits()
-    # of a training in its first epoch there are curves to come, and no network yet
-    folders = [] if run is not None and beside is None and is_begun(run) else [run, beside]
-    service = Service([folder for folder in folders if folder is not None], limits, device)
+    service = Service([folder for folder in (run, beside) if folder is not None], limits, device)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +56,6 @@ def create_app(
     app.add_middleware(SecurityMiddleware, limits=limits, host=host)
 
     add_routes(app, service)
-    add_training(app, run)
+    add_training(app, run, service)
     add_page(app)
     return app

@@ -6,7 +6,9 @@ from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from torch import Tensor
 
+from nin.errors import UserError
 from nin.inference.classifier import Classifier
+from nin.inference.grad_cam import grad_cam
 from nin.profiling import bottleneck_timing
 from nin.server import schemas
 from nin.server.activations import dead_channels, layer_activations, layer_weights
@@ -30,12 +32,13 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/health")
     async def health() -> schemas.Health:
         """Say that the server answers."""
+        await service.refresh()
         return schemas.Health.of(len(service.runs))
 
     @app.get("/api/model")
     async def model(number: RunNumber = 0) -> schemas.Model:
         """Describe the network."""
-        return service.run(number).metadata
+        return (await service.run(number)).metadata
 
     @app.post("/api/predict", openapi_extra=IMAGE_BODY, response_model=schemas.Predictions)
     async def predict(
@@ -44,7 +47,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         number: RunNumber = 0,
     ) -> Response:
         """Classify one image (the body) or several (a form); one that cannot be read has a problem and no label."""
-        run = service.run(number)
+        run = await service.run(number)
         pixels, problems = await service.pixels(request, run)
         class_maps = await service.wait_for(lambda: service.batcher.classify(run.classifier, pixels))
         predictions = prediction_dicts(run.classifier, class_maps, with_maps=maps)
@@ -53,19 +56,39 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         # FastAPI validates no Response against the schema: maps are many numbers
         return JSONResponse({"predictions": predictions})
 
+    @app.post("/api/approximate-map", openapi_extra=IMAGE_BODY)
+    async def approximate_map(
+        request: Request,
+        label: Annotated[int, Query(ge=0, description="the class, by its place among those of the model")],
+        number: RunNumber = 0,
+    ) -> schemas.Numbers:
+        """Approximate by Grad-CAM where an image speaks for a class, from 0 to 1: (1, size, size)."""
+        run = await service.run(number)
+        if label >= len(run.classifier.classes):
+            raise HTTPException(404, f"there are {len(run.classifier.classes)} classes")
+        pixels, problems = await service.pixels(request, run)
+        if 0 in problems:
+            raise HTTPException(422, problems[0])
+        x = run.classifier.inputs(pixels[:1])
+        try:
+            return schemas.Numbers.of(await service.compute(lambda: grad_cam(run.classifier.model, x, [label])))
+        except UserError as error:  # the package is missing, or the network ends in no feature maps
+            raise HTTPException(422, str(error)) from error
+
 
 def _add_image_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/samples")
     async def samples() -> schemas.SampleImages:
         """Give test images of the run, where they lie on this machine."""
+        await service.refresh()
         if not service.runs:
             return schemas.SampleImages(state="none", reason="", samples=[])
-        return sample_images(service.run())
+        return sample_images(await service.run())
 
     @app.get("/api/dead")
     async def dead(number: RunNumber = 0) -> schemas.DeadChannels:
         """Name the channels that say nothing on any of the run's test images looked at."""
-        run = service.run(number)
+        run = await service.run(number)
         return await service.compute(lambda: find_dead_channels(run))
 
     @app.post("/api/bottleneck")
@@ -82,8 +105,9 @@ def _add_layer_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/layers/{index}/weights")
     async def weights(index: LayerNumber, number: RunNumber = 0) -> schemas.Weights:
         """Give the weights of one convolution."""
+        run = await service.run(number)
         try:
-            return schemas.Weights.of(*layer_weights(service.run(number).network, index))
+            return schemas.Weights.of(*layer_weights(run.network, index))
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from error
 
@@ -95,7 +119,7 @@ def _add_layer_routes(app: FastAPI, service: Service) -> None:
         sums: Annotated[bool, Query(description="what it gives before its activation")] = False,
     ) -> schemas.Numbers:
         """Give what one layer makes of an image: (channels, h, w)."""
-        run = service.run(number)
+        run = await service.run(number)
         pixels, problems = await service.pixels(request, run)
         if 0 in problems:
             raise HTTPException(422, problems[0])
@@ -108,7 +132,7 @@ def _add_narrowing_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/layers/{index}/spectrum")
     async def spectrum(index: LayerNumber, number: RunNumber = 0) -> schemas.Spectrum:
         """Give the principal components of a convolution's sums over the run's test images looked at."""
-        run = service.run(number)
+        run = await service.run(number)
         return schemas.Spectrum.of(await service.compute(lambda: run.principal_components(index)))
 
     @app.get("/api/layers/{index}/narrowed")
@@ -118,7 +142,7 @@ def _add_narrowing_routes(app: FastAPI, service: Service) -> None:
         number: RunNumber = 0,
     ) -> schemas.Narrowed:
         """Say how many test images looked at are right with all of a convolution's directions, and with some."""
-        run = service.run(number)
+        run = await service.run(number)
         return await service.compute(lambda: count_correct(run, index, rank))
 
 

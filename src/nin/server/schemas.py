@@ -41,6 +41,7 @@ class Training(BaseModel):
     steps: int = Field(default=0, description="in the whole training, while it trains")
     note: str = Field(default="", description="what should be known, such as that it has stopped learning")
     epochs_done: int = 0
+    answers: str = Field(default="", description="which epoch the network that is served is of, until it has ended")
     charts: dict[str, str] = Field(default={}, description="the curves as SVG, by their titles")
 
 
@@ -105,6 +106,8 @@ class Model(BaseModel):
     parameters: int
     macs: int = Field(description="multiply-accumulates for one image")
     test_accuracy: float | None
+    no_maps_reason: str = Field("", description="why there are no exact class maps; Grad-CAM approximates them then")
+    unfinished: str = Field("", description="where its training has not ended: which epoch it is of")
     layers: list[LayerShape]
 
 

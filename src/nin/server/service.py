@@ -1,6 +1,7 @@
 """The served runs, and the threads that decode and compute for all routes."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import TypeVar, cast
 from fastapi import HTTPException, Request
 from torch import Tensor
 
-from nin import models
+from nin import checkpoint, epoch_metrics, models
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
 from nin.ops import freeze
@@ -23,6 +24,7 @@ from nin.server.batcher import Batcher, FullError
 from nin.server.middleware import Limits, service_unavailable
 from nin.server.pca import PrincipalComponents, principal_components
 from nin.server.sample_images import SampleLoader
+from nin.server.training_status import is_begun
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class ServedRun:
     Args:
         folder: that `nin.train` or ``nin narrow`` made.
         device: where to compute.
+        before: the same run as it was served before its training went on; its images are those of this one.
 
     Attributes:
         classifier: its network with classes and preprocessing.
@@ -41,12 +44,17 @@ class ServedRun:
         metadata: what the page shows of it.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, before: "ServedRun | None" = None) -> None:
+        self.written = time_written(folder)  # before it is read: what is written meanwhile is read later
         self.classifier = load(folder, device=device)
         self.network = cast(models.Network, freeze(self.classifier.model))  # nothing here writes to it
-        self.samples = SampleLoader(self.classifier.info)
+        self.samples: SampleLoader = SampleLoader(self.classifier.info) if before is None else before.samples
         self.metadata = model_metadata(self.classifier, folder)
         self._components: dict[int, PrincipalComponents] = {}
+
+    def has_gone_on(self, folder: Path) -> bool:
+        """Return whether the run's training had not ended, and has written another network since."""
+        return not self.classifier.info.result and time_written(folder) != self.written
 
     def calibration_batch(self) -> tuple[Tensor, Tensor]:
         """Return the network's input for the test images that statistics are computed on, and their labels.
@@ -69,8 +77,11 @@ class ServedRun:
 class Service:
     """The served runs, a batcher, and threads that decode.
 
+    The network of a training that has not ended is loaded again when another one lies in its folder.
+
     Args:
-        folders: the run, and the one beside it; none serves the lesson alone.
+        folders: the run, and the one beside it; none serves the lesson alone. Of a single run, a training in its first
+            epoch has no network yet: it is served when there is one.
         limits: on requests.
         device: where to compute.
 
@@ -80,8 +91,10 @@ class Service:
 
     def __init__(self, folders: Sequence[Path], limits: Limits, device: str) -> None:
         choose_device(device)  # also where no run uses it
-        self.limits = limits
-        self.runs = [ServedRun(folder, device) for folder in folders]
+        self.limits, self.folders, self.device = limits, tuple(folders), device
+        waits = len(folders) == 1 and is_begun(folders[0])
+        self.runs = [] if waits else [ServedRun(folder, device) for folder in folders]
+        self._loading = asyncio.Lock()
         if len({run.classifier.classes for run in self.runs}) > 1:
             raise UserError(
                 f"runs beside each other must know the same classes: {' and '.join(map(str, folders))} do not"
@@ -95,8 +108,35 @@ class Service:
         self.batcher.stop()
         self.decoders.shutdown(wait=False, cancel_futures=True)
 
-    def run(self, number: int = 0) -> ServedRun:
-        """Return the run of that number; raises 404 where there is none."""
+    async def refresh(self) -> None:
+        """Load the networks that trainings have written since they were loaded, in a thread.
+
+        What cannot be read, as its training writes it or is begun again, is served as it was.
+        """
+        if not self._changed():
+            return
+        async with self._loading:
+            for number in self._changed():  # another request may have loaded them meanwhile
+                before = self.runs[number] if number < len(self.runs) else None
+                with contextlib.suppress(UserError, FileNotFoundError):
+                    served = await asyncio.to_thread(ServedRun, self.folders[number], self.device, before)
+                    self.runs[number : number + 1] = [served]
+
+    def _changed(self) -> list[int]:
+        """Return the numbers of the runs whose folder holds another network than the one that is served."""
+        if not self.runs:
+            return [number for number, folder in enumerate(self.folders) if not is_begun(folder)]
+        return [number for number, run in enumerate(self.runs) if run.has_gone_on(self.folders[number])]
+
+    async def run(self, number: int = 0) -> ServedRun:
+        """Return the run of that number, as its training has left it by now; raises 404 where there is none."""
+        await self.refresh()
+        return self.loaded(number)
+
+    def loaded(self, number: int = 0) -> ServedRun:
+        """Return the run of that number, as it was loaded; raises 404 where there is none."""
+        if not self.runs and self.folders:
+            raise HTTPException(404, "the run has no network yet: it has one after the first epoch of its training")
         if not self.runs:
             raise HTTPException(404, "no run was given: start with nin serve RUN")
         if number >= len(self.runs):
@@ -128,6 +168,22 @@ class Service:
         return await self.wait_for(lambda: self.batcher.compute(function))
 
 
+def time_written(folder: Path) -> tuple[int | None, ...]:
+    """Return when the network and the figures of a run folder were written, in nanoseconds; None where they are not."""
+    paths = (folder / name for name in (checkpoint.CONFIG_FILE, epoch_metrics.METRICS_FILE))
+    return tuple(path.stat().st_mtime_ns if path.is_file() else None for path in paths)
+
+
+def trained_text(info: checkpoint.RunInfo, folder: Path) -> str:
+    """Return which epoch the network of an unfinished run is of; "" where it has ended."""
+    if info.result:
+        return ""
+    path = folder / epoch_metrics.METRICS_FILE
+    done, all_epochs = len(epoch_metrics.read_csv(path)) if path.is_file() else 0, info.recipe.get("epochs", "?")
+    is_best = info.recipe.get("patience") is not None
+    return f"the best of {done} epochs, of {all_epochs}" if is_best else f"epoch {done} of {all_epochs}"
+
+
 def model_metadata(classifier: Classifier, folder: Path) -> schemas.Model:
     """Return name, input, costs, accuracy and layers of a network."""
     info = classifier.info
@@ -144,5 +200,7 @@ def model_metadata(classifier: Classifier, folder: Path) -> schemas.Model:
         parameters=network_cost.parameters,
         macs=network_cost.macs,
         test_accuracy=info.result.get("test_accuracy"),
+        no_maps_reason=classifier.no_maps_reason,
+        unfinished=trained_text(info, folder),
         layers=[schemas.LayerShape(**dataclasses.asdict(layer)) for layer in layers(classifier.model)],
     )

@@ -127,7 +127,7 @@ def _data_files(service: Service) -> dict[str, Callable[[], Any]]:
 
 def _fitting_samples(service: Service) -> list[Sample]:
     """Return as many of the first run's samples as have activations that fit into MAX_BYTES."""
-    shown, values = service.run().samples.shown, 0
+    shown, values = service.loaded().samples.shown, 0
     for run in service.runs:
         x = run.classifier.inputs(_pixels(run, shown[:1]))
         with torch.inference_mode():
@@ -142,7 +142,7 @@ def _pixels(run: ServedRun, samples: list[Sample]) -> torch.Tensor:
 
 def _page_data(service: Service, samples: list[Sample]) -> Any:
     """Return what the page shows at once."""
-    images = sample_images(service.run())
+    images = sample_images(service.loaded())
     content = {
         "health": schemas.Health.of(len(service.runs)),
         "models": [run.metadata for run in service.runs],

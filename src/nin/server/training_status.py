@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-
 from nin import checkpoint, epoch_metrics
 from nin.display.durations import duration
 from nin.display.numbers import format_percent
@@ -26,15 +24,6 @@ def is_begun(run: Path) -> bool:
 def is_unfinished(run: Path) -> bool:
     """Return whether the training of a run folder has not ended."""
     return (run / checkpoint.STATE_FILE).exists() or is_begun(run)
-
-
-def add_training(app: FastAPI, run: Path | None) -> None:
-    """Add the route that says how far the training is."""
-
-    @app.get("/api/training")
-    def training() -> schemas.Training:
-        """Say how far the training of the run is, with its curves."""
-        return schemas.Training(state="none", text="No run was given.") if run is None else training_status(run)
 
 
 def training_status(run: Path) -> schemas.Training:

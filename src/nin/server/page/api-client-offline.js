@@ -69,6 +69,10 @@ export async function bottleneck(r) {
   return found;
 }
 
+export async function approximateMap() {
+  throw new Error("this needs the server: nin serve RUN");
+}
+
 export async function narrowed() {
   throw new Error("this needs the server: nin serve RUN");
 }

@@ -28,6 +28,7 @@ export const model = (run) => ask(`api/model?run=${run}`);
 export const samples = () => ask("api/samples");
 export const dead = (run) => ask(`api/dead?run=${run}`);
 export const predict = (image, run) => send(`api/predict?maps=true&run=${run}`, image).then(({ predictions }) => predictions[0]);
+export const approximateMap = (image, label, run) => send(`api/approximate-map?label=${label}&run=${run}`, image).then(numbers);
 export const activations = (image, layer, run) => send(`api/layers/${layer}/activations?run=${run}`, image).then(numbers);
 export const sums = (image, layer, run) => send(`api/layers/${layer}/activations?sums=true&run=${run}`, image).then(numbers);
 export const narrowed = (layer, rank, run) => ask(`api/layers/${layer}/narrowed?rank=${rank}&run=${run}`);

@@ -12,7 +12,7 @@ export class ImageView {
   // network: that classifies the image. samples: the run's test images to choose from; null where another view chooses.
   // onChange(view) after another image was chosen, onPlace(place) when another pixel is pointed at.
   constructor(network, name, samples, { onChange, onPlace }) {
-    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), prediction: null, place: [0.5, 0.5], channel: 0 });
+    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), prediction: null, shownMap: null, place: [0.5, 0.5], channel: 0 });
     const makePicture = (label) => picture({ label, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
     this.picture = makePicture(`${name}, as the network sees it`);
     this.overlay = makePicture(`map of a class over ${name}`);
@@ -60,10 +60,11 @@ export class ImageView {
 
   body() {
     const caption = element("div", { class: "row" }, element("label", { class: "quiet" }, "evidence for ", this.classes), element("span", { class: "quiet" }, "here: ", this.value));
+    this.note = element("p", { class: "quiet", "data-map-note": "", hidden: true });
     this.shown = element("div", { hidden: true },
       element("div", { class: "photos" },
         element("div", { class: "part" }, this.picture.element, this.truth),
-        element("div", { class: "part" }, this.overlay.element, caption)),
+        element("div", { class: "part" }, this.overlay.element, caption, this.note)),
       this.list);
     return this.shown;
   }
@@ -135,14 +136,32 @@ export class ImageView {
       shown.draw(image);
       shown.canvas.classList.toggle("pixelated", width <= 64);
     }
-    this.drawClass();
+    await this.drawClass();
     this.show(this.place);
   }
 
-  drawClass() {
-    const maps = this.prediction.maps;
-    const map = maps[Number(this.classes.value)];
-    drawMap(this.map, map.flat(), map.length, map[0].length, largest(maps.flat(2)));
+  // The map of the class that is chosen: {shape: [1, h, w], values, limit}; null where it can be neither made nor approximated.
+  async classMap() {
+    const [chosen, { maps }, { no_maps_reason: reason }] = [Number(this.classes.value), this.prediction, this.network.model];
+    if (!reason) return { shape: [1, maps[chosen].length, maps[chosen][0].length], values: maps[chosen].flat(), limit: largest(maps.flat(2)) };
+    this.note.hidden = false;
+    this.note.textContent = `An approximation, by Grad-CAM, as there are no exact maps: ${reason}.`;
+    try {
+      const map = await this.once(`class ${chosen}`, () => server.approximateMap(this.image, chosen, this.network.run));
+      return { ...map, limit: 1 };
+    } catch (error) {
+      this.note.textContent = `There are no exact maps: ${reason}. Nor an approximation: ${error.message}.`;
+      return null;
+    }
+  }
+
+  async drawClass() {
+    const [image, chosen] = [this.image, this.classes.value];
+    const map = await this.classMap();
+    if (image !== this.image || chosen !== this.classes.value) return; // another was chosen meanwhile
+    this.shownMap = map;
+    if (map) drawMap(this.map, [...map.values], map.shape[1], map.shape[2], map.limit);
+    else this.map.getContext("2d").clearRect(0, 0, this.map.width, this.map.height);
     this.show(this.place);
   }
 
@@ -152,13 +171,13 @@ export class ImageView {
 
   show(place) {
     this.place = place;
-    if (!this.prediction?.maps) return;
+    if (!this.prediction) return;
     const [row, column] = pixelAt({ shape: [0, this.picture.canvas.height, this.picture.canvas.width] }, place);
     this.picture.mark(row, column);
     this.overlay.mark(row, column);
-    const map = this.prediction.maps[Number(this.classes.value)];
-    const [r, c] = pixelAt({ shape: [0, map.length, map[0].length] }, place);
-    setNumber(this.value, map[r][c], 3);
+    if (!this.shownMap) return;
+    const [r, c] = pixelAt(this.shownMap, place);
+    setNumber(this.value, this.shownMap.values[r * this.shownMap.shape[2] + c], 3);
   }
 }
 

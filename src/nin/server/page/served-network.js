@@ -41,8 +41,9 @@ export class ServedNetwork {
   }
 
   get words() {
-    const { run, name, parameters, macs, test_accuracy: right } = this.model;
+    const { run, name, parameters, macs, test_accuracy: right, unfinished } = this.model;
     return `${run}: ${name}, ${count(parameters)} parameters, ${count(macs)} multiply-accumulates for an image.`
+      + (unfinished ? ` Its training has not ended: it is that of ${unfinished}.` : "")
       + (right === null ? "" : ` It is right on ${format(100 * right, 1)} % of its test images.`);
   }
 }

@@ -3,7 +3,7 @@
 import { element } from "./elements.js";
 
 const SECONDS = 3;
-const [name, text, bar, note, charts] = ["name", "text", "bar", "note", "charts"].map((id) => document.getElementById(id));
+const [name, text, bar, note, answers, charts] = ["name", "text", "bar", "note", "answers", "charts"].map((id) => document.getElementById(id));
 let drawn = "";
 
 async function refresh() {
@@ -23,6 +23,8 @@ async function refresh() {
   bar.value = training.step;
   note.hidden = !training.note;
   note.textContent = training.note;
+  answers.hidden = !training.answers;
+  answers.textContent = `The network that answers is that of ${training.answers}.`;
   draw(training.charts);
   if (training.state !== "finished" && training.state !== "none") setTimeout(refresh, 1000 * SECONDS);
   document.documentElement.dataset.ready = "";
