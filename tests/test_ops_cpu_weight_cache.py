@@ -1,10 +1,15 @@
 """Packed weights are fresh in every call, whoever wrote the weights and how."""
 
+import copy
 import ctypes
 import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -485,3 +490,93 @@ def test_no_compiled_library_no_hash():
     assert weight_cache.hash_tensors(dispatch.KERNELS, [torch.ones(4, 4)[:, 1]]) is None
     a, b = torch.ones(6), torch.ones(2, 3)
     assert weight_cache.hash_tensors(dispatch.KERNELS, [a]) != weight_cache.hash_tensors(dispatch.KERNELS, [b])
+
+
+# -- what people do with networks that have answered ------------------------------------------------------------
+
+
+def answers_rightly(layer, x):
+    with torch.no_grad():
+        return bool((layer(x) - layer.to_sequential()(x)).norm() < 1e-4 * layer.to_sequential()(x).norm())
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: pickle.loads(ForkingPickler.dumps(m))]
+)
+def test_copies_of_a_frozen_layer_are_not_frozen(copied):
+    layer, is_right = frozen_layer()
+    other, x = copied(layer), torch.randn(2, 16, 9, 9)
+    if not other.convs[0].weight.is_shared():  # the memory of both, then
+        for conv in other.convs:
+            conv.weight.data.mul_(3)
+            assert answers_rightly(other, x)
+    with torch.no_grad():
+        layer.convs[0].weight.mul_(2)
+    assert answers_rightly(other, x)
+    assert is_right()
+
+
+def test_frozen_layers_exchange_their_weights():
+    x, layers = torch.randn(2, 16, 9, 9), [frozen_layer()[0] for _ in range(2)]
+    with torch.no_grad():
+        layers[1].convs[0].weight.mul_(2)
+    for _ in range(2):
+        for ours, theirs in zip(*(layer.parameters() for layer in layers), strict=True):
+            torch.utils.swap_tensors(ours, theirs)
+        for layer in layers:
+            assert answers_rightly(layer, x)
+            with torch.no_grad():
+                layer.convs[1].weight.mul_(-1.5)
+            assert all(answers_rightly(other, x) for other in layers)
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_weights_in_mapped_files(tmp_path, kind):
+    source, layer, x = nin.MLPConv(16, (32, 24)), nin.MLPConv(16, (32, 24)).eval(), torch.randn(2, 16, 9, 9)
+    if kind == "torch":
+        torch.save(source.state_dict(), tmp_path / "weights")
+        state = torch.load(tmp_path / "weights", mmap=True)
+    else:
+        safetensors.torch.save_file(source.state_dict(), tmp_path / "weights")
+        state = safetensors.torch.load_file(tmp_path / "weights")
+    layer.load_state_dict(state, assign=True)
+    for write in (lambda: None, lambda: layer.convs[0].weight.data[3].add_(2), lambda: nin.freeze(layer)):
+        write()
+        for _ in range(2):
+            assert answers_rightly(layer, x)
+    with torch.no_grad():
+        layer.convs[1].weight.mul_(2)
+    assert answers_rightly(layer, x)
+
+
+def test_a_file_that_is_written_to_under_its_weights(tmp_path):
+    np.random.default_rng(0).normal(size=32 * 40).astype(np.float32).tofile(tmp_path / "weights")
+    weight = torch.from_numpy(np.memmap(tmp_path / "weights", np.float32, "r+", shape=(32, 40, 1, 1)))
+    for _ in range(2):
+        layer_is_right(weight)
+        with (tmp_path / "weights").open("r+b") as file:
+            file.write(np.full(64, 5, np.float32).tobytes())
+        layer_is_right(weight)
+        weight.neg_()
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_threads_that_call_one_layer(freezes):
+    layer = nin.MLPConv(16, (32, 24), kernel_size=3, padding=1).eval()
+    if freezes:
+        nin.freeze(layer)
+    images = [torch.randn(1 + i % 2, 16, 9 + i % 3, 12) for i in range(80)]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda x: answers_rightly(layer, x), images))
+
+
+def test_another_number_of_threads_gives_the_same():
+    layer, x, before = frozen_layer()[0], torch.randn(2, 16, 9, 9), torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            results += [layer(x), layer(x)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
