@@ -1,5 +1,6 @@
 """What is shipped: one wheel for every Python, with the compiled library and the page in it, and a whole sdist."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -66,3 +67,20 @@ def test_nothing_tells_people_to_install_somebody_elses_package():
 def test_the_version_is_that_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (project["name"], project["version"]) == (DISTRIBUTION, installed_version())
+
+
+@pytest.mark.parametrize(("module", "package", "extra"), [("hub", "huggingface_hub", "hub"), ("timm", "timm", "timm")])
+def test_a_module_without_its_extra_says_what_to_install(module, package, extra, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package or name == f"nin.{module}"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError) as refused:
+        importlib.import_module(f"nin.{module}")
+    assert str(refused.value) == f"nin.{module} needs {package}: pip install 'network-in-network[{extra}]'"

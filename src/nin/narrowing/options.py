@@ -28,7 +28,8 @@ class NarrowOptions:
         cache: a file that keeps the analysis of the network, so that another budget takes less time, and so that
             an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
         dry_run: make the plan only; the result's ``model`` has fresh weights where the plan changes it.
-        on_progress: called with what is being done, the number done, and the number of all, 0 where it is not known.
+        on_progress: called with what is being done, the number done, and the number of all, 0 where it is not known; if
+            not given, a bar is shown in a notebook and on a terminal.
     """
 
     thin: bool = True

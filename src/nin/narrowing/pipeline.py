@@ -20,7 +20,8 @@ from nin.narrowing.recalibration import calibration_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.runtime import distributed
-from nin.runtime.progress import ignore_progress
+from nin.runtime.progress import ProgressCallback
+from nin.runtime.shown_progress import shown_progress
 from nin.runtime.timer import Timing
 
 
@@ -109,20 +110,15 @@ def narrow(
     if distributed.all_reduce_sum(torch.tensor(float(not loaded))) > 0:
         raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(to_plain_layers(model).eval(), options.layout)
-    analysis = analyse(
-        original,
-        loaded,
-        skip=patterns,
-        cache=options.cache,
-        on_progress=options.on_progress or ignore_progress,
-    )
-    narrower = _Narrower(original, loaded, analysis, kind, evaluate, options)
-    try:
-        points = [_curve_point(narrower.narrow(other)) for other in options.budgets if other != share]
-        result = narrower.narrow(share)
-    finally:  # layers that were timed before an interruption need not be timed again
-        if distributed.is_main_process():
-            narrower.table.save()
+    with shown_progress("Narrowing", options.on_progress) as on_progress:
+        analysis = analyse(original, loaded, skip=patterns, cache=options.cache, on_progress=on_progress)
+        narrower = _Narrower(original, loaded, analysis, kind, evaluate, options, on_progress)
+        try:
+            points = [_curve_point(narrower.narrow(other)) for other in options.budgets if other != share]
+            result = narrower.narrow(share)
+        finally:  # layers that were timed before an interruption need not be timed again
+            if distributed.is_main_process():
+                narrower.table.save()
     result.model.train(model.training)
     if not points:
         return result
@@ -156,10 +152,11 @@ class _Narrower:
         kind: str,
         evaluate: Callable[[nn.Module], float] | None,
         options: NarrowOptions,
+        on_progress: ProgressCallback,
     ) -> None:
         self.original, self.batches, self.analysis = original, batches, analysis
         self.evaluate, self.options = evaluate, options
-        self.on_progress = options.on_progress or ignore_progress
+        self.on_progress = on_progress
         images = len(next(t for t in pytree.tree_leaves(batches[0]) if isinstance(t, Tensor)))
         batch = options.batch or images
         self.reported_batches = sorted({1, images, batch}) if options.measure_latency else []

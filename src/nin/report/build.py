@@ -23,6 +23,7 @@ from nin.report.html_page import render_report
 from nin.report.receptive_field import receptive_field
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
+from nin.runtime.shown_progress import shown_progress
 
 EVALUATION_BATCH_SIZE = 64
 
@@ -58,7 +59,8 @@ def write_report(
         run: the folder that `nin.train` or ``nin train`` made.
         images: what it was trained on. None loads them again, as ``config.json`` records them.
         device: where to compute.
-        on_progress: called with (what is being done, number done, number of all).
+        on_progress: called with (what is being done, number done, number of all); if not given, a bar is shown in a
+            notebook and on a terminal.
 
     Returns:
         The path of the file.
@@ -87,7 +89,8 @@ def build_report(
         images: what it was trained on. None loads them again, as ``config.json`` records them.
         samples: images to show with their maps; at least one for each class is shown, up to ten classes.
         device: where to compute.
-        on_progress: called with (what is being done, number done, number of all).
+        on_progress: called with (what is being done, number done, number of all); if not given, a bar is shown in a
+            notebook and on a terminal.
 
     Returns:
         Plain data, the same for the same run, images and device.
@@ -109,7 +112,8 @@ def build_report(
     if not len(images.test):
         raise UserError(f"{images.name} has no test images: there is nothing to report")
     curves = epoch_metrics.read_csv(run / epoch_metrics.METRICS_FILE)
-    scores = _predict(classifier, images, on_progress)
+    with shown_progress("answering the test images", on_progress) as show:
+        scores = _predict(classifier, images, show)
     labels, probabilities = images.test.labels, scores.softmax(1)
     confusion = metrics.confusion_counts(scores.argmax(1), labels, len(images.classes))
     calibration = _calibrations(info, scores, labels)
@@ -144,15 +148,14 @@ def build_report(
 
 
 @torch.inference_mode()
-def _predict(classifier: Classifier, images: data.Data, on_progress: ProgressCallback | None) -> Tensor:
+def _predict(classifier: Classifier, images: data.Data, on_progress: ProgressCallback) -> Tensor:
     """Return the scores of all test images, (N, classes), float32."""
     count, done, rows = len(images.test), 0, []
     order, workers = torch.arange(count), torch.get_num_threads()
     for pixels, _, _ in data.batches(images.test, order, EVALUATION_BATCH_SIZE, workers=workers):
         rows.append(classifier.score_pixels(pixels))
         done += len(pixels)
-        if on_progress:
-            on_progress("answering the test images", done, count)
+        on_progress("answering the test images", done, count)
     return torch.cat(rows)
 
 
