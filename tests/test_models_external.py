@@ -19,6 +19,7 @@ from torch import nn
 import nin
 from nin import checkpoint, data, exporters, models
 from nin.errors import UserError
+from nin.inference.grad_cam import last_feature_layer
 from nin.models.external_classifier import ExternalClassifier
 from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
@@ -527,6 +528,17 @@ def test_grad_cam_is_an_approximation_of_maps(photos):
     assert maps.shape == (2, 64, 64)
     assert 0 <= maps.min() <= maps.max() <= 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "timm:ghostnet_050", "torchvision:mobilenet_v3_small"])
+def test_grad_cam_looks_at_the_last_maps_and_not_at_pooled_pixels(name):
+    model, seen = models.create(name, 3).eval(), []
+    x = torch.randn(1, 3, 96, 96)
+    layer = last_feature_layer(model, x)
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(x)
+    handle.remove()
+    assert seen[0].shape[2:] == (3, 3)
 
 
 @pytest.fixture(scope="module")

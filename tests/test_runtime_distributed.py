@@ -216,7 +216,6 @@ def test_a_killed_fine_tuning_of_mixed_images_goes_on_to_the_same_bits(tmp_path)
     process.join()
     assert (reached.exists(), process.exitcode) == (True, -signal.SIGKILL)
     assert (killed / checkpoint.STATE_FILE).exists()
-    weights.unlink()
     steps = []
     keeping = training.CheckpointOptions(resume=True)
     training.train(images, config, out=killed, keeping=keeping, on_progress=lambda p: steps.append(p.step))

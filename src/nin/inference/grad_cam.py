@@ -61,8 +61,8 @@ def last_feature_layer(model: nn.Module, x: Tensor) -> nn.Module:
 
     def record(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            is_map = output.dim() == 4 and output.shape[2] * output.shape[3] > 1
-            outputs.append((module, 4 if is_map else output.dim()))
+            is_pixel = output.dim() == 4 and output.shape[2] * output.shape[3] == 1  # pooled: nothing is left to show
+            outputs.append((module, 2 if is_pixel else output.dim()))
 
     hooks = [module.register_forward_hook(record) for module in model.modules() if module is not model]
     try:
