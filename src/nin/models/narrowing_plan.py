@@ -47,6 +47,8 @@ class ChannelPruning:
         between: BatchNorm and depthwise layers on the way, which lose the same channels.
         channels: how many are left.
         before: how many there were.
+        readers: first layers of squeeze-and-excitation on the way, which lose them as input.
+        gates: last layers of it, which lose them as output.
     """
 
     producer: str
@@ -54,6 +56,20 @@ class ChannelPruning:
     between: tuple[str, ...]
     channels: int
     before: int
+    readers: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, numbers and strings; what is empty as version 0.1 wrote it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value or name == "between"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ChannelPruning":
+        """Return what `to_dict` gave."""
+        names: dict[str, Any] = {
+            name: tuple(values[name]) for name in ("between", "readers", "gates") if name in values
+        }
+        return cls(**{**values, **names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Plan:
         """Return plain lists, numbers and strings."""
         names = {"pruned": "thinned"}  # as it was called when the format began
         values = {names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        values["thinned"] = [pruning.to_dict() for pruning in self.pruned]
         return {"format_version": FORMAT_VERSION, **values}
 
     @classmethod
@@ -97,7 +114,7 @@ class Plan:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version}: update nin")
             layers = tuple(LayerPlan(**layer) for layer in values.pop("layers"))
-            pruned = tuple(ChannelPruning(**{**p, "between": tuple(p["between"])}) for p in values.pop("thinned"))
+            pruned = tuple(map(ChannelPruning.from_dict, values.pop("thinned")))
             plan = cls(layers, pruned, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"plan must be what Plan.to_dict wrote: {error}") from error

@@ -43,6 +43,9 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         module = get_layer(new, layer.name)
         spec = LayerSpec.of_module(layer.name, module)
         if planned_layers(spec, layer) != (spec,):
+            if is_same_padded_depthwise(module) and layer.form == "keep":
+                replace_module(new, layer.name, select_outputs(module, torch.arange(layer.outputs)))
+                continue
             if type(module) not in (nn.Conv2d, nn.Linear):
                 kind = type(module).__name__
                 raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
@@ -87,6 +90,19 @@ def planned_layers(spec: LayerSpec, layer: LayerPlan) -> tuple[LayerSpec, ...]:
     """Return the chain of layers that a plan puts in the place of one."""
     return factorised_layers(
         spec, layer.form, layer.rank_in, layer.rank_out, inputs=layer.inputs, outputs=layer.outputs
+    )
+
+
+def is_same_padded_depthwise(module: nn.Module) -> bool:
+    """Return whether a module is timm's depthwise convolution with TensorFlow's padding, which channels can leave.
+
+    It pads by the size of its input and convolves: of another subclass the forward may be anything.
+    """
+    return (
+        type(module).__name__ == "Conv2dSame"
+        and type(module).__module__.startswith("timm.")
+        and isinstance(module, nn.Conv2d)
+        and 1 < module.groups == module.in_channels == module.out_channels
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
+from nin.models.surgery import is_same_padded_depthwise
 from nin.narrowing.calibration import first_batches, measure_layer_specs
 from nin.narrowing.dependency_graph import DependencyGraph, Edge, build_dependency_graph
 from nin.narrowing.eligible_layers import find_eligible_layers
@@ -29,7 +31,7 @@ SENSITIVITY_IMAGES = 512
 
 # Raised when the analysis of the same network and images changes, or how it is written: a cache of another format is
 # not read.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def analyse(
     eligible = {name: specs[name] for name in specs if name in layers and name not in reasons}
     if not eligible:
         raise UserError(f"the model must have a convolution or fully connected layer to narrow, {_summary(reasons)}")
-    graph = build_dependency_graph(model, {name for name in specs if name in layers})
+    graph = build_dependency_graph(model, {n for n in specs if n in layers}, _same_padded(model, specs, reasons))
     key = f"format {CACHE_FORMAT}: {' '.join(distributed.all_gather_text(fingerprint_analysis(model, batches, skip)))}"
     known = _read_cache(cache, key)
     if "" in distributed.all_gather_text("found" if known else ""):  # a process without the file: all begin again
@@ -104,9 +106,20 @@ def analyse(
     for name in eligible:
         if not bool(sensitivities[name].any()):
             reasons[name] = "the model's result does not depend on it"
-    factorisations = {name: value for name, value in space.factorisations.items() if name not in reasons}
+    gated = {name for edge in graph.edges for name in (*edge.readers, *edge.gates)}  # cheap, and cut with the edge
+    factorisations = {n: value for n, value in space.factorisations.items() if n not in reasons and n not in gated}
     widths = {edge: value for edge, value in space.widths.items() if edge[1] not in reasons}
     return Analysis(specs, reasons, graph, SearchSpace(factorisations, widths), sensitivities)
+
+
+def _same_padded(model: nn.Module, specs: dict[str, LayerSpec], reasons: dict[str, str]) -> set[str]:
+    """Return the depthwise layers of timm's class that may lose channels, though they are left alone otherwise."""
+    found = {
+        n for n in specs if is_same_padded_depthwise(model.get_submodule(n)) and "forward may differ" in reasons[n]
+    }
+    weights = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    layers = {name: model.get_submodule(name) for name in found}
+    return {n for n, m in layers.items() if weights[id(m._parameters["weight"])] == 1 and not m._forward_pre_hooks}
 
 
 def _summary(reasons: dict[str, str]) -> str:

@@ -6,12 +6,14 @@ It is found in the graph that ``torch.fx`` traces.
 import dataclasses
 import operator
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from nin.models.surgery import is_same_padded_depthwise
 from nin.runtime import fx_trace
 
 # What treats every channel alone, so that pruning a channel before it prunes the same one behind it: each module with
@@ -55,11 +57,15 @@ class Edge:
         producer: the layer whose output channels can be pruned.
         consumer: the layer whose input they are.
         between: BatchNorm and depthwise layers on the way, which lose the same channels.
+        readers: first layers of squeeze-and-excitation on the way, which lose them as input.
+        gates: last layers of it, which lose them as output.
     """
 
     producer: str
     consumer: str
     between: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +98,23 @@ class DependencyGraph:
     problem: str | None = None
 
 
-def build_dependency_graph(model: nn.Module, layers: set[str]) -> DependencyGraph:
+class _Tracer(fx.Tracer):
+    """PyTorch's tracer, for which subclasses of BatchNorm and of convolutions are one node, too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d | nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def build_dependency_graph(model: nn.Module, layers: set[str], depthwise: Collection[str] = ()) -> DependencyGraph:
     """Trace a model; of one that cannot be traced the graph has no edges.
 
     Args:
         model: in evaluation mode.
         layers: the names of the layers that may be changed.
+        depthwise: of layers that may lose channels only, see `nin.models.surgery.is_same_padded_depthwise`.
     """
     try:
-        graph = fx_trace.trace(model)
+        graph = fx_trace.trace(model, _Tracer())
     except fx_trace.TracingError as error:
         return DependencyGraph(problem=str(error))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -111,16 +125,24 @@ def build_dependency_graph(model: nn.Module, layers: set[str]) -> DependencyGrap
         # a layer that serves several places would have to lose the same channels in all of them
         if node.op != "call_module" or str(node.target) not in layers or calls[str(node.target)] > 1:
             continue
-        edge = _find_edge(node, modules, calls, layers)
+        edge = _find_edge(node, modules, calls, layers, depthwise)
         if edge is not None:
             edges.append(edge)
         shortcut = _find_shortcut(node, modules, calls)
         if shortcut is not None:
             shortcuts[str(node.target)] = shortcut
-    return DependencyGraph(tuple(edges), shortcuts)
+    # the width inside of a squeeze-and-excitation stays: its first layer is fitted to the channels that are left
+    inside = {name for edge in edges for name in (*edge.readers, *edge.gates)}
+    return DependencyGraph(tuple(e for e in edges if not {e.producer, e.consumer} & inside), shortcuts)
 
 
-def _find_edge(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, int], layers: set[str]) -> Edge | None:
+def _find_edge(
+    node: fx.Node,
+    modules: dict[str, nn.Module],
+    calls: dict[str, int],
+    layers: set[str],
+    depthwise: Collection[str],
+) -> Edge | None:
     """Return the edge from a layer to its only consumer, or None."""
     start = modules[str(node.target)]
     if isinstance(start, nn.Conv2d) and start.groups > 1:
@@ -128,9 +150,16 @@ def _find_edge(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, in
     channels = start.out_channels if isinstance(start, nn.Conv2d) else start.out_features
     assert isinstance(channels, int)
     producer, between = str(node.target), []
+    gates: list[_Gate] = []
     # "map": channels are dimension 1 of images; "last": they are the last dimension; "flat": of single pixels
     layout = "map" if isinstance(start, nn.Conv2d) else "last"
-    while len(node.users) == 1:
+    while True:
+        if layout == "map" and (gate := _find_gate(node, channels, modules, calls, layers)) is not None:
+            gates.append(gate)
+            node = gate.product
+            continue
+        if len(node.users) != 1:
+            return None
         before, node = node, next(iter(node.users))
         if not node.args or node.args[0] is not before or before in list(node.args[1:]) + list(node.kwargs.values()):
             return None
@@ -145,16 +174,88 @@ def _find_edge(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, in
         if calls[name] > 1 and next(module.parameters(), None) is not None:
             return None
         if _is_channelwise(module, layout == "map"):
-            if isinstance(module, nn.Conv2d) and name not in layers:
+            if isinstance(module, nn.Conv2d) and name not in layers and name not in depthwise:
                 return None
             if isinstance(module, nn.BatchNorm2d | nn.Conv2d):
                 between.append(name)
             layout = "flat" if isinstance(module, nn.Flatten) else layout
         elif name in layers and _consumes(module, channels, layout):
-            return Edge(producer, name, tuple(between))
+            readers, last = tuple(g.reader for g in gates), tuple(g.gate for g in gates)
+            return Edge(producer, name, tuple(between), readers, last)
         else:
             return None
-    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gate:
+    """Squeeze-and-excitation: the maps times a factor for each channel, which two 1×1 layers make of their means.
+
+    Attributes:
+        reader: its first layer.
+        gate: its last layer.
+        product: the node that multiplies.
+    """
+
+    reader: str
+    gate: str
+    product: fx.Node
+
+
+def _find_gate(
+    node: fx.Node, channels: int, modules: dict[str, nn.Module], calls: dict[str, int], layers: set[str]
+) -> _Gate | None:
+    """Return the squeeze-and-excitation of a node's maps, or None.
+
+    Source:
+        Hu, Shen, Sun: Squeeze-and-excitation networks, 2017, arXiv 1709.01507.
+    """
+    if len(node.users) != 2:
+        return None
+    product = next((user for user in node.users if user.target in (operator.mul, torch.mul)), None)
+    step = next((user for user in node.users if user is not product), None)
+    if product is None or step is None or len(product.args) != 2 or not _is_global_mean(step, modules):
+        return None
+    convolutions: list[str] = []
+    while len(step.users) == 1:
+        before, step = step, next(iter(step.users))
+        if step is product:
+            factor = product.args[1] if product.args[0] is node else product.args[0]
+            break
+        if not step.args or step.args[0] is not before:
+            return None
+        if step.op != "call_module":
+            if _function_kind(step, is_map=True) != "channelwise":
+                return None
+            continue
+        name, module = str(step.target), modules[str(step.target)]
+        if isinstance(module, nn.Conv2d):
+            if name not in layers or calls[name] > 1 or module.kernel_size != (1, 1) or module.groups > 1:
+                return None
+            convolutions.append(name)
+        elif not isinstance(module, tuple(_ELEMENTWISE)):
+            return None
+    else:
+        return None
+    if factor is not before or len(convolutions) != 2:
+        return None
+    first, last = (modules[name] for name in convolutions)
+    if first.in_channels != channels or last.out_channels != channels:
+        return None
+    return _Gate(convolutions[0], convolutions[1], product)
+
+
+def _is_global_mean(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a node is the mean of each channel over all pixels, as maps of one pixel."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+    if node.target is F.adaptive_avg_pool2d:
+        return tuple(node.args[1:]) in ((1,), ((1, 1),))
+    if node.target not in (torch.mean, "mean"):
+        return False
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    keepdim = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    return isinstance(dims, list | tuple) and sorted(int(d) % 4 for d in dims) == [2, 3] and keepdim is True
 
 
 def _consumes(module: nn.Module, channels: int, layout: str) -> bool:
@@ -174,8 +275,23 @@ def _is_channelwise(module: nn.Module, is_map: bool) -> bool:
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and module.end_dim == -1
     if isinstance(module, nn.Conv2d):
-        return type(module) is nn.Conv2d and 1 < module.groups == module.in_channels == module.out_channels
-    return type(module) is nn.BatchNorm2d or isinstance(module, tuple(_POOLING))
+        plain = type(module) is nn.Conv2d or is_same_padded_depthwise(module)
+        return plain and 1 < module.groups == module.in_channels == module.out_channels
+    if isinstance(module, nn.BatchNorm2d):
+        return isinstance(_activation_of(module), tuple(_ELEMENTWISE))
+    return isinstance(module, tuple(_POOLING))
+
+
+def _activation_of(norm: nn.BatchNorm2d) -> nn.Module | None:
+    """Return the activation that a BatchNorm applies, an identity where it applies none; None where it is not known.
+
+    timm's BatchNormAct2d applies its modules ``drop`` and ``act``.
+    """
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
+    known = type(norm).__name__ == "BatchNormAct2d" and type(drop) is nn.Identity
+    return act if known and isinstance(act, nn.Module) else None
 
 
 def _function_kind(node: fx.Node, is_map: bool) -> str | None:
@@ -190,17 +306,25 @@ def _function_kind(node: fx.Node, is_map: bool) -> str | None:
     return None
 
 
+def _does_nothing(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a node gives what it is given, in evaluation."""
+    return node.op == "call_module" and isinstance(modules[str(node.target)], nn.Identity | nn.Dropout)
+
+
 def _find_shortcut(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, int]) -> Shortcut | None:
     """Return what is added to a layer's output, directly or behind a BatchNorm."""
     norm = None
     if len(node.users) != 1 or not isinstance(modules[str(node.target)], nn.Conv2d):
         return None
     following = next(iter(node.users))
-    if following.op == "call_module" and type(modules[str(following.target)]) is nn.BatchNorm2d:
+    behind = modules[str(following.target)] if following.op == "call_module" else None
+    if isinstance(behind, nn.BatchNorm2d) and type(_activation_of(behind)) is nn.Identity:
         norm, node = str(following.target), following
-        if len(node.users) != 1:
-            return None
-        following = next(iter(node.users))
+    # what does nothing while the network answers, such as stochastic depth
+    while len(node.users) == 1 and _does_nothing(following := next(iter(node.users)), modules):
+        node = following
+    if len(node.users) != 1:
+        return None
     sums = {operator.add, operator.iadd, torch.add}
     if following.op != "call_function" or following.target not in sums or following.kwargs or len(following.args) != 2:
         return None

@@ -92,8 +92,8 @@ class Knapsack:
         self.edge_after: dict[str, str] = {}
         for consumer, edge in self.edges.items():
             self.edge_losses[consumer] = {specs[consumer].in_channels: 0.0, **space.widths[edge.producer, consumer]}
-            self.edge_before |= dict.fromkeys((*edge.between, consumer), consumer)
-            self.edge_after |= dict.fromkeys((edge.producer, *edge.between), consumer)
+            self.edge_before |= dict.fromkeys((*edge.between, *edge.readers, consumer), consumer)
+            self.edge_after |= dict.fromkeys((edge.producer, *edge.between, *edge.gates), consumer)
         self.costs: dict[tuple[object, ...], float] = {}
 
     def width(self, name: str, widths: dict[str, int], *, before: bool) -> int:
@@ -116,7 +116,7 @@ class Knapsack:
         """Return the cost of the layers at an edge with that many channels left."""
         edge = self.edges[consumer]
         trial = {**widths, consumer: channels}
-        touched = (edge.producer, consumer, *edge.between)
+        touched = (edge.producer, consumer, *edge.between, *edge.readers, *edge.gates)
         layers = sum(self.layer_cost(name, factorisations[name], trial) for name in touched if name in self.specs)
         return layers + channels * self.channel_costs.get(consumer, 0.0)
 

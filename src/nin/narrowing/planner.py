@@ -241,7 +241,8 @@ class Planner:
             full = self.analysis.specs[edge.consumer].in_channels
             left = knapsack.width(edge.consumer, solution.widths, before=True)
             if left < full:
-                pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full))
+                gated = edge.readers, edge.gates
+                pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full, *gated))
         return Plan(tuple(layers), tuple(pruned), self.kind, share, self.options.layout)
 
     def _layer_latencies(self, plan: Plan) -> dict[str, tuple[float, float]]:

@@ -59,14 +59,15 @@ def reconstruct(
         (asymmetric); He, Zhang, Sun: Channel pruning, 2017, arXiv 1707.06168, section 3.3 (shortcuts).
     """
     reconstruction = _Reconstruction(original, plan, analysis, batches)
+    readers = {p.consumer: p.readers for p in plan.pruned}
     changed = [p for p in plan.layers if p.form != "keep" or p.name in reconstruction.prunings]
     size = max(1, -(-len(changed) // max(1, passes)))
     groups = [changed[i : i + size] for i in range(0, len(changed), size)]
     errors: dict[str, float] = {}
     for done, group in enumerate(groups):
-        moments = reconstruction.collect([layer.name for layer in group])
+        moments = reconstruction.collect([n for layer in group for n in (layer.name, *readers.get(layer.name, ()))])
         for layer in group:
-            error = reconstruction.replace(layer, moments[layer.name])
+            error = reconstruction.replace(layer, moments)
             if error is not None:
                 errors[layer.name] = error
         on_progress("Fitting the layers", done + 1, len(groups))
@@ -165,8 +166,9 @@ class _Reconstruction:
                 model(*args, **kwargs)
         return {key: torch.cat(values, dim=2) for key, values in caught.items()}
 
-    def replace(self, layer: LayerPlan, moments: Moments) -> float | None:
+    def replace(self, layer: LayerPlan, all_moments: dict[str, Moments]) -> float | None:
         """Put the fitted layer into the network; return the fraction of its variance that it misses, where known."""
+        moments = all_moments[layer.name]
         spec, old = self.analysis.specs[layer.name], self.narrowed.get_submodule(layer.name)
         weight = old.get_parameter("weight").detach().double().flatten(1).view(spec.groups, -1, spec.patch)
         roots = [matrix_roots(g.to(weight.device)) for g in self.analysis.sensitivities[layer.name]]
@@ -187,8 +189,10 @@ class _Reconstruction:
             xx, mean_x = xx[0][kept_inputs][:, kept_inputs][None], mean_x[:, kept_inputs]
             fitted = least_squares(weight[0][:, kept_inputs], xx[0], yx[0][:, kept_inputs])[None]
             yy = fitted @ xx @ fitted.mT
-            for name in (pruning.producer, *pruning.between):
+            for name in (pruning.producer, *pruning.between, *pruning.gates):
                 replace_module(self.narrowed, name, select_outputs(self.narrowed.get_submodule(name), kept))
+            for name in pruning.readers:
+                self.cut_inputs(name, kept, all_moments[name])
         factored = [
             _factorise(layer, fitted[g], None if xx is None else xx[g], yy[g], roots[g]) for g in range(spec.groups)
         ]
@@ -199,6 +203,17 @@ class _Reconstruction:
         _fill(new, [matrices for matrices, _ in factored], bias)
         replace_module(self.narrowed, layer.name, new)
         return None if xx is None else _missed_variance(moments, effective, xx, kept_inputs, roots)
+
+    def cut_inputs(self, name: str, kept: Tensor, moments: Moments) -> None:
+        """Fit a 1×1 layer to these input channels alone, in the narrowed network."""
+        spec, old = self.analysis.specs[name], self.narrowed.get_submodule(name)
+        weight = old.get_parameter("weight").detach().double().flatten(1)
+        xx, yx = moments.covariance("xx")[0], moments.covariance("yx")[0]
+        fitted = least_squares(weight[:, kept], xx[kept][:, kept], yx[:, kept])
+        bias = moments.mean("y")[0] - fitted @ moments.mean("x")[0, kept]
+        new = dataclasses.replace(spec, in_channels=len(kept)).make_layer(old.get_parameter("weight"))
+        _fill(new, [[fitted]], bias)
+        replace_module(self.narrowed, name, new)
 
 
 def _factorise(
