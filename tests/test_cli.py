@@ -166,7 +166,6 @@ def test_the_table_of_costs_fits_into_80_columns(name, capsys, monkeypatch):
 
     narrow = Console(width=80, **console.PLAIN_TEXT)
     monkeypatch.setattr(console, "results", narrow)
-    monkeypatch.setattr(cost, "results", narrow)
     cli_main("cost", name, "--count-only")
     printed = capsys.readouterr()
     network, size = cost.find_network(name, None, None)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -217,6 +218,20 @@ def test_the_parameters_are_the_whole_model_and_shared_ones_once():
     assert counted.parameters == sum(p.numel() for p in folded.parameters())
     assert counted.parameters == sum(layer.parameters for layer in counted.layers)
     assert sum(p.numel() for p in standardised.parameters()) == counted.parameters + 8 + 6  # it is left as it is
+
+
+def test_the_whole_may_be_timed_in_another_form():
+    """As `nin predict` computes a narrowed run: fused, which hooks at its layers would end."""
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.02)
+            return x
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
+    measured = nin.cost(model, (1, 3, 8, 8), measured=True, whole=Slow()).measured
+    assert measured.total.median_ms >= 20
+    assert [layer.module for layer in measured.layers] == ["0", "2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -111,6 +111,32 @@ def print_table(
     results.print(table)
 
 
+def fit_columns(rows: Sequence[tuple[str, ...]], less_needed: Iterable[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Return a table without the columns that the terminal has no room for, and the headings of these.
+
+    Args:
+        rows: of cells, the header first.
+        less_needed: headings in the order in which they are left out.
+    """
+    kept, left_out = list(rows), list[str]()
+    for name in less_needed:
+        # each column has two spaces and a line around it
+        if sum(max(map(cell_len, column)) + 3 for column in zip(*kept, strict=True)) + 1 <= results.width:
+            break
+        if name in kept[0]:
+            index = kept[0].index(name)
+            kept = [row[:index] + row[index + 1 :] for row in kept]
+            left_out.append(name)
+    return kept, left_out
+
+
+def say_left_out(columns: Sequence[str]) -> None:
+    """Say which columns of a table were left out, if any were."""
+    if columns:
+        names = ", ".join(columns)
+        messages.print(f"left out, as the terminal is {results.width} columns wide: {names}; --json has all")
+
+
 def cut_middle(text: str, most: int) -> str:
     """Return a text of at most so many characters, its middle left out: both ends of a path tell more.
 

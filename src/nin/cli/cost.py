@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.cells import cell_len
 
 import nin
-from nin.cli.console import ProgressBar, messages, print_json, print_table, results
+from nin.cli.console import ProgressBar, fit_columns, messages, print_json, print_table, results, say_left_out
 from nin.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,12 +52,15 @@ def cost(
             raise UserError(f"{name} must be at least 1 and at most {LARGEST:,}, got {value}")
     with nin.models.trust() if trust else contextlib.nullcontext():
         network, (usual_channels, height, width) = find_network(model, classes, channels)
+        # a narrowed run is of plain layers, which `nin predict` fuses
+        is_run = model not in nin.models.MODELS and Path(model).is_dir()
+        whole = nin.load(model).fastest if is_run and not count_only else None
     shape = (1, channels or usual_channels, size or height, size or width)
     # Counted first: it takes milliseconds, and its errors say that the size does not fit.
     counted = count(model, network, shape)
     if not count_only:
         with ProgressBar("Timing the layers") as bar:
-            counted = nin.cost(network, shape, measured=True, on_progress=bar.update)
+            counted = nin.cost(network, shape, measured=True, whole=whole, on_progress=bar.update)
     if json:
         print_json(counted.to_dict())
     else:
@@ -105,36 +107,14 @@ def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:
         return nin.cost(network, shape)
 
 
-def fit_columns(rows: list[tuple[str, ...]], width: int) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Return a table without the columns that a terminal has no room for, and the headings of these.
-
-    Args:
-        rows: of cells, the header first.
-        width: of the terminal, in columns.
-    """
-    left_out: list[str] = []
-    for name in LESS_NEEDED:
-        # each column has two spaces and a line around it
-        if sum(max(map(cell_len, column)) + 3 for column in zip(*rows, strict=True)) + 1 <= width:
-            break
-        if name in rows[0]:
-            index = rows[0].index(name)
-            rows = [row[:index] + row[index + 1 :] for row in rows]
-            left_out.append(name)
-    return rows, left_out
-
-
 def show_cost(model: str, counted: Cost) -> None:
     """Print the cost as a table, and what is not in it."""
     shape = "×".join(map(str, counted.input_shape))
     title = f"{model}, input {shape}; 1 MAC = 2 floating-point operations"
-    rows, left_out = fit_columns(counted.rows(), results.width)
+    rows, left_out = fit_columns(counted.rows(), LESS_NEEDED)
     left = sum(name not in left_out for name in ("layer", "kernel", "channels", "output"))
     print_table(rows, left=left, title=title, total=True)
-    if left_out:
-        messages.print(
-            f"left out, as the terminal is {results.width} columns wide: {', '.join(left_out)}; --json has all"
-        )
+    say_left_out(left_out)
     if counted.uncounted:
         messages.print(f"not counted: {', '.join(counted.uncounted)}")
     if counted.measured is not None:

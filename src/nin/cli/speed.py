@@ -7,8 +7,20 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import nin
-from nin.cli.console import ProgressBar, catch_stop_signals, messages, print_json, print_table, results
+from nin.cli.console import (
+    ProgressBar,
+    catch_stop_signals,
+    fit_columns,
+    messages,
+    print_json,
+    print_table,
+    results,
+    say_left_out,
+)
 from nin.cli.narrow import parse_numbers
+
+# Columns in the order in which a narrow terminal leaves them out.
+LESS_NEEDED = ("KL", "memory", "files", "accuracy")
 
 DEFAULT_BUDGETS = "0.8,0.65,0.5"
 
@@ -99,7 +111,9 @@ def speed(
     if json:
         print_json({"out": None if out is None else str(out), **found.to_dict()})
         return
-    print_table(found.table(), left=3, title=f"{found.network} on {found.images}")
+    rows, left_out = fit_columns(found.table(), LESS_NEEDED)
+    print_table(rows, left=3, title=f"{found.network} on {found.images}")
+    say_left_out(left_out)
     results.print("\n".join(found.lines()))
     if out is not None and found.chosen is not None:
         messages.print(f"Use it: python {out / 'example.py'} IMAGE…")

@@ -152,6 +152,7 @@ def cost(
     input_shape: Sequence[int],
     *,
     measured: bool = False,
+    whole: nn.Module | None = None,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> Cost:
     """Count the cost of one forward pass, on the meta device: nothing is computed unless it is to be timed.
@@ -170,6 +171,8 @@ def cost(
         input_shape: (N, C, H, W); with N = 1 the figures are those of one image.
         measured: whether to time it too, whole and layer by layer, on the CPU in evaluation mode, in about four
             seconds.
+        whole: what computes the same as the model, such as the network of `nin.fuse`, to be timed as a whole in its
+            place; its layers are those of the model.
         on_progress: called with (timed runs done, timed runs in all).
 
     Returns:
@@ -197,7 +200,7 @@ def cost(
         for layer in counter.layers:
             macs[layer.module] += layer.macs
         x = torch.rand(shape).to(dtype)
-        timing = time_model(_as_it_answers(copy_model(model)).to("cpu"), x, macs, on_progress)
+        timing = time_model(_as_it_answers(copy_model(model)).to("cpu"), x, macs, on_progress, whole)
     return Cost(shape, tuple(counter.layers), count_parameters(model), tuple(counter.uncounted()), timing)
 
 

@@ -157,7 +157,7 @@ class TorchRunner(Runner):
 
 
 class CompiledRunner(TorchRunner):
-    """``torch.compile`` with frozen weights, at one number of threads: each other would be compiled once more."""
+    """``torch.compile`` with frozen weights, at the number of threads that is given: each would be compiled anew."""
 
     def candidates(self) -> list[Setting]:
         """Return the usual number of threads."""

@@ -89,7 +89,7 @@ class SearchSession:
         """Measure and choose."""
         for path, array in self.arrays.items():
             np.save(path, array)
-        load_before = os.getloadavg()[0]
+        load_before = system_load()
         with contextlib.ExitStack() as stack:
             stack.callback(self._close_all)
             self._add_form(ORIGINAL, None)
@@ -112,7 +112,7 @@ class SearchSession:
             control = self._control()
         rows = tuple(self.rows.values())
         chosen = choose(rows, self.settings.lose, self.settings.batches[0])
-        loads = load_before, os.getloadavg()[0]
+        loads = load_before, system_load()
         s = self.subject
         return SpeedResult(
             s.name,
@@ -203,6 +203,10 @@ class SearchSession:
     def _start(self, combination: Combination, name: str = "") -> WorkerProcess:
         """Return the process of a combination, ready; its settings are looked for once."""
         p, known = self.subject.preprocessing, self.state.get(f"settings {combination.key}") or {}
+        settings = {int(batch): Setting(**values) for batch, values in known.items()}
+        if combination.engine == "compile" and not known:  # each number of threads would be compiled anew
+            eager = self.rows[REFERENCE].settings
+            settings = {batch: Setting(setting.threads, "channels_last") for batch, setting in eager.items()}
         spec = WorkerSpec(
             combination.engine,
             combination.number,
@@ -212,7 +216,7 @@ class SearchSession:
             p.mean,
             p.std,
             self.settings.threads,
-            {int(batch): Setting(**values) for batch, values in known.items()},
+            settings,
             self.subject.trust or self.subject.info is None,
         )
         worker = WorkerProcess(spec, self.work, name or combination.key)
@@ -224,8 +228,8 @@ class SearchSession:
         if not name:
             self.workers[combination] = worker
             if not known:
-                settings = {str(batch): setting.to_dict() for batch, setting in worker.settings.items()}
-                self.state.set(f"settings {combination.key}", settings)
+                found = {str(batch): setting.to_dict() for batch, setting in worker.settings.items()}
+                self.state.set(f"settings {combination.key}", found)
                 self.state.set(f"memory {combination.key}", worker.peak_bytes)
         return worker
 
@@ -312,6 +316,11 @@ class SearchSession:
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
+
+
+def system_load() -> float:
+    """Return how many programs have wanted a core over the last minute, on average; 0 where that is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def describe_machine(loads: tuple[float, float]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ class Worker:
         self.settings: dict[int, Setting] = {}
         candidates = self.runner.candidates()
         for batch, x in self.inputs.items():
-            self.settings[batch] = candidates[0]
-            self.runner.bind(x, candidates[0])()
+            self.settings[batch] = spec.settings.get(batch, candidates[0])
+            self.runner.use(self.settings[batch])
+            self.runner.bind(x, self.settings[batch])()
         # before other settings are tried, so that it is that of one network
         self.peak_bytes = peak_memory_bytes()
         for batch in self.inputs:
