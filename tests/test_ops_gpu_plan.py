@@ -748,16 +748,29 @@ def test_the_first_backward_call_times_both_engines(monkeypatch):
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(5, 7), (1, 1)])
-def test_products_of_matrices_equal_convolutions(activation, bias, size):
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_products_of_matrices_equal_convolutions(activation, bias, size, layout):
     from nin.ops.gpu import matrix_products
 
+    if size != (1, 1):
+        layout = torch.channels_last
     x, chain = call(7, 5, 1, size=size)
+    x = x.to(memory_format=layout)
     chain = chain._replace(activations=[activation] * 2, biases=chain.biases if bias else [None, None])
     assert matrix_products.is_supported(x, chain)
     y = matrix_products.mlpconv(x, chain)
     want = reference.mlpconv(x, chain)
     torch.testing.assert_close(y, want)
     assert y.stride() == want.stride()
+
+
+def test_images_of_one_pixel_are_a_row_in_every_format():
+    from nin.ops.gpu.strides import coalesce_pixels
+
+    for x in (torch.randn(5, 7, 1, 1), torch.randn(5, 7, 1, 1).to(memory_format=torch.channels_last)):
+        walk = coalesce_pixels(x, torch.randn(5, 3, 2, 2)[:, :, :1, :1])
+        assert (walk.pixels, walk.height, walk.width) == (5, 1, 5)
+        assert walk.strides == ((7, 1, 0, 7), (12, 4, 0, 12))
 
 
 def test_products_of_matrices_want_rows():

@@ -9,8 +9,9 @@ from nin.ops.arguments import ChainArguments
 
 def is_supported(x: Tensor, chain: ChainArguments) -> bool:
     """Return whether the pixels are the rows of a matrix where they lie."""
-    dense = x.is_contiguous(memory_format=torch.channels_last) and reference.memory_format_of(x) == torch.channels_last
-    return dense and chain.is_pointwise() and tuple(chain.stride) == (1, 1)
+    dense = x.is_contiguous(memory_format=torch.channels_last)
+    pixels_are_rows = reference.memory_format_of(x) == torch.channels_last or x.shape[2] == x.shape[3] == 1
+    return dense and pixels_are_rows and chain.is_pointwise() and tuple(chain.stride) == (1, 1)
 
 
 def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
@@ -25,4 +26,6 @@ def mlpconv(x: Tensor, chain: ChainArguments) -> Tensor:
         # its GELU is the approximation with tanh, ours the exact one
         rows = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
         rows = reference.ACTIVATIONS[activation](rows)
-    return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
+    if reference.memory_format_of(x) == torch.channels_last:
+        return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
+    return rows.view(images, -1, 1, 1)  # of one pixel, which lies in both formats alike

@@ -38,7 +38,9 @@ def coalesce_pixels(*tensors: Tensor) -> CoalescedPixels:
     """
     images, _, height, width = tensors[0].shape
     strides: list[tuple[Any, ...]] = [t.stride() for t in tensors]
-    if width == 1:  # a column of pixels is walked as a row
+    if height == width == 1:  # images of one pixel are a row of pixels, in every format
+        strides = [(n, c, 0, n) for n, c, _, _ in strides]
+    elif width == 1:  # a column of pixels is walked as a row
         height, width = 1, height
         strides = [(n, c, 0, h) for n, c, h, _ in strides]
     elif height == 1 or all(h == width * w for _, _, h, w in strides):
