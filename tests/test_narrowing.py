@@ -406,7 +406,7 @@ def test_latency_is_measured_and_reached():
     assert all(done < total for done, total in steps)
     before, after = result.report.latency[4]
     # the plan keeps the budget by what was measured for it; beside other programs two timings differ
-    assert after.median_ms <= 1.25 * 0.6 * before.median_ms
+    assert after.low_ms <= 1.25 * 0.6 * before.low_ms
     assert set(result.report.latency) == {1, 4, 8}
     assert any(layer.latency_ms_after for layer in result.report.layers)
 
@@ -919,9 +919,12 @@ def test_the_layers_of_timm_are_followed():
 
     torch.manual_seed(0)
     model, batches = Block().eval(), images(32, 3, 10, 10)
-    result = nin.narrow(model, batches, macs=0.6, options=dataclasses.replace(QUIET, factorise=False))
+    with torch.no_grad():
+        model.project.weight[:, 14:] = 0  # only channels that do not matter go, so the answers stay
+    result = nin.narrow(model, batches, macs=0.7, options=dataclasses.replace(QUIET, factorise=False))
     (pruned,) = result.plan.pruned
     assert pruned.between == ("norm1", "depthwise", "norm2")
+    torch.testing.assert_close(outputs(result.model, batches), outputs(model, batches), atol=1e-4, rtol=1e-4)
     assert type(result.model.depthwise) is layers.Conv2dSame
     assert result.model.depthwise.groups == result.model.norm1.num_features == pruned.channels
     again = nin.apply_plan(Block(), result.plan)
