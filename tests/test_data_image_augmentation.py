@@ -332,6 +332,27 @@ def test_shift_is_for_small_images():
     assert TrainConfig(shift=3).resolve(images=100, image_size=95, flip=True, shift=5).shift == 3
 
 
+def test_crops_may_be_smaller_than_the_images_that_are_tested(photos):
+    images = data.load(photos, size=96)
+    for options in ({}, {"augment": "strong"}, {"mixup": 0.4}):
+        assert [x.shape[1:] for x, _ in epoch(images, train_size=64, **options)] == [(3, 64, 64)] * 2
+    wrong = {"train_size": 112}, {"train_size": 64, "augment": "none"}
+    for options in wrong:
+        with pytest.raises(UserError, match="train_size is for random crops of photos, of 96 pixels or more, and at"):
+            resolved(images, **options)
+    with pytest.raises(UserError, match="train_size is for random crops"):
+        TrainConfig(train_size=32).resolve(images=100, image_size=64, flip=True, shift=5)
+    with pytest.raises(UserError, match="train_size must be at least 16, got 8"):
+        TrainConfig(train_size=8)
+
+
+def test_a_network_that_does_not_take_the_smaller_crops_is_refused(photos):
+    images = data.load(photos, size=224)
+    config = TrainConfig(model="timm:vit_tiny_patch16_224", train_size=160, epochs=1)
+    with pytest.raises(UserError, match="timm:vit_tiny_patch16_224 does not take images of 3×160×160"):
+        nin.train(images, config)
+
+
 def test_odd_channels_are_refused_where_single_images_are_augmented():
     rng = np.random.default_rng(0)
     images = data.load((rng.integers(0, 256, (40, 8, 8, 5), dtype=np.uint8), np.arange(40) % 2))

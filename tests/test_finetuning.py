@@ -12,8 +12,10 @@ from torch import nn
 from nin import checkpoint, data, epoch_metrics, models, optim, report, training
 from nin.config import TrainConfig
 from nin.errors import UserError
+from nin.models.input_config import InputConfig
 from nin.training import batch_size_test, head_fit
 from nin.training.learning_rate_test import LearningRateTest, find_learning_rate
+from nin.training.starting_point import StartingPoint
 from nin.training.step import TrainStep, make_model
 from support.stopping import stop_after
 
@@ -159,10 +161,24 @@ def test_settings_are_checked(settings, message):
 
 def test_weights_make_the_recipe_that_for_fine_tuning():
     fine = TrainConfig(model="timm:resnet18", pretrained=True).resolve(images=660, image_size=224, flip=True, shift=9)
-    assert (fine.recipe, fine.optimizer, fine.batch_norm, fine.batch_size) == ("finetune", "adamw", "frozen", 32)
+    assert (fine.recipe, fine.optimizer, fine.augment, fine.batch_size) == ("finetune", "adamw", "strong", 32)
     assert TrainConfig().resolve(images=660, image_size=224, flip=True, shift=9).recipe == "default"
     given = TrainConfig(weights="x", recipe="default").resolve(images=660, image_size=224, flip=True, shift=9)
-    assert (given.recipe, given.optimizer) == ("default", "sgd")
+    assert (given.recipe, given.optimizer, given.augment) == ("default", "sgd", "light")
+    light = TrainConfig(weights="x", augment="light").resolve(images=660, image_size=224, flip=True, shift=9)
+    assert (light.recipe, light.augment) == ("finetune", "light")
+
+
+def test_images_are_squashed_where_a_library_crops_and_otherwise_as_the_weights_say(tmp_path):
+    resize = data.ResizeOptions("crop", "bilinear", 0.875)
+    config = InputConfig(64, 3, (0.5,) * 3, (0.5,) * 3, resize=resize)
+    own = StartingPoint(TrainConfig(), config)
+    assert own.load_options(tmp_path, size=None)["resize"] == data.ResizeOptions("squash", "bilinear")
+    assert own.load_options(tmp_path, size=None, resize="crop")["resize"] == config.resize
+    letterbox = dataclasses.replace(config, resize=data.ResizeOptions("letterbox"))
+    assert StartingPoint(TrainConfig(), letterbox).load_options(tmp_path, size=None)["resize"].mode == "letterbox"
+    run = dataclasses.replace(own, run=object())
+    assert run.load_options(tmp_path, size=None)["resize"] == config.resize
 
 
 def test_the_class_layer_learns_faster_and_norms_and_biases_do_not_decay(images):

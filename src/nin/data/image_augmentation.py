@@ -25,7 +25,7 @@ from nin.data.value_range import Pixels
 # The part of a photo's area that a random crop keeps, at least, and its proportions beside those of a square. ImageNet
 # is trained from 0.08 upwards (Szegedy et al. 2014, arXiv 1409.4842), for hundreds of epochs; in a few, and with
 # objects that need not fill the photo, crops that miss the object do more harm than good.
-SMALLEST_CROP = {"light": 0.35, "strong": 0.2}
+SMALLEST_CROP = 0.35
 LARGEST_ASPECT = 4 / 3
 
 # Brightness, contrast and saturation are multiplied by 1 ± this.
@@ -71,7 +71,7 @@ class ImageAugmentation:
         draw = random.Random(stream_key("augment", self.seed, self.epoch, index)).random
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         if self.crops:
-            box = random_box(image.width, image.height, SMALLEST_CROP[self.level], draw)
+            box = random_box(image.width, image.height, SMALLEST_CROP, draw)
             image = image.resize((self.size, self.size), FILTERS[self.interpolation], box)
             if self.flip and self._is_mirrored(index):
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -60,8 +60,9 @@ def find_batch_size(
 
 def _fits(train_step: TrainStep, images: data.Data, size: int, device: torch.device) -> bool:
     """Return whether a step with so many images fits; two are taken, as the first one makes the optimiser's state."""
+    side = train_step.config.train_size or images.size
     try:
-        x = torch.zeros(size, images.channels, images.size, images.size, device=device)
+        x = torch.zeros(size, images.channels, side, side, device=device)
         x = x.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(size, device=device) % len(images.classes)
         for step in range(2):

@@ -116,7 +116,7 @@ def augmented_set(images: data.Data, config: ResolvedConfig, *, epoch: int) -> d
         level=config.augment,
         crops=crops,
         flip=config.flip,
-        size=images.size,
+        size=config.train_size or images.size,
         interpolation=images.resize.interpolation,
         fill=tuple(round(255 * mean) for mean in images.mean),
         seed=config.seed,

@@ -37,13 +37,17 @@ class StartingPoint:
         Args:
             source: what is loaded; named sets and arrays have a size of their own.
             size: height and width that were asked for, or None.
-            resize: the mode that was asked for, or None for that of the weights.
+            resize: the mode that was asked for. If None, that of the weights' run; and "squash" where a library's say
+                "crop", which cuts a quarter and more off a photo of 3:4: the random crops that such weights were
+                trained with change the proportions as much. Figures: docs/finetuning.md.
         """
         is_fixed = not isinstance(source, str | Path) or str(source) in data.DATASET_NAMES
         options: dict[str, Any] = {} if resize is None else {"resize": resize}
         if self.input_config is not None and not is_fixed:
             own = self.input_config.resize
-            return {"size": size or self.input_config.size, "resize": own if resize is None else own.with_mode(resize)}
+            if resize is None:
+                resize = "squash" if self.run is None and own.mode == "crop" else own.mode
+            return {"size": size or self.input_config.size, "resize": own.with_mode(resize)}
         return {"size": size, **options}
 
     def normalised(self, images: data.Data) -> data.Data:

@@ -261,7 +261,8 @@ def make_model(
     model = models.create(config.model, classes, **options)
     if weights is not None and "prepare" not in options:
         on_note(weights.load_into(model, models.class_layer_name(model)))
-    check_takes_images(model, config.model, channels=channels, classes=classes, size=size)
+    for side in {size, config.train_size or size}:
+        check_takes_images(model, config.model, channels=channels, classes=classes, size=side)
     return model
 
 
