@@ -1,6 +1,7 @@
 """Every page of the product at the widths of phones, tablets and desks: nothing overflows, breaks in two or is tiny."""
 
 import dataclasses
+import itertools
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nin.narrowing.report import ControlReport
 from nin.profiling.bench.report import html_page
 from nin.profiling.bench.runner import Benchmark, EngineResult, Machine
 from nin.runtime.timer import Timing
+from nin.server import static_export
 from nin.speed_search.combinations import Combination
 from nin.speed_search.page import render_page
 from nin.speed_search.quality import Quality
@@ -169,14 +171,16 @@ def test_a_written_page_fits_every_screen(browser, axe, name, tmp_path):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """Serve the lesson with a look inside."""
-    running = Running(server.create_app(make_run(tmp_path_factory.mktemp("served") / "run")))
+    run = make_run(tmp_path_factory.mktemp("served") / "run")
+    running = Running(server.create_app(run))
+    running.run = run
     running.app.state.service.runs[0].samples.thread.join(timeout=60)
     yield running
     running.stop()
 
 
-@pytest.mark.parametrize("width", WIDTHS[2:])
-def test_the_served_page_fits_wide_screens(browser, served, width):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_served_page_fits_every_screen(browser, axe, served, width):
     scheme = SCHEMES[WIDTHS.index(width) % 2]
     made = Visit(
         browser, served, viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce"
@@ -192,8 +196,31 @@ def test_the_served_page_fits_wide_screens(browser, served, width):
     assert layout_faults(page) == []
     page.goto(served.url + "/api")
     expect(page.get_by_role("heading", name="POST /api/predict")).to_be_visible()
-    assert layout_faults(page) == []
+    for scheme in SCHEMES:
+        page.emulate_media(color_scheme=scheme)
+        assert layout_faults(page) == []
+    if width == WIDTHS[0]:
+        assert axe_faults(axe, page) == []
     made.close()
+
+
+def test_a_copy_of_the_page_fits_every_screen(browser, served, tmp_path, monkeypatch):
+    monkeypatch.setattr(static_export, "MEASURED_WIDTHS", ())
+    monkeypatch.setattr(static_export, "MAX_BYTES", 1)
+    index = server.export_page(served.run, tmp_path / "copy")
+    page = browser.new_page(reduced_motion="reduce")
+    wrong = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(index.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    expect(page.locator("#inside [data-paths] h3")).to_have_count(1)
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 800})
+        assert layout_faults(page) == [], (width, scheme)
+    page.close()
+    assert wrong == []
 
 
 def test_the_circle_of_step_6_is_a_circle_on_a_portrait_photo(browser, served):

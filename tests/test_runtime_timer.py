@@ -33,3 +33,17 @@ def test_median_and_percentiles(monkeypatch):
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         timer.time_interleaved({}, **options)
+
+
+def test_times_that_scatter_are_taken_again(monkeypatch):
+    def scattering(high_ms):
+        return {"a": timer.Timing(1.0, 1.0, 1.1, 15), "b": timer.Timing(2.0, 2.0, 2.0 * high_ms, 15)}
+
+    attempts = [scattering(3.0), scattering(1.5), scattering(1.1), scattering(1.0)]
+    monkeypatch.setattr(timer, "time_interleaved", lambda callables, warmup: attempts.pop(0))
+    timings, is_steady = timer.time_until_steady({}, seconds=60)
+    assert (timings["b"].high_ms, is_steady) == (2.2, True)
+    assert len(attempts) == 1
+    attempts[:] = [scattering(3.0), scattering(1.5)]
+    timings, is_steady = timer.time_until_steady({}, seconds=-1)
+    assert (timings["b"].high_ms, is_steady, len(attempts)) == (6.0, False, 1)

@@ -25,6 +25,7 @@ from nin.errors import UserError
 from nin.ops import mlpconv
 from nin.profiling import bottleneck_timing
 from nin.runtime import listener
+from nin.runtime.timer import time_interleaved
 from nin.server import activations, static_files, uvicorn_server
 from nin.server.batcher import Batcher, FullError, classify
 from nin.server.middleware import SECURITY_HEADERS
@@ -386,11 +387,43 @@ def test_a_run_whose_images_are_gone_says_so(tmp_path):
     served.stop()
 
 
+def test_the_mistakes_are_the_surest_wrong_answers(running, client):
+    run = running.app.state.service.runs[0]
+    run.samples.thread.join(timeout=60)
+    answer = client.get("/api/mistakes").json()
+    pixels, labels = run.calibration_images()
+    predictions = run.classifier.predict(pixels)
+    wrong = [i for i, p in enumerate(predictions) if p.label != run.classifier.classes[labels[i]]]
+    wrong.sort(key=lambda i: -predictions[i].confidence)
+    assert (answer["images"], answer["wrong"]) == (256, len(wrong))
+    assert [s["label"] for s in answer["samples"][:3]] == [run.classifier.classes[labels[i]] for i in wrong[:3]]
+    assert len(answer["samples"]) == min(24, len(wrong))
+    png_file = base64.b64decode(answer["samples"][0]["image"].split(",")[1])
+    assert run.classifier.predict(png_file)[0].confidence == pytest.approx(predictions[wrong[0]].confidence, abs=1e-6)
+
+
+def test_a_request_that_is_broken_off_loses_its_turn(running):
+    batcher, release, started = running.app.state.service.batcher, threading.Event(), threading.Event()
+    batcher.compute(lambda: (started.set(), release.wait(60)))
+    started.wait(30)
+    (file,) = pictures(1)
+    options = {"headers": {"content-type": "image/png"}, "timeout": httpx.Timeout(30, read=1)}
+    with running.client() as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post("/api/layers/1/activations", content=file, **options)
+    deadline = time.monotonic() + 30
+    while batcher.queued and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert batcher.queued == 0
+    release.set()
+
+
 def test_the_bottleneck_is_measured_within_its_range(client, monkeypatch):
     monkeypatch.setattr(bottleneck_timing, "PIXELS", 4)
+    monkeypatch.setattr(bottleneck_timing, "time_until_steady", lambda each: (time_interleaved(each), False))
     answer = client.post("/api/bottleneck?r=16").json()
     assert answer["narrow"]["median_ms"] > 0
     assert answer["shape"] == [1, 256, 4, 4]
+    assert answer["is_steady"] is False
     for r in ("7", "257", "many", ""):
         assert client.post(f"/api/bottleneck?r={r}").status_code == 422
     with pytest.raises(ValueError, match="r must be from 8 to 256, got 4"):
@@ -404,6 +437,7 @@ def test_the_description_lists_every_operation(client):
         "/api/model",
         "/api/predict",
         "/api/samples",
+        "/api/mistakes",
         "/api/layers/{index}/weights",
         "/api/layers/{index}/activations",
         "/api/layers/{index}/spectrum",

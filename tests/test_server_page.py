@@ -1,6 +1,7 @@
 """The page in a real browser: every step, by pointer and by keyboard, and its numbers beside PyTorch's."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from playwright.sync_api import expect
 from nin import server
 from nin.layers import Bottleneck
 from nin.profiling import bottleneck_timing
+from nin.runtime.timer import time_interleaved
 from nin.server import static_files
 from support.browser import Visit, needs_chromium, slide
 from support.serving import Running, make_run, png
@@ -158,6 +160,8 @@ def test_shrinking_counts(visit):
 
 def test_the_bottleneck_counts_and_measures(visit, monkeypatch):
     monkeypatch.setattr(bottleneck_timing, "PIXELS", 4)
+    busy = [False, True]
+    monkeypatch.setattr(bottleneck_timing, "time_until_steady", lambda each: (time_interleaved(each), busy.pop()))
     step = visit.locator("#bottleneck")
     expect(step).to_contain_text("3.76 times fewer multiplications. It stops paying at r = 241.")
     for r, words in ((240, "1.00 times fewer"), (241, "it stopped paying")):
@@ -170,6 +174,12 @@ def test_the_bottleneck_counts_and_measures(visit, monkeypatch):
     step.get_by_role("button", name="Measure this r here").click()
     expect(step).to_contain_text("Measured:", timeout=20_000)
     expect(step).to_contain_text("median (20th to 80th percentile) of 15 runs")
+    assert step.locator(".busy").count() == 0
+    slide(visit, "r:", 50)
+    step.get_by_role("button", name="Measure this r here").click()
+    expect(step).to_contain_text("on a busy machine: not to be relied on", timeout=20_000)
+    expect(step).to_contain_text("Hollow dots: their times scattered")
+    assert step.locator(".busy").count() == 1
 
 
 def test_colours_are_mixed_and_learned(visit):
@@ -223,11 +233,74 @@ def test_the_little_network_is_pytorchs(visit):
             step.locator(".map").first.get_by_role("gridcell").evaluate_all("all => all.map((c) => +c.dataset.value)")
         )
         assert cells == pytest.approx(y[0, 0].flatten().tolist(), abs=1e-5)
-        assert values(step) == pytest.approx(y.mean((0, 2, 3)).tolist(), abs=1e-5)
+        scores = y.mean((0, 2, 3))
+        assert values(step.locator(".maps")) == pytest.approx(scores.tolist(), abs=1e-5)
+        powers = [scores, scores.exp(), 100 * scores.softmax(0)]
+        expected = [*torch.stack(powers, 1).flatten().tolist(), float(scores.exp().sum())]
+        assert values(step.locator(".softmax")) == pytest.approx(expected, rel=1e-4, abs=1e-4)
         expect(step.locator(".best")).to_contain_text(f"{digit}: mean")
     step.locator(".digit").focus()
     visit.keyboard.press("ArrowDown")
     expect(step.locator(".said")).to_contain_text("This place says")
+
+
+def test_a_digit_is_drawn_by_pointer_and_by_keys(visit):
+    step = visit.locator("#network")
+    pad = step.get_by_role("application")
+    pad.scroll_into_view_if_needed()
+    box = pad.bounding_box()
+
+    def draw(points):
+        for i, (x, y) in enumerate(points):
+            visit.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            if i == 0:
+                visit.mouse.down()
+        visit.mouse.up()
+
+    circle = [(0.5 + 0.2 * math.cos(i / 4), 0.5 + 0.3 * math.sin(i / 4)) for i in range(26)]
+    for digit, points in ((0, circle), (1, [(0.55, 0.2), (0.5, 0.5), (0.5, 0.8)])):
+        step.get_by_role("button", name="Clear").click()
+        draw(points)
+        expect(step.locator(".maps .best")).to_contain_text(f"{digit}: mean")
+    # what is drawn small and in a corner is brought to the same size
+    cells = "all => all.map((c) => +c.dataset.value)"
+    large = step.locator(".digit").get_by_role("gridcell").evaluate_all(cells)
+    assert max(large) == 1
+    assert step.locator('.choices [aria-pressed="true"]').count() == 0
+    step.get_by_role("button", name="Clear").click()
+    assert not any(step.locator(".digit").get_by_role("gridcell").evaluate_all(cells))
+    pad.focus()
+    for key in (" ", *["ArrowDown"] * 5):
+        visit.keyboard.press(key)
+    assert any(step.locator(".digit").get_by_role("gridcell").evaluate_all(cells))
+    step.get_by_role("button", name="digit 4").click()
+    expect(step.locator(".maps .best")).to_contain_text("4: mean")
+
+
+def test_the_pixel_moves_by_itself_until_it_is_stopped(visit):
+    step = visit.locator("#many-channels")
+    expect(step).to_contain_text("row 3, column 4")
+    step.get_by_role("button", name="Move the pixel").click()
+    expect(step).to_contain_text("row 3, column 6")
+    step.get_by_role("button", name="Stop").click()
+    expect(step.get_by_role("button", name="Move the pixel")).to_be_visible()
+
+
+def test_look_inside_offers_the_mistakes(look, running):
+    run, inside = running.app.state.service.runs[0], look.locator("#inside")
+    pixels, labels = run.calibration_images()
+    wrong = sum(
+        p.label != run.classifier.classes[i] for p, i in zip(run.classifier.predict(pixels), labels, strict=True)
+    )
+    inside.get_by_label("Show its mistakes").check()
+    expect(inside.locator("fieldset legend")).to_contain_text(f"{wrong} among 256 test images")
+    inside.get_by_role("button", name="mistake 2,").click()
+    expect(inside.get_by_role("button", name="mistake 2,")).to_have_attribute("aria-pressed", "true")
+    true = inside.get_by_role("button", name="mistake 2,").get_attribute("aria-label")[-1]
+    expect(inside.locator(".look")).to_contain_text(f"it is: {true}")
+    expect(inside.locator(".answer .first").first).not_to_have_text(true)
+    inside.get_by_label("Show its mistakes").uncheck()
+    expect(inside.get_by_role("button", name="test image 2, a 1")).to_be_visible()
 
 
 def test_look_inside_follows_an_image_through_the_network(look, running):
@@ -306,7 +379,7 @@ def test_no_violation_of_wcag_and_nothing_wider_than_the_screen(browser, running
 
 def test_everything_is_reached_by_the_tab_key(visit):
     reached = set()
-    for _ in range(90):
+    for _ in range(100):
         visit.keyboard.press("Tab")
         reached.add(visit.evaluate("document.activeElement.closest('section')?.id"))
     assert set(STEPS) <= reached

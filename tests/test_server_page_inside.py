@@ -12,7 +12,8 @@ from nin import checkpoint, models, server
 from nin.errors import UserError
 from nin.narrowing import LayerPlan, Plan
 from nin.profiling import bottleneck_timing
-from nin.server import activations, js_bundle, pca, static_files
+from nin.runtime.timer import time_interleaved
+from nin.server import activations, js_bundle, pca, static_export, static_files
 from support.browser import Visit, needs_chromium, slide
 from support.serving import Running, make_run, numbers, pictures, png, post
 
@@ -278,6 +279,7 @@ def copied(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy") / "page"
     patch = pytest.MonkeyPatch()
     patch.setattr(bottleneck_timing, "PIXELS", 4)
+    patch.setattr(bottleneck_timing, "time_until_steady", lambda each: (time_interleaved(each, runs=3), True))
     told = []
     index = server.export_page(runs[0], folder, beside=runs[1], on_progress=lambda *progress: told.append(progress))
     patch.undo()
@@ -315,7 +317,11 @@ def test_the_copy_opens_from_the_disk(browser, copied, both):
         expected = activations.layer_activations(network, x, index)[0, 3]
         place = expected.shape[0] // 2
         value = float(inside.locator("[data-paths] [data-value]").first.get_attribute("value"))
-        assert value == pytest.approx(expected[place, place].item(), abs=1e-5)
+        # numbers of 16 bits; those of 1×1 convolutions are computed in the browser
+        assert value == pytest.approx(expected[place, place].item(), abs=1e-4 * float(expected.abs().max()))
+    inside.get_by_label("Show the mistakes of run before").check()
+    expect(inside.locator("fieldset legend")).to_contain_text("among 24 test images")
+    inside.get_by_label("Show the mistakes of run before").uncheck()
     expect(inside.locator("[data-right]")).to_contain_text("nin serve")
     inside.get_by_role("button", name="test image 2, a 1").click()
     expect(inside.locator(".look").nth(1)).to_contain_text("it is: 1")
@@ -335,6 +341,28 @@ def test_the_copy_says_what_the_server_says(copied, both):
         assert content["samples"] == samples
         assert content["health"] == client.get("/api/health").json()
     assert len(content["predictions"][1]) == len(samples["samples"])
+
+
+def test_a_copy_has_a_bound(copied, both, monkeypatch):
+    """Weights, directions and activations in two bytes each, 1×1 convolutions' activations not at all."""
+    service = both.app.state.service
+    for number, run in enumerate(service.runs):
+        shapes = activations.layers(run.network)
+        sums = activations.all_layer_sums(run.network, first_image(both, number)[1])
+        written = [
+            s.numel() for one, s in zip(shapes, sums, strict=True) if one.kind != "convolution" or one.kernel_size > 1
+        ]
+        sizes = [path.stat().st_size for path in (copied / "data").glob(f"run-{number}-image-*.js")]
+        assert len(sizes) == 24
+        assert max(sizes) <= 2 * 4 / 3 * sum(written) + 200 * len(shapes)
+        for index, one in enumerate(shapes):
+            if one.kind == "convolution":
+                count = one.channels * one.in_channels * one.kernel_size**2 + one.channels**2
+                size = (copied / "data" / f"run-{number}-layer-{index}.js").stat().st_size
+                assert size <= 2 * 4 / 3 * count + 20 * one.channels + 1000
+    for limit, count in ((1, static_export.MIN_IMAGES), (10**12, 24)):
+        monkeypatch.setattr(static_export, "MAX_BYTES", limit)
+        assert len(static_export._fitting_samples(service)) == count
 
 
 def test_a_copy_takes_only_its_own_folder(copied, runs, tmp_path):

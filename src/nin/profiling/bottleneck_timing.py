@@ -7,7 +7,7 @@ from torch import nn
 
 from nin.layers import Bottleneck, MLPConv
 from nin.runtime.device import processor_name
-from nin.runtime.timer import Timing, time_interleaved
+from nin.runtime.timer import Timing, time_until_steady
 
 CHANNELS, KERNEL_SIZE, PIXELS = 256, 4, 28
 
@@ -23,6 +23,7 @@ class Measurement:
         r: channels of the bottleneck.
         narrow: time of the bottleneck.
         wide: time of the 4×4 convolution alone.
+        is_steady: whether both scatter so little that their ratio means something; else the machine was busy.
         shape: of the input, (N, C, H, W).
         dtype: of the input and the weights.
         memory_format: of the input and the weights.
@@ -35,6 +36,7 @@ class Measurement:
     r: int
     narrow: Timing
     wide: Timing
+    is_steady: bool
     shape: tuple[int, ...]
     dtype: str
     memory_format: str
@@ -58,6 +60,8 @@ def build_networks(r: int) -> tuple[nn.Module, nn.Module]:
 def measure(r: int, *, images: int = 1) -> Measurement:
     """Time the bottleneck and the 4×4 convolution alone, in float32, channels_last, on the CPU.
 
+    On a busy machine it is tried again for some seconds, see `nin.runtime.timer.time_until_steady`.
+
     Args:
         r: channels that the 1×1 convolution leaves, from 8 to 256.
         images: in one call.
@@ -71,11 +75,12 @@ def measure(r: int, *, images: int = 1) -> Measurement:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
     narrow, wide = build_networks(r)
-    timings = time_interleaved({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
+    timings, is_steady = time_until_steady({"narrow": lambda: narrow(x), "wide": lambda: wide(x)})
     return Measurement(
         r=r,
         narrow=timings["narrow"],
         wide=timings["wide"],
+        is_steady=is_steady,
         shape=shape,
         dtype="float32",
         memory_format="channels_last",

@@ -1,9 +1,13 @@
 """Time several functions in interleaved runs, so that other load on the machine slows all of them alike."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+
+# A ratio of times is no better than they are: beyond this spread it is not told as a result.
+STEADY = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,31 @@ def time_interleaved(
             if number >= 0:
                 times_ms[name].append(elapsed_ms)
     return {name: summarize(values) for name, values in times_ms.items()}
+
+
+def time_until_steady(
+    callables: dict[str, Callable[[], object]], *, seconds: float = 4.0, tolerance: float = STEADY
+) -> tuple[dict[str, Timing], bool]:
+    """Time functions as `time_interleaved` does, again while something else on the machine scatters the times.
+
+    Args:
+        callables: the functions, by name.
+        seconds: no other attempt begins after so many.
+        tolerance: the times are steady where the 80th percentile of none is more than so many times its 20th.
+
+    Returns:
+        The timings of the attempt that scattered least, and whether they are steady.
+    """
+    started, least = time.monotonic(), math.inf
+    best: dict[str, Timing] = {}
+    while least > tolerance:
+        timings = time_interleaved(callables, warmup=0 if best else 3)
+        spread = max(timing.high_ms / timing.low_ms for timing in timings.values())
+        if spread < least:
+            best, least = timings, spread
+        if time.monotonic() - started > seconds:
+            break
+    return best, least <= tolerance
 
 
 def summarize(times_ms: Sequence[float]) -> Timing:

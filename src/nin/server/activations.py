@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nin.models import Network
-from nin.ops import mlpconv
+from nin.ops import ACTIVATIONS, mlpconv
 from nin.server.layer_graph import layer_nodes
 from nin.server.layers import Layer, LayerNode
 
@@ -63,6 +63,20 @@ def layer_activations(model: Network, x: Tensor, index: int, *, sums: bool = Fal
         nodes[-1] = without_activation(nodes[-1])
     *_, (_, last) = layer_outputs(nodes, x)
     return last.float().cpu()
+
+
+@torch.inference_mode()
+def all_layer_sums(model: Network, x: Tensor) -> list[Tensor]:
+    """Return what each of `layers` gives before its activation, (N, C, h, w)."""
+    nodes, kept = layer_nodes(model), []
+
+    def keep(index: int, sums: Tensor) -> Tensor:
+        kept.append(sums)
+        return ACTIVATIONS[nodes[index].layer.activation](sums)
+
+    for _ in layer_outputs([without_activation(node) for node in nodes], x, keep):
+        pass
+    return kept
 
 
 @torch.inference_mode()

@@ -11,8 +11,10 @@ from nin.inference.classifier import Classifier
 from nin.inference.grad_cam import grad_cam
 from nin.profiling import bottleneck_timing
 from nin.server import schemas
-from nin.server.activations import dead_channels, layer_activations, layer_weights
+from nin.server.activations import dead_channels, layer_weights
+from nin.server.batcher import classify
 from nin.server.pca import MAX_CHANNELS, narrowed_scores
+from nin.server.sample_images import MAX_SAMPLES, Sample
 from nin.server.service import ServedRun, Service
 from nin.server.uploads import IMAGE_BODY
 
@@ -85,6 +87,12 @@ def _add_image_routes(app: FastAPI, service: Service) -> None:
             return schemas.SampleImages(state="none", reason="", samples=[])
         return sample_images(await service.run())
 
+    @app.get("/api/mistakes")
+    async def mistakes(number: RunNumber = 0) -> schemas.Mistakes:
+        """Give test images that the network classifies wrongly, of those that statistics are computed on."""
+        run = await service.run(number)
+        return await service.compute(lambda: find_mistakes(run))
+
     @app.get("/api/dead")
     async def dead(number: RunNumber = 0) -> schemas.DeadChannels:
         """Name the channels that say nothing on any of the run's test images looked at."""
@@ -123,27 +131,27 @@ def _add_layer_routes(app: FastAPI, service: Service) -> None:
         pixels, problems = await service.pixels(request, run)
         if 0 in problems:
             raise HTTPException(422, problems[0])
-        x = run.classifier.inputs(pixels[:1])
-        values = await service.compute(lambda: layer_activations(run.network, x, index, sums=sums))
+        values = await service.compute(lambda: run.outputs(pixels[:1], index, sums=sums), request)
         return schemas.Numbers.of(values[0])
 
 
 def _add_narrowing_routes(app: FastAPI, service: Service) -> None:
     @app.get("/api/layers/{index}/spectrum")
-    async def spectrum(index: LayerNumber, number: RunNumber = 0) -> schemas.Spectrum:
+    async def spectrum(request: Request, index: LayerNumber, number: RunNumber = 0) -> schemas.Spectrum:
         """Give the principal components of a convolution's sums over the run's test images looked at."""
         run = await service.run(number)
-        return schemas.Spectrum.of(await service.compute(lambda: run.principal_components(index)))
+        return schemas.Spectrum.of(await service.compute(lambda: run.principal_components(index), request))
 
     @app.get("/api/layers/{index}/narrowed")
     async def narrowed(
+        request: Request,
         index: LayerNumber,
         rank: Annotated[int, Query(ge=1, le=MAX_CHANNELS, description="directions that are kept")],
         number: RunNumber = 0,
     ) -> schemas.Narrowed:
         """Say how many test images looked at are right with all of a convolution's directions, and with some."""
         run = await service.run(number)
-        return await service.compute(lambda: count_correct(run, index, rank))
+        return await service.compute(lambda: count_correct(run, index, rank), request)
 
 
 def prediction_dicts(classifier: Classifier, maps: Tensor, *, with_maps: bool) -> list[dict[str, object]]:
@@ -169,6 +177,17 @@ def sample_images(run: ServedRun) -> schemas.SampleImages:
     return schemas.SampleImages(state=run.samples.state, reason=run.samples.reason, samples=shown)
 
 
+def find_mistakes(run: ServedRun) -> schemas.Mistakes:
+    """Return the test images looked at that the network classifies wrongly."""
+    pixels, labels = run.calibration_images()
+    confidence, predicted = classify(run.classifier, pixels).mean((2, 3)).softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    samples = [Sample.of(pixels[i], run.classifier.classes[int(labels[i])]) for i in wrong[:MAX_SAMPLES].tolist()]
+    shown = [schemas.SampleImage(label=sample.label, image=sample.uri) for sample in samples]
+    return schemas.Mistakes(images=len(pixels), wrong=len(wrong), samples=shown)
+
+
 def find_dead_channels(run: ServedRun) -> schemas.DeadChannels:
     """Return the channels that are dead on the test images that statistics are computed on."""
     x, _ = run.calibration_batch()
@@ -185,7 +204,11 @@ def count_correct(run: ServedRun, index: int, rank: int) -> schemas.Narrowed:
     components = run.principal_components(index)
     channels = len(components.mean)
     rank = min(rank, channels)
-    # all directions instead of the layer as it is: both numbers come from the same arithmetic
-    scores = (narrowed_scores(run.network, x, index, components, kept) for kept in (channels, rank))
-    before, after = (int((each.argmax(1) == labels).sum()) for each in scores)
-    return schemas.Narrowed(rank=rank, images=len(x), right=after, right_before=before)
+
+    def count(kept: int) -> int:
+        return int((narrowed_scores(run.network, x, index, components, kept).argmax(1) == labels).sum())
+
+    if index not in run.right_before:
+        # all directions instead of the layer as it is: both numbers come from the same arithmetic
+        run.right_before[index] = count(channels)
+    return schemas.Narrowed(rank=rank, images=len(x), right=count(rank), right_before=run.right_before[index])

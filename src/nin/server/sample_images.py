@@ -30,6 +30,14 @@ class Sample:
     label: str
     png: bytes
 
+    @classmethod
+    def of(cls, pixels: Tensor, label: str) -> "Sample":
+        """Return the sample of pixels, uint8 (C, H, W)."""
+        file, comment = io.BytesIO(), PngInfo()
+        comment.add_text("Comment", SAMPLE_COMMENT)
+        to_pillow(pixels.permute(1, 2, 0)).save(file, "PNG", pnginfo=comment)
+        return cls(label, file.getvalue())
+
     @property
     def uri(self) -> str:
         """Return it as a ``data:`` URI."""
@@ -94,16 +102,9 @@ def _choose_samples(images: data.Data) -> list[Sample]:
     in_turn = [index for turn in itertools.zip_longest(*of_class) for index in turn if index is not None]
     chosen = torch.tensor(in_turn[:MAX_SAMPLES], dtype=torch.int64)
     return [
-        Sample(images.classes[int(labels[index])], _png(pixels))
+        Sample.of(pixels, images.classes[int(labels[index])])
         for index, pixels in zip(chosen.tolist(), images.test.fetch(chosen), strict=True)
     ]
-
-
-def _png(pixels: Tensor) -> bytes:
-    file, comment = io.BytesIO(), PngInfo()
-    comment.add_text("Comment", SAMPLE_COMMENT)
-    to_pillow(pixels.permute(1, 2, 0)).save(file, "PNG", pnginfo=comment)
-    return file.getvalue()
 
 
 def is_sample(file: bytes) -> bool:

@@ -163,6 +163,14 @@ class SampleImages(BaseModel):
     samples: list[SampleImage]
 
 
+class Mistakes(BaseModel):
+    """Test images that the network classifies wrongly, the surest answers first."""
+
+    images: int = Field(description="test images looked at")
+    wrong: int = Field(description="of them")
+    samples: list[SampleImage] = Field(description="the first of the wrong ones, with their true classes")
+
+
 class DeadChannels(BaseModel):
     """For each layer the channels that are zero at every pixel of all images looked at."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +16,11 @@ from torch import Tensor
 from nin import checkpoint, epoch_metrics, models
 from nin.errors import UserError
 from nin.inference.classifier import Classifier, load
-from nin.ops import freeze
+from nin.ops import ACTIVATIONS, freeze
 from nin.profiling.cost import cost
 from nin.runtime.device import choose_device
 from nin.server import schemas, uploads
-from nin.server.activations import layers
+from nin.server.activations import all_layer_sums, find_layer, layers
 from nin.server.batcher import Batcher, FullError
 from nin.server.middleware import Limits, service_unavailable
 from nin.server.pca import PrincipalComponents, principal_components
@@ -27,6 +28,9 @@ from nin.server.sample_images import SampleLoader
 from nin.server.training_status import is_begun
 
 T = TypeVar("T")
+
+# whether the one who asked is still there; nginx's status for it, which nobody receives
+SECONDS_BETWEEN_LOOKS, CLIENT_CLOSED_REQUEST = 0.1, 499
 
 
 class ServedRun:
@@ -42,6 +46,7 @@ class ServedRun:
         network: the network itself.
         samples: its test images, which are loaded in the background.
         metadata: what the page shows of it.
+        right_before: how many test images looked at are right with all directions of a layer, by its index.
     """
 
     def __init__(self, folder: Path, device: str, before: "ServedRun | None" = None) -> None:
@@ -50,14 +55,16 @@ class ServedRun:
         self.network = cast(models.Network, freeze(self.classifier.model))  # nothing here writes to it
         self.samples: SampleLoader = SampleLoader(self.classifier.info) if before is None else before.samples
         self.metadata = model_metadata(self.classifier, folder)
+        self.right_before: dict[int, int] = {}
+        self._outputs: dict[bytes, list[Tensor]] = {}
         self._components: dict[int, PrincipalComponents] = {}
 
     def has_gone_on(self, folder: Path) -> bool:
         """Return whether the run's training had not ended, and has written another network since."""
         return not self.classifier.info.result and time_written(folder) != self.written
 
-    def calibration_batch(self) -> tuple[Tensor, Tensor]:
-        """Return the network's input for the test images that statistics are computed on, and their labels.
+    def calibration_images(self) -> tuple[Tensor, Tensor]:
+        """Return the test images that statistics are computed on, uint8 (N, C, H, W), and their labels.
 
         Raises:
             HTTPException: they are not on this machine, or not loaded yet.
@@ -65,7 +72,32 @@ class ServedRun:
         pixels, labels = self.samples.pixels, self.samples.labels
         if pixels is None or labels is None:
             raise HTTPException(404, "the run's test images are not here, or not read yet")
+        return pixels, labels
+
+    def calibration_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the network's input for `calibration_images`, and their labels."""
+        pixels, labels = self.calibration_images()
         return self.classifier.inputs(pixels), labels
+
+    def outputs(self, pixels: Tensor, index: int, *, sums: bool) -> Tensor:
+        """Return the output of a layer, or its sums before the activation, for one image, (1, C, h, w).
+
+        The page asks for all layers of a block, one after the other: those of the last two images are kept.
+
+        Args:
+            pixels: uint8 (1, C, H, W).
+            index: of the layer.
+            sums: whether before its activation.
+
+        Raises:
+            LookupError: there is no such layer.
+        """
+        key = hashlib.sha256(pixels.numpy().tobytes()).digest()
+        if key not in self._outputs:
+            self._outputs = dict([*self._outputs.items()][-1:])  # two are compared
+            self._outputs[key] = all_layer_sums(self.network, self.classifier.inputs(pixels))
+        layer, values = find_layer(self.network, index).layer, self._outputs[key][index]
+        return (values if sums else ACTIVATIONS[layer.activation](values)).float().cpu()
 
     def principal_components(self, index: int) -> PrincipalComponents:
         """Return the principal components of a layer over the test images, computed once."""
@@ -150,22 +182,31 @@ class Service:
         p = run.classifier.info.preprocessing
         return await loop.run_in_executor(self.decoders, uploads.decode_images, files, p, self.limits)
 
-    async def wait_for(self, submit: Callable[[], Future[T]]) -> T:
+    async def wait_for(self, submit: Callable[[], Future[T]], request: Request | None = None) -> T:
         """Submit a call to the batcher and return its result.
+
+        Args:
+            submit: submits it.
+            request: that asks; where it is broken off, as by another click on the page, the call loses its turn.
 
         Raises:
             HTTPException: the queue is full, or there is no such layer.
         """
         try:
-            return await asyncio.wrap_future(submit())
+            call = asyncio.wrap_future(submit())
+            while request is not None and not (await asyncio.wait([call], timeout=SECONDS_BETWEEN_LOOKS))[0]:
+                if await request.is_disconnected():
+                    call.cancel()
+                    raise HTTPException(CLIENT_CLOSED_REQUEST, "the request was broken off")
+            return await call
         except FullError:
             raise service_unavailable(self.limits) from None
         except LookupError as error:
             raise HTTPException(404, str(error.args[0])) from error
 
-    async def compute(self, function: Callable[[], T]) -> T:
+    async def compute(self, function: Callable[[], T], request: Request | None = None) -> T:
         """Call a function in the batcher's thread; raises as `wait_for`."""
-        return await self.wait_for(lambda: self.batcher.compute(function))
+        return await self.wait_for(lambda: self.batcher.compute(function), request)
 
 
 def time_written(folder: Path) -> tuple[int | None, ...]:

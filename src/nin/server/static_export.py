@@ -3,32 +3,38 @@
 import base64
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic_core import to_jsonable_python
 
 from nin import data
 from nin.errors import UserError
-from nin.ops import ACTIVATIONS
 from nin.profiling import bottleneck_timing
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
 from nin.server import schemas
-from nin.server.activations import layer_outputs, layer_weights, without_activation
+from nin.server.activations import all_layer_sums, layer_outputs, layer_weights, layers
 from nin.server.batcher import classify
 from nin.server.js_bundle import bundle
 from nin.server.layer_graph import layer_nodes
+from nin.server.layers import Layer
 from nin.server.middleware import Limits
+from nin.server.pca import MAX_CHANNELS
 from nin.server.routes import find_dead_channels, prediction_dicts, sample_images
 from nin.server.sample_images import NOT_HERE, Sample
 from nin.server.service import ServedRun, Service
 from nin.server.static_files import read_page
 
-# Of the files with the activations; at least one image is written.
-MAX_BYTES = 32 * 2**20
+# Of the weights, principal components and activations together; some images are written in any case.
+MAX_BYTES, MIN_IMAGES = 32 * 2**20, 3
+
+# Numbers are whole ones of 16 bits, as shares of the largest of their array; the sixth of base64's bytes is lost.
+LARGEST_SHARE, BYTES_EACH = 32_767, 2 * 4 / 3
 
 # r at which the bottleneck is timed: the page's first, and its curve (page/bottleneck.js).
 MEASURED_WIDTHS = (16, 48, 64, 96, 144, 192, 224, 256)
@@ -126,13 +132,36 @@ def _data_files(service: Service) -> dict[str, Callable[[], Any]]:
 
 
 def _fitting_samples(service: Service) -> list[Sample]:
-    """Return as many of the first run's samples as have activations that fit into MAX_BYTES."""
-    shown, values = service.loaded().samples.shown, 0
+    """Return as many of the first run's samples as have activations that fit into MAX_BYTES beside the weights."""
+    shown, fixed, of_image = service.loaded().samples.shown, 0, 0
     for run in service.runs:
-        x = run.classifier.inputs(_pixels(run, shown[:1]))
+        nodes = layer_nodes(run.network)
+        for node in nodes:
+            if node.layer.kind == "convolution" and node.weight is not None:
+                fixed += node.weight.numel()
+                fixed += node.layer.channels**2 if node.layer.channels <= MAX_CHANNELS else 0
+        outputs = run.classifier.inputs(_pixels(run, shown[:1]))
         with torch.inference_mode():
-            values += sum(output.numel() for _, output in layer_outputs(layer_nodes(run.network), x))
-    return shown[: max(1, MAX_BYTES // (values * 4 * 4 // 3))]  # float32 in base64
+            of_image += sum(y.numel() for index, y in layer_outputs(nodes, outputs) if _is_written(nodes[index].layer))
+    return shown[: max(MIN_IMAGES, int((MAX_BYTES / BYTES_EACH - fixed) // of_image))]
+
+
+def _is_written(layer: Layer) -> bool:
+    """Return whether a layer's sums are in the files: the page computes what concatenates, and 1×1 convolutions."""
+    is_1x1 = layer.kind == "convolution" and (layer.kernel_size, layer.stride, layer.padding) == (1, 1, 0)
+    return layer.kind != "joining" and not is_1x1
+
+
+def _compact(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return an array for the page in half the bytes, right to 1/65,534 of its largest value."""
+    values = tensor.float().cpu()
+    largest = float(values.abs().max())
+    if not 0 < largest < math.inf:
+        return schemas.Numbers.of(values).model_dump()
+    scale = largest / LARGEST_SHARE
+    shares = np.rint(values.numpy() / scale).astype("<i2")
+    encoded = base64.b64encode(shares.tobytes()).decode()
+    return {"shape": list(values.shape), "scale": scale, "values": encoded}
 
 
 def _pixels(run: ServedRun, samples: list[Sample]) -> torch.Tensor:
@@ -149,13 +178,22 @@ def _page_data(service: Service, samples: list[Sample]) -> Any:
         "samples": images.model_copy(update={"samples": images.samples[: len(samples)]}),
         "dead": [find_dead_channels(run) for run in service.runs],
         "bottleneck": {str(r): bottleneck_timing.measure(r) for r in MEASURED_WIDTHS},
-        "predictions": [
-            prediction_dicts(run.classifier, classify(run.classifier, _pixels(run, samples)), with_maps=True)
-            for run in service.runs
-        ],
+        "predictions": [_predictions(run, samples) for run in service.runs],
         "assets": {name: _asset(name) for name in ("flower.jpg", "digits.json")},
     }
     return to_jsonable_python(content)
+
+
+def _predictions(run: ServedRun, samples: list[Sample]) -> list[dict[str, object]]:
+    """Return the predictions with their maps, of which the page shows three decimals."""
+
+    def rounded(values: Any) -> Any:
+        if isinstance(values, list):
+            return [rounded(value) for value in values]
+        return None if values is None else round(values, 4)
+
+    found = prediction_dicts(run.classifier, classify(run.classifier, _pixels(run, samples)), with_maps=True)
+    return [{**each, "maps": rounded(each["maps"])} for each in found]
 
 
 def _asset(name: str) -> dict[str, str]:
@@ -165,25 +203,19 @@ def _asset(name: str) -> dict[str, str]:
 
 def _layer_data(run: ServedRun, index: int) -> Any:
     """Return weights and principal components of a convolution; only weights where it has too many channels."""
+    weight, bias = layer_weights(run.network, index)
+    weights = {"weight": _compact(weight), "bias": None if bias is None else schemas.Numbers.of(bias).model_dump()}
     try:
-        spectrum = schemas.Spectrum.of(run.principal_components(index))
+        components = run.principal_components(index)
     except LookupError:
-        spectrum = None
-    return to_jsonable_python({"weights": schemas.Weights.of(*layer_weights(run.network, index)), "spectrum": spectrum})
+        return {"weights": weights, "spectrum": None}
+    spectrum = {**schemas.Spectrum.of(components).model_dump(), "directions": _compact(components.directions)}
+    return {"weights": weights, "spectrum": spectrum}
 
 
-@torch.inference_mode()
 def _image_data(run: ServedRun, sample: Sample) -> dict[str, Any]:
-    """Return each layer's pre-activations by its index; those of concatenated branches are in the branches."""
-    nodes = layer_nodes(run.network)
-    kept: dict[str, Any] = {}
-
-    def keep(index: int, sums: torch.Tensor) -> torch.Tensor:
-        if nodes[index].layer.kind != "joining":
-            kept[str(index)] = schemas.Numbers.of(sums[0].float().cpu()).model_dump()
-        return ACTIVATIONS[nodes[index].layer.activation](sums)
-
-    x = run.classifier.inputs(_pixels(run, [sample]))
-    for _ in layer_outputs([without_activation(node) for node in nodes], x, keep):
-        pass
-    return kept
+    """Return the pre-activations of the layers that are written, by their index."""
+    found = zip(
+        layers(run.network), all_layer_sums(run.network, run.classifier.inputs(_pixels(run, [sample]))), strict=True
+    )
+    return {str(index): _compact(sums[0]) for index, (layer, sums) in enumerate(found) if _is_written(layer)}

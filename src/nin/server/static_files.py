@@ -18,15 +18,18 @@ TYPES = {
 }
 NAMES = {"index.html": "/", "api.html": "/api", "training.html": "/training"}
 
+# what each page begins with, in the place of this line
+HEAD, HEAD_LINE = "head.html", b"<!-- head.html -->\n"
+
 
 @cache
 def read_page() -> dict[str, tuple[str, bytes]]:
     """Return media type and content of each file, by its URL."""
-    found = {}
+    found, head = {}, (HERE / HEAD).read_bytes()
     for path in sorted(HERE.rglob("*")):
-        if path.suffix in TYPES:
+        if path.suffix in TYPES and path.name != HEAD:
             name = path.relative_to(HERE).as_posix()
-            found[NAMES.get(name, f"/{name}")] = (TYPES[path.suffix], path.read_bytes())
+            found[NAMES.get(name, f"/{name}")] = (TYPES[path.suffix], path.read_bytes().replace(HEAD_LINE, head))
     photo = resources.files("sklearn.datasets.images") / "flower.jpg"  # comes with scikit-learn
     found["/flower.jpg"] = (TYPES[".jpg"], photo.read_bytes())
     return found

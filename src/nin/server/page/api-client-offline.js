@@ -2,6 +2,7 @@
 // Each file is a script that puts its content into ninSaved, as a page from the disk may read no other files.
 
 import { ACTIVATIONS } from "./low-rank.js";
+import { conv1x1 } from "./maths.js";
 import { bytes, numbers, spectrumOf, weightsOf } from "./decode-arrays.js";
 
 export const LIVE = false;
@@ -35,20 +36,34 @@ export const model = async (run) => (await page()).models[run];
 export const samples = async () => (await page()).samples;
 export const dead = async (run) => (await page()).dead[run];
 export const predict = async ({ sample }, run) => (await page()).predictions[run][sample];
+export const stopLayers = () => {};
+
+// Of the images that are here, those that the network is wrong on, with their places among all.
+export async function mistakes(run) {
+  const { predictions, samples: { samples: all } } = await page();
+  const placed = all.map((sample, place) => ({ ...sample, place, ...pick(predictions[run][place]) }));
+  const wrong = placed.filter(({ label, answer }) => answer !== label).sort((a, b) => b.confidence - a.confidence);
+  return { images: all.length, wrong: wrong.length, samples: wrong };
+}
+
+const pick = ({ label: answer, confidence }) => ({ answer, confidence });
+
 export const weights = async (layer, run) => weightsOf((await layerFile(layer, run)).weights);
 export const spectrum = async (layer, run) => spectrumOf((await layerFile(layer, run)).spectrum);
 
-// The stored sums of an image: each convolution's, and each pooling's output.
-async function storedSums({ sample }, layer, run) {
-  return numbers((await load(`run-${run}-image-${sample}`))[layer]);
+// A layer's sums for an image: stored, or of a 1×1 convolution computed from those of the layer before.
+export async function sums(image, layer, run) {
+  const stored = (await load(`run-${run}-image-${image.sample}`))[layer];
+  if (stored) return numbers(stored);
+  const { inputs: [input] } = (await model(run)).layers[layer];
+  const [{ shape: [channels, height, width], values }, { weight, bias }] = await Promise.all([activations(image, input, run), weights(layer, run)]);
+  return { shape: [weight.shape[0], height, width], values: Float32Array.from(conv1x1(values, channels, weight.values, bias?.values, (z) => z)) };
 }
-
-export const sums = storedSums;
 
 export async function activations(image, layer, run) {
   const { kind, inputs, activation } = (await model(run)).layers[layer];
   if (kind === "joining") return join(await Promise.all(inputs.map((input) => activations(image, input, run))));
-  const { shape, values } = await storedSums(image, layer, run);
+  const { shape, values } = await sums(image, layer, run);
   return { shape, values: values.map(ACTIVATIONS[activation]) };
 }
 

@@ -9,8 +9,25 @@ async function json(answer) {
   return value;
 }
 
-const ask = (path) => fetch(path).then(json);
-const send = (path, { blob }) => fetch(path, { method: "POST", body: blob, headers: { "Content-Type": blob.type || "application/octet-stream" } }).then(json);
+const ask = (path, options) => fetch(path, options).then(json);
+const send = (path, { blob }, options) => ask(path, { method: "POST", body: blob, headers: { "Content-Type": blob.type || "application/octet-stream" }, ...options });
+
+let stopping = new AbortController();
+
+// Ends the requests for a layer's numbers that are still under way: another layer is wanted. Nothing comes of them.
+export function stopLayers() {
+  stopping.abort();
+  stopping = new AbortController();
+}
+
+// A request that `stopLayers` ends; whoever waits for it waits for ever then, and is forgotten.
+function stoppable(request) {
+  const { signal } = stopping;
+  return request({ signal }).catch((error) => {
+    if (!signal.aborted) throw error;
+    return new Promise(() => {});
+  });
+}
 
 export const LIVE = true; // images of the visitor's can be classified, and times measured
 
@@ -29,9 +46,14 @@ export const samples = () => ask("api/samples");
 export const dead = (run) => ask(`api/dead?run=${run}`);
 export const predict = (image, run) => send(`api/predict?maps=true&run=${run}`, image).then(({ predictions }) => predictions[0]);
 export const approximateMap = (image, label, run) => send(`api/approximate-map?label=${label}&run=${run}`, image).then(numbers);
-export const activations = (image, layer, run) => send(`api/layers/${layer}/activations?run=${run}`, image).then(numbers);
-export const sums = (image, layer, run) => send(`api/layers/${layer}/activations?sums=true&run=${run}`, image).then(numbers);
-export const narrowed = (layer, rank, run) => ask(`api/layers/${layer}/narrowed?rank=${rank}&run=${run}`);
+export const mistakes = (run) => ask(`api/mistakes?run=${run}`);
+// the image itself, layer 0, is always wanted
+export const activations = (image, layer, run) => {
+  const request = (options) => send(`api/layers/${layer}/activations?run=${run}`, image, options).then(numbers);
+  return layer ? stoppable(request) : request();
+};
+export const sums = (image, layer, run) => stoppable((options) => send(`api/layers/${layer}/activations?sums=true&run=${run}`, image, options).then(numbers));
+export const narrowed = (layer, rank, run) => stoppable((options) => ask(`api/layers/${layer}/narrowed?rank=${rank}&run=${run}`, options));
 export const bottleneck = (r) => fetch(`api/bottleneck?r=${r}`, { method: "POST" }).then(json);
-export const weights = (layer, run) => ask(`api/layers/${layer}/weights?run=${run}`).then(weightsOf);
-export const spectrum = (layer, run) => ask(`api/layers/${layer}/spectrum?run=${run}`).then(spectrumOf);
+export const weights = (layer, run) => stoppable((options) => ask(`api/layers/${layer}/weights?run=${run}`, options).then(weightsOf));
+export const spectrum = (layer, run) => stoppable((options) => ask(`api/layers/${layer}/spectrum?run=${run}`, options).then(spectrumOf));

@@ -3,16 +3,17 @@
 import { format, svg } from "./elements.js";
 
 const PIXELS = 28 * 28;
-const [LEFT, RIGHT, TOP, BOTTOM] = [80, 624, 14, 230]; // of the chart, in its own units
+const [LEFT, RIGHT, TOP, BOTTOM] = [80, 616, 14, 230]; // of the chart, in its own units
 
 export const WIDE_MACS = PIXELS * 256 * 256 * 16;
 export const narrowMacs = (r) => PIXELS * (256 * r + r * 256 * 16);
 // 256·r·17 < 256·256·16
 export const STOPS_PAYING = Math.ceil((256 * 16) / 17);
 
-// The r at which the measured bottleneck is no longer faster, interpolated; null where it always is.
+// The r at which the measured bottleneck is no longer faster, interpolated; null where it always is. Times that scatter
+// are left out.
 export function measuredCrossing(measured) {
-  const points = [...measured].sort(([a], [b]) => a - b).map(([r, m]) => [r, m.narrow.median_ms / m.wide.median_ms]);
+  const points = [...measured].filter(([, m]) => m.is_steady).sort(([a], [b]) => a - b).map(([r, m]) => [r, m.narrow.median_ms / m.wide.median_ms]);
   for (let i = 1; i < points.length; i++) {
     const [[a, low], [b, high]] = [points[i - 1], points[i]];
     if (low < 1 && high >= 1) return Math.round(a + ((1 - low) / (high - low)) * (b - a));
@@ -27,7 +28,7 @@ export function drawChart(chart, r, measured) {
   const text = (value, px, py, options = {}) => svg("text", { x: px, y: py, ...options }, value);
   const fraction = narrowMacs(r) / WIDE_MACS;
   const early = r <= 128;
-  const dots = [...measured].map(([value, m]) => svg("circle", { class: "dot-narrow", cx: x(value), cy: y(Math.min(1.3, m.narrow.median_ms / m.wide.median_ms)), r: 5 }));
+  const dots = [...measured].map(([value, m]) => svg("circle", { class: m.is_steady ? "dot-narrow" : "dot-narrow busy", cx: x(value), cy: y(Math.min(1.3, m.narrow.median_ms / m.wide.median_ms)), r: 5 }));
   chart.replaceChildren(
     ...[0, 0.5, 1].flatMap((value) => [
       svg("line", { class: "axis", x1: LEFT, x2: RIGHT, y1: y(value), y2: y(value) }),

@@ -40,7 +40,7 @@ export function bottleneck(figure, { health }) {
         break;
       }
       update();
-      note.textContent = conditions(measured.get(value)) + busy([measured.get(value).narrow, measured.get(value).wide]);
+      note.textContent = conditions(measured.get(value)) + ([...measured.values()].every(({ is_steady: steady }) => steady) ? "" : BUSY);
     }
     one.disabled = all.disabled = false;
   }
@@ -60,7 +60,7 @@ export function bottleneck(figure, { health }) {
     ms.wide.textContent = here ? milliseconds(here.wide) : "–";
     if (here) {
       const faster = here.wide.median_ms / here.narrow.median_ms;
-      said.textContent += ` Measured: ${format(faster, 2)} times ${faster > 1 ? "as fast" : "as fast, so it is slower"}.`;
+      said.textContent += ` Measured: ${format(faster, 2)} times ${faster > 1 ? "as fast" : "as fast, so it is slower"}${here.is_steady ? "" : ", on a busy machine: not to be relied on"}.`;
     }
     const crossing = measuredCrossing(measured);
     if (crossing) said.textContent += ` ${service.LIVE ? "On this machine" : "On that machine"} it stops paying near r = ${crossing}.`;
@@ -90,10 +90,7 @@ function table(rows) {
 
 const milliseconds = (timing) => `${format(timing.median_ms, 1)} (${format(timing.low_ms, 1)} to ${format(timing.high_ms, 1)})`;
 
-// What is said of times that scatter: a ratio of them is no better than they are.
-const STEADY = 1.3;
-const busy = (timings) => (timings.some(({ low_ms: low, high_ms: high }) => high > STEADY * low)
-  ? ` The times scatter by more than ${format(100 * (STEADY - 1), 0)} %: something else runs on this machine. Measure again when it rests.` : "");
+const BUSY = " Hollow dots: their times scattered by more than 20 % for as long as was waited, as something else ran on the machine. Measure again when it rests.";
 
 const conditions = ({ narrow, shape, dtype, memory_format: order, threads, torch, processor }) =>
   `Milliseconds: median (20th to 80th percentile) of ${narrow.runs} runs in turn, ${shape.join("×")}, ${dtype}, ${order}, ${threads} threads, PyTorch ${torch}, ${processor}`

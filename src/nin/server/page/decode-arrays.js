@@ -1,7 +1,9 @@
-// Decodes the arrays of the API: {shape, values}, float32 in base64.
+// Decodes the arrays of the API: {shape, values}, float32 in base64; in an export {shape, scale, values}, whole numbers
+// of 16 bits that are multiplied by the scale.
 
-export function numbers({ shape, values }) {
-  return { shape, values: new Float32Array(bytes(values).buffer) };
+export function numbers({ shape, scale, values }) {
+  const { buffer } = bytes(values);
+  return { shape, values: scale === undefined ? new Float32Array(buffer) : Float32Array.from(new Int16Array(buffer), (share) => share * scale) };
 }
 
 export const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));

@@ -55,8 +55,13 @@ export function shade(cell, value, limit) {
 
 // Says something to those who do not see the figures, once it has come to rest.
 let waiting = 0;
+let silent = false;
+export const silence = (on) => {
+  silent = on;
+};
 export function announce(text) {
   clearTimeout(waiting);
+  if (silent) return;
   waiting = setTimeout(() => {
     document.getElementById("live").textContent = text;
   }, 400);

@@ -4,6 +4,7 @@ import { drawMap, pixelAt } from "./feature-maps.js";
 import { announce, element, format, number, setNumber } from "./elements.js";
 import { largest } from "./maths.js";
 import { picture } from "./photo.js";
+import { Requests } from "./requests.js";
 import * as server from "./api-client.js";
 
 const TOP = 4; // classes listed
@@ -12,7 +13,7 @@ export class ImageView {
   // network: that classifies the image. samples: the run's test images to choose from; null where another view chooses.
   // onChange(view) after another image was chosen, onPlace(place) when another pixel is pointed at.
   constructor(network, name, samples, { onChange, onPlace }) {
-    Object.assign(this, { network, name, onChange, image: null, outputs: new Map(), prediction: null, shownMap: null, place: [0.5, 0.5], channel: 0 });
+    Object.assign(this, { network, name, onChange, image: null, outputs: new Requests(), prediction: null, shownMap: null, place: [0.5, 0.5], channel: 0 });
     const makePicture = (label) => picture({ label, square: true, onSelect: (r, c) => this.point(r, c, onPlace), onHover: (r, c) => this.point(r, c, onPlace) });
     this.picture = makePicture(`${name}, as the network sees it`);
     this.overlay = makePicture(`map of a class over ${name}`);
@@ -31,17 +32,23 @@ export class ImageView {
   }
 
   makeChooser(samples) {
+    this.offered = element("fieldset", { class: "choices" });
+    this.offer(samples, "test images");
+    return element("div", {}, server.LIVE ? this.opener() : null, samples.length ? this.offered : null);
+  }
+
+  // Offers test images to choose from; kind is what each of them is.
+  offer(samples, name, kind = "test image") {
     this.choices = samples.map((sample, i) => element("button", {
-      type: "button", class: "choice", "aria-pressed": "false", "aria-label": `test image ${i + 1}, a ${sample.label}`,
+      type: "button", class: "choice", "aria-pressed": "false", "aria-label": `${kind} ${i + 1}, a ${sample.label}`,
       onclick: () => this.openSample(samples, i),
     }, element("img", { src: sample.image, alt: "" })));
-    const choices = element("fieldset", { class: "choices" }, element("legend", {}, "test images"), ...this.choices);
-    return element("div", {}, server.LIVE ? this.opener() : null, samples.length ? choices : null);
+    this.offered.replaceChildren(element("legend", {}, name), ...this.choices);
   }
 
   // Where an image of the visitor's is opened, or dropped.
   opener() {
-    const open = (files) => files.length && this.open({ blob: files[0], label: null, sample: -1 });
+    const open = (files) => files.length && this.open({ blob: files[0], label: null, sample: -1, pressed: -1 });
     const file = element("input", { type: "file", accept: "image/*" });
     file.addEventListener("change", () => open(file.files));
     const drop = element("div", { class: "drop row" }, element("label", { class: "button" }, file, `Open ${this.name.startsWith("image") ? this.name : "an image"}`), element("span", { class: "quiet" }, "or drop one here"));
@@ -71,13 +78,13 @@ export class ImageView {
 
   async openSample(samples, index) {
     const bytes = Uint8Array.from(atob(samples[index].image.split(",")[1]), (letter) => letter.charCodeAt(0));
-    await this.open({ blob: new Blob([bytes], { type: "image/png" }), label: samples[index].label, sample: index });
+    await this.open({ blob: new Blob([bytes], { type: "image/png" }), label: samples[index].label, sample: samples[index].place ?? index, pressed: index });
   }
 
   async open(image) {
     try {
       const prediction = await server.predict(image, this.network.run);
-      Object.assign(this, { image, prediction, outputs: new Map() });
+      Object.assign(this, { image, prediction, outputs: new Requests() });
     } catch (error) {
       this.problem.textContent = `This image could not be read: ${error.message}`;
       this.problem.hidden = false;
@@ -85,7 +92,7 @@ export class ImageView {
     }
     this.problem.hidden = true;
     this.shown.hidden = false;
-    this.choices.forEach((button, i) => button.setAttribute("aria-pressed", i === image.sample));
+    this.choices.forEach((button, i) => button.setAttribute("aria-pressed", i === image.pressed));
     this.truth.textContent = image.label === null ? "an image of yours" : `it is: ${image.label}`;
     this.showPrediction();
     await this.showPicture();
@@ -103,8 +110,7 @@ export class ImageView {
   }
 
   once(name, request) {
-    if (!this.outputs.has(name)) this.outputs.set(name, request());
-    return this.outputs.get(name);
+    return this.outputs.once(name, request);
   }
 
   showPrediction() {

@@ -42,8 +42,12 @@ class Inside {
     this.narrowed = new NarrowingPanel((rebuilt) => this.redraw(rebuilt));
     this.block = element("div", { class: "block", hidden: true },
       element("h3", {}, "Layer by layer"), this.layerRows(), this.title, this.status, this.channels, element("div", { class: "block" }, this.paths), this.narrowed.element);
-    const above = this.beside ? this.views[0].chooser : element("div", { class: "controls" }, checkbox("Compare with a second image", false, (on) => this.compare(on)));
-    this.element = element("div", {}, above, this.panels, this.block);
+    this.offered = [samples, "test images"];
+    this.found = element("span", { class: "quiet", role: "status" });
+    const wrong = checkbox(`Show ${this.beside ? `the mistakes of ${this.views[0].name}` : "its mistakes"}`, false, (on) => this.showMistakes(on));
+    const compare = this.beside ? null : checkbox("Compare with a second image", false, (on) => this.compare(on));
+    const above = element("div", { class: "controls" }, compare, samples.length ? wrong : null, this.found);
+    this.element = element("div", {}, above, this.beside ? this.views[0].chooser : null, this.panels, this.block);
   }
 
   makeView(network, name, samples) {
@@ -70,10 +74,42 @@ class Inside {
 
   layerButton(layer, index) {
     const choose = () => {
+      this.stop();
       Object.assign(this, { layer: index, channel: 0 });
       this.update();
     };
     return element("button", { type: "button", "aria-pressed": "false", onclick: choose }, layer.name, element("small", {}, channelsOf(layer)));
+  }
+
+  // What is still being computed for the layer shown is of no use any more.
+  stop() {
+    server.stopLayers();
+    for (const view of this.views) {
+      view.outputs.forgetPending();
+      view.network.requests.forgetPending();
+    }
+  }
+
+  // Offers the test images that the network is wrong on instead of some of each class.
+  async showMistakes(on) {
+    this.wanted = on;
+    let said = "";
+    let offered = [this.samples, "test images"];
+    if (on) {
+      this.found.textContent = "The test images are being classified …";
+      try {
+        this.mistakes ??= await server.mistakes(this.network.run);
+        const { images, wrong, samples } = this.mistakes;
+        if (wrong) offered = [samples, `mistakes: ${samples.length === wrong ? "all" : `${samples.length} of the`} ${wrong} among ${images} test images, the surest first`, "mistake"];
+        else said = `There are none among the ${images} test images looked at.`;
+      } catch (error) {
+        said = error.message;
+      }
+    }
+    if (this.wanted !== on) return; // clicked again meanwhile
+    this.found.textContent = said;
+    this.offered = offered;
+    for (const view of this.views) if (view.chooser) view.offer(...offered);
   }
 
   // The second view follows the first where two runs are beside each other.
@@ -87,6 +123,7 @@ class Inside {
   async compare(on) {
     if (on) {
       this.views.push(this.makeView(this.network, "image B", this.samples));
+      this.views[1].offer(...this.offered);
       this.panels.append(this.panel(this.views[1]));
       if (this.samples.length > 1) await this.views[1].openSample(this.samples, 1);
     } else this.views.splice(1).forEach((gone) => gone.element.parentElement.remove());

@@ -4,10 +4,18 @@ import { element, narrow, slider } from "./elements.js";
 import { largest } from "./maths.js";
 import { CHANNELS, MOST_FILTERS, SIDE, change, state, watch } from "./layer-state.js";
 import { makeDotProduct } from "./dot-product.js";
+import { player } from "./play.js";
 import { volume } from "./volume.js";
 
 export function manyChannels(figure) {
-  const select = (row, column) => change({ row, column });
+  const select = (row, column) => {
+    moving.stop();
+    change({ row, column });
+  };
+  const moving = player("Move the pixel", () => {
+    const next = (state.row * SIDE + state.column + 1) % (SIDE * SIDE);
+    change({ row: Math.floor(next / SIDE), column: next % SIDE });
+  });
   const block = { rows: SIDE, columns: SIDE, cell: 27, step: 1.7, onSelect: select };
   const input = volume({ ...block, depth: CHANNELS, label: "input, 6×6×32" });
   const output = volume({ ...block, depth: state.filters, room: narrow() ? null : MOST_FILTERS, label: "output" });
@@ -21,7 +29,7 @@ export function manyChannels(figure) {
   const again = element("button", { type: "button", onclick: () => change({ seed: state.seed + 1 }) }, "New random numbers");
 
   figure.append(
-    element("div", { class: "controls" }, filters.element, filter.element, again),
+    element("div", { class: "controls" }, filters.element, filter.element, moving.element, again),
     element("div", { class: "volumes" },
       element("figure", { class: "part" }, input.element, element("figcaption", {}, "image 6×6×32")),
       element("span", { class: "sign" }, "∗ 1×1×32 ="),

@@ -21,19 +21,25 @@ export function normals(count, draw, scale = 1) {
 
 export const relu = (z) => (z > 0 ? z : 0);
 
+// y[p] += sum over c of weights[c] x[c, p], in loops that engines compile well.
+export function addProducts(y, weights, x) {
+  const pixels = y.length;
+  for (let c = 0; c < weights.length; c++) {
+    const weight = weights[c];
+    const start = c * pixels;
+    for (let p = 0; p < pixels; p++) y[p] += weight * x[start + p];
+  }
+}
+
 // y[f, p] = max(0, sum over c of weight[f, c] x[c, p] + bias[f]) for x (channels, pixels).
 export function conv1x1(x, channels, weight, bias, activation = relu) {
   const pixels = x.length / channels;
   const filters = weight.length / channels;
   const y = new Float64Array(filters * pixels);
   for (let f = 0; f < filters; f++) {
-    for (let p = 0; p < pixels; p++) {
-      let sum = bias ? bias[f] : 0;
-      for (let c = 0; c < channels; c++) sum += weight[f * channels + c] * x[c * pixels + p];
-      y[f * pixels + p] = activation(sum);
-    }
+    addProducts(y.subarray(f * pixels, (f + 1) * pixels).fill(bias ? bias[f] : 0), weight.slice(f * channels, (f + 1) * channels), x);
   }
-  return y;
+  return y.map(activation);
 }
 
 // A k×k convolution of one channel with zeros around it, so that the size stays; k is odd. weight (filters, k * k).

@@ -2,6 +2,7 @@
 
 import { announce, element, format, number, setNumber, shade } from "./elements.js";
 import { pixelGrid } from "./pixel-grid.js";
+import { digitPad } from "./digit-pad.js";
 import { conv1x1, convolve, largest, mean, softmax } from "./maths.js";
 import { asset } from "./api-client.js";
 
@@ -40,12 +41,23 @@ export async function network(figure) {
     return { grid, score, sure, part };
   });
   const said = element("p", { class: "said" });
+  const pad = digitPad((pixels) => showImage(pixels, -1));
+  const powers = maps.map((_, digit) => ({ power: number(), probability: number(0, 1, { "data-probability": digit }), score: number(0, 2), row: element("tr") }));
+  powers.forEach(({ power, probability, score, row }, digit) => {
+    row.append(element("th", { scope: "row" }, String(digit)), element("td", {}, score), element("td", {}, power), element("td", {}, probability, " %"));
+  });
+  const total = number();
   const choices = element("fieldset", { class: "choices" }, element("legend", {}, "digits that it never saw while learning"),
     ...images.map((image, digit) => element("button", { type: "button", class: "choice", "aria-label": `digit ${digit}`, onclick: () => show(digit) }, thumbnail(image))));
 
   function show(digit) {
+    pad.clear();
+    showImage(Float64Array.from(images[digit], (value) => value / 255), digit);
+  }
+
+  // digit: of the images; -1 for one that was drawn
+  function showImage(pixels, digit) {
     state.digit = digit;
-    const pixels = Float64Array.from(images[digit], (value) => value / 255);
     state.result = forward(layers, pixels);
     input.show(pixels, 1.4);
     const limit = largest(state.result.maps);
@@ -55,6 +67,14 @@ export async function network(figure) {
       setNumber(score, state.result.scores[c], 2);
       sure.textContent = `${format(100 * state.result.probabilities[c], 1)} % sure`;
       part.classList.toggle("best", c === best);
+    });
+    const exponentials = state.result.scores.map(Math.exp);
+    setPower(total, exponentials.reduce((a, b) => a + b, 0));
+    powers.forEach(({ power, probability, score, row }, c) => {
+      setNumber(score, state.result.scores[c], 2);
+      setPower(power, exponentials[c]);
+      setNumber(probability, 100 * state.result.probabilities[c], 1);
+      row.classList.toggle("most", c === best);
     });
     choices.querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", i === digit));
     point();
@@ -79,13 +99,23 @@ export async function network(figure) {
   }
 
   figure.append(
-    choices,
+    element("div", { class: "row" }, choices, pad.element),
     element("div", { class: "chain" },
       element("div", {}, element("p", { class: "caption" }, "the image, and what the 5×5 sees"), input.element),
       columns),
     said,
-    element("div", { class: "maps" }, ...maps.map(({ part }) => part)));
+    element("div", { class: "maps" }, ...maps.map(({ part }) => part)),
+    element("table", { class: "figures softmax" },
+      element("caption", { class: "caption" }, "The softmax: e to the power of each score, divided by the sum of all ten"),
+      element("thead", {}, element("tr", {}, ...["class", "score", "e^score", "probability"].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, ...powers.map(({ row }) => row)),
+      element("tfoot", {}, element("tr", {}, element("th", { scope: "row" }, "sum"), element("td"), element("td", {}, total), element("td", {}, "100 %")))));
   show(state.digit);
+}
+
+// Powers reach from thousandths to millions.
+function setPower(made, value) {
+  setNumber(made, value, value < 100 ? 2 : 0);
 }
 
 function thumbnail(image) {

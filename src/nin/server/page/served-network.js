@@ -1,12 +1,13 @@
 // A network of the server: its layers, and their weights and principal components, each requested once.
 
 import { count, format } from "./elements.js";
+import { Requests } from "./requests.js";
 import * as server from "./api-client.js";
 
 export class ServedNetwork {
   // run: 0, or 1 for the one beside it.
   constructor(run, model) {
-    Object.assign(this, { run, model, layers: model.layers, dead: null, requested: new Map() });
+    Object.assign(this, { run, model, layers: model.layers, dead: null, requests: new Requests() });
   }
 
   static async open(run) {
@@ -14,8 +15,7 @@ export class ServedNetwork {
   }
 
   once(name, request) {
-    if (!this.requested.has(name)) this.requested.set(name, request());
-    return this.requested.get(name);
+    return this.requests.once(name, request);
   }
 
   weights(layer) {
