@@ -716,14 +716,18 @@ def test_a_default_that_is_given_is_a_setting_like_any_other(tmp_path, monkeypat
         (["train", "digits", "--out", "x", "--shift", "40"], "shift must be below the 8 pixels of the images, got 40"),
         (["train", "digits", "--out", "{file}"], "is a file: give another --out"),
         (["predict", "no-run", "a.png"], "no-run does not exist: give a run folder"),
+        (["train", "digits", "--out", "{run}"], "is not empty, it holds a finished run: give another --out, or --ov"),
+        (["predict", "{run}", "*.jpeg"], "no file matches *.jpeg"),
+        (["cost", "nin_cifr"], "got 'nin_cifr'; did you mean nin_cifar?"),
+        (["export", "{run}", "--out", "."], ". is a folder: give the file to write, such as model.onnx"),
         (["check", "x", "--seed", "-1"], "seed must be 0 to"),
         (["shards", "x", "--out", "y", "--seed", "-1"], "seed must be 0 to"),
     ],
 )
-def test_small_mistakes_get_a_line_of_their_own(arguments, text, tmp_path, monkeypatch, capsys):
+def test_small_mistakes_get_a_line_of_their_own(arguments, text, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "afile").touch()
-    code, line = fails(capsys, *(word.format(file=tmp_path / "afile") for word in arguments))
+    code, line = fails(capsys, *(word.format(file=tmp_path / "afile", run=run) for word in arguments))
     assert code == 2
     assert text in line
 

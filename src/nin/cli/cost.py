@@ -74,7 +74,7 @@ def find_network(model: str, classes: int | None, channels: int | None) -> tuple
         UserError: there is none of that name, or a run folder is to have other classes or channels than its own.
     """
     from nin import checkpoint, models
-    from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
+    from nin.models.factory import check_name, create_external_model
 
     if model in models.MODELS:
         given = {"num_classes": classes, "in_channels": channels}
@@ -87,11 +87,9 @@ def find_network(model: str, classes: int | None, channels: int | None) -> tuple
         network, info = checkpoint.load_model(Path(model))
         p = info.preprocessing
         return network, (p.channels, p.size, p.size)
-    if is_external_name(model):
-        external = create_external_model(model, classes=classes, channels=channels)
-        return external.model.eval(), (external.channels, external.height, external.width)
-    names = ", ".join(models.MODELS)
-    raise UserError(f"model must be one of {names}, a run folder, or {NAME_FORMS}; got {model!r}")
+    check_name(model, also="a run folder, ")
+    external = create_external_model(model, classes=classes, channels=channels)
+    return external.model.eval(), (external.channels, external.height, external.width)
 
 
 def count(model: str, network: nn.Module, shape: tuple[int, ...]) -> Cost:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from nin.cli.console import ProgressBar, messages, print_json, results, say_if_unfinished
+from nin.errors import UserError
 
 
 def export(
@@ -32,6 +33,10 @@ def export(
 
     say_if_unfinished(run, checkpoint.load_info(run))
     path = out or run / f"model{exporters.SUFFIXES[format]}"
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder: give the file to write, such as {path / f'model{exporters.SUFFIXES[format]}'}"
+        )
     with models.trust() if trust else contextlib.nullcontext(), ProgressBar("Loading the network") as bar:
         exported = exporters.export(run, path, format=format, preprocessing=preprocessing, on_progress=bar.on_progress)
     if json:

@@ -138,7 +138,8 @@ def image_paths(paths: Sequence[Path], problems: list[str]) -> Iterator[str]:
             found = found or path.exists()
             yield str(path)
     if not found:
-        raise UserError(problems[0] if problems else f"{paths[0]} does not exist")
+        missing = f"no file matches {paths[0]}" if glob.has_magic(str(paths[0])) else f"{paths[0]} does not exist"
+        raise UserError(problems[0] if problems else missing)
 
 
 def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> set[str]:

@@ -61,8 +61,12 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     return create_classifier(name, num_classes, **options)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, *, also: str = "") -> None:
     """Check that there is a network of that name, as far as that is known without importing somebody's module.
+
+    Args:
+        name: of the network.
+        also: what else may be given, for the message, such as "a run folder, ".
 
     Raises:
         UserError: there is none; the message says what was probably meant.
@@ -75,7 +79,7 @@ def check_name(name: str) -> None:
     elif not is_external_name(name):
         near = _near_names(name)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model must be one of {', '.join(MODELS)}, or {NAME_FORMS}; got {name!r}{hint}")
+        raise UserError(f"model must be one of {', '.join(MODELS)}, {also}or {NAME_FORMS}; got {name!r}{hint}")
 
 
 def _near_names(name: str) -> list[str]:

@@ -241,6 +241,8 @@ def check_run_folder(out: Path | None, *, resume: bool, overwrite: bool = False)
         return
     if (out / checkpoint.STATE_FILE).exists():
         raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out, or --overwrite")
+    if is_finished(out) and (out / checkpoint.MODEL_FILE).exists():
+        raise UserError(f"{out} is not empty, it holds a finished run: give another --out, or --overwrite")
     checkpoint.check_output_folder(out, may_contain=_LEFT_BEHIND)
 
 
