@@ -183,7 +183,7 @@ def test_mistakes_are_named(table, digits):
         ({"hidden_channels": None}, "hidden_channels must be a whole number, got None"),
         ({"epochs": "5"}, "epochs must be a whole number, got '5'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"learning_rate": None}, "learning_rate must be a number, got None"),
+        ({"learning_rate": "0.1"}, "learning_rate must be a number, got '0.1'"),
         ({"weight_decay": -1}, "weight_decay must be at least 0 and finite, got -1"),
         ({"label_smoothing": 1}, "label_smoothing must be at least 0 and below 1, got 1"),
         ({"dropout": np.nan}, "dropout must be at least 0 and below 1, got nan"),
