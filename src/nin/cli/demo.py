@@ -13,6 +13,7 @@ from nin.cli.console import messages, print_json, print_table
 from nin.cli.predict import prediction_dict, show_predictions
 from nin.cli.train import load_data, show_result, train_with_progress, write_report
 from nin.config import TrainConfig
+from nin.display.numbers import format_number_of
 
 SAMPLES, SAMPLES_FOLDER, MAPS_FOLDER = 6, "samples", "maps"
 
@@ -141,5 +142,5 @@ def show_bottleneck(rows: list[dict[str, Any]], batch_size: int) -> None:
     wide, narrow = rows
     macs, parameters, ms = (f"{wide[key] / narrow[key]:.1f}× less" for key in ("macs", "parameters", "median_ms"))
     cells.append(("the bottleneck", macs, parameters, ms))
-    title = f"batch {batch_size}, float32, {torch.get_num_threads()} threads"
+    title = f"batch {batch_size}, float32, {format_number_of(torch.get_num_threads(), 'thread')}"
     print_table(cells, left=1, title=title, total=True)

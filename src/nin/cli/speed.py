@@ -59,7 +59,7 @@ def speed(
         lose: Points of accuracy that may be lost at most; without labels, per cent of the answers that may change.
         batch: Images at a time that are timed; may be given several times, and the first one decides.
         out: The folder to make: the fastest, ready to use, with an example; the page and the figures.
-        budgets: Shares of the multiplications that narrowed networks keep.
+        budgets: Shares of the multiplications that narrowed networks keep; --no-narrow tries none.
         narrow: Try narrowed networks.
         finetune: Epochs of training of each narrowed network.
         engine: eager, compile, nin, onnxruntime, openvino; all if not given. May be given several times.

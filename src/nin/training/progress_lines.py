@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nin.display.durations import duration
-from nin.display.numbers import format_percent
+from nin.display.numbers import format_number_of, format_percent
 from nin.epoch_metrics import evaluated_part
 from nin.runtime import torchrun
 from nin.training.progress import TrainProgress
@@ -42,7 +42,8 @@ class ProgressLines:
             return lines
         if self.started is None:
             self.started = time.monotonic()
-            lines.append(f"{p.epochs} {'epoch' if p.epochs == 1 else 'epochs'} of {p.steps // p.epochs:,} steps")
+            steps = format_number_of(p.steps // p.epochs, "step")
+            lines.append(f"{format_number_of(p.epochs, 'epoch')} of {steps}")
         if p.row and (p.epoch % max(1, p.epochs // EPOCH_LINES) == 0 or p.epoch == p.epochs):
             part = evaluated_part(p.row)
             lines.append(
