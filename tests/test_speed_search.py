@@ -18,7 +18,7 @@ from nin.errors import UserError
 from nin.speed_search import processes, quality, subject, timing
 from nin.speed_search.combinations import ENGINES, Combination
 from nin.speed_search.networks import load_network, save_named, save_run
-from nin.speed_search.page import chart, render_page, time_marks
+from nin.speed_search.page import chart, explanation, render_page, time_marks
 from nin.speed_search.quantization import QuantizationSpec, quantize_onnx, quantize_openvino
 from nin.speed_search.result import Row, SpeedResult, choose, pareto
 from nin.speed_search.runners import Setting, WorkerSpec, make_runner
@@ -451,6 +451,11 @@ def test_the_page_escapes_names_and_tells_every_point():
     assert "lost +80.00" in drawn
     assert time_marks(0.8, 12) == [1.0, 2.0, 5.0, 10.0]
     assert time_marks(3.1, 3.9) == [3.1, 3.9]
+
+
+def test_a_chart_that_cuts_large_losses_says_so():
+    assert "upper edge" not in explanation(result(row(), row(number="int8", lost=3.9)))
+    assert "Signs at the upper edge lost 4 or more" in explanation(result(row(), row(number="int8", lost=20.0)))
 
 
 def test_the_command_prints_the_table_or_json(monkeypatch, capsys):

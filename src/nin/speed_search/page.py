@@ -51,11 +51,14 @@ def render_page(result: SpeedResult) -> str:
 def explanation(result: SpeedResult) -> str:
     """Return what a chart shows, in words."""
     what = "points of accuracy on the test images" if result.labelled else "per cent of the answers that changed"
+    most = _largest_shown(result)
+    is_cut = any(row.latency and _lost(row) > most for row in result.rows)
+    beyond = f" Signs at the upper edge lost {most:g} or more: the table has the figures." if is_cut else ""
     return (
         f"Down is better, left is faster. Upwards: {what}, lost in comparison with the original; the dashed line is "
         f"the limit, {result.lose:g}. To the right: milliseconds, each step of the scale a multiple. The thin line "
         "joins the combinations that no other is better than. Point at a sign, or go to it with the Tab key, and its "
-        "figures are shown."
+        f"figures are shown.{beyond}"
     )
 
 
@@ -77,7 +80,7 @@ def chart(result: SpeedResult, batch: int) -> str:
     rows = [row for row in result.rows if batch in row.latency]
     lows = min(row.latency[batch].low for row in rows)
     highs = max(row.latency[batch].high for row in rows)
-    most = max(LARGEST_LOSS * result.lose, LEAST_RANGE)
+    most = _largest_shown(result)
     losses = [min(_lost(row), most) for row in rows]
     y_ticks = round_steps(min(0.0, *losses), max(result.lose, *losses), about=5)
     x_range = math.log10(lows / 1.15), math.log10(highs * 1.15)
@@ -110,6 +113,11 @@ def time_marks(low: float, high: float) -> list[float]:
     marks = [round(step * 10.0**power, 12) for power in powers for step in (1, 2, 5)]
     inside = [mark for mark in marks if low <= mark <= high]
     return inside if len(inside) >= 2 else [float(f"{low:.3g}"), float(f"{high:.3g}")]
+
+
+def _largest_shown(result: SpeedResult) -> float:
+    """Return the loss above which all stand at the chart's upper edge, so that the others can be told apart."""
+    return max(LARGEST_LOSS * result.lose, LEAST_RANGE)
 
 
 def _lost(row: Row) -> float:
