@@ -170,15 +170,21 @@ POOLINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", POOLINGS)
-def test_poolings_in_other_words(kind):
-    pool, reason = POOLINGS[kind]
-    network = Tail(Pooled(pool)).double()
+def wrapped(network):
+    """Return a network as nin trains it, in float64, with images and the scores that the network itself gives them."""
+    network = network.double()
     disturb(network)
     x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
     expected = network.eval()(x)
     model = ExternalClassifier("a:b", network, 4, InputConfig()).double().eval()
     torch.testing.assert_close(model(x), expected)
+    return model, x, expected
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_poolings_in_other_words(kind):
+    pool, reason = POOLINGS[kind]
+    model, x, expected = wrapped(Tail(Pooled(pool)))
     assert (reason in model.no_maps_reason) if reason else model.no_maps_reason == ""
     if not reason:
         maps = model.maps(x)
@@ -212,12 +218,7 @@ def test_windows_that_give_no_exact_maps():
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_that_commute_and_those_that_do_not(kind):
     head, reason = HEADS[kind]
-    network = Tail(head).double()
-    disturb(network)
-    x = torch.randn(3, 3, 9, 7, dtype=torch.float64)
-    expected = network.eval()(x)
-    model = ExternalClassifier("a:b", network, 4, InputConfig()).double().eval()
-    torch.testing.assert_close(model(x), expected)
+    model, x, expected = wrapped(Tail(head))
     assert (reason in model.no_maps_reason) if reason else model.no_maps_reason == ""
     if not reason:
         torch.testing.assert_close(model.maps(x).mean((2, 3)), expected)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from nin import checkpoint
 from nin.cli import app
 from nin.errors import UserError
 from nin.speed_search import processes, quality, subject, timing
-from nin.speed_search.combinations import ENGINES, Combination
+from nin.speed_search.combinations import ENGINES, REFERENCE, Combination
 from nin.speed_search.networks import load_network, save_named, save_run
 from nin.speed_search.page import chart, explanation, render_page, time_marks
+from nin.speed_search.processes import WorkerError
 from nin.speed_search.quantization import QuantizationSpec, quantize_onnx, quantize_openvino
 from nin.speed_search.result import Row, SpeedResult, choose, pareto
 from nin.speed_search.runners import Setting, WorkerSpec, make_runner
+from nin.speed_search.session import SearchSession
 from nin.speed_search.state import SearchState
 from nin.speed_search.timing import Interval, median_interval, time_in_rounds
 from nin.speed_search.worker import normalise
@@ -409,11 +412,9 @@ def test_a_whole_search_stopped_and_resumed(module, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("Comparing the answers of original, float32, ONNX Runtime")
     assert (out / "search" / "state.json").is_file()
-    written = (out / "search" / "original" / "model.onnx").stat().st_mtime_ns
     monkeypatch.setattr("nin.exporters.export", None)  # it is not exported again
     found = run()
     assert not (out / "search").exists()
-    assert written
     assert [r.combination.engine for r in found.rows] == ["eager", "onnxruntime"]
     assert found.rows[1].quality.agreement == 1.0
     assert found.rows[0].peak_bytes > found.rows[1].peak_bytes > 10_000_000  # PyTorch is larger than its rival
@@ -451,6 +452,23 @@ def test_the_page_escapes_names_and_tells_every_point():
     assert "lost +80.00" in drawn
     assert time_marks(0.8, 12) == [1.0, 2.0, 5.0, 10.0]
     assert time_marks(3.1, 3.9) == [3.1, 3.9]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (RuntimeError("no such\noperator"), WorkerError, "^RuntimeError: no such operator$"),
+        (OSError(28, "No space left on device"), OSError, "No space left"),
+        (MemoryError("all of it"), MemoryError, "all of it"),
+    ],
+)
+def test_only_what_an_exporter_says_of_the_network_is_a_reason(error, raised, message):
+    def build(combination):
+        raise error
+
+    session = SimpleNamespace(builder=SimpleNamespace(build=build))
+    with pytest.raises(raised, match=message):
+        SearchSession._build(session, REFERENCE)
 
 
 def test_a_chart_that_cuts_large_losses_says_so():

@@ -178,7 +178,7 @@ class SearchSession:
         self._step(f"Building {combination}")
         if not reason:
             try:
-                self.builder.build(combination)
+                self._build(combination)
                 self.done += STEP_WEIGHTS["build"]
                 self._step(f"Starting {combination}")
                 worker = self._start(combination)
@@ -189,11 +189,23 @@ class SearchSession:
                 return
             except (UserError, WorkerError) as error:
                 reason = str(error)
-            except Exception as error:  # an exporter or a quantiser may raise anything about somebody's network
-                if is_out_of_memory(error):
-                    raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
         self.rows[combination] = Row(combination, reason=reason)
+
+    def _build(self, combination: Combination) -> None:
+        """Write the files of a combination.
+
+        Raises:
+            WorkerError: an exporter cannot take the network.
+            OSError: a file cannot be written, which is no fault of the combination.
+        """
+        try:
+            self.builder.build(combination)
+        except (UserError, WorkerError, OSError):
+            raise
+        except Exception as error:  # an exporter may raise anything about somebody's network
+            if is_out_of_memory(error):
+                raise
+            raise WorkerError(" ".join(f"{type(error).__name__}: {error}".split())[:240]) from error
 
     def _unsuited(self, combination: Combination) -> str:
         if combination.number == "bfloat16" and not cpu_has_bf16():
