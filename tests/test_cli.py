@@ -617,7 +617,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
         bar.update(1, 5)
         bar.update(2, 0)
         bar.on_progress("Writing", 5, 5)
-    lines = capsys.readouterr().err.strip().splitlines()  # before 14.3, rich ends with an empty line
+    lines = capsys.readouterr().err.splitlines()
     assert lines == ["Reading: 1 of 5", "Reading: 2", "Writing: 5 of 5"]
     with console.ProgressBar("Reading", seconds_between_lines=0.5) as bar:
         bar.update(1, 5)  # too early

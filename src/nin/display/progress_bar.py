@@ -54,11 +54,13 @@ class ProgressBar:
         self.task = self.progress.add_task(text, total=total)
 
     def __enter__(self) -> Self:
-        self.progress.start()
+        if not self.progress.disable:
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if not self.progress.disable:  # before 14.3, rich prints an empty line all the same
+            self.progress.stop()
 
     def update(self, done: int, total: int, text: str | None = None) -> None:
         """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
