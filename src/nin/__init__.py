@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nin.inference.classifier import Classifier, load
     from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
-    from nin.ops import backends, conv1x1, freeze, mlpconv
+    from nin.ops import backends, conv1x1, freeze, inverted_bottleneck, mlpconv
     from nin.profiling.cost import cost
     from nin.sklearn import NiNClassifier
     from nin.speed_search.search import speed
@@ -28,7 +28,7 @@ _MODULES = {
     "nin.inference.classifier": ("Classifier", "load"),
     "nin.layers": ("Bottleneck", "Conv1x1", "GlobalAveragePooling", "Inception", "MLPConv"),
     "nin.narrowing": ("NarrowOptions", "apply_plan", "narrow"),
-    "nin.ops": ("backends", "conv1x1", "freeze", "mlpconv"),
+    "nin.ops": ("backends", "conv1x1", "freeze", "inverted_bottleneck", "mlpconv"),
     "nin.profiling.cost": ("cost",),
     "nin.sklearn": ("NiNClassifier",),
     "nin.speed_search.search": ("speed",),
@@ -54,6 +54,7 @@ __all__ = [
     "export",
     "freeze",
     "fuse",
+    "inverted_bottleneck",
     "load",
     "mlpconv",
     "models",

@@ -19,6 +19,7 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.display.numbers import format_bytes
 from nin.errors import UserError
 from nin.layers import MLPConv
+from nin.ops import bottleneck_reference
 from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
 from nin.runtime.files import write_atomically
@@ -184,7 +185,13 @@ def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
     """
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
-    program = program.run_decompositions({torch.ops.nin.mlpconv.default: as_dispatcher_kernel(conv2d_chain)})
+    decompositions = {
+        torch.ops.nin.mlpconv.default: as_dispatcher_kernel(conv2d_chain),
+        torch.ops.nin.inverted_bottleneck.default: bottleneck_reference.as_dispatcher_kernel(
+            bottleneck_reference.conv2d_layers
+        ),
+    }
+    program = program.run_decompositions(decompositions)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine
     return program

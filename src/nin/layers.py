@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.errors import UserError
-from nin.ops import ACTIVATIONS, Pair, check_activation, conv1x1, mlpconv
+from nin.ops import ACTIVATIONS, check_activation, conv1x1, mlpconv
+from nin.ops.checks import Pair
 
 NORMALISATIONS = (None, "weight_standardisation")
 

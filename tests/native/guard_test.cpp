@@ -297,6 +297,88 @@ bool run(const Case& c) {
   return good && check_chain_gradients(c, p, x, y, grad, weights, biases, x_grad, weight_grads);
 }
 
+struct BlockShape {
+  int64_t channels, hidden, out, height, width, kernel, stride, padding, dilation;
+  bool expands;  // with the first 1×1 layer; else hidden = channels
+};
+
+// An inverted bottleneck in float32, with relu6 and hardswish, and the residual where it fits, against plain loops.
+bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bool at_end) {
+  const void* kernels = nin_find_kernels(isa, 0);
+  if (!kernels) return true;
+  const int64_t batch = 2;
+  nin_chain p{};
+  p.batch = batch, p.channels = s.channels, p.height = s.height, p.width = s.width;
+  p.out_height = (s.height + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+  p.out_width = (s.width + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+  for (int d = 0; d < 2; ++d) {
+    p.kernel[d] = s.kernel, p.stride[d] = s.stride, p.padding[d] = s.padding, p.dilation[d] = s.dilation;
+  }
+  set_strides(p.x_stride, s.channels, s.height, s.width, channels_last);
+  set_strides(p.y_stride, s.out, p.out_height, p.out_width, channels_last);
+  const bool residual = s.out == s.channels && p.out_height == s.height && p.out_width == s.width;
+  const int64_t taps = s.kernel * s.kernel;
+  const int64_t fans[3] = {s.channels, taps, s.hidden}, widths[3] = {s.hidden, s.hidden, s.out};
+  const int64_t in_count = batch * s.channels * s.height * s.width;
+  const int64_t out_count = batch * s.out * p.out_height * p.out_width;
+  Buffer x(in_count, 0, at_end), y(out_count, 0, at_end);
+  x.fill(in_count, 2);
+  Buffer weights[3] = {
+      {widths[0] * fans[0], 0, at_end}, {widths[1] * fans[1], 0, at_end}, {widths[2] * fans[2], 0, at_end}};
+  Buffer biases[3] = {{widths[0], 0, at_end}, {widths[1], 0, at_end}, {widths[2], 0, at_end}};
+  std::vector<char> packed[3];
+  nin_layer layers[3];
+  for (int i = 0; i < 3; ++i) {
+    weights[i].fill(widths[i] * fans[i], 2 / std::sqrt(double(fans[i])));
+    biases[i].fill(widths[i], 1);
+    const int64_t k = i == 1 ? s.kernel : 1;
+    const nin_weight_view view{0, widths[i], fans[i] / k / k, k, k, fans[i], k * k, k, 1};
+    packed[i].resize(size_t(nin_packed_bytes(kernels, &view)));
+    nin_pack(kernels, &view, weights[i].data, packed[i].data());
+    layers[i] = {packed[i].data(), biases[i].data, widths[i], i == 0 ? 4 : i == 1 ? 5 : 0};
+  }
+  p.layers = s.expands ? 3 : 2;
+  const nin_thread_pool pool{nullptr, 2};
+  const nin_layer* first = layers + (s.expands ? 0 : 1);
+  if (nin_inverted_bottleneck(kernels, &p, first, residual, x.data, y.data, &pool, nullptr, nullptr, 0) != 0) {
+    return false;
+  }
+  const Case c{isa, 0, {batch, s.channels, s.height, s.width, s.kernel, s.stride, s.padding, s.dilation, {0, 0}},
+               channels_last, at_end, 0};
+  const auto relu6 = [](double z) { return std::min(6.0, std::max(0.0, z)); };
+  const auto input = [&](int64_t n, int64_t channel, int64_t h, int64_t w) {
+    return x.get(n * p.x_stride[0] + channel * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]);
+  };
+  bool good = true;
+  for (int64_t i = 0; i < batch * p.out_height * p.out_width; i += 1 + batch * p.out_height * p.out_width / 16) {
+    const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+    std::vector<double> product(size_t(s.hidden), 0);
+    for (int64_t o = 0; o < s.hidden; ++o) {
+      double sum = biases[1].get(o);
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t h = row * s.stride - s.padding + t / s.kernel * s.dilation;
+        const int64_t w = column * s.stride - s.padding + t % s.kernel * s.dilation;
+        if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+        double up = s.expands ? biases[0].get(o) : input(n, o, h, w);
+        for (int64_t ch = 0; s.expands && ch < s.channels; ++ch) {
+          up += weights[0].get(o * s.channels + ch) * input(n, ch, h, w);
+        }
+        sum += weights[1].get(o * taps + t) * (s.expands ? relu6(up) : up);
+      }
+      product[size_t(o)] = sum * relu6(sum + 3) / 6;
+    }
+    for (int64_t o = 0; o < s.out; ++o) {
+      Sum sum;
+      sum.add(biases[2].get(o));
+      for (int64_t h = 0; h < s.hidden; ++h) sum.add(weights[2].get(o * s.hidden + h) * product[size_t(h)]);
+      if (residual) sum.add(input(n, o, row, column));
+      const int64_t at = n * p.y_stride[0] + o * p.y_stride[1] + row * p.y_stride[2] + column * p.y_stride[3];
+      good = good && close(c, "inverted bottleneck", y.get(at), sum.value, sum.size);
+    }
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -334,6 +416,19 @@ int main() {
           outlier.outlier = true;
           if (!run(outlier)) return 1;
         }
+      }
+    }
+  }
+  const BlockShape blocks[] = {
+      {5, 35, 5, 9, 8, 3, 1, 1, 1, true},   {3, 16, 7, 9, 7, 3, 2, 1, 1, true},    {17, 33, 18, 7, 7, 5, 1, 2, 1, true},
+      {4, 64, 4, 14, 5, 7, 1, 3, 1, true},  {6, 18, 1, 9, 11, 3, 1, 2, 2, true},   {2, 3, 33, 1, 1, 1, 1, 0, 1, true},
+      {2, 5, 3, 1, 2, 3, 3, 4, 1, true},    {8, 160, 12, 60, 61, 3, 1, 1, 1, true}, {19, 19, 19, 6, 10, 3, 1, 1, 1, false},
+      {31, 31, 9, 8, 60, 5, 2, 2, 1, false},
+  };
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
+    for (const BlockShape& block : blocks) {
+      for (int variant = 0; variant < 4; ++variant, ++runs) {
+        if (!run_bottleneck(isa, block, (variant & 1) != 0, (variant & 2) != 0)) return 1;
       }
     }
   }

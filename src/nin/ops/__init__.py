@@ -1,4 +1,4 @@
-"""``nin.mlpconv`` and ``nin.conv1x1``: a k×k convolution and 1×1 convolutions after it, as one operator."""
+"""``nin.mlpconv``, ``nin.conv1x1`` and ``nin.inverted_bottleneck``: several convolutions as one operator."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nin.ops import schema
 from nin.ops.arguments import ChainArguments
+from nin.ops.bottleneck import inverted_bottleneck
+from nin.ops.checks import Pair, check_images, check_like, check_reach, pair, want_gradients
 from nin.ops.cpu import call_cache
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import freeze, take_back_constants
@@ -14,11 +16,7 @@ from nin.ops.gpu import dispatch as gpu_dispatch
 from nin.ops.reference import ACTIVATIONS, conv2d_chain
 from nin.ops.transforms import is_jit_traced, is_plain, is_wrapped, overrides_dispatch
 
-__all__ = ["ACTIVATIONS", "backends", "conv1x1", "freeze", "mlpconv"]
-
-Pair = int | tuple[int, int]
-
-_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+__all__ = ["ACTIVATIONS", "backends", "conv1x1", "freeze", "inverted_bottleneck", "mlpconv"]
 
 
 def conv1x1(
@@ -103,7 +101,7 @@ def mlpconv(
     """
     weights, biases = list(weights), list(biases)
     activations = _activations(activation, len(weights))
-    stride, padding, dilation = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    stride, padding, dilation = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     chain = ChainArguments(weights, biases, stride, padding, dilation, activations)
     if is_jit_traced():
         # Of torch.jit.trace: its graph has no word for the operator's list of optional biases, and would keep the sizes
@@ -111,26 +109,20 @@ def mlpconv(
         return conv2d_chain(x, chain)
     tensors = (x, *weights, *biases)
     plain, key = is_plain(tensors), None
-    if plain and not _want_gradients(tensors):
+    if plain and not want_gradients(tensors):
         key = cpu_dispatch.call_key(x, chain)
         if key is not None and (y := call_cache.repeat(key, x, chain)) is not None:
             return y
     _check_tensors(x, weights, biases)
     if plain or not torch.compiler.is_compiling():
         take_back_constants(weights)  # here, as autocast and transforms give the kernels other tensors
-    size, kernel_size = x.shape[2:], weights[0].shape[2:]
-    for d, side in enumerate(("height", "width")):
-        reach = dilation[d] * (kernel_size[d] - 1) + 1
-        if size[d] + 2 * padding[d] < reach:
-            raise ValueError(
-                f"x must have a padded {side} of at least {reach} (the kernel's reach), "
-                f"got {size[d]} with padding {padding[d]}: x has shape {tuple(x.shape)}"
-            )
+    kernel_size = weights[0].shape[2:]
+    check_reach(x, kernel_size, padding, dilation)
     op: Callable[..., Tensor] = torch.ops.nin.mlpconv.default  # without .default, each call would look for the overload
     if key is not None:
         with torch._C._AutoDispatchBelowAutograd():
             return cpu_dispatch.mlpconv(x, chain, key)
-    trains = _want_gradients(tensors)
+    trains = want_gradients(tensors)
     if plain and schema.reaches_kernels(x, tensors):
         op = schema.call_with_gradients if trains else schema.call_kernel
     elif plain and any(map(is_wrapped, tensors)):  # of a transform that has ended, or of PyTorch's older vmap
@@ -147,10 +139,6 @@ def mlpconv(
         x = op(x, weights[:1], biases[:1], stride, padding, dilation, activations[:1])
         return op(x, weights[1:], biases[1:], (1, 1), (0, 0), (1, 1), activations[1:])
     return op(x, weights, biases, stride, padding, dilation, activations)
-
-
-def _want_gradients(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def backends() -> dict[str, str]:
@@ -182,36 +170,16 @@ def _activations(activation: str | Sequence[str | None] | None, count: int) -> l
     return names
 
 
-def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or not (_is_count(pair[0], least) and _is_count(pair[1], least)):
-        raise ValueError(f"{name} must be a whole number of at least {least}, or two of them, got {value!r}")
-    return pair
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
 def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
     """Raise unless the shapes, dtypes and devices of a chain match."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.is_nested:
-        raise ValueError(
-            "x must be one tensor, got a nested one: torch.nested.to_padded_tensor(x, 0.0) pads the images"
-        )
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    check_images(x)
     dtype, device = x.dtype, x.device
-    if dtype not in _DTYPES:
-        raise ValueError(f"x must have a floating dtype of 16 bits or more, got {dtype}")
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, and at least one, got {len(weights)} and {len(biases)}")
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if not isinstance(weight, Tensor) or weight.is_nested or weight.dtype != dtype or weight.device != device:
-            _check_like(_name("weight", i, weights), weight, x)
+            check_like(_name("weight", i, weights), weight, x)
         shape = weight.shape
         fits = len(shape) == 4 and shape[1] == channels and (i == 0 or shape[2:] == (1, 1))
         if not fits or 0 in shape:
@@ -222,7 +190,7 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
         channels = shape[0]
         if bias is not None:
             if not isinstance(bias, Tensor) or bias.is_nested or bias.dtype != dtype or bias.device != device:
-                _check_like(_name("bias", i, weights), bias, x)
+                check_like(_name("bias", i, weights), bias, x)
             if bias.shape != (channels,):
                 which = _name("bias", i, weights)
                 raise ValueError(f"{which} must have shape ({channels},), got {tuple(bias.shape)}")
@@ -230,13 +198,3 @@ def _check_tensors(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]
 
 def _name(kind: str, layer: int, weights: list[Tensor]) -> str:
     return kind if len(weights) == 1 else f"{kind} {layer}"
-
-
-def _check_like(name: str, t: Tensor, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.is_nested:
-        raise ValueError(f"{name} must be one tensor, got a nested one")
-    # autocast casts all of them to one dtype
-    if t.device != x.device or (t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")

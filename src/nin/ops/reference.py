@@ -9,12 +9,18 @@ from torch import Tensor
 from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, Gradients, needs_input_gradient
 from nin.ops.transforms import is_transformed
 
-# GELU is the exact one, with erf. The order is that of the compiled library's activation codes (csrc/c_api.hpp).
+# GELU is the exact one, with erf. The order is that of the compiled library's activation codes (csrc/c_api.hpp), which
+# goes on with those of inverted bottlenecks.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
+}
+BOTTLENECK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **ACTIVATIONS,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
 }
 
 
@@ -50,11 +56,17 @@ def conv2d_chain(x: Tensor, chain: ChainArguments) -> Tensor:
     weights, biases, stride, padding, dilation, activations = chain
     for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
         x = F.conv2d(x, weight, bias, stride, padding, dilation) if i == 0 else F.conv2d(x, weight, bias)
-        if activation == "silu" and is_transformed():
-            x = x * torch.sigmoid(x)  # PyTorch has no forward-mode derivative of silu's gradient; of these it has
-        elif activation != "none":
-            x = ACTIVATIONS[activation](x)
+        x = activate(x, activation)
     return x
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Apply an activation of `BOTTLENECK_ACTIVATIONS`, with PyTorch's derivatives of every order and mode."""
+    if activation == "none":
+        return z
+    if activation == "silu" and is_transformed():
+        return z * torch.sigmoid(z)  # PyTorch has no forward-mode derivative of silu's gradient; of these it has
+    return BOTTLENECK_ACTIVATIONS[activation](z)
 
 
 def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
@@ -145,5 +157,9 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
             return grad * gate * (1 + z * (1 - gate))
         case "silu":
             return torch.ops.aten.silu_backward(grad, z)
+        case "relu6":
+            return torch.ops.aten.hardtanh_backward(grad, z, 0, 6)
+        case "hardswish":
+            return torch.ops.aten.hardswish_backward(grad, z)
         case _:
             return grad

@@ -14,18 +14,18 @@ from nin.ops.cpu.library import Kernels
 
 WINOGRAD_VARIABLE = "NIN_CPU_WINOGRAD"
 WINOGRAD = os.environ.get(WINOGRAD_VARIABLE, "1") != "0"
-ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+ACTIVATION_CODES = {name: code for code, name in enumerate(reference.BOTTLENECK_ACTIVATIONS)}
 
 # compiled once: packing by format string would look it up in every call
 _CHAIN = struct.Struct("25q")
 _TILE_SIZE = struct.Struct("q")  # the last field of nin_chain
 
 
-def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments) -> bytes:
-    """Return the struct ``nin_chain``: sizes, geometry and strides of a chain."""
+def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments, spatial: int = 0) -> bytes:
+    """Return the struct ``nin_chain``: sizes, geometry and strides of a chain, whose layer ``spatial`` is k×k."""
     weights, _, stride, padding, dilation, _ = chain
-    shape, out = x.shape, y.shape
-    values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *weights[0].shape[2:], *stride, *padding, *dilation)
+    shape, out, kernel_size = x.shape, y.shape, weights[spatial].shape[2:]
+    values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *kernel_size, *stride, *padding, *dilation)
     return _CHAIN.pack(*values, *_strides(x), *_strides(y), len(weights), 0)  # 0: direct, until `choose_winograd`
 
 

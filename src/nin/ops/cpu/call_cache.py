@@ -27,19 +27,21 @@ MAX_CALLS = 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _KernelCall:
-    """The arguments of ``nin_forward``.
+    """A function of the library that computes a forward pass, and its arguments.
 
     Attributes:
+        function: ``nin_forward`` or ``nin_inverted_bottleneck``.
         kernels: the address of their table.
-        structs: nin_chain and the nin_layer.
+        structs: nin_chain and the nin_layer, and what the function takes besides, before the images.
         hashed: the structs nin_bytes of the weights that are hashed, their hashes, and how many.
         copies: the packed weights, which the structs point to.
         constants: the weights that are not hashed: their places and copies.
         output: of ``torch.empty``, for the result.
     """
 
+    function: Callable[..., int]
     kernels: int
-    structs: tuple[bytes, bytes]
+    structs: tuple[Any, ...]
     hashed: tuple[bytes, bytes, int]
     copies: Sequence[PackedCopy]
     constants: Sequence[tuple[int, PackedCopy]]
@@ -51,8 +53,8 @@ class _KernelCall:
             if not copy.is_of_constant(chain.weights[place]):
                 return None
         y = torch.empty(**self.output)
-        forward, addresses = library.loaded().nin_forward, (x.data_ptr(), y.data_ptr())
-        status = forward(self.kernels, *self.structs, *addresses, library.thread_pool(), *self.hashed)
+        addresses = x.data_ptr(), y.data_ptr()
+        status = self.function(self.kernels, *self.structs, *addresses, library.thread_pool(), *self.hashed)
         if status == library.WEIGHTS_CHANGED:
             return None
         library.check(status)
@@ -113,8 +115,21 @@ def remember(
     copies: Sequence[PackedCopy],
     chain: ChainArguments,
     output: dict[str, Any],
+    function: Callable[..., int] | None = None,
+    options: tuple[int, ...] = (),
 ) -> None:
-    """Keep a call that the kernels served, unless a weight or a bias has to be copied every time."""
+    """Keep a call that the kernels served, unless a weight or a bias has to be copied every time.
+
+    Args:
+        key: of the call.
+        kernels: that served it.
+        packed_chain: the struct nin_chain.
+        copies: the packed weights.
+        chain: the arguments.
+        output: of ``torch.empty``, for the result.
+        function: of the library; None for ``nin_forward``.
+        options: what the function takes between the structs and the images.
+    """
     hashed = [(w, copy.hash) for w, copy in zip(chain.weights, copies, strict=True) if copy.hash is not None]
     constants = [(place, copy) for place, copy in enumerate(copies) if copy.constant is not None]
     biases_in_place = all(bias is None or bias.is_contiguous() for bias in chain.biases)
@@ -124,7 +139,9 @@ def remember(
     weights = b"".join(struct.pack("2q", w.data_ptr(), w.nbytes) for w, _ in hashed)
     hashes = struct.pack(f"{len(hashed)}Q", *(value for _, value in hashed)), len(hashed)
     handle = kernels.handles[output["dtype"]]
-    _keep(key, _KernelCall(handle, (packed_chain, layers), (weights, *hashes), copies, constants, output))
+    structs = packed_chain, layers, *options
+    function = function or library.loaded().nin_forward
+    _keep(key, _KernelCall(function, handle, structs, (weights, *hashes), copies, constants, output))
 
 
 def _keep(key: CallKey, call: Callable[[Tensor, ChainArguments], Tensor | None]) -> None:

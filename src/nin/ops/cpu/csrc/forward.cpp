@@ -5,6 +5,7 @@
 
 #include "parallel.hpp"
 #include "tiling.hpp"
+#include "weight_hashes.hpp"
 #include "winograd.hpp"
 
 namespace nin {
@@ -371,14 +372,6 @@ nin_status Forward::run(const nin_thread_pool& pool) const {
   return nin_ok;
 }
 
-nin_status verify(const Kernels& k, const nin_bytes* weights, const uint64_t* hashes, int64_t count,
-                  const nin_thread_pool& pool) {
-  std::vector<uint64_t> now(size_t(count), 0);
-  const int32_t status = nin_hash(k.float_kernels, weights, count, now.data(), &pool);
-  if (status != nin_ok) return nin_status(status);
-  return std::equal(now.begin(), now.end(), hashes) ? nin_ok : nin_weights_changed;
-}
-
 }  // namespace
 }  // namespace nin
 
@@ -392,10 +385,8 @@ int32_t nin_forward(const void* kernels, const nin_chain* chain, const nin_layer
                     const nin_thread_pool* pool, const nin_bytes* weights, const uint64_t* hashes, int64_t count) {
   try {
     const auto& k = *static_cast<const nin::Kernels*>(kernels);
-    if (count > 0) {
-      const nin_status status = nin::verify(k, weights, hashes, count, *pool);
-      if (status != nin_ok) return status;
-    }
+    const nin_status status = nin::verify_weights(k, weights, hashes, count, *pool);
+    if (status != nin_ok) return status;
     return nin::Forward(k, *chain, layers, x, y, pool->threads).run(*pool);
   } catch (const std::bad_alloc&) {
     return nin_out_of_memory;

@@ -10,7 +10,7 @@
 namespace nin {
 
 enum class DataType : int64_t { f32 = 0, bf16 = 1 };
-enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3 };
+enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3, relu6 = 4, hardswish = 5 };
 
 // What a GEMM applies to its sums before it stores them.
 struct Epilogue {
@@ -78,6 +78,20 @@ struct PixelGrid {
   int64_t pixel_stride, line_stride;
 };
 
+// One line of a depthwise convolution's output, for a panel of channels. The pixels of the input's lines, which hold the
+// padding's zeros at their sides, lie max_vectors vectors apart.
+struct DepthwiseArguments {
+  const char* const* lines = nullptr;  // of the input, one for each line of taps inside the image
+  int64_t line_count = 0;
+  const float* weights = nullptr;  // (line, tap, vectors * lanes), from the first of these lines on
+  const float* bias = nullptr;     // one for each channel, or null
+  Activation activation = Activation::none;
+  int64_t taps = 0, stride = 1, dilation = 1;  // of a line
+  int64_t columns = 0;                         // output pixels
+  char* out = nullptr;
+  int64_t out_row_stride = 0;
+};
+
 // The interpolation points of Winograd's transforms with input tiles of 6 × 6 or 8 × 8, besides 0 and infinity: ± each.
 // Of twelve sets of small fractions these have the lowest root-mean-square error against float64.
 constexpr double winograd_point(int64_t size, int i) {
@@ -137,6 +151,13 @@ struct Kernels {
   // M f Mᵀ for `count` contiguous filters f of in × in values; M is out × in. G w Gᵀ of weights, Gᵀ s G of gradients.
   void (*filter_transform)(int out, int in, const float* matrix, const float* from, int64_t from_step, float* to,
                            int64_t to_step, int64_t count);
+  // A line of a depthwise convolution, of whole vectors: tiles of floats only.
+  void (*depthwise)(const DepthwiseArguments&, int vectors);
+  // Applies an activation to `count` rows of whole vectors, max_vectors apart: tiles of floats only.
+  void (*activate_rows)(char* rows, int64_t count, int vectors, Activation activation);
+  // to[p][c] += from[p][c], floats
+  void (*add_rows)(char* to, int64_t to_row_stride, const char* from, int64_t from_row_stride, int64_t count,
+                   int64_t channels);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);

@@ -1,0 +1,123 @@
+"""The arguments of ``nin::inverted_bottleneck``, and its definition in plain PyTorch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nin.ops.arguments import POINTWISE_GEOMETRY, ChainArguments, Geometry, output_size, resolve
+from nin.ops.reference import activate, activation_backward, memory_format_of, to_memory_format
+from nin.ops.transforms import is_transformed
+
+
+class BottleneckArguments(NamedTuple):
+    """An inverted bottleneck, in the operator's order: ``torch.ops.nin.inverted_bottleneck(x, *arguments)``.
+
+    Attributes:
+        weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), (C_out, C_hidden, 1, 1).
+        biases: as many as weights, each (C,) or None.
+        stride: of the depthwise layer, (height, width), as the next two.
+        padding: zeros around its input, in pixels.
+        dilation: distance of its taps, in pixels.
+        activations: as many as weights, each a name of `reference.BOTTLENECK_ACTIVATIONS`.
+        residual: whether the input is added to the result.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    activations: Sequence[str]
+    residual: bool
+
+    @property
+    def chain(self) -> ChainArguments:
+        """The arguments without the residual."""
+        return ChainArguments(*self[:6])
+
+    def layers(self) -> list[tuple[Tensor, Tensor | None, Geometry, int, str]]:
+        """Return weight, bias, geometry, groups and activation of each layer."""
+        depthwise = len(self.weights) - 2
+        geometry: Geometry = (self.stride, self.padding, self.dilation)
+        return [
+            (w, b, geometry if i == depthwise else POINTWISE_GEOMETRY, w.shape[0] if i == depthwise else 1, a)
+            for i, (w, b, a) in enumerate(zip(self.weights, self.biases, self.activations, strict=True))
+        ]
+
+    def output_shape(self, x: Tensor) -> tuple[Any, ...]:
+        """Return (N, C_out, H', W') for an input (N, C_in, H, W), whose sizes may be symbolic."""
+        kernel_size = self.weights[-2].shape[2:]
+        sides = (output_size(x.shape[2 + d], kernel_size[d], *(g[d] for g in self[2:5])) for d in range(2))
+        return (x.shape[0], self.weights[-1].shape[0], *sides)
+
+
+def as_dispatcher_kernel(kernel: Callable[[Tensor, BottleneckArguments], Tensor]) -> Callable[..., Tensor]:
+    """Return ``kernel(x, arguments)`` with the operator's signature."""
+    return lambda x, weights, biases, *options: kernel(x, BottleneckArguments(weights, resolve(biases), *options))
+
+
+def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments) -> Tensor:
+    """Compute the block layer by layer, with the result in the memory format of ``x``."""
+    layout = memory_format_of(x)
+    return to_memory_format(conv2d_layers(x.contiguous(memory_format=layout), arguments), layout)
+
+
+def conv2d_layers(x: Tensor, arguments: BottleneckArguments) -> Tensor:
+    """Compute the block with PyTorch's operators, which choose the output's memory format."""
+    y = x
+    for weight, bias, geometry, groups, activation in arguments.layers():
+        y = activate(F.conv2d(y, weight, bias, *geometry, groups), activation)
+    return y + x if arguments.residual else y
+
+
+def backward(
+    grad: Tensor, x: Tensor, arguments: BottleneckArguments, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of ``x``, of each weight and of each bias; None where not needed.
+
+    The hidden tensors are computed again from ``x``. Each step is one of PyTorch's differentiable operators.
+
+    Args:
+        grad: gradient of the output, (N, C_out, H', W').
+        x: input of the forward pass, (N, C_in, H, W).
+        arguments: of the forward pass.
+        needs: which gradients are needed: the input's, then each weight's, then each bias's.
+    """
+    layers, count = arguments.layers(), len(arguments.weights)
+    # vmap cannot set a memory format
+    plain = not (is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
+    layout = memory_format_of(x) if plain else None
+    h = x if layout is None else x.contiguous(memory_format=layout)
+    inputs, sums = [], []
+    for i, (weight, bias, geometry, groups, activation) in enumerate(layers):
+        inputs.append(h)
+        is_last = i + 1 == count
+        sums.append(h if is_last and activation == "none" else F.conv2d(h, weight, bias, *geometry, groups))
+        if not is_last:
+            h = activate(sums[i], activation)
+    grads: list[Tensor | None] = [None] * len(needs)
+    g = grad
+    for i, (weight, bias, geometry, groups, activation) in reversed([*enumerate(layers)]):
+        g = activation_backward(g, sums[i], activation)
+        need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
+        # if no earlier layer needs a gradient, the backward pass ends here
+        go_on = needs[0] or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
+        sizes = None if bias is None else bias.shape
+        mask = [go_on, need_weight, need_bias]
+        before, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            g, inputs[i], weight, sizes, *geometry, False, (0, 0), groups, mask
+        )
+        if need_weight:
+            grads[1 + i] = grad_weight.contiguous()  # PyTorch's may be channels_last, as the input is
+        if need_bias:
+            grads[1 + count + i] = grad_bias
+        if not go_on:
+            break
+        g = before
+    if needs[0]:
+        g = g + grad if arguments.residual else g
+        grads[0] = g if layout is None else to_memory_format(g, layout)
+    return tuple(grads)

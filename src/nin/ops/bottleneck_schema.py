@@ -1,0 +1,127 @@
+"""The operator ``nin::inverted_bottleneck``: schema, fake kernel, autograd, vmap, autocast and FLOP formula.
+
+It is registered as ``nin::mlpconv`` is, see `schema`. Its backward pass consists of PyTorch's own operators, so no
+second operator is needed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import unwrap_batched  # type: ignore[attr-defined]
+from torch.amp.autocast_mode import _cast as cast_floats
+from torch.utils.flop_counter import register_flop_formula
+
+from nin.ops import bottleneck_reference as reference
+from nin.ops.bottleneck_reference import BottleneckArguments, as_dispatcher_kernel
+from nin.ops.checks import want_gradients
+from nin.ops.reference import memory_format_of
+from nin.ops.schema import check_memory, library
+from nin.ops.transforms import is_transformed, overrides_dispatch
+
+library.define(
+    "inverted_bottleneck(Tensor x, Tensor[] weights, Tensor?[] biases, int[2] stride, int[2] padding, "
+    "int[2] dilation, str[] activations, bool residual) -> Tensor"
+)
+_conv2d_layers = as_dispatcher_kernel(reference.conv2d_layers)
+
+
+def _fallback(x: Tensor, arguments: BottleneckArguments) -> Tensor:
+    """Serve every device and layout for which no backend registers kernels of its own."""
+    for t in (x, *arguments.weights):
+        if t.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
+            raise ValueError(f"images and weights must be dense, got one of layout {t.layout}: use its to_dense()")
+    check_memory((x, *arguments.weights, *arguments.biases))
+    return reference.inverted_bottleneck(x, arguments)
+
+
+library.impl("inverted_bottleneck", as_dispatcher_kernel(_fallback), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nin::inverted_bottleneck")
+@as_dispatcher_kernel
+def _fake(x: Tensor, arguments: BottleneckArguments) -> Tensor:
+    shape = arguments.output_shape(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
+
+
+class _InvertedBottleneckFunction(torch.autograd.Function):
+    """Save the input; the backward pass computes the hidden tensors again.
+
+    The parameters are separate arguments because autograd does not look into lists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], count: int, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = torch.ops.nin.inverted_bottleneck.default(x, parameters[:count], parameters[count:], *options)
+        ctx.options, ctx.count = options, count
+        ctx.save_for_backward(x, *parameters)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        arguments = BottleneckArguments(parameters[: ctx.count], parameters[ctx.count :], *ctx.options)
+        return None, None, *reference.backward(grads[0], x, arguments, ctx.needs_input_grad[2:])
+
+
+def _autograd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+    tensors = (x, *weights, *biases)
+    if is_transformed() or overrides_dispatch(tensors):
+        return _conv2d_layers(x, weights, biases, *options)
+    if want_gradients(tensors):
+        y: Tensor = _InvertedBottleneckFunction.apply(options, len(weights), *tensors)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nin.inverted_bottleneck.default(x, weights, biases, *options)
+
+
+library.impl("inverted_bottleneck", _autograd, "Autograd")
+
+
+def _vmap(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+    """Fold a batch of batches of images into one batch; batched weights go to PyTorch's own grouped convolutions."""
+    level = torch._C._functorch.current_level()
+    (images, *parameters), (dim, *dims) = unwrap_batched((x, *weights, *biases), level)
+    if any(d is not None for d in dims):
+        return _conv2d_layers(x, weights, biases, *options)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+        arguments = parameters[: len(weights)], parameters[len(weights) :], *options
+        if dim is None:
+            return torch.ops.nin.inverted_bottleneck(images, *arguments)
+        images = images.movedim(dim, 0)
+        y = torch.ops.nin.inverted_bottleneck(images.flatten(0, 1), *arguments).unflatten(0, images.shape[:2])
+    return torch._C._functorch._add_batch_dim(y, 0, level)
+
+
+library.impl("inverted_bottleneck", _vmap, "FuncTorchBatched")
+
+
+def _autocast(device: str) -> Any:
+    """Return the autocast kernel of a device type: it casts as PyTorch does for ``conv2d``."""
+
+    def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+        tensors = cast_floats((x, weights, biases), device, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return torch.ops.nin.inverted_bottleneck(*tensors, *options)
+
+    return kernel
+
+
+library.impl("inverted_bottleneck", _autocast("cpu"), "AutocastCPU")
+library.impl("inverted_bottleneck", _autocast("cuda"), "AutocastCUDA")
+
+
+def bottleneck_macs(x_shape: Sequence[int], y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> int:
+    """Return the multiply-accumulates: the first of three layers runs at the input's resolution."""
+    *up, depthwise, down = (w[0] * w[1] * w[2] * w[3] for w in weight_shapes)
+    pixels_in, pixels_out = (shape[0] * shape[2] * shape[3] for shape in (x_shape, y_shape))
+    return pixels_in * sum(up) + pixels_out * (depthwise + down)
+
+
+@register_flop_formula(torch.ops.nin.inverted_bottleneck)
+def _flop(x_shape: Any, weights: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """Count 2 FLOP for each multiply-accumulate and, like PyTorch's formulas, no biases and activations."""
+    return 2 * bottleneck_macs(x_shape, out_shape, weights)

@@ -1,0 +1,73 @@
+"""The compiled CPU kernel of ``nin::inverted_bottleneck`` in float32, registered over the reference."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nin.ops import bottleneck_reference as reference
+from nin.ops import schema
+from nin.ops.bottleneck_reference import BottleneckArguments, as_dispatcher_kernel
+from nin.ops.cpu import abi, call_cache, dispatch, library, weight_cache
+from nin.ops.cpu.call_cache import CallKey
+from nin.ops.reference import memory_format_of
+
+
+def call_key(x: Tensor, arguments: BottleneckArguments) -> CallKey | None:
+    """Return the key for `call_cache.repeat` of a call without gradients, of plain tensors; None if it has none."""
+    kernels = dispatch.KERNELS
+    key = None if kernels is None else call_cache.key_of(kernels, x, arguments.chain)
+    return None if key is None else ("inverted_bottleneck", arguments.residual, *key)
+
+
+def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey | None = None) -> Tensor:
+    """Compute the block some lines at a time, so that the hidden tensors stay in the cache.
+
+    Args:
+        x: the images.
+        arguments: the other arguments.
+        key: of a call to be repeated, see `call_key`.
+    """
+    schema.check_memory((x, *arguments.weights, *arguments.biases))
+    weight_cache.take_back_constants(arguments.weights)
+    kernels = dispatch.KERNELS
+    if kernels is None or not _is_supported(x, arguments):
+        return reference.inverted_bottleneck(x, arguments)
+    output: dict[str, Any] = {"size": arguments.output_shape(x), "dtype": x.dtype, "memory_format": memory_format_of(x)}
+    y = torch.empty(**output)
+    if y.numel() == 0:  # an empty batch has nothing to compute
+        return y
+    chain = arguments.chain
+    packed_chain = abi.pack_chain(x, y, chain, spatial=len(chain.weights) - 2)
+    copies = weight_cache.packed_copies(kernels, chain.weights)
+    layers, _tensors = abi.pack_layers([copy.packed for copy in copies], chain)
+    function, residual = library.loaded().nin_inverted_bottleneck, int(arguments.residual)
+    structs = kernels.handles[x.dtype], packed_chain, layers, residual
+    library.check(function(*structs, x.data_ptr(), y.data_ptr(), library.thread_pool(), None, None, 0))
+    if key is not None:
+        call_cache.remember(key, kernels, packed_chain, copies, chain, output, function, (residual,))
+    return y
+
+
+def _is_supported(x: Tensor, arguments: BottleneckArguments) -> bool:
+    """Return whether the tensors fit together; if not, the reference raises the error that says why."""
+    weights, count = arguments.weights, len(arguments.weights)
+    if x.dtype != torch.float32 or x.dim() != 4 or 0 in x.shape[1:] or count not in (2, 3):
+        return False
+    channels = x.shape[1]
+    for i, (weight, bias) in enumerate(zip(weights, arguments.biases, strict=True)):
+        if weight.dim() != 4 or 0 in weight.shape or weight.dtype != x.dtype or not weight.is_cpu:
+            return False
+        is_depthwise = i == count - 2
+        expected = (channels, 1) if is_depthwise else (weight.shape[0], channels, 1, 1)
+        if weight.shape[: len(expected)] != expected:
+            return False
+        channels = weight.shape[0]
+        if bias is not None and (bias.shape != (channels,) or bias.dtype != x.dtype or not bias.is_cpu):
+            return False
+    sides = arguments.output_shape(x)
+    return min(sides[2:]) > 0 and (not arguments.residual or sides == tuple(x.shape))
+
+
+if dispatch.KERNELS is not None:
+    schema.library.impl("inverted_bottleneck", as_dispatcher_kernel(inverted_bottleneck), "CPU")

@@ -1,0 +1,340 @@
+// The forward pass of an inverted bottleneck: [1×1 up,] depthwise k×k, 1×1 down, [+ x]. The hidden tensors stay in
+// scratch memory that fits the L2 cache.
+//
+// A task takes a strip of output lines through the layers, some lines (a chunk) at a time. For each panel of hidden
+// channels the GEMM writes the lines of the hidden tensor that the chunk needs and that the chunk before has not left,
+// and the depthwise kernel reads them while they are in the L1 cache; its results, for all panels, are the operand of
+// the last GEMM. So no line is computed twice within a strip, and no sum is divided.
+#include <cstring>
+#include <new>
+
+#include "parallel.hpp"
+#include "tiling.hpp"
+#include "weight_hashes.hpp"
+
+namespace nin {
+namespace {
+
+// Scratch of a chunk of lines: what stays in the L2 cache beside the weights. Where a whole strip is one chunk its lines
+// need not be kept for the next, and reading the hidden tensor once from the cache behind costs less than to cut it.
+constexpr int64_t max_chunk_bytes = 384 << 10, max_strip_bytes = 768 << 10;
+
+// A batch of fewer images than threads, with no more pixels than this: the threads share each image's hidden channels,
+// then its output channels, as strips would compute too many lines twice.
+constexpr int64_t max_split_pixels = 512;
+
+struct LineRange {
+  int64_t first, last;
+
+  int64_t count() const { return last - first; }
+};
+
+class InvertedBottleneck {
+ public:
+  InvertedBottleneck(const Kernels& k, const nin_chain& chain, const nin_layer* layers, bool residual, const void* x,
+                     void* y, int64_t threads);
+  nin_status run(const nin_thread_pool& pool) const;
+
+ private:
+  // Scratch of a task.
+  struct Buffers {
+    char *input, *hidden, *product, *out, *residual;
+  };
+
+  bool expands() const { return layers_.size() == 3; }
+  const Layer& depthwise() const { return layers_[layers_.size() - 2]; }
+  int64_t hidden_channels() const { return depthwise().channels; }
+  int64_t out_channels() const { return layers_.back().channels; }
+  int64_t window(int64_t lines) const {
+    return (lines - 1) * chain_.stride[0] + chain_.dilation[0] * (chain_.kernel[0] - 1) + 1;
+  }
+  void choose_chunks(int64_t strip);
+  int64_t chunk_bytes(int64_t lines, bool shares_panels) const;
+  Buffers buffers(char* scratch) const;
+  int64_t scratch_bytes() const { return chunk_bytes(chunk_lines_, shares_panels_); }
+  LineRange strip(int64_t index) const {
+    return {chain_.out_height * index / strips_, chain_.out_height * (index + 1) / strips_};
+  }
+  LineRange hidden_lines(const LineRange& out) const;
+  char* hidden_line(const Buffers& to, int64_t panel, int64_t line) const {
+    return to.hidden + (shares_panels_ ? 0 : panel) * panel_bytes_ + line % window_lines_ * line_bytes_;
+  }
+  void clear_borders(const Buffers& to) const;
+  void load_input(const Buffers& to, int64_t image, const LineRange& lines) const;
+  void expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const;
+  void convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product) const;
+  void project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product,
+               const Panels& panels) const;
+  void run_strip(int64_t image, const LineRange& lines, char* scratch) const;
+  nin_status run_panels(const nin_thread_pool& pool) const;
+
+  const Kernels& k_;
+  nin_chain chain_;
+  ImageView x_, y_;
+  std::vector<Layer> layers_;
+  Panels hidden_panels_, out_panels_;
+  std::vector<TapRange> line_taps_;  // lines of taps inside the image, by output line
+  bool residual_;
+  bool reads_in_place_, writes_in_place_;
+  bool splits_panels_ = false;  // threads share an image's channels
+  bool shares_panels_ = false;  // the panels' hidden lines lie in the same memory, one after the other
+  int64_t strips_ = 1;          // of an image
+  int64_t chunk_lines_ = 0;     // output lines of the largest chunk
+  int64_t window_lines_ = 0;    // hidden lines that it needs
+  int64_t line_pixels_, border_, used_columns_;  // of a hidden line: all, before the image's first, of the image
+  int64_t line_bytes_, panel_bytes_ = 0;         // of a panel's hidden line and lines
+  int64_t in_row_bytes_, product_row_bytes_, out_row_bytes_, residual_row_bytes_;
+};
+
+InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain, const nin_layer* layers, bool residual,
+                                       const void* x, void* y, int64_t threads)
+    : k_(k),
+      chain_(chain),
+      x_(image_view(x, chain.x_stride, 4)),
+      y_(image_view(y, chain.y_stride, 4)),
+      layers_(read_layers(k, chain, layers)),
+      hidden_panels_(k, hidden_channels(), chain.channels),
+      out_panels_(k, out_channels(), hidden_channels()),
+      line_taps_(taps_inside_image(chain, 0, chain.height, chain.out_height)),
+      residual_(residual),
+      reads_in_place_(!expands() || (x_.c_stride == 4 && x_.w_stride % 4096 != 0)),
+      writes_in_place_(y_.c_stride == 4) {
+  line_pixels_ = (chain_.out_width - 1) * chain_.stride[1] + chain_.dilation[1] * (chain_.kernel[1] - 1) + 1;
+  border_ = std::min(chain_.padding[1], line_pixels_);
+  used_columns_ = std::min(chain_.width, line_pixels_ - border_);
+  line_bytes_ = line_pixels_ * max_vectors * k_.lanes * 4;
+  in_row_bytes_ = reads_in_place_ ? 0 : tile_row_bytes(k_, chain_.channels);
+  product_row_bytes_ = tile_row_bytes(k_, hidden_channels());
+  out_row_bytes_ = writes_in_place_ ? 0 : tile_row_bytes(k_, out_channels());
+  residual_row_bytes_ = residual_ && !(writes_in_place_ && x_.c_stride == 4) ? tile_row_bytes(k_, out_channels()) : 0;
+  if (threads > 1 && chain_.batch < threads) {
+    splits_panels_ = chain_.out_height * chain_.out_width <= max_split_pixels;
+    if (!splits_panels_) strips_ = std::min(chain_.out_height, ceil_div(threads, chain_.batch));
+  } else if (chain_.batch < many_tiles_per_thread * threads) {
+    strips_ = balanced_parts(1, std::min<int64_t>(chain_.out_height, 4), chain_.batch, threads);
+  }
+  choose_chunks(splits_panels_ ? chain_.out_height : ceil_div(chain_.out_height, strips_));
+}
+
+int64_t InvertedBottleneck::chunk_bytes(int64_t lines, bool shares_panels) const {
+  const int64_t panels = shares_panels ? 1 : hidden_panels_.count, pixels = lines * chain_.out_width;
+  return round_up(window(lines) * used_columns_ * in_row_bytes_, 64) + panels * window(lines) * line_bytes_ +
+         pixels * (product_row_bytes_ + out_row_bytes_ + residual_row_bytes_);
+}
+
+void InvertedBottleneck::choose_chunks(int64_t strip) {
+  shares_panels_ = splits_panels_ || chunk_bytes(strip, true) <= max_strip_bytes;
+  chunk_lines_ = strip;
+  if (!shares_panels_) {
+    while (chunk_lines_ > 1 && chunk_bytes(chunk_lines_, false) > max_chunk_bytes) --chunk_lines_;
+    chunk_lines_ = ceil_div(strip, ceil_div(strip, chunk_lines_));
+  }
+  window_lines_ = window(chunk_lines_);
+  panel_bytes_ = window_lines_ * line_bytes_;
+}
+
+InvertedBottleneck::Buffers InvertedBottleneck::buffers(char* scratch) const {
+  const int64_t pixels = chunk_lines_ * chain_.out_width;
+  Buffers b;
+  b.input = scratch;
+  b.hidden = b.input + round_up(window_lines_ * used_columns_ * in_row_bytes_, 64);
+  b.product = b.hidden + (shares_panels_ ? 1 : hidden_panels_.count) * panel_bytes_;
+  b.out = b.product + (splits_panels_ ? 0 : pixels * product_row_bytes_);
+  b.residual = b.out + pixels * out_row_bytes_;
+  return b;
+}
+
+// The lines of the hidden tensor that output lines read.
+LineRange InvertedBottleneck::hidden_lines(const LineRange& out) const {
+  const int64_t first = out.first * chain_.stride[0] - chain_.padding[0];
+  const int64_t top = std::clamp<int64_t>(first, 0, chain_.height);
+  return {top, std::clamp<int64_t>(first + window(out.count()), top, chain_.height)};
+}
+
+// The padding at the sides of the hidden lines: nothing else writes there.
+void InvertedBottleneck::clear_borders(const Buffers& to) const {
+  const int64_t pixel = max_vectors * k_.lanes * 4, right = border_ + used_columns_;
+  for (int64_t i = 0; i < (shares_panels_ ? 1 : hidden_panels_.count) * window_lines_; ++i) {
+    std::memset(to.hidden + i * line_bytes_, 0, border_ * pixel);
+    std::memset(to.hidden + i * line_bytes_ + right * pixel, 0, (line_pixels_ - right) * pixel);
+  }
+}
+
+// Copies the lines that the first GEMM cannot read in place, to rows of channels.
+void InvertedBottleneck::load_input(const Buffers& to, int64_t image, const LineRange& lines) const {
+  if (reads_in_place_) return;
+  for (int64_t line = lines.first; line < lines.last; ++line) {
+    k_.load({x_.pixel(image, line, 0), x_.c_stride, x_.w_stride, DataType::f32, chain_.channels, used_columns_},
+            to.input + (line - lines.first) * used_columns_ * in_row_bytes_, in_row_bytes_);
+  }
+}
+
+// Writes a panel of the depthwise layer's input.
+void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const {
+  const int64_t pixel = max_vectors * k_.lanes * 4, from = panel * hidden_panels_.width;
+  if (used_columns_ <= 0) return;
+  for (int64_t line = lines.first; line < lines.last; ++line) {
+    char* out = hidden_line(to, panel, line) + border_ * pixel;
+    if (!expands()) {
+      const int64_t channels = std::min(hidden_panels_.width, hidden_channels() - from);
+      k_.load({x_.pixel(image, line, 0) + from * x_.c_stride, x_.c_stride, x_.w_stride, DataType::f32, channels,
+               used_columns_},
+              out, pixel);
+      continue;
+    }
+    static constexpr int64_t no_offset = 0;
+    const Layer& layer = layers_[0];
+    GemmArguments args;
+    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = chain_.channels;
+    args.panel = layer.weight;
+    args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+    const bool in_registers = layer.activation <= Activation::relu;
+    args.epilogue.activation = in_registers ? layer.activation : Activation::none;
+    args.epilogue.zero_tail = true;
+    Panels part = hidden_panels_;
+    part.begin = panel, part.end = panel + 1;
+    PixelGrid in{x_.pixel(image, line, 0), x_.w_stride, 0};
+    if (!reads_in_place_) in = {to.input + (line - lines.first) * used_columns_ * in_row_bytes_, in_row_bytes_, 0};
+    gemm_tile(k_, args, in, {out - from * 4, pixel, 0}, {}, {}, 1, used_columns_, part);
+    if (!in_registers) k_.activate_rows(out, used_columns_, part.vectors(k_, panel), layer.activation);
+  }
+}
+
+// The depthwise layer on a panel, for lines of the output.
+void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product) const {
+  const Layer& layer = depthwise();
+  const int64_t channel = panel * hidden_panels_.width, taps = chain_.kernel[0] * chain_.kernel[1];
+  const int vectors = hidden_panels_.vectors(k_, panel);
+  const auto* weights = static_cast<const float*>(layer.weight) + panel * taps * hidden_panels_.width;
+  std::vector<const char*> lines(size_t(chain_.kernel[0]), nullptr);
+  DepthwiseArguments args;
+  args.lines = lines.data();
+  args.bias = layer.bias.empty() ? nullptr : layer.bias.data() + channel;
+  args.activation = layer.activation;
+  args.taps = chain_.kernel[1], args.stride = chain_.stride[1], args.dilation = chain_.dilation[1];
+  args.columns = chain_.out_width;
+  args.out_row_stride = product_row_bytes_;
+  for (int64_t line = out.first; line < out.last; ++line) {
+    const TapRange inside = line_taps_[size_t(line)];
+    const int64_t top = line * chain_.stride[0] - chain_.padding[0];
+    for (int64_t tap = inside.first; tap < inside.last; ++tap) {
+      lines[size_t(tap - inside.first)] = hidden_line(from, panel, top + tap * chain_.dilation[0]);
+    }
+    args.line_count = inside.count();
+    args.weights = weights + inside.first * chain_.kernel[1] * vectors * k_.lanes;
+    args.out = product + (line - out.first) * chain_.out_width * product_row_bytes_ + channel * 4;
+    k_.depthwise(args, vectors);
+  }
+}
+
+// The last layer, or some of its panels, and the residual.
+void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product,
+                                 const Panels& panels) const {
+  static constexpr int64_t no_offset = 0;
+  const Layer& layer = layers_.back();
+  GemmArguments args;
+  args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = hidden_channels();
+  args.panel = layer.weight;
+  args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+  args.epilogue.activation = layer.activation;
+  const PixelGrid grid = writes_in_place_ ? PixelGrid{y_.pixel(image, out.first, 0), y_.w_stride, y_.h_stride}
+                                          : dense_grid(to.out, out_row_bytes_, chain_.out_width);
+  gemm_tile(k_, args, product, grid, {}, {}, out.count(), chain_.out_width, panels);
+  if (!residual_ && writes_in_place_) return;
+  const int64_t from = panels.begin * panels.width;
+  const int64_t channels = std::min(panels.columns, panels.end * panels.width) - from;
+  for (int64_t line = out.first; line < out.last; ++line) {
+    char* const row = grid.data + (line - out.first) * grid.line_stride + from * 4;
+    if (residual_) {
+      char* added = x_.pixel(image, line, 0) + from * x_.c_stride;
+      int64_t added_row = x_.w_stride;
+      if (residual_row_bytes_) {
+        k_.load({added, x_.c_stride, x_.w_stride, DataType::f32, channels, chain_.out_width}, to.residual,
+                residual_row_bytes_);
+        added = to.residual, added_row = residual_row_bytes_;
+      }
+      k_.add_rows(row, grid.pixel_stride, added, added_row, chain_.out_width, channels);
+    }
+    if (!writes_in_place_) {
+      k_.store({y_.pixel(image, line, 0) + from * y_.c_stride, y_.c_stride, y_.w_stride, DataType::f32, channels,
+                chain_.out_width},
+               row, out_row_bytes_);
+    }
+  }
+}
+
+void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, char* scratch) const {
+  const Buffers to = buffers(scratch);
+  clear_borders(to);
+  const int64_t chunks = ceil_div(lines.count(), chunk_lines_);
+  int64_t next = 0;  // the first hidden line that is not there
+  for (int64_t i = 0; i < chunks; ++i) {
+    const LineRange out{lines.first + lines.count() * i / chunks, lines.first + lines.count() * (i + 1) / chunks};
+    LineRange missing = hidden_lines(out);
+    missing.first = std::min(std::max(missing.first, next), missing.last);
+    next = missing.last;
+    load_input(to, image, missing);
+    for (int64_t panel = 0; panel < hidden_panels_.count; ++panel) {
+      expand(to, image, missing, panel);
+      convolve(to, out, panel, to.product);
+    }
+    project(to, image, out, dense_grid(to.product, product_row_bytes_, chain_.out_width), out_panels_);
+  }
+}
+
+// Few small images: the threads share the hidden channels of all images, then their output channels.
+nin_status InvertedBottleneck::run_panels(const nin_thread_pool& pool) const {
+  const int64_t image_bytes = chain_.out_height * chain_.out_width * product_row_bytes_;
+  char* const products = shared_scratch.reserve(size_t(chain_.batch * image_bytes + 64));
+  if (!products) return nin_out_of_memory;
+  const LineRange all{0, chain_.out_height};
+  const int64_t parts = std::min(hidden_panels_.count, ceil_div(pool.threads, chain_.batch));
+  nin_status status =
+      run_tasks(pool, chain_.batch * parts, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
+        const int64_t image = task / parts, part = task % parts;
+        const Buffers to = buffers(scratch);
+        const LineRange needed = hidden_lines(all);
+        clear_borders(to);
+        load_input(to, image, needed);
+        for (int64_t j = hidden_panels_.count * part / parts; j < hidden_panels_.count * (part + 1) / parts; ++j) {
+          expand(to, image, needed, j);
+          convolve(to, all, j, products + image * image_bytes);
+        }
+      });
+  if (status != nin_ok) return status;
+  const int64_t bands = std::min(pool.threads, chain_.out_height), tasks = bands * out_panels_.count;
+  status = run_tasks(pool, chain_.batch * tasks, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
+    const int64_t image = task / tasks, panel = task % tasks / bands, band = task % bands;
+    const LineRange out{chain_.out_height * band / bands, chain_.out_height * (band + 1) / bands};
+    Panels part = out_panels_;
+    part.begin = panel, part.end = panel + 1;
+    const int64_t skipped = out.first * chain_.out_width * product_row_bytes_;
+    project(buffers(scratch), image, out,
+            dense_grid(products + image * image_bytes + skipped, product_row_bytes_, chain_.out_width), part);
+  });
+  shared_scratch.trim();
+  return status;
+}
+
+nin_status InvertedBottleneck::run(const nin_thread_pool& pool) const {
+  if (splits_panels_) return run_panels(pool);
+  return run_tasks(pool, chain_.batch * strips_, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
+    run_strip(task / strips_, strip(task % strips_), scratch);
+  });
+}
+
+}  // namespace
+}  // namespace nin
+
+int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* chain, const nin_layer* layers, int64_t residual,
+                                const void* x, void* y, const nin_thread_pool* pool, const nin_bytes* weights,
+                                const uint64_t* hashes, int64_t count) {
+  try {
+    const auto& k = *static_cast<const nin::Kernels*>(kernels);
+    const nin_status status = nin::verify_weights(k, weights, hashes, count, *pool);
+    if (status != nin_ok) return status;
+    return nin::InvertedBottleneck(k, *chain, layers, residual != 0, x, y, pool->threads).run(*pool);
+  } catch (const std::bad_alloc&) {
+    return nin_out_of_memory;
+  }
+}

@@ -1,0 +1,84 @@
+"""Inverted bottlenecks to test the operator with: their shapes and their definition in PyTorch."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The shape of one call; ``hidden=None``: without the first layer."""
+
+    channels: int
+    hidden: int | None
+    out: int
+    size: tuple[int, int]
+    kernel_size: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    activation: tuple[str, ...] = ("relu6", "relu6", "none")
+    bias: bool = True
+    residual: bool = False
+    images: int = 2
+
+    @property
+    def options(self):
+        names = self.activation if self.hidden else self.activation[1:]
+        return {**self.geometry, "activation": names, "residual": self.residual}
+
+    @property
+    def geometry(self):
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+
+    @property
+    def op_options(self):
+        """In the order of torch.ops.nin.inverted_bottleneck."""
+        options = self.options
+        return *self.geometry.values(), list(options["activation"]), self.residual
+
+    def tensors(self, dtype=torch.float64, layout=torch.contiguous_format):
+        """Return x, weights and biases with values of order 1 in every layer."""
+        wide = self.hidden or self.channels
+        shapes = [(wide, self.channels, 1, 1)] if self.hidden else []
+        shapes += [(wide, 1, *self.kernel_size), (self.out, wide, 1, 1)]
+        weights = [(torch.randn(s) * (s[1] * s[2] * s[3]) ** -0.5).to(dtype) for s in shapes]
+        biases = [torch.randn(s[0]).to(dtype) if self.bias else None for s in shapes]
+        x = torch.randn(self.images, self.channels, *self.size).to(dtype).contiguous(memory_format=layout)
+        return x, weights, biases
+
+
+def plain_block(x, weights, biases, options):
+    """The definition, in PyTorch's own convolutions."""
+    names, geometry = options["activation"], [options[key] for key in ("stride", "padding", "dilation")]
+    y = x
+    if len(weights) == 3:
+        y = ACTIVATIONS[names[0]](F.conv2d(y, weights[0], biases[0]))
+    y = ACTIVATIONS[names[-2]](F.conv2d(y, weights[-2], biases[-2], *geometry, weights[-2].shape[0]))
+    y = ACTIVATIONS[names[-1]](F.conv2d(y, weights[-1], biases[-1]))
+    return y + x if options["residual"] else y
+
+
+BLOCKS = {
+    "3x3": Block(6, 20, 6, (9, 8), residual=True),
+    "stride 2": Block(5, 35, 7, (9, 7), stride=(2, 2), activation=("relu", "hardswish", "silu")),
+    "5x5": Block(3, 33, 17, (7, 7), (5, 5), padding=(2, 2), activation=("hardswish", "silu", "gelu")),
+    "7x7": Block(16, 64, 16, (14, 5), (7, 7), padding=(3, 3), residual=True, activation=("gelu", "none", "relu6")),
+    "no first layer": Block(19, None, 8, (6, 10), activation=("none", "relu6", "none")),
+    "residual of two": Block(19, None, 19, (6, 10), residual=True),
+    "dilated": Block(4, 18, 3, (9, 11), padding=(2, 2), dilation=(2, 2), bias=False),
+    "uneven": Block(5, 7, 1, (8, 9), (3, 2), (1, 3), (0, 2), (2, 1)),
+    "more padding than image": Block(2, 4, 3, (1, 2), (3, 3), (2, 2), (4, 4)),
+    "one pixel": Block(3, 40, 33, (1, 1), (1, 1), padding=(0, 0)),
+    "no images": Block(3, 8, 5, (4, 4), images=0),
+}

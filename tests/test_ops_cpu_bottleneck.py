@@ -1,0 +1,186 @@
+"""The compiled kernel of nin::inverted_bottleneck with every instruction set, against float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import nin
+from nin.ops.cpu import bottleneck as cpu_bottleneck
+from nin.ops.cpu import dispatch, library
+from support.bottlenecks import ACTIVATIONS, BLOCKS, Block, plain_block
+from support.chains import LAYOUTS, each_layout
+
+# Shapes that reach each way through the kernel: whole strips and chunks of lines, panels and their tails.
+LARGE = {
+    "one chunk": Block(24, 144, 24, (14, 14), residual=True),
+    "lines kept from chunk to chunk": Block(8, 160, 12, (70, 61)),
+    "the same with stride 2": Block(8, 160, 12, (71, 61), stride=(2, 2)),
+    "the same with a gap between taps": Block(8, 160, 12, (72, 61), (3, 3), (5, 4), (2, 1)),
+    "the same dilated": Block(8, 160, 12, (70, 50), (5, 3), padding=(6, 2), dilation=(3, 2)),
+    "no first layer": Block(150, None, 16, (60, 66), activation=("none", "relu6", "none")),
+}
+# of float32: the other sets have the kernels of avx512
+each_isa = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
+each_block = pytest.mark.parametrize("block", [*BLOCKS.values(), *LARGE.values()], ids=[*BLOCKS, *LARGE])
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    if dispatch.KERNELS is None:
+        pytest.skip("NIN_CPU_ISA=reference, or installed without a compiler")
+
+
+def errors(block, x, weights, biases):
+    """Return the kernel's largest error, of the largest value of the block in float64."""
+    result = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    exact = [None if b is None else b.double() for b in biases]
+    expected = plain_block(x.double(), [w.double() for w in weights], exact, block.options)
+    assert result.shape == expected.shape
+    return ((result - expected).abs().max() / expected.abs().max().clamp_min(0.1)).item() if expected.numel() else 0.0
+
+
+@each_isa
+@each_block
+@each_layout
+def test_values(isa, block, layout):
+    assert errors(block, *block.tensors(torch.float32, layout)) <= 2e-6
+
+
+@each_isa
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(isa, name):
+    block = Block(4, 70, 6, (9, 13), activation=(name,) * 3)
+    x, weights, biases = block.tensors(torch.float32)
+    assert errors(block, 3 * x, weights, biases) <= 4e-6
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_random_blocks(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    pairs = [(draw(1, 7), draw(1, 7)), (draw(1, 4), draw(1, 4)), (draw(0, 5), draw(0, 5)), (draw(1, 3), draw(1, 3))]
+    kernel_size, _, padding, dilation = pairs
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True)]
+    size = tuple(draw(max(1, r - 2 * p), max(1, r - 2 * p) + 30) for r, p in zip(reach, padding, strict=True))
+    hidden = data.draw(st.sampled_from([None, 1, 5, 16, 31, 33, 64, 150]))
+    names = tuple(data.draw(st.sampled_from(list(ACTIVATIONS))) for _ in range(3))
+    block = Block(draw(1, 40), hidden, draw(1, 40), size, *pairs, names, data.draw(st.booleans()), images=draw(1, 3))
+    x, weights, biases = block.tensors(torch.float32, data.draw(st.sampled_from(list(LAYOUTS.values()))))
+    assert errors(block, x, weights, biases) <= 1e-5
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+@pytest.mark.parametrize(
+    "name", ["3x3", "one chunk", "lines kept from chunk to chunk", "the same dilated", "no first layer"]
+)
+def test_equal_bits_for_any_number_of_threads(name, images):
+    block = {**BLOCKS, **LARGE}[name]
+    x, weights, biases = block.tensors(torch.float32)
+    x = x[:1].repeat(images, 1, 1, 1) + torch.arange(images)[:, None, None, None]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for layout in LAYOUTS.values():
+                with torch.inference_mode():
+                    results.append(
+                        nin.inverted_bottleneck(x.contiguous(memory_format=layout), weights, biases, **block.options)
+                    )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    alone = nin.inverted_bottleneck(x[:1], weights, biases, **block.options)
+    assert torch.equal(results[0][:1], alone)
+
+
+def test_views_and_expanded_tensors():
+    block = BLOCKS["3x3"]
+    x, weights, biases = block.tensors(torch.float32)
+    wide = torch.randn(2, 9, 8, 30)
+    views = {
+        "every second column": wide.permute(0, 3, 1, 2)[:, :12:2],
+        "transposed": x.transpose(2, 3),
+        "expanded": x[:, :1].expand(-1, 6, -1, -1),
+        "flipped batch": x[1:].expand(3, -1, -1, -1),
+    }
+    for name, view in views.items():
+        assert errors(block, view, weights, biases) <= 2e-6, name
+    strided = [torch.randn(2 * w.shape[0], *w.shape[1:])[::2].mul_(0.3) for w in weights]
+    assert errors(block, x, strided, [b.repeat(2)[::2] for b in biases]) <= 2e-6
+
+
+def test_a_written_weight_is_seen():
+    block = BLOCKS["3x3"]
+    x, weights, biases = block.tensors(torch.float32)
+    for place in range(3):
+        for _ in range(3):  # the second call is kept, the third repeats it
+            assert errors(block, x, weights, biases) <= 2e-6
+        weights[place].data.mul_(-0.5)
+        assert errors(block, x, weights, biases) <= 2e-6
+        biases[place].numpy()[:] += 1
+        assert errors(block, x, weights, biases) <= 2e-6
+
+
+def test_the_kernel_serves_float32(monkeypatch):
+    calls = []
+    reference = cpu_bottleneck.reference.inverted_bottleneck
+    monkeypatch.setattr(cpu_bottleneck.reference, "inverted_bottleneck", lambda *a: calls.append(a) or reference(*a))
+    block = BLOCKS["3x3"]
+    for dtype, served in [(torch.float32, 0), (torch.bfloat16, 1)]:
+        calls.clear()
+        x, weights, biases = block.tensors(dtype)
+        nin.inverted_bottleneck(x, weights, biases, **block.options)
+        torch.ops.nin.inverted_bottleneck(x, weights, biases, *block.op_options)
+        assert len(calls) == 2 * served
+
+
+def test_a_repeated_call_computes_again():
+    block = BLOCKS["stride 2"]
+    x, weights, biases = block.tensors(torch.float32)
+    first = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    second = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    other = {**block.options, "activation": ("none", "none", "none")}
+    assert not torch.equal(nin.inverted_bottleneck(x, weights, biases, **other), first)
+
+
+def test_with_and_without_residual_are_different_calls():
+    block = BLOCKS["3x3"]
+    x, weights, biases = block.tensors(torch.float32)
+    options = {**block.options, "residual": False}
+    plain = [nin.inverted_bottleneck(x, weights, biases, **options) for _ in range(2)]
+    added = [nin.inverted_bottleneck(x, weights, biases, **block.options) for _ in range(2)]
+    for a, b in zip(plain, added, strict=True):
+        torch.testing.assert_close(a + x, b)
+
+
+@each_isa
+@each_layout
+def test_nan_stays_where_it_belongs(isa, layout):
+    block = Block(5, 20, 5, (9, 9), bias=False, activation=("relu6", "hardswish", "relu"), images=1)
+    x, weights, biases = block.tensors(torch.float32, layout)
+    x[0, 2, 4, 4] = float("nan")
+    result = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    reached = torch.zeros(9, 9, dtype=torch.bool)
+    reached[3:6, 3:6] = True
+    assert torch.equal(result.isnan(), reached.expand_as(result))
+
+
+def test_mismatched_tensors_of_a_direct_call_are_an_error():
+    block = BLOCKS["3x3"]
+    x, weights, biases = block.tensors(torch.float32)
+    with pytest.raises(RuntimeError):
+        torch.ops.nin.inverted_bottleneck(x[:, :4], weights, biases, *block.op_options)
+    with pytest.raises(RuntimeError):
+        torch.ops.nin.inverted_bottleneck(x, [weights[0], weights[1][:7], weights[2]], biases, *block.op_options)
+
+
+def test_out_of_memory_is_an_error(monkeypatch):
+    monkeypatch.setattr(library.loaded(), "nin_inverted_bottleneck", lambda *_: 1)
+    block = Block(6, 22, 6, (5, 5))
+    with pytest.raises(MemoryError, match="not enough memory for its scratch"):
+        nin.inverted_bottleneck(*block.tensors(torch.float32), **block.options)
