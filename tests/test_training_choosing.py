@@ -15,7 +15,7 @@ from nin import checkpoint, data, epoch_metrics, report, training
 from nin.cli import app
 from nin.config import TrainConfig
 from nin.errors import UserError
-from nin.training import batches, loop
+from nin.training import batches, loop, progress_lines
 from nin.training.early_stopping import EarlyStopping, best_epoch
 from nin.training.step import TrainStep, make_model
 from support.stopping import stop_after
@@ -125,9 +125,16 @@ def test_patience_ends_the_training_and_keeps_the_best_epoch(digits, tmp_path, m
     script = Scripted(monkeypatch, [0.3, 0.8, 0.7, 0.8, 0.6, 0.9])
     # the loss of epoch 4 is lower than that of epoch 2, so that it is better at the same accuracy
     config = dataclasses.replace(QUICK, epochs=20, validation=0.2, patience=1)
-    result = training.train(digits, config, out=tmp_path / "run")
+    lines, shown = progress_lines.ProgressLines(), []
+    result = training.train(digits, config, out=tmp_path / "run", on_progress=lambda p: shown.extend(lines.after(p)))
     assert len(result.metrics) == 3
     assert result.info.result["best_epoch"] == 2
+    assert shown[-1] == (
+        "epoch   3/20  The training ends early, after 3 of 20 epochs (patience 1): 1 epoch without a better one by the "
+        "validation images. Epoch 2 is the best, and its weights are kept."
+    )
+    notes = report.build_report(tmp_path / "run", digits).notes
+    assert any("ended early, after 3 of 20 epochs: 1 epoch without a better one" in note for note in notes)
     model, _ = checkpoint.load_model(tmp_path / "run")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, script.weights[1][name])

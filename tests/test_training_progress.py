@@ -10,6 +10,7 @@ import torch
 
 from nin import checkpoint, data, training
 from nin.config import TrainConfig
+from nin.display.pace import Pace
 from nin.errors import UserError
 from nin.training import event_log, progress, progress_lines
 from nin.training.plateau import plateau_note
@@ -59,27 +60,41 @@ def test_a_plateau_by_heart_and_by_validation():
     assert not first_note(rows([1 - 0.01 * i for i in range(20)], part="validation"), epochs=22)
 
 
-def test_time_left_follows_the_pace_of_the_last_epoch(monkeypatch):
+def test_time_left_forgets_slow_first_steps_and_a_slow_first_epoch(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     seen = []
     reporter = ProgressReporter(40, 4, None, None, seen.append)
     for step in range(1, 11):
-        now[0] += 9 if step == 1 else 2  # the first step warms up
+        now[0] += {1: 90, 2: 60, 3: 30}.get(step, 2)  # compiled, and decoded
         reporter.after_step(step, 1, 1.0)
     assert seen[0].seconds_left is None
-    assert seen[-1].seconds_left == 60
+    assert seen[-1].seconds_left == 60, "30 steps of 2 s; no test is known yet"
     now[0] += 12  # it is tested
     reporter.after_epoch(10, rows([1.0]))
-    assert seen[-1].seconds_left == pytest.approx(30 * (18 + 12) / 9)
-    for step in range(11, 21):
+    assert seen[-1].seconds_left == 30 * 2 + 3 * 12
+    for step in range(11, 21):  # what was decoded is kept
         now[0] += 1
         reporter.after_step(step, 2, 1.0)
+    now[0] += 3
     reporter.after_epoch(20, rows([1.0, 0.9]))
-    assert seen[-1].seconds_left == 20
+    assert seen[-1].seconds_left == pytest.approx(20 * 1 + 2 * 3, abs=1)
+    reporter.after_epoch(20, rows([1.0, 0.9]), "It ends early.")
+    assert (seen[-1].seconds_left, seen[-1].steps, seen[-1].note) == (0, 20, "It ends early.")
+
+
+@pytest.mark.parametrize("steps", [3, 100, 20_000])
+def test_a_pace_is_that_of_the_later_half(steps):
+    pace = Pace()
+    for step in range(steps + 1):
+        pace.add(step, 50.0 * min(step, steps // 2) + 2.0 * max(0, step - steps // 2))
+    assert pace.seconds_per_step == pytest.approx(2.0, rel=0.6 if steps < 10 else 0.4)
+    assert len(pace.marks) <= 80
 
 
 def test_lines_say_epochs_expected_end_and_notes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: now[0])
     lines = progress_lines.ProgressLines()
     assert lines.after(TrainProgress(1, 400, 1, 40, 2.0)) == ["40 epochs of 10 steps"]
     assert lines.after(TrainProgress(2, 400, 1, 40, 2.0, seconds_left=800)) == []
@@ -89,7 +104,35 @@ def test_lines_say_epochs_expected_end_and_notes(monkeypatch):
     (line,) = lines.after(TrainProgress(20, 400, 2, 40, 1.0, row, seconds_left=760))
     assert line == "epoch   2/40  train loss 1.000  validation accuracy 50.00 %  20 s"
     assert lines.after(TrainProgress(30, 400, 3, 40, 1.0, row, 700, note="It stands.")) == ["epoch   3/40  It stands."]
+    assert lines.after(TrainProgress(31, 400, 4, 40, 1.0, seconds_left=90)) == [], "said after an epoch only"
+    (_, again) = lines.after(TrainProgress(40, 400, 4, 40, 1.0, row, seconds_left=300))
+    assert again.startswith("The end is now expected in 5 min, at ")
+    assert lines.after(TrainProgress(50, 400, 5, 40, 1.0, row, seconds_left=310)) == []
+    # the last epoch is shown, whichever it is
+    early = lines.after(TrainProgress(70, 70, 7, 40, 1.0, row, seconds_left=0, note="It ends early."))
+    assert early[0].startswith("epoch   7/40  train loss")
+    assert early[1] == "epoch   7/40  It ends early."
     assert " on " in progress_lines.end_text(2 * 86400)
+
+
+def test_a_resumed_training_says_where_it_goes_on(digits, tmp_path):
+    def going_on(stop_after):
+        steps, lines, shown = [], progress_lines.ProgressLines(), []
+        options = training.CheckpointOptions(stop=lambda: bool(steps.append(1)) or len(steps) == stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(digits, QUICK, out=tmp_path / str(stop_after), keeping=options)
+        training.train(
+            digits,
+            QUICK,
+            out=tmp_path / str(stop_after),
+            keeping=training.CheckpointOptions(resume=True),
+            on_progress=lambda p: shown.extend(lines.after(p)),
+        )
+        return shown[0]
+
+    assert going_on(5) == "3 epochs of 3 steps; going on in epoch 2 of 3, after step 2 of it"
+    assert going_on(3) == "3 epochs of 3 steps; going on after epoch 1 of 3"
+    assert going_on(4) == "3 epochs of 3 steps; going on in epoch 2 of 3, after step 1 of it"
 
 
 def test_progress_json_is_there_while_it_trains(digits, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from nin.display.pace import Pace
+
 # files and classes have names such as "[red]" and ":cat:", which rich would take for markup
 PLAIN_TEXT: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 
@@ -19,8 +21,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressBar:
     """A progress bar on a terminal; plain lines elsewhere, so that a log stays readable.
 
-    It shows what is being done, how much of it is done, of how much, and the time left. The time is that of the steps
-    of this stage so far: a stage ends where the total becomes another, or fewer steps are done than before.
+    It shows what is being done, how much of it is done, of how much, and the time left. The time goes by the later half
+    of this stage's steps: a stage ends where the total becomes another, or fewer steps are done than before.
 
     Args:
         text: what is being done.
@@ -40,7 +42,8 @@ class ProgressBar:
         self.console = console
         self.text, self.done, self.total = text, 0, total or 0
         self.last_line_s = self.updated_s = time.monotonic()
-        self.stage_start: tuple[int, float] | None = None  # steps done and time at its first update
+        self.pace = Pace()  # of this stage
+        self.known_left: float | None = None  # as the caller knows it, at the last update
         self.seconds_between_lines = seconds_between_lines
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -62,16 +65,23 @@ class ProgressBar:
         if not self.progress.disable:  # before 14.3, rich prints an empty line all the same
             self.progress.stop()
 
-    def update(self, done: int, total: int, text: str | None = None) -> None:
-        """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known."""
+    def update(self, done: int, total: int, text: str | None = None, *, seconds_left: float | None = None) -> None:
+        """Show that ``done`` of ``total`` steps are done; ``total`` is 0 where it is not known.
+
+        Args:
+            done: steps.
+            total: steps.
+            text: what is being done.
+            seconds_left: where that is known better than by the steps.
+        """
         text, now = text or self.text, time.monotonic()
         if total != self.total or done < self.done:
-            self.stage_start = None
+            self.pace = Pace()
             # a new task: rich takes a total of None as one that stays as it was
             self.progress.remove_task(self.task)
             self.task = self.progress.add_task(text, total=total or None)
-        self.stage_start = self.stage_start or (done, now)
-        self.done, self.total, self.updated_s = done, total, now
+        self.pace.add(done, now)
+        self.done, self.total, self.updated_s, self.known_left = done, total, now, seconds_left
         self.progress.update(self.task, completed=done, description=text)
         if self.progress.disable and now - self.last_line_s > self.seconds_between_lines:
             self.line(f"{text}: {self.count_text()}")
@@ -85,13 +95,11 @@ class ProgressBar:
         return f"{self.done:,} of {self.total:,}{time_text}"
 
     def seconds_left(self) -> float | None:
-        """Return the seconds until this stage ends, at its pace so far; None where that is not known."""
-        if not self.total or self.stage_start is None:
-            return None
-        steps, seconds = self.done - self.stage_start[0], self.updated_s - self.stage_start[1]
-        if steps <= 0:
-            return None
-        return max(0.0, (self.total - self.done) * seconds / steps - (time.monotonic() - self.updated_s))
+        """Return the seconds until this stage ends; None where that is not known."""
+        left, per_step = self.known_left, self.pace.seconds_per_step
+        if left is None and self.total and per_step is not None:
+            left = (self.total - self.done) * per_step
+        return None if left is None else max(0.0, left - (time.monotonic() - self.updated_s))
 
     def on_progress(self, text: str, done: int, total: int) -> None:
         """Update the bar; this is a `nin.runtime.progress.ProgressCallback`."""

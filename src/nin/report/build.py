@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nin import checkpoint, data, epoch_metrics, models
-from nin.display.numbers import format_percent
+from nin.display.numbers import format_number_of, format_percent
 from nin.errors import UserError
 from nin.inference import metrics
 from nin.inference.classifier import Classifier, fitted_temperature, load
@@ -216,6 +216,12 @@ def _notes(
     if "best_epoch" in info.result:
         best = info.result["best_epoch"]
         notes.append(f"The weights are those of epoch {best}, the best one by the validation images.")
+        if headline.epochs < (headline.planned_epochs or 0):
+            notes.append(
+                f"The training ended early, after {headline.epochs} of {headline.planned_epochs} epochs: "
+                f"{format_number_of(headline.epochs - best, 'epoch')} without a better one by the validation images "
+                f"(patience {info.recipe.get('patience')})."
+            )
     # the training may evaluate in bfloat16, which can tip an image between two classes; the report is in float32
     if not math.isclose(headline.accuracy, headline.counted_accuracy, abs_tol=1e-9):
         right, count = round(headline.counted_accuracy * headline.test_images), headline.test_images

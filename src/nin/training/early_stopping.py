@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from nin.display.numbers import format_number_of
+
 # Before the names of the tensors of the best epoch in ``state.safetensors``.
 PREFIX = "best."
 
@@ -38,6 +40,16 @@ class EarlyStopping:
         if self.patience is None or not metrics:
             return False
         return len(metrics) - best_epoch(metrics) >= self.patience
+
+    def end_note(self, metrics: Sequence[Mapping[str, float]], epochs: int) -> str:
+        """Return why a training of so many epochs ends after those of the metrics; "" where it does not end early."""
+        if not self.is_over(metrics) or len(metrics) >= epochs:
+            return ""
+        best, since = best_epoch(metrics), format_number_of(self.patience or 0, "epoch")
+        return (
+            f"The training ends early, after {len(metrics)} of {epochs} epochs (patience {self.patience}): {since} "
+            f"without a better one by the validation images. Epoch {best} is the best, and its weights are kept."
+        )
 
     def keep_if_best(self, model: nn.Module, metrics: Sequence[Mapping[str, float]]) -> None:
         """Copy the weights of a model, if the last of the metrics is the best."""

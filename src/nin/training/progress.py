@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nin.checkpoint import PROGRESS_FILE
+from nin.display.pace import Pace
 from nin.training.event_log import EventLog
 from nin.training.plateau import plateau_note
 
@@ -20,13 +21,13 @@ class TrainProgress:
 
     Attributes:
         step: steps done, of ``steps``.
-        steps: in the whole training.
+        steps: in the whole training; where it ends early, those that it had.
         epoch: the current one, from 1, of ``epochs``.
         epochs: in the whole training.
         loss: of the last step; NaN where nothing is trained yet.
         row: the epoch's metrics where one has just ended (see `nin.epoch_metrics`), else None.
-        seconds_left: until all epochs are trained, at the pace of the last epoch; of this session's steps before one
-            has ended, and None before there are any.
+        seconds_left: until all epochs are trained: at the pace of the later half of this session's steps, as the first
+            ones take longer, and with the test of the last epoch after each; None before there are two steps.
         phase: what comes before the first step, in words, of which ``step`` of ``steps`` is done; "" in the epochs.
         note: what a person should know after this epoch, said once; else "".
     """
@@ -65,9 +66,9 @@ class ProgressReporter:
         self.path = None if folder is None else folder / PROGRESS_FILE
         self.note = ""  # the last one, for the file
         self.written_at = -SECONDS_BETWEEN_FILES
-        self.epoch_mark: tuple[int, float] | None = None  # step and time when the last epoch ended
-        self.session_mark: tuple[int, float] | None = None  # when the second step of this session began
-        self.seconds_per_step: float | None = None
+        self.pace, self.step_seconds = Pace(), 0.0  # of this session's steps, without the tests between them
+        self.marked_at: float | None = None  # when the last step or test ended
+        self.test_seconds = 0.0  # after the last epoch
 
     def before_steps(self, phase: str, done: int, count: int, loss: float) -> None:
         """Report what comes before the first step; only to the callback, as it takes a minute at most."""
@@ -75,23 +76,26 @@ class ProgressReporter:
 
     def after_step(self, step: int, epoch: int, loss: float) -> None:
         """Report a step; the epoch is counted from 1."""
-        now = time.monotonic()
-        if self.session_mark is None:  # the first step also warms up
-            self.session_mark = (step, now)
-        elif self.epoch_mark is None or self.seconds_per_step is None:
-            self.seconds_per_step = (now - self.session_mark[1]) / (step - self.session_mark[0])
-        self._report(TrainProgress(step, self.steps, epoch, self.epochs, loss, seconds_left=self._left(step)))
+        self.step_seconds += self._seconds_since_mark()
+        self.pace.add(step, self.step_seconds)
+        self._report(
+            TrainProgress(step, self.steps, epoch, self.epochs, loss, seconds_left=self._left(step, epoch - 1))
+        )
 
-    def after_epoch(self, step: int, metrics: Sequence[dict[str, float]]) -> None:
-        """Report the last epoch of the metrics, which ended with that step."""
-        now = time.monotonic()
-        start = self.epoch_mark or self.session_mark
-        if start is not None and step > start[0]:
-            self.seconds_per_step = (now - start[1]) / (step - start[0])
-        self.epoch_mark = (step, now)
+    def after_epoch(self, step: int, metrics: Sequence[dict[str, float]], note: str = "") -> None:
+        """Report the last epoch of the metrics, which ended with that step.
+
+        Args:
+            step: of the whole training.
+            metrics: of all epochs.
+            note: why the training ends with this epoch, where it is not the last one.
+        """
+        self.test_seconds = self._seconds_since_mark()
         if self.event_log is not None:
             self.event_log.write(metrics)
-        row, note = metrics[-1], plateau_note(metrics, self.epochs)
+        if note:
+            self.steps = step
+        row, note = metrics[-1], note or plateau_note(metrics, self.epochs)
         self.note = note or self.note
         self._report(
             TrainProgress(
@@ -101,13 +105,26 @@ class ProgressReporter:
                 self.epochs,
                 row["train_loss"],
                 row,
-                seconds_left=self._left(step),
+                seconds_left=self._left(step, len(metrics)),
                 note=note,
             )
         )
 
-    def _left(self, step: int) -> float | None:
-        return None if self.seconds_per_step is None else self.seconds_per_step * (self.steps - step)
+    def _seconds_since_mark(self) -> float:
+        now = time.monotonic()
+        seconds = 0.0 if self.marked_at is None else now - self.marked_at
+        self.marked_at = now
+        return seconds
+
+    def _left(self, step: int, epochs_done: int) -> float | None:
+        per_step = self.pace.seconds_per_step
+        if step == self.steps:
+            return 0.0
+        return (
+            None
+            if per_step is None
+            else per_step * (self.steps - step) + self.test_seconds * (self.epochs - epochs_done)
+        )
 
     def _report(self, progress: TrainProgress) -> None:
         if self.path is not None and (progress.row or time.monotonic() - self.written_at >= SECONDS_BETWEEN_FILES):

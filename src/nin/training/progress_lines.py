@@ -17,6 +17,9 @@ EPOCH_LINES = 20
 # An end that is nearer is not announced.
 SECONDS_WORTH_SAYING = 30.0
 
+# The expected end is said again where it has moved by more than this share of the time that is left.
+MOVED = 0.25
+
 # Before an epoch has ended, the end is estimated after so many seconds.
 SECONDS_TO_ESTIMATE = 60.0
 
@@ -29,7 +32,7 @@ class ProgressLines:
 
     def __init__(self) -> None:
         self.started: float | None = None
-        self.said_end = False
+        self.said_end: float | None = None  # in seconds of the monotonic clock
 
     def text(self, p: TrainProgress) -> str:
         """Return what stands beside the bar, which says the steps and the time that is left."""
@@ -42,22 +45,48 @@ class ProgressLines:
             return lines
         if self.started is None:
             self.started = time.monotonic()
-            steps = format_number_of(p.steps // p.epochs, "step")
-            lines.append(f"{format_number_of(p.epochs, 'epoch')} of {steps}")
-        if p.row and (p.epoch % max(1, p.epochs // EPOCH_LINES) == 0 or p.epoch == p.epochs):
+            if p.steps > 1:  # else the class layer alone is fitted
+                lines.append(_size_text(p))
+        is_last = p.step == p.steps
+        if p.row and (p.epoch % max(1, p.epochs // EPOCH_LINES) == 0 or is_last):
             part = evaluated_part(p.row)
             lines.append(
                 f"epoch {p.epoch:3d}/{p.epochs}  train loss {p.row['train_loss']:.3f}  "
                 f"{part} accuracy {format_percent(p.row[f'{part}_accuracy'], 2)}  {p.row['seconds']:.0f} s"
             )
-        can_estimate = p.row is not None or time.monotonic() - self.started > SECONDS_TO_ESTIMATE
-        if not self.said_end and can_estimate and p.seconds_left is not None:
-            self.said_end = True
-            if p.seconds_left > SECONDS_WORTH_SAYING:
-                lines.append(f"All {p.epochs} epochs are expected to end {end_text(p.seconds_left)}")
+        if p.seconds_left is not None and not is_last:
+            lines += self._expected_end(p.epochs, p.seconds_left, has_row=p.row is not None)
         if p.note:
             lines.append(f"epoch {p.epoch:3d}/{p.epochs}  {p.note}")
         return lines
+
+    def _expected_end(self, epochs: int, seconds_left: float, *, has_row: bool) -> list[str]:
+        """Return a line with the expected end where it is not said yet, or has become another after an epoch."""
+        now = time.monotonic()
+        end, is_near = now + seconds_left, seconds_left <= SECONDS_WORTH_SAYING
+        if self.said_end is None:
+            if not has_row and (self.started is None or now - self.started <= SECONDS_TO_ESTIMATE):
+                return []
+            self.said_end = end
+            return [] if is_near else [f"All {epochs} epochs are expected to end {end_text(seconds_left)}"]
+        moved = abs(end - self.said_end)
+        if not has_row or moved <= max(SECONDS_WORTH_SAYING, MOVED * seconds_left):
+            return []
+        self.said_end = end
+        return [f"The end is now expected {end_text(seconds_left)}"]
+
+
+def _size_text(p: TrainProgress) -> str:
+    """Return how large a training is, and where it goes on, from its first progress."""
+    steps = p.steps // p.epochs
+    text = f"{format_number_of(p.epochs, 'epoch')} of {format_number_of(steps, 'step')}"
+    if p.step < 2:
+        return text
+    if p.row is not None:  # it was stopped between the last step of an epoch and its test
+        return f"{text}; going on after epoch {p.epoch} of {p.epochs}"
+    of_epoch = (p.step - 1) % steps  # done before this session
+    after = f", after step {of_epoch:,} of it" if of_epoch else ""
+    return f"{text}; going on in epoch {p.epoch} of {p.epochs}{after}"
 
 
 def end_text(seconds_left: float) -> str:
@@ -95,7 +124,7 @@ def shown_progress(
             def show(p: TrainProgress) -> None:
                 for line in lines.after(p):
                     bar.line(line)
-                bar.update(p.step, p.steps, lines.text(p))
+                bar.update(p.step, p.steps, lines.text(p), seconds_left=p.seconds_left)
 
             yield _both(show, on_progress)
     else:
