@@ -17,8 +17,9 @@ from sklearn import metrics
 
 import nin
 from nin import checkpoint, data, models, report
+from nin.config import TrainConfig
 from nin.errors import UserError
-from nin.report import heatmaps, html_page, image_grid
+from nin.report import heatmaps, html_page, image_grid, settings
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -280,7 +281,40 @@ def test_no_mistakes_and_one_epoch(tmp_path):
     found = report.build_report(run, images)
     assert found.mistakes == found.confused == ()
     assert found.headline.counted_accuracy == 1
-    assert "every test image is answered right" in Page(report.render_report(found)).words
+    words = Page(report.render_report(found)).words
+    assert "every test image is answered right" in words
+    assert "While it learned" not in words, "a curve of one point is none"
+
+
+def test_the_settings_of_a_report_are_those_that_had_a_part(tmp_path):
+    def listed(size=160, **given):
+        recipe = dataclasses.asdict(TrainConfig(**given).resolve(images=660, image_size=size, flip=True, shift=2))
+        return settings.used_settings({**recipe, "narrowed_from": "runs/one"}, size)
+
+    frozen = listed(model="timm:resnet18", pretrained=True, freeze=True, device="cpu")
+    assert "pretrained" not in listed(model="timm:resnet18", weights="w.pth", freeze=True)
+    assert set(frozen) == {
+        *("recipe", "model", "pretrained", "freeze", "label_smoothing", "flip", "seed", "device", "precision"),
+        "narrowed_from",
+    }
+    tuned = listed(model="timm:resnet18", pretrained=True)
+    assert {"body_rate", "batch_size", "optimizer", "augment"} <= tuned.keys()
+    assert not {"momentum", "last_activation", "normalisation", "shift", "patience"} & tuned.keys()
+    own = listed(size=32, validation=0.1, patience=3)
+    assert {"momentum", "last_activation", "normalisation", "shift", "patience", "flip"} <= own.keys()
+    assert not {"flip", "shift"} & listed(size=32, augment="none").keys()
+    images = some_images("ab")
+    info = {"name": images.name, "train_images": 5, "test_images": len(images.test), "skipped": []}
+    run = make_run(tmp_path / "run", images, rows=1, **info)
+    config = json.loads((run / "config.json").read_text())
+    config["recipe"] = dataclasses.asdict(
+        TrainConfig(recipe="finetune", freeze=True).resolve(images=5, image_size=8, flip=False, shift=1)
+    )
+    (run / "config.json").write_text(json.dumps(config))
+    words = Page(report.render_report(report.build_report(run, images))).words
+    assert "the class layer alone" in words
+    assert "label smoothing" in words
+    assert not any(name in words for name in ("learning rate", "momentum", "batch size", "While it learned"))
 
 
 def test_an_interrupted_training_says_so(tmp_path):
@@ -309,6 +343,14 @@ def test_damaged_metrics_are_named(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(UserError, match=r"metrics\.csv is damaged"):
         report.build_report(run, images)
+
+
+def test_a_long_table_of_layers_is_folded(tmp_path):
+    images = some_images("ab", size=32, channels=3)
+    for name, model, is_folded in (("short", None, False), ("long", models.googlenet(2), True)):
+        run = make_run(tmp_path / name, some_images("ab") if model is None else images, model)
+        found = report.build_report(run, some_images("ab") if model is None else images)
+        assert (f"All {len(found.cost.layers)} layers" in Page(report.render_report(found)).words) == is_folded
 
 
 def test_the_maps_of_a_googlenet_are_shown(tmp_path):

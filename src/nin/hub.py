@@ -20,6 +20,7 @@ from nin.display.tables import escape_markdown, markdown_table
 from nin.inference.classifier import Classifier
 from nin.profiling.cost import Cost, cost
 from nin.report import draw_image_grid, example_rows
+from nin.report.settings import used_settings
 from nin.runtime.files import write_atomically
 from nin.version import install_command
 
@@ -119,6 +120,7 @@ class HubClassifier(Classifier, PyTorchModelHubMixin, library_name="nin", tags=[
 def model_card_text(info: RunInfo, cost: Cost, *, picture: bool, has_maps: bool = True) -> str:
     """Return the model card of a run as Markdown with YAML front matter."""
     result, recipe, trained_on = info.result, info.recipe, info.data
+    used = used_settings(recipe, info.preprocessing.size)
     own_name = str(recipe.get("model", "network"))
     name = escape_markdown(own_name)
     kind = f"The network {name}" if models.is_external_name(own_name) else "A Network in Network"
@@ -152,7 +154,7 @@ def model_card_text(info: RunInfo, cost: Cost, *, picture: bool, has_maps: bool 
         f"{source}: {trained_on.get('train_images', 0):,} images to train on, {trained_on.get('test_images', 0):,} to "
         f"test, {len(trained_on.get('skipped', []))} left out because they could not be read.",
         "## Recipe",
-        markdown_table([("setting", "value"), *((k, str(v)) for k, v in recipe.items())]),
+        markdown_table([("setting", "value"), *((k, str(v)) for k, v in used.items())]),
         "## Costs",
         f"For one image; one MAC is two floating-point operations. Activations {format_bytes(cost.activation_bytes)}.",
         markdown_table(cost.rows()),

@@ -9,7 +9,9 @@ NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 
 def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Return the training curves as SVG by their titles."""
+    """Return the training curves as SVG by their titles; none of fewer than two epochs, which make no line."""
+    if len(curves) < 2:
+        return {}
     epochs = [row.get("epoch", i + 1) for i, row in enumerate(curves)]
     charts = {}
     for kind, title, factor, format_value, highest in (
@@ -19,7 +21,7 @@ def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
         series = {
             name: [factor * row[f"{part}_{kind}"] for row in curves]
             for name, part in (("test", "test"), ("validation", "validation"), ("training", "train"))
-            if curves and f"{part}_{kind}" in curves[0]
+            if f"{part}_{kind}" in curves[0]
         }
         if series:
             charts[title] = line_chart(
@@ -30,7 +32,7 @@ def training_curves(curves: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 def range_test_curve(rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return the range test of the learning rate as SVG by its title; nothing where there was none."""
-    if not rows:
+    if len(rows) < 2:
         return {}
     title = "range test of the learning rate: smoothed loss"
     exponents = [math.log10(row["learning_rate"]) for row in rows]

@@ -16,9 +16,13 @@ from nin.display.training_curves import range_test_curve, training_curves
 from nin.epoch_metrics import evaluated_part
 from nin.report import heatmaps
 from nin.report.data import Calibration, ConfusedPair, ExamplePrediction, ReportData
+from nin.report.settings import used_settings
 
 # Nobody reads a confusion matrix of more classes, and it is wider than the page.
 MAX_MATRIX_CLASSES = 30
+
+# A longer table of layers is folded: on a phone it would be several screens of the page.
+MAX_OPEN_LAYERS = 20
 
 # Misclassified photos shown: each takes 20 times the bytes of a small image.
 MAX_PHOTOS = 12
@@ -39,6 +43,7 @@ def render_report(report: ReportData) -> str:
     """
     are_photos = report.preprocessing["size"] > heatmaps.LARGEST_PIXELATED
     mistakes = report.mistakes[:MAX_PHOTOS] if are_photos else report.mistakes
+    images = {name: value for name, value in report.preprocessing.items() if value is not None}
     template = load_template("run_report.html", trim_blocks=True, lstrip_blocks=True, finalize=_printable)
     return template.render(
         report=report,
@@ -51,9 +56,14 @@ def render_report(report: ReportData) -> str:
         confused=_bars(report.confused),
         per_class=_per_class(report),
         layers=report.cost.rows(),
+        folds_layers=len(report.cost.layers) > MAX_OPEN_LAYERS,
         is_1x1=[layer.is_1x1 for layer in report.cost.layers],
         fractions=[layer.macs / max(1, report.cost.macs) for layer in report.cost.layers],
-        settings=[("Recipe", report.recipe), ("Images", report.preprocessing), ("Made with", report.environment)],
+        settings=[
+            ("Recipe", used_settings(report.recipe, report.preprocessing["size"])),
+            ("Images", images),
+            ("Made with", report.environment),
+        ],
     )
 
 
@@ -62,7 +72,8 @@ def load_template(name: str, **options: Any) -> Any:
     """Return the Jinja template in a file of this package; ``options`` are those of its environment."""
     import jinja2  # takes 0.16 s, which `import nin.report` is spared
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, **options)
+    loader = jinja2.FunctionLoader(lambda name: resources.files("nin.report").joinpath(name).read_text("utf-8"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {
         "percent": percent,
         "score": score,
@@ -74,7 +85,7 @@ def load_template(name: str, **options: Any) -> Any:
         "figure": lambda v: f"{v:.6g}",
         "breakable": breakable,
     }
-    return environment.from_string(resources.files("nin.report").joinpath(name).read_text("utf-8"))
+    return environment.get_template(name)
 
 
 def _printable(value: Any) -> Any:
