@@ -25,6 +25,9 @@ from nin.runtime.timer import Timing, time_interleaved
 # A form must take less than this fraction of the original's time: a smaller gain is within the noise of the clock.
 LARGEST_TIME_RATIO = 0.97
 
+# In a line of text that stands for all layers of a kind.
+MOST_NAMES = 4
+
 _Chains = dict[tuple[str, ...], Chain]  # by the names of their layers in the whole model
 
 
@@ -45,7 +48,7 @@ class FusedChain:
     chain: Chain = dataclasses.field(repr=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FuseResult:
     """The result of `fuse`.
 
@@ -57,18 +60,27 @@ class FuseResult:
         after: time of the faster model.
     """
 
-    model: nn.Module = dataclasses.field(repr=False)
+    model: nn.Module
     chains: tuple[FusedChain, ...]
     left: dict[str, str]
     before: Timing | None
     after: Timing | None
 
     def __str__(self) -> str:
-        """Return a line for each chain and for each layer in none; the table is for rich."""
-        title = "" if self.speedup is None else f"the whole model: {self.speedup:.2f}× as fast"
-        chains = [f"{' → '.join(chain.layers)}: {chain.form}" for chain in self.chains]
-        left = [f"{name}: left, {reason}" for name, reason in self.left.items()]
-        return "\n".join([*([title] if title else []), *chains, *left]) or "no 1×1 layers"
+        """Return a line for each form of chains, and for each reason why layers are in none; rich shows all."""
+        lines = [] if self.speedup is None else [f"the whole model: {self.speedup:.2f}× as fast"]
+        groups: dict[str, list[str]] = {}
+        for chain in self.chains:
+            if ", ".join(chain.layers) not in self.left:
+                groups.setdefault(chain.form, []).append(" → ".join(chain.layers))
+        for name, reason in self.left.items():
+            groups.setdefault(f"left, {reason}", []).append(name)
+        for group, names in groups.items():
+            more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+            lines.append(f"{', '.join(names[:MOST_NAMES])}{more}: {group}")
+        return "\n".join(lines) or "no 1×1 layers"
+
+    __repr__ = __str__
 
     @property
     def speedup(self) -> float | None:
