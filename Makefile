@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# what nin itself needs is installed; what its tests need, too
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 
@@ -20,8 +22,9 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make clean        remove .venv, .venv-oldest and build"
 
-demo: $(READY)
-	$(BIN)/nin demo
+# The program is told what was typed, for the line that says how to go on.
+demo: $(INSTALLED)
+	@NIN_TYPED='make demo' $(BIN)/nin demo
 
 # One process for each core; more than eight would need more memory than most machines have.
 test: $(READY)
@@ -70,13 +73,17 @@ lint: $(READY)
 
 # Editable, so that a change of a Python file counts at once; built again when the compiled part changes.
 # uv installs PyTorch's packages in seconds where pip takes minutes.
-$(READY): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/cpu/csrc/*)
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard src/nin/ops/cpu/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"nin needs Python 3.11 or newer, this is {v[0]}.{v[1]}: make PYTHON=python3.12 demo")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). PyTorch for Linux is a download of about 2.5 GB: seconds to minutes, once."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@# the distribution was called nin once; left in an environment, it would hide this one
 	@$(BIN)/python -m uv pip uninstall --quiet --python $(BIN)/python nin 2>/dev/null || true
+	$(BIN)/python -m uv pip install --python $(BIN)/python --editable .
+	@touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/python -m uv pip install --python $(BIN)/python --editable '.[dev]'
 	@touch $@
 

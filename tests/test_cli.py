@@ -246,8 +246,8 @@ def test_a_demo_that_was_interrupted_goes_on(tmp_path, capsys):
 
 
 MISTAKES = [
-    (["train"], "requires an argument"),
-    (["train", "digits"], "requires"),
+    (["train"], "nin train needs DATA; nin train --help"),
+    (["train", "digits"], "nin train needs --out"),
     (["trian"], 'Did you mean "train"'),
     (["train", "digits", "--out", "{tmp}/run", "--epochs", "0"], "epochs must be at least 1, got 0"),
     (["train", "digits", "--out", "{tmp}/run", "--epochs", "many"], "--epochs"),
@@ -278,8 +278,27 @@ MISTAKES = [
     (["cost", "torchvision:alexnet", "--size", "8", "--count-only"], "another --size may help"),
     (["report", "{tmp}"], "is not a run folder"),
     (["bench", "nothing"], "cases must be among"),
+    (
+        ["train", "digits", "--out", "{tmp}/run", "--learning-rate", "fast"],
+        "--learning-rate must be a number or auto, got",
+    ),
+    (
+        ["train", "digits", "--out", "{tmp}/run", "--batch-size", "big"],
+        "--batch-size must be a whole number or auto, got",
+    ),
+    (
+        ["train", "digits", "--out", "{tmp}/run", "--recipe", "fine"],
+        "default, speed or finetune, got 'fine'; did you mean f",
+    ),
+    (["train", "digits", "--out", "{tmp}/run", "--test-fraction", "x"], "--test-fraction must be a number, got 'x'"),
+    (["train", "digits", "--out", "{tmp}/run", "--freeze=maybe"], "--freeze must be yes or no, got 'maybe'"),
+    (
+        ["train", "digits", "--out", "{tmp}/run", "--flip", "maybe"],
+        "'maybe' is one argument too many; nin train --help",
+    ),
+    (["export", "{tmp}", "--format", "onyx"], "--format must be onnx, pt2 or openvino, got 'onyx'; did you mean onnx?"),
     (["serve", "{tmp}", "--no-browser"], "is not a run folder"),
-    (["serve", "--no-browser", "--port", "99999"], "cannot listen on 127.0.0.1, port 99999"),
+    (["serve", "--no-browser", "--port", "99999"], "port must be 0 to 65535, got 99999"),
 ]
 
 
@@ -500,7 +519,9 @@ def run_without_torch(*commands):
     return json.loads(done.stdout)
 
 
-def test_help_and_wrong_arguments_need_no_torch():
+def test_help_and_wrong_arguments_need_no_torch(run, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    full, made = str(tmp_path), str(run)
     mistakes = {
         ("train", "digits", "--out", "run", "--epochs", "0"): "epochs must be at least 1",
         ("train", "digits", "--out", "run", "--checkpoint-steps", "0"): "checkpoint_steps at least 1",
@@ -509,6 +530,44 @@ def test_help_and_wrong_arguments_need_no_torch():
         ("cost", "nin_cifar", "--size", "0"): "size must be at least 1",
         ("report", "run", "--beside", "other"): "--beside is for the page",
         ("serve", "--beside", "other"): "--beside needs a run",
+        # what is there, and what networks there may be, is looked at before PyTorch is imported
+        ("train", "digits", "--out", "run", "--model", "nin_cifr"): "did you mean nin_cifar?",
+        ("train", "digits", "--out", full): "is not empty",
+        ("train", "digits", "--out", full, "--folds", "3"): "is not empty",
+        ("train", "digits", "--out", full, "--overwrite"): "overwrite removes runs only",
+        ("train", "digitz", "--out", "run"): "did you mean digits?",
+        ("check", "nowhere"): "there is no such folder",
+        ("check", full, "--csv", f"{full}/note.txt"): "exists: give another name, or --overwrite",
+        ("shards", full, "--out", full): "holds something else",
+        ("predict", "run", "a.png"): "run does not exist: give a run folder",
+        ("predict", full, "a.png"): "is not a run folder of nin",
+        ("predict", made, "a.png"): "a.png does not exist",
+        ("predict", made, full, "--maps", f"{full}/note.txt"): "is a file: give --maps the folder",
+        ("cost", "nin_cifr"): "did you mean nin_cifar?",
+        ("bench", "--html", f"{full}/note.txt"): "exists: give another name, or --overwrite",
+        ("narrow", "run", "--data", "digits", "--macs", "0.5", "--out", "new"): "run does not exist: give a run folder",
+        ("narrow", made, "--data", "digits", "--macs", "0.5", "--out", full): "is not empty",
+        (
+            "narrow",
+            made,
+            "--data",
+            "digits",
+            "--macs",
+            "0.5",
+            "--out",
+            made,
+            "--overwrite",
+        ): "is what is to be narrowed",
+        ("speed", "resnet18", "--data", "digits"): "network must be a run folder",
+        ("speed", made, "--data", "digits", "--out", full): "is not empty",
+        ("speed", made, "--data", "digits", "--out", full, "--overwrite"): "is not empty",
+        ("export", "run"): "run does not exist: give a run folder",
+        ("export", made, "--out", f"{full}/note.txt"): "exists: give another name, or --overwrite",
+        ("export", made, "--out", f"{full}/net.xml"): "give --format openvino, or another name",
+        ("report", "run"): "run does not exist: give a run folder",
+        ("report", made, "--page", full): "it holds something else",
+        ("serve", full): "is not a run folder of nin",
+        ("serve", "--port", "99999999"): "port must be 0 to 65535, got 99999999",
         **{(verb, "--mistake"): "--mistake" for verb in VERBS},
     }
     whole, *results = run_without_torch(["--help"], *([verb, "--help"] for verb in VERBS), *mistakes)

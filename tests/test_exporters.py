@@ -18,9 +18,10 @@ from nin import exporters, models
 from nin.cli import app
 from nin.errors import UserError
 from nin.layers import StandardisedConv2d
+from nin.names import EXPORT_SUFFIXES
 
 DIGITS_SIZE = (1, 8, 8)
-FORMATS = sorted(exporters.SUFFIXES)
+FORMATS = sorted(EXPORT_SUFFIXES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +126,7 @@ np.save(outputs, scores)
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_file_runs_where_nin_is_not(format, run, tmp_path):
-    path = tmp_path / f"model{exporters.SUFFIXES[format]}"
+    path = tmp_path / f"model{EXPORT_SUFFIXES[format]}"
     nin.export(run, path)
     images = torch.randn(9, *DIGITS_SIZE)
     np.save(tmp_path / "x.npy", images.numpy())
@@ -137,7 +138,7 @@ def test_the_file_runs_where_nin_is_not(format, run, tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_tells_nothing_of_this_machine(format, run, tmp_path):
-    path = tmp_path / f"model{exporters.SUFFIXES[format]}"
+    path = tmp_path / f"model{EXPORT_SUFFIXES[format]}"
     nin.export(run, path)
     for file in tmp_path.iterdir():
         for folder in (Path(nin.__file__).parent, Path(torch.__file__).parent, tmp_path):
@@ -174,7 +175,7 @@ def test_openvino_carries_classes(run, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_preprocessing_inside(format, run, tmp_path):
     classifier = nin.load(run)
-    exported = nin.export(classifier, tmp_path / f"model{exporters.SUFFIXES[format]}", preprocessing=True)
+    exported = nin.export(classifier, tmp_path / f"model{EXPORT_SUFFIXES[format]}", preprocessing=True)
     assert exported.metadata["input"] == {"name": "pixels", "shape": ["batch", 8, 8, 1], "dtype": "uint8"}
     assert exported.metadata["preprocessing"]["inside"]
     if format != "onnx":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_images_are_squashed_where_a_library_crops_and_otherwise_as_the_weights_
     assert own.load_options(tmp_path, size=None, resize="crop")["resize"] == config.resize
     letterbox = dataclasses.replace(config, resize=data.ResizeOptions("letterbox"))
     assert StartingPoint(TrainConfig(), letterbox).load_options(tmp_path, size=None)["resize"].mode == "letterbox"
-    run = dataclasses.replace(own, run=object())
+    run = dataclasses.replace(own, run=types.SimpleNamespace(data={}))
     assert run.load_options(tmp_path, size=None)["resize"] == config.resize
 
 

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
-    {"display", "errors", "optim", "version"},
-    {"config", "ops", "runtime"},
+    {"display", "errors", "given", "optim", "version"},
+    {"config", "names", "ops", "runtime"},
     {"data", "epoch_metrics", "layers"},
-    {"fusion", "models"},
+    {"folders", "fusion", "models"},
     {"checkpoint", "profiling", "timm"},
     {"exporters", "inference"},
     {"server", "training"},

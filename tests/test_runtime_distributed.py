@@ -253,7 +253,7 @@ def test_torchrun_that_is_told_to_end_leaves_a_state_that_goes_on_exactly(tmp_pa
     while not (stopped / "metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
-    assert "Go on with the same command and --resume" in job.communicate(timeout=60)[1]
+    assert "Go on with: the same torchrun command and --resume" in job.communicate(timeout=60)[1]
     assert (stopped / "state.safetensors").exists()
     subprocess.run(command(stopped, "--resume"), env=environment, capture_output=True, timeout=200, check=True)
     for name in ("metrics.csv", "model.safetensors"):

@@ -279,3 +279,23 @@ def test_mistakes_of_augmentation_are_named(table, digits):
         with pytest.raises(UserError, match=message):
             NiNClassifier(epochs=1, **settings).fit(*samples)
     assert NiNClassifier(**SMALL, mixup=0.4).fit(*table).score(*table) > 0.85
+
+
+@pytest.mark.parametrize("balance", ["sampling", "weights"])
+def test_balance_finds_a_class_that_is_rare(balance):
+    rng = np.random.default_rng(0)
+    X = np.concatenate([rng.normal(0, 1, (570, 2)), rng.normal(1.2, 1, (30, 2))])
+    y = np.repeat([0, 1], [570, 30])
+    settings = {"hidden_channels": (8,), "epochs": 6, "random_state": 0}
+    plain, balanced = (NiNClassifier(**settings, balance=value).fit(X, y) for value in (None, balance))
+    assert (plain.predict(X[570:]) == 1).mean() < 0.4
+    assert (balanced.predict(X[570:]) == 1).mean() > 0.55
+    again = pickle.loads(pickle.dumps(balanced))
+    np.testing.assert_array_equal(again.predict_proba(X), balanced.predict_proba(X))
+    with pytest.raises(ValueError, match="balance goes by all samples, for fit"):
+        balanced.partial_fit(X, y)
+
+
+def test_balance_is_checked():
+    with pytest.raises(UserError, match="balance must be one of sampling, weights, got 'both'"):
+        NiNClassifier(balance="both").fit(np.zeros((4, 2)), [0, 0, 1, 1])

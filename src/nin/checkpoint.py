@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nin import epoch_metrics, models
+from nin import epoch_metrics, folders, models
 from nin.data import CENTRE_SQUARE, Data
 from nin.data.preprocessing import Preprocessing as Preprocessing
 from nin.display.numbers import shorten
-from nin.epoch_metrics import LEARNING_RATE_FILE, METRICS_FILE, TIMINGS_FILE
+from nin.epoch_metrics import METRICS_FILE
 from nin.errors import UserError
+from nin.folders import CONFIG_FILE as CONFIG_FILE
+from nin.folders import FILES as FILES
+from nin.folders import FINDINGS_FILE as FINDINGS_FILE
+from nin.folders import MODEL_FILE as MODEL_FILE
+from nin.folders import PROGRESS_FILE as PROGRESS_FILE
+from nin.folders import REPORT_FILE as REPORT_FILE
+from nin.folders import STATE_FILE as STATE_FILE
 from nin.models.description import model_description as model_description
 from nin.models.description import model_from_description
 from nin.models.description import narrowed_description as narrowed_description
@@ -32,13 +40,6 @@ from nin.version import installed_version
 # Raised when a field of config.json changes its meaning, or comes that must not be overlooked; `load_model` reads all
 # versions up to this one.
 FORMAT_VERSION = 2
-
-MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
-REPORT_FILE, FINDINGS_FILE = "report.html", "findings.csv"
-# while a training runs: how far it is
-PROGRESS_FILE = "progress.json"
-_TABLES = (METRICS_FILE, TIMINGS_FILE, LEARNING_RATE_FILE, FINDINGS_FILE)
-FILES = (MODEL_FILE, CONFIG_FILE, STATE_FILE, *_TABLES, REPORT_FILE, PROGRESS_FILE)
 
 # What building a network from a damaged or forged description may raise.
 DESCRIPTION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
@@ -165,9 +166,10 @@ def unfinished_note(folder: Path, info: RunInfo) -> str:
     if info.result:
         return ""
     epochs = len(epoch_metrics.read_csv(folder / METRICS_FILE)) if (folder / METRICS_FILE).is_file() else "some"
+    source = shlex.quote(str(info.data.get("source", "DATA")))
     return (
         f"{folder} is unfinished, after {epochs} of {info.recipe.get('epochs', 'all')} epochs: its answers are those "
-        f"of the network so far. Go on with: nin train DATA --out {folder} --resume"
+        f"of the network so far. Go on with: nin train {source} --out {shlex.quote(str(folder))} --resume"
     )
 
 
@@ -178,17 +180,7 @@ def load_info(folder: Path) -> RunInfo:
         UserError: the folder is no run folder, or the file is damaged or of a newer version.
     """
     path = Path(folder) / CONFIG_FILE
-    if not Path(folder).exists():
-        raise UserError(f"{folder} does not exist: give a run folder, which nin train DATA --out RUN makes")
-    if (Path(folder) / STATE_FILE).is_file() and not path.is_file():
-        raise UserError(
-            f"{folder} is an unfinished run, stopped before its first epoch ended: there is no network yet. Go on "
-            f"with: nin train DATA --out {folder} --resume"
-        )
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is not a run folder of nin: it has no {CONFIG_FILE}. Make one with: nin train DATA --out RUN"
-        )
+    folders.check_is_run(Path(folder))
     if path.stat().st_size > LARGEST_CONFIG_BYTES:
         raise UserError(f"{path} is no {CONFIG_FILE} of nin: it is larger than {LARGEST_CONFIG_BYTES} bytes")
     try:
@@ -273,24 +265,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return fingerprint(parts)
 
 
-def check_output_folder(out: Path, *, may_contain: Collection[str] | None = ()) -> None:
-    """Check that a run folder can be made; temporary files of interrupted writes do not count.
-
-    Args:
-        out: the folder.
-        may_contain: names of files and folders that it may hold already; None allows all.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give another --out, which is the folder to make")
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    names -= {path.name for name in FILES for path in out.glob(f".{name}.*")}
-    if may_contain is not None and not names.issubset(may_contain):
-        raise UserError(f"{out} is not empty: give another --out, or remove it")
-
-
 @contextlib.contextmanager
 def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ()) -> Iterator[None]:
     """Create a run folder for the block that writes into it; remove it again if nothing was written.
@@ -308,7 +282,7 @@ def output_folder(out: Path | None, *, may_contain: Collection[str] | None = ())
     if out is None or not distributed.is_main_process():
         yield
         return
-    check_output_folder(out, may_contain=may_contain)
+    folders.check_is_empty(out, may_contain=may_contain)
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out):
         for leftover in (path for name in FILES for path in out.glob(f".{name}.*")):

@@ -4,9 +4,10 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nin.errors import UserError
+from nin.given import remembers_given
 
 # Images of at least so many pixels a side are photos: they are augmented by random crops of the whole photo. Smaller
 # ones are moved by a pixel or two, as what they show fills them.
@@ -67,6 +68,7 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
+@remembers_given
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The settings of `nin.train`. What is None is chosen from the data by `resolve`, and recorded in the run folder.
@@ -84,8 +86,8 @@ class TrainConfig:
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
             "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
         learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; if not given, 0.1, which
-            suits batches of 128, or what the recipe says. "auto" finds one by a range test of less than a minute, see
-            `nin.training.learning_rate_test`.
+            suits batches of 128, or what the recipe says. "auto" finds one by a range test of less than a minute
+            (docs/finetuning.md).
         body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
         optimizer: "sgd" unless the recipe says another, or "adamw".
         warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest. 0.2
@@ -131,8 +133,10 @@ class TrainConfig:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "auto" takes "bf16" where the processor multiplies in it, else "fp32".
         threads: of the CPU; if not given, one for each core.
+        given: the names of the settings that were given. A training that is resumed has its own in place of the others.
     """
 
+    given: ClassVar[frozenset[str]]
     recipe: Literal["default", "speed", "finetune"] | None = None
     model: str | None = None
     pretrained: bool = False
@@ -300,6 +304,7 @@ _WORDS = {
 }
 
 
+@remembers_given
 @dataclasses.dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
     """`TrainConfig` after `resolve`: settings that depend on the data are no longer None."""

@@ -19,6 +19,7 @@ from nin.checkpoint import Preprocessing, RunInfo
 from nin.display.numbers import format_bytes
 from nin.errors import UserError
 from nin.layers import MLPConv
+from nin.names import EXPORT_SUFFIXES
 from nin.ops import bottleneck_reference
 from nin.ops.arguments import as_dispatcher_kernel
 from nin.ops.reference import conv2d_chain
@@ -27,7 +28,6 @@ from nin.runtime.model_copy import copy_model, keep_computed_weights
 from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.version import install_command, installed_version
 
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 REQUIRED_PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "pt2": (),
@@ -135,9 +135,9 @@ def export(
         ('pt2', [1, 2, 7])
     """
     path = Path(path)
-    format = format or {suffix: name for name, suffix in SUFFIXES.items()}.get(path.suffix)
-    if format not in SUFFIXES:
-        raise UserError(f"format must be one of {', '.join(SUFFIXES)}, got {format!r} for {path}")
+    format = format or {suffix: name for name, suffix in EXPORT_SUFFIXES.items()}.get(path.suffix)
+    if format not in EXPORT_SUFFIXES:
+        raise UserError(f"format must be one of {', '.join(EXPORT_SUFFIXES)}, got {format!r} for {path}")
     if format == "openvino" and path.suffix != ".xml":
         raise UserError(f"path must end in .xml for OpenVINO, which puts the weights beside it, got {path}")
     check_packages(format)

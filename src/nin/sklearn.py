@@ -22,7 +22,7 @@ from nin.data.mixing import draw_mix, mix_batch, partner_positions
 from nin.data.resizing import ResizeMode
 from nin.errors import UserError
 from nin.runtime.device import use_threads
-from nin.training.batches import augmented_set
+from nin.training.batches import augmented_set, class_weights
 from nin.training.step import TrainStep, make_model
 
 SKLEARN_BATCH_SIZE = 256
@@ -61,6 +61,9 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             and translates all others.
         mixup: alpha of the Beta distribution of the shares in which samples are mixed in pairs, 0 for none.
         cutmix: likewise for a box of one image pasted into another.
+        balance: what makes up for classes of unequal size, as in `nin.train`: "sampling" draws as many samples of each
+            class in an epoch, "weights" counts the loss of a sample by the inverse of its class's size; if not given,
+            nothing. It is for `fit`, which sees all samples.
         resize: how images that are no squares become some, of their shorter side: "crop", "squash", "letterbox" or
             `nin.data.ResizeOptions`; if not given, they are refused.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", "mps".
@@ -98,6 +101,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     augment: str = "light"
     mixup: float = 0.0
     cutmix: float = 0.0
+    balance: str | None = None
     resize: data.ResizeOptions | ResizeMode | None = None
     device: str = "auto"
     precision: str = "fp32"
@@ -121,9 +125,14 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         config = self._config
         steps_per_epoch = len(samples) // config.batch_size
         targets = self._targets(labels)
+        if config.balance == "weights":
+            self.train_step_.class_weights = class_weights(targets, len(self.classes_)).to(self.train_step_.device)
         with self._computing():
             for epoch in range(config.epochs):
-                order = data.epoch_order(len(samples), seed=config.seed, epoch=epoch)
+                if config.balance == "sampling":
+                    order = data.balanced_order(targets, seed=config.seed, epoch=epoch)
+                else:
+                    order = data.epoch_order(len(samples), seed=config.seed, epoch=epoch)
                 order = order[: steps_per_epoch * config.batch_size]
                 self._train_epoch(samples, targets, order, epoch=epoch, steps=config.epochs * steps_per_epoch)
         return self
@@ -140,8 +149,10 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
             The estimator itself.
 
         Raises:
-            ValueError: X and y do not fit together, or a class is new.
+            ValueError: X and y do not fit together, a class is new, or ``balance`` is given.
         """
+        if self.balance is not None:
+            raise ValueError(f"balance goes by all samples, for fit: partial_fit takes None, got {self.balance!r}")
         first = not hasattr(self, "train_step_")
         samples, labels = self._validate(X, y, reset=first)
         if first:
@@ -195,7 +206,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         if self.shift is not None:
             shift = check_value("shift", self.shift, int, lambda x: x >= 0, "at least 0 and finite")
         names = ("model", "epochs", "batch_size", "learning_rate", "weight_decay", "label_smoothing", "dropout")
-        images_names = ("flip", "augment", "mixup", "cutmix", "device", "precision")
+        images_names = ("flip", "augment", "mixup", "cutmix", "balance", "device", "precision")
         given = {name: getattr(self, name) for name in (*names, *images_names)}
         if self.augment == "none":  # refuses a shift
             given["shift"] = self.shift

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, get_args
 
 import cyclopts
-from cyclopts import App, CycloptsError, Parameter, Token, UnknownOptionError
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from nin.cli.bench import bench
 from nin.cli.check import check
@@ -15,6 +15,7 @@ from nin.cli.cost import cost
 from nin.cli.demo import demo
 from nin.cli.export import export
 from nin.cli.narrow import narrow
+from nin.cli.option_errors import explain
 from nin.cli.predict import predict
 from nin.cli.report import report
 from nin.cli.serve import serve
@@ -24,20 +25,6 @@ from nin.cli.train import train
 from nin.errors import UserError, is_out_of_memory
 from nin.runtime import torchrun
 from nin.version import installed_version
-
-# what other programs call our options, where the letters are too different for a suggestion
-OTHER_NAMES = {
-    "--lr": "--learning-rate",
-    "--wd": "--weight-decay",
-    "--bs": "--batch-size",
-    "--batch": "--batch-size",
-    "--workers": "--threads",
-    "--output": "--out",
-    "--img-size": "--size",
-    "--imgsz": "--size",
-    "--gpu": "--device",
-    "--arch": "--model",
-}
 
 
 def convert(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -85,12 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, exit_on_error=False, print_error=False)
-    except UnknownOptionError as error:
-        keyword = (error.token.keyword or "").partition("=")[0]
-        known = {name for argument in error.argument_collection for name in argument.names}
-        usual = OTHER_NAMES.get(keyword)
-        _fail(f"Unknown option: {keyword}. Did you mean {usual}?" if usual in known else f"{error}", 2)
-    except (CycloptsError, UserError) as error:
+    except CycloptsError as error:
+        _fail(explain(error), 2)
+    except UserError as error:
         _fail(f"{error}", 2)
     except KeyboardInterrupt:
         _fail("stopped", 130)

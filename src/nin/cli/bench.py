@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nin import folders
 from nin.cli.console import ProgressBar, print_json, results
 from nin.runtime.files import write_atomically
 
@@ -14,6 +15,7 @@ def bench(
     engine: list[str] | None = None,
     device: str = "cpu",
     html: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Time the operator and whole networks beside other engines, in turn in one run, against this machine's limits.
@@ -24,8 +26,11 @@ def bench(
         engine: nin, eager NCHW, … ; all that are installed if not given.
         device: Where to time: cpu, cuda, cuda:1, or auto for a GPU where there is one.
         html: Write a chart into this file.
+        overwrite: Replace a file of that name.
         json: Print the measurements as JSON on standard output.
     """
+    if html is not None:
+        folders.check_new_file(html, overwrite=overwrite)
     import nin.profiling.bench
 
     if cases == ["list"]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nin
+from nin import folders, names
 from nin.cli.console import ProgressBar, messages, print_json, print_table
 from nin.config import check_seed
 from nin.display.numbers import format_number_of
@@ -26,20 +27,29 @@ def check(
     seed: int = 0,
     strict: bool = False,
     csv: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Look at every image of a folder: can it be read, is it there twice, is it what it says. Changes nothing.
+
+    The exit status is 1 where an image cannot be read or a training would not begin, and 0 where the images can be
+    trained on; see --strict.
 
     Args:
         data: An image folder: DIR/CLASS/*, or DIR/train and DIR/test. Or WebDataset shards.
         size: Height and width that images would be brought to, in pixels. Chosen from the images if not given.
         test_fraction: Share of each class that would be held out, where the folder has no test images of its own.
         seed: Chooses which.
-        strict: Exit with status 1 if an image cannot be read or a training would not begin.
+        strict: Exit with status 1 at anything that is found, such as an image in two classes, but for files that are
+            no images.
         csv: Write what was found into this file: path, kind, detail.
+        overwrite: Replace a file of that name.
         json: Print what was found as JSON on standard output.
     """
     check_seed(seed)
+    names.check_source(data)
+    if csv is not None:
+        folders.check_new_file(csv, overwrite=overwrite)
     with ProgressBar(f"Reading {data}") as bar:
         found = nin.data.check(data, size=size, test_fraction=test_fraction, seed=seed, on_progress=bar.on_progress)
     if csv is not None:
@@ -48,7 +58,8 @@ def check(
         print_json(found.to_dict())
     else:
         show_check(found)
-    if strict and (found.refusal is not None or any(finding.kind == "unreadable" for finding in found.findings)):
+    kinds = {finding.kind for finding in found.findings}
+    if found.refusal is not None or (kinds - nin.data.HARMLESS_KINDS if strict else kinds & {nin.data.UNREADABLE}):
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 import nin
+from nin import names
 from nin.cli.console import ProgressBar, fit_columns, messages, print_json, print_table, results, say_left_out
 from nin.errors import UserError
 
@@ -50,6 +51,8 @@ def cost(
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{name} must be at least 1 and at most {LARGEST:,}, got {value}")
+    if not Path(model).is_dir():
+        names.check_network(model, also="a run folder, ")  # before PyTorch is imported, which takes seconds
     with nin.models.trust() if trust else contextlib.nullcontext():
         network, (usual_channels, height, width) = find_network(model, classes, channels)
         # a narrowed run is of plain layers, which `nin predict` fuses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 import nin
+from nin import folders
 from nin.cli.console import messages, print_json, print_table
 from nin.cli.predict import prediction_dict, show_predictions
 from nin.cli.train import load_data, show_result, train_with_progress, write_report
@@ -36,13 +39,11 @@ def demo(
         config: The recipe, for tests; the default one if not given.
         bottleneck_batch_size: Images in a call of the bottleneck, for tests.
     """
-    from nin import training
-
     remove_earlier_demo(out)
     config = config or TrainConfig()
     print_heading("1. Train a Network in Network on 1,346 handwritten digits (8×8 pixels, from scikit-learn)")
     images = load_data("digits", seed=config.seed)
-    result = train_with_progress(images, config, out=out, command="the same command", resume=training.has_begun(out))
+    result = train_with_progress(images, config, out=out, command=command(out), resume=folders.has_begun(out))
     if not json:
         show_result(result)
     print_heading("2. Write what it learned into a report")
@@ -62,6 +63,11 @@ def demo(
     else:
         show_bottleneck(rows, bottleneck_batch_size)
     print_next_steps(out, report)
+
+
+def command(out: Path) -> str:
+    """Return what a person typed to make the demo: `make demo` says so, as it calls this program."""
+    return os.environ.get("NIN_TYPED") or f"nin demo --out {shlex.quote(str(out))}"
 
 
 def print_next_steps(out: Path, report: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nin
+from nin import folders, names
 from nin.cli.console import (
     ProgressBar,
     catch_stop_signals,
@@ -51,6 +52,7 @@ def narrow(
     std: str | None = None,
     data_dir: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     revert_slower: bool = False,
     dry_run: bool = False,
     device: str = "auto",
@@ -88,6 +90,8 @@ def narrow(
         std: With --model: the channels' standard deviation; ImageNet's if not given.
         data_dir: Where the files of mnist to svhn lie.
         resume: Where it is finished, print its result; else go on, or begin, as without it.
+        overwrite: Remove an earlier narrowing that lies in the folder before this one begins; a folder that holds
+            anything else is refused.
         revert_slower: With --macs or --parameters: avoid layers that are measured slower than before. Without it, the
             same network, images and options give the same plan on a quiet and on a busy machine.
         dry_run: Print the plan only.
@@ -95,6 +99,15 @@ def narrow(
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
         json: Print the figures as JSON on standard output.
     """
+    names.check_source(data)
+    if run is not None:
+        folders.check_is_run(run)
+    if model is not None:
+        names.check_network(model)
+    if weights is not None and not weights.is_file():
+        raise UserError(f"--weights: {weights} does not exist")
+    if out is not None and not dry_run and torchrun.rank() == 0:
+        folders.check_narrowing(out, run, resume=resume, overwrite=overwrite)
     from nin import checkpoint, models
     from nin.checkpoint import load_info
     from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
@@ -132,6 +145,8 @@ def narrow(
         if not (out / checkpoint.STATE_FILE).exists():
             messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
     info = None if run is None else load_info(run)
+    if overwrite and out is not None and not dry_run and torchrun.rank() == 0:
+        folders.remove_narrowing(out)
     if run is not None and info is not None:
         say_if_unfinished(run, info)
     if model is not None and weights is not None:
@@ -146,9 +161,9 @@ def narrow(
     samples = load_data(data, data_dir=data_dir, **how)
     if run is not None:
         with models.trust() if trust else contextlib.nullcontext():
-            result = narrow_with_progress(on, narrow_run, run, samples, config, out=out)
+            result = narrow_with_progress(on, narrow_run, run, samples, config, out=out, overwrite=overwrite)
     else:
-        options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache}
+        options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache, "overwrite": overwrite}
         result = narrow_with_progress(on, narrow_model, network, samples, config, **options)
     if torchrun.rank() > 0:
         return
@@ -172,12 +187,13 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 
 def narrow_with_progress(
-    device: torch.device, narrow: Callable[..., NarrowResult], *arguments: Any, **options: Any
+    device: torch.device, narrow: Callable[..., NarrowResult], *arguments: Any, overwrite: bool, **options: Any
 ) -> NarrowResult:
     """Narrow with a progress bar; Ctrl-C and SIGTERM stop it where it can go on."""
     from nin.runtime import distributed
     from nin.training import CheckpointOptions
 
+    without = " without --overwrite" if overwrite else ""
     with (
         ProgressBar("Narrowing") as bar,
         catch_stop_signals() as received,
@@ -187,7 +203,7 @@ def narrow_with_progress(
             keeping = CheckpointOptions(stop=lambda: bool(received))
             return narrow(*arguments, **options, keeping=keeping, on_progress=bar.on_progress)
         except KeyboardInterrupt:
-            bar.line("What was found is kept: the same command goes on.")
+            bar.line(f"What was found is kept: the same command{without} goes on.")
             raise
 
 

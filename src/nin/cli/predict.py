@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nin
+from nin import folders, names
 from nin.cli.check import show_findings
 from nin.cli.console import ProgressBar, messages, print_json, print_table, say_if_unfinished
 from nin.display.numbers import format_number_of, format_percent
@@ -54,7 +55,7 @@ def predict(
         csv: Write the predictions, with the probability of every class, into this file, however many there are.
         parquet: The same as a Parquet file.
         resume: Go on with the file where an interrupted command stopped; a finished one is left as it is.
-        overwrite: Replace a file of that name, whose rows are then lost.
+        overwrite: Replace a file of that name, whose rows are then lost, and maps.
         maps: Write into this folder, for each image, where in it the evidence for its class lies: exactly, or where the
             network's head does not allow that, as Grad-CAM approximates it.
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
@@ -72,11 +73,14 @@ def predict(
     if parquet is not None and parquet.suffix != ".parquet":
         raise UserError(f"{parquet}: the name of a Parquet file must end in .parquet")
     table = csv or parquet
-    if table is not None and (table.is_dir() or not table.parent.is_dir()):
-        raise UserError(f"{table} is a folder" if table.is_dir() else f"{table.parent}: there is no such folder")
-    if table is not None and table.exists() and not (overwrite or resume):
-        raise UserError(f"{table} exists: give another name, or --overwrite to replace it")
+    if table is not None:
+        folders.check_new_file(table, overwrite=overwrite or resume)
+    folders.check_is_run(run)
     images = [path for pattern in images for path in expand(pattern)]
+    if not any(path.exists() or names.is_pattern(str(path)) for path in images):
+        raise UserError(missing_text(images[0]))
+    if maps is not None:
+        check_maps_folder(maps, overwrite=overwrite)
     classifier = nin.load(run, device=device, calibrated=calibrated, trust=trust)
     say_if_unfinished(run, classifier.info)
     nin.freeze(classifier.model)
@@ -138,8 +142,24 @@ def image_paths(paths: Sequence[Path], problems: list[str]) -> Iterator[str]:
             found = found or path.exists()
             yield str(path)
     if not found:
-        missing = f"no file matches {paths[0]}" if glob.has_magic(str(paths[0])) else f"{paths[0]} does not exist"
-        raise UserError(problems[0] if problems else missing)
+        raise UserError(problems[0] if problems else missing_text(paths[0]))
+
+
+def missing_text(path: Path) -> str:
+    """Return the message for a path, or a pattern, that leads to no file."""
+    return f"no file matches {path}" if glob.has_magic(str(path)) else f"{path} does not exist"
+
+
+def check_maps_folder(folder: Path, *, overwrite: bool) -> None:
+    """Check that pictures may be written into a folder.
+
+    Raises:
+        UserError: it is a file, or it holds pictures that are not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give --maps the folder to make")
+    if folder.is_dir() and any(folder.glob("[0-9][0-9][0-9][0-9]-*.png")) and not overwrite:
+        raise UserError(f"{folder} holds maps already: give another name, or --overwrite to replace those of a name")
 
 
 def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> set[str]:

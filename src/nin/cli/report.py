@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from nin import folders
 from nin.cli.console import ProgressBar, messages, results
 from nin.cli.train import write_report
 from nin.errors import UserError
@@ -20,6 +21,11 @@ def report(run: Path, /, *, page: Path | None = None, beside: Path | None = None
     """
     if beside is not None and page is None:
         raise UserError("--beside is for the page: nin report RUN --page DIR --beside RUN")
+    for folder in (run, beside):
+        if folder is not None:
+            folders.check_is_run(folder)
+    if page is not None:
+        folders.check_page(page)
     from nin import models
 
     with models.trust() if trust else contextlib.nullcontext():

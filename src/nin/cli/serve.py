@@ -7,9 +7,10 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import nin
+from nin import folders
 from nin.cli.console import messages, say_if_unfinished
 from nin.errors import UserError
-from nin.runtime.listener import listen
+from nin.runtime.listener import LAST_PORT, listen
 
 
 def serve(
@@ -40,6 +41,12 @@ def serve(
     for folder in (run, beside):
         if folder is not None and not folder.is_dir():
             raise UserError(f"there is no folder {folder}. A run is made with: nin train DATA --out RUN")
+        if folder is not None and not any(
+            (folder / name).exists() for name in (folders.STATE_FILE, folders.PROGRESS_FILE)
+        ):
+            folders.check_is_run(folder)  # one that has begun is served as soon as it has a network
+    if port is not None and not 0 <= port <= LAST_PORT:
+        raise UserError(f"port must be 0 to {LAST_PORT}, got {port}")
     with contextlib.closing(listen(host, port)) as listener:
         from nin import server  # imports PyTorch, which what is wrong above need not wait for
         from nin.checkpoint import load_info

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nin
+from nin import folders, names
 from nin.cli.console import ProgressBar, messages, print_json
 from nin.config import check_seed
 from nin.display.numbers import format_number_of
@@ -29,6 +30,8 @@ def shards(
         json: Print the names of the shards as JSON on standard output.
     """
     check_seed(seed)
+    names.check_source(data)
+    folders.check_shards(out)
     with ProgressBar(f"Reading {data}") as bar:
         paths = nin.data.write_shards(
             data,

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import nin
+from nin import folders, names
 from nin.cli.console import (
     ProgressBar,
     catch_stop_signals,
@@ -44,6 +45,7 @@ def speed(
     mean: str | None = None,
     std: str | None = None,
     data_dir: Path | None = None,
+    overwrite: bool = False,
     trust: bool = False,
     json: bool = False,
 ) -> None:
@@ -71,11 +73,20 @@ def speed(
         mean: With the name of a network: the channels' mean, such as 0.485,0.456,0.406.
         std: With the name of a network: the channels' standard deviation.
         data_dir: Where the files of mnist to svhn lie.
+        overwrite: Remove an earlier search that lies in the folder before this one begins; a folder that holds anything
+            else is refused.
         trust: Import the module that a run says its network is made by, where that is somebody's own code.
         json: Print the figures as JSON on standard output.
     """
     shares = parse_numbers("budgets", budgets) if narrow else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
+    names.check_source(data)
+    if Path(network).is_dir():
+        folders.check_is_run(Path(network))
+    else:
+        names.check_external(network)
+    if out is not None:
+        folders.check_search(out, overwrite=overwrite)
     from nin.speed_search.combinations import ENGINES
 
     # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
@@ -100,13 +111,16 @@ def speed(
                 std=stds,
                 data_dir=data_dir,
                 out=out,
+                overwrite=overwrite,
                 trust=trust,
                 stop=lambda: bool(received),
                 on_progress=bar.on_progress,
             )
         except KeyboardInterrupt:
             if out is not None:
-                bar.line("What was measured is kept: the same command goes on.")
+                bar.line(
+                    f"What was measured is kept: the same command{' without --overwrite' if overwrite else ''} goes on."
+                )
             raise
     if json:
         print_json({"out": None if out is None else str(out), **found.to_dict()})

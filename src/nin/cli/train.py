@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 import nin
+from nin import folders, names
 from nin.cli.check import show_findings
 from nin.cli.console import (
     ProgressBar,
@@ -30,16 +32,6 @@ if TYPE_CHECKING:
     from nin.training.progress_lines import ProgressLines
 
 
-class GivenConfig(TrainConfig):
-    """The settings of the command line, with the names of those that were given: one may be given as its default."""
-
-    given: frozenset[str]
-
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
-        object.__setattr__(self, "given", frozenset(given))
-
-
 def train(
     data: str,
     /,
@@ -49,7 +41,7 @@ def train(
     size: int | None = None,
     resize: Literal["crop", "squash", "letterbox"] | None = None,
     test_fraction: float | None = None,
-    config: Annotated[GivenConfig | None, Parameter(name="*", negative=None)] = None,
+    config: Annotated[TrainConfig | None, Parameter(name="*", negative=None)] = None,
     folds: int | None = None,
     resume: bool = False,
     override: bool = False,
@@ -95,33 +87,40 @@ def train(
             f"checkpoint_minutes must be above 0 and checkpoint_steps at least 1, got {checkpoint_minutes} and "
             f"{checkpoint_steps}"
         )
+    settings: TrainConfig = config or TrainConfig()
+    # what needs no PyTorch, whose import takes seconds
+    if torchrun.rank() == 0:  # which the others may find begun
+        check_folder = folders.check_run if folds is None else folders.check_folds
+        check_folder(out, resume=resume, overwrite=overwrite)
+    names.check_source(data)
+    if settings.model is not None:
+        names.check_network(settings.model)
     from nin import training
     from nin.runtime.device import choose_device
 
-    given = frozenset() if config is None else config.given
-    settings: TrainConfig = config or TrainConfig()
     loading: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction, "data_dir": data_dir}
+    loading["seed"] = None
     if resume:  # what is not given is as the training was begun
-        settings = training.with_recorded_settings(settings, out, given)
+        settings = training.with_recorded_settings(settings, out)
         loading = training.with_recorded_loading(loading, out)
     choose_device(settings.device)  # before the images, so that a mistake shows at once
     silence_other_ranks()
-    start = training.starting_point(settings)
+    start = training.starting_point(settings, resumed=out if resume and folders.has_begun(out) else None)
     settings = start.config
-    if folds is None:
-        training.check_run_folder(out, resume=resume, overwrite=overwrite)
-    else:
-        training.check_folds_folder(out, resume=resume, overwrite=overwrite)
-    was_finished = resume and training.is_finished(out)
-    if resume and folds is None and not training.has_begun(out):
+    was_finished = resume and folders.is_finished(out)
+    if resume and folds is None and not folders.has_begun(out):
         messages.print(f"{out} holds nothing to resume yet: the training begins.")
-    loading |= start.load_options(data, size=loading["size"], resize=loading.pop("resize"))
-    images = load_data(data, photos=settings.augment != "none", seed=settings.seed, strict=strict, **loading)
+    asked = {name: loading.pop(name) for name in ("size", "resize", "test_fraction")}
+    loading |= start.load_options(data, **asked)
+    if loading["seed"] is None:
+        loading["seed"] = settings.seed
+    images = load_data(data, photos=settings.augment != "none", strict=strict, **loading)
     if resume and settings.flip is None:
         images = training.with_recorded_augmentation(images, out)
     messages.print(flip_text(images, settings))
     if folds is None:
-        images = nin.data.split_validation(images, settings.validation, seed=settings.seed)
+        seed = start.validation_seed(images, settings)
+        images = nin.data.split_validation(images, settings.validation, seed=seed)
         if images.validation is not None:
             of_own = settings.validation is None
             which = "images of the validation part are" if of_own else "of the images to train on are set apart"
@@ -129,11 +128,13 @@ def train(
                 f"{len(images.validation):,} {which} to choose by; the test images are looked at once, at the end"
             )
     keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
-    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite, "given": given}
+    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite}
     if folds is not None:
-        train_folds(images, settings, folds=folds, out=out, json=json, resume=resume, **keeping)
+        command = resume_command(data, out, folds)
+        train_folds(images, settings, folds=folds, out=out, command=command, json=json, resume=resume, **keeping)
         return
-    result = train_with_progress(images, settings, out=out, resume=resume, **keeping)
+    command = resume_command(data, out, None)
+    result = train_with_progress(images, settings, out=out, command=command, resume=resume, **keeping)
     if was_finished:  # with other settings it is refused
         messages.print(f"{out} is finished; this is its result.")
     if torchrun.rank() > 0:
@@ -145,6 +146,14 @@ def train(
         return
     show_result(result)
     messages.print(f"Look at what it learned: {page}\nUse it:                  nin predict {out} IMAGE…")
+
+
+def resume_command(data: str, out: Path, folds: int | None) -> str:
+    """Return what resumes a training: its settings are in the run folder."""
+    if torchrun.world_size() > 1:
+        return f"the same torchrun command and --resume ({out})"
+    options = ["--out", str(out), *(["--folds", str(folds)] if folds else []), "--resume"]
+    return f"nin train {shlex.join([data, *options])}"
 
 
 def load_data(source: str, *, load: Callable[..., nin.data.Data] | None = None, **options: Any) -> nin.data.Data:
@@ -176,7 +185,7 @@ def train_with_progress(
     config: TrainConfig,
     *,
     out: Path,
-    command: str = "the same command and --resume",
+    command: str,
     overwrite: bool = False,
     **checkpoint_options: Any,
 ) -> TrainResult:
@@ -211,6 +220,7 @@ def train_folds(
     *,
     folds: int,
     out: Path,
+    command: str,
     json: bool,
     overwrite: bool,
     **checkpoint_options: Any,
@@ -218,7 +228,7 @@ def train_folds(
     """Cross-validate with a bar on a terminal, and print the figures of each fold, their mean and their spread."""
     from nin import training
 
-    with training_bar(out) as (bar, stop):
+    with training_bar(out, command) as (bar, stop):
         keeping = training.CheckpointOptions(**checkpoint_options, stop=stop)
         result = training.cross_validate(
             images,
@@ -263,13 +273,11 @@ class TrainingBar(ProgressBar):
         lines = self.lines.setdefault(prefix, ProgressLines())
         for line in lines.after(p):
             self.line(f"{prefix}{line}")
-        self.update(p.step, p.steps, f"{prefix}{lines.text(p)}")
+        self.update(p.step, p.steps, f"{prefix}{lines.text(p)}", seconds_left=p.seconds_left)
 
 
 @contextlib.contextmanager
-def training_bar(
-    out: Path, command: str = "the same command and --resume"
-) -> Iterator[tuple[TrainingBar, Callable[[], bool]]]:
+def training_bar(out: Path, command: str) -> Iterator[tuple[TrainingBar, Callable[[], bool]]]:
     """Yield a bar and what tells whether to stop; Ctrl-C and SIGTERM stop a training after the step.
 
     Args:
@@ -280,7 +288,7 @@ def training_bar(
         try:
             yield bar, lambda: bool(received)
         except KeyboardInterrupt:
-            bar.line(f"Go on with {command}: {out}" if out.is_dir() else "Nothing was written.")
+            bar.line(f"Go on with: {command}" if out.is_dir() else "Nothing was written.")
             raise
 
 
@@ -306,7 +314,10 @@ def show_result(result: TrainResult) -> None:
         results.print(f"  with a mirrored second view of each: {accuracy_text(r, 'test_accuracy_flip')}")
     seconds = r["seconds"]
     duration = format_number_of(round(seconds), "second") if seconds < 120 else f"{seconds / 60:.1f} minutes"
-    messages.print(f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}")
+    early = f", {len(result.metrics)} of {recipe['epochs']} epochs" if len(result.metrics) < recipe["epochs"] else ""
+    messages.print(
+        f"{recipe['model']}, {parameters:,} parameters, trained for {duration} in {recipe['precision']}{early}"
+    )
 
 
 def accuracy_text(result: dict[str, Any], name: str) -> str:

@@ -4,7 +4,7 @@ from nin.data.builtin import DATASET_NAMES
 from nin.data.dataset import Data, DecodedSet, FileSet, ImageSet, PathList, default_shift
 from nin.data.decoder import decode
 from nin.data.factory import load, load_as_recorded, load_from_record
-from nin.data.findings import FINDING_KINDS, HARMLESS_KINDS, Finding, findings_csv
+from nin.data.findings import FINDING_KINDS, HARMLESS_KINDS, UNREADABLE, Finding, findings_csv
 from nin.data.folder import Check, check
 from nin.data.folder_entries import MAP_COMMENT, find_images
 from nin.data.image_formats import FORMAT_EXAMPLES, IMAGE_EXTENSIONS
@@ -24,6 +24,7 @@ __all__ = [
     "HARMLESS_KINDS",
     "IMAGE_EXTENSIONS",
     "MAP_COMMENT",
+    "UNREADABLE",
     "Check",
     "Data",
     "DecodedSet",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from nin import names
 from nin.data.arrays import images_from_array, load_arrays
 from nin.data.cache import cache_folder
 from nin.data.dataset import Data, ImageSet
@@ -49,7 +50,7 @@ _TORCHVISION = {
     "cifar100": _Source("CIFAR100", "cifar-100-python/train, test and meta"),
     "svhn": _Source("SVHN", "train_32x32.mat and test_32x32.mat"),
 }
-DATASET_NAMES = ("digits", *_TORCHVISION)
+DATASET_NAMES = names.DATA_SETS
 
 
 def load_builtin(name: str, *, data_dir: Path | None, test_fraction: float | None, seed: int) -> Data:

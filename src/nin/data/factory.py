@@ -1,7 +1,6 @@
 """Load data sets: `load` dispatches on the source, a name, a folder, shards or arrays."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nin.data.validation_split import with_recorded_parts
 from nin.data.value_range import RangeOption
 from nin.data.webdataset import is_shards, is_url, read_shards
 from nin.errors import UserError
+from nin.names import missing_source
 from nin.runtime.progress import ProgressCallback
 
 
@@ -108,7 +108,8 @@ def load(
     if is_shards(source):
         images = read_shards(name, options)
     else:
-        _check_exists(source)
+        if not Path(source).exists():
+            raise missing_source(source)
         images = read_folder(Path(source), options)
     path = name if is_url(name) else str(Path(source).resolve())
     return dataclasses.replace(images, origin={"source": path, **origin})
@@ -188,12 +189,3 @@ def _check_fixed(data: Data, size: int | None, resize: ResizeOptions) -> Data:
     if resize not in (CENTRE_SQUARE, data.resize):
         raise UserError(f"resize: expected {data.resize.mode}, which made {data.name}, got {resize.mode}; leave it out")
     return data
-
-
-def _check_exists(source: str | Path) -> None:
-    """Raise UserError where a source is neither a name nor a path; say what it may have meant."""
-    if Path(source).exists():
-        return
-    near = difflib.get_close_matches(str(source).lower().replace("_", "-"), DATASET_NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else "a name or an image folder is expected"
-    raise UserError(f"{source}: there is no such folder, and the names are {', '.join(DATASET_NAMES)}; {hint}")

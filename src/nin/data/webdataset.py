@@ -37,11 +37,9 @@ from nin.data.split_names import find_splits
 from nin.data.tar_index import index_tar
 from nin.data.value_range import Pixels, ValueRange, choose_range
 from nin.errors import UserError
+from nin.names import SHARDS_FILE
 from nin.runtime.files import open_atomically
 from nin.version import install_command
-
-# Beside the shards that nin wrote: the names of the classes, which tar files do not hold.
-METADATA_FILE = "nin-shards.json"
 
 _EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
@@ -231,7 +229,7 @@ def open_labelled(source: str | Path) -> tuple[ShardSet, tuple[str, ...], tuple[
         )
     names = _class_names(source)
     if names and shards.label_names:
-        raise UserError(f"{source}: expected numbers as labels beside {METADATA_FILE}, got {shards.label_names[0]!r}")
+        raise UserError(f"{source}: expected numbers as labels beside {SHARDS_FILE}, got {shards.label_names[0]!r}")
     largest = int(labels.max())
     numbers = tuple(map(str, range(min(largest + 1, _MAX_UNNAMED_CLASSES))))
     classes = tuple(names) or shards.label_names or numbers
@@ -253,7 +251,7 @@ def class_notes(classes: Sequence[str], labels: torch.Tensor) -> tuple[str, ...]
 def _class_names(source: str | Path) -> list[str]:
     """Return the names of the classes that nin wrote beside its shards; none for those of others."""
     folder = Path(source) if os.path.isdir(source) else Path(source).parent
-    path = folder / METADATA_FILE
+    path = folder / SHARDS_FILE
     if not path.is_file():
         return []
     try:
@@ -262,7 +260,7 @@ def _class_names(source: str | Path) -> list[str]:
             raise TypeError("classes must be names")
         return list(classes)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or no {METADATA_FILE} of nin: {error}") from error
+        raise UserError(f"{path} is damaged or no {SHARDS_FILE} of nin: {error}") from error
 
 
 def _preprocessing(shards: ShardSet, options: LoadOptions) -> tuple[int, int, ValueRange | None]:

@@ -15,13 +15,11 @@ from nin.data.folder_scan import FolderScan
 from nin.data.image_formats import file_extension
 from nin.data.image_scan import FORMAT_NAMES
 from nin.data.sampler import epoch_order
-from nin.data.webdataset import METADATA_FILE, is_shards
+from nin.data.webdataset import is_shards
 from nin.errors import UserError
+from nin.names import PARTIAL_SHARDS_FILE, SHARDS_FILE
 from nin.runtime.files import open_atomically, write_atomically
 from nin.runtime.progress import ProgressCallback
-
-# While shards are being written, what they are made from; it becomes METADATA_FILE when all are there.
-_PARTIAL_METADATA_FILE = "nin-shards.partial.json"
 
 
 def write_shards(
@@ -89,13 +87,13 @@ def write_shards(
             if on_progress is not None:
                 on_progress(f"writing {split} shards", number + 1, len(pieces))
     if not is_finished:
-        os.replace(out / _PARTIAL_METADATA_FILE, out / METADATA_FILE)
+        os.replace(out / PARTIAL_SHARDS_FILE, out / SHARDS_FILE)
     return tuple(shards)
 
 
 def _is_finished(out: Path, metadata: dict[str, object]) -> bool:
     """Return whether an earlier call with the same metadata wrote all shards; one that is gone is written again."""
-    path = out / METADATA_FILE
+    path = out / SHARDS_FILE
     return path.is_file() and path.read_text(encoding="utf-8") == json.dumps(metadata, indent=1)
 
 
@@ -109,7 +107,7 @@ def _fingerprint(scan: FolderScan, is_test: NDArray[np.bool_], images_per_shard:
 
 def _start_or_resume(out: Path, metadata: dict[str, object]) -> None:
     """Make the folder, or check that an interrupted call with the same metadata began it."""
-    text, partial = json.dumps(metadata, indent=1), out / _PARTIAL_METADATA_FILE
+    text, partial = json.dumps(metadata, indent=1), out / PARTIAL_SHARDS_FILE
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not partial.is_file() or partial.read_text(encoding="utf-8") != text:
             raise UserError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from nin import names
 from nin.errors import UserError, is_out_of_memory
 from nin.models.external_classifier import ExternalClassifier
 from nin.models.googlenet import GoogLeNet, googlenet
@@ -25,6 +25,7 @@ from nin.models.package_networks import (
     from_torchvision,
     input_config,
 )
+from nin.names import is_external_name as is_external_name
 
 # the networks of a run folder; all have class maps, but for an `ExternalClassifier` that says why it has none
 Network: TypeAlias = NiN | GoogLeNet | ExternalClassifier
@@ -38,8 +39,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 # height and width that each network is meant for, in pixels
 IMAGE_SIZES = {"nin_digits": 8, "nin_cifar": 32, "nin_imagenet": 224, "googlenet": 224}
-
-NAME_FORMS = "timm:NAME, torchvision:NAME, package.module:factory"
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -71,24 +70,10 @@ def check_name(name: str, *, also: str = "") -> None:
     Raises:
         UserError: there is none; the message says what was probably meant.
     """
-    if name in MODELS:
-        return
+    names.check_network(name, also=also)
     package, _, own = name.partition(":")
-    if package in ("timm", "torchvision") and own:
+    if package in names.LIBRARIES and own:
         check_library_name(package, own)
-    elif not is_external_name(name):
-        near = _near_names(name)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"model must be one of {', '.join(MODELS)}, {also}or {NAME_FORMS}; got {name!r}{hint}")
-
-
-def _near_names(name: str) -> list[str]:
-    """Return what a name may have meant: the same one of torchvision or timm, or one of nin's that is nearly it."""
-    for package in ("torchvision", "timm"):
-        with contextlib.suppress(UserError):
-            check_library_name(package, name)
-            return [f"{package}:{name}"]
-    return difflib.get_close_matches(name.replace("-", "_"), MODELS, n=1)
 
 
 def create_classifier(
@@ -134,12 +119,6 @@ def class_layer_name(model: nn.Module) -> str:
     return "classifier" if isinstance(model, GoogLeNet) else "head"
 
 
-def is_external_name(text: str) -> bool:
-    """Return whether a string has a form that `create_external_model` takes; there need not be such a network."""
-    package, _, name = text.partition(":")
-    return bool(name) and all(part.isidentifier() for part in package.split("."))
-
-
 @dataclasses.dataclass(frozen=True)
 class ExternalModel:
     """A network of another package, and the input that it is meant for.
@@ -175,7 +154,7 @@ def create_external_model(text: str, *, classes: int | None = None, channels: in
         10
     """
     if not is_external_name(text):
-        raise UserError(f"{text!r} is no name of a network; expected {NAME_FORMS}")
+        raise UserError(f"{text!r} is no name of a network; expected {names.NAME_FORMS}")
     package, _, name = text.partition(":")
     if package == "timm":
         model = from_timm(name, classes, channels)

@@ -1,6 +1,5 @@
 """Networks that timm, torchvision and somebody's own module make, with or without the weights they publish."""
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from nin.errors import UserError, is_out_of_memory
 from nin.models.input_config import InputConfig
+from nin.names import unknown_library_name
 from nin.version import install_command
 
 # The input of a network that does not say: colour images of the size at which most networks are published.
@@ -25,18 +25,16 @@ def check_library_name(package: str, name: str) -> None:
         timm = import_timm(name)
         known = timm.is_model(name)
         # the tag after the point names the weights
-        names, version = timm.list_models(), f"timm {timm.__version__}"
+        names = timm.list_models()
         if "." in name and timm.is_model(name.split(".")[0]):
             known = name.split(".", 1)[1] in (tag.split(".", 1)[1] for tag in _timm_tags(name))
             names = _timm_tags(name)
     else:
         models: Any = importlib.import_module("torchvision.models")  # slow to import, and only these names need it
-        names, version = models.list_models(), "torchvision"
+        names = models.list_models()
         known = name in names
     if not known:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {package}:{near[0]}?" if near else f"; {package}'s list_models() lists them"
-        raise UserError(f"{version} has no network {name!r}{hint}")
+        raise UserError(unknown_library_name(package, name, names))
 
 
 def _timm_tags(name: str) -> list[str]:

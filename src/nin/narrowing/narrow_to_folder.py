@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nin import checkpoint, data
 from nin.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from nin.errors import UserError
+from nin.folders import CONTROL_FOLDER, NARROW_REPORT_FILE, NARROWING_FILE, PLAN_FILE
 from nin.inference import evaluation
 from nin.models.factory import create_external_model, explain_refused_images
 from nin.models.narrowing_plan import Plan
@@ -18,7 +19,6 @@ from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
 from nin.narrowing.uniform_baseline import original_config, train_control
 from nin.narrowing.workflow import (
-    CONTROL_FOLDER,
     NarrowingTask,
     WorkflowConfig,
     choose_narrowing_device,
@@ -32,10 +32,8 @@ from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.runtime.weight_files import read_weights
 from nin.training import CheckpointOptions
 
-# In a narrowed run: its plan and report; in the run that it comes from: the cache of the analysis.
-NARROWING_FILE, CACHE_FILE = "narrowing.json", "narrowing.safetensors"
-# The same plan and report in the folder of another package's network.
-PLAN_FILE, REPORT_FILE = "plan.json", "report.json"
+# In the run that a narrowed one comes from: the cache of the analysis.
+CACHE_FILE = "narrowing.safetensors"
 
 # Settings of a run's training that its fine-tuning takes over: those of the images, and those of the batches.
 MOVES, AUGMENTATION = ("flip", "shift"), ("augment", "mixup", "cutmix")
@@ -129,7 +127,7 @@ def load_finished(out: Path, config: WorkflowConfig) -> NarrowReport | None:
     Raises:
         UserError: it was narrowed to another budget, or its files are damaged.
     """
-    whole, plan_file, report_file = out / NARROWING_FILE, out / PLAN_FILE, out / REPORT_FILE
+    whole, plan_file, report_file = out / NARROWING_FILE, out / PLAN_FILE, out / NARROW_REPORT_FILE
     if (out / checkpoint.STATE_FILE).exists() or not (whole.exists() or (plan_file.exists() and report_file.exists())):
         return None
     try:
@@ -247,7 +245,7 @@ def narrow_model(
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
         write_atomically(folder / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
         write_atomically(folder / PLAN_FILE, result.plan.to_json())
-        write_atomically(folder / REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
+        write_atomically(folder / NARROW_REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
         checkpoint.remove_state(folder)
     return result
 

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, models, training
+from nin import checkpoint, folders, models, training
 from nin.config import TrainConfig
 from nin.errors import UserError
+from nin.folders import CONTROL_FILE
 from nin.models.surgery import to_plain_layers
 from nin.narrowing.latency import ModelTimer
 from nin.narrowing.planner import count_parameters
 from nin.narrowing.report import ControlReport, NarrowReport
-from nin.narrowing.workflow import CONTROL_FILE, NarrowingTask, WorkflowConfig, check_same_task, task_fingerprint
+from nin.narrowing.workflow import NarrowingTask, WorkflowConfig, check_same_task, task_fingerprint
 from nin.profiling import cost
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -102,7 +103,7 @@ def train_control(
         task.images,
         train_config,
         out=out,
-        keeping=dataclasses.replace(keeping, resume=training.has_begun(out)),
+        keeping=dataclasses.replace(keeping, resume=folders.has_begun(out)),
         network=lambda: models.NiN(chosen),
         on_progress=progress,
     )

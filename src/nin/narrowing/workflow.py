@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nin import checkpoint, data
 from nin.config import TrainConfig, check_seed, step_seed
 from nin.errors import UserError
+from nin.folders import CONTROL_FILE, CONTROL_FOLDER
 from nin.inference import evaluation
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
@@ -29,9 +30,6 @@ from nin.training import CheckpointOptions, batches
 
 # Images at a time, of the calibration and of the fine-tuning.
 NARROWING_BATCH_SIZE = 64
-
-# Inside the narrowed network's folder: the control's run folder, and the spec that was chosen for it.
-CONTROL_FOLDER, CONTROL_FILE = "control", "control.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ from nin.errors import UserError
 # Tried in order where no port was asked for.
 FIRST_PORT, PORTS = 8646, 20
 
+LAST_PORT = 65_535
+
 
 def listen(host: str, port: int | None) -> socket.socket:
     """Return a socket that listens on the port, or to the first free one of ours.

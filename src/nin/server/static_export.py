@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic_core import to_jsonable_python
 
-from nin import data
+from nin import data, folders
 from nin.errors import UserError
 from nin.profiling import bottleneck_timing
 from nin.runtime.files import write_atomically
@@ -61,7 +61,7 @@ def export_page(
         UserError: a run folder or its test images cannot be read, or the folder holds something else.
         OSError: the folder cannot be written.
     """
-    _check_folder(folder)
+    folders.check_page(folder)
     service = Service([path for path in (run, beside) if path is not None], Limits(), "cpu")
     try:
         _wait_for_samples(service)
@@ -78,16 +78,6 @@ def export_page(
     finally:
         service.close()
     return folder / "index.html"
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise where the folder holds something that is no export of the page."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} must be a folder, got a file")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "data" / "page.js").is_file():
-        raise UserError(
-            f"{folder} must be empty, missing, or hold an earlier copy of the page: it holds something else"
-        )
 
 
 def _wait_for_samples(service: Service) -> None:

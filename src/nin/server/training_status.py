@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, epoch_metrics
+from nin import checkpoint, epoch_metrics, folders
 from nin.display.durations import duration
 from nin.display.numbers import format_percent
 from nin.display.training_curves import training_curves
@@ -17,8 +17,7 @@ SECONDS_TO_SILENCE = 600.0
 
 def is_begun(run: Path) -> bool:
     """Return whether a folder holds a training that has no network yet."""
-    names = (checkpoint.STATE_FILE, checkpoint.PROGRESS_FILE)
-    return not (run / checkpoint.CONFIG_FILE).exists() and any((run / name).exists() for name in names)
+    return not (run / checkpoint.CONFIG_FILE).exists() and any((run / name).exists() for name in folders.OF_BEGUN)
 
 
 def is_unfinished(run: Path) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from nin.errors import UserError
+from nin.folders import EXAMPLE_FILE
 from nin.runtime.files import write_atomically
 from nin.speed_search.builder import Builder
 from nin.speed_search.example_code import example
@@ -19,24 +20,9 @@ from nin.speed_search.quality import load_scores, scores_differ
 from nin.speed_search.result import SpeedResult
 from nin.speed_search.subject import Subject
 
-# in the folder: what was measured, the example, and what is built while the search goes on
-RESULT_FILE, EXAMPLE_FILE, PAGE_FILE, WORK_FOLDER = "speed.json", "example.py", "speed.html", "search"
-
 # The largest difference of the example's scores from those that were measured, relative to the largest score: these are
 # of the largest batch size, which may be summed in another order, and in int8 a rounding may then fall elsewhere.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.05}
-
-
-def check_folder(out: Path) -> None:
-    """Check that a folder is new, or that of a search.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give another --out, which is the folder to make")
-    if out.is_dir() and any(out.iterdir()) and not (out / WORK_FOLDER).is_dir() and not (out / RESULT_FILE).is_file():
-        raise UserError(f"{out} is not empty: give another --out, or remove it")
 
 
 def deliver(out: Path, result: SpeedResult, subject: Subject, builder: Builder, pixels: Path, scores: Path) -> None:

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from nin import data
+from nin import data, folders
 from nin.errors import UserError
 from nin.runtime.files import locked_folder, write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.speed_search.combinations import ENGINES
-from nin.speed_search.delivery import PAGE_FILE, RESULT_FILE, WORK_FOLDER, check_folder, deliver
+from nin.speed_search.delivery import deliver
 from nin.speed_search.page import render_page
 from nin.speed_search.result import SpeedResult
 from nin.speed_search.session import SearchSession
@@ -38,6 +38,7 @@ def speed(
     data_dir: str | Path | None = None,
     out: str | Path | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     trust: bool = False,
     stop: Callable[[], bool] = lambda: False,
     on_progress: ProgressCallback = ignore_progress,
@@ -69,6 +70,7 @@ def speed(
         out: a folder to make: the fastest combination, ready to use, and what was measured. The same call goes on in
             it after an interruption.
         seed: chooses the calibration images.
+        overwrite: remove an earlier search that lies in ``out`` before this one begins.
         trust: import the module that a run says its network is made by.
         stop: when it returns True, the search ends with KeyboardInterrupt.
         on_progress: called with what is being done, the number done and the number of all.
@@ -93,7 +95,7 @@ def speed(
     )
     folder = None if out is None else Path(out)
     if folder is not None:
-        check_folder(folder)
+        folders.check_search(folder, overwrite=overwrite)
     subject = load_subject(
         network,
         images,
@@ -105,7 +107,7 @@ def speed(
         trust=trust,
         on_progress=on_progress,
     )
-    with _working_folder(folder) as work:
+    with _working_folder(folder, overwrite=overwrite) as work:
         search = SearchSession(subject, settings, work, stop, on_progress)
         if folder is not None and (finished := _finished(folder, search.fingerprint)):
             return finished
@@ -114,23 +116,25 @@ def speed(
             if result.chosen is not None:
                 on_progress("Checking the fastest", 0, 0)
                 deliver(folder, result, subject, search.builder, search.pixels, search.scores_path(result.chosen))
-            write_atomically(folder / PAGE_FILE, render_page(result))
+            write_atomically(folder / folders.SPEED_PAGE, render_page(result))
             content = {"fingerprint": search.fingerprint, **result.to_dict()}
-            write_atomically(folder / RESULT_FILE, json.dumps(content, indent=2))
+            write_atomically(folder / folders.SPEED_FILE, json.dumps(content, indent=2))
             shutil.rmtree(work)  # what is delivered is in the folder itself
     return result
 
 
 @contextlib.contextmanager
-def _working_folder(out: Path | None) -> Iterator[Path]:
+def _working_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
     """Yield the folder for what is built: within ``out``, where it stays until the search has ended, or temporary."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="nin-speed-") as folder:
             yield Path(folder)
         return
-    work = out / WORK_FOLDER
+    work = out / folders.WORK_FOLDER
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out):
+        if overwrite:
+            folders.remove_search(out)
         work.mkdir(exist_ok=True)
         try:
             yield work
@@ -145,7 +149,7 @@ def _finished(folder: Path, key: str) -> SpeedResult | None:
     Raises:
         UserError: it is that of another search, or damaged.
     """
-    path = folder / RESULT_FILE
+    path = folder / folders.SPEED_FILE
     if not path.is_file():
         return None
     try:
@@ -155,5 +159,5 @@ def _finished(folder: Path, key: str) -> SpeedResult | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): give another --out") from error
     if before != key:
-        raise UserError(f"{folder} holds the result of another search: give another --out, or remove it")
+        raise UserError(f"{folder} holds the result of another search: give another --out, or --overwrite")
     return result

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nin import checkpoint, data, models
+from nin import checkpoint, data, models, names
 from nin.data.findings import Finding
 from nin.errors import UserError
-from nin.models.factory import NAME_FORMS, create_external_model, is_external_name
+from nin.models.factory import create_external_model
 from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
@@ -115,8 +115,7 @@ def load_subject(
         if weights is not None or size is not None or mean or std:
             raise UserError("--weights, --size, --mean and --std go with the name of a network: a run has its own")
         return _of_run(Path(network), source, options, trust)
-    if not is_external_name(str(network)):
-        raise UserError(f"network must be a run folder, or {NAME_FORMS}; got {str(network)!r}")
+    names.check_external(str(network))
     return _of_name(str(network), source, options, weights, size, mean, std)
 
 

@@ -1,15 +1,12 @@
 """Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
-from nin.training.cross_validation import check_folds_folder, cross_validate
+from nin.training.cross_validation import cross_validate
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.setup import train
 from nin.training.starting_point import starting_point
 from nin.training.state import (
     CheckpointOptions,
-    check_run_folder,
-    has_begun,
-    is_finished,
     with_recorded_augmentation,
     with_recorded_loading,
     with_recorded_settings,
@@ -19,11 +16,7 @@ __all__ = [
     "CheckpointOptions",
     "TrainProgress",
     "TrainResult",
-    "check_folds_folder",
-    "check_run_folder",
     "cross_validate",
-    "has_begun",
-    "is_finished",
     "starting_point",
     "train",
     "with_recorded_augmentation",

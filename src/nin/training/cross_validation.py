@@ -8,17 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, data
+from nin import data, folders
 from nin.config import TrainConfig, check_value
-from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.setup import train
-from nin.training.state import CheckpointOptions, check_resume_or_overwrite, remove_run
-
-SUMMARY_FILE = "folds.json"
+from nin.training.state import CheckpointOptions
 
 # Of the results' figures those that are averaged.
 FIGURES = (
@@ -86,7 +83,7 @@ def cross_validate(
     check_folds_folder(out, resume=keeping.resume, overwrite=overwrite)
     parts = [data.take_fold(images, number, folds=folds, seed=config.seed) for number in range(1, folds + 1)]
     for folder in sorted(out.glob("fold-*")) if overwrite and distributed.is_main_process() else []:
-        remove_run(folder)
+        folders.remove_run(folder)
         folder.rmdir()
     results = []
     for number, part in enumerate(parts, 1):
@@ -103,7 +100,7 @@ def cross_validate(
             on_fold(number, result)
     summary = FoldsResult(results, summarize([result.info.result for result in results]))
     if distributed.is_main_process():
-        write_atomically(out / SUMMARY_FILE, json.dumps(summary.to_dict(), indent=2))
+        write_atomically(out / folders.FOLDS_FILE, json.dumps(summary.to_dict(), indent=2))
     return summary
 
 
@@ -113,13 +110,9 @@ def check_folds_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         UserError: it holds folds that are neither to be resumed nor overwritten, or something else; or it is a file.
     """
-    check_resume_or_overwrite(resume=resume, overwrite=overwrite)
-    if not distributed.is_main_process():  # which may have begun meanwhile
-        return
-    folds = {path.name for path in out.glob("fold-*")}
-    if folds and not (resume or overwrite):
-        raise UserError(f"{out} holds folds already: go on with --resume, or give another --out, or --overwrite")
-    checkpoint.check_output_folder(out, may_contain={*folds, SUMMARY_FILE})
+    folders.check_resume_or_overwrite(resume=resume, overwrite=overwrite)
+    if distributed.is_main_process():  # which may have begun meanwhile
+        folders.check_folds(out, resume=resume, overwrite=overwrite)
 
 
 def fold_folder(out: Path, number: int) -> Path:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nin.errors import UserError
+from nin.folders import EVENTS_FOLDER
 from nin.version import install_command
-
-FOLDER = "tensorboard"
 
 
 class EventLog:
@@ -29,7 +28,7 @@ class EventLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(f"TensorBoard's files need: {install_command('tensorboard')}") from error
-        self.folder, self.make_writer = folder / FOLDER, SummaryWriter
+        self.folder, self.make_writer = folder / EVENTS_FOLDER, SummaryWriter
         self.writer: Any = None
 
     def write(self, metrics: Sequence[Mapping[str, float]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nin import checkpoint, data
+from nin import checkpoint, data, folders
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.epoch_metrics import save_learning_rate_test
 from nin.errors import UserError
@@ -32,7 +32,6 @@ from nin.training.state import (
     CheckpointOptions,
     Position,
     TrainState,
-    is_finished,
     load_state,
     save_state,
 )
@@ -85,7 +84,7 @@ class Trainer:
         with contextlib.closing(self.reporter), distributed.process_group(self.device):
             if self.options.resume:
                 assert self.folder is not None
-                if is_finished(self.folder):
+                if folders.is_finished(self.folder):
                     return load_result(self.folder, self.info({}))
                 self.state = load_state(
                     self.folder, self.train_step, self.early_stopping, self.settings, override=self.options.override
@@ -129,7 +128,9 @@ class Trainer:
             self.save(self.output)
             with self.early_stopping.best_weights(self.train_step.ema_model):
                 write_run(self.output, self.train_step.ema_model, self.info({}), self.state, self.images)
-        self.reporter.after_epoch(self.step, self.state.metrics)
+        self.reporter.after_epoch(
+            self.step, self.state.metrics, self.early_stopping.end_note(self.state.metrics, self.config.epochs)
+        )
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's part of the batches of an epoch, images and labels."""

@@ -10,7 +10,7 @@ from nin import checkpoint, data, epoch_metrics, models
 from nin.checkpoint import RunInfo
 from nin.errors import UserError
 from nin.runtime.files import write_atomically
-from nin.training.state import TrainState, describe_changes
+from nin.training.state import TrainState, all_settings, describe_changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def load_result(folder: Path, expected: RunInfo) -> TrainResult:
     """
     with models.trust(str(expected.model.get("name"))):  # the person has named it again
         model, info = checkpoint.load_model(folder)
-    changes = describe_changes({**expected.recipe, **expected.data}, {**info.recipe, **info.data})
+    changes = describe_changes(*(all_settings(each.recipe, each.data) for each in (expected, info)))
     if changes:
         raise UserError(
             f"{folder} is finished, with {changes}: leave that away to see its result, or give another --out"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nin import data
+from nin import data, folders
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.runtime import torchrun
@@ -21,11 +21,10 @@ from nin.training.result import TrainResult
 from nin.training.starting_point import starting_point
 from nin.training.state import (
     CheckpointOptions,
-    check_resume_or_overwrite,
     check_run_folder,
-    has_begun,
     run_folder,
     with_recorded_augmentation,
+    with_recorded_loading,
     with_recorded_settings,
 )
 from nin.training.step import TrainStep
@@ -54,7 +53,8 @@ def train(
         network: returns the network, the same after the same seed; if not given, the one that the settings name. A run
             folder holds networks of `nin.models` only.
         on_progress: called after every step and every epoch.
-        on_note: called with a line for people: which of the weights that it begins with fit.
+        on_note: called with lines for people: which of the weights that it begins with fit, and whether they have
+            learned images that are to measure the network.
         progress: show a bar and a line for each epoch. If not given, they are shown in a notebook and on a terminal,
             unless ``on_progress`` is given.
         overwrite: remove the run that lies in ``out`` before this training begins, as for a notebook's cell that is run
@@ -76,24 +76,31 @@ def train(
     folder, options = None if out is None else Path(out), keeping or CheckpointOptions()
     if folder is None and options.resume:
         raise UserError("resume goes on in a run folder: give out=")
-    check_resume_or_overwrite(resume=options.resume, overwrite=overwrite)
+    folders.check_resume_or_overwrite(resume=options.resume, overwrite=overwrite)
     # a supervisor says each time that it resumes, the first time too; torchrun restarts without saying so
-    resume = (options.resume or torchrun.is_restarted()) and folder is not None and has_begun(folder)
+    resume = (options.resume or torchrun.is_restarted()) and folder is not None and folders.has_begun(folder)
     options = dataclasses.replace(options, resume=resume)
     if folder is not None and resume:
-        config = with_recorded_settings(config, folder, options.given)
+        config = with_recorded_settings(config, folder)
     check_batch_size_test(config, choose_device(config.device))  # before the images, so that a mistake shows at once
-    start = starting_point(config)
+    start = starting_point(config, resumed=folder if resume else None)
     config = start.config
     check_run_folder(folder, resume=resume, overwrite=overwrite and not resume)
     if isinstance(source, data.Data):
         images = source
     else:
-        images = data.load(source, photos=config.augment != "none", **start.load_options(source, size=None))
+        loading: dict[str, Any] = dict.fromkeys(("size", "resize", "test_fraction", "data_dir", "seed"))
+        if folder is not None and resume:
+            loading = with_recorded_loading(loading, folder)
+        loading |= start.load_options(source, **{name: loading[name] for name in ("size", "resize", "test_fraction")})
+        loading = {name: value for name, value in loading.items() if value is not None}
+        images = data.load(source, photos=config.augment != "none", **loading)
     images = start.normalised(images)
     if folder is not None and options.resume:
         images = with_recorded_augmentation(images, folder)
-    images = data.split_validation(images, config.validation, seed=config.seed)
+    images = data.split_validation(images, config.validation, seed=start.validation_seed(images, config))
+    if (note := start.learned_note(images)) and on_note is not None:
+        on_note(note)
     if config.patience is not None and images.validation is None:
         raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
     resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)

@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nin import checkpoint, data, models
+from nin import checkpoint, data, given, models
 from nin.config import ResolvedConfig, TrainConfig
 from nin.errors import UserError
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
 from nin.runtime.weight_files import read_tensors, read_weights
+from nin.training.state import recorded_settings
 from nin.training.step import make_model
 
 
@@ -25,14 +26,20 @@ class StartingPoint:
         config: the settings, with the network's name where the weights say it.
         input_config: the images that the weights were trained with; None where there are none, or a file of nin's own.
         run: what the run folder of the weights says, or None.
+        resumed: the data's record of the training that is resumed; empty for one that begins.
     """
 
     config: TrainConfig
     input_config: InputConfig | None = None
     run: checkpoint.RunInfo | None = None
+    resumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def load_options(self, source: Any, *, size: int | None, resize: Any = None) -> dict[str, Any]:
+    def load_options(
+        self, source: Any, *, size: int | None, resize: Any = None, test_fraction: float | None = None
+    ) -> dict[str, Any]:
         """Return the options of `nin.data.load` that make images as the weights know them.
+
+        Of the data that the weights' run was trained on it is that run's test images that are held out again.
 
         Args:
             source: what is loaded; named sets and arrays have a size of their own.
@@ -40,15 +47,52 @@ class StartingPoint:
             resize: the mode that was asked for. If None, that of the weights' run; and "squash" where a library's say
                 "crop", which cuts a quarter and more off a photo of 3:4: the random crops that such weights were
                 trained with change the proportions as much. Figures: docs/finetuning.md.
+            test_fraction: share that was asked for, or None.
         """
         is_fixed = not isinstance(source, str | Path) or str(source) in data.DATASET_NAMES
         options: dict[str, Any] = {} if resize is None else {"resize": resize}
+        if self.run is not None and not self.resumed and _is_source(source, self.run.data):
+            options["seed"] = self.run.data.get("seed", 0)
+            test_fraction = self.run.data.get("test_fraction") if test_fraction is None else test_fraction
+        if test_fraction is not None:
+            options["test_fraction"] = test_fraction
         if self.input_config is not None and not is_fixed:
             own = self.input_config.resize
             if resize is None:
                 resize = "squash" if self.run is None and own.mode == "crop" else own.mode
-            return {"size": size or self.input_config.size, "resize": own.with_mode(resize)}
+            return options | {"size": size or self.input_config.size, "resize": own.with_mode(resize)}
         return {"size": size, **options}
+
+    def validation_seed(self, images: data.Data, config: TrainConfig) -> int:
+        """Return the seed that chooses the validation part: that of the training that is resumed, or of the weights."""
+        records = [self.resumed]
+        if self.run is not None and self.run.data.get("source") == images.origin.get("source"):
+            records.append(self.run.data)
+        return next((record["validation_seed"] for record in records if "validation_seed" in record), config.seed)
+
+    def learned_note(self, images: data.Data) -> str:
+        """Return which images that are to measure the network its weights have learned already; "" for none."""
+        own = images.origin
+        if self.run is None or self.resumed or own.get("source") != self.run.data.get("source"):
+            return ""
+        record = self.run.data
+        usual = 0.25 if own.get("source") == "digits" else 0.2
+        parts = []
+        fractions = [values.get("test_fraction") or usual for values in (own, record)]
+        if own.get("seed", 0) != record.get("seed", 0) or fractions[0] > fractions[1]:
+            parts.append("test images")
+        if "fold" in own and any(own.get(name) != record.get(name) for name in ("fold", "folds", "fold_seed")):
+            parts.append("images of the fold")
+        if "validation" in own and (
+            own["validation"] > record.get("validation", 0) or own["validation_seed"] != record["validation_seed"]
+        ):
+            parts.append("images to choose by")
+        if not parts:
+            return ""
+        return (
+            f"Some of the {' and of the '.join(parts)} may be among those that the weights were trained on: their "
+            "figures are then too good"
+        )
 
     def normalised(self, images: data.Data) -> data.Data:
         """Return the images with the mean and standard deviation that the weights were trained with."""
@@ -96,12 +140,22 @@ class StartingPoint:
         return InitialWeights(tensors, path, class_layer=same)
 
 
-def starting_point(config: TrainConfig) -> StartingPoint:
+def starting_point(config: TrainConfig, *, resumed: Path | None = None) -> StartingPoint:
     """Return where a training begins, and check it, before the images are read.
+
+    Args:
+        config: the settings.
+        resumed: the run folder of a training that goes on: its state has the weights, so those that it began with may
+            be gone.
 
     Raises:
         UserError: there is no such network, or no such weights, or those are of another network.
     """
+    start = _starting_point(config, resumed)
+    return start if resumed is None else dataclasses.replace(start, resumed=recorded_settings(resumed)[1])
+
+
+def _starting_point(config: TrainConfig, resumed: Path | None) -> StartingPoint:
     if config.model is not None:
         models.check_name(config.model)
     if config.pretrained:
@@ -110,6 +164,8 @@ def starting_point(config: TrainConfig) -> StartingPoint:
         return StartingPoint(config, models.input_config(config.model))
     if config.weights is None:
         return StartingPoint(config)
+    if resumed is not None and not Path(config.weights).exists():
+        return _resumed(config, resumed, config.weights)
     folder = _run_folder(config.weights)
     if folder is not None:
         return _from_run(config, folder)
@@ -121,6 +177,25 @@ def starting_point(config: TrainConfig) -> StartingPoint:
     if config.model in models.MODELS:
         return StartingPoint(config)
     return StartingPoint(config, _file_config(path) or models.input_config(config.model))
+
+
+def _is_source(source: Any, record: Mapping[str, Any]) -> bool:
+    """Return whether images are loaded from where those of a record lie."""
+    if not isinstance(source, str | Path):
+        return False
+    return record.get("source") in (str(source), str(Path(source).resolve()))
+
+
+def _resumed(config: TrainConfig, folder: Path, weights: str) -> StartingPoint:
+    """Return where a training goes on whose first weights are gone: its images are those of its record."""
+    if not (folder / checkpoint.CONFIG_FILE).is_file():
+        raise UserError(
+            f"weights: {weights} does not exist, and {folder} was stopped before its first epoch ended: bring the file "
+            "back, or begin again"
+        )
+    info = checkpoint.load_info(folder)
+    p = info.preprocessing
+    return StartingPoint(config, InputConfig(p.size, p.channels, p.mean, p.std, resize=p.resize), info)
 
 
 def _run_folder(weights: str) -> Path | None:
@@ -168,4 +243,4 @@ def _from_run(config: TrainConfig, folder: Path) -> StartingPoint:
         raise UserError(f"weights: {folder} is of {name}, not of {config.model}: leave --model away")
     p = info.preprocessing
     input_config = InputConfig(p.size, p.channels, p.mean, p.std, resize=p.resize)
-    return StartingPoint(dataclasses.replace(config, model=name, **changes), input_config, info)
+    return StartingPoint(given.replace(config, model=name, **changes), input_config, info)

@@ -2,26 +2,24 @@
 
 import contextlib
 import dataclasses
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, data
+from nin import checkpoint, data, folders, given
 from nin.config import TrainConfig, check_value
 from nin.display.numbers import shorten
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
-from nin.training import event_log
 from nin.training.early_stopping import EarlyStopping
 from nin.training.step import TrainStep
 
 # In the data's record, but no setting: sentences.
 _REMARKS = ("notes", "flip_reason")
 
-# options of `nin.data.load` in the data's record, beside the seed
-_LOAD_OPTIONS = ("data_dir", "size", "test_fraction", "resize")
+# options of `nin.data.load` in the data's record
+_LOAD_OPTIONS = ("data_dir", "size", "test_fraction", "resize", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,6 @@ class CheckpointOptions:
         minutes: save the state at least this often; it is saved at the end of every epoch too.
         steps: save the state after every so many steps, or None.
         tensorboard: write TensorBoard's event files, too.
-        given: names of settings that count as given, whatever their value, see `with_recorded_settings`.
         stop: called after every step; when it returns True, the state is saved and the training ends with
             KeyboardInterrupt.
     """
@@ -44,7 +41,6 @@ class CheckpointOptions:
     minutes: float = 5.0
     steps: int | None = None
     tensorboard: bool = False
-    given: Collection[str] = ()
     stop: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
@@ -122,7 +118,7 @@ def load_state(
         UserError: it is damaged, or it has other settings and ``override`` is False.
     """
     tensors, values = checkpoint.load_state(folder)
-    now, before = {**settings["recipe"], **settings["data"]}, {**values["recipe"], **values["data"]}
+    now, before = (all_settings(each["recipe"], each["data"]) for each in (settings, values))
     changed = list_changed(now, before)
     if changed and not override:
         raise UserError(
@@ -131,6 +127,11 @@ def load_state(
     train_step.optimizer.load_state_dict(early_stopping.load_state_dict(tensors))
     overridden = [*values["overridden"], *changed]
     return TrainState(Position(**values["position"]), values["metrics"], overridden, dict(values["lost"]))
+
+
+def all_settings(recipe: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a training and of its data in one, where the seed of the test images has another name."""
+    return {**recipe, **{"split_seed" if name == "seed" else name: value for name, value in data.items()}}
 
 
 def list_changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -168,25 +169,20 @@ def recorded_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {}
 
 
-def with_recorded_settings(config: TrainConfig, folder: Path, given: Collection[str] = ()) -> TrainConfig:
+def with_recorded_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     """Return the settings of the training in a run folder, where there is one, in the place of those not given.
 
     Those that go by the images are in `with_recorded_augmentation`.
-
-    Args:
-        config: the settings.
-        folder: the run folder.
-        given: names of settings that were given although they may have their default; others count as not given then.
 
     Raises:
         UserError: what is in the folder is damaged.
     """
     recipe = recorded_settings(folder)[0]
-    untouched = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) == field.default}
+    untouched = {field.name for field in dataclasses.fields(config)} - config.given
     # what the training found for "auto"
     found = {name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"}
-    names = ((untouched - set(given) | found) & recipe.keys()) - {"flip", "shift"}
-    return dataclasses.replace(config, **{name: recipe[name] for name in names})
+    names = ((untouched | found) & recipe.keys()) - {"flip", "shift"}
+    return given.replace(config, **{name: recipe[name] for name in names})
 
 
 def with_recorded_loading(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -212,20 +208,6 @@ def with_recorded_augmentation(images: data.Data, folder: Path) -> data.Data:
     return dataclasses.replace(images, flip=flip, shift=shift, flip_reason=reason)
 
 
-# a training that was killed before it wrote anything else leaves the file that says how far it was
-_LEFT_BEHIND = (checkpoint.PROGRESS_FILE,)
-
-
-def check_resume_or_overwrite(*, resume: bool, overwrite: bool) -> None:
-    """Check that not both were asked for.
-
-    Raises:
-        UserError: they were.
-    """
-    if overwrite and resume:
-        raise UserError("give resume or overwrite, not both: one goes on with what is there, the other removes it")
-
-
 def check_run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> None:
     """Check that a training may write its run folder, before anything is read or computed.
 
@@ -233,17 +215,9 @@ def check_run_folder(out: Path | None, *, resume: bool, overwrite: bool = False)
         UserError: it holds an unfinished run that is not to be resumed, or something else; or it is to be resumed and
             overwritten.
     """
-    check_resume_or_overwrite(resume=resume, overwrite=overwrite)
-    if out is None or resume or not distributed.is_main_process():
-        return
-    if overwrite:
-        files_of_run(out)
-        return
-    if (out / checkpoint.STATE_FILE).exists():
-        raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out, or --overwrite")
-    if is_finished(out) and (out / checkpoint.MODEL_FILE).exists():
-        raise UserError(f"{out} is not empty, it holds a finished run: give another --out, or --overwrite")
-    checkpoint.check_output_folder(out, may_contain=_LEFT_BEHIND)
+    folders.check_resume_or_overwrite(resume=resume, overwrite=overwrite)
+    if out is not None and distributed.is_main_process():
+        folders.check_run(out, resume=resume, overwrite=overwrite)
 
 
 def run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -253,42 +227,6 @@ def run_folder(out: Path | None, *, resume: bool, overwrite: bool = False) -> co
         UserError: as `check_run_folder`.
     """
     if out is not None and overwrite and not resume and distributed.is_main_process():
-        remove_run(out)
+        folders.remove_run(out)
     check_run_folder(out, resume=resume)
-    return checkpoint.output_folder(out, may_contain=None if resume else _LEFT_BEHIND)
-
-
-def files_of_run(folder: Path) -> list[Path]:
-    """Return the files and folders of a run in its folder, none where there is no folder.
-
-    Raises:
-        UserError: it holds anything else.
-    """
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in found:
-        if path.name not in checkpoint.FILES and path.name != event_log.FOLDER:
-            raise UserError(f"overwrite removes runs only, and {path} is none of a run's files: give another folder")
-    return found
-
-
-def remove_run(folder: Path) -> None:
-    """Remove the files of a run from its folder, if there are any.
-
-    Raises:
-        UserError: the folder holds anything else; nothing is removed.
-    """
-    for path in files_of_run(folder):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def has_begun(folder: Path) -> bool:
-    """Return whether a run folder has a state to resume from, or a result."""
-    return (folder / checkpoint.STATE_FILE).exists() or is_finished(folder)
-
-
-def is_finished(folder: Path) -> bool:
-    """Return whether a run folder has a result and no state: its training has ended."""
-    return (folder / checkpoint.CONFIG_FILE).exists() and not (folder / checkpoint.STATE_FILE).exists()
+    return checkpoint.output_folder(out, may_contain=None if resume else folders.LEFT_BEHIND)

@@ -1,0 +1,70 @@
+"""The folders that nin makes: what may be begun, gone on with and removed in them."""
+
+import pytest
+
+from nin import folders
+from nin.errors import UserError
+
+
+def fill(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return folder
+
+
+def test_overwriting_a_narrowing_removes_it_whole_and_nothing_else(tmp_path):
+    out = fill(tmp_path / "out", *folders.FILES[:2], "narrowing.json", "narrowing.html", "control/config.json")
+    folders.check_narrowing(out, None, resume=True, overwrite=False)
+    folders.check_narrowing(out, None, resume=False, overwrite=True)
+    with pytest.raises(UserError, match="it holds a finished narrowing: --resume prints it again"):
+        folders.check_narrowing(out, None, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="not both"):
+        folders.check_narrowing(out, None, resume=True, overwrite=True)
+    with pytest.raises(UserError, match="it is what is to be narrowed"):
+        folders.check_narrowing(out, tmp_path / "x" / ".." / "out", resume=False, overwrite=True)
+    fill(out, "thesis.tex")
+    for act in (folders.remove_narrowing, lambda o: folders.check_narrowing(o, None, resume=False, overwrite=True)):
+        with pytest.raises(UserError, match=r"removes what narrowing made only, and .*thesis.tex is none of its files"):
+            act(out)
+    assert (out / "narrowing.json").exists()
+    (out / "thesis.tex").unlink()
+    folders.remove_narrowing(out)
+    assert list(out.iterdir()) == []
+
+
+def test_a_trained_run_is_no_narrowing_to_overwrite(tmp_path):
+    run = fill(tmp_path / "run", "config.json", "model.safetensors", "metrics.csv")
+    with pytest.raises(UserError, match="is not empty"):
+        folders.check_narrowing(run, None, resume=False, overwrite=True)
+    with pytest.raises(UserError, match="is not empty"):
+        folders.check_search(run, overwrite=True)
+
+
+def test_an_unfinished_narrowing_goes_on_without_a_word(tmp_path):
+    out = fill(tmp_path / "out", "state.safetensors", "control.json", ".state.safetensors.1234")
+    folders.check_narrowing(out, None, resume=False, overwrite=False)
+
+
+def test_overwriting_a_search_removes_it_whole_and_nothing_else(tmp_path):
+    out = fill(tmp_path / "out", "speed.json", "speed.html", "example.py", "int8.xml", "int8.bin", "search/original/x")
+    folders.check_search(out, overwrite=False)  # the same call goes on
+    folders.check_search(out, overwrite=True)
+    fill(out, "mine.txt")
+    with pytest.raises(UserError, match=r"removes what nin speed made only, and .*mine.txt"):
+        folders.check_search(out, overwrite=True)
+    (out / "mine.txt").unlink()
+    folders.remove_search(out)
+    assert list(out.iterdir()) == []
+
+
+def test_a_file_is_not_replaced_unasked(tmp_path):
+    path = fill(tmp_path, "p.csv") / "p.csv"
+    folders.check_new_file(tmp_path / "q.csv", overwrite=False)
+    folders.check_new_file(path, overwrite=True)
+    for wrong, words in ((path, "exists: give another name, or --overwrite"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=words):
+            folders.check_new_file(wrong, overwrite=False)
+    with pytest.raises(UserError, match="there is no such folder"):
+        folders.check_new_file(tmp_path / "new" / "p.csv", overwrite=True)
