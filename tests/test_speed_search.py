@@ -410,7 +410,7 @@ def test_a_whole_search_stopped_and_resumed(module, tmp_path, monkeypatch):
         )
 
     with pytest.raises(KeyboardInterrupt):
-        run("Comparing the answers of original, float32, ONNX Runtime")
+        run("As it is (1 of 2): comparing the answers of original, float32, ONNX Runtime")
     assert (out / "search" / "state.json").is_file()
     monkeypatch.setattr("nin.exporters.export", None)  # it is not exported again
     found = run()
@@ -424,6 +424,14 @@ def test_a_whole_search_stopped_and_resumed(module, tmp_path, monkeypatch):
     assert {path.name for path in out.iterdir()} >= {"example.py", "speed.html", "speed.json"}
     assert run() == found  # a finished one is read
     assert seen == []
+
+
+def test_overwrite_is_named_where_it_helps_and_needs_a_folder(run, tmp_path):
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"is damaged .* or --overwrite"):
+        SearchState(tmp_path, "key")
+    with pytest.raises(UserError, match="overwrite goes with out"):
+        nin.speed(run, "digits", overwrite=True)
 
 
 @pytest.mark.slow
@@ -484,11 +492,37 @@ def test_the_command_prints_the_table_or_json(monkeypatch, capsys):
         return result(row(), row(engine="nin", ms=5.0))
 
     monkeypatch.setattr(nin, "speed", fake, raising=False)
-    app.main(["speed", "timm:x", "--data", "photos", "--batch", "1", "--batch", "32", "--no-narrow", "--lose", "0.5"])
+    begun = ["speed", "timm:resnet18", "--data", "digits"]
+    app.main([*begun, "--batch", "1", "--batch", "32", "--no-narrow", "--lose", "0.5"])
     assert (given["batches"], given["budgets"], given["lose"]) == ((1, 32), (), 0.5)
     assert given["engines"] == tuple(ENGINES)
     assert "nin's operator" in capsys.readouterr().out
-    app.main(["speed", "timm:x", "--data", "photos", "--json", "--engine", "nin"])
+    app.main([*begun, "--json", "--engine", "nin"])
     printed = json.load(io.StringIO(capsys.readouterr().out))
     assert printed["chosen"] == {"form": "original", "number": "float32", "engine": "nin"}
     assert given["budgets"] == (0.8, 0.65, 0.5)
+    app.main([*begun, "--budgets", "none", "--out", "runs/none", "--overwrite"])
+    assert (given["budgets"], given["overwrite"]) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "Nothing is kept without --out"),
+        (
+            ["--out", "my fast", "--overwrite"],
+            "What was measured is kept. Go on with: nin speed timm:resnet18 --data digits --out 'my fast'\n",
+        ),
+    ],
+)
+def test_a_stopped_search_says_the_command_that_goes_on(options, said, monkeypatch, capsys):
+    def stopped(network, data, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nin, "speed", stopped, raising=False)
+    arguments = ["speed", "timm:resnet18", "--data", "digits", *options]
+    monkeypatch.setattr("sys.argv", ["nin", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        app.main(arguments)
+    assert ended.value.code == 130
+    assert said in capsys.readouterr().err

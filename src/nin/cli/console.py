@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,9 +33,14 @@ class ProgressBar(progress_bar.ProgressBar):
     """A progress bar on standard error, see `nin.display.progress_bar`."""
 
     def __init__(
-        self, text: str, total: int | None = None, *, seconds_between_lines: float = progress_bar.SECONDS_BETWEEN_LINES
+        self,
+        text: str,
+        total: int | None = None,
+        *,
+        seconds_between_lines: float = progress_bar.SECONDS_BETWEEN_LINES,
+        percent: bool = False,
     ) -> None:
-        super().__init__(text, total, console=messages, seconds_between_lines=seconds_between_lines)
+        super().__init__(text, total, console=messages, seconds_between_lines=seconds_between_lines, percent=percent)
 
 
 @contextlib.contextmanager
@@ -148,6 +154,11 @@ def cut_middle(text: str, most: int) -> str:
         return text
     end = most // 2
     return f"{text[: most - 1 - end]}…{text[-end:]}"
+
+
+def same_command(without: Sequence[str] = ()) -> str:
+    """Return the command that this program was started with, as it can be typed again, without some options."""
+    return shlex.join(["nin", *(argument for argument in sys.argv[1:] if argument not in without)])
 
 
 def print_json(value: Any) -> None:

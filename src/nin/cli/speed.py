@@ -16,6 +16,7 @@ from nin.cli.console import (
     print_json,
     print_table,
     results,
+    same_command,
     say_left_out,
 )
 from nin.cli.narrow import parse_numbers
@@ -52,7 +53,7 @@ def speed(
     """Make a network fast on this machine's CPU: measure every sensible way side by side, and keep the fastest.
 
     As it is and narrowed; in float32, bfloat16 and int8; in PyTorch, torch.compile, nin's operator, ONNX Runtime and
-    OpenVINO, as far as they are installed. Stopped with Ctrl-C, the same command with --out goes on.
+    OpenVINO, as far as they are installed. Stopped with Ctrl-C, the same command goes on where --out is given.
 
     Args:
         network: A run folder; or timm:NAME, torchvision:NAME, package.module:function that makes the network.
@@ -61,8 +62,8 @@ def speed(
         lose: Points of accuracy that may be lost at most; without labels, per cent of the answers that may change.
         batch: Images at a time that are timed; may be given several times, and the first one decides.
         out: The folder to make: the fastest, ready to use, with an example; the page and the figures.
-        budgets: Shares of the multiplications that narrowed networks keep; --no-narrow tries none.
-        narrow: Try narrowed networks.
+        budgets: Shares of the multiplications that narrowed networks keep; "none" tries none.
+        narrow: Try narrowed networks; --no-narrow is the same as --budgets none.
         finetune: Epochs of training of each narrowed network.
         engine: eager, compile, nin, onnxruntime, openvino; all if not given. May be given several times.
         threads: Of every engine; the fastest number is looked for if not given.
@@ -78,7 +79,7 @@ def speed(
         trust: Import the module that a run says its network is made by, where that is somebody's own code.
         json: Print the figures as JSON on standard output.
     """
-    shares = parse_numbers("budgets", budgets) if narrow else ()
+    shares = parse_numbers("budgets", budgets) if narrow and budgets.strip().lower() != "none" else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     names.check_source(data)
     if Path(network).is_dir():
@@ -91,7 +92,7 @@ def speed(
 
     # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
     received: list[int] = []
-    with ProgressBar("Reading the images") as bar, contextlib.ExitStack() as stack:
+    with ProgressBar("Reading the images", percent=True) as bar, contextlib.ExitStack() as stack:
         if finetune:
             received = stack.enter_context(catch_stop_signals())
         try:
@@ -117,10 +118,10 @@ def speed(
                 on_progress=bar.on_progress,
             )
         except KeyboardInterrupt:
-            if out is not None:
-                bar.line(
-                    f"What was measured is kept: the same command{' without --overwrite' if overwrite else ''} goes on."
-                )
+            if out is None:
+                bar.line("Nothing is kept without --out, the folder from which a stopped search goes on.")
+            else:
+                bar.line(f"What was measured is kept. Go on with: {same_command(without=('--overwrite',))}")
             raise
     if json:
         print_json({"out": None if out is None else str(out), **found.to_dict()})

@@ -29,6 +29,7 @@ class ProgressBar:
         total: its steps; None where they are known later.
         console: that it is printed on.
         seconds_between_lines: where there is no terminal, at least; a job that takes less prints none.
+        percent: show what is done as a percentage: the steps are of no use to people.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class ProgressBar:
         *,
         console: Console,
         seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+        percent: bool = False,
     ) -> None:
-        self.console = console
+        self.console, self.percent = console, percent
         self.text, self.done, self.total = text, 0, total or 0
         self.last_line_s = self.updated_s = time.monotonic()
         self.pace = Pace()  # of this stage
@@ -92,7 +94,8 @@ class ProgressBar:
             return f"{self.done:,}" if self.done else ""
         left = self.seconds_left()
         time_text = "" if left is None else f", {datetime.timedelta(seconds=round(left))} left"
-        return f"{self.done:,} of {self.total:,}{time_text}"
+        done = f"{self.done / self.total:.0%}" if self.percent else f"{self.done:,} of {self.total:,}"
+        return f"{done}{time_text}"
 
     def seconds_left(self) -> float | None:
         """Return the seconds until this stage ends; None where that is not known."""

@@ -94,6 +94,8 @@ def speed(
         seed=seed,
     )
     folder = None if out is None else Path(out)
+    if folder is None and overwrite:
+        raise UserError("overwrite goes with out, the folder whose result is to be replaced")
     if folder is not None:
         folders.check_search(folder, overwrite=overwrite)
     subject = load_subject(
@@ -157,7 +159,7 @@ def _finished(folder: Path, key: str) -> SpeedResult | None:
         before = values.pop("fingerprint")
         result = SpeedResult.from_dict(values)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): give another --out") from error
+        raise UserError(f"{path} is damaged ({error}): give another --out, or --overwrite") from error
     if before != key:
         raise UserError(f"{folder} holds the result of another search: give another --out, or --overwrite")
     return result

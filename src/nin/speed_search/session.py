@@ -72,6 +72,8 @@ class SearchSession:
         self.workers: dict[Combination, WorkerProcess] = {}
         self.rows: dict[Combination, Row] = {}
         self.notes_of_forms: dict[str, str] = {}  # why they could not be made
+        self.part, self.part_number, shares = "", 0, len(settings.shares)
+        self.parts = shares + 3 if shares else 2
         engines = len(self.engines())
         contenders = len(settings.shares) * -(-engines // 2)
         weights, timed = STEP_WEIGHTS, len(settings.batches)
@@ -87,6 +89,7 @@ class SearchSession:
 
     def run(self) -> SpeedResult:
         """Measure and choose."""
+        self._begin_part("As it is")
         for path, array in self.arrays.items():
             np.save(path, array)
         load_before = system_load()
@@ -102,13 +105,16 @@ class SearchSession:
             contenders = self._contenders()
             self._drop_others(contenders)
             for share in self.settings.shares:
+                self._begin_part(f"Narrowed to {share:g}")
                 form = narrowed_form(share)
                 if not self._add_form(form, share):
                     continue
                 for combination in contenders:
                     self._prepare(dataclasses.replace(combination, form=form))
             if self.settings.shares:
+                self._begin_part("All side by side")
                 self._time("final", list(self.workers), FINAL_SECONDS)
+            self._begin_part("Control")
             control = self._control()
         rows = tuple(self.rows.values())
         chosen = choose(rows, self.settings.lose, self.settings.batches[0])
@@ -137,10 +143,15 @@ class SearchSession:
         """Return the file with the scores of a combination."""
         return self.work / f"{combination.key}.npy"
 
+    def _begin_part(self, name: str) -> None:
+        """Name the part of the search that begins, as progress shows it: "Narrowed to 0.8 (2 of 6)"."""
+        self.part_number += 1
+        self.part = f"{name} ({self.part_number} of {self.parts})"
+
     def _step(self, text: str, weight: str | None = None, fraction: tuple[int, int] = (0, 0)) -> None:
         """Say what is being done, and stop where that is asked for."""
         inner = round(STEP_WEIGHTS[weight] * fraction[0] / fraction[1]) if weight and fraction[1] else 0
-        self.on_progress(text, min(self.done + inner, self.total - 1), self.total)
+        self.on_progress(f"{self.part}: {text}", min(self.done + inner, self.total - 1), self.total)
         if self.stop():
             raise KeyboardInterrupt
 
@@ -158,7 +169,7 @@ class SearchSession:
                 how = NarrowingSettings(NARROWING_IMAGES, self.settings.finetune, self.settings.seed)
 
                 def progress(what: str, done: int, total: int) -> None:
-                    self._step(f"Narrowing to {share:g}: {what[:1].lower()}{what[1:]}", "narrow", (done, total))
+                    self._step(f"{what[:1].lower()}{what[1:]}", "narrow", (done, total))
 
                 try:
                     model, plan = narrowed(self.subject, share, how, self.work, self.stop, progress)
@@ -175,15 +186,15 @@ class SearchSession:
     def _prepare(self, combination: Combination) -> None:
         """Build a combination, start its process, and compare its answers; or note why that cannot be."""
         reason = ENGINES[combination.engine].missing(combination.number) or self._unsuited(combination)
-        self._step(f"Building {combination}")
+        self._step(f"building {combination}")
         if not reason:
             try:
                 self._build(combination)
                 self.done += STEP_WEIGHTS["build"]
-                self._step(f"Starting {combination}")
+                self._step(f"starting {combination}")
                 worker = self._start(combination)
                 self.done += STEP_WEIGHTS["start"]
-                self._step(f"Comparing the answers of {combination}")
+                self._step(f"comparing the answers of {combination}")
                 self._add_row(combination, worker)
                 self.done += STEP_WEIGHTS["score"]
                 return
@@ -270,7 +281,7 @@ class SearchSession:
             timers = {name: functools.partial(self.workers[c].time, batch) for name, c in by_key.items()}
 
             def on_round(number: int, batch: int = batch) -> None:
-                self._step(f"Timing {len(by_key)} combinations, {batch} at a time, round {number}", stage, (number, 40))
+                self._step(f"timing {len(by_key)} combinations, {batch} at a time, round {number}", stage, (number, 40))
 
             on_round(0)
             found = time_in_rounds(timers, seconds=seconds, before=times, on_round=on_round)
@@ -309,7 +320,7 @@ class SearchSession:
         times = {}
         with self._start(REFERENCE, "control") as worker:
             for batch in self.settings.batches:
-                self._step(f"Timing the original once more, {batch} at a time")
+                self._step(f"timing the original once more, {batch} at a time")
                 again = time_in_rounds({"again": functools.partial(worker.time, batch)}, seconds=0.0)["again"]
                 times[batch] = self.rows[REFERENCE].latency[batch], median_interval(again)
                 self.done += STEP_WEIGHTS["control"]

@@ -29,11 +29,11 @@ class SearchState:
                 values = json.loads(self.path.read_text(encoding="utf-8"))
                 self.facts, before = dict(values["facts"]), values["fingerprint"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path} is damaged ({error}): give another --out") from error
+                raise UserError(f"{self.path} is damaged ({error}): give another --out, or --overwrite") from error
             if before != fingerprint:
                 raise UserError(
                     f"{folder.parent} was begun with another network, other images or other settings: give the same, "
-                    "or another --out"
+                    "or another --out, or --overwrite"
                 )
         self.fingerprint = fingerprint
 
