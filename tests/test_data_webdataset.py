@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from nin import data, training
+from nin.cli import app
 from nin.config import TrainConfig
 from nin.data import dataset, tar_index
 from nin.data import webdataset as shards
@@ -72,6 +74,17 @@ def test_webdataset_reads_them(folder, tmp_path):
     for index, (image, label) in enumerate(samples[: len(packed)]):
         assert np.array_equal(packed.decode(index).transpose(1, 2, 0), image)
         assert int(packed.labels[index]) == label
+
+
+def test_what_is_left_out_of_the_shards_is_said(folder, tmp_path, capsys):
+    source = tmp_path / "photos"
+    shutil.copytree(folder, source)
+    broken = next(source.rglob("*.png")).with_name("broken.png")
+    broken.write_text("no image")
+    app.main(["shards", str(source), "--out", str(tmp_path / "s")])
+    printed = capsys.readouterr().err
+    assert "unreadable, 1 file: left out" in printed
+    assert "broken.png: " in printed
 
 
 def test_a_stopped_command_goes_on(folder, tmp_path, monkeypatch):

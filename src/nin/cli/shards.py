@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nin
 from nin import folders, names
+from nin.cli.check import show_findings
 from nin.cli.console import ProgressBar, messages, print_json
 from nin.config import check_seed
 from nin.display.numbers import format_number_of
@@ -40,6 +41,7 @@ def shards(
             test_fraction=test_fraction,
             seed=seed,
             on_progress=bar.on_progress,
+            on_findings=show_findings,
         )
     if json:
         print_json({"shards": [str(path) for path in paths]})

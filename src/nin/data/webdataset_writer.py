@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from nin.data.cache import digest
 from nin.data.dataset import LoadOptions
+from nin.data.findings import Finding
+from nin.data.folder import collect_findings
 from nin.data.folder_scan import FolderScan
 from nin.data.image_formats import file_extension
 from nin.data.image_scan import FORMAT_NAMES
@@ -31,6 +34,7 @@ def write_shards(
     seed: int = 0,
     workers: int = 1,
     on_progress: ProgressCallback | None = None,
+    on_findings: Callable[[Sequence[Finding]], None] | None = None,
 ) -> tuple[Path, ...]:
     """Write an image folder as WebDataset shards: OUT/train-000000.tar, …, OUT/test-000000.tar, ….
 
@@ -46,6 +50,7 @@ def write_shards(
         seed: of the order and of the split.
         workers: threads that read the images first.
         on_progress: called with (what is being done, number done, number of all).
+        on_findings: called with what `nin.data.check` finds, before the first shard is written.
 
     Returns:
         The shards.
@@ -62,6 +67,8 @@ def write_shards(
     scan, out = FolderScan(Path(source), options), Path(out)
     scan.decode()
     is_test = scan.test_mask()
+    if on_findings is not None:
+        on_findings(collect_findings(scan, is_test))
     parts = scan.partition(is_test)
     by_split = {"train": parts.train, "test": parts.test}
     if len(parts.validation):
