@@ -10,8 +10,12 @@ from torch import nn
 from nin.models.layer_spec import LayerSpec
 from nin.narrowing import moments
 from nin.narrowing.calibration import measure_layer_specs
+from nin.narrowing.dependency_graph import build_dependency_graph
+from nin.narrowing.linalg import least_squares
 from nin.narrowing.moments import Moments, collect_moments
 from nin.narrowing.patches import POSITIONS_PER_IMAGE, extract_outputs, extract_patches, sampled_positions
+from nin.narrowing.search_space import Factorisation, SearchSpace
+from nin.narrowing.shortcuts import shortcut_weights
 
 SHAPES = {
     "plain": (nn.Conv2d(4, 6, 3), (5, 4, 9, 8)),
@@ -62,6 +66,49 @@ def test_wide_patches_keep_the_covariance_of_the_result_only(monkeypatch):
     assert not kept.has_patch_covariance
 
 
+def shrinkage_of(samples, positions=1, parts=1):
+    """Return the shrinkage, and the covariance of the samples as it is and shrunk."""
+    kept = Moments(1, len(samples), 1, device=torch.device("cpu"), products=("xx",), positions=positions)
+    for part in samples[None].chunk(parts, 2):
+        kept.add(part, torch.zeros(1, 1, part.shape[2]))
+    return float(kept.shrinkage()), kept.covariance("xx")[0], kept.shrunk_covariance()[0]
+
+
+def test_a_covariance_is_shrunk_by_what_few_images_leave_open():
+    torch.manual_seed(0)
+    mixing = torch.randn(24, 24)
+    few, many = mixing @ torch.randn(24, 40) + 3, mixing @ torch.randn(24, 4000) + 3
+    share, seen, shrunk = shrinkage_of(few)
+    assert shrinkage_of(many)[0] < 0.02 < 0.2 < share < 0.8
+    truth = (mixing @ mixing.T).double()
+    assert (shrunk - truth).norm() < 0.9 * (seen - truth).norm()
+    torch.testing.assert_close(shrunk.diagonal(), seen.diagonal())
+    assert shrinkage_of(few, parts=4)[0] == pytest.approx(share, rel=0.1)
+    # pixels of one image say nothing new
+    assert shrinkage_of(few.repeat_interleave(8, 1), positions=8)[0] == pytest.approx(share, rel=1e-4)
+    assert shrinkage_of(many.repeat_interleave(32, 1), positions=32)[0] < 0.02  # more values than pixels, and fewer
+    assert shrinkage_of(torch.randn(24, 40))[0] > 0.8  # no value is related with another
+    assert shrinkage_of(few[:, :1])[0] == shrinkage_of(torch.ones(24, 40))[0] == 0  # nothing is known
+
+
+def test_a_fit_to_few_images_does_not_follow_the_noise():
+    """What a layer is wanted to give holds errors of the layers before it, which its input does not tell."""
+    torch.manual_seed(0)
+    mixing, weight = torch.randn(96, 96), torch.randn(8, 96) / 10
+    x = mixing @ torch.randn(96, 80)
+    y = weight @ x
+    kept = Moments(1, 96, 8, device=torch.device("cpu"), products=("xx", "yx"))
+    kept.add(x[None], (y + 0.5 * y.std() * torch.randn(y.shape))[None])
+    xx, yx, share = kept.covariance("xx")[0], kept.covariance("yx")[0], kept.shrinkage()[0]
+
+    def unseen_error(shrinkage):
+        change = least_squares(weight.double(), xx, yx, shrinkage) - weight
+        return float((change @ mixing.double()).square().sum() / (weight @ mixing).square().sum())
+
+    assert unseen_error(share) < 0.25
+    assert unseen_error(0.0) > 3 * unseen_error(share)
+
+
 def observe_in_process(rank, port, path):
     """Look at half of the batches in one of two processes."""
     torch.set_num_threads(1)
@@ -90,4 +137,40 @@ def test_two_processes_find_what_one_finds(tmp_path):
     together = torch.load(tmp_path / "sums.pt", weights_only=True)
     assert together["count"] == 13 * 36
     for name, value in alone.sums.items():
-        torch.testing.assert_close(together[name], value)
+        # an estimate: each process takes it about the mean of its own first batch
+        close = {"rtol": 0.01, "atol": 0.0} if name == "squares" else {}
+        torch.testing.assert_close(together[name], value, **close)
+
+
+class Residual(nn.Module):
+    """A block whose second layer gives a small part of the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.inside, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        nn.init.constant_(self.norm.weight, 0.1)
+
+    def forward(self, x):
+        x = self.before(x).relu()
+        return x + self.norm(self.inside(x))
+
+
+def test_a_layer_before_an_addition_counts_by_its_part_of_the_sum():
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(8, 3, 8, 8)
+    layers = {"before": model.before, "inside": model.inside}
+    specs = measure_layer_specs(model, layers, [x])
+    graph = build_dependency_graph(model, set(layers))
+    equal = dict.fromkeys(layers, torch.eye(6, dtype=torch.float64)[None])
+    with torch.no_grad():
+        hidden = model.before(x).relu()
+        part = model.norm(model.inside(hidden)).transpose(0, 1).flatten(1)
+        whole = part + hidden.transpose(0, 1).flatten(1)
+    expected = (part.var(1).sum() / whole.var(1).sum()).sqrt()
+    weights = shortcut_weights(model, graph, specs, [x], equal)
+    assert weights == {"inside": pytest.approx(float(expected), rel=1e-4)}
+    assert 0 < weights["inside"] < 0.5
+    space = SearchSpace({"inside": (Factorisation(loss=0.4),)}, {("before", "inside"): {4: 0.2, 2: 0.3}})
+    counted = space.weighted({"inside": 0.5})
+    assert counted.factorisations["inside"][0].loss == 0.2
+    assert counted.widths == {("before", "inside"): {4: 0.1, 2: 0.15}}

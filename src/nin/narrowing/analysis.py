@@ -21,6 +21,7 @@ from nin.narrowing.eligible_layers import find_eligible_layers
 from nin.narrowing.moments import Moments, collect_moments
 from nin.narrowing.search_space import SearchSpace, factorisation_candidates, width_candidates
 from nin.narrowing.sensitivity import measure_sensitivities
+from nin.narrowing.shortcuts import shortcut_weights
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.fingerprint import fingerprint
@@ -31,7 +32,7 @@ SENSITIVITY_IMAGES = 512
 
 # Raised when the analysis of the same network and images changes, or how it is written: a cache of another format is
 # not read.
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Analysis:
         graph: between which layers channels can be pruned, and what is added to layers' outputs.
         search_space: the choices for each layer, and their losses.
         sensitivities: the Fisher information G of each layer that can be narrowed.
+        shortcut_weights: by which the losses of layers before a residual addition are multiplied in the search space.
     """
 
     specs: dict[str, LayerSpec]
@@ -51,6 +53,7 @@ class Analysis:
     graph: DependencyGraph
     search_space: SearchSpace
     sensitivities: dict[str, Tensor]
+    shortcut_weights: dict[str, float]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -109,7 +112,9 @@ def analyse(
     gated = {name for edge in graph.edges for name in (*edge.readers, *edge.gates)}  # cheap, and cut with the edge
     factorisations = {n: value for n, value in space.factorisations.items() if n not in reasons and n not in gated}
     widths = {edge: value for edge, value in space.widths.items() if edge[1] not in reasons}
-    return Analysis(specs, reasons, graph, SearchSpace(factorisations, widths), sensitivities)
+    weights = shortcut_weights(model, graph, specs, batches, sensitivities)
+    space = SearchSpace(factorisations, widths).weighted(weights)
+    return Analysis(specs, reasons, graph, space, sensitivities, weights)
 
 
 def _same_padded(model: nn.Module, specs: dict[str, LayerSpec], reasons: dict[str, str]) -> set[str]:

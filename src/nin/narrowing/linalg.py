@@ -48,14 +48,24 @@ def cholesky(covariance: Tensor, ridge: float) -> Tensor:
     raise UserError("a covariance must be finite, got NaN or infinity: check the model and the images")
 
 
-def least_squares(weight: Tensor, xx: Tensor, yx: Tensor, ridge: float = RIDGE) -> Tensor:
+def shrink(covariance: Tensor, shrinkage: Tensor | float) -> Tensor:
+    """Return ``(1 - ρ) C + ρ diag(C)``: covariances (…, n, n) of few images, nearer to the truth than C."""
+    share = torch.as_tensor(shrinkage, dtype=covariance.dtype, device=covariance.device)[..., None]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1) * share
+    return covariance * (1 - share[..., None]) + torch.diag_embed(diagonal)
+
+
+def least_squares(
+    weight: Tensor, xx: Tensor, yx: Tensor, shrinkage: Tensor | float = 0.0, ridge: float = RIDGE
+) -> Tensor:
     """Return the least-squares map from x to y, regularised towards ``weight``.
 
-    ``A = W + (Cov(y, x) - W C) (C + εI)⁻¹``; W itself where y is W x up to rounding.
+    ``A = W + (1 - ρ) (Cov(y, x) - W C) (C_ρ + εI)⁻¹`` with ``C_ρ = (1 - ρ) C + ρ diag(C)``, see
+    `nin.narrowing.moments.Moments.shrinkage`; W itself where y is W x up to rounding.
     """
     expected = weight @ xx
-    residual = yx - expected
-    change = torch.cholesky_solve(residual.mT, cholesky(xx, ridge)).mT
+    residual = (yx - expected) * (1 - shrinkage)
+    change = torch.cholesky_solve(residual.mT, cholesky(shrink(xx, shrinkage), ridge)).mT
     if float((residual * change).sum()) <= ROUNDING * float((expected * weight).sum()):
         return weight
     return weight + change

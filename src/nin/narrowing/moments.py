@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
 from nin.narrowing.calibration import model_inputs, record_calls
-from nin.narrowing.patches import extract_outputs, extract_patches
+from nin.narrowing.linalg import shrink
+from nin.narrowing.patches import extract_outputs, extract_patches, sampled_positions
 from nin.runtime import distributed
 from nin.runtime.progress import ProgressCallback, ignore_progress
 
@@ -26,16 +27,27 @@ class Moments:
         outputs: values of y in one group.
         device: of the sums.
         products: the second moments to keep, of "xx", "yx" and "yy".
+        positions: samples that come from one image and so are alike; they lie side by side.
     """
 
     def __init__(
-        self, groups: int, inputs: int, outputs: int, *, device: torch.device, products: tuple[str, ...]
+        self,
+        groups: int,
+        inputs: int,
+        outputs: int,
+        *,
+        device: torch.device,
+        products: tuple[str, ...],
+        positions: int = 1,
     ) -> None:
         # float64: a covariance is the difference of two large sums
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         sizes = {"x": inputs, "y": outputs}
-        self.products = products
+        self.products, self.positions = products, positions
         self.sums = {"count": zeros(groups), "x": zeros(groups, inputs), "y": zeros(groups, outputs)}
+        # of each image's own second moment of x, the sum of squares beside the diagonal
+        self.sums["squares"] = zeros(groups)
+        self.origin: Tensor | None = None  # that these are taken about: the mean of the first batch
         self.sums |= {name: zeros(groups, sizes[name[0]], sizes[name[1]]) for name in products}
 
     @classmethod
@@ -43,7 +55,9 @@ class Moments:
         """Return empty moments for a layer; where its patches are too large, of its output only."""
         device = next(module.parameters()).device
         kept = products if spec.patch <= LARGEST_PATCH else ("yy",)
-        return cls(spec.groups, spec.patch, spec.out_channels // spec.groups, device=device, products=kept)
+        positions = len(sampled_positions(spec.positions))
+        outputs = spec.out_channels // spec.groups
+        return cls(spec.groups, spec.patch, outputs, device=device, products=kept, positions=positions)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples: x (groups, inputs, M) and y (groups, outputs, M)."""
@@ -54,6 +68,20 @@ class Moments:
         for name in self.products:
             for g in range(len(x)):  # a single product is twice as fast as a batch of one
                 sums[name][g] += values[name[0]][g] @ values[name[1]][g].mT
+        if "xx" in self.products and x.shape[2]:
+            self._add_squares(x)
+
+    def _add_squares(self, x: Tensor) -> None:
+        """Add ``‖X Xᵀ / n‖² - ‖diag(X Xᵀ / n)‖²`` of each image's n samples X about `origin`."""
+        x = x.float()  # enough for an estimate, and twice as fast
+        if self.origin is None:
+            self.origin = x.mean(2, keepdim=True)
+        images = (x - self.origin).unflatten(2, (-1, self.positions)).transpose(1, 2)  # (groups, N, inputs, positions)
+        # ‖X Xᵀ‖ is ‖Xᵀ X‖, which is the smaller one where there are few positions
+        fewer = images.mT @ images if self.positions < images.shape[2] else images @ images.mT
+        diagonal = images.square().sum(3)
+        squares = fewer.double().square().sum((1, 2, 3)) - diagonal.double().square().sum((1, 2))
+        self.sums["squares"] += squares / self.positions**2
 
     def all_reduce(self) -> None:
         """Add up over all processes of a job, in place."""
@@ -69,6 +97,28 @@ class Moments:
     def count(self) -> int:
         """Samples added."""
         return int(self.sums["count"][0])
+
+    def shrinkage(self) -> Tensor:
+        """Return how far Cov(x) is to be shrunk towards its diagonal, from 0 to 1, of each group: (groups,).
+
+        The estimate that minimises the expected squared error, ``ρ = Σ Var(sᵢⱼ) / Σ sᵢⱼ²`` beside the diagonal. Samples
+        of one image are alike, so the images are the independent ones: few images of many pixels say less than their
+        number of pixels.
+
+        Source:
+            Ledoit, Wolf: A well-conditioned estimator for large-dimensional covariance matrices, 2004; towards the
+            diagonal as in Schäfer, Strimmer: A shrinkage approach to large-scale covariance matrix estimation, 2005.
+        """
+        images = self.sums["count"] / self.positions
+        xx = self.covariance("xx")
+        beside = (xx.square().sum((1, 2)) - xx.diagonal(dim1=1, dim2=2).square().sum(1)).clamp_min(0)
+        variance = (self.sums["squares"] / images - beside) / (images - 1).clamp_min(1)
+        usable = (images > 1) & (beside > 0)
+        return torch.where(usable, variance / beside.clamp_min(1e-300), torch.zeros_like(beside)).clamp(0, 1)
+
+    def shrunk_covariance(self) -> Tensor:
+        """Return Cov(x), with the groups first, shrunk towards its diagonal."""
+        return shrink(self.covariance("xx"), self.shrinkage())
 
     def mean(self, name: str) -> Tensor:
         """Return the mean of x (groups, inputs) or y (groups, outputs)."""

@@ -117,6 +117,8 @@ class Planner:
         predicted = {name: choice.loss for name, choice in solution.factorisations.items()}
         for p in plan.pruned:
             predicted[p.consumer] += knapsack.width_loss(p.consumer, p.channels)
+        for name, weight in self.analysis.shortcut_weights.items():
+            predicted[name] /= weight  # of the layer's own variance again
         return PlannerResult(plan, solution.loss, predicted, latency, notes)
 
     def _knapsack(self, space: SearchSpace) -> Knapsack:

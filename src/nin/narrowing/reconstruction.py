@@ -1,29 +1,23 @@
 """Layerwise reconstruction: each layer of the narrowed network is fitted to the original's output at its place."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nin.models.layer_spec import LayerSpec
 from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.surgery import make_planned_module, replace_module, select_outputs
 from nin.narrowing.analysis import Analysis
-from nin.narrowing.calibration import model_inputs, record_calls
+from nin.narrowing.calibration import model_inputs
 from nin.narrowing.channel_elimination import eliminate_channels, patch_indices
-from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, weighted_variance
+from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, shrink, weighted_variance
 from nin.narrowing.low_rank import InputProjection, balance_scales, output_factors
-from nin.narrowing.moments import Moments, all_reduce_moments, check_finite
+from nin.narrowing.moments import Moments, all_reduce_moments
 from nin.narrowing.patches import extract_outputs, extract_patches
+from nin.narrowing.shortcuts import record_layers, shortcut_scale
 from nin.runtime.model_copy import copy_model
 from nin.runtime.progress import ProgressCallback, ignore_progress
-
-# A channel that BatchNorm scales below this fraction of the largest scale is not fitted to the error of the shortcut:
-# it would have to change fifty times as much as the others.
-LEAST_SCALE = 0.02
 
 
 def reconstruct(
@@ -74,10 +68,6 @@ def reconstruct(
     return reconstruction.narrowed, errors
 
 
-class _AllSeenError(Exception):
-    """Ends a forward after the last layer of interest."""
-
-
 class _Reconstruction:
     """The original network beside the one that is narrowed layer by layer, in place."""
 
@@ -91,10 +81,12 @@ class _Reconstruction:
         modules = {name: self.narrowed.get_submodule(name) for name in names}
         specs = {name: self.analysis.specs[name] for name in names}
         moments = {name: Moments.of_layer(specs[name], module, "xx", "yx", "yy") for name, module in modules.items()}
-        scales = {name: scale for name in names if (scale := self.shortcut_scale(name)) is not None}
+        graph = self.analysis.graph
+        scales = {n: scale for n in names if (scale := shortcut_scale(self.original, graph, specs[n])) is not None}
         for args, kwargs in model_inputs(self.batches):
-            wanted = self.forward(self.original, specs, list(scales), args, kwargs, extract_outputs)
-            seen = self.forward(self.narrowed, specs, list(scales), args, kwargs, extract_patches)
+            shortcuts = {name: graph.shortcuts[name] for name in scales}
+            wanted = record_layers(self.original, specs, shortcuts, args, kwargs, extract_outputs)
+            seen = record_layers(self.narrowed, specs, shortcuts, args, kwargs, extract_patches)
             for name in names:
                 target = wanted[name, "layer"]
                 if (name, "shortcut") in seen:
@@ -105,67 +97,6 @@ class _Reconstruction:
         all_reduce_moments(moments)
         return moments
 
-    def shortcut_scale(self, name: str) -> Tensor | None:
-        """Return by how much each channel of a layer must change to change the sum behind its BatchNorm by 1."""
-        shortcut, spec = self.analysis.graph.shortcuts.get(name), self.analysis.specs[name]
-        if shortcut is None or spec.groups > 1 or spec.calls > 1:
-            return None
-        if shortcut.norm is None:
-            return next(self.original.parameters()).new_ones(spec.out_channels)
-        norm = self.original.get_submodule(shortcut.norm)
-        if not isinstance(norm, nn.BatchNorm2d) or norm.running_var is None or norm.running_mean is None:
-            return None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.affine:
-            scale = scale * norm.weight.detach()
-        usable = scale.abs() > LEAST_SCALE * scale.abs().max()
-        return torch.where(usable, 1 / scale, torch.zeros_like(scale))
-
-    def forward(
-        self,
-        model: nn.Module,
-        specs: dict[str, LayerSpec],
-        with_shortcut: list[str],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        extract: Callable[[Tensor, LayerSpec], Tensor],
-    ) -> dict[tuple[str, str], Tensor]:
-        """Run one batch and return each layer's patches or outputs ("layer"), and what is added to it ("shortcut")."""
-        caught: dict[tuple[str, str], list[Tensor]] = {}
-        waiting: set[str] = set()  # layers whose shortcut is computed after them
-        remaining = sum(spec.calls for spec in specs.values())
-
-        def record(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
-            nonlocal remaining
-            check_finite(name, x, y)
-            value = x if extract is extract_patches else y
-            caught.setdefault((name, "layer"), []).append(extract(value, specs[name]))
-            remaining -= 1
-            if remaining == 0 and not waiting:
-                raise _AllSeenError
-
-        def record_shortcut(name: str, value: Any = None) -> None:
-            waiting.discard(name)
-            spec = specs[name]
-            if isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[-2:]) == spec.output_size:
-                caught.setdefault((name, "shortcut"), []).append(extract_outputs(value, spec))
-
-        with contextlib.ExitStack() as stack:
-            for name in with_shortcut:
-                shortcut = self.analysis.graph.shortcuts[name]
-                module = model.get_submodule(shortcut.source)
-                if shortcut.side == "output":
-                    waiting.add(name)
-                    handle = module.register_forward_hook(lambda m, a, y, name=name: record_shortcut(name, y))
-                else:
-                    handle = module.register_forward_pre_hook(lambda m, a, name=name: record_shortcut(name, *a[:1]))
-                stack.enter_context(handle)
-            stack.enter_context(record_calls({name: model.get_submodule(name) for name in specs}, record))
-            stack.enter_context(torch.no_grad())
-            with contextlib.suppress(_AllSeenError):
-                model(*args, **kwargs)
-        return {key: torch.cat(values, dim=2) for key, values in caught.items()}
-
     def replace(self, layer: LayerPlan, all_moments: dict[str, Moments]) -> float | None:
         """Put the fitted layer into the network; return the fraction of its variance that it misses, where known."""
         moments = all_moments[layer.name]
@@ -175,8 +106,9 @@ class _Reconstruction:
         mean_x, mean_y = moments.mean("x"), moments.mean("y")
         kept_inputs: Tensor | slice = slice(None)
         if moments.has_patch_covariance:
-            xx, yx = moments.covariance("xx"), moments.covariance("yx")
-            fitted = torch.stack([least_squares(weight[g], xx[g], yx[g]) for g in range(spec.groups)])
+            seen, yx, shrinkage = moments.covariance("xx"), moments.covariance("yx"), moments.shrinkage()
+            fitted = torch.stack([least_squares(weight[g], seen[g], yx[g], shrinkage[g]) for g in range(spec.groups)])
+            xx = shrink(seen, shrinkage)
             yy = fitted @ xx @ fitted.mT
         else:
             xx, fitted, yy = None, weight, moments.covariance("yy")
@@ -186,8 +118,9 @@ class _Reconstruction:
             elimination = eliminate_channels(fitted[0], xx[0], spec.taps, roots[0].sqrt, least=pruning.channels)
             kept = elimination.kept(pruning.channels, pruning.before).to(weight.device)
             kept_inputs = patch_indices(kept, spec.taps)
-            xx, mean_x = xx[0][kept_inputs][:, kept_inputs][None], mean_x[:, kept_inputs]
-            fitted = least_squares(weight[0][:, kept_inputs], xx[0], yx[0][:, kept_inputs])[None]
+            xx, seen = (both[:, kept_inputs][:, :, kept_inputs] for both in (xx, seen))
+            mean_x = mean_x[:, kept_inputs]
+            fitted = least_squares(weight[0][:, kept_inputs], seen[0], yx[0][:, kept_inputs], shrinkage[0])[None]
             yy = fitted @ xx @ fitted.mT
             for name in (pruning.producer, *pruning.between, *pruning.gates):
                 replace_module(self.narrowed, name, select_outputs(self.narrowed.get_submodule(name), kept))
@@ -202,14 +135,14 @@ class _Reconstruction:
         new = make_planned_module(dataclasses.replace(layer, outputs=spec.out_channels), old)
         _fill(new, [matrices for matrices, _ in factored], bias)
         replace_module(self.narrowed, layer.name, new)
-        return None if xx is None else _missed_variance(moments, effective, xx, kept_inputs, roots)
+        return None if xx is None else _missed_variance(moments, effective, seen, kept_inputs, roots)
 
     def cut_inputs(self, name: str, kept: Tensor, moments: Moments) -> None:
         """Fit a 1×1 layer to these input channels alone, in the narrowed network."""
         spec, old = self.analysis.specs[name], self.narrowed.get_submodule(name)
         weight = old.get_parameter("weight").detach().double().flatten(1)
         xx, yx = moments.covariance("xx")[0], moments.covariance("yx")[0]
-        fitted = least_squares(weight[:, kept], xx[kept][:, kept], yx[:, kept])
+        fitted = least_squares(weight[:, kept], xx[kept][:, kept], yx[:, kept], moments.shrinkage()[0])
         bias = moments.mean("y")[0] - fitted @ moments.mean("x")[0, kept]
         new = dataclasses.replace(spec, in_channels=len(kept)).make_layer(old.get_parameter("weight"))
         _fill(new, [[fitted]], bias)

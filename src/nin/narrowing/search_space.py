@@ -54,6 +54,18 @@ class SearchSpace:
     factorisations: dict[str, tuple[Factorisation, ...]]
     widths: dict[tuple[str, str], dict[int, float]]
 
+    def weighted(self, weights: dict[str, float]) -> "SearchSpace":
+        """Return the choices with the losses of some layers multiplied, by the layer's name."""
+        factorisations = {
+            name: tuple(dataclasses.replace(f, loss=f.loss * weights.get(name, 1.0)) for f in choices)
+            for name, choices in self.factorisations.items()
+        }
+        widths = {
+            edge: {n: loss * weights.get(edge[1], 1.0) for n, loss in losses.items()}
+            for edge, losses in self.widths.items()
+        }
+        return SearchSpace(factorisations, widths)
+
     def to_json(self) -> str:
         """Return the choices as JSON, for the cache."""
         forms = {name: [dataclasses.astuple(f) for f in value] for name, value in self.factorisations.items()}
@@ -99,7 +111,7 @@ def factorisation_candidates(
     """
     groups, width = spec.groups, spec.out_channels // spec.groups
     weights = weight.double().view(groups, width, -1)
-    xx = moments.covariance("xx") if moments.has_patch_covariance else None
+    xx = moments.shrunk_covariance() if moments.has_patch_covariance else None
     yy = weights @ xx @ weights.mT if xx is not None else moments.covariance("yy")
     roots = [matrix_roots(g) for g in sensitivity]
     variance = weighted_variance(yy, roots) or 1.0
@@ -159,7 +171,7 @@ def width_candidates(consumer: LayerSpec, weight: Tensor, moments: Moments, sens
     if not moments.has_patch_covariance or not sizes:
         return {}
     sqrt = matrix_roots(sensitivity[0]).sqrt
-    weight, xx = weight.double(), moments.covariance("xx")[0]
+    weight, xx = weight.double(), moments.shrunk_covariance()[0]
     elimination = eliminate_channels(weight, xx, consumer.taps, sqrt, least=sizes[-1])
     variance = float((sqrt @ weight @ xx @ weight.mT @ sqrt).trace()) or 1.0
     return {n: elimination.losses[consumer.in_channels - n] / variance for n in sizes}
