@@ -16,6 +16,7 @@ import nin
 from nin import checkpoint
 from nin.cli import app
 from nin.errors import UserError
+from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.speed_search import processes, quality, subject, timing
 from nin.speed_search.combinations import ENGINES, REFERENCE, Combination
 from nin.speed_search.networks import load_network, save_named, save_run
@@ -261,26 +262,29 @@ def test_int8_of_onnx_runtime_and_openvino_stay_near_the_network(module, tmp_pat
 
 
 def test_the_weights_of_int8_have_a_scale_for_each_channel(tmp_path):
-    """A narrowed layer, k×k to a few channels and 1×1 back, is quantised as two layers, per channel."""
+    """Narrowing's forms, k×k → 1×1 and 1×1 → k×k → 1×1, are quantised as their layers, each weight per channel."""
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU())
-    batch = torch.randn(32, 3, 12, 12)
-    narrowed = nin.narrow(model, [batch], macs=0.4, options=nin.NarrowOptions(thin=False, measure_latency=False))
-    nin.export(narrowed.model, tmp_path / "model.onnx", input_shape=(3, 12, 12))
+    forms = LayerPlan("0", "output", None, 10, 3, 24), LayerPlan("2", "tucker", 12, 14, 24, 24)
+    narrowed = nin.apply_plan(model, Plan(forms, (), "macs", 0.5)).eval()
+    nin.export(narrowed, tmp_path / "model.onnx", input_shape=(3, 12, 12))
     np.save(tmp_path / "pixels.npy", torch.randint(0, 256, (8, 3, 12, 12), dtype=torch.uint8).numpy())
     files = [str(tmp_path / name) for name in ("model.onnx", "int8.onnx", "pixels.npy")]
     quantize_onnx(QuantizationSpec("onnxruntime", *files, (0.5,) * 3, (0.25,) * 3, True))
     graph = onnx.load(files[1]).graph
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    plain = [m for m in narrowed.model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == len(plain) > 2  # a layer became two
+    plain = [m for m in narrowed.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == len(plain) == 5
     producers = {node.output[0]: node for node in graph.node}
     for node, layer in zip(convolutions, plain, strict=True):
         values, scales, _ = producers[node.input[1]].input
         assert weights[values].dtype == np.int8
         assert weights[scales].shape == (layer.out_channels,)
+        # the largest weight of each channel has the largest of its numbers, whatever the other channels' weights are
+        expected = layer.weight.detach().abs().amax((1, 2, 3)).numpy() / 127
+        assert weights[scales] == pytest.approx(expected, rel=0.01)
 
 
 def test_run_folders_and_their_narrowed_forms_are_loaded_as_they_answer(run, tmp_path):
