@@ -439,13 +439,21 @@ def test_overwrite_is_named_where_it_helps_and_needs_a_folder(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_engine_and_narrowed_forms(module, tmp_path):
+@pytest.mark.timeout(900)
+def test_every_engine_and_narrowed_forms(module, tmp_path, monkeypatch):
+    """Every combination whose packages are installed is timed; the slow ones of the original are not narrowed."""
+    from nin.speed_search import session
+
+    monkeypatch.setattr(session, "SCREENING_SECONDS", 0.0)
+    monkeypatch.setattr(session, "FINAL_SECONDS", 0.0)
     found = nin.speed(module, images(60), batches=(1, 4), budgets=(0.7,), out=tmp_path / "fast", size=16)
-    reasons = [r.reason for r in found.rows if r.reason]
-    assert reasons == []
     assert {r.combination.engine for r in found.rows} == set(ENGINES)
-    assert any(r.combination.form == "narrowed 0.7" for r in found.rows)
-    assert all(set(r.latency) == {1, 4} for r in found.rows)
+    assert any(r.combination.form == "narrowed 0.7" and r.latency for r in found.rows)
+    for r in found.rows:
+        usable = not ENGINES[r.combination.engine].missing(r.combination.number)
+        usable &= r.combination.number != "bfloat16" or session.cpu_has_bf16()
+        assert set(r.latency) == ({1, 4} if usable else set()), r
+        assert not usable or not r.reason or r.reason.startswith("timed in the first rounds only"), r
 
 
 # ---------------------------------------------------------------- the page and the command
