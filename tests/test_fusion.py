@@ -107,7 +107,71 @@ class Optional(nn.Module):
         return self.b(torch.relu(self.a(x))) + shortcut
 
 
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: bottleneck, sum, bottleneck of the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.block(12, 1)
+        self.second = self.block(10, 2)
+
+    def block(self, cout, stride):
+        up, down = conv_bn(12, 20, bias=False), conv_bn(20, 12 if stride == 1 else cout, bias=False)
+        depthwise = conv_bn(20, 20, 3, stride=stride, padding=1, groups=20, bias=False)
+        return nn.Sequential(*up, nn.ReLU6(inplace=True), *depthwise, nn.ReLU6(inplace=True), *down)
+
+    def forward(self, x):
+        return self.second(x + self.first(x))
+
+
+class SqueezeExcite(nn.Module):
+    """A scale for each channel between the depthwise layer and the last: not this form."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.depthwise = nn.Conv2d(12, 20, 1), nn.Conv2d(20, 20, 5, padding=2, groups=20)
+        self.scale, self.down = nn.Conv2d(20, 20, 1), nn.Conv2d(20, 7, 1)
+
+    def forward(self, x):
+        y = F.hardswish(self.depthwise(F.relu6(self.up(x))))
+        return self.down(y * torch.sigmoid(self.scale(y.mean((2, 3), keepdim=True))))
+
+
+class FunctionalBottleneck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.depthwise = (
+            nn.Conv2d(12, 20, 1),
+            nn.Conv2d(20, 20, (3, 5), padding=(2, 2), dilation=(2, 1), groups=20),
+        )
+        self.down, self.after = nn.Conv2d(20, 7, 1), nn.Conv2d(7, 3, 1)
+
+    def forward(self, x):
+        y = F.silu(self.depthwise(F.hardswish(self.up(x))))
+        return self.after(F.relu6(self.down(y)))
+
+
 MODELS = {
+    "inverted bottleneck": (InvertedResidual, [3, 3]),
+    "squeeze-excite": (SqueezeExcite, []),
+    "functional bottleneck": (FunctionalBottleneck, [3]),
+    "separable": (
+        lambda: nn.Sequential(
+            *conv_bn(12, 12, 3, padding=1, groups=12), nn.Hardswish(), *conv_bn(12, 8), nn.ReLU6(), *conv_bn(8, 5)
+        ),
+        [2, 1],
+    ),
+    "depthwise with a multiplier": (
+        lambda: nn.Sequential(nn.Conv2d(12, 24, 3, groups=12), nn.ReLU(), nn.Conv2d(24, 8, 1), nn.ReLU()),
+        [1],
+    ),
+    "two depthwise layers": (
+        lambda: nn.Sequential(
+            nn.Conv2d(12, 12, 3, padding=1, groups=12),
+            *(nn.Conv2d(12, 16, 1), nn.ReLU6(), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)),
+        ),
+        [3],
+    ),
     "an option": (WithOption, []),
     "an option alone": (Optional, [2]),
     "sequential": (lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.SiLU()), [2]),
@@ -179,7 +243,9 @@ def test_names_tensors_and_classes_stay(name):
         torch.testing.assert_close(again(x), model(x), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["with BatchNorm", "residual", "per pixel", "functional", "k×k first"])
+@pytest.mark.parametrize(
+    "name", ["inverted bottleneck", "with BatchNorm", "residual", "per pixel", "functional", "k×k first"]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_are_the_originals(name, training):
     model = make(name)

@@ -209,3 +209,72 @@ def test_mlpconv_takes_the_geometry_of_its_convolutions():
     for first in others:
         layer.convs[0] = first
         torch.testing.assert_close(layer(x), torch.relu(layer.convs[1](torch.relu(first(x)))))
+
+
+def plain_inverted_bottleneck(layer, x):
+    y = x
+    for i, conv in enumerate(layer.convs):
+        y = conv(y) if layer.norms is None else layer.norms[i](conv(y))
+        y = F.hardswish(y) if i + 1 < len(layer.convs) else y
+    return y + x if layer.residual else y
+
+
+@pytest.mark.parametrize("normalisation", [None, "batch_norm"])
+@pytest.mark.parametrize(
+    ("options", "residual"), [({}, True), ({"stride": (2, 1)}, False), ({"kernel_size": (3, 5), "dilation": 2}, True)]
+)
+@pytest.mark.parametrize("hidden", [20, None])
+def test_inverted_bottleneck_is_a_sequence_of_convolutions(hidden, options, residual, normalisation):
+    layer = nin.InvertedBottleneck(
+        6, hidden, 6, activation="hardswish", normalisation=normalisation, **options
+    ).double()
+    assert layer.residual == residual
+    x = random_images(3, 6, 9, 8).requires_grad_()
+    tensors = [x, *layer.parameters()]
+    result, expected = layer(x), plain_inverted_bottleneck(layer, x)
+    torch.testing.assert_close(result, expected)
+    grads, expected_grads = (torch.autograd.grad(y.square().sum(), tensors) for y in (result, expected))
+    torch.testing.assert_close(grads, expected_grads)
+    layer.eval()
+    before = layer(x)
+    fused = nin.fuse(layer).model
+    torch.testing.assert_close(fused(x), before)
+    folded = layer.fold()
+    assert folded is layer
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in layer.modules())
+    torch.testing.assert_close(layer(x), before)
+    layer.convs[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not torch.allclose(layer(x), before)
+
+
+def test_inverted_bottleneck_adds_only_what_has_its_shape():
+    assert not nin.InvertedBottleneck(6, 20, 8).residual
+    layer = nin.InvertedBottleneck(6, 20, 6, kernel_size=4)
+    assert not layer.residual
+    assert layer(torch.randn(1, 6, 8, 8)).shape == (1, 6, 7, 7)
+
+
+def test_inverted_bottlenecks_with_batch_norm_are_found_and_others_are_operators_already():
+    fused = nin.fuse(nn.Sequential(nin.InvertedBottleneck(6, 20, 6, normalisation="batch_norm").eval()))
+    assert [chain.layers for chain in fused.chains] == [("0.convs.0", "0.convs.1", "0.convs.2")]
+    fused = nin.fuse(nn.Sequential(nin.InvertedBottleneck(6, 20, 6)))
+    assert (fused.chains, fused.left) == ((), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "mish"}, "activation must be one of none, relu"),
+        ({"normalisation": "layer"}, "normalisation must be None or 'batch_norm', got 'layer'"),
+        ({"hidden_channels": 0}, "hidden_channels must be"),
+        ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1"),
+    ],
+)
+def test_inverted_bottleneck_names_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        nin.InvertedBottleneck(**{"in_channels": 6, "hidden_channels": 20, "out_channels": 6, **options})
+
+
+def test_the_cost_of_an_inverted_bottleneck_is_that_of_its_convolutions():
+    cost = nin.cost(nin.InvertedBottleneck(6, 20, 8, stride=2), (1, 6, 8, 8))
+    assert cost.macs == 64 * 6 * 20 + 16 * (20 * 9 + 20 * 8)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nin.exporters import export
     from nin.fusion import fuse
     from nin.inference.classifier import Classifier, load
-    from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, MLPConv
+    from nin.layers import Bottleneck, Conv1x1, GlobalAveragePooling, Inception, InvertedBottleneck, MLPConv
     from nin.narrowing import NarrowOptions, apply_plan, narrow
     from nin.ops import backends, conv1x1, freeze, inverted_bottleneck, mlpconv
     from nin.profiling.cost import cost
@@ -26,7 +26,7 @@ _MODULES = {
     "nin.exporters": ("export",),
     "nin.fusion": ("fuse",),
     "nin.inference.classifier": ("Classifier", "load"),
-    "nin.layers": ("Bottleneck", "Conv1x1", "GlobalAveragePooling", "Inception", "MLPConv"),
+    "nin.layers": ("Bottleneck", "Conv1x1", "GlobalAveragePooling", "Inception", "InvertedBottleneck", "MLPConv"),
     "nin.narrowing": ("NarrowOptions", "apply_plan", "narrow"),
     "nin.ops": ("backends", "conv1x1", "freeze", "inverted_bottleneck", "mlpconv"),
     "nin.profiling.cost": ("cost",),
@@ -42,6 +42,7 @@ __all__ = [
     "Conv1x1",
     "GlobalAveragePooling",
     "Inception",
+    "InvertedBottleneck",
     "MLPConv",
     "NarrowOptions",
     "NiNClassifier",

@@ -1,4 +1,4 @@
-"""Layers of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, Inception, and the head GlobalAveragePooling."""
+"""Layers of 1×1 convolutions: Conv1x1, MLPConv, Bottleneck, InvertedBottleneck, Inception, GlobalAveragePooling."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nin.errors import UserError
-from nin.ops import ACTIVATIONS, check_activation, conv1x1, mlpconv
-from nin.ops.checks import Pair
+from nin.ops import ACTIVATIONS, check_activation, conv1x1, inverted_bottleneck, mlpconv
+from nin.ops.checks import Pair, pair
+from nin.ops.reference import BOTTLENECK_ACTIVATIONS
 
 NORMALISATIONS = (None, "weight_standardisation")
 
@@ -26,9 +28,9 @@ class _OperatorLayer(nn.Module):
     """A layer that calls the operator, which ``torch.jit.script`` cannot compile."""
 
     def __prepare_scriptable__(self) -> nn.Module:
+        instead = ", or put the layer's to_sequential() in its place" if hasattr(self, "to_sequential") else ""
         raise UserError(
-            f"torch.jit.script cannot compile nin.{type(self).__name__}: use torch.jit.trace or torch.export, or put "
-            "the layer's to_sequential() in its place"
+            f"torch.jit.script cannot compile nin.{type(self).__name__}: use torch.jit.trace or torch.export{instead}"
         )
 
 
@@ -289,6 +291,107 @@ class Bottleneck(nn.Sequential):
         super().__init__(*layers)
 
 
+class InvertedBottleneck(_OperatorLayer):
+    """MobileNetV2's block: 1×1 to more channels, depthwise k×k, 1×1 back to few, and the input added where it fits.
+
+    See `nin.inverted_bottleneck` for the equation. The convolutions in ``convs`` hold the parameters; without
+    normalisation they run as one operator, whose hidden tensors never leave the CPU's cache. With BatchNorm they run
+    one by one, as its statistics are of whole batches; for inference, `fold` merges it into the convolutions.
+
+    Args:
+        in_channels: C_in.
+        hidden_channels: between the 1×1 layers, six times as many in MobileNetV2; None: no first 1×1 layer (a depthwise
+            separable convolution).
+        out_channels: C_out.
+        kernel_size: k of the depthwise convolution; one number, or (height, width), as the next two.
+        stride: of the depthwise convolution.
+        dilation: distance of its taps, in pixels. It is padded such that stride 1 and an odd k keep the image's size.
+        activation: of all layers but the last, which has none (see `nin.inverted_bottleneck`).
+        normalisation: None, or "batch_norm" after each convolution, which then has no bias.
+
+    Raises:
+        ValueError: a width is not positive, or a name is unknown.
+
+    Source:
+        Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018,
+        arXiv 1801.04381, table 1.
+
+    Example:
+        >>> nin.InvertedBottleneck(24, 144, 24)(torch.randn(1, 24, 56, 56)).shape
+        torch.Size([1, 24, 56, 56])
+        >>> nin.InvertedBottleneck(24, 144, 32, stride=2)(torch.randn(1, 24, 56, 56)).shape
+        torch.Size([1, 32, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | None,
+        out_channels: int,
+        *,
+        kernel_size: Pair = 3,
+        stride: Pair = 1,
+        dilation: Pair = 1,
+        activation: str = "relu6",
+        normalisation: str | None = None,
+    ) -> None:
+        super().__init__()
+        wide = in_channels if hidden_channels is None else hidden_channels
+        _check_positive(in_channels=in_channels, hidden_channels=wide, out_channels=out_channels)
+        if activation not in BOTTLENECK_ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(BOTTLENECK_ACTIVATIONS)}, got {activation!r}")
+        if normalisation not in (None, "batch_norm"):
+            raise ValueError(f"normalisation must be None or 'batch_norm', got {normalisation!r}")
+        size, step = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
+        padding = step[0] * (size[0] - 1) // 2, step[1] * (size[1] - 1) // 2
+        strides = pair("stride", stride, 1)
+        bias = normalisation is None
+        up = [] if hidden_channels is None else [nn.Conv2d(in_channels, wide, 1, bias=bias)]
+        depthwise = nn.Conv2d(wide, wide, size, strides, padding, step, groups=wide, bias=bias)
+        self.convs = nn.ModuleList([*up, depthwise, nn.Conv2d(wide, out_channels, 1, bias=bias)])
+        self.activations = [activation] * (len(up) + 1) + ["none"]
+        self.norms = None if bias else nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self._layers())
+        keeps_size = all(d * (k - 1) % 2 == 0 for k, d in zip(size, step, strict=True))
+        self.residual = in_channels == out_channels and strides == (1, 1) and keeps_size
+        for conv, name in zip(self._layers(), self.activations, strict=True):
+            _initialise(conv.weight, name)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+    def _layers(self) -> list[nn.Conv2d]:
+        return cast(list[nn.Conv2d], list(self.convs._modules.values()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C_out, H', W') for ``x`` of shape (N, C_in, H, W)."""
+        convs = self._layers()
+        if self.norms is None and all(_is_plain_conv(conv, groups=conv.groups) for conv in convs):
+            depthwise = convs[-2]
+            geometry = {"stride": depthwise.stride, "padding": depthwise.padding, "dilation": depthwise.dilation}
+            weights, biases = ([_tensor(conv, name) for conv in convs] for name in ("weight", "bias"))
+            options = {"activation": self.activations, "residual": self.residual, **geometry}
+            return inverted_bottleneck(x, weights, biases, **options)  # type: ignore[arg-type]
+        y = x
+        for i, conv in enumerate(convs):
+            y = conv(y)
+            y = y if self.norms is None else self.norms[i](y)
+            y = BOTTLENECK_ACTIVATIONS[self.activations[i]](y)
+        return y + x if self.residual else y
+
+    @torch.no_grad()
+    def fold(self) -> "InvertedBottleneck":
+        """Merge BatchNorm, with the statistics of now, into the convolutions, in place, and return the layer."""
+        if self.norms is not None:
+            norms = cast(list[nn.BatchNorm2d], list(self.norms))
+            for i, (conv, norm) in enumerate(zip(self._layers(), norms, strict=True)):
+                self.convs[i] = fuse_conv_bn_eval(conv.eval(), norm.eval()).train(self.training)
+            self.norms = None
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the options that ``print`` shows."""
+        return f"activations={self.activations}, residual={self.residual}"
+
+
 class Inception(nn.Module):
     """Four parallel branches whose outputs are concatenated: 1×1; 1×1 → 3×3; 1×1 → 5×5; max pooling → 1×1.
 
@@ -352,14 +455,14 @@ class GlobalAveragePooling(nn.Module):
         return F.adaptive_avg_pool2d(maps, 1).flatten(1)
 
 
-def _is_plain_conv(conv: nn.Module) -> bool:
+def _is_plain_conv(conv: nn.Module, groups: int = 1) -> bool:
     """Return whether nothing but a convolution's weights decides what it computes: no hook, no code of its own."""
     return (
         isinstance(conv, nn.Conv2d)
         # of the class, as the compiler cannot see through a bound method's __func__
         and type(conv).forward in (nn.Conv2d.forward, StandardisedConv2d.forward)
         and "forward" not in vars(conv)
-        and conv.groups == 1
+        and conv.groups == groups
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and not (conv._forward_pre_hooks or conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)

@@ -1,4 +1,4 @@
-"""Fusing: the 1×1 chains of any PyTorch model become the operator `nin::mlpconv`."""
+"""Fusing: 1×1 chains and inverted bottlenecks of any PyTorch model become one operator each."""
 
 from nin.fusion.chain import CHAIN_FORMS, Chain
 from nin.fusion.rewrite import FusedChain, FuseResult, fuse

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin.ops import ACTIVATIONS, mlpconv
+from nin.ops import inverted_bottleneck, mlpconv
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import hash_tensors, mark_constant
+from nin.ops.reference import BOTTLENECK_ACTIVATIONS
 
 # How a chain can be computed: all of it as one operator; its first convolution by PyTorch and the rest as one operator;
 # PyTorch's layers with BatchNorm folded into them; PyTorch's layers as they are.
@@ -37,7 +38,7 @@ class Link(NamedTuple):
         bias: (C_out,), or None.
         geometry: stride, padding, dilation and groups; () for a fully connected layer.
         norm: the BatchNorm, or None.
-        activation: "none", "relu", "gelu" or "silu".
+        activation: "none", "relu", "gelu" or "silu"; in an inverted bottleneck "relu6" and "hardswish" too.
     """
 
     weight: Tensor
@@ -90,7 +91,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 class Chain:
-    """Convolutions, 1×1 from the second on, or fully connected layers on every pixel, as one operator.
+    """Convolutions, 1×1 from the second on, an inverted bottleneck, or fully connected layers on every pixel.
 
     It holds no weights: its layers are called as the model calls them, and `Pending` collects what they are called
     with, see there. Weights with BatchNorm folded into them are kept until a byte of a tensor behind them changes.
@@ -101,6 +102,7 @@ class Chain:
         places: the modules of the chain, and those around them that hold a part of it.
         callers: the code of the forwards that call the first layer, from the nearest to the one that holds the chain.
         form: one of `forms`.
+        bottleneck: whether it is [a 1×1 layer,] a depthwise layer and a 1×1 layer.
     """
 
     def __init__(
@@ -112,9 +114,10 @@ class Chain:
         callers: tuple[Any, ...] = (),
         convolves: bool = True,
         form: str = "operator",
+        bottleneck: bool = False,
     ) -> None:
         self.steps, self.training, self.places, self.callers = steps, training, places, callers
-        self.convolves, self.form = convolves, form
+        self.convolves, self.form, self.bottleneck = convolves, form, bottleneck
         self.seen: tuple[Tensor, list[Link]] | None = None  # the last input and links, while `fuse` measures
         self.watches = False  # whether to note them
         self._folded: tuple[object, Folded] | None = None  # with what it was computed from
@@ -126,14 +129,14 @@ class Chain:
     @property
     def forms(self) -> tuple[str, ...]:
         """Those of `CHAIN_FORMS` in which this chain can be computed."""
-        splits = self.steps.count("layer") > 1 and self.convolves
+        splits = self.steps.count("layer") > 1 and self.convolves and not self.bottleneck
         return tuple(form for form in CHAIN_FORMS if splits or form != "operator behind the first")
 
     def run(self, x: Tensor, links: list[Link]) -> Tensor:
         """Return the result of the links for ``x``: (N, C, H, W), or (…, C) for fully connected layers."""
         if self.watches:
             self.seen = x.clone(), links
-        if self.form == "original" or not _is_supported(x, links):
+        if self.form == "original" or not self._supports(x, links):
             return run_layers(x, links)
         weights = self._weights(links)
         if self.form == "folded":
@@ -148,13 +151,23 @@ class Chain:
         y = self._run_operator(pixels[None, :, None].permute(0, 3, 1, 2), links, weights)  # (1, C', P, 1)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
 
+    def _supports(self, x: Tensor, links: list[Link]) -> bool:
+        """Return whether the operator computes what the layers compute; if not, they run as they are."""
+        return _is_plain(x, links) and (_is_bottleneck(x, links) if self.bottleneck else _is_chain(x, links))
+
     def _run_operator(self, x: Tensor, links: list[Link], weights: Folded) -> Tensor:
         """Run the layers as one operator, without the first in the form "operator behind the first"."""
+        if self.bottleneck:
+            geometry = dict(zip(("stride", "padding", "dilation"), links[-2].geometry, strict=False))
+            names = [link.activation for link in links]
+            return inverted_bottleneck(
+                x, [w for w, _ in weights], [b for _, b in weights], activation=names, **geometry
+            )
         geometry = {}
         if self.convolves and self.form == "operator":
             geometry = dict(zip(("stride", "padding", "dilation"), links[0].geometry, strict=False))
         elif self.convolves:
-            x = ACTIVATIONS[links[0].activation](F.conv2d(x, *weights[0], *links[0].geometry))
+            x = BOTTLENECK_ACTIVATIONS[links[0].activation](F.conv2d(x, *weights[0], *links[0].geometry))
             links, weights = links[1:], weights[1:]
         activations = [link.activation for link in links]
         return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
@@ -204,39 +217,62 @@ def run_layers(x: Tensor, links: list[Link]) -> Tensor:
         if link.norm is not None:
             mean, variance, weight, bias, eps = link.norm
             x = F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
-        x = ACTIVATIONS[link.activation](x)
+        x = BOTTLENECK_ACTIVATIONS[link.activation](x)
     return x
 
 
-def _is_supported(x: Tensor, links: list[Link]) -> bool:
-    """Return whether the operator computes what the layers compute; if not, they run as they are, or say why not."""
+def _is_plain(x: Tensor, links: list[Link]) -> bool:
+    """Return whether all tensors are ones of PyTorch's that an operator may be given together."""
     if not x.is_floating_point() or (x.numel() == 0 and not links[0].geometry):
         return False
     casts = torch.is_autocast_enabled(x.device.type)
-    channels = x.shape[1] if links[0].geometry else x.shape[-1]
-    for i, link in enumerate(links):
+    for link in links:
         for t in link.tensors():
             same = t.device == x.device and (casts or t.dtype == x.dtype) and t.layout == torch.strided
             if type(t) not in PLAIN_TYPES or not same or 0 in t.shape:
                 return False
-        if link.weight.shape[1] != channels or (link.bias is not None and link.bias.dim() != 1):
-            return False
-        channels = link.weight.shape[0]
-        if not link.geometry:
-            continue
-        stride, padding, dilation, groups = link.geometry
-        if groups != 1 or not all(
-            isinstance(value, tuple) and len(value) == 2 for value in (stride, padding, dilation)
-        ):
-            return False
-        if i > 0 and ((*link.weight.shape[2:],), stride, padding) != ((1, 1), (1, 1), (0, 0)):
-            return False
-        if i == 0 and any(
-            size + 2 * p <= d * (k - 1)
-            for size, p, d, k in zip(x.shape[2:], padding, dilation, link.weight.shape[2:], strict=True)
+        if (link.bias is not None and link.bias.dim() != 1) or not all(
+            isinstance(value, tuple) and len(value) == 2 for value in link.geometry[:3]
         ):
             return False
     return True
+
+
+def _is_chain(x: Tensor, links: list[Link]) -> bool:
+    """Return whether the layers are a chain of `nin.mlpconv`."""
+    channels = x.shape[1] if links[0].geometry else x.shape[-1]
+    for i, link in enumerate(links):
+        if link.weight.shape[1] != channels:
+            return False
+        channels = link.weight.shape[0]
+        if link.geometry and (link.geometry[3] != 1 or not (_reaches(x, link) if i == 0 else _is_pointwise(link))):
+            return False
+    return True
+
+
+def _is_bottleneck(x: Tensor, links: list[Link]) -> bool:
+    """Return whether the layers are an inverted bottleneck."""
+    *up, depthwise, down = links
+    channels = up[0].weight.shape[0] if up else x.shape[1]
+    return (
+        all(_is_pointwise(link) and link.geometry[3] == 1 for link in (*up, down))
+        and all(link.weight.shape[1] == x.shape[1] for link in up)
+        and depthwise.geometry[3] == channels == down.weight.shape[1]
+        and depthwise.weight.shape[:2] == (channels, 1)
+        and _reaches(x, depthwise)
+    )
+
+
+def _is_pointwise(link: Link) -> bool:
+    """Return whether a convolution is 1×1, on every pixel and without a border."""
+    return ((*link.weight.shape[2:],), *link.geometry[:2]) == ((1, 1), (1, 1), (0, 0))
+
+
+def _reaches(x: Tensor, link: Link) -> bool:
+    """Return whether the padded image is as large as a convolution's kernel."""
+    _, padding, dilation, _ = link.geometry
+    sizes = zip(x.shape[2:], padding, dilation, link.weight.shape[2:], strict=True)
+    return all(size + 2 * p > d * (k - 1) for size, p, d, k in sizes)
 
 
 def _which(link: Link) -> tuple[bool, ...]:

@@ -13,13 +13,25 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from nin.fusion.chain import is_hooked
-from nin.layers import ACTIVATION_NAMES, MLPConv
+from nin.layers import ACTIVATION_NAMES, Conv1x1, InvertedBottleneck, MLPConv
+from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
 
 # by the function, or by the method's name
 _FUNCTION_NAMES: dict[Any, str] = {
     **{F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"},
+    **{F.relu6: "relu6", F.hardswish: "hardswish"},
     **{"relu": "relu", "relu_": "relu"},
 }
+_MODULE_NAMES: dict[type, str] = {**ACTIVATION_NAMES, nn.ReLU6: "relu6", nn.Hardswish: "hardswish"}
+
+# of an inverted bottleneck's layers, of which the first may be missing
+BOTTLENECK_ROLES = "pointwise", "depthwise", "pointwise"
+
+
+def is_operator(module: nn.Module) -> bool:
+    """Return whether a module is a layer of nin's that runs as one operator already."""
+    is_block = isinstance(module, InvertedBottleneck) and module.norms is None
+    return is_block or isinstance(module, MLPConv | Conv1x1)
 
 
 class Tracer(fx.Tracer):
@@ -31,7 +43,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module becomes one node of the graph."""
-        return isinstance(m, MLPConv | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return is_operator(m) or isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module's forward."""
@@ -80,11 +92,13 @@ class ChainMatch:
         nodes: of the graph, from the first layer to the last activation.
         steps: what they do, see `Chain`.
         layer_names: names of the layers in the traced module.
+        bottleneck: whether it is an inverted bottleneck.
     """
 
     nodes: list[fx.Node]
     steps: list[str]
     layer_names: list[str]
+    bottleneck: bool = False
 
 
 def match_chains(
@@ -104,13 +118,24 @@ def match_chains(
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     taken: set[fx.Node] = set()
     matches, reasons = [], {}
+    # first the blocks, as a chain would begin with the last layer of one and end with the first of the next; of these
+    # first those of three layers, as one of two would take their first
+    for roles in (BOTTLENECK_ROLES, BOTTLENECK_ROLES[1:]):
+        for node in graph.nodes:
+            name = str(node.target)
+            if node in taken or not _is_layer(node, modules) or not _has_role(modules[name], calls[name], roles[0]):
+                continue
+            match = _match_from(node, modules, calls, kept or set(), taken, roles)
+            if len(match.layer_names) == len(roles):
+                matches.append(match)
+                taken.update(match.nodes)
     for node in graph.nodes:
         if node in taken or not _is_layer(node, modules):
             continue
         name = str(node.target)
         reason = unsupported_reason(modules[name], calls[name], first=True)
         if reason is None:
-            match = _match_from(node, modules, calls, kept or set())
+            match = _match_from(node, modules, calls, kept or set(), taken)
             if len(match.nodes) > 1:
                 matches.append(match)
                 taken.update(match.nodes)
@@ -133,11 +158,29 @@ def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | No
         return f"it is a {type(layer).__name__}, whose forward may differ"
     if layer.groups != 1:
         return "it has groups"
+    return _unsupported_geometry(layer, pointwise=not first)
+
+
+def _unsupported_geometry(layer: nn.Conv2d, *, pointwise: bool) -> str | None:
+    """Return why a convolution with this geometry cannot be in a chain, or None if it can."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return f"its padding is {layer.padding_mode if layer.padding_mode != 'zeros' else layer.padding!r}"
-    if not first and (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0)):
+    if pointwise and (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0)):
         return "it looks at more than one pixel"
     return None
+
+
+def _has_role(layer: nn.Module, calls: int, role: str) -> bool:
+    """Return whether a layer is one of an inverted bottleneck's: 1×1 on every pixel, or a filter for each channel."""
+    if role == "pointwise":
+        return type(layer) is nn.Conv2d and unsupported_reason(layer, calls, first=False) is None
+    return (
+        type(layer) is nn.Conv2d
+        and calls == 1
+        and not is_hooked(layer)
+        and 1 < layer.groups == layer.in_channels == layer.out_channels
+        and _unsupported_geometry(layer, pointwise=False) is None
+    )
 
 
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -149,34 +192,48 @@ def is_pointwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
-def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str], kept: set[fx.Node]) -> ChainMatch:
-    """Return the longest chain that begins with a layer."""
+def _match_from(
+    start: fx.Node,
+    modules: dict[str, nn.Module],
+    calls: Counter[str],
+    kept: set[fx.Node],
+    taken: set[fx.Node],
+    roles: tuple[str, ...] = (),
+) -> ChainMatch:
+    """Return the longest chain that begins with a layer, or as many layers of an inverted bottleneck as there are.
+
+    Args:
+        start: the call of the first layer.
+        modules: of the traced module, by their names.
+        calls: how often each is called.
+        kept: nodes whose values the forward keeps.
+        taken: nodes that are in another chain.
+        roles: of an inverted bottleneck's layers, see `_has_role`; () for a chain.
+    """
     first = modules[str(start.target)]
-    match, nodes, steps = ChainMatch([start], ["layer"], [str(start.target)]), [start], ["layer"]
+    match, nodes, steps = ChainMatch([start], ["layer"], [str(start.target)], bool(roles)), [start], ["layer"]
+    known = BOTTLENECK_ACTIVATIONS if roles else ACTIVATIONS
     # a hidden value has one user, which comes next: what the model does in between might change the chain's input
     while len(nodes[-1].users) == 1 and nodes[-1] not in kept:
         node = next(iter(nodes[-1].users))
-        if node.args[:1] != (nodes[-1],) or nodes[-1] in node.kwargs.values() or not _follows(node, nodes[-1]):
+        is_next = node.args[:1] == (nodes[-1],) and nodes[-1] not in node.kwargs.values() and _follows(node, nodes[-1])
+        if not is_next or node in taken:
             break
         activation, done = _activation(node, modules), steps[-1] in ("layer", "norm")
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and is_hooked(module):
             break
-        if activation is not None and done:
+        if activation in known and done:
             steps.append(activation)
         elif isinstance(module, nn.BatchNorm2d) and steps[-1] == "layer":
             after = _activation_inside(module)
-            if after is None or not _can_fold(module, first) or calls[str(node.target)] > 1:
+            if after not in known or not _can_fold(module, first) or calls[str(node.target)] > 1:
                 break
             steps += ["norm"] if after == "none" else ["norm", after]
         elif module is not None and _does_nothing(module):
             nodes.append(node)
             continue  # part of the chain only if something follows it
-        elif (
-            module is not None
-            and type(module) is type(first)
-            and unsupported_reason(module, calls[str(node.target)], first=False) is None
-        ):
+        elif module is not None and _continues(module, calls[str(node.target)], first, len(match.layer_names), roles):
             steps.append("layer")
             match.layer_names.append(str(node.target))
         else:
@@ -187,6 +244,13 @@ def _match_from(start: fx.Node, modules: dict[str, nn.Module], calls: Counter[st
         # a single matrix product is as fast in PyTorch
         return ChainMatch([start], ["layer"], match.layer_names)
     return match
+
+
+def _continues(layer: nn.Module, calls: int, first: nn.Module, place: int, roles: tuple[str, ...]) -> bool:
+    """Return whether a layer can be at a place of a chain, or of an inverted bottleneck."""
+    if roles:
+        return place < len(roles) and _has_role(layer, calls, roles[place])
+    return type(layer) is type(first) and unsupported_reason(layer, calls, first=False) is None
 
 
 def _follows(node: fx.Node, before: fx.Node) -> bool:
@@ -209,7 +273,7 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 def _module_activation(module: nn.Module | None) -> str | None:
     """Return the name of an activation module; None for anything else, such as GELU's approximation with tanh."""
     exact = not isinstance(module, nn.GELU) or module.approximate == "none"
-    return ACTIVATION_NAMES.get(type(module)) if exact else None
+    return _MODULE_NAMES.get(type(module)) if exact else None
 
 
 def _activation_inside(norm: nn.BatchNorm2d) -> str | None:

@@ -154,6 +154,10 @@ def _activation(name: str, *, changes: bool = False) -> Callable[..., Any]:
     return step
 
 
+def _hardtanh(this: Pending, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
+    return _activation("relu6")(this, inplace) if (min_val, max_val) == (0, 6) else None
+
+
 def _dropout(this: Pending, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return this if p == 0 or (not training and 0 < p <= 1) else None
 
@@ -167,6 +171,9 @@ _STEPS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.relu_, Tensor.relu_), _activation("relu", changes=True)),
     F.gelu: _activation("gelu"),
     F.silu: _activation("silu"),
+    F.relu6: _activation("relu6"),
+    F.hardtanh: _hardtanh,  # of nn.ReLU6
+    F.hardswish: _activation("hardswish"),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
 }
 

@@ -15,9 +15,8 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from nin.fusion.chain import Chain, Link, Place
-from nin.fusion.matcher import ChainMatch, Tracer, is_pointwise, match_chains, unsupported_reason
+from nin.fusion.matcher import ChainMatch, Tracer, is_operator, is_pointwise, match_chains, unsupported_reason
 from nin.fusion.pending import HEADS, begin_chain
-from nin.layers import Conv1x1, MLPConv
 from nin.runtime.fx_trace import TracingError, trace
 from nin.runtime.model_copy import copy_model
 from nin.runtime.timer import Timing, time_interleaved
@@ -105,8 +104,9 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     """Return a model whose 1×1 chains run as one operator each, where that is faster.
 
     A chain is a convolution (1×1, or k×k with groups = 1), then 1×1 convolutions, each with BatchNorm (folded, in
-    evaluation) and ReLU, GELU or SiLU after it; or fully connected layers on every pixel. Its hidden values stay in the
-    cache, see `nin.mlpconv`. The model keeps its classes, its parameters and their names; in the other mode, training
+    evaluation) and ReLU, GELU or SiLU after it; an inverted bottleneck ([1×1,] depthwise k×k, 1×1; ReLU6 and hardswish
+    too); or fully connected layers on every pixel. Its hidden values stay in the cache, see `nin.mlpconv` and
+    `nin.inverted_bottleneck`. The model keeps its classes, its parameters and their names; in the other mode, training
     or evaluation, it runs as before.
 
     Args:
@@ -176,7 +176,7 @@ def _find_chains(model: nn.Module, *, training: bool) -> tuple[_Chains, dict[str
     with _unchanged_randomness():
         _find_in(traced, "", model, chains, unfused, untraced)
     in_chains = set(itertools.chain(*chains))
-    own = {f"{name}." for name, module in model.named_modules() if isinstance(module, MLPConv | Conv1x1)}
+    own = {f"{name}." for name, module in model.named_modules() if is_operator(module)}
     for name, module in model.named_modules():
         known = name in in_chains or name in unfused or name.startswith(tuple(own))
         if not known and is_pointwise(module):
@@ -190,7 +190,7 @@ def _find_in(
     traced: nn.Module, path: str, model: nn.Module, chains: _Chains, unfused: dict[str, str], untraced: dict[str, str]
 ) -> None:
     """Find the chains of a module of the traced copy, or of its children where it cannot be traced."""
-    if isinstance(traced, MLPConv | Conv1x1) or not any(traced.children()):
+    if is_operator(traced) or not any(traced.children()):
         return
     tracer = Tracer()
     try:
@@ -214,7 +214,14 @@ def _find_in(
         else:
             convolves = isinstance(head, nn.Conv2d)
             steps = tuple(match.steps)
-            chains[layers] = Chain(steps, training=traced.training, places=places, callers=callers, convolves=convolves)
+            chains[layers] = Chain(
+                steps,
+                training=traced.training,
+                places=places,
+                callers=callers,
+                convolves=convolves,
+                bottleneck=match.bottleneck,
+            )
             begin_chain(head, chains[layers])
 
 

@@ -17,7 +17,7 @@ namespace {
 
 // Scratch of a chunk of lines: what stays in the L2 cache beside the weights. Where a whole strip is one chunk its lines
 // need not be kept for the next, and reading the hidden tensor once from the cache behind costs less than to cut it.
-constexpr int64_t max_chunk_bytes = 384 << 10, max_strip_bytes = 768 << 10;
+constexpr int64_t max_chunk_bytes = 256 << 10, max_strip_bytes = 768 << 10;
 
 // A batch of fewer images than threads, with no more pixels than this: the threads share each image's hidden channels,
 // then its output channels, as strips would compute too many lines twice.
@@ -196,7 +196,7 @@ void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRang
     PixelGrid in{x_.pixel(image, line, 0), x_.w_stride, 0};
     if (!reads_in_place_) in = {to.input + (line - lines.first) * used_columns_ * in_row_bytes_, in_row_bytes_, 0};
     gemm_tile(k_, args, in, {out - from * 4, pixel, 0}, {}, {}, 1, used_columns_, part);
-    if (!in_registers) k_.activate_rows(out, used_columns_, part.vectors(k_, panel), layer.activation);
+    if (!in_registers) k_.activate_rows(out, pixel, used_columns_, part.vectors(k_, panel), layer.activation);
   }
 }
 

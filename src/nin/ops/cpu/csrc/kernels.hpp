@@ -153,8 +153,8 @@ struct Kernels {
                            int64_t to_step, int64_t count);
   // A line of a depthwise convolution, of whole vectors: tiles of floats only.
   void (*depthwise)(const DepthwiseArguments&, int vectors);
-  // Applies an activation to `count` rows of whole vectors, max_vectors apart: tiles of floats only.
-  void (*activate_rows)(char* rows, int64_t count, int vectors, Activation activation);
+  // Applies an activation to `count` rows of whole vectors: tiles of floats only.
+  void (*activate_rows)(char* rows, int64_t row_stride, int64_t count, int vectors, Activation activation);
   // to[p][c] += from[p][c], floats
   void (*add_rows)(char* to, int64_t to_row_stride, const char* from, int64_t from_row_stride, int64_t count,
                    int64_t channels);

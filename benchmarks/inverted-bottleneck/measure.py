@@ -1,0 +1,147 @@
+"""Times inverted bottlenecks, and networks of them, beside other engines, in turn within one process.
+
+    python benchmarks/inverted-bottleneck/measure.py [NAME …] [--batches 1 16] [--rounds 15] [--threads 1]
+
+Float32, random weights, BatchNorm folded beforehand in the blocks. Medians over rounds in which every engine ran once;
+a ratio above 1: nin is faster. Prints rows of `results.md`.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import timm
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import nn
+
+import nin
+
+# channels, hidden channels, output channels, pixels of a side, taps of a side, stride
+BLOCKS = {
+    "24→144→24, 3×3, 56×56": (24, 144, 24, 56, 3, 1),
+    "96→576→96, 3×3, 14×14": (96, 576, 96, 14, 3, 1),
+    "160→960→160, 3×3, 7×7": (160, 960, 160, 7, 3, 1),
+    "16→96→24, 3×3 stride 2, 112×112": (16, 96, 24, 112, 3, 2),
+    "32→192→32, 3×3, 28×28": (32, 192, 32, 28, 3, 1),
+    "112→672→112, 5×5, 14×14": (112, 672, 112, 14, 5, 1),
+}
+NETWORKS = {"MobileNetV2": "mobilenetv2_100", "EfficientNet-Lite0": "efficientnet_lite0", "MNASNet-B1": "mnasnet_100"}
+
+
+class Block(nn.Module):
+    """PyTorch's layers of a block, with ReLU6 twice and the residual where it fits."""
+
+    def __init__(self, channels, hidden, out, pixels, taps, stride):
+        super().__init__()
+        self.up, self.down = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, out, 1)
+        self.depthwise = nn.Conv2d(hidden, hidden, taps, stride, taps // 2, groups=hidden)
+        self.residual = channels == out and stride == 1
+
+    def forward(self, x):
+        y = self.down(F.relu6(self.depthwise(F.relu6(self.up(x)))))
+        return y + x if self.residual else y
+
+    def fused(self, x):
+        layers = self.up, self.depthwise, self.down
+        options = {"stride": self.depthwise.stride, "padding": self.depthwise.padding, "residual": self.residual}
+        return nin.inverted_bottleneck(x, [c.weight for c in layers], [c.bias for c in layers], **options)
+
+
+def other_engines(model, x, threads, compiles):
+    """Return {name: a call} of eager in both layouts, torch.compile, OpenVINO and ONNX Runtime."""
+    last = x.contiguous(memory_format=torch.channels_last)
+    calls = {"eager": lambda: model(last), "eager NCHW": lambda: model(x)}
+    if compiles:
+        torch._dynamo.reset()
+        torch._inductor.config.freezing = True
+        compiled = torch.compile(model)
+        calls["compile"] = lambda: compiled(last)
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
+    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
+    array = x.numpy()
+    calls["OpenVINO"] = lambda: request.infer({0: array}, share_inputs=True, share_outputs=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "model.onnx")
+        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file, settings)
+    calls["ONNX Runtime"] = lambda: session.run(None, {"x": array})
+    return calls
+
+
+def median_ms(calls, rounds):
+    """Return {name: (median, lower and upper quartile)} in ms; every round runs each call for 4 ms or once."""
+    repeats, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        call()
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(0.004 / (time.perf_counter() - start)))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+    return {name: np.percentile(t, (50, 25, 75)) for name, t in times.items()}
+
+
+def report(name, batch, calls, rounds):
+    """Print a row: each engine's median and quartiles, and the ratio to the fastest of the others."""
+    times = median_ms(calls, rounds)
+    others = {engine: t[0] for engine, t in times.items() if engine != "nin"}
+    fastest = min(others, key=others.get)
+    cells = [f"{t[0]:.3f} ({t[1]:.3f} to {t[2]:.3f})" for t in times.values()]
+    ratios = [f"{others['eager'] / times['nin'][0]:.2f}", f"{others[fastest] / times['nin'][0]:.2f} ({fastest})"]
+    print(f"| {name} | {batch} | {' | '.join([*cells, *ratios])} |", flush=True)
+    return others[fastest] / times["nin"][0]
+
+
+@torch.no_grad()
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join((*BLOCKS, *NETWORKS))}")
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    ratios = []
+    for name in options.names or (*BLOCKS, *NETWORKS):
+        for batch in options.batches:
+            torch.manual_seed(0)
+            if name in BLOCKS:
+                model, pixels = Block(*BLOCKS[name]).eval(), BLOCKS[name][3]
+                x = torch.randn(batch, BLOCKS[name][0], pixels, pixels)
+                plain, fused = model, nin.freeze(model).fused
+            else:
+                model = timm.create_model(NETWORKS[name]).eval()
+                x = torch.randn(batch, 3, 224, 224)
+                plain = model.to(memory_format=torch.channels_last)
+                fused = nin.fuse(plain, x.contiguous(memory_format=torch.channels_last)).model
+            last = x.contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(fused(last), plain(last), rtol=1e-3, atol=1e-4)
+            calls = {"nin": lambda fused=fused, last=last: fused(last)}
+            calls |= other_engines(plain, x, options.threads, not options.no_compile)
+            ratios.append(report(name, batch, calls, options.rounds))
+    print(f"\ngeometric mean of nin beside the fastest: {statistics.geometric_mean(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
