@@ -141,6 +141,15 @@ def test_freeze_trains_the_class_layer_and_is_one_epoch(images, tmp_path):
     assert torch.equal(loaded(torch.ones(1, 3, 32, 32)), result.model(torch.ones(1, 3, 32, 32)))
 
 
+def test_freeze_stops_at_once_and_begins_again(images, tmp_path):
+    config = dataclasses.replace(TUNE, epochs=None, freeze=True)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=lambda: True))
+    assert not (tmp_path / "run" / checkpoint.MODEL_FILE).exists()
+    keeping = training.CheckpointOptions(resume=True)
+    assert training.train(images, config, out=tmp_path / "run", keeping=keeping).metrics[0]["train_accuracy"] > 0.8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -246,7 +255,7 @@ def assert_resumes(images, config, tmp_path, stop_at):
     return whole
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 7])  # the first is while the class layer is fitted
 def test_a_resumed_fine_tuning_gives_the_same_bits(images, tmp_path, stop_at):
     assert_resumes(images, dataclasses.replace(TUNE, label_smoothing=0.2, dropout=0.1), tmp_path, stop_at)
 
@@ -261,8 +270,11 @@ def test_a_killed_range_test_begins_again_and_what_it_found_is_kept(images, tmp_
     monkeypatch.setattr(training.loop, "find_learning_rate", find)
     config = dataclasses.replace(TUNE, learning_rate="auto")
     out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        training.train(images, config, out=out, keeping=training.CheckpointOptions(stop=stop_after(3)))
+    third = stop_after(3)
+    for stop, count in ((stop_after(3), 0), (lambda: bool(found) and third(), 1)):  # in the range test, and after it
+        with pytest.raises(KeyboardInterrupt):
+            training.train(images, config, out=out, keeping=training.CheckpointOptions(resume=True, stop=stop))
+        assert len(found) == count
     result = training.train(images, config, out=out, keeping=training.CheckpointOptions(resume=True))
     assert len(found) == 1
     assert result.info.recipe["learning_rate"] == found[0].learning_rate

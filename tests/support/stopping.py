@@ -2,7 +2,10 @@
 
 
 def stop_after(count):
-    """Return what `CheckpointOptions.stop` takes: it says so after that many steps, once."""
+    """Return what `CheckpointOptions.stop` takes: it says so after that many steps, once.
+
+    The parts of what comes before the first step count too: batches of features, steps of the range test.
+    """
     steps = []
 
     def stop():

@@ -150,7 +150,7 @@ class Trainer:
             dtype=step.dtype,
             class_weights=step.class_weights,
             on_lost=self.on_lost,
-            on_progress=lambda done, count: self.reporter.before_steps(phase, done, count, math.nan),
+            on_progress=lambda done, count: self.before_steps(phase, done, count, math.nan),
         )
         step.ema_model.load_state_dict(step.model.state_dict())
         return fit
@@ -162,12 +162,22 @@ class Trainer:
             self.train_step,
             self.config,
             itertools.chain.from_iterable(map(self.batches, itertools.count())),
-            on_progress=lambda *figures: self.reporter.before_steps(phase, *figures),
+            on_progress=lambda *figures: self.before_steps(phase, *figures),
         )
         self.config = self.train_step.config = dataclasses.replace(self.config, learning_rate=found.learning_rate)
         self.settings["recipe"]["learning_rate"] = found.learning_rate
         if self.output is not None:
             save_learning_rate_test(self.output, found.rates, found.losses)
+
+    def before_steps(self, phase: str, done: int, count: int, loss: float) -> None:
+        """Report what comes before the first step.
+
+        Raises:
+            KeyboardInterrupt: ``options.stop`` returned True; there is no state yet that could be lost.
+        """
+        self.reporter.before_steps(phase, done, count, loss)
+        if self.options.stop():
+            raise KeyboardInterrupt
 
     @property
     def step(self) -> int:

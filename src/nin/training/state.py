@@ -32,8 +32,8 @@ class CheckpointOptions:
         minutes: save the state at least this often; it is saved at the end of every epoch too.
         steps: save the state after every so many steps, or None.
         tensorboard: write TensorBoard's event files, too.
-        stop: called after every step; when it returns True, the state is saved and the training ends with
-            KeyboardInterrupt.
+        stop: called after every step, and during what comes before the first one; when it returns True, the state is
+            saved, if there is one, and the training ends with KeyboardInterrupt.
     """
 
     resume: bool = False
