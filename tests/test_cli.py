@@ -1,6 +1,7 @@
 """The shell: what a person types, what they get, and one line for each mistake."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -143,6 +144,23 @@ def test_predict_as_json_csv_and_maps_agree(run, pictures, tmp_path, capsys):
         colours = np.asarray(picture).reshape(-1, 3).astype(int)
         assert (abs(colours - [27, 27, 27]).sum(1) < 20).any()  # the ink of the titles
         assert (np.ptp(colours, axis=1) > 100).any()  # the colours of the map
+
+
+def test_drawing_maps_shows_how_far_it_is(run, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "ProgressBar", functools.partial(console.ProgressBar, seconds_between_lines=0))
+    cli_main("predict", str(run), str(pictures), "--maps", str(tmp_path / "maps"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Drawing maps: ")]
+    assert [line.split(",")[0] for line in lines] == ["Drawing maps: 1 of 2", "Drawing maps: 2 of 2"]
+
+
+def test_a_reader_that_has_enough_ends_json_without_a_word(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit) as stop:
+            cli_main("cost", "nin_digits", "--count-only", "--json")
+    assert (stop.value.code, capfd.readouterr().err) == (1, "")
 
 
 def test_a_trained_run_has_one_number_of_parameters_and_is_timed_as_it_answers(run, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -162,5 +163,12 @@ def same_command(without: Sequence[str] = ()) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print JSON on standard output, in ASCII: a file's name that is no valid Unicode can be printed, too."""
-    print(json.dumps(value, indent=2))
+    """Print JSON on standard output, in ASCII: a file's name that is no valid Unicode can be printed, too.
+
+    Where the reader has enough and leaves, such as `head`, the program ends without a word, as rich ends it for tables.
+    """
+    try:
+        print(json.dumps(value, indent=2), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed there
+        sys.exit(1)

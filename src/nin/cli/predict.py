@@ -267,16 +267,18 @@ def write_maps(classifier: Classifier, paths: Sequence[Path], predictions: Seque
         messages.print(
             f"The maps are approximations by Grad-CAM, as there are no exact ones: {classifier.no_maps_reason}"
         )
-    for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
-        pixels = nin.data.decode(path, **preprocessing.decoding)
-        if classifier.no_maps_reason:
-            values, kind = classifier.approximate_maps(path, [p.label])[0], "-gradcam"
-        else:
-            values, kind = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)], ""
-        panel = report.MapPanel(f"{p.label} {format_percent(p.confidence)}", values)
-        picture = report.draw_image_grid([report.ImageRow(path.name, pixels, [panel])], size=max(256, size))
-        content = io.BytesIO()
-        # marked, so that a training does not take it for an image where the folder lies among the images
-        picture.save(content, format="PNG", pnginfo=comment)
-        # numbered, as two folders may hold files of one name
-        write_atomically(folder / f"{number:04d}-{path.stem}{kind}.png", content.getvalue())
+    with ProgressBar("Drawing maps", len(paths)) as bar:
+        for number, (path, p) in enumerate(zip(paths, predictions, strict=True)):
+            pixels = nin.data.decode(path, **preprocessing.decoding)
+            if classifier.no_maps_reason:
+                values, kind = classifier.approximate_maps(path, [p.label])[0], "-gradcam"
+            else:
+                values, kind = classifier.confidence_maps(path)[0, classifier.classes.index(p.label)], ""
+            panel = report.MapPanel(f"{p.label} {format_percent(p.confidence)}", values)
+            picture = report.draw_image_grid([report.ImageRow(path.name, pixels, [panel])], size=max(256, size))
+            content = io.BytesIO()
+            # marked, so that a training does not take it for an image where the folder lies among the images
+            picture.save(content, format="PNG", pnginfo=comment)
+            # numbered, as two folders may hold files of one name
+            write_atomically(folder / f"{number:04d}-{path.stem}{kind}.png", content.getvalue())
+            bar.update(number + 1, len(paths))
