@@ -1,5 +1,7 @@
 """The folders that nin makes: what may be begun, gone on with and removed in them."""
 
+import shutil
+
 import pytest
 
 from nin import folders
@@ -68,3 +70,22 @@ def test_a_file_is_not_replaced_unasked(tmp_path):
             folders.check_new_file(wrong, overwrite=False)
     with pytest.raises(UserError, match="there is no such folder"):
         folders.check_new_file(tmp_path / "new" / "p.csv", overwrite=True)
+
+
+def test_who_gives_a_file_of_a_run_or_the_folder_of_all_runs_is_told_which_to_give(tmp_path):
+    def refused(path):
+        with pytest.raises(UserError, match="is not a run folder of nin: ") as error:
+            folders.check_is_run(path)
+        return str(error.value).partition("of nin: ")[2]
+
+    run, photo = tmp_path / "runs" / "a", tmp_path / "photo.jpg"
+    run.mkdir(parents=True)
+    assert refused(run.parent) == "it has no config.json. Make one with: nin train DATA --out RUN"
+    for path in (run / folders.CONFIG_FILE, run / folders.MODEL_FILE, photo):
+        path.touch()
+    assert refused(run / folders.MODEL_FILE) == f"it is a file; give the folder that it lies in, {run}"
+    assert refused(photo) == "it is a file"
+    assert refused(run.parent) == f"it holds {run}: give the folder of one run"
+    folders.check_is_run(run)
+    shutil.copytree(run, run.with_name("b"))
+    assert refused(run.parent) == f"it holds {run}, …: give the folder of one run"

@@ -64,9 +64,18 @@ def check_is_run(run: Path) -> None:
             f"with: nin train DATA --out {run} --resume"
         )
     if not (run / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{run} is not a run folder of nin: it has no {CONFIG_FILE}. Make one with: nin train DATA --out RUN"
-        )
+        raise UserError(f"{run} is not a run folder of nin: {_what_is_missing(run)}")
+
+
+def _what_is_missing(path: Path) -> str:
+    """Return why a path is no run folder, and what was probably meant: the folder around it, or those in it."""
+    if path.is_file():
+        inside = (path.parent / CONFIG_FILE).is_file()
+        return f"it is a file; give the folder that it lies in, {path.parent}" if inside else "it is a file"
+    found = sorted(str(file.parent) for file in path.glob(f"*/{CONFIG_FILE}") if (file.parent / MODEL_FILE).is_file())
+    if found:
+        return f"it holds {found[0]}{', …' if len(found) > 1 else ''}: give the folder of one run"
+    return f"it has no {CONFIG_FILE}. Make one with: nin train DATA --out RUN"
 
 
 def check_is_empty(out: Path, *, may_contain: Collection[str] | None = ()) -> None:
