@@ -64,6 +64,13 @@ def test_nothing_tells_people_to_install_somebody_elses_package():
     assert {path: lines for path, lines in found.items() if lines} == {}
 
 
+def test_every_extra_is_in_the_table_of_the_installation():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `network-in-network\[(\w+)\]` \|", table, re.MULTILINE)
+    assert sorted(rows) == sorted(extras)
+
+
 def test_the_version_is_that_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (project["name"], project["version"]) == (DISTRIBUTION, installed_version())
