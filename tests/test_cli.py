@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -816,3 +817,23 @@ def test_a_fault_of_the_counting_is_not_told_as_one_of_the_network(monkeypatch):
     monkeypatch.setattr("nin.profiling.cost.copy_model", mistaken)
     with pytest.raises(RuntimeError, match="a mistake of nin"):
         cli_main("cost", "nin_cifar", "--count-only")
+
+
+def test_warnings_of_nin_are_lines_and_those_of_others_are_not(monkeypatch, capsys):
+    def warn(filename):
+        def verb(*args, **kwargs):
+            warnings.warn_explicit("few [red] images", UserWarning, filename, 1)
+
+        return verb
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(app, "app", warn(app.__file__))
+        cli_main("check")
+        assert capsys.readouterr().err == "note: few [red] images\n"
+        monkeypatch.setattr(app, "app", warn("/elsewhere/nin.py"))
+        shown = []
+        monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: shown.append(args[:3]))
+        cli_main("check")
+    assert [(str(message), filename) for message, _, filename in shown] == [("few [red] images", "/elsewhere/nin.py")]
+    assert capsys.readouterr().err == ""

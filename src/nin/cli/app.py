@@ -1,9 +1,11 @@
 """The command ``nin``: its verbs, and how errors become one line and an exit status."""
 
+import functools
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import cyclopts
@@ -11,6 +13,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 from nin.cli.bench import bench
 from nin.cli.check import check
+from nin.cli.console import messages
 from nin.cli.cost import cost
 from nin.cli.demo import demo
 from nin.cli.export import export
@@ -25,6 +28,8 @@ from nin.cli.train import train
 from nin.errors import UserError, is_out_of_memory
 from nin.runtime import torchrun
 from nin.version import installed_version
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def convert(kind: Any, tokens: Sequence[Token]) -> Any:
@@ -65,8 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
     The status is 0 where all the work was done; 1 where the machine failed, or a file among others; 2 where an argument
     is wrong; 130 after Ctrl-C.
     """
-    # nin's own messages say once what is wrong with an image
-    warnings.filterwarnings("ignore", module="PIL")
+    with warnings.catch_warnings():
+        # nin's own messages say once what is wrong with an image
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
+    """Run one verb; what goes wrong becomes one line and an exit status."""
     # A file's name that is no valid Unicode cannot be encoded: show it with backslashes, as standard error does.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -84,6 +96,16 @@ def main(arguments: list[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         _fail("out of memory; lower --batch-size, --size or --threads, or take a smaller --model", 1)
+
+
+def _show_warning(
+    show: Callable[..., None], message: Warning | str, category: type[Warning], filename: str, *where: Any
+) -> None:
+    """Print a warning of nin's own as a line for people, without a line of its code; others as ``show`` does."""
+    if Path(filename).is_relative_to(PACKAGE):
+        messages.print(f"note: {message}")
+    else:
+        show(message, category, filename, *where)
 
 
 def _fail(message: str, status: int) -> NoReturn:

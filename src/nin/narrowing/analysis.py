@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin.display.numbers import format_number_of
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import is_same_padded_depthwise
@@ -166,8 +167,9 @@ def _warn_of_few_samples(layers: dict[str, LayerSpec], moments: dict[str, Moment
     if few and distributed.is_main_process():
         name = min(few, key=lambda n: moments[n].count / layers[n].patch)
         warnings.warn(
-            f"{len(few)} layers see fewer samples than values: {name} {moments[name].count} samples of "
-            f"{layers[name].patch} values; the fit is regularised, give more images for a better one",
+            f"fewer samples than values in {format_number_of(len(few), 'layer')}: {name} has "
+            f"{moments[name].count} samples of {layers[name].patch} values; the fit is regularised, give more images "
+            "for a better one",
             UserWarning,
             stacklevel=5,
         )
