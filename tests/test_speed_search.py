@@ -346,7 +346,8 @@ def test_weights_are_matched_by_order_and_published_preprocessing_is_used(tmp_pa
         ({"batches": (0,)}, "batch must be at least 1, got 0"),
         ({"budgets": (1.2,)}, "budgets must be a share"),
         ({"engines": ("tensorrt",)}, "engine must be one of eager"),
-        ({"lose": -1.0}, "lose must be at least 0"),
+        ({"lose": -1.0}, "lose must be at least 0 and at most 100 points, got -1"),
+        ({"lose": 101}, "lose must be at least 0 and at most 100 points, got 101"),
         ({"threads": 0}, "threads must be at least 1"),
     ],
 )

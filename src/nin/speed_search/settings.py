@@ -30,7 +30,7 @@ class SpeedSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges, so that a mistake shows before anything is loaded."""
-        check_value("lose", self.lose, float, lambda x: x >= 0, "at least 0")
+        check_value("lose", self.lose, float, lambda x: 0 <= x <= 100, "at least 0 and at most 100 points")
         for name in ("batches", "engines"):
             if not getattr(self, name):
                 raise UserError(f"{name} must hold at least one, got none")
