@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # What depends on the processor.
-FILES = ["test_ops.py", "test_ops_cpu*.py", "test_fusion.py", "test_layers.py", "test_api.py"]
+FILES = ["test_ops.py", "test_ops_bottleneck.py", "test_ops_cpu*.py", "test_fusion.py", "test_layers.py", "test_api.py"]
 # The environment in which PyTorch behaves as on a processor with no more than the instruction set.
 AVX512 = {"ATEN_CPU_CAPABILITY": "avx512"}
 PROCESSORS = {
