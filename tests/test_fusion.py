@@ -11,6 +11,8 @@ from torch import nn
 
 import nin
 from nin.fusion import CHAIN_FORMS, Chain, rewrite
+from nin.fusion import chain as chain_module
+from nin.ops.cpu import dispatch
 from nin.runtime.timer import Timing
 
 
@@ -291,21 +293,67 @@ def test_an_example_decides_by_measuring():
     x = torch.randn(4, 12, 16, 16)
     fused = nin.fuse(model, x, runs=3)
     (chain,) = fused.chains
-    assert tuple(chain.times) == CHAIN_FORMS
-    assert chain.form in CHAIN_FORMS
+    assert tuple(chain.times) == chain.chain.forms == tuple(form for form in CHAIN_FORMS if form != "1×1 operators")
+    assert chain.form in chain.times
     assert fused.speedup == fused.before.median_ms / fused.after.median_ms
     torch.testing.assert_close(fused.model(x), model(x), rtol=1e-5, atol=1e-5)
     assert "as fast" in str(fused.__rich__().title)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes_agree_within_rounding(dtype):
-    model = make("residual")
+@pytest.mark.parametrize("name", ["residual", "inverted bottleneck", "functional bottleneck", "separable"])
+def test_dtypes_agree_within_rounding(name, dtype):
+    model = make(name)
     fused = nin.fuse(copy.deepcopy(model).to(dtype)).model
     x = torch.randn(2, 12, 9, 9).to(dtype)
     with torch.no_grad():
         tolerance = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(fused(x).double(), model(x.double()), rtol=tolerance, atol=tolerance)
+
+
+def count_operators(monkeypatch):
+    """Return a list that gets the name of every operator that a chain calls."""
+    calls = []
+    for name in ("mlpconv", "inverted_bottleneck"):
+        called = getattr(chain_module, name)
+        monkeypatch.setattr(
+            chain_module, name, lambda *a, name=name, called=called, **k: calls.append(name) or called(*a, **k)
+        )
+    return calls
+
+
+@pytest.mark.skipif(dispatch.KERNELS is None, reason="no compiled kernels here")
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+@pytest.mark.parametrize(
+    ("name", "blocks", "pointwise"),
+    [("inverted bottleneck", 2, 4), ("functional bottleneck", 1, 2), ("separable", 1, 1)],
+)
+def test_a_block_that_has_no_kernel_runs_its_pointwise_layers_as_operators(
+    name, blocks, pointwise, dtype, autocast, monkeypatch
+):
+    calls = count_operators(monkeypatch)
+    model = make(name, dtype)
+    fused = nin.fuse(model)
+    x = torch.randn(2, 12, 9, 9).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        result, expected = fused.model(x), model(x)
+    has_kernel = dtype == torch.float32 and not autocast
+    tolerance = 1e-5 if has_kernel else 0.05
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+    others = len(fused.chains) - blocks
+    called = calls.count("inverted_bottleneck"), calls.count("mlpconv")
+    assert called == ((blocks, others) if has_kernel else (0, pointwise + others))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forms_that_are_timed_differ(dtype):
+    model = make("inverted bottleneck", dtype)
+    chains = nin.fuse(model, torch.randn(2, 12, 9, 9).to(dtype), runs=2).chains
+    whole = dtype == torch.float32 and dispatch.KERNELS is not None
+    expected = {"1×1 operators", "folded", "original", *(["operator"] if whole else [])}
+    assert all(set(chain.times) == expected for chain in chains)
 
 
 def test_a_model_that_is_slower_with_its_chains_keeps_none(monkeypatch):

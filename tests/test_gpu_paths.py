@@ -20,6 +20,8 @@ import nin
 from nin import data, exporters, server
 from nin.cli import app
 from nin.errors import UserError
+from nin.fusion import chain as fusion_chain
+from nin.fusion.pending import conv_link
 from nin.inference.evaluation import evaluate
 from nin.narrowing import FinetuneConfig, finetune
 from nin.narrowing.latency import LatencyTable
@@ -189,6 +191,26 @@ def test_networks(name):
     assert network.eval().maps(x).is_cuda
     fused = nin.fuse(network).model
     torch.testing.assert_close(fused(x), network(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_runs_its_pointwise_layers_as_operators(monkeypatch):
+    """`nin.inverted_bottleneck` has no kernel for a GPU, `nin.mlpconv` has."""
+    calls = []
+    monkeypatch.setattr(fusion_chain, "mlpconv", lambda x, *a, **k: calls.append(x.device) or nin.mlpconv(x, *a, **k))
+    monkeypatch.setattr(fusion_chain, "inverted_bottleneck", None)
+    monkeypatch.setattr(fusion_chain, "PLAIN_TYPES", (*fusion_chain.PLAIN_TYPES, GPUTensor))
+    layers = [nn.Conv2d(6, 9, 1), nn.Conv2d(9, 9, 3, padding=1, groups=9), nn.Conv2d(9, 4, 1)]
+    norm = nn.BatchNorm2d(9).eval().to(GPU)
+    x = torch.randn(2, 6, 8, 8, device=GPU)
+    links = [
+        conv_link(c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups) for c in nn.Sequential(*layers).to(GPU)
+    ]
+    links[1] = links[1]._replace(norm=fusion_chain.Norm(norm.running_mean, norm.running_var, norm.weight, None, 1e-5))
+    links = [link._replace(activation=name) for link, name in zip(links, ("hardswish", "relu6", "relu"), strict=True)]
+    block = fusion_chain.Chain(("layer",) * 3, bottleneck=True)
+    assert "operator" not in block.forms_for(x)
+    torch.testing.assert_close(block.run(x, links), fusion_chain.run_layers(x, links), rtol=1e-4, atol=1e-5)
+    assert calls == [x.device] * 2
 
 
 # -- training ---------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.ops import inverted_bottleneck, mlpconv
+from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import hash_tensors, mark_constant
-from nin.ops.reference import BOTTLENECK_ACTIVATIONS
+from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
 
 # How a chain can be computed: all of it as one operator; its first convolution by PyTorch and the rest as one operator;
-# PyTorch's layers with BatchNorm folded into them; PyTorch's layers as they are.
-CHAIN_FORMS = ("operator", "operator behind the first", "folded", "original")
+# each 1×1 layer of an inverted bottleneck as one and the depthwise layer by PyTorch; PyTorch's layers with BatchNorm
+# folded into them; PyTorch's layers as they are.
+CHAIN_FORMS = ("operator", "operator behind the first", "1×1 operators", "folded", "original")
 
 # The tensors of layers whose values are what they seem; subclasses (quantised, distributed) stay with PyTorch.
 PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
@@ -130,7 +132,13 @@ class Chain:
     def forms(self) -> tuple[str, ...]:
         """Those of `CHAIN_FORMS` in which this chain can be computed."""
         splits = self.steps.count("layer") > 1 and self.convolves and not self.bottleneck
-        return tuple(form for form in CHAIN_FORMS if splits or form != "operator behind the first")
+        without = {"operator behind the first": not splits, "1×1 operators": not self.bottleneck}
+        return tuple(form for form in CHAIN_FORMS if not without.get(form))
+
+    def forms_for(self, x: Tensor) -> tuple[str, ...]:
+        """Those of `forms` that differ for an input: a block that has no kernel as a whole runs as "1×1 operators"."""
+        same = self.bottleneck and not cpu_bottleneck.serves(x)
+        return tuple(form for form in self.forms if not (same and form == "operator"))
 
     def run(self, x: Tensor, links: list[Link]) -> Tensor:
         """Return the result of the links for ``x``: (N, C, H, W), or (…, C) for fully connected layers."""
@@ -156,8 +164,10 @@ class Chain:
         return _is_plain(x, links) and (_is_bottleneck(x, links) if self.bottleneck else _is_chain(x, links))
 
     def _run_operator(self, x: Tensor, links: list[Link], weights: Folded) -> Tensor:
-        """Run the layers as one operator, without the first in the form "operator behind the first"."""
+        """Run the layers as one operator, or as the form says; an inverted bottleneck by the operators with kernels."""
         if self.bottleneck:
+            if self.form != "operator" or not cpu_bottleneck.serves(x):
+                return _run_pointwise_operators(x, links, weights)
             geometry = dict(zip(("stride", "padding", "dilation"), links[-2].geometry, strict=False))
             names = [link.activation for link in links]
             return inverted_bottleneck(
@@ -218,6 +228,19 @@ def run_layers(x: Tensor, links: list[Link]) -> Tensor:
             mean, variance, weight, bias, eps = link.norm
             x = F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
         x = BOTTLENECK_ACTIVATIONS[link.activation](x)
+    return x
+
+
+def _run_pointwise_operators(x: Tensor, links: list[Link], weights: Folded) -> Tensor:
+    """Run an inverted bottleneck's 1×1 layers as an operator each, and the depthwise layer between them by PyTorch."""
+    for i, (link, (weight, bias)) in enumerate(zip(links, weights, strict=True)):
+        name = link.activation
+        if i == len(links) - 2:
+            x = F.conv2d(x, weight, bias, *link.geometry)
+        else:
+            inside, name = (name, "none") if name in ACTIVATIONS else ("none", name)
+            x = mlpconv(x, [weight], [bias], activation=inside)
+        x = BOTTLENECK_ACTIVATIONS[name](x)
     return x
 
 

@@ -292,7 +292,7 @@ def _choose_forms(
         if seen is None:  # not called
             continue
         timed = time_interleaved(
-            {form: functools.partial(_run_form, chain, form, *seen) for form in chain.forms}, runs=runs
+            {form: functools.partial(_run_form, chain, form, *seen) for form in chain.forms_for(seen[0])}, runs=runs
         )
         best = min(timed, key=lambda form: timed[form].median_ms)
         chain.form = best if timed[best].median_ms < LARGEST_TIME_RATIO * timed["original"].median_ms else "original"

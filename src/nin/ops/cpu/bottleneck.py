@@ -1,5 +1,6 @@
 """The compiled CPU kernel of ``nin::inverted_bottleneck`` in float32, registered over the reference."""
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ def call_key(x: Tensor, arguments: BottleneckArguments) -> CallKey | None:
     return None if key is None else ("inverted_bottleneck", arguments.residual, *key)
 
 
+def serves(x: Tensor) -> bool:
+    """Return whether this kernel computes a block of such images where they are and as they would be cast."""
+    return (
+        dispatch.KERNELS is not None and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey | None = None) -> Tensor:
     """Compute the block some lines at a time, so that the hidden tensors stay in the cache.
 
@@ -31,7 +39,7 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey 
     schema.check_memory((x, *arguments.weights, *arguments.biases))
     weight_cache.take_back_constants(arguments.weights)
     kernels = dispatch.KERNELS
-    if kernels is None or not _is_supported(x, arguments):
+    if kernels is None or not _is_supported(x, arguments) or _multiplies_padding(arguments):
         return reference.inverted_bottleneck(x, arguments)
     output: dict[str, Any] = {"size": arguments.output_shape(x), "dtype": x.dtype, "memory_format": memory_format_of(x)}
     y = torch.empty(**output)
@@ -67,6 +75,14 @@ def _is_supported(x: Tensor, arguments: BottleneckArguments) -> bool:
             return False
     sides = arguments.output_shape(x)
     return min(sides[2:]) > 0 and (not arguments.residual or sides == tuple(x.shape))
+
+
+def _multiplies_padding(arguments: BottleneckArguments) -> bool:
+    """Return whether the zeros beside the lines meet a weight that is not finite: NaN, where PyTorch skips them.
+
+    Calls that are repeated do not come here: their weights are those that were looked at.
+    """
+    return arguments.padding[1] > 0 and not math.isfinite(arguments.weights[-2].sum().item())
 
 
 if dispatch.KERNELS is not None:
