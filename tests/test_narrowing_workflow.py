@@ -549,12 +549,14 @@ def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):
     two, weights = ["--model", "theirs2:make"], ["--weights", "two.pt"]
     assert "give a run folder, or --model" in said()
     assert "give a run folder, or --model" in said(*two)
-    assert "--model 'theirs2' is no name of a network; expected timm:NAME" in said("--model", "theirs2", *weights)
+    assert "--model must be timm:NAME, torchvision:NAME, package.module:factory; got 'theirs2'" in said(
+        "--model", "theirs2", *weights
+    )
     assert "--model nowhere:make was not found: No module named 'nowhere'" in said("--model", "nowhere:make", *weights)
     assert "was not found" in said("--model", "theirs2:missing", *weights)
     assert "must be callable without arguments" in said("--model", "theirs2:demanding", *weights)
     assert "must give a torch.nn.Module, got str" in said("--model", "theirs2:text", *weights)
-    assert "missing.pt is missing" in said(*two, "--weights", "missing.pt")
+    assert "--weights: missing.pt does not exist" in said(*two, "--weights", "missing.pt")
     assert "does not fit theirs2:make" in said(*two, "--weights", "seven.safetensors")
     torch.save(nn.ReLU(), "module.pt")
     assert "module.pt must hold a state_dict" in said(*two, "--weights", "module.pt")

@@ -67,14 +67,18 @@ def check_network(name: str, *, also: str = "") -> None:
         raise UserError(f"model must be one of {', '.join(NETWORKS)}, {also}or {NAME_FORMS}; got {name!r}{hint}")
 
 
-def check_external(name: str) -> None:
+def check_external(name: str, *, must: str = "network must be a run folder, or") -> None:
     """Check that there may be a network of another package of that name, as `check_network`.
+
+    Args:
+        name: of the network.
+        must: what the message begins with.
 
     Raises:
         UserError: there is none.
     """
     if not is_external_name(name):
-        raise UserError(f"network must be a run folder, or {NAME_FORMS}; got {name!r}")
+        raise UserError(f"{must} {NAME_FORMS}; got {name!r}")
     check_network(name)
 
 

@@ -103,7 +103,7 @@ def narrow(
     if run is not None:
         folders.check_is_run(run)
     if model is not None:
-        names.check_network(model)
+        names.check_external(model, must="--model must be")
     if weights is not None and not weights.is_file():
         raise UserError(f"--weights: {weights} does not exist")
     if out is not None and not dry_run and torchrun.rank() == 0:

@@ -22,6 +22,7 @@ from nin.narrowing.analysis import fingerprint_analysis
 from nin.narrowing.distillation import DistillationStep, FinetuneConfig
 from nin.narrowing.options import NarrowOptions, check_share
 from nin.narrowing.pipeline import NarrowResult, narrow
+from nin.narrowing.recalibration import recalibrate_if_better
 from nin.narrowing.report import NarrowReport
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
@@ -203,13 +204,20 @@ def run_workflow(
         return result
     started = time.perf_counter()
     _Finetuning(task, config, out, result, keeping).run(state, progress)
+    notes = list(result.report.notes)
+    # some dozens of steps leave BatchNorm with moments of augmented images, and some of those from before
+    progress("Comparing with the original", 0, 0)
+    recalibrated, error, better = recalibrate_if_better(result.model, task.model, task.calibration_batches(config))
+    if better:
+        result.model.load_state_dict(recalibrated.state_dict())
+        notes.append("BatchNorm statistics were measured again after the fine-tuning.")
     accuracy = dict(result.report.accuracy)
     if task.labelled:
         accuracy["finetuned"] = task.accuracy(result.model, progress)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
     epochs = "1 epoch" if config.finetune == 1 else f"{config.finetune} epochs"
     note = f"Fine-tuned for {epochs} by the original's answers, in {after}."
-    return result.with_report(accuracy=accuracy, notes=(*result.report.notes, note))
+    return result.with_report(accuracy=accuracy, calibration_error=error, notes=(*notes, note))
 
 
 def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallback) -> NarrowResult:
