@@ -179,6 +179,23 @@ def test_weights_make_the_recipe_that_for_fine_tuning():
     assert (light.recipe, light.augment) == ("finetune", "light")
 
 
+def test_a_few_steps_are_small_and_keep_the_moments_of_the_weights():
+    """After four steps at the full rate, a network was at chance where its class layer alone had 71 %."""
+
+    def resolve(images=72, recipe="finetune", **settings):
+        return TrainConfig(recipe=recipe, **settings).resolve(images=images, image_size=224, flip=True, shift=9)
+
+    few = resolve(epochs=2)
+    assert (few.learning_rate, few.batch_norm) == (pytest.approx(0.002 * 4 / 100), "frozen")
+    given = resolve(epochs=2, learning_rate=0.002, batch_norm="train")
+    assert (given.learning_rate, given.batch_norm) == (0.002, "train")
+    assert resolve(epochs=1, images=9).learning_rate == pytest.approx(0.002 / 100)  # a batch that is not full
+    for many in (resolve(epochs=50), resolve(epochs=25, batch_size=16), resolve(images=660)):
+        assert (many.learning_rate, many.batch_norm) == (0.002, "train")
+    assert resolve(recipe="default", epochs=2).learning_rate == 0.1
+    assert resolve(epochs=2, batch_size="auto").learning_rate == 0.002  # the steps are not known yet
+
+
 def test_images_are_squashed_where_a_library_crops_and_otherwise_as_the_weights_say(tmp_path):
     resize = data.ResizeOptions("crop", "bilinear", 0.875)
     config = InputConfig(64, 3, (0.5,) * 3, (0.5,) * 3, resize=resize)

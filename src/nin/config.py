@@ -262,8 +262,20 @@ class TrainConfig:
             # a step on such small images is shorter than what it takes two threads to wait for each other
             "threads": 1 if image_size <= 16 else None,
         }
-        return ResolvedConfig(**values | {k: v for k, v in chosen.items() if values[k] is None})
+        values |= {name: value for name, value in chosen.items() if values[name] is None}
+        if recipe == "finetune" and not self.freeze and values["batch_size"] != "auto":
+            share = values["epochs"] * max(1, images // values["batch_size"]) / FINETUNE_STEPS
+            if share < 1 and self.learning_rate is None:
+                values["learning_rate"] *= share
+            if share < 1 and self.batch_norm is None:
+                values["batch_norm"] = "frozen"
+        return ResolvedConfig(**values)
 
+
+# The recipe finetune has its rate and BatchNorm's own moments of each batch from so many steps on. In fewer, the first
+# steps of AdamW, as long as all others, and moments that are half of the weights', half of the images' would only harm:
+# docs/finetuning.md.
+FINETUNE_STEPS = 100
 
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
