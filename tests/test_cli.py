@@ -268,6 +268,10 @@ MISTAKES = [
     (["train"], "nin train needs DATA; nin train --help"),
     (["train", "digits"], "nin train needs --out"),
     (["trian"], 'Did you mean "train"'),
+    (["fuse"], "there is no verb fuse: fusing is nin.fuse(model, x) in Python"),
+    (["evaluate", "run"], "there is no verb evaluate: nin report RUN says how good a run is"),
+    (["cost", "nowhere/run"], "nowhere/run does not exist: give a run folder"),
+    (["speed", "nowhere/run", "--data", "digits"], "nowhere/run does not exist: give a run folder"),
     (["train", "digits", "--out", "{tmp}/run", "--epochs", "0"], "epochs must be at least 1, got 0"),
     (["train", "digits", "--out", "{tmp}/run", "--epochs", "many"], "--epochs"),
     (["train", "{tmp}/none", "--out", "{tmp}/run"], "there is no such folder"),
@@ -837,3 +841,11 @@ def test_warnings_of_nin_are_lines_and_those_of_others_are_not(monkeypatch, caps
         cli_main("check")
     assert [(str(message), filename) for message, _, filename in shown] == [("few [red] images", "/elsewhere/nin.py")]
     assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_says_that_it_stopped(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "check", stop)
+    assert fails(capsys, "check", "digits") == (130, "nin: stopped")

@@ -89,3 +89,13 @@ def test_who_gives_a_file_of_a_run_or_the_folder_of_all_runs_is_told_which_to_gi
     folders.check_is_run(run)
     shutil.copytree(run, run.with_name("b"))
     assert refused(run.parent) == f"it holds {run}, …: give the folder of one run"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    folders.check_can_make(tmp_path / "new" / "maps")
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: path.name != "closed")  # root may write anywhere
+    folders.check_can_make(tmp_path / "new" / "maps")
+    for folder in ("closed", "closed/maps", "closed/new/maps"):
+        with pytest.raises(UserError, match="closed: permission denied, nothing can be written there"):
+            folders.check_can_make(tmp_path / folder)

@@ -1,5 +1,6 @@
 """The folders that nin makes: their files, and what one may hold before. Importing it does not import PyTorch."""
 
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -217,6 +218,19 @@ def check_new_file(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} is a folder" if path.is_dir() else f"{path.parent}: there is no such folder")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: give another name, or --overwrite to replace it")
+
+
+def check_can_make(folder: Path) -> None:
+    """Check that files may be written into a folder that is there, or is to be made.
+
+    Raises:
+        UserError: they may not; the message names the folder, or the one in which it would be made.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{place}: permission denied, nothing can be written there")
 
 
 def contents(folder: Path, names: Collection[str], what: str) -> list[Path]:

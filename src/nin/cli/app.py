@@ -56,6 +56,7 @@ app = App(
     version=installed_version,
     version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` says that it stopped
     # no --no-json and no --empty-skip; the few options with a --no- form have a Parameter of their own
     default_parameter=Parameter(negative="", converter=convert),
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 import nin
-from nin import names
+from nin import folders, names
 from nin.cli.console import ProgressBar, fit_columns, messages, print_json, print_table, results, say_left_out
 from nin.errors import UserError
 
@@ -51,7 +52,9 @@ def cost(
     for name, value in (("classes", classes), ("size", size), ("channels", channels)):
         if value is not None and not 1 <= value <= LARGEST:
             raise UserError(f"{name} must be at least 1 and at most {LARGEST:,}, got {value}")
-    if not Path(model).is_dir():
+    if os.sep in model and ":" not in model:
+        folders.check_is_run(Path(model))
+    elif not Path(model).is_dir():
         names.check_network(model, also="a run folder, ")  # before PyTorch is imported, which takes seconds
     with nin.models.trust() if trust else contextlib.nullcontext():
         network, (usual_channels, height, width) = find_network(model, classes, channels)

@@ -68,7 +68,14 @@ def export(
 
     say_if_unfinished(run, checkpoint.load_info(run))
     with models.trust() if trust else contextlib.nullcontext(), ProgressBar("Loading the network") as bar:
-        exported = exporters.export(run, path, format=format, preprocessing=preprocessing, on_progress=bar.on_progress)
+        exported = exporters.export(
+            run,
+            path,
+            format=format,
+            preprocessing=preprocessing,
+            # its stages differ too much in length to tell the time that is left
+            on_progress=lambda text, done, total: bar.update(0, 0, f"{text}, stage {done + 1} of {total}"),
+        )
     if json:
         print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
         return

@@ -5,7 +5,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import CoercionError, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    CoercionError,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 # what other programs call our options, where the letters are too different for a suggestion
 OTHER_NAMES = {
@@ -21,6 +28,16 @@ OTHER_NAMES = {
     "--arch": "--model",
 }
 
+# what people look for under another name
+OTHER_VERBS = {
+    "fuse": "fusing is nin.fuse(model, x) in Python (docs/fuse.md); nin speed measures it beside other ways",
+    "test": "nin report RUN says how good a run is, nin predict RUN IMAGES answers for new images",
+    "classify": "nin predict RUN IMAGES",
+    "convert": "nin export RUN",
+    "prune": "nin narrow RUN --data IMAGES",
+}
+OTHER_VERBS |= {"evaluate": OTHER_VERBS["test"], "eval": OTHER_VERBS["test"], "benchmark": "nin bench or nin speed"}
+
 _KINDS = {int: "a whole number", float: "a number", bool: "yes or no", Path: "a path", str: "a text"}
 
 
@@ -28,6 +45,8 @@ def explain(error: CycloptsError) -> str:
     """Return what is wrong with the arguments, what was expected, and what was probably meant."""
     verb = " ".join(("nin", *(error.command_chain or ())))
     match error:
+        case UnknownCommandError(unused_tokens=[name, *_]) if name in OTHER_VERBS:
+            return f"there is no verb {name}: {OTHER_VERBS[name]}"
         case UnknownOptionError():
             keyword = (error.token.keyword or "").partition("=")[0]
             known = {name for argument in error.argument_collection for name in argument.names}

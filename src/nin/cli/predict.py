@@ -154,10 +154,11 @@ def check_maps_folder(folder: Path, *, overwrite: bool) -> None:
     """Check that pictures may be written into a folder.
 
     Raises:
-        UserError: it is a file, or it holds pictures that are not to be replaced.
+        UserError: it is a file, nothing can be written there, or it holds pictures that are not to be replaced.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --maps the folder to make")
+    folders.check_can_make(folder)
     if folder.is_dir() and any(folder.glob("[0-9][0-9][0-9][0-9]-*.png")) and not overwrite:
         raise UserError(f"{folder} holds maps already: give another name, or --overwrite to replace those of a name")
 

@@ -22,7 +22,7 @@ def serve(
     host: str = "127.0.0.1",
     browser: Annotated[bool, Parameter(negative=None)] = True,
     device: str = "cpu",
-    trust: Annotated[bool, Parameter(negative=None)] = False,
+    trust: bool = False,
 ) -> None:
     """Open the page where you look inside a 1×1 convolution, and inside your own network; with an HTTP API.
 

@@ -1,6 +1,7 @@
 """`nin speed`: measure every sensible way to run a network faster, and keep the fastest."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,7 @@ def speed(
     shares = parse_numbers("budgets", budgets) if narrow and budgets.strip().lower() != "none" else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     names.check_source(data)
-    if Path(network).is_dir():
+    if Path(network).is_dir() or (os.sep in network and ":" not in network):
         folders.check_is_run(Path(network))
     else:
         names.check_external(network)

@@ -178,6 +178,8 @@ class NarrowReport:
         ]
         for batch, (before, after) in self.latency.items():
             ratio = format_percent(after.median_ms / before.median_ms)
+            if before.low_ms <= after.high_ms and after.low_ms <= before.high_ms:
+                ratio += ", equal within the spread"
             rows.append((f"ms, batch {batch}", _milliseconds(before), _milliseconds(after), ratio))
         original = self.accuracy.get("original")
         for name, value in self.accuracy.items():
