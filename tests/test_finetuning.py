@@ -147,7 +147,16 @@ def test_freeze_stops_at_once_and_begins_again(images, tmp_path):
         training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=lambda: True))
     assert not (tmp_path / "run" / checkpoint.MODEL_FILE).exists()
     keeping = training.CheckpointOptions(resume=True)
-    assert training.train(images, config, out=tmp_path / "run", keeping=keeping).metrics[0]["train_accuracy"] > 0.8
+    whole = training.train(images, config, out=tmp_path / "run", keeping=keeping)
+    assert whole.metrics[0]["train_accuracy"] > 0.8
+    # asked while the first epoch, the only one, is tested
+    out = tmp_path / "later"
+    late = training.CheckpointOptions(stop=(out / checkpoint.STATE_FILE).exists)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(images, config, out=out, keeping=late)
+    assert checkpoint.load_info(out).result == {}
+    resumed = training.train(images, config, out=out, keeping=keeping)
+    assert resumed.info.result["test_loss"] == whole.info.result["test_loss"]
 
 
 @pytest.mark.parametrize(

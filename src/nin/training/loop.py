@@ -131,6 +131,8 @@ class Trainer:
         self.reporter.after_epoch(
             self.step, self.state.metrics, self.early_stopping.end_note(self.state.metrics, self.config.epochs)
         )
+        if self.config.freeze and self.is_to_stop():  # it takes no steps, after which others ask
+            raise KeyboardInterrupt
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's part of the batches of an epoch, images and labels."""
@@ -257,9 +259,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: ``options.stop`` returned True; the state is saved.
         """
-        stop = self.options.stop()
-        if distributed.world_size() > 1:  # one process may have been asked: all end after the same step
-            stop = bool(distributed.all_reduce_sum(torch.tensor(int(stop), device=self.device)))
+        stop = self.is_to_stop()
         if self.output is not None:
             is_due = self.options.is_due(step=self.step, seconds=time.monotonic() - self.saved_at)
             is_last = self.state.position.step == self.steps_per_epoch  # the epoch's end saves it anyway
@@ -267,6 +267,13 @@ class Trainer:
                 self.save(self.output)
         if stop:
             raise KeyboardInterrupt
+
+    def is_to_stop(self) -> bool:
+        """Return whether any process was asked to stop: all end after the same step."""
+        stop = self.options.stop()
+        if distributed.world_size() > 1:
+            stop = bool(distributed.all_reduce_sum(torch.tensor(int(stop), device=self.device)))
+        return stop
 
     def save(self, folder: Path) -> None:
         """Write ``state.safetensors``."""
