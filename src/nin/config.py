@@ -196,6 +196,8 @@ class TrainConfig:
             )
         if self.freeze and self.recipe not in (None, "finetune"):
             raise UserError(f"freeze goes with the recipe finetune, got {self.recipe}")
+        if self.freeze and self.balance == "sampling":
+            raise UserError('freeze takes each image once, so there is nothing to sample: give balance="weights"')
         if self.pretrained and ":" not in (self.model or ""):
             raise UserError(f"--pretrained goes with --model timm:NAME or torchvision:NAME, got model={self.model}")
         if self.augment == "none" and (self.flip or self.shift):
