@@ -281,7 +281,9 @@ def test_check_reads_every_image_of_shards(tmp_path, capsys):
         ("a.tar/0005.png", "in two classes"),
     }
     assert sum(train + test for _, train, test in found.classes) == 7
-    assert main(["check", str(tmp_path / "s")]) in (0, None)
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(tmp_path / "s")])
+    assert stop.value.code == 1
     assert "unreadable, 1 file: left out" in "".join(capsys.readouterr())
 
 

@@ -21,6 +21,18 @@ def test_every_network_of_a_library_passes():
         names.check_network(f"timm:{name}")
 
 
+def test_networks_that_somebody_registers_pass(monkeypatch):
+    timm = pytest.importorskip("timm")
+    for name, library, registry in (
+        ("timm:mine_tiny", timm.models._registry, "_model_entrypoints"),
+        ("torchvision:mine_tiny", torchvision.models._api, "BUILTIN_MODELS"),
+    ):
+        with pytest.raises(UserError, match="has no network 'mine_tiny'"):
+            names.check_network(name)
+        monkeypatch.setitem(getattr(library, registry), "mine_tiny", lambda: None)
+        names.check_network(name)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -70,11 +70,13 @@ def test_no_verb_loads_anything_for_a_device_that_is_not_here(name, run, tmp_pat
     def loads(*args, **options):
         raise AssertionError("the device comes first")
 
+    photo = tmp_path / "a.png"
+    photo.touch()
     for place in ("nin.checkpoint.load_model", "nin.data.load", "nin.profiling.bench.runner._inspect_machine"):
         monkeypatch.setattr(place, loads)
     for words in (
         ("train", "digits", "--out", str(tmp_path / "run")),
-        ("predict", str(run), "a.png"),
+        ("predict", str(run), str(photo)),
         ("serve", str(run), "--no-browser"),
         ("serve", "--no-browser"),
         ("bench", "chain-192-160-96"),

@@ -12,7 +12,8 @@ from nin import checkpoint, data, training
 from nin.config import TrainConfig
 from nin.display.pace import Pace
 from nin.errors import UserError
-from nin.training import event_log, progress, progress_lines
+from nin.folders import EVENTS_FOLDER
+from nin.training import progress, progress_lines
 from nin.training.plateau import plateau_note
 from nin.training.progress import ProgressReporter, TrainProgress
 
@@ -171,13 +172,13 @@ def test_tensorboard_has_the_figures_of_metrics_csv_once(digits, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         training.train(digits, QUICK, out=out, keeping=options(stop=stop))
     # as after a kill between the state and the event file
-    for path in (out / event_log.FOLDER).iterdir():
+    for path in (out / EVENTS_FOLDER).iterdir():
         path.write_bytes(path.read_bytes()[:-40])
     result = training.train(digits, QUICK, out=out, keeping=options(resume=True))
-    found = events(out / event_log.FOLDER)
+    found = events(out / EVENTS_FOLDER)
     for tag, name in (("train/loss", "train_loss"), ("test/macro_f1", "test_macro_f1"), ("learning_rate",) * 2):
         assert found[tag] == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in result.metrics], tag
-    assert len(list((out / event_log.FOLDER).iterdir())) == 1
+    assert len(list((out / EVENTS_FOLDER).iterdir())) == 1
 
 
 def test_without_tensorboard_one_line_says_what_to_install(digits, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import difflib
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,12 +60,18 @@ def check_network(name: str, *, also: str = "") -> None:
         if package == "timm" and importlib.util.find_spec(package) is None:
             raise UserError(f"{name} needs timm: {install_command('timm')}")
         functions, words = library_names(package)
-        if functions and own.split(".")[0] not in words:
+        if functions and own.split(".")[0] not in words and not _is_registered(package, own.split(".")[0]):
             raise UserError(unknown_library_name(package, own, sorted(functions)))
     elif not is_external_name(name):
         near = _near_names(name)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"model must be one of {', '.join(NETWORKS)}, {also}or {NAME_FORMS}; got {name!r}{hint}")
+
+
+def _is_registered(package: str, name: str) -> bool:
+    """Return whether a network was added to an imported library's by somebody's own code, which its source lacks."""
+    library = sys.modules.get(f"{package}.models")
+    return library is not None and name in library.list_models()
 
 
 def check_external(name: str, *, must: str = "network must be a run folder, or") -> None:
