@@ -314,7 +314,7 @@ MISTAKES = [
         "default, speed or finetune, got 'fine'; did you mean f",
     ),
     (["train", "digits", "--out", "{tmp}/run", "--test-fraction", "x"], "--test-fraction must be a number, got 'x'"),
-    (["train", "digits", "--out", "{tmp}/run", "--freeze=maybe"], "--freeze must be yes or no, got 'maybe'"),
+    (["train", "digits", "--out", "{tmp}/run", "--freeze=maybe"], "--freeze must be yes or no"),
     (
         ["train", "digits", "--out", "{tmp}/run", "--flip", "maybe"],
         "'maybe' is one argument too many; nin train --help",

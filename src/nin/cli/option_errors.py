@@ -58,7 +58,8 @@ def explain(error: CycloptsError) -> str:
             name = token.keyword or (error.argument.name if error.argument else "an argument")
             near = difflib.get_close_matches(token.value.lower(), choices(kind), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            return f"{name} must be {describe(kind)}, got {token.value!r}{hint}"
+            got = f", got {token.value!r}" if token.value else ""  # the oldest Cyclopts loses that of a flag
+            return f"{name} must be {describe(kind)}{got}{hint}"
         case UnusedCliTokensError(unused_tokens=tokens) if tokens:
             return f"{tokens[0]!r} is one argument too many; {verb} --help lists what there is"
         case MissingArgumentError(argument=argument) if argument is not None and not argument.tokens:
