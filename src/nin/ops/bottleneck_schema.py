@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import unwrap_batched  # type: ignore[attr-defined]
-from torch.amp.autocast_mode import _cast as cast_floats
 from torch.utils.flop_counter import register_flop_formula
 
 from nin.ops import bottleneck_reference as reference
 from nin.ops.bottleneck_reference import BottleneckArguments, as_dispatcher_kernel
 from nin.ops.checks import want_gradients
 from nin.ops.reference import memory_format_of
-from nin.ops.schema import check_memory, library
+from nin.ops.schema import autocast_kernel, batched_kernel, check_memory, library
 from nin.ops.transforms import is_transformed, overrides_dispatch
 
 library.define(
@@ -81,37 +79,10 @@ def _autograd(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
 library.impl("inverted_bottleneck", _autograd, "Autograd")
 
 
-def _vmap(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
-    """Fold a batch of batches of images into one batch; batched weights go to PyTorch's own grouped convolutions."""
-    level = torch._C._functorch.current_level()
-    (images, *parameters), (dim, *dims) = unwrap_batched((x, *weights, *biases), level)
-    if any(d is not None for d in dims):
-        return _conv2d_layers(x, weights, biases, *options)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
-        arguments = parameters[: len(weights)], parameters[len(weights) :], *options
-        if dim is None:
-            return torch.ops.nin.inverted_bottleneck(images, *arguments)
-        images = images.movedim(dim, 0)
-        y = torch.ops.nin.inverted_bottleneck(images.flatten(0, 1), *arguments).unflatten(0, images.shape[:2])
-    return torch._C._functorch._add_batch_dim(y, 0, level)
-
-
-library.impl("inverted_bottleneck", _vmap, "FuncTorchBatched")
-
-
-def _autocast(device: str) -> Any:
-    """Return the autocast kernel of a device type: it casts as PyTorch does for ``conv2d``."""
-
-    def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
-        tensors = cast_floats((x, weights, biases), device, torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            return torch.ops.nin.inverted_bottleneck(*tensors, *options)
-
-    return kernel
-
-
-library.impl("inverted_bottleneck", _autocast("cpu"), "AutocastCPU")
-library.impl("inverted_bottleneck", _autocast("cuda"), "AutocastCUDA")
+_operator = torch.ops.nin.inverted_bottleneck
+library.impl("inverted_bottleneck", batched_kernel(_operator, _conv2d_layers), "FuncTorchBatched")
+library.impl("inverted_bottleneck", autocast_kernel(_operator, "cpu"), "AutocastCPU")
+library.impl("inverted_bottleneck", autocast_kernel(_operator, "cuda"), "AutocastCUDA")
 
 
 def bottleneck_macs(x_shape: Sequence[int], y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> int:

@@ -194,39 +194,48 @@ library.impl("mlpconv", _mlpconv_autograd, "Autograd")
 library.impl("mlpconv_backward", _mlpconv_backward_autograd, "Autograd")
 
 
-def _mlpconv_vmap(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
-    """Fold a batch of batches of images into one batch; batched weights go to PyTorch's own grouped convolutions."""
-    level = torch._C._functorch.current_level()
-    (images, *parameters), (dim, *dims) = unwrap_batched((x, *weights, *biases), level)
-    if any(d is not None for d in dims):
-        return _conv2d_chain(x, weights, biases, *options)
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
-        arguments = parameters[: len(weights)], parameters[len(weights) :], *options
-        if dim is None:
-            return torch.ops.nin.mlpconv(images, *arguments)
-        images = images.movedim(dim, 0)
-        y = torch.ops.nin.mlpconv(images.flatten(0, 1), *arguments).unflatten(0, images.shape[:2])
-    return torch._C._functorch._add_batch_dim(y, 0, level)
+def batched_kernel(operator: Any, fallback: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return an operator's kernel under ``vmap``: it folds a batch of batches of images into one batch.
 
+    Args:
+        operator: takes images, weights, biases and what it likes.
+        fallback: the same in PyTorch's own operators, for batched weights, which become grouped convolutions.
+    """
 
-library.impl("mlpconv", _mlpconv_vmap, "FuncTorchBatched")
-library.impl("mlpconv_backward", _reference_backward, "FuncTorchBatched")
-
-
-def _autocast(device: str) -> Any:
-    """Return the autocast kernel of a device type: it casts as PyTorch does for ``conv2d``."""
-
-    def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *rest: Any) -> Tensor:
-        # torch.library.register_autocast does the same, but with a dtype that is fixed when it is registered
-        tensors = cast_floats((x, weights, biases), device, torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            return torch.ops.nin.mlpconv(*tensors, *rest)
+    def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+        level = torch._C._functorch.current_level()
+        (images, *parameters), (dim, *dims) = unwrap_batched((x, *weights, *biases), level)
+        if any(d is not None for d in dims):
+            return fallback(x, weights, biases, *options)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+            arguments = parameters[: len(weights)], parameters[len(weights) :], *options
+            if dim is None:
+                unbatched: Tensor = operator(images, *arguments)
+                return unbatched
+            images = images.movedim(dim, 0)
+            y = operator(images.flatten(0, 1), *arguments).unflatten(0, images.shape[:2])
+        return torch._C._functorch._add_batch_dim(y, 0, level)
 
     return kernel
 
 
-library.impl("mlpconv", _autocast("cpu"), "AutocastCPU")
-library.impl("mlpconv", _autocast("cuda"), "AutocastCUDA")
+def autocast_kernel(operator: Any, device: str) -> Callable[..., Tensor]:
+    """Return an operator's autocast kernel on a device type: it casts as PyTorch does for ``conv2d``."""
+
+    def kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *options: Any) -> Tensor:
+        # torch.library.register_autocast does the same, but with a dtype that is fixed when it is registered
+        tensors = cast_floats((x, weights, biases), device, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y: Tensor = operator(*tensors, *options)
+            return y
+
+    return kernel
+
+
+library.impl("mlpconv", batched_kernel(torch.ops.nin.mlpconv, _conv2d_chain), "FuncTorchBatched")
+library.impl("mlpconv_backward", _reference_backward, "FuncTorchBatched")
+library.impl("mlpconv", autocast_kernel(torch.ops.nin.mlpconv, "cpu"), "AutocastCPU")
+library.impl("mlpconv", autocast_kernel(torch.ops.nin.mlpconv, "cuda"), "AutocastCUDA")
 
 
 def chain_macs(y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> int:
