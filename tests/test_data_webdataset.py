@@ -116,6 +116,16 @@ def test_a_stopped_command_goes_on(folder, tmp_path, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
     with pytest.raises(UserError, match="holds something else"):
         data.write_shards(folder, out, images_per_shard=8)
+    (out / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"overwrite removes shards only, and .*notes.txt"):
+        data.write_shards(folder, out, images_per_shard=8, overwrite=True)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items() <= times.items()
+    (out / "notes.txt").unlink()
+    (out / ".train-000002.tar.abc").write_bytes(b"half")
+    data.write_shards(folder, whole, images_per_shard=8, overwrite=True)
+    data.write_shards(folder, out, images_per_shard=8, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert len(list(out.glob("*.tar"))) != len(times) - 1
 
 
 def test_training_on_shards_resumes_in_the_middle_of_an_epoch(folder, tmp_path):

@@ -58,3 +58,8 @@ def test_somebodys_own_network_and_patterns_of_shards_are_looked_up_later(tmp_pa
         names.check_source(source)
     with pytest.raises(UserError, match="did you mean fashion-mnist"):
         names.check_source("fashion_mnist")
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(UserError, match=r"photo\.jpg: expected a folder, got a file"):
+        names.check_source(tmp_path / "photo.jpg")
+    (tmp_path / "a.tar").touch()
+    names.check_source(tmp_path / "a.tar")

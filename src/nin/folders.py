@@ -1,13 +1,13 @@
 """The folders that nin makes: their files, and what one may hold before. Importing it does not import PyTorch."""
 
 import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from nin.epoch_metrics import LEARNING_RATE_FILE, METRICS_FILE, TIMINGS_FILE
 from nin.errors import UserError
-from nin.names import PARTIAL_SHARDS_FILE, SHARDS_FILE
+from nin.names import PARTIAL_SHARDS_FILE, SHARDS_FILE, shard_files
+from nin.runtime.files import contents, remove
 
 # of a run
 MODEL_FILE, CONFIG_FILE, STATE_FILE = "model.safetensors", "config.json", "state.safetensors"
@@ -180,17 +180,20 @@ def check_search(out: Path, *, overwrite: bool) -> None:
         check_is_empty(out)
 
 
-def check_shards(out: Path) -> None:
-    """Check that shards may be written into a folder, which may hold some already: they are gone on with.
+def check_shards(out: Path, *, overwrite: bool) -> None:
+    """Check that shards may be written into a folder, which may hold some already: they are gone on with, or removed.
 
     Raises:
         UserError: it holds something else.
     """
+    if overwrite:
+        contents(out, shard_files(out), "shards")
+        return
     is_begun = any((out / name).is_file() for name in (SHARDS_FILE, PARTIAL_SHARDS_FILE))
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_begun:
         raise UserError(
             f"{out} holds something else than an interrupted call with these images and options: give another --out, "
-            "or remove it"
+            "or --overwrite, which removes shards"
         )
 
 
@@ -233,43 +236,20 @@ def check_can_make(folder: Path) -> None:
         raise UserError(f"{place}: permission denied, nothing can be written there")
 
 
-def contents(folder: Path, names: Collection[str], what: str) -> list[Path]:
-    """Return the files and folders in a folder, none where there is none.
-
-    Raises:
-        UserError: it holds anything but these names.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give another --out, which is the folder to make")
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in found:
-        if path.name not in names and not path.name.startswith(tuple(f".{name}." for name in names)):
-            raise UserError(f"overwrite removes {what} only, and {path} is none of its files: give another folder")
-    return found
-
-
 def remove_run(folder: Path) -> None:
     """Remove the files of a run from its folder, if there are any.
 
     Raises:
         UserError: the folder holds anything else; nothing is removed.
     """
-    _remove(contents(folder, _OF_RUN, "runs"))
+    remove(contents(folder, _OF_RUN, "runs"))
 
 
 def remove_narrowing(folder: Path) -> None:
     """Remove what a narrowing wrote into a folder, as `remove_run`."""
-    _remove(contents(folder, _OF_NARROWING, "what narrowing made"))
+    remove(contents(folder, _OF_NARROWING, "what narrowing made"))
 
 
 def remove_search(folder: Path) -> None:
     """Remove what a search for the fastest combination wrote into a folder, as `remove_run`."""
-    _remove(contents(folder, _OF_SEARCH, "what nin speed made"))
-
-
-def _remove(paths: Collection[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    remove(contents(folder, _OF_SEARCH, "what nin speed made"))

@@ -18,8 +18,17 @@ DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")
 # of the files that an export writes, by its format
 EXPORT_SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 
+# what an image folder looks like, for messages
+EXPECTED_FOLDER = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
+
+# of shards
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
 # in a folder of shards: what they hold, and while they are being written what they are made from
 SHARDS_FILE, PARTIAL_SHARDS_FILE = "nin-shards.json", "nin-shards.partial.json"
+
+# the shards, and what is written of one beside its place
+_SHARD = re.compile(r"(train|test|val)-\d{6}\.tar|\.(train|test|val)-\d{6}\.tar\..+")
 
 LIBRARIES = ("torchvision", "timm")
 
@@ -120,13 +129,21 @@ def _near_names(name: str) -> list[str]:
     return difflib.get_close_matches(name.replace("-", "_"), NETWORKS, n=1)
 
 
+def shard_files(folder: Path) -> set[str]:
+    """Return the names that files of nin's shards have in a folder."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {SHARDS_FILE, PARTIAL_SHARDS_FILE} | {name for name in found if _SHARD.fullmatch(name)}
+
+
 def check_source(source: str | Path) -> None:
     """Check that there may be images of that name or in that place; a pattern or a URL of shards may be right.
 
     Raises:
-        UserError: there are none; the message says what was probably meant.
+        UserError: there are none, or it is a file that is no shard; the message says what was probably meant.
     """
     text = str(source)
+    if text not in DATA_SETS and Path(source).is_file() and not text.endswith(SHARD_SUFFIXES):
+        raise UserError(f"{source}: expected a folder, got a file; {EXPECTED_FOLDER}")
     if text in DATA_SETS or Path(source).exists() or is_pattern(text):
         return
     raise missing_source(source)

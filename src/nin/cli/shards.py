@@ -18,6 +18,7 @@ def shards(
     images_per_shard: int = 10_000,
     test_fraction: float | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Write an image folder as WebDataset shards, for sets of many small files. Goes on where it was stopped.
@@ -28,11 +29,13 @@ def shards(
         images_per_shard: At most so many images in a shard.
         test_fraction: Share of each class for the test shards, where the folder has no test images of its own.
         seed: Of the order of the images, and of what is held out.
+        overwrite: Remove the shards that lie in the folder first, whatever they were made from; a folder that holds
+            anything else is refused.
         json: Print the names of the shards as JSON on standard output.
     """
     check_seed(seed)
     names.check_source(data)
-    folders.check_shards(out)
+    folders.check_shards(out, overwrite=overwrite)
     with ProgressBar(f"Reading {data}") as bar:
         paths = nin.data.write_shards(
             data,
@@ -40,6 +43,7 @@ def shards(
             images_per_shard=images_per_shard,
             test_fraction=test_fraction,
             seed=seed,
+            overwrite=overwrite,
             on_progress=bar.on_progress,
             on_findings=show_findings,
         )

@@ -8,8 +8,7 @@ from typing import NamedTuple
 from nin.data.folder_entries import FolderWalk, device_and_inode
 from nin.data.split_names import find_splits, is_mask_name
 from nin.errors import UserError
-
-EXPECTED = "expected DIR/<class>/<image>, or DIR/train/<class>/<image> beside DIR/test or DIR/val"
+from nin.names import EXPECTED_FOLDER
 
 
 class Layout(NamedTuple):
@@ -35,9 +34,9 @@ def find_layout(root: Path, walk: FolderWalk) -> Layout:
         UserError: there is no such folder.
     """
     if not root.exists():
-        raise UserError(f"{root}: there is no such file or folder; {EXPECTED}")
+        raise UserError(f"{root}: there is no such file or folder; {EXPECTED_FOLDER}")
     if not root.is_dir():
-        raise UserError(f"{root}: expected a folder, got a file; {EXPECTED}")
+        raise UserError(f"{root}: expected a folder, got a file; {EXPECTED_FOLDER}")
     notes: list[str] = []
     folder, found = root, _find_parts(root, walk)
     while found is None:

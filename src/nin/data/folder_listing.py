@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from nin.data.dataset import PathList
 from nin.data.findings import MASK, NO_LABEL, Finding
 from nin.data.folder_entries import FolderWalk
-from nin.data.folder_layout import EXPECTED, Layout, class_name, descend_to_classes, find_layout
+from nin.data.folder_layout import Layout, class_name, descend_to_classes, find_layout
 from nin.data.image_formats import FORMAT_EXAMPLES
 from nin.data.split_names import find_splits, folded_name, is_mask_name, is_unlabelled, masked_name
 from nin.display.numbers import format_number_of
 from nin.errors import UserError
+from nin.names import EXPECTED_FOLDER
 
 Files = dict[str, list[str]]  # paths relative to the root, by class name
 
@@ -144,7 +145,7 @@ def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
             if tables
             else ""
         )
-        raise UserError(f"{folder}: {EXPECTED}, got {got}{hint if images else ''}")
+        raise UserError(f"{folder}: {EXPECTED_FOLDER}, got {got}{hint if images else ''}")
     filled = [subfolder for subfolder in walk.subfolders(folder) if files[class_name(subfolder)]]
     if len(files) == 1 or len(filled) == 1:
         only = (filled or walk.subfolders(folder))[0]
@@ -155,7 +156,7 @@ def _check_classes(folder: Path, files: Files, walk: FolderWalk) -> None:
         if len(files) == 1 or hint:
             raise UserError(f"{folder}: expected two classes or more, got only {class_name(only)!r}{hint}")
     if not any(files.values()):
-        raise UserError(f"{folder}: {EXPECTED}, got no images ({FORMAT_EXAMPLES})")
+        raise UserError(f"{folder}: {EXPECTED_FOLDER}, got no images ({FORMAT_EXAMPLES})")
 
 
 def _split_by_class(files: Files, folder: Path, walk: FolderWalk) -> tuple[Files, Files, Files]:

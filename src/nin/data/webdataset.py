@@ -37,11 +37,10 @@ from nin.data.split_names import find_splits
 from nin.data.tar_index import index_tar
 from nin.data.value_range import Pixels, ValueRange, choose_range
 from nin.errors import UserError
-from nin.names import SHARDS_FILE
+from nin.names import SHARD_SUFFIXES, SHARDS_FILE
 from nin.runtime.files import open_atomically
 from nin.version import install_command
 
-_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 
 # Size and channels of all images are taken from the headers of so many.
@@ -127,7 +126,7 @@ def is_shards(source: str | Path) -> bool:
     A folder that has images in its folders is an image folder, and a tar file in it one that somebody left there.
     """
     if not os.path.isdir(source):
-        return str(source).endswith(_EXTENSIONS)
+        return str(source).endswith(SHARD_SUFFIXES)
     if not _tar_files(source):
         return False
     walk = FolderWalk(Path(source))
@@ -304,7 +303,7 @@ def part_masks(shards: ShardSet, options: LoadOptions) -> tuple[NDArray[np.bool_
 def _tar_files(folder: str | Path) -> list[str]:
     """Return the tar files in a folder, or in the folders of its parts: train and test."""
     paths = [path for path in Path(folder).iterdir() if not path.name.startswith(".")] if os.path.isdir(folder) else []
-    found = sorted(str(path) for path in paths if path.name.endswith(_EXTENSIONS))
+    found = sorted(str(path) for path in paths if path.name.endswith(SHARD_SUFFIXES))
     parts = find_splits(path.name for path in paths if path.is_dir()) if not found else {}
     return found or [path for part in sorted(parts) for path in _tar_files(Path(folder) / part)]
 

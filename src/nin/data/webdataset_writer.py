@@ -20,8 +20,8 @@ from nin.data.image_scan import FORMAT_NAMES
 from nin.data.sampler import epoch_order
 from nin.data.webdataset import is_shards
 from nin.errors import UserError
-from nin.names import PARTIAL_SHARDS_FILE, SHARDS_FILE
-from nin.runtime.files import open_atomically, write_atomically
+from nin.names import PARTIAL_SHARDS_FILE, SHARDS_FILE, shard_files
+from nin.runtime.files import contents, open_atomically, remove, write_atomically
 from nin.runtime.progress import ProgressCallback
 
 
@@ -33,6 +33,7 @@ def write_shards(
     test_fraction: float | None = None,
     seed: int = 0,
     workers: int = 1,
+    overwrite: bool = False,
     on_progress: ProgressCallback | None = None,
     on_findings: Callable[[Sequence[Finding]], None] | None = None,
 ) -> tuple[Path, ...]:
@@ -49,6 +50,7 @@ def write_shards(
         test_fraction: fraction of each class for the test shards, 0.2 by default, where the folder has no test images.
         seed: of the order and of the split.
         workers: threads that read the images first.
+        overwrite: remove the shards that are in ``out`` once the images are read, whatever they were made from.
         on_progress: called with (what is being done, number done, number of all).
         on_findings: called with what `nin.data.check` finds, before the first shard is written.
 
@@ -79,6 +81,8 @@ def write_shards(
         "images": {split: len(indices) for split, indices in by_split.items()},
         "made_from": _fingerprint(scan, is_test, images_per_shard, seed),
     }
+    if overwrite:
+        remove(contents(out, shard_files(out), "shards"))
     is_finished = _is_finished(out, metadata)
     if not is_finished:
         _start_or_resume(out, metadata)
@@ -119,7 +123,7 @@ def _start_or_resume(out: Path, metadata: dict[str, object]) -> None:
         if not partial.is_file() or partial.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"{out} holds something else than an interrupted call with these images and options: give another "
-                "--out, or remove it"
+                "--out, or --overwrite, which removes shards"
             )
         for leftover in out.glob(".*.tar.*"):
             leftover.unlink()

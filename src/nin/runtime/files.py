@@ -7,7 +7,8 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -97,3 +98,27 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def contents(folder: Path, names: Collection[str], what: str) -> list[Path]:
+    """Return the files and folders in a folder, none where there is none.
+
+    Raises:
+        UserError: it holds anything but these names.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another --out, which is the folder to make")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in found:
+        if path.name not in names and not path.name.startswith(tuple(f".{name}." for name in names)):
+            raise UserError(f"overwrite removes {what} only, and {path} is none of its files: give another folder")
+    return found
+
+
+def remove(paths: Collection[Path]) -> None:
+    """Remove files, links and whole folders."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -4,6 +4,7 @@ The features of a body that does not change need computing only once, so this ta
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -38,13 +39,11 @@ class HeadFit:
         loss: the mean cross entropy.
         hits: images that it classifies right.
         images: their number; of mirrored ones both count.
-        note: in one line, what was left out; empty where nothing was.
     """
 
     loss: float
     hits: int
     images: int
-    note: str = ""
 
 
 def no_fit_reason(model: nn.Module) -> str:
@@ -105,7 +104,7 @@ def fit_class_layer(
         raise UserError(f"freeze: {config.model} cannot be trained so: {reason}")
     model.eval()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        features, labels, note = _features(model, images, config, device, on_lost, on_progress or (lambda *_: None))
+        features, labels = _features(model, images, config, device, on_lost, on_progress or (lambda *_: None))
     weights = torch.ones(len(images.classes), device=device) if class_weights is None else class_weights
     layer = cast(nn.Conv2d, class_layer(model))
     regression = _Regression(features, labels, weights[labels], layer, _activation(model))
@@ -113,7 +112,7 @@ def fit_class_layer(
     regression.write(layer)
     distributed.broadcast_model(layer)  # where the processes' machines differ
     loss, hits = regression.result()
-    return HeadFit(loss, hits, len(labels), note)
+    return HeadFit(loss, hits, len(labels))
 
 
 class _Regression:
@@ -199,7 +198,7 @@ def _features(
     device: torch.device,
     on_lost: Callable[[str, str], None] | None,
     on_progress: Callable[[int, int], None],
-) -> tuple[Tensor, Tensor, str]:
+) -> tuple[Tensor, Tensor]:
     """Return the features of the training images and of the mirrored ones, their labels, and what was left out."""
     size, channels = images.size, images.channels
     one = class_layer_input(model, torch.zeros(1, channels, size, size, device=device))
@@ -207,6 +206,12 @@ def _features(
     held = max(1, MAX_FEATURE_BYTES // (one[0].nbytes * views))
     stride = -(-len(images.train) // held)
     order = torch.arange(0, len(images.train), stride)
+    if stride > 1 and distributed.rank() == 0:
+        warnings.warn(
+            f"the class layer is fitted to {len(order):,} of the {len(images.train):,} training images: the features "
+            f"of all would take more than {MAX_FEATURE_BYTES >> 30} GiB",
+            stacklevel=2,
+        )
     own = order[distributed.rank() :: distributed.world_size()]
     features = torch.zeros(len(order), views, *one.shape[1:], device=device)
     labels = torch.full((len(order),), -1, device=device)
@@ -224,5 +229,4 @@ def _features(
     read = labels >= 0
     if not read.any():
         raise UserError("no training image can be read any more")
-    note = "" if stride == 1 else f"the class layer is fitted to {len(order):,} of {len(images.train):,} images"
-    return features[read].flatten(0, 1), labels[read].repeat_interleave(views), note
+    return features[read].flatten(0, 1), labels[read].repeat_interleave(views)
