@@ -212,10 +212,14 @@ def test_mlpconv_takes_the_geometry_of_its_convolutions():
 
 
 def plain_inverted_bottleneck(layer, x):
+    convs, norms = list(layer.convs), layer.norms or [nn.Identity()] * len(layer.convs)
+    *up, depthwise = range(len(convs) % 2 + 1)  # of three or five the second is the depthwise one
     y = x
-    for i, conv in enumerate(layer.convs):
-        y = conv(y) if layer.norms is None else layer.norms[i](conv(y))
-        y = F.hardswish(y) if i + 1 < len(layer.convs) else y
+    for i in (*up, depthwise):
+        y = F.hardswish(norms[i](convs[i](y)))
+    if len(convs) >= 4:
+        y = y * torch.sigmoid(convs[-2](F.silu(convs[-3](F.adaptive_avg_pool2d(y, 1)))))
+    y = norms[-1](convs[-1](y))
     return y + x if layer.residual else y
 
 
@@ -223,10 +227,11 @@ def plain_inverted_bottleneck(layer, x):
 @pytest.mark.parametrize(
     ("options", "residual"), [({}, True), ({"stride": (2, 1)}, False), ({"kernel_size": (3, 5), "dilation": 2}, True)]
 )
-@pytest.mark.parametrize("hidden", [20, None])
-def test_inverted_bottleneck_is_a_sequence_of_convolutions(hidden, options, residual, normalisation):
+@pytest.mark.parametrize(("hidden", "squeezed"), [(20, None), (None, None), (20, 5), (None, 1)])
+def test_inverted_bottleneck_is_a_sequence_of_convolutions(hidden, squeezed, options, residual, normalisation):
+    squeeze = {"squeeze_channels": squeezed, "squeeze_activations": ("silu", "sigmoid")}
     layer = nin.InvertedBottleneck(
-        6, hidden, 6, activation="hardswish", normalisation=normalisation, **options
+        6, hidden, 6, activation="hardswish", normalisation=normalisation, **squeeze, **options
     ).double()
     assert layer.residual == residual
     x = random_images(3, 6, 9, 8).requires_grad_()
@@ -267,6 +272,8 @@ def test_inverted_bottlenecks_with_batch_norm_are_found_and_others_are_operators
         ({"activation": "mish"}, "activation must be one of none, relu"),
         ({"normalisation": "layer"}, "normalisation must be None or 'batch_norm', got 'layer'"),
         ({"hidden_channels": 0}, "hidden_channels must be"),
+        ({"squeeze_channels": 0}, "squeeze_channels must be"),
+        ({"squeeze_channels": 4, "squeeze_activations": ("relu", "relu")}, "squeeze_activations must be one of none"),
         ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1"),
     ],
 )
@@ -278,3 +285,5 @@ def test_inverted_bottleneck_names_what_is_wrong(options, message):
 def test_the_cost_of_an_inverted_bottleneck_is_that_of_its_convolutions():
     cost = nin.cost(nin.InvertedBottleneck(6, 20, 8, stride=2), (1, 6, 8, 8))
     assert cost.macs == 64 * 6 * 20 + 16 * (20 * 9 + 20 * 8)
+    cost = nin.cost(nin.InvertedBottleneck(6, 20, 8, stride=2, squeeze_channels=5), (1, 6, 8, 8))
+    assert cost.macs == 64 * 6 * 20 + 16 * (20 * 9 + 20 * 8) + 2 * 20 * 5

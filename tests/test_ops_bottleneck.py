@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import nin
 from nin.exporters import portable_program
-from support.bottlenecks import ACTIVATIONS, BLOCKS, Block, plain_block
+from support.bottlenecks import ACTIVATIONS, BLOCKS, GATES, Block, plain_block
 from support.chains import LAYOUTS, each_layout, random_grads, tensors_of
 
 each_block = pytest.mark.parametrize("block", list(BLOCKS.values()), ids=BLOCKS)
@@ -19,7 +19,7 @@ opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 def apply(block, x, parameters):
     """Return the operator's result for the parameters in one list: weights, then biases."""
-    count = 3 if block.hidden else 2
+    count = (3 if block.hidden else 2) + (2 if block.squeezed else 0)
     biases = parameters[count:] if block.bias else [None] * count
     return nin.inverted_bottleneck(x, parameters[:count], biases, **block.options)
 
@@ -40,7 +40,9 @@ def test_equals_conv2d_forward_and_backward(block, layout):
 
 
 @each_layout
-@pytest.mark.parametrize("name", ["3x3", "stride 2", "no first layer", "dilated"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "stride 2", "no first layer", "dilated", "squeezed", "squeezed, no first layer"]
+)
 def test_float32_trains_with_the_right_gradients(name, layout):
     block = BLOCKS[name]
     x, weights, biases = block.tensors(torch.float32, layout)
@@ -61,9 +63,25 @@ def test_gradients_of_some(frozen):
     torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation):
-    block = Block(2, 4, 2, (4, 3), activation=(activation,) * 3, residual=True, images=1)
+@pytest.mark.parametrize("frozen", [(0,), (3, 8), (4, 9), (1, 2, 3, 6, 7, 8), (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)])
+def test_gradients_of_some_with_squeeze_and_excitation(frozen):
+    block = BLOCKS["squeezed"]
+    x, weights, biases = block.tensors()
+    wanted = [t.requires_grad_() for i, t in enumerate(tensors_of(x, weights, biases)) if i not in frozen]
+    expected = plain_block(x, weights, biases, block.options)
+    result = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
+
+
+GRADCHECKED = {name: Block(2, 4, 2, (4, 3), activation=(name,) * 3, residual=True, images=1) for name in ACTIVATIONS}
+GRADCHECKED |= {
+    gate: Block(2, 3, 2, (3, 3), activation=("silu",) * 3, images=2, squeezed=2, excitation=("silu", gate))
+    for gate in GATES
+}
+
+
+@pytest.mark.parametrize("block", GRADCHECKED.values(), ids=GRADCHECKED)
+def test_gradcheck(block):
     x, weights, biases = block.tensors()
     parameters = [t.requires_grad_() for t in tensors_of(x, weights, biases)]
     call = functools.partial(lambda x, *parameters: apply(block, x, list(parameters)))
@@ -71,8 +89,10 @@ def test_gradcheck(activation):
     assert torch.autograd.gradgradcheck(call, parameters, fast_mode=True)
 
 
-def test_forward_mode_and_batched_gradients():
-    block = Block(2, 3, 2, (3, 3), images=1, activation=("silu", "hardswish", "none"))
+@pytest.mark.parametrize("squeezed", [None, 2])
+def test_forward_mode_and_batched_gradients(squeezed):
+    names = {"activation": ("silu", "hardswish", "none"), "excitation": ("silu", "hardsigmoid")}
+    block = Block(2, 3, 2, (3, 3), images=1, squeezed=squeezed, **names)
     x, weights, biases = block.tensors()
     parameters = [t.requires_grad_() for t in tensors_of(x, weights, biases)]
     call = functools.partial(lambda x, *parameters: apply(block, x, list(parameters)))
@@ -88,11 +108,15 @@ def test_forward_mode_and_batched_gradients():
 
 @opcheck_warns
 @pytest.mark.parametrize(
-    ("dtype", "layout", "trains"),
-    [(torch.float32, "nhwc", True), (torch.bfloat16, "nchw", False)],  # the kernel and the reference: seconds each
+    ("name", "dtype", "layout", "trains"),
+    [  # the kernel and the reference: seconds each
+        ("3x3", torch.float32, "nhwc", True),
+        ("3x3", torch.bfloat16, "nchw", False),
+        ("squeezed", torch.float32, "nchw", True),
+    ],
 )
-def test_opcheck(dtype, layout, trains):
-    block = BLOCKS["3x3"]
+def test_opcheck(name, dtype, layout, trains):
+    block = BLOCKS[name]
     x, weights, biases = block.tensors(dtype, LAYOUTS[layout])
     for t in tensors_of(x, weights, biases):
         t.requires_grad_(trains)
@@ -105,8 +129,9 @@ def test_opcheck(dtype, layout, trains):
 
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_layout_and_dtype_of_the_result(dtype, layout):
-    block = BLOCKS["stride 2"]
+@pytest.mark.parametrize("name", ["stride 2", "squeezed, stride 2"])
+def test_layout_and_dtype_of_the_result(name, dtype, layout):
+    block = BLOCKS[name]
     x, weights, biases = block.tensors(dtype, layout)
     result = nin.inverted_bottleneck(x, weights, biases, **block.options)
     assert result.dtype == dtype
@@ -115,18 +140,20 @@ def test_layout_and_dtype_of_the_result(dtype, layout):
     assert (result.double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_autocast_casts_as_conv2d_does():
-    block = BLOCKS["3x3"]
+@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+def test_autocast_casts_as_conv2d_does(name):
+    block = BLOCKS[name]
     x, weights, biases = block.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         result = nin.inverted_bottleneck(x, weights, biases, **block.options)
-    low = [t.bfloat16() for t in (x, *weights, *biases)]
+    x, weights, biases = x.bfloat16(), [w.bfloat16() for w in weights], [b.bfloat16() for b in biases]
     assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result, nin.inverted_bottleneck(low[0], low[1:4], low[4:], **block.options))
+    torch.testing.assert_close(result, nin.inverted_bottleneck(x, weights, biases, **block.options))
 
 
-def test_vmap_and_grad_of_torch_func():
-    block = BLOCKS["3x3"]
+@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+def test_vmap_and_grad_of_torch_func(name):
+    block = BLOCKS[name]
     x, weights, biases = block.tensors(torch.float32)
     images = torch.stack([x, x.flip(0), 2 * x], 1)  # (N, 3, C, H, W)
     call = functools.partial(nin.inverted_bottleneck, weights=weights, biases=biases, **block.options)
@@ -160,9 +187,10 @@ class Module(nn.Module):
         return apply(self.block, x, list(self.parameters_))
 
 
-def test_compile_export_and_jit_trace():
-    model = Module(BLOCKS["3x3"])
-    x = BLOCKS["3x3"].tensors(torch.float32)[0]
+@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+def test_compile_export_and_jit_trace(name):
+    model = Module(BLOCKS[name])
+    x = BLOCKS[name].tensors(torch.float32)[0]
     expected = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     result = compiled(x)
@@ -177,9 +205,10 @@ def test_compile_export_and_jit_trace():
     torch.testing.assert_close(traced(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
 
 
-def test_an_exported_program_has_pytorchs_operators_only():
-    model = Module(BLOCKS["3x3"]).eval()
-    x = BLOCKS["3x3"].tensors(torch.float32)[0]
+@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+def test_an_exported_program_has_pytorchs_operators_only(name):
+    model = Module(BLOCKS[name]).eval()
+    x = BLOCKS[name].tensors(torch.float32)[0]
     program = portable_program(model, x)
     assert "nin." not in program.graph_module.code
     torch.testing.assert_close(program.module()(x), model(x))
@@ -191,6 +220,21 @@ def test_flops_are_twice_the_macs():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         nin.inverted_bottleneck(x, weights, biases, **block.options)
     assert counter.get_total_flops() == 2 * 2 * (100 * 3 * 8 + 25 * (8 * 9 + 8 * 6))
+
+
+def test_flops_with_squeeze_and_excitation():
+    block = Block(3, 8, 6, (10, 10), stride=(2, 2), squeezed=2)
+    x, weights, biases = block.tensors()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        nin.inverted_bottleneck(x, weights, biases, **block.options)
+    assert counter.get_total_flops() == 2 * 2 * (100 * 3 * 8 + 2 * 8 * 2 + 25 * (8 * 9 + 8 * 6))
+
+
+def test_one_activation_is_for_all_but_the_last_and_squeeze_and_excitation():
+    x, weights, biases = BLOCKS["squeezed"].tensors()
+    result = nin.inverted_bottleneck(x, weights, biases, padding=1, activation="silu")
+    names = {"activation": ("silu", "silu", "relu", "sigmoid", "none"), "residual": False}
+    torch.testing.assert_close(result, plain_block(x, weights, biases, {**BLOCKS["squeezed"].options, **names}))
 
 
 def test_one_activation_is_for_all_but_the_last():
@@ -207,8 +251,8 @@ def test_one_activation_is_for_all_but_the_last():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, w, b: (x, w[:1], b[:1], {}), "weights and biases must be two or three each, got 1 and 1"),
-        (lambda x, w, b: (x, w, b[:2], {}), "weights and biases must be two or three each, got 3 and 2"),
+        (lambda x, w, b: (x, w[:1], b[:1], {}), "weights and biases must be two to five each, got 1 and 1"),
+        (lambda x, w, b: (x, w, b[:2], {}), "weights and biases must be two to five each, got 3 and 2"),
         (
             lambda x, w, b: (x[:, :4], w, b, {}),
             r"weight 0 must have shape \(C_out, 4, 1, 1\), got \(20, 6, 1, 1\): the in",
@@ -232,6 +276,34 @@ def test_one_activation_is_for_all_but_the_last():
 )
 def test_one_line_for_each_mistake(change, message):
     x, weights, biases, options = change(*BLOCKS["3x3"].tensors())
+    with pytest.raises(ValueError, match=message):
+        nin.inverted_bottleneck(x, weights, biases, **{"padding": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w, b: (w, b, {"activation": ("relu",) * 5}),
+            "activation of the second layer of squeeze-and-excitation must be one of sigmoid, hardsigmoid, got 'relu'",
+        ),
+        (
+            lambda w, b: (w, b, {"activation": ("relu", "sigmoid", "relu", "sigmoid", None)}),
+            "must be one of none, relu",
+        ),
+        (
+            lambda w, b: ([*w[:3], w[3][:7], w[4]], b, {}),
+            r"weight 3 must have shape \(20, 5, 1, 1\), got \(7, 5, 1, 1\): the layer before gives 5 channels",
+        ),
+        (
+            lambda w, b: ([*w[:2], w[2][:, :7], *w[3:]], b, {}),
+            r"weight 2 must have shape \(C_out, 20, 1, 1\), got \(5, 7, 1, 1\)",
+        ),
+    ],
+)
+def test_one_line_for_each_mistake_with_squeeze_and_excitation(change, message):
+    x, weights, biases = BLOCKS["squeezed"].tensors()
+    weights, biases, options = change(weights, biases)
     with pytest.raises(ValueError, match=message):
         nin.inverted_bottleneck(x, weights, biases, **{"padding": 1, **options})
 

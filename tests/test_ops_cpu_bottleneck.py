@@ -1,5 +1,7 @@
 """The compiled kernel of nin::inverted_bottleneck with every instruction set, against float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 import nin
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import dispatch, library
-from support.bottlenecks import ACTIVATIONS, BLOCKS, Block, plain_block
+from support.bottlenecks import ACTIVATIONS, BLOCKS, GATES, Block, plain_block
 from support.chains import LAYOUTS, each_layout
 
 # Shapes that reach each way through the kernel: whole strips and chunks of lines, panels and their tails.
@@ -19,6 +21,8 @@ LARGE = {
     "the same with a gap between taps": Block(8, 160, 12, (72, 61), (3, 3), (5, 4), (2, 1)),
     "the same dilated": Block(8, 160, 12, (70, 50), (5, 3), padding=(6, 2), dilation=(3, 2)),
     "no first layer": Block(150, None, 16, (60, 66), activation=("none", "relu6", "none")),
+    "squeezed, several images a round": Block(24, 144, 24, (7, 7), residual=True, images=9, squeezed=36),
+    "squeezed, many lines": Block(8, 70, 12, (70, 61), residual=False, squeezed=20, stride=(2, 1)),
 }
 # of float32: the other sets have the kernels of avx512
 each_isa = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
@@ -55,6 +59,15 @@ def test_activations(isa, name):
     assert errors(block, 3 * x, weights, biases) <= 4e-6
 
 
+@each_isa
+@pytest.mark.parametrize("name", GATES)
+def test_gates(isa, name):
+    block = Block(4, 70, 6, (9, 13), squeezed=18, excitation=("none", name))
+    x, weights, biases = block.tensors(torch.float32)
+    weights[2] *= 9  # factors over the whole range
+    assert errors(block, x, weights, biases) <= 4e-6
+
+
 @settings(max_examples=75, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_blocks(data):
@@ -68,13 +81,20 @@ def test_random_blocks(data):
     hidden = data.draw(st.sampled_from([None, 1, 5, 16, 31, 33, 64, 150]))
     names = tuple(data.draw(st.sampled_from(list(ACTIVATIONS))) for _ in range(3))
     block = Block(draw(1, 40), hidden, draw(1, 40), size, *pairs, names, data.draw(st.booleans()), images=draw(1, 3))
+    if data.draw(st.booleans()):
+        excitation = data.draw(st.sampled_from(list(ACTIVATIONS))), data.draw(st.sampled_from(list(GATES)))
+        block = dataclasses.replace(block, squeezed=data.draw(st.sampled_from([1, 4, 17, 40])), excitation=excitation)
     x, weights, biases = block.tensors(torch.float32, data.draw(st.sampled_from(list(LAYOUTS.values()))))
     assert errors(block, x, weights, biases) <= 1e-5
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 @pytest.mark.parametrize(
-    "name", ["3x3", "one chunk", "lines kept from chunk to chunk", "the same dilated", "no first layer"]
+    "name",
+    [
+        *("3x3", "one chunk", "lines kept from chunk to chunk", "the same dilated", "no first layer"),
+        *("squeezed", "squeezed, several images a round", "squeezed, many lines", "squeezed, no first layer"),
+    ],
 )
 def test_equal_bits_for_any_number_of_threads(name, images):
     block = {**BLOCKS, **LARGE}[name]
@@ -113,9 +133,9 @@ def test_views_and_expanded_tensors():
 
 
 def test_a_written_weight_is_seen():
-    block = BLOCKS["3x3"]
+    block = BLOCKS["squeezed"]
     x, weights, biases = block.tensors(torch.float32)
-    for place in range(3):
+    for place in range(5):
         for _ in range(3):  # the second call is kept, the third repeats it
             assert errors(block, x, weights, biases) <= 2e-6
         weights[place].data.mul_(-0.5)
@@ -128,9 +148,9 @@ def test_the_kernel_serves_float32(monkeypatch):
     calls = []
     reference = cpu_bottleneck.reference.inverted_bottleneck
     monkeypatch.setattr(cpu_bottleneck.reference, "inverted_bottleneck", lambda *a: calls.append(a) or reference(*a))
-    block = BLOCKS["3x3"]
-    for dtype, served in [(torch.float32, 0), (torch.bfloat16, 1)]:
+    for dtype, served, name in [(torch.float32, 0, "3x3"), (torch.float32, 0, "squeezed"), (torch.bfloat16, 1, "3x3")]:
         calls.clear()
+        block = BLOCKS[name]
         x, weights, biases = block.tensors(dtype)
         nin.inverted_bottleneck(x, weights, biases, **block.options)
         torch.ops.nin.inverted_bottleneck(x, weights, biases, *block.op_options)

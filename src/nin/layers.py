@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from nin.errors import UserError
 from nin.ops import ACTIVATIONS, check_activation, conv1x1, inverted_bottleneck, mlpconv
 from nin.ops.checks import Pair, pair
-from nin.ops.reference import BOTTLENECK_ACTIVATIONS
+from nin.ops.reference import BOTTLENECK_ACTIVATIONS, GATES, activate
 
 NORMALISATIONS = (None, "weight_standardisation")
 
@@ -303,18 +303,22 @@ class InvertedBottleneck(_OperatorLayer):
         hidden_channels: between the 1×1 layers, six times as many in MobileNetV2; None: no first 1×1 layer (a depthwise
             separable convolution).
         out_channels: C_out.
+        squeeze_channels: between the two layers of squeeze-and-excitation, which scale the depthwise convolution's
+            channels (MobileNetV3, EfficientNet); None: without.
         kernel_size: k of the depthwise convolution; one number, or (height, width), as the next two.
         stride: of the depthwise convolution.
         dilation: distance of its taps, in pixels. It is padded such that stride 1 and an odd k keep the image's size.
         activation: of all layers but the last, which has none (see `nin.inverted_bottleneck`).
-        normalisation: None, or "batch_norm" after each convolution, which then has no bias.
+        squeeze_activations: of the two layers of squeeze-and-excitation; the second is "sigmoid" or "hardsigmoid".
+        normalisation: None, or "batch_norm" after each convolution but those two, which then has no bias.
 
     Raises:
         ValueError: a width is not positive, or a name is unknown.
 
     Source:
         Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018,
-        arXiv 1801.04381, table 1.
+        arXiv 1801.04381, table 1. With squeeze-and-excitation: Howard et al.: Searching for MobileNetV3, 2019,
+        arXiv 1905.02244, section 5.3.
 
     Example:
         >>> nin.InvertedBottleneck(24, 144, 24)(torch.randn(1, 24, 56, 56)).shape
@@ -333,6 +337,8 @@ class InvertedBottleneck(_OperatorLayer):
         stride: Pair = 1,
         dilation: Pair = 1,
         activation: str = "relu6",
+        squeeze_channels: int | None = None,
+        squeeze_activations: tuple[str, str] = ("relu", "sigmoid"),
         normalisation: str | None = None,
     ) -> None:
         super().__init__()
@@ -340,6 +346,9 @@ class InvertedBottleneck(_OperatorLayer):
         _check_positive(in_channels=in_channels, hidden_channels=wide, out_channels=out_channels)
         if activation not in BOTTLENECK_ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(BOTTLENECK_ACTIVATIONS)}, got {activation!r}")
+        if squeeze_channels is not None:
+            _check_positive(squeeze_channels=squeeze_channels)
+            _check_squeeze_activations(squeeze_activations)
         if normalisation not in (None, "batch_norm"):
             raise ValueError(f"normalisation must be None or 'batch_norm', got {normalisation!r}")
         size, step = pair("kernel_size", kernel_size, 1), pair("dilation", dilation, 1)
@@ -348,9 +357,15 @@ class InvertedBottleneck(_OperatorLayer):
         bias = normalisation is None
         up = [] if hidden_channels is None else [nn.Conv2d(in_channels, wide, 1, bias=bias)]
         depthwise = nn.Conv2d(wide, wide, size, strides, padding, step, groups=wide, bias=bias)
-        self.convs = nn.ModuleList([*up, depthwise, nn.Conv2d(wide, out_channels, 1, bias=bias)])
-        self.activations = [activation] * (len(up) + 1) + ["none"]
-        self.norms = None if bias else nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self._layers())
+        down = nn.Conv2d(wide, out_channels, 1, bias=bias)
+        self.squeezed = None if squeeze_channels is None else len(up) + 1  # the place of squeeze-and-excitation's first
+        squeeze = []
+        if squeeze_channels is not None:
+            squeeze = [nn.Conv2d(wide, squeeze_channels, 1), nn.Conv2d(squeeze_channels, wide, 1)]
+        self.convs = nn.ModuleList([*up, depthwise, *squeeze, down])
+        self.activations = [activation] * (len(up) + 1) + [*squeeze_activations[: len(squeeze)], "none"]
+        norms = [nn.Identity() if c in squeeze else nn.BatchNorm2d(c.out_channels) for c in self._layers()]
+        self.norms = None if bias else nn.ModuleList(norms)
         keeps_size = all(d * (k - 1) % 2 == 0 for k, d in zip(size, step, strict=True))
         self.residual = in_channels == out_channels and strides == (1, 1) and keeps_size
         for conv, name in zip(self._layers(), self.activations, strict=True):
@@ -365,24 +380,29 @@ class InvertedBottleneck(_OperatorLayer):
         """Return (N, C_out, H', W') for ``x`` of shape (N, C_in, H, W)."""
         convs = self._layers()
         if self.norms is None and all(_is_plain_conv(conv, groups=conv.groups) for conv in convs):
-            depthwise = convs[-2]
+            depthwise = convs[-2 if self.squeezed is None else self.squeezed - 1]
             geometry = {"stride": depthwise.stride, "padding": depthwise.padding, "dilation": depthwise.dilation}
             weights, biases = ([_tensor(conv, name) for conv in convs] for name in ("weight", "bias"))
             options = {"activation": self.activations, "residual": self.residual, **geometry}
             return inverted_bottleneck(x, weights, biases, **options)  # type: ignore[arg-type]
-        y = x
+        y = scaled = x
         for i, conv in enumerate(convs):
+            if i == self.squeezed:
+                scaled, y = y, y.mean((2, 3), keepdim=True)
             y = conv(y)
             y = y if self.norms is None else self.norms[i](y)
-            y = BOTTLENECK_ACTIVATIONS[self.activations[i]](y)
+            y = activate(y, self.activations[i])
+            if self.squeezed is not None and i == self.squeezed + 1:
+                y = scaled * y
         return y + x if self.residual else y
 
     @torch.no_grad()
     def fold(self) -> "InvertedBottleneck":
         """Merge BatchNorm, with the statistics of now, into the convolutions, in place, and return the layer."""
         if self.norms is not None:
-            norms = cast(list[nn.BatchNorm2d], list(self.norms))
-            for i, (conv, norm) in enumerate(zip(self._layers(), norms, strict=True)):
+            for i, (conv, norm) in enumerate(zip(self._layers(), self.norms, strict=True)):
+                if not isinstance(norm, nn.BatchNorm2d):
+                    continue
                 self.convs[i] = fuse_conv_bn_eval(conv.eval(), norm.eval()).train(self.training)
             self.norms = None
         return self
@@ -390,6 +410,13 @@ class InvertedBottleneck(_OperatorLayer):
     def extra_repr(self) -> str:
         """Return the options that ``print`` shows."""
         return f"activations={self.activations}, residual={self.residual}"
+
+
+def _check_squeeze_activations(names: tuple[str, str]) -> None:
+    """Raise unless the two layers of squeeze-and-excitation can have these activations."""
+    if len(names) != 2 or names[0] not in BOTTLENECK_ACTIVATIONS or names[1] not in GATES:
+        first, second = ", ".join(BOTTLENECK_ACTIVATIONS), " or ".join(GATES)
+        raise ValueError(f"squeeze_activations must be one of {first}, and {second}, got {names!r}")
 
 
 class Inception(nn.Module):

@@ -300,10 +300,12 @@ bool run(const Case& c) {
 struct BlockShape {
   int64_t channels, hidden, out, height, width, kernel, stride, padding, dilation;
   bool expands;  // with the first 1×1 layer; else hidden = channels
+  int64_t squeezed = 0;  // channels between the layers of squeeze-and-excitation; 0: without
 };
 
-// An inverted bottleneck in float32, with relu6 and hardswish, and the residual where it fits, against plain loops.
-bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bool at_end) {
+// An inverted bottleneck in float32, with relu6 and hardswish, in squeeze-and-excitation relu and hardsigmoid, and the
+// residual where it fits, against plain loops.
+bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bool at_end, int64_t threads) {
   const void* kernels = nin_find_kernels(isa, 0);
   if (!kernels) return true;
   const int64_t batch = 2;
@@ -318,29 +320,44 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
   set_strides(p.y_stride, s.out, p.out_height, p.out_width, channels_last);
   const bool residual = s.out == s.channels && p.out_height == s.height && p.out_width == s.width;
   const int64_t taps = s.kernel * s.kernel;
-  const int64_t fans[3] = {s.channels, taps, s.hidden}, widths[3] = {s.hidden, s.hidden, s.out};
+  const int64_t squeezed = std::max<int64_t>(s.squeezed, 1);
+  // up, depthwise, down, and the two of squeeze-and-excitation
+  const int64_t fans[5] = {s.channels, taps, s.hidden, s.hidden, squeezed};
+  const int64_t widths[5] = {s.hidden, s.hidden, s.out, squeezed, s.hidden};
+  constexpr int64_t activations[5] = {4, 5, 0, 1, 7};
   const int64_t in_count = batch * s.channels * s.height * s.width;
   const int64_t out_count = batch * s.out * p.out_height * p.out_width;
   Buffer x(in_count, 0, at_end), y(out_count, 0, at_end);
   x.fill(in_count, 2);
-  Buffer weights[3] = {
-      {widths[0] * fans[0], 0, at_end}, {widths[1] * fans[1], 0, at_end}, {widths[2] * fans[2], 0, at_end}};
-  Buffer biases[3] = {{widths[0], 0, at_end}, {widths[1], 0, at_end}, {widths[2], 0, at_end}};
-  std::vector<char> packed[3];
-  nin_layer layers[3];
-  for (int i = 0; i < 3; ++i) {
+  Buffer weights[5] = {{widths[0] * fans[0], 0, at_end},
+                       {widths[1] * fans[1], 0, at_end},
+                       {widths[2] * fans[2], 0, at_end},
+                       {widths[3] * fans[3], 0, at_end},
+                       {widths[4] * fans[4], 0, at_end}};
+  Buffer biases[5] = {{widths[0], 0, at_end},
+                      {widths[1], 0, at_end},
+                      {widths[2], 0, at_end},
+                      {widths[3], 0, at_end},
+                      {widths[4], 0, at_end}};
+  std::vector<char> packed[5];
+  nin_layer made[5];
+  for (int i = 0; i < 5; ++i) {
     weights[i].fill(widths[i] * fans[i], 2 / std::sqrt(double(fans[i])));
     biases[i].fill(widths[i], 1);
     const int64_t k = i == 1 ? s.kernel : 1;
     const nin_weight_view view{0, widths[i], fans[i] / k / k, k, k, fans[i], k * k, k, 1};
     packed[i].resize(size_t(nin_packed_bytes(kernels, &view)));
     nin_pack(kernels, &view, weights[i].data, packed[i].data());
-    layers[i] = {packed[i].data(), biases[i].data, widths[i], i == 0 ? 4 : i == 1 ? 5 : 0};
+    made[i] = {packed[i].data(), biases[i].data, widths[i], activations[i]};
   }
-  p.layers = s.expands ? 3 : 2;
-  const nin_thread_pool pool{nullptr, 2};
-  const nin_layer* first = layers + (s.expands ? 0 : 1);
-  if (nin_inverted_bottleneck(kernels, &p, first, residual, x.data, y.data, &pool, nullptr, nullptr, 0) != 0) {
+  std::vector<nin_layer> layers;
+  if (s.expands) layers.push_back(made[0]);
+  layers.push_back(made[1]);
+  if (s.squeezed) layers.insert(layers.end(), {made[3], made[4]});
+  layers.push_back(made[2]);
+  p.layers = int64_t(layers.size());
+  const nin_thread_pool pool{nullptr, threads};
+  if (nin_inverted_bottleneck(kernels, &p, layers.data(), residual, x.data, y.data, &pool, nullptr, nullptr, 0) != 0) {
     return false;
   }
   const Case c{isa, 0, {batch, s.channels, s.height, s.width, s.kernel, s.stride, s.padding, s.dilation, {0, 0}},
@@ -349,9 +366,7 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
   const auto input = [&](int64_t n, int64_t channel, int64_t h, int64_t w) {
     return x.get(n * p.x_stride[0] + channel * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]);
   };
-  bool good = true;
-  for (int64_t i = 0; i < batch * p.out_height * p.out_width; i += 1 + batch * p.out_height * p.out_width / 16) {
-    const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+  const auto product_at = [&](int64_t n, int64_t row, int64_t column) {
     std::vector<double> product(size_t(s.hidden), 0);
     for (int64_t o = 0; o < s.hidden; ++o) {
       double sum = biases[1].get(o);
@@ -367,6 +382,30 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
       }
       product[size_t(o)] = sum * relu6(sum + 3) / 6;
     }
+    return product;
+  };
+  std::vector<std::vector<double>> factors(size_t(batch), std::vector<double>(size_t(s.hidden), 1));
+  for (int64_t n = 0; s.squeezed && n < batch; ++n) {
+    std::vector<double> mean(size_t(s.hidden), 0);
+    for (int64_t i = 0; i < p.out_height * p.out_width; ++i) {
+      const std::vector<double> product = product_at(n, i / p.out_width, i % p.out_width);
+      for (size_t h = 0; h < mean.size(); ++h) mean[h] += product[h] / double(p.out_height * p.out_width);
+    }
+    for (int64_t h = 0; h < s.hidden; ++h) {
+      double sum = biases[4].get(h);
+      for (int64_t q = 0; q < s.squeezed; ++q) {
+        double squeeze = biases[3].get(q);
+        for (int64_t g = 0; g < s.hidden; ++g) squeeze += weights[3].get(q * s.hidden + g) * mean[size_t(g)];
+        sum += weights[4].get(h * s.squeezed + q) * std::max(0.0, squeeze);
+      }
+      factors[size_t(n)][size_t(h)] = relu6(sum + 3) / 6;
+    }
+  }
+  bool good = true;
+  for (int64_t i = 0; i < batch * p.out_height * p.out_width; i += 1 + batch * p.out_height * p.out_width / 16) {
+    const int64_t n = i / p.out_width / p.out_height, row = i / p.out_width % p.out_height, column = i % p.out_width;
+    std::vector<double> product = product_at(n, row, column);
+    for (size_t h = 0; h < product.size(); ++h) product[h] *= factors[size_t(n)][h];
     for (int64_t o = 0; o < s.out; ++o) {
       Sum sum;
       sum.add(biases[2].get(o));
@@ -424,11 +463,14 @@ int main() {
       {4, 64, 4, 14, 5, 7, 1, 3, 1, true},  {6, 18, 1, 9, 11, 3, 1, 2, 2, true},   {2, 3, 33, 1, 1, 1, 1, 0, 1, true},
       {2, 5, 3, 1, 2, 3, 3, 4, 1, true},    {8, 160, 12, 60, 61, 3, 1, 1, 1, true}, {19, 19, 19, 6, 10, 3, 1, 1, 1, false},
       {31, 31, 9, 8, 60, 5, 2, 2, 1, false},
+      {5, 35, 5, 9, 8, 3, 1, 1, 1, true, 9}, {6, 50, 40, 5, 4, 3, 1, 1, 1, true, 33}, {19, 19, 7, 9, 30, 5, 2, 2, 1, false, 1},
   };
   for (const char* isa : {"portable", "avx2", "avx512"}) {
     for (const BlockShape& block : blocks) {
       for (int variant = 0; variant < 4; ++variant, ++runs) {
-        if (!run_bottleneck(isa, block, (variant & 1) != 0, (variant & 2) != 0)) return 1;
+        for (const int64_t threads : {2, 3}) {
+          if (!run_bottleneck(isa, block, (variant & 1) != 0, (variant & 2) != 0, threads)) return 1;
+        }
       }
     }
   }

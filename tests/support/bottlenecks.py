@@ -15,9 +15,13 @@ ACTIVATIONS = {
 }
 
 
+# PyTorch's derivative of hardsigmoid multiplies by a sixth in float32
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The shape of one call; ``hidden=None``: without the first layer."""
+    """The shape of one call; ``hidden=None``: without the first layer, ``squeezed``: with squeeze-and-excitation."""
 
     channels: int
     hidden: int | None
@@ -31,10 +35,13 @@ class Block:
     bias: bool = True
     residual: bool = False
     images: int = 2
+    squeezed: int | None = None
+    excitation: tuple[str, str] = ("relu", "sigmoid")
 
     @property
     def options(self):
-        names = self.activation if self.hidden else self.activation[1:]
+        up, depthwise, down = self.activation
+        names = (*([up] if self.hidden else []), depthwise, *(self.excitation if self.squeezed else []), down)
         return {**self.geometry, "activation": names, "residual": self.residual}
 
     @property
@@ -51,7 +58,9 @@ class Block:
         """Return x, weights and biases with values of order 1 in every layer."""
         wide = self.hidden or self.channels
         shapes = [(wide, self.channels, 1, 1)] if self.hidden else []
-        shapes += [(wide, 1, *self.kernel_size), (self.out, wide, 1, 1)]
+        shapes += [(wide, 1, *self.kernel_size)]
+        shapes += [(self.squeezed, wide, 1, 1), (wide, self.squeezed, 1, 1)] if self.squeezed else []
+        shapes += [(self.out, wide, 1, 1)]
         weights = [(torch.randn(s) * (s[1] * s[2] * s[3]) ** -0.5).to(dtype) for s in shapes]
         biases = [torch.randn(s[0]).to(dtype) if self.bias else None for s in shapes]
         x = torch.randn(self.images, self.channels, *self.size).to(dtype).contiguous(memory_format=layout)
@@ -61,10 +70,15 @@ class Block:
 def plain_block(x, weights, biases, options):
     """The definition, in PyTorch's own convolutions."""
     names, geometry = options["activation"], [options[key] for key in ("stride", "padding", "dilation")]
-    y = x
-    if len(weights) == 3:
+    y, i = x, len(weights) % 2  # of three or five layers the second is the depthwise one
+    if i == 1:
         y = ACTIVATIONS[names[0]](F.conv2d(y, weights[0], biases[0]))
-    y = ACTIVATIONS[names[-2]](F.conv2d(y, weights[-2], biases[-2], *geometry, weights[-2].shape[0]))
+    y = ACTIVATIONS[names[i]](F.conv2d(y, weights[i], biases[i], *geometry, weights[i].shape[0]))
+    if len(weights) >= 4:
+        s = F.adaptive_avg_pool2d(y, 1)
+        for j, choice in ((i + 1, ACTIVATIONS), (i + 2, GATES)):
+            s = choice[names[j]](F.conv2d(s, weights[j], biases[j]))
+        y = y * s
     y = ACTIVATIONS[names[-1]](F.conv2d(y, weights[-1], biases[-1]))
     return y + x if options["residual"] else y
 
@@ -81,4 +95,16 @@ BLOCKS = {
     "more padding than image": Block(2, 4, 3, (1, 2), (3, 3), (2, 2), (4, 4)),
     "one pixel": Block(3, 40, 33, (1, 1), (1, 1), padding=(0, 0)),
     "no images": Block(3, 8, 5, (4, 4), images=0),
+    "squeezed": Block(6, 20, 6, (9, 8), residual=True, squeezed=5, images=3),
+    "squeezed, stride 2": Block(
+        *(5, 35, 7, (9, 7), (3, 3), (2, 2)),
+        activation=("hardswish", "hardswish", "none"),
+        squeezed=33,
+        excitation=("relu", "hardsigmoid"),
+    ),
+    "squeezed, no first layer": Block(
+        19, None, 8, (6, 10), activation=("none", "silu", "relu"), squeezed=1, excitation=("silu", "sigmoid")
+    ),
+    "squeezed without biases": Block(3, 18, 40, (1, 3), bias=False, squeezed=4, excitation=("gelu", "hardsigmoid")),
+    "squeezed, no images": Block(3, 8, 5, (4, 4), images=0, squeezed=2),
 }

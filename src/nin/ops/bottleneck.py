@@ -1,4 +1,4 @@
-"""``nin.inverted_bottleneck``: 1×1 up, depthwise k×k, 1×1 down, as one operator."""
+"""``nin.inverted_bottleneck``: 1×1 up, depthwise k×k, squeeze-and-excitation, 1×1 down, as one operator."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from nin.ops.checks import Pair, check_images, check_like, check_reach, pair, wa
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import call_cache
 from nin.ops.cpu.weight_cache import take_back_constants
-from nin.ops.reference import BOTTLENECK_ACTIVATIONS
+from nin.ops.reference import BOTTLENECK_ACTIVATIONS, GATES
 from nin.ops.transforms import is_jit_traced, is_plain, is_wrapped, overrides_dispatch
 
 assert bottleneck_schema  # registers the operator
@@ -32,7 +32,8 @@ def inverted_bottleneck(
 
     ``h = a_1(W_1 x + b_1)``, ``d = a_2(W_2 ⊛ h + b_2)``, ``y = a_3(W_3 d + b_3) [+ x]``, where ⊛ convolves each channel
     with a filter of its own. With two weights the first layer is missing and ``h = x``: a depthwise separable
-    convolution.
+    convolution. With two weights more, U and V, squeeze-and-excitation scales the channels of ``d``: W_3 gets
+    ``d ⊙ gate(V a(U mean(d) + u) + v)``, with the mean over the pixels of an image.
 
     On the CPU in float32, in inference and in the forward pass of training, the hidden tensors ``h`` and ``d``, up to
     six times as wide as ``x``, never leave the cache. The backward pass computes them again, by PyTorch's own
@@ -40,13 +41,15 @@ def inverted_bottleneck(
 
     Args:
         x: images, (N, C_in, H, W), any floating dtype of 16 bits or more, NCHW or channels_last.
-        weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), (C_out, C_hidden, 1, 1), of the dtype of ``x``.
+        weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), [(C_squeezed, C_hidden, 1, 1),
+            (C_hidden, C_squeezed, 1, 1),] (C_out, C_hidden, 1, 1), of the dtype of ``x``: two to five.
         biases: as many as weights, each (C,) or None. BatchNorm is folded into both beforehand.
         stride: of the depthwise convolution; one number, or (height, width), as the next two.
         padding: zeros around its input ``h``, in pixels.
         dilation: distance of its taps, in pixels.
         activation: "none" (or None), "relu", "relu6", "hardswish", "gelu" (exact) or "silu": one for all layers but
-            the last, which then has none (a linear bottleneck), or one per layer.
+            the last, which then has none (a linear bottleneck), or one per layer. Of squeeze-and-excitation's two
+            layers the second has "sigmoid" or "hardsigmoid"; where one name is given, they have "relu" and "sigmoid".
         residual: whether to add ``x``, where the result has its shape.
 
     Returns:
@@ -59,7 +62,8 @@ def inverted_bottleneck(
 
     Source:
         Sandler, Howard, Zhu, Zhmoginov, Chen: MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018,
-        arXiv 1801.04381, section 3.3.
+        arXiv 1801.04381, section 3.3. Hu, Shen, Albanie, Sun, Wu: Squeeze-and-Excitation Networks, 2017,
+        arXiv 1709.01507, section 3.
 
     Example:
         >>> x = torch.randn(2, 24, 56, 56)
@@ -68,8 +72,8 @@ def inverted_bottleneck(
         torch.Size([2, 24, 56, 56])
     """
     weights, biases = list(weights), list(biases)
-    if len(weights) not in (2, 3) or len(biases) != len(weights):
-        raise ValueError(f"weights and biases must be two or three each, got {len(weights)} and {len(biases)}")
+    if not 2 <= len(weights) <= 5 or len(biases) != len(weights):
+        raise ValueError(f"weights and biases must be two to five each, got {len(weights)} and {len(biases)}")
     geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     arguments = BottleneckArguments(weights, biases, *geometry, _activations(activation, len(weights)), bool(residual))
     if is_jit_traced():  # its graph has no word for the operator's list of optional biases
@@ -97,15 +101,18 @@ def inverted_bottleneck(
 
 def _activations(activation: str | Sequence[str | None] | None, count: int) -> list[str]:
     if activation is None or isinstance(activation, str):
-        names: list[str | None] = [*[activation] * (count - 1), "none"]
+        excitation: list[str | None] = ["relu", "sigmoid"] if count >= 4 else []
+        names = [*[activation] * (count - 1 - len(excitation)), *excitation, "none"]
     else:
         names = list(activation)
     if len(names) != count:
         raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")
     known = ["none" if name is None else name for name in names]
-    for name in known:
-        if name not in BOTTLENECK_ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(BOTTLENECK_ACTIVATIONS)}, got {name!r}")
+    for i, name in enumerate(known):
+        gates = count >= 4 and i == count - 2
+        if name not in (choice := GATES if gates else BOTTLENECK_ACTIVATIONS):
+            place = " of the second layer of squeeze-and-excitation" if gates else ""
+            raise ValueError(f"activation{place} must be one of {', '.join(choice)}, got {name!r}")
     return known
 
 
@@ -116,11 +123,13 @@ def _check_tensors(x: Tensor, arguments: BottleneckArguments) -> None:
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check_like(f"weight {i}", weight, x)
-        shape, is_depthwise = tuple(weight.shape), i == count - 2
-        if is_depthwise:
+        shape = tuple(weight.shape)
+        if i == arguments.depthwise:
             fits, wanted = len(shape) == 4 and shape[:2] == (channels, 1), f"({channels}, 1, kH, kW)"
         else:
-            fits, wanted = len(shape) == 4 and shape[1:] == (channels, 1, 1), f"(C_out, {channels}, 1, 1)"
+            scaled = weights[arguments.depthwise].shape[0] if arguments.squeezes and i == count - 2 else None
+            fits = len(shape) == 4 and shape[1:] == (channels, 1, 1) and scaled in (None, shape[0])
+            wanted = f"({scaled or 'C_out'}, {channels}, 1, 1)"
         if not fits or 0 in shape:
             before = "the input has" if i == 0 else "the layer before gives"
             raise ValueError(f"weight {i} must have shape {wanted}, got {shape}: {before} {channels} channels")
@@ -129,6 +138,6 @@ def _check_tensors(x: Tensor, arguments: BottleneckArguments) -> None:
             check_like(f"bias {i}", bias, x)
             if bias.shape != (channels,):
                 raise ValueError(f"bias {i} must have shape ({channels},), got {tuple(bias.shape)}")
-    check_reach(x, weights[-2].shape[2:], arguments.padding, arguments.dilation)
+    check_reach(x, weights[arguments.depthwise].shape[2:], arguments.padding, arguments.dilation)
     if arguments.residual and (shape := arguments.output_shape(x)) != tuple(x.shape):
         raise ValueError(f"residual needs a result of the shape of x, got {shape} and {tuple(x.shape)}")

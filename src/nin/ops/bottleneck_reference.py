@@ -1,5 +1,6 @@
 """The arguments of ``nin::inverted_bottleneck``, and its definition in plain PyTorch."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ class BottleneckArguments(NamedTuple):
     """An inverted bottleneck, in the operator's order: ``torch.ops.nin.inverted_bottleneck(x, *arguments)``.
 
     Attributes:
-        weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), (C_out, C_hidden, 1, 1).
+        weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), [(C_squeezed, C_hidden, 1, 1),
+            (C_hidden, C_squeezed, 1, 1),] (C_out, C_hidden, 1, 1).
         biases: as many as weights, each (C,) or None.
         stride: of the depthwise layer, (height, width), as the next two.
         padding: zeros around its input, in pixels.
         dilation: distance of its taps, in pixels.
-        activations: as many as weights, each a name of `reference.BOTTLENECK_ACTIVATIONS`.
+        activations: as many as weights, each a name of `reference.BOTTLENECK_ACTIVATIONS`; of the second layer of
+            squeeze-and-excitation one of `reference.GATES`.
         residual: whether the input is added to the result.
     """
 
@@ -38,9 +41,19 @@ class BottleneckArguments(NamedTuple):
         """The arguments without the residual."""
         return ChainArguments(*self[:6])
 
+    @property
+    def depthwise(self) -> int:
+        """The place of the depthwise layer."""
+        return 1 if len(self.weights) in (3, 5) else 0
+
+    @property
+    def squeezes(self) -> bool:
+        """Whether the depthwise layer's channels are scaled by squeeze-and-excitation, of the next two layers."""
+        return len(self.weights) >= 4
+
     def layers(self) -> list[tuple[Tensor, Tensor | None, Geometry, int, str]]:
         """Return weight, bias, geometry, groups and activation of each layer."""
-        depthwise = len(self.weights) - 2
+        depthwise = self.depthwise
         geometry: Geometry = (self.stride, self.padding, self.dilation)
         return [
             (w, b, geometry if i == depthwise else POINTWISE_GEOMETRY, w.shape[0] if i == depthwise else 1, a)
@@ -49,7 +62,7 @@ class BottleneckArguments(NamedTuple):
 
     def output_shape(self, x: Tensor) -> tuple[Any, ...]:
         """Return (N, C_out, H', W') for an input (N, C_in, H, W), whose sizes may be symbolic."""
-        kernel_size = self.weights[-2].shape[2:]
+        kernel_size = self.weights[self.depthwise].shape[2:]
         sides = (output_size(x.shape[2 + d], kernel_size[d], *(g[d] for g in self[2:5])) for d in range(2))
         return (x.shape[0], self.weights[-1].shape[0], *sides)
 
@@ -67,9 +80,13 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments) -> Tensor:
 
 def conv2d_layers(x: Tensor, arguments: BottleneckArguments) -> Tensor:
     """Compute the block with PyTorch's operators, which choose the output's memory format."""
-    y = x
-    for weight, bias, geometry, groups, activation in arguments.layers():
+    y, scaled, depthwise = x, None, arguments.depthwise
+    for i, (weight, bias, geometry, groups, activation) in enumerate(arguments.layers()):
+        if arguments.squeezes and i == depthwise + 1:
+            scaled, y = y, y.mean((2, 3), keepdim=True)
         y = activate(F.conv2d(y, weight, bias, *geometry, groups), activation)
+        if scaled is not None and i == depthwise + 2:
+            y = scaled * y
     return y + x if arguments.residual else y
 
 
@@ -87,20 +104,29 @@ def backward(
         needs: which gradients are needed: the input's, then each weight's, then each bias's.
     """
     layers, count = arguments.layers(), len(arguments.weights)
+    squeeze = arguments.depthwise + 1 if arguments.squeezes else None
     # vmap cannot set a memory format
     plain = not (is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
     layout = memory_format_of(x) if plain else None
     h = x if layout is None else x.contiguous(memory_format=layout)
     inputs, sums = [], []
+    scaled = factors = h  # the depthwise layer's result and what it is multiplied by
     for i, (weight, bias, geometry, groups, activation) in enumerate(layers):
+        if i == squeeze:
+            scaled, h = h, h.mean((2, 3), keepdim=True)
         inputs.append(h)
         is_last = i + 1 == count
         sums.append(h if is_last and activation == "none" else F.conv2d(h, weight, bias, *geometry, groups))
         if not is_last:
             h = activate(sums[i], activation)
+        if squeeze is not None and i == squeeze + 1:
+            factors, h = h, scaled * h
     grads: list[Tensor | None] = [None] * len(needs)
     g = grad
+    direct = g  # the gradient of the depthwise layer's result that does not come through its mean
     for i, (weight, bias, geometry, groups, activation) in reversed([*enumerate(layers)]):
+        if squeeze is not None and i == squeeze + 1:
+            direct, g = g * factors, (g * scaled).sum((2, 3), keepdim=True)
         g = activation_backward(g, sums[i], activation)
         need_weight, need_bias = needs[1 + i], needs[1 + count + i] and bias is not None
         # if no earlier layer needs a gradient, the backward pass ends here
@@ -117,6 +143,8 @@ def backward(
         if not go_on:
             break
         g = before
+        if i == squeeze:
+            g = direct + g / math.prod(direct.shape[2:])
     if needs[0]:
         g = g + grad if arguments.residual else g
         grads[0] = g if layout is None else to_memory_format(g, layout)

@@ -86,10 +86,15 @@ library.impl("inverted_bottleneck", autocast_kernel(_operator, "cuda"), "Autocas
 
 
 def bottleneck_macs(x_shape: Sequence[int], y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> int:
-    """Return the multiply-accumulates: the first of three layers runs at the input's resolution."""
-    *up, depthwise, down = (w[0] * w[1] * w[2] * w[3] for w in weight_shapes)
+    """Return the multiply-accumulates.
+
+    A 1×1 layer before the depthwise one runs at the input's resolution, those of squeeze-and-excitation once an image.
+    """
+    macs = [w[0] * w[1] * w[2] * w[3] for w in weight_shapes]
+    up = macs[:1] if len(macs) in (3, 5) else []
+    depthwise, *squeeze, down = macs[len(up) :]
     pixels_in, pixels_out = (shape[0] * shape[2] * shape[3] for shape in (x_shape, y_shape))
-    return pixels_in * sum(up) + pixels_out * (depthwise + down)
+    return pixels_in * sum(up) + x_shape[0] * sum(squeeze) + pixels_out * (depthwise + down)
 
 
 @register_flop_formula(torch.ops.nin.inverted_bottleneck)

@@ -22,6 +22,8 @@ BOTTLENECK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "hardswish": F.hardswish,
 }
+# of the factors of squeeze-and-excitation
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -61,12 +63,14 @@ def conv2d_chain(x: Tensor, chain: ChainArguments) -> Tensor:
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """Apply an activation of `BOTTLENECK_ACTIVATIONS`, with PyTorch's derivatives of every order and mode."""
+    """Apply an activation or gate by its name, with PyTorch's derivatives of every order and mode."""
     if activation == "none":
         return z
     if activation == "silu" and is_transformed():
         return z * torch.sigmoid(z)  # PyTorch has no forward-mode derivative of silu's gradient; of these it has
-    return BOTTLENECK_ACTIVATIONS[activation](z)
+    if activation == "hardsigmoid" and is_transformed():
+        return F.relu6(z + 3) / 6  # its second derivative is missing too
+    return (GATES.get(activation) or BOTTLENECK_ACTIVATIONS[activation])(z)
 
 
 def mlpconv_backward(grad: Tensor, x: Tensor, y: Tensor, chain: ChainArguments, needs: Sequence[bool]) -> Gradients:
@@ -161,5 +165,10 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
             return torch.ops.aten.hardtanh_backward(grad, z, 0, 6)
         case "hardswish":
             return torch.ops.aten.hardswish_backward(grad, z)
+        case "hardsigmoid":
+            # aten's hardsigmoid_backward is not differentiable; this is, and has the same values
+            return torch.ops.aten.hardtanh_backward(grad, z, -3, 3) / 6
+        case "sigmoid":
+            return torch.ops.aten.sigmoid_backward(grad, torch.sigmoid(z))
         case _:
             return grad

@@ -14,7 +14,7 @@ from nin.ops.cpu.library import Kernels
 
 WINOGRAD_VARIABLE = "NIN_CPU_WINOGRAD"
 WINOGRAD = os.environ.get(WINOGRAD_VARIABLE, "1") != "0"
-ACTIVATION_CODES = {name: code for code, name in enumerate(reference.BOTTLENECK_ACTIVATIONS)}
+ACTIVATION_CODES = {name: code for code, name in enumerate((*reference.BOTTLENECK_ACTIVATIONS, *reference.GATES))}
 
 # compiled once: packing by format string would look it up in every call
 _CHAIN = struct.Struct("25q")

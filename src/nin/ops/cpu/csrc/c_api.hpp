@@ -31,7 +31,7 @@ struct nin_layer {
   const void* weight;  // packed by nin_pack
   const void* bias;    // or null
   int64_t channels;    // output channels
-  int64_t activation;  // none, relu, gelu, silu, relu6, hardswish
+  int64_t activation;  // none, relu, gelu, silu, relu6, hardswish, sigmoid, hardsigmoid
 };
 
 // A weight of any strides, as a GEMM operand: columns are the output channels.
@@ -77,8 +77,8 @@ NIN_API int32_t nin_forward(const void* kernels, const nin_chain* chain, const n
                             void* y, const nin_thread_pool* pool, const nin_bytes* weights, const uint64_t* hashes,
                             int64_t count);
 
-// An inverted bottleneck in float32: [1×1 layer,] depthwise k×k layer, to which the chain's geometry belongs, 1×1 layer:
-// three layers or two. `residual`: x is added to the result, of the same shape. `hashes` as in nin_forward. Equal bits
+// An inverted bottleneck in float32: [1×1 layer,] depthwise k×k layer, to which the chain's geometry belongs, [the two
+// layers of squeeze-and-excitation,] 1×1 layer: two to five layers. `residual`: x is added to the result, of the same shape. `hashes` as in nin_forward. Equal bits
 // for any number of threads.
 NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* chain, const nin_layer* layers,
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,

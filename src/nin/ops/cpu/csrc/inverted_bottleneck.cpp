@@ -1,10 +1,14 @@
-// The forward pass of an inverted bottleneck: [1×1 up,] depthwise k×k, 1×1 down, [+ x]. The hidden tensors stay in
-// scratch memory that fits the L2 cache.
+// The forward pass of an inverted bottleneck: [1×1 up,] depthwise k×k, [squeeze-and-excitation,] 1×1 down, [+ x]. The
+// hidden tensors stay in scratch memory that fits the L2 cache.
 //
 // A task takes a strip of output lines through the layers, some lines (a chunk) at a time. For each panel of hidden
 // channels the GEMM writes the lines of the hidden tensor that the chunk needs and that the chunk before has not left,
 // and the depthwise kernel reads them while they are in the L1 cache; its results, for all panels, are the operand of
 // the last GEMM. So no line is computed twice within a strip, and no sum is divided.
+//
+// Squeeze-and-excitation scales each channel of the depthwise layer's result by a function of all channels' means, so
+// that result is kept for whole images: an image's last GEMM follows when all its lines are there. Each line is summed
+// alone and the sums are added in the order of the lines, whichever thread computed them.
 #include <cstring>
 #include <new>
 
@@ -22,6 +26,10 @@ constexpr int64_t max_chunk_bytes = 256 << 10, max_strip_bytes = 768 << 10;
 // A batch of fewer images than threads, with no more pixels than this: the threads share each image's hidden channels,
 // then its output channels, as strips would compute too many lines twice.
 constexpr int64_t max_split_pixels = 512;
+
+// Images whose means go through the layers of squeeze-and-excitation together, so that their weights are read once: as
+// many as the depthwise layer's results of this size hold.
+constexpr int64_t max_round_bytes = 512 << 10;
 
 struct LineRange {
   int64_t first, last;
@@ -41,8 +49,9 @@ class InvertedBottleneck {
     char *input, *hidden, *product, *out, *residual;
   };
 
-  bool expands() const { return layers_.size() == 3; }
-  const Layer& depthwise() const { return layers_[layers_.size() - 2]; }
+  bool expands() const { return layers_.size() % 2 == 1; }
+  bool squeezes() const { return layers_.size() >= 4; }
+  const Layer& depthwise() const { return layers_[expands() ? 1 : 0]; }
   int64_t hidden_channels() const { return depthwise().channels; }
   int64_t out_channels() const { return layers_.back().channels; }
   int64_t window(int64_t lines) const {
@@ -62,11 +71,19 @@ class InvertedBottleneck {
   void clear_borders(const Buffers& to) const;
   void load_input(const Buffers& to, int64_t image, const LineRange& lines) const;
   void expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const;
-  void convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product) const;
-  void project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product,
-               const Panels& panels) const;
-  void run_strip(int64_t image, const LineRange& lines, char* scratch) const;
-  nin_status run_panels(const nin_thread_pool& pool) const;
+  void convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product, float* line_sums) const;
+  void project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product, const Panels& panels,
+               const void* weight) const;
+  void run_strip(int64_t image, const LineRange& lines, int64_t first_panel, int64_t last_panel, char* kept,
+                 char* scratch) const;
+  float* line_sums(char* kept) const { return reinterpret_cast<float*>(kept + product_bytes_); }
+  int64_t round_bytes(int64_t images) const {
+    const int64_t weight_bytes = scales_weights_ ? round_up(out_panels_.bytes(k_), 64) : 0;
+    return images * (image_bytes_ + (squeezes() ? 2 * product_row_bytes_ + squeezed_row_bytes_ + weight_bytes : 0));
+  }
+  char* excite(char* memory, int64_t images) const;
+  void scale_weights(const float* factors, char* to) const;
+  nin_status run_round(const nin_thread_pool* pool, int64_t first, int64_t images, char* memory, char* scratch) const;
 
   const Kernels& k_;
   nin_chain chain_;
@@ -77,13 +94,16 @@ class InvertedBottleneck {
   bool residual_;
   bool reads_in_place_, writes_in_place_;
   bool splits_panels_ = false;  // threads share an image's channels
+  bool keeps_product_;          // the depthwise layer's results of whole images
+  bool scales_weights_;         // the factors multiply the last layer's weights, not the results: whichever are fewer
   bool shares_panels_ = false;  // the panels' hidden lines lie in the same memory, one after the other
   int64_t strips_ = 1;          // of an image
   int64_t chunk_lines_ = 0;     // output lines of the largest chunk
   int64_t window_lines_ = 0;    // hidden lines that it needs
   int64_t line_pixels_, border_, used_columns_;  // of a hidden line: all, before the image's first, of the image
   int64_t line_bytes_, panel_bytes_ = 0;         // of a panel's hidden line and lines
-  int64_t in_row_bytes_, product_row_bytes_, out_row_bytes_, residual_row_bytes_;
+  int64_t in_row_bytes_, product_row_bytes_, squeezed_row_bytes_, out_row_bytes_, residual_row_bytes_;
+  int64_t product_bytes_, image_bytes_;  // of an image: the depthwise layer's result, and with the sums of its lines
 };
 
 InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain, const nin_layer* layers, bool residual,
@@ -106,13 +126,18 @@ InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain,
   in_row_bytes_ = reads_in_place_ ? 0 : tile_row_bytes(k_, chain_.channels);
   product_row_bytes_ = tile_row_bytes(k_, hidden_channels());
   out_row_bytes_ = writes_in_place_ ? 0 : tile_row_bytes(k_, out_channels());
+  squeezed_row_bytes_ = squeezes() ? tile_row_bytes(k_, layers_[layers_.size() - 3].channels) : 0;
+  product_bytes_ = chain_.out_height * chain_.out_width * product_row_bytes_;
+  image_bytes_ = product_bytes_ + (squeezes() ? chain_.out_height * product_row_bytes_ : 0);
   residual_row_bytes_ = residual_ && !(writes_in_place_ && x_.c_stride == 4) ? tile_row_bytes(k_, out_channels()) : 0;
   if (threads > 1 && chain_.batch < threads) {
     splits_panels_ = chain_.out_height * chain_.out_width <= max_split_pixels;
     if (!splits_panels_) strips_ = std::min(chain_.out_height, ceil_div(threads, chain_.batch));
-  } else if (chain_.batch < many_tiles_per_thread * threads) {
+  } else if (!squeezes() && chain_.batch < many_tiles_per_thread * threads) {
     strips_ = balanced_parts(1, std::min<int64_t>(chain_.out_height, 4), chain_.batch, threads);
   }
+  scales_weights_ = squeezes() && chain_.out_height * chain_.out_width > out_channels();
+  keeps_product_ = splits_panels_ || squeezes();
   choose_chunks(splits_panels_ ? chain_.out_height : ceil_div(chain_.out_height, strips_));
 }
 
@@ -139,7 +164,7 @@ InvertedBottleneck::Buffers InvertedBottleneck::buffers(char* scratch) const {
   b.input = scratch;
   b.hidden = b.input + round_up(window_lines_ * used_columns_ * in_row_bytes_, 64);
   b.product = b.hidden + (shares_panels_ ? 1 : hidden_panels_.count) * panel_bytes_;
-  b.out = b.product + (splits_panels_ ? 0 : pixels * product_row_bytes_);
+  b.out = b.product + (keeps_product_ ? 0 : pixels * product_row_bytes_);
   b.residual = b.out + pixels * out_row_bytes_;
   return b;
 }
@@ -200,8 +225,9 @@ void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRang
   }
 }
 
-// The depthwise layer on a panel, for lines of the output.
-void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product) const {
+// The depthwise layer on a panel, for lines of the output. `line_sums`: where their sums go, a row for each, or null.
+void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product,
+                                  float* line_sums) const {
   const Layer& layer = depthwise();
   const int64_t channel = panel * hidden_panels_.width, taps = chain_.kernel[0] * chain_.kernel[1];
   const int vectors = hidden_panels_.vectors(k_, panel);
@@ -224,17 +250,21 @@ void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int
     args.weights = weights + inside.first * chain_.kernel[1] * vectors * k_.lanes;
     args.out = product + (line - out.first) * chain_.out_width * product_row_bytes_ + channel * 4;
     k_.depthwise(args, vectors);
+    if (line_sums) {
+      float* sums = line_sums + (line - out.first) * product_row_bytes_ / 4 + channel;
+      k_.sum_rows(args.out, args.out_row_stride, args.columns, vectors, sums);
+    }
   }
 }
 
 // The last layer, or some of its panels, and the residual.
 void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product,
-                                 const Panels& panels) const {
+                                 const Panels& panels, const void* weight) const {
   static constexpr int64_t no_offset = 0;
   const Layer& layer = layers_.back();
   GemmArguments args;
   args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = hidden_channels();
-  args.panel = layer.weight;
+  args.panel = weight;
   args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
   args.epilogue.activation = layer.activation;
   const PixelGrid grid = writes_in_place_ ? PixelGrid{y_.pixel(image, out.first, 0), y_.w_stride, y_.h_stride}
@@ -263,7 +293,10 @@ void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRan
   }
 }
 
-void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, char* scratch) const {
+// Some hidden panels of a strip of lines. `kept`: where the depthwise layer's results of the image stay; null: the last
+// layer follows at once.
+void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_t first_panel, int64_t last_panel,
+                                   char* kept, char* scratch) const {
   const Buffers to = buffers(scratch);
   clear_borders(to);
   const int64_t chunks = ceil_div(lines.count(), chunk_lines_);
@@ -274,52 +307,129 @@ void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, char* 
     missing.first = std::min(std::max(missing.first, next), missing.last);
     next = missing.last;
     load_input(to, image, missing);
-    for (int64_t panel = 0; panel < hidden_panels_.count; ++panel) {
+    char* const product = kept ? kept + out.first * chain_.out_width * product_row_bytes_ : to.product;
+    float* const sums = squeezes() ? line_sums(kept) + out.first * product_row_bytes_ / 4 : nullptr;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       expand(to, image, missing, panel);
-      convolve(to, out, panel, to.product);
+      convolve(to, out, panel, product, sums);
     }
-    project(to, image, out, dense_grid(to.product, product_row_bytes_, chain_.out_width), out_panels_);
+    if (kept) continue;
+    project(to, image, out, dense_grid(product, product_row_bytes_, chain_.out_width), out_panels_,
+            layers_.back().weight);
   }
 }
 
-// Few small images: the threads share the hidden channels of all images, then their output channels.
-nin_status InvertedBottleneck::run_panels(const nin_thread_pool& pool) const {
-  const int64_t image_bytes = chain_.out_height * chain_.out_width * product_row_bytes_;
-  char* const products = shared_scratch.reserve(size_t(chain_.batch * image_bytes + 64));
-  if (!products) return nin_out_of_memory;
-  const LineRange all{0, chain_.out_height};
-  const int64_t parts = std::min(hidden_panels_.count, ceil_div(pool.threads, chain_.batch));
-  nin_status status =
-      run_tasks(pool, chain_.batch * parts, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
-        const int64_t image = task / parts, part = task % parts;
-        const Buffers to = buffers(scratch);
-        const LineRange needed = hidden_lines(all);
-        clear_borders(to);
-        load_input(to, image, needed);
-        for (int64_t j = hidden_panels_.count * part / parts; j < hidden_panels_.count * (part + 1) / parts; ++j) {
-          expand(to, image, needed, j);
-          convolve(to, all, j, products + image * image_bytes);
-        }
-      });
+// The layers of squeeze-and-excitation on the means of some images, which lie one after the other in `memory`. Returns
+// a row of factors for each.
+char* InvertedBottleneck::excite(char* memory, int64_t images) const {
+  static constexpr int64_t no_offset = 0;
+  char* const means = memory + images * image_bytes_;
+  char* const squeezed = means + images * product_row_bytes_;
+  char* const factors = squeezed + images * squeezed_row_bytes_;
+  const int64_t channels = hidden_channels();
+  const float pixels = float(chain_.out_height * chain_.out_width);
+  for (int64_t image = 0; image < images; ++image) {
+    const float* sums = line_sums(memory + image * image_bytes_);
+    auto* const mean = reinterpret_cast<float*>(means + image * product_row_bytes_);
+    std::memcpy(mean, sums, size_t(channels) * 4);
+    for (int64_t line = 1; line < chain_.out_height; ++line) {
+      sums += product_row_bytes_ / 4;
+      for (int64_t c = 0; c < channels; ++c) mean[c] += sums[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) mean[c] /= pixels;
+  }
+  PixelGrid from = dense_grid(means, product_row_bytes_, images);
+  for (const bool last : {false, true}) {
+    const Layer& layer = layers_[layers_.size() - (last ? 2 : 3)];
+    GemmArguments args;
+    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = last ? layers_[layers_.size() - 3].channels : channels;
+    args.panel = layer.weight;
+    args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+    args.epilogue.activation = layer.activation;
+    args.epilogue.zero_tail = true;
+    const PixelGrid to = last ? dense_grid(factors, product_row_bytes_, images)
+                              : dense_grid(squeezed, squeezed_row_bytes_, images);
+    gemm_tile(k_, args, from, to, {}, {}, 1, images, Panels(k_, layer.channels, args.k_steps));
+    from = to;
+  }
+  return factors;
+}
+
+// The last layer's packed weights with the row of each hidden channel multiplied by its factor.
+void InvertedBottleneck::scale_weights(const float* factors, char* to) const {
+  const auto* from = static_cast<const char*>(layers_.back().weight);
+  for (int64_t panel = 0; panel < out_panels_.count; ++panel) {
+    const int64_t skipped = panel * out_panels_.full_bytes;
+    k_.scale_panel(from + skipped, hidden_channels(), out_panels_.vectors(k_, panel), factors, to + skipped);
+  }
+}
+
+// Some images, whose depthwise layer's results are kept in `memory`. `pool`: its threads share each image's lines, or
+// its hidden channels and then its output channels; null: the calling thread computes, with `scratch`.
+nin_status InvertedBottleneck::run_round(const nin_thread_pool* pool, int64_t first, int64_t images, char* memory,
+                                         char* scratch) const {
+  const auto each = [&](int64_t count, const auto& run) {
+    if (pool) return run_tasks(*pool, count, size_t(scratch_bytes()), run);
+    for (int64_t task = 0; task < count; ++task) run(task, scratch);
+    return nin_ok;
+  };
+  const int64_t threads = pool ? pool->threads : 1;
+  const int64_t parts = splits_panels_ ? std::min(hidden_panels_.count, ceil_div(threads, images)) : strips_;
+  nin_status status = each(images * parts, [&](int64_t task, char* memory_of_task) {
+    const int64_t image = task / parts, part = task % parts, count = hidden_panels_.count;
+    char* const kept = memory + image * image_bytes_;
+    if (splits_panels_) {
+      const LineRange all{0, chain_.out_height};
+      run_strip(first + image, all, count * part / parts, count * (part + 1) / parts, kept, memory_of_task);
+    } else {
+      run_strip(first + image, strip(part), 0, count, kept, memory_of_task);
+    }
+  });
   if (status != nin_ok) return status;
-  const int64_t bands = std::min(pool.threads, chain_.out_height), tasks = bands * out_panels_.count;
-  status = run_tasks(pool, chain_.batch * tasks, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
+  char* const factors = squeezes() ? excite(memory, images) : nullptr;
+  char* const weights = factors + (squeezes() ? images * product_row_bytes_ : 0);
+  const int64_t weight_bytes = round_up(out_panels_.bytes(k_), 64);
+  for (int64_t image = 0; scales_weights_ && image < images; ++image) {
+    scale_weights(reinterpret_cast<const float*>(factors + image * product_row_bytes_), weights + image * weight_bytes);
+  }
+  const int64_t bands = splits_panels_ ? std::min(threads, chain_.out_height)
+                                       : std::max(strips_, ceil_div(chain_.out_height, chunk_lines_));
+  const int64_t panels = splits_panels_ && !squeezes() ? out_panels_.count : 1, tasks = bands * panels;
+  return each(images * tasks, [&](int64_t task, char* memory_of_task) {
     const int64_t image = task / tasks, panel = task % tasks / bands, band = task % bands;
     const LineRange out{chain_.out_height * band / bands, chain_.out_height * (band + 1) / bands};
     Panels part = out_panels_;
-    part.begin = panel, part.end = panel + 1;
+    if (panels > 1) part.begin = panel, part.end = panel + 1;
     const int64_t skipped = out.first * chain_.out_width * product_row_bytes_;
-    project(buffers(scratch), image, out,
-            dense_grid(products + image * image_bytes + skipped, product_row_bytes_, chain_.out_width), part);
+    char* const product = memory + image * image_bytes_ + skipped;
+    if (factors && !scales_weights_) {
+      k_.scale_rows(product, product_row_bytes_, out.count() * chain_.out_width, hidden_channels(),
+                    reinterpret_cast<const float*>(factors + image * product_row_bytes_));
+    }
+    project(buffers(memory_of_task), first + image, out, dense_grid(product, product_row_bytes_, chain_.out_width),
+            part, scales_weights_ ? weights + image * weight_bytes : layers_.back().weight);
   });
-  shared_scratch.trim();
-  return status;
 }
 
 nin_status InvertedBottleneck::run(const nin_thread_pool& pool) const {
-  if (splits_panels_) return run_panels(pool);
-  return run_tasks(pool, chain_.batch * strips_, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
-    run_strip(task / strips_, strip(task % strips_), scratch);
+  const int64_t batch = chain_.batch;
+  if (!keeps_product_) {
+    return run_tasks(pool, batch * strips_, size_t(scratch_bytes()), [&](int64_t task, char* scratch) {
+      run_strip(task / strips_, strip(task % strips_), 0, hidden_panels_.count, nullptr, scratch);
+    });
+  }
+  if (batch < pool.threads) {
+    char* const memory = shared_scratch.reserve(size_t(round_bytes(batch)));
+    if (!memory) return nin_out_of_memory;
+    const nin_status status = run_round(&pool, 0, batch, memory, nullptr);
+    shared_scratch.trim();
+    return status;
+  }
+  const int64_t most = std::clamp<int64_t>(max_round_bytes / image_bytes_, 1, ceil_div(batch, pool.threads));
+  const int64_t rounds = ceil_div(batch, most), scratch = round_up(scratch_bytes(), 64);
+  return run_tasks(pool, rounds, size_t(scratch + round_bytes(most)), [&](int64_t task, char* memory) {
+    const int64_t first = batch * task / rounds, last = batch * (task + 1) / rounds;
+    run_round(nullptr, first, last - first, memory + scratch, memory);
   });
 }
 

@@ -10,7 +10,7 @@
 namespace nin {
 
 enum class DataType : int64_t { f32 = 0, bf16 = 1 };
-enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3, relu6 = 4, hardswish = 5 };
+enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3, relu6 = 4, hardswish = 5, sigmoid = 6, hardsigmoid = 7 };
 
 // What a GEMM applies to its sums before it stores them.
 struct Epilogue {
@@ -158,6 +158,11 @@ struct Kernels {
   // to[p][c] += from[p][c], floats
   void (*add_rows)(char* to, int64_t to_row_stride, const char* from, int64_t from_row_stride, int64_t count,
                    int64_t channels);
+  // sums[c] = the sum of rows[p][c] over p, of whole vectors; rows[p][c] *= factors[c], to whole vectors: floats
+  void (*sum_rows)(const char* rows, int64_t row_stride, int64_t count, int vectors, float* sums);
+  void (*scale_rows)(char* rows, int64_t row_stride, int64_t count, int64_t channels, const float* factors);
+  // to[i] = panel[i] * factors[i], for the rows of a panel of packed weights: floats
+  void (*scale_panel)(const char* panel, int64_t rows, int vectors, const float* factors, char* to);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);
