@@ -203,7 +203,7 @@ def test_a_few_steps_are_small_and_keep_the_moments_of_the_weights():
     assert resolve(epochs=1, images=9).learning_rate == pytest.approx(0.002 / 100)  # a batch that is not full
     for many in (resolve(epochs=50), resolve(epochs=25, batch_size=16), resolve(images=660)):
         assert (many.learning_rate, many.batch_norm) == (0.002, "train")
-    assert resolve(recipe="default", epochs=2).learning_rate == 0.1
+    assert resolve(recipe="default", epochs=2).learning_rate == 0.035
     assert resolve(epochs=2, batch_size="auto").learning_rate == 0.002  # the steps are not known yet
 
 

@@ -142,7 +142,7 @@ def test_override_goes_on_and_is_recorded(digits, tmp_path):
     other = dataclasses.replace(QUICK, learning_rate=0.05)
     keeping = training.CheckpointOptions(resume=True, override=True)
     result = training.train(digits, other, out=tmp_path / "run", keeping=keeping)
-    assert result.info.recipe["overridden"] == ["learning_rate=0.1, now learning_rate=0.05"]
+    assert result.info.recipe["overridden"] == ["learning_rate=0.071, now learning_rate=0.05"]
 
 
 def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
@@ -190,16 +190,16 @@ def test_files_that_vanish_are_left_out_and_listed(photos, tmp_path):
 
 def test_too_many_vanished_files_stop_the_training_and_it_can_go_on(photos, tmp_path):
     keeping = training.CheckpointOptions(steps=1)
-    moved = tmp_path / "moved"
+    root, moved = photos.train.root, tmp_path / "moved"
 
     def remove(progress):
-        if progress.step == 2:
-            (photos.train.root / "dark").rename(moved)
+        if progress.row:  # between two epochs, where no image is read ahead; 16 of the next batch are too many at once
+            root.rename(moved)
 
-    config = dataclasses.replace(QUICK, batch_size=8)
+    config = dataclasses.replace(QUICK, batch_size=16)
     with pytest.raises(UserError, match=r"11 images cannot be read any more.*there is no such file.*--resume"):
         training.train(photos, config, out=tmp_path / "run", keeping=keeping, on_progress=remove)
-    moved.rename(photos.train.root / "dark")
+    moved.rename(root)
     resume = dataclasses.replace(keeping, resume=True)
     training.train(photos, config, out=tmp_path / "run", keeping=resume)
     training.train(photos, config, out=tmp_path / "whole")
@@ -233,7 +233,7 @@ def test_resume_refuses_other_settings_and_a_missing_folder(digits, tmp_path):
 
     with pytest.raises(StopHereError):
         training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
-    with pytest.raises(UserError, match=r"--learning-rate 0\.1, now 0\.05: leave that away"):
+    with pytest.raises(UserError, match=r"--learning-rate 0\.071, now 0\.05: leave that away"):
         training.train(
             digits,
             dataclasses.replace(QUICK, learning_rate=0.05),
@@ -572,10 +572,30 @@ def test_the_speed_recipe_fills_in_what_was_left_alone():
     sizes = {"images": 50_000, "image_size": 32, "flip": True, "shift": 2}
     speed = TrainConfig(recipe="speed").resolve(**sizes)
     assert {name: getattr(speed, name) for name in recipe.RECIPES["speed"]} == recipe.RECIPES["speed"]
-    assert (speed.model, speed.flip, speed.shift) == ("nin_cifar", True, 2)
+    assert (speed.model, speed.flip, speed.shift, speed.learning_rate) == ("nin_cifar", True, 2, 0.2)
     asked = TrainConfig(recipe="speed", batch_size=64, label_smoothing=0.0).resolve(**sizes)
     assert (asked.batch_size, asked.label_smoothing, asked.schedule) == (64, 0.0, "triangle")
     assert TrainConfig().resolve(**sizes).batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "rate"),
+    [
+        ({}, 60_000, 0.1),
+        ({}, 660, 0.05),
+        ({}, 100, 0.035),
+        ({}, 4, 0.018),  # a batch of four
+        ({"batch_size": 32}, 60_000, 0.05),
+        ({"batch_size": 4096}, 60_000, 0.2),
+        ({"batch_size": "auto"}, 60_000, 0.1),  # until it is found
+        ({"learning_rate": 0.3}, 660, 0.3),
+        ({"optimizer": "adamw"}, 660, 0.002),
+        ({"recipe": "finetune"}, 660, 0.002),
+    ],
+)
+def test_the_learning_rate_goes_with_the_root_of_the_batch(settings, images, rate):
+    config = TrainConfig(**settings).resolve(images=images, image_size=32, flip=True, shift=2)
+    assert config.learning_rate == rate
 
 
 def test_the_triangle_falls_in_a_straight_line():

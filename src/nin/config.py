@@ -85,9 +85,9 @@ class TrainConfig:
         epochs: passes over the training images; if not given, 18 (finetune: 12), and more where there are few images.
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
             "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
-        learning_rate: at the peak of the one-cycle schedule, not scaled by the batch size; if not given, 0.1, which
-            suits batches of 128, or what the recipe says. "auto" finds one by a range test of less than a minute
-            (docs/finetuning.md).
+        learning_rate: at the peak of the one-cycle schedule; taken as it is given, whatever the batch size. If not
+            given, 0.1 for batches of 128 and more or less with the root of the batch, 0.2 at most (AdamW: 0.002).
+            "auto" finds one by a range test of less than a minute (docs/finetuning.md).
         body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
         optimizer: "sgd" unless the recipe says another, or "adamw".
         warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest. 0.2
@@ -265,6 +265,10 @@ class TrainConfig:
             "threads": 1 if image_size <= 16 else None,
         }
         values |= {name: value for name, value in chosen.items() if values[name] is None}
+        if values["learning_rate"] is None:
+            size = 128 if values["batch_size"] == "auto" else min(values["batch_size"], images)
+            by_batch = min(MAX_LEARNING_RATE, round(0.1 * math.sqrt(size / 128), 3))
+            values["learning_rate"] = by_batch if values["optimizer"] == "sgd" else ADAMW_LEARNING_RATE
         if recipe == "finetune" and not self.freeze and values["batch_size"] != "auto":
             share = values["epochs"] * max(1, images // values["batch_size"]) / FINETUNE_STEPS
             if share < 1 and self.learning_rate is None:
@@ -273,6 +277,15 @@ class TrainConfig:
                 values["batch_norm"] = "frozen"
         return ResolvedConfig(**values)
 
+
+# Of SGD, for batches of 128, the rate is 0.1. It grows with the root of the batch (Krizhevsky 2014, arXiv 1404.5997,
+# section 4): on 528 photos in batches of 16 nothing was learned with 0.1 before the rate had fallen to half of that
+# (benchmarks/photos/README.md). With 0.4, for batches of 512 in proportion to them, this network without BatchNorm
+# unlearned in the second epoch on CIFAR-10 (JPEG) what it knew after the first.
+MAX_LEARNING_RATE = 0.2
+
+# its steps have one length, whatever the batch
+ADAMW_LEARNING_RATE = 2e-3
 
 # The recipe finetune has its rate and BatchNorm's own moments of each batch from so many steps on. In fewer, the first
 # steps of AdamW, as long as all others, and moments that are half of the weights', half of the images' would only harm:
@@ -346,7 +359,6 @@ class ResolvedConfig(TrainConfig):
 # What a recipe puts in the place of settings that are not given; where it says nothing, the default recipe does.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
-        "learning_rate": 0.1,
         "warmup": 0.2,
         "schedule": "cosine",
         "weight_decay": 5e-4,
@@ -359,9 +371,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "speed": {
         # an epoch of CIFAR-10 is 97 steps; airbench has 1,024, at which a network without BatchNorm has too few
         "batch_size": 512,
-        # grows with the root of the batch: Krizhevsky 2014, arXiv 1404.5997, section 4. In proportion to it, 0.4, this
-        # network without BatchNorm unlearned in the second epoch on CIFAR-10 (JPEG) what it knew after the first
-        "learning_rate": 0.2,
         # airbench's; a short training ends better on softer targets
         "label_smoothing": 0.2,
         # airbench's; the straight line keeps the rate high for longer than the cosine's end does
@@ -380,7 +389,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         # 20 steps an epoch for 660 photos
         "batch_size": 32,
         # the class layer is fitted already, and has to follow what the body learns
-        "learning_rate": 2e-3,
+        "learning_rate": ADAMW_LEARNING_RATE,
         # the body has learned from a million images, the class layer from a few hundred. With a fifth of these rates
         # and frozen moments of BatchNorm the network hardly left what the class layer alone reaches
         "body_rate": 0.5,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nin import data, folders
+from nin import data, folders, given
 from nin.config import TrainConfig
 from nin.errors import UserError
 from nin.runtime import torchrun
@@ -103,7 +103,9 @@ def train(
         on_note(note)
     if config.patience is not None and images.validation is None:
         raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
-    resolved = config.resolve(images=len(images.train), image_size=images.size, flip=images.flip, shift=images.shift)
+    of_images: Any = {"images": len(images.train), "image_size": images.size}
+    of_images |= {"flip": images.flip, "shift": images.shift}
+    resolved = config.resolve(**of_images)
     keep_freed_memory()
     if folder is not None and images.channels not in (1, 3):
         raise UserError(
@@ -114,7 +116,7 @@ def train(
         make = network or start.make_model(resolved, images, resumes=resume, on_note=on_note or (lambda text: None))
         if resolved.finds("batch_size"):
             size = find_batch_size(resolved, images, make, choose_device(config.device))
-            resolved = dataclasses.replace(resolved, batch_size=size)
+            resolved = given.replace(config, batch_size=size).resolve(**of_images)
         batches.check_batch_size(resolved, len(images.train))
         train_step = TrainStep(make, resolved)
         with shown_progress(progress, on_progress) as report:
