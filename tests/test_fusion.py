@@ -126,8 +126,34 @@ class InvertedResidual(nn.Module):
         return self.second(x + self.first(x))
 
 
+class Squeezed(nn.Module):
+    """Squeeze-and-excitation as timm writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.depthwise = nn.Conv2d(12, 20, 1), nn.Conv2d(20, 20, 5, padding=2, groups=20)
+        self.reduce, self.act, self.expand = nn.Conv2d(20, 4, 1), nn.SiLU(inplace=True), nn.Conv2d(4, 20, 1)
+        self.gate, self.down = nn.Sigmoid(), nn.Conv2d(20, 12, 1)
+
+    def forward(self, x):
+        y = F.silu(self.depthwise(F.silu(self.up(x))))
+        factors = self.expand(self.act(self.reduce(y.mean((2, 3), keepdim=True))))
+        return x + self.down(y * self.gate(factors))
+
+
+class Excitation(nn.Module):
+    """Squeeze-and-excitation as torchvision writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.reduce, self.expand = nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+
+    def forward(self, x):
+        return F.hardsigmoid(self.expand(torch.relu(self.reduce(self.pool(x))))) * x
+
+
 class SqueezeExcite(nn.Module):
-    """A scale for each channel between the depthwise layer and the last: not this form."""
+    """A scale for each channel, by one layer, between the depthwise layer and the last: not this form."""
 
     def __init__(self):
         super().__init__()
@@ -156,6 +182,21 @@ class FunctionalBottleneck(nn.Module):
 MODELS = {
     "inverted bottleneck": (InvertedResidual, [3, 3]),
     "squeeze-excite": (SqueezeExcite, []),
+    "squeezed": (Squeezed, [5]),
+    "squeezed, separable": (
+        lambda: nn.Sequential(
+            *conv_bn(12, 12, 3, padding=1, groups=12, stride=2),
+            nn.Hardswish(),
+            Excitation(),
+            *conv_bn(12, 8),
+            nn.ReLU6(),
+        ),
+        [4],
+    ),
+    "squeezed without a layer behind": (
+        lambda: nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=12), Excitation(), nn.Conv2d(12, 4, 3)),
+        [2],
+    ),
     "functional bottleneck": (FunctionalBottleneck, [3]),
     "separable": (
         lambda: nn.Sequential(
@@ -246,7 +287,7 @@ def test_names_tensors_and_classes_stay(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["inverted bottleneck", "with BatchNorm", "residual", "per pixel", "functional", "k×k first"]
+    "name", ["inverted bottleneck", "squeezed", "with BatchNorm", "residual", "per pixel", "functional", "k×k first"]
 )
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_are_the_originals(name, training):
@@ -301,7 +342,7 @@ def test_an_example_decides_by_measuring():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["residual", "inverted bottleneck", "functional bottleneck", "separable"])
+@pytest.mark.parametrize("name", ["residual", "inverted bottleneck", "squeezed", "squeezed, separable"])
 def test_dtypes_agree_within_rounding(name, dtype):
     model = make(name)
     fused = nin.fuse(copy.deepcopy(model).to(dtype)).model
@@ -328,7 +369,7 @@ def count_operators(monkeypatch):
 )
 @pytest.mark.parametrize(
     ("name", "blocks", "pointwise"),
-    [("inverted bottleneck", 2, 4), ("functional bottleneck", 1, 2), ("separable", 1, 1)],
+    [("inverted bottleneck", 2, 4), ("functional bottleneck", 1, 2), ("separable", 1, 1), ("squeezed", 1, 4)],
 )
 def test_a_block_that_has_no_kernel_runs_its_pointwise_layers_as_operators(
     name, blocks, pointwise, dtype, autocast, monkeypatch

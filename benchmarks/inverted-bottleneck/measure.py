@@ -1,9 +1,11 @@
 """Times inverted bottlenecks, and networks of them, beside other engines, in turn within one process.
 
     python benchmarks/inverted-bottleneck/measure.py [NAME …] [--batches 1 16] [--rounds 15] [--threads 1]
+        [--processor-time]
 
 Float32, random weights, BatchNorm folded beforehand in the blocks. Medians over rounds in which every engine ran once;
-a ratio above 1: nin is faster. Prints rows of `results.md`.
+a ratio above 1: nin is faster. Prints rows of `results.md`. With --processor-time, for one thread on a machine with
+other work, the time is the processor's and not the clock's.
 """
 
 import argparse
@@ -32,24 +34,45 @@ BLOCKS = {
     "32→192→32, 3×3, 28×28": (32, 192, 32, 28, 3, 1),
     "112→672→112, 5×5, 14×14": (112, 672, 112, 14, 5, 1),
 }
-NETWORKS = {"MobileNetV2": "mobilenetv2_100", "EfficientNet-Lite0": "efficientnet_lite0", "MNASNet-B1": "mnasnet_100"}
+# the same with squeeze-and-excitation of that many channels between
+SQUEEZED = {
+    "96→576→96, 5×5, 7×7, SE 144": (96, 576, 96, 7, 5, 1, 144),
+    "40→240→40, 5×5, 14×14, SE 64": (40, 240, 40, 14, 5, 1, 64),
+    "40→240→40, 5×5, 28×28, SE 10": (40, 240, 40, 28, 5, 1, 10),
+    "112→672→112, 5×5, 14×14, SE 28": (112, 672, 112, 14, 5, 1, 28),
+}
+NETWORKS = {
+    "MobileNetV2": "mobilenetv2_100",
+    "MobileNetV3-small": "mobilenetv3_small_100",
+    "EfficientNet-Lite0": "efficientnet_lite0",
+    "EfficientNet-B0": "efficientnet_b0",
+    "MNASNet-B1": "mnasnet_100",
+    "ConvNeXt atto": "convnext_atto",
+}
 
 
 class Block(nn.Module):
     """PyTorch's layers of a block, with ReLU6 twice and the residual where it fits."""
 
-    def __init__(self, channels, hidden, out, pixels, taps, stride):
+    def __init__(self, channels, hidden, out, pixels, taps, stride, squeezed=None):
         super().__init__()
         self.up, self.down = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, out, 1)
         self.depthwise = nn.Conv2d(hidden, hidden, taps, stride, taps // 2, groups=hidden)
         self.residual = channels == out and stride == 1
+        self.squeeze = nn.ModuleList()
+        if squeezed:
+            self.squeeze.extend([nn.Conv2d(hidden, squeezed, 1), nn.Conv2d(squeezed, hidden, 1)])
 
     def forward(self, x):
-        y = self.down(F.relu6(self.depthwise(F.relu6(self.up(x)))))
+        y = F.relu6(self.depthwise(F.relu6(self.up(x))))
+        if self.squeeze:
+            reduce, expand = self.squeeze
+            y = y * torch.sigmoid(expand(F.relu(reduce(y.mean((2, 3), keepdim=True)))))
+        y = self.down(y)
         return y + x if self.residual else y
 
     def fused(self, x):
-        layers = self.up, self.depthwise, self.down
+        layers = self.up, self.depthwise, *self.squeeze, self.down
         options = {"stride": self.depthwise.stride, "padding": self.depthwise.padding, "residual": self.residual}
         return nin.inverted_bottleneck(x, [c.weight for c in layers], [c.bias for c in layers], **options)
 
@@ -82,27 +105,27 @@ def other_engines(model, x, threads, compiles):
     return calls
 
 
-def median_ms(calls, rounds):
+def median_ms(calls, rounds, now):
     """Return {name: (median, lower and upper quartile)} in ms; every round runs each call for 4 ms or once."""
     repeats, times = {}, {name: [] for name in calls}
     for name, call in calls.items():
         call()
         call()
-        start = time.perf_counter()
+        start = now()
         call()
-        repeats[name] = max(1, int(0.004 / (time.perf_counter() - start)))
+        repeats[name] = max(1, int(0.004 / (now() - start)))
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = now()
             for _ in range(repeats[name]):
                 call()
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+            times[name].append((now() - start) / repeats[name] * 1e3)
     return {name: np.percentile(t, (50, 25, 75)) for name, t in times.items()}
 
 
-def report(name, batch, calls, rounds):
+def report(name, batch, calls, rounds, now):
     """Print a row: each engine's median and quartiles, and the ratio to the fastest of the others."""
-    times = median_ms(calls, rounds)
+    times = median_ms(calls, rounds, now)
     others = {engine: t[0] for engine, t in times.items() if engine != "nin"}
     fastest = min(others, key=others.get)
     cells = [f"{t[0]:.3f} ({t[1]:.3f} to {t[2]:.3f})" for t in times.values()]
@@ -115,20 +138,22 @@ def report(name, batch, calls, rounds):
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join((*BLOCKS, *NETWORKS))}")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join((*BLOCKS, *SQUEEZED, *NETWORKS))}")
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    ratios = []
-    for name in options.names or (*BLOCKS, *NETWORKS):
+    ratios, blocks = [], {**BLOCKS, **SQUEEZED}
+    now = time.process_time if options.processor_time else time.perf_counter
+    for name in options.names or (*blocks, *NETWORKS):
         for batch in options.batches:
             torch.manual_seed(0)
-            if name in BLOCKS:
-                model, pixels = Block(*BLOCKS[name]).eval(), BLOCKS[name][3]
-                x = torch.randn(batch, BLOCKS[name][0], pixels, pixels)
+            if name in blocks:
+                model, pixels = Block(*blocks[name]).eval(), blocks[name][3]
+                x = torch.randn(batch, blocks[name][0], pixels, pixels)
                 plain, fused = model, nin.freeze(model).fused
             else:
                 model = timm.create_model(NETWORKS[name]).eval()
@@ -139,7 +164,7 @@ def main():
             torch.testing.assert_close(fused(last), plain(last), rtol=1e-3, atol=1e-4)
             calls = {"nin": lambda fused=fused, last=last: fused(last)}
             calls |= other_engines(plain, x, options.threads, not options.no_compile)
-            ratios.append(report(name, batch, calls, options.rounds))
+            ratios.append(report(name, batch, calls, options.rounds, now))
     print(f"\ngeometric mean of nin beside the fastest: {statistics.geometric_mean(ratios):.2f}")
 
 

@@ -11,7 +11,7 @@ from nin.ops import inverted_bottleneck, mlpconv
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import hash_tensors, mark_constant
-from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
+from nin.ops.reference import ACTIVATIONS, activate
 
 # How a chain can be computed: all of it as one operator; its first convolution by PyTorch and the rest as one operator;
 # each 1×1 layer of an inverted bottleneck as one and the depthwise layer by PyTorch; PyTorch's layers with BatchNorm
@@ -41,6 +41,8 @@ class Link(NamedTuple):
         geometry: stride, padding, dilation and groups; () for a fully connected layer.
         norm: the BatchNorm, or None.
         activation: "none", "relu", "gelu" or "silu"; in an inverted bottleneck "relu6" and "hardswish" too.
+        role: "squeeze" and "excite": the two layers of squeeze-and-excitation, of which the first gets the mean over
+            the image, and the second's result multiplies what the mean was taken of.
     """
 
     weight: Tensor
@@ -48,6 +50,7 @@ class Link(NamedTuple):
     geometry: tuple[Any, ...]
     norm: Norm | None = None
     activation: str = "none"
+    role: str = ""
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the result depends on, besides the input."""
@@ -99,12 +102,13 @@ class Chain:
     with, see there. Weights with BatchNorm folded into them are kept until a byte of a tensor behind them changes.
 
     Args:
-        steps: what follows each other: "layer" (a convolution or fully connected layer), "norm", or an activation.
+        steps: what follows each other: "layer" (a convolution or fully connected layer), "norm", an activation, and of
+            squeeze-and-excitation "mean" before its first layer and "scale" after its second.
         training: the mode in which it is computed as a chain.
         places: the modules of the chain, and those around them that hold a part of it.
         callers: the code of the forwards that call the first layer, from the nearest to the one that holds the chain.
         form: one of `forms`.
-        bottleneck: whether it is [a 1×1 layer,] a depthwise layer and a 1×1 layer.
+        bottleneck: whether it is [a 1×1 layer,] a depthwise layer, [squeeze-and-excitation,] and a 1×1 layer.
     """
 
     def __init__(
@@ -168,7 +172,7 @@ class Chain:
         if self.bottleneck:
             if self.form != "operator" or not cpu_bottleneck.serves(x):
                 return _run_pointwise_operators(x, links, weights)
-            geometry = dict(zip(("stride", "padding", "dilation"), links[-2].geometry, strict=False))
+            geometry = dict(zip(("stride", "padding", "dilation"), _parts(links)[1].geometry, strict=False))
             names = [link.activation for link in links]
             return inverted_bottleneck(
                 x, [w for w, _ in weights], [b for _, b in weights], activation=names, **geometry
@@ -177,7 +181,7 @@ class Chain:
         if self.convolves and self.form == "operator":
             geometry = dict(zip(("stride", "padding", "dilation"), links[0].geometry, strict=False))
         elif self.convolves:
-            x = BOTTLENECK_ACTIVATIONS[links[0].activation](F.conv2d(x, *weights[0], *links[0].geometry))
+            x = activate(F.conv2d(x, *weights[0], *links[0].geometry), links[0].activation)
             links, weights = links[1:], weights[1:]
         activations = [link.activation for link in links]
         return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
@@ -218,7 +222,10 @@ class Chain:
 
 def run_layers(x: Tensor, links: list[Link]) -> Tensor:
     """Run the layers one after the other, as PyTorch's modules do."""
+    scaled = x
     for link in links:
+        if link.role == "squeeze":
+            scaled, x = x, squeeze(x)
         if link.geometry:
             stride, padding, dilation, groups = link.geometry
             x = F.conv2d(x, link.weight, link.bias, stride, padding, dilation, groups)
@@ -227,20 +234,32 @@ def run_layers(x: Tensor, links: list[Link]) -> Tensor:
         if link.norm is not None:
             mean, variance, weight, bias, eps = link.norm
             x = F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
-        x = BOTTLENECK_ACTIVATIONS[link.activation](x)
+        x = activate(x, link.activation)
+        if link.role == "excite":
+            x = scaled * x
     return x
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """Return the mean over an image of each channel, (N, C, 1, 1)."""
+    return x.mean((2, 3), keepdim=True)
 
 
 def _run_pointwise_operators(x: Tensor, links: list[Link], weights: Folded) -> Tensor:
     """Run an inverted bottleneck's 1×1 layers as an operator each, and the depthwise layer between them by PyTorch."""
-    for i, (link, (weight, bias)) in enumerate(zip(links, weights, strict=True)):
+    depthwise, scaled = _parts(links)[1], x
+    for link, (weight, bias) in zip(links, weights, strict=True):
         name = link.activation
-        if i == len(links) - 2:
+        if link.role == "squeeze":
+            scaled, x = x, squeeze(x)
+        if link is depthwise:
             x = F.conv2d(x, weight, bias, *link.geometry)
         else:
             inside, name = (name, "none") if name in ACTIVATIONS else ("none", name)
             x = mlpconv(x, [weight], [bias], activation=inside)
-        x = BOTTLENECK_ACTIVATIONS[name](x)
+        x = activate(x, name)
+        if link.role == "excite":
+            x = scaled * x
     return x
 
 
@@ -275,15 +294,28 @@ def _is_chain(x: Tensor, links: list[Link]) -> bool:
 
 def _is_bottleneck(x: Tensor, links: list[Link]) -> bool:
     """Return whether the layers are an inverted bottleneck."""
-    *up, depthwise, down = links
+    up, depthwise, excitation, down = _parts(links)
     channels = up[0].weight.shape[0] if up else x.shape[1]
     return (
-        all(_is_pointwise(link) and link.geometry[3] == 1 for link in (*up, down))
+        all(_is_pointwise(link) and link.geometry[3] == 1 for link in (*up, *excitation, down))
         and all(link.weight.shape[1] == x.shape[1] for link in up)
         and depthwise.geometry[3] == channels == down.weight.shape[1]
         and depthwise.weight.shape[:2] == (channels, 1)
         and _reaches(x, depthwise)
+        and (not excitation or _excites(excitation, channels))
     )
+
+
+def _parts(links: list[Link]) -> tuple[list[Link], Link, list[Link], Link]:
+    """Return the layers of an inverted bottleneck: [up], depthwise, [squeeze, excite], down."""
+    *up, depthwise, down = [link for link in links if not link.role]
+    return up, depthwise, [link for link in links if link.role], down
+
+
+def _excites(links: list[Link], channels: int) -> bool:
+    """Return whether two layers lead from a depthwise layer's channels to a factor for each."""
+    first, second = (link.weight.shape for link in links)
+    return first[1] == second[0] == channels and first[0] == second[1]
 
 
 def _is_pointwise(link: Link) -> bool:

@@ -9,20 +9,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from nin.fusion.chain import is_hooked
-from nin.layers import ACTIVATION_NAMES, Conv1x1, InvertedBottleneck, MLPConv
-from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
-
-# by the function, or by the method's name
-_FUNCTION_NAMES: dict[Any, str] = {
-    **{F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", F.gelu: "gelu", F.silu: "silu"},
-    **{F.relu6: "relu6", F.hardswish: "hardswish"},
-    **{"relu": "relu", "relu_": "relu"},
-}
-_MODULE_NAMES: dict[type, str] = {**ACTIVATION_NAMES, nn.ReLU6: "relu6", nn.Hardswish: "hardswish"}
+from nin.fusion.node_roles import (
+    activation_inside,
+    activation_of,
+    does_nothing,
+    has_role,
+    is_mean,
+    is_pointwise,
+    is_product,
+    unsupported_reason,
+)
+from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
+from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS, GATES
 
 # of an inverted bottleneck's layers, of which the first may be missing
 BOTTLENECK_ROLES = "pointwise", "depthwise", "pointwise"
@@ -93,12 +94,19 @@ class ChainMatch:
         steps: what they do, see `Chain`.
         layer_names: names of the layers in the traced module.
         bottleneck: whether it is an inverted bottleneck.
+        squeezes: whether there is squeeze-and-excitation in it, of two layers.
     """
 
     nodes: list[fx.Node]
     steps: list[str]
     layer_names: list[str]
     bottleneck: bool = False
+    squeezes: bool = False
+
+    @property
+    def places(self) -> int:
+        """How many layers it has, but for those of squeeze-and-excitation."""
+        return len(self.layer_names) - (2 if self.squeezes else 0)
 
 
 def match_chains(
@@ -123,10 +131,10 @@ def match_chains(
     for roles in (BOTTLENECK_ROLES, BOTTLENECK_ROLES[1:]):
         for node in graph.nodes:
             name = str(node.target)
-            if node in taken or not _is_layer(node, modules) or not _has_role(modules[name], calls[name], roles[0]):
+            if node in taken or not _is_layer(node, modules) or not has_role(modules[name], calls[name], roles[0]):
                 continue
             match = _match_from(node, modules, calls, kept or set(), taken, roles)
-            if len(match.layer_names) == len(roles):
+            if match.places == len(roles):
                 matches.append(match)
                 taken.update(match.nodes)
     for node in graph.nodes:
@@ -146,50 +154,8 @@ def match_chains(
     return matches, reasons
 
 
-def unsupported_reason(layer: nn.Module, calls: int, *, first: bool) -> str | None:
-    """Return why a layer cannot be in a chain, or None if it can."""
-    if calls > 1:
-        return "it is called more than once"
-    if is_hooked(layer):
-        return "a hook looks at it"
-    if type(layer) is nn.Linear:
-        return None
-    if type(layer) is not nn.Conv2d:
-        return f"it is a {type(layer).__name__}, whose forward may differ"
-    if layer.groups != 1:
-        return "it has groups"
-    return _unsupported_geometry(layer, pointwise=not first)
-
-
-def _unsupported_geometry(layer: nn.Conv2d, *, pointwise: bool) -> str | None:
-    """Return why a convolution with this geometry cannot be in a chain, or None if it can."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"its padding is {layer.padding_mode if layer.padding_mode != 'zeros' else layer.padding!r}"
-    if pointwise and (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0)):
-        return "it looks at more than one pixel"
-    return None
-
-
-def _has_role(layer: nn.Module, calls: int, role: str) -> bool:
-    """Return whether a layer is one of an inverted bottleneck's: 1×1 on every pixel, or a filter for each channel."""
-    if role == "pointwise":
-        return type(layer) is nn.Conv2d and unsupported_reason(layer, calls, first=False) is None
-    return (
-        type(layer) is nn.Conv2d
-        and calls == 1
-        and not is_hooked(layer)
-        and 1 < layer.groups == layer.in_channels == layer.out_channels
-        and _unsupported_geometry(layer, pointwise=False) is None
-    )
-
-
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_module" and isinstance(modules.get(str(node.target)), nn.Conv2d | nn.Linear)
-
-
-def is_pointwise(layer: nn.Module) -> bool:
-    """Return whether a layer looks at one pixel at a time."""
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
 
 
 def _match_from(
@@ -208,32 +174,43 @@ def _match_from(
         calls: how often each is called.
         kept: nodes whose values the forward keeps.
         taken: nodes that are in another chain.
-        roles: of an inverted bottleneck's layers, see `_has_role`; () for a chain.
+        roles: of an inverted bottleneck's layers, see `has_role`; () for a chain.
     """
     first = modules[str(start.target)]
     match, nodes, steps = ChainMatch([start], ["layer"], [str(start.target)], bool(roles)), [start], ["layer"]
     known = BOTTLENECK_ACTIVATIONS if roles else ACTIVATIONS
     # a hidden value has one user, which comes next: what the model does in between might change the chain's input
-    while len(nodes[-1].users) == 1 and nodes[-1] not in kept:
+    while nodes[-1] not in kept:
+        excitation = None
+        if roles and match.places == len(roles) - 1 and not match.squeezes:
+            excitation = _match_excitation(nodes[-1], modules, calls, kept, taken)
+        if excitation is not None:
+            nodes += excitation.nodes
+            steps += excitation.steps
+            match.layer_names += excitation.layer_names
+            match.squeezes = True
+            match.nodes, match.steps = list(nodes), list(steps)
+        if len(nodes[-1].users) != 1:
+            break
         node = next(iter(nodes[-1].users))
         is_next = node.args[:1] == (nodes[-1],) and nodes[-1] not in node.kwargs.values() and _follows(node, nodes[-1])
         if not is_next or node in taken:
             break
-        activation, done = _activation(node, modules), steps[-1] in ("layer", "norm")
+        activation, done = activation_of(node, modules), steps[-1] in ("layer", "norm")
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module is not None and is_hooked(module):
             break
         if activation in known and done:
             steps.append(activation)
         elif isinstance(module, nn.BatchNorm2d) and steps[-1] == "layer":
-            after = _activation_inside(module)
+            after = activation_inside(module)
             if after not in known or not _can_fold(module, first) or calls[str(node.target)] > 1:
                 break
             steps += ["norm"] if after == "none" else ["norm", after]
-        elif module is not None and _does_nothing(module):
+        elif module is not None and does_nothing(module):
             nodes.append(node)
             continue  # part of the chain only if something follows it
-        elif module is not None and _continues(module, calls[str(node.target)], first, len(match.layer_names), roles):
+        elif module is not None and _continues(module, calls[str(node.target)], first, match.places, roles):
             steps.append("layer")
             match.layer_names.append(str(node.target))
         else:
@@ -246,10 +223,61 @@ def _match_from(
     return match
 
 
+def _match_excitation(
+    start: fx.Node, modules: dict[str, nn.Module], calls: Counter[str], kept: set[fx.Node], taken: set[fx.Node]
+) -> ChainMatch | None:
+    """Return squeeze-and-excitation of a value: mean over the image, 1×1, activation, 1×1, gate, product; or None.
+
+    Args:
+        start: the value, which the mean is taken of and which is multiplied.
+        modules: of the traced module, by their names.
+        calls: how often each is called.
+        kept: nodes whose values the forward keeps.
+        taken: nodes that are in another chain.
+    """
+    match, last = ChainMatch([], [], []), start
+    while True:
+        node = last.next
+        while node.op == "get_attr":
+            node = node.next
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if node in taken or last in kept or (module is not None and is_hooked(module)):
+            return None
+        if len(match.layer_names) == 2 and match.steps[-1] in GATES and is_product(node, start, last):
+            is_only = set(start.users) == {match.nodes[0], node} and set(last.users) == {node}
+            return (
+                dataclasses.replace(match, nodes=[*match.nodes, node], steps=[*match.steps, "scale"])
+                if is_only
+                else None
+            )
+        if node.args[:1] != (last,) or (last is not start and len(last.users) != 1):
+            return None
+        activation = activation_of(node, modules)
+        if not match.nodes:
+            if not is_mean(node, module):
+                return None
+            match.steps.append("mean")
+        elif module is not None and does_nothing(module):
+            pass
+        elif (
+            len(match.layer_names) < 2 and module is not None and has_role(module, calls[str(node.target)], "pointwise")
+        ):
+            match.steps.append("layer")
+            match.layer_names.append(str(node.target))
+        elif match.steps[-1] == "layer" and activation in (
+            GATES if len(match.layer_names) == 2 else BOTTLENECK_ACTIVATIONS
+        ):
+            match.steps.append(str(activation))
+        else:
+            return None
+        match.nodes.append(node)
+        last = node
+
+
 def _continues(layer: nn.Module, calls: int, first: nn.Module, place: int, roles: tuple[str, ...]) -> bool:
     """Return whether a layer can be at a place of a chain, or of an inverted bottleneck."""
     if roles:
-        return place < len(roles) and _has_role(layer, calls, roles[place])
+        return place < len(roles) and has_role(layer, calls, roles[place])
     return type(layer) is type(first) and unsupported_reason(layer, calls, first=False) is None
 
 
@@ -261,40 +289,6 @@ def _follows(node: fx.Node, before: fx.Node) -> bool:
     return node is before
 
 
-def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Return the name of the activation that a node computes, or None if it is not one of the operator's."""
-    if node.op == "call_module":
-        return _module_activation(modules.get(str(node.target)))
-    if node.op not in ("call_function", "call_method") or len(node.args) > 2:
-        return None
-    return None if node.kwargs.get("approximate", "none") != "none" else _FUNCTION_NAMES.get(node.target)
-
-
-def _module_activation(module: nn.Module | None) -> str | None:
-    """Return the name of an activation module; None for anything else, such as GELU's approximation with tanh."""
-    exact = not isinstance(module, nn.GELU) or module.approximate == "none"
-    return _MODULE_NAMES.get(type(module)) if exact else None
-
-
-def _activation_inside(norm: nn.BatchNorm2d) -> str | None:
-    """Return the activation that a BatchNorm applies, "none", or None if it computes anything else.
-
-    timm's BatchNormAct2d applies its modules ``drop`` and ``act``.
-    """
-    if type(norm) is nn.BatchNorm2d:
-        return "none"
-    act, drop = getattr(norm, "act", None), getattr(norm, "drop", None)
-    if type(norm).__name__ != "BatchNormAct2d" or type(drop) is not nn.Identity:
-        return None
-    return "none" if type(act) is nn.Identity else _module_activation(act)
-
-
 def _can_fold(norm: nn.BatchNorm2d, layer: nn.Module) -> bool:
     """Return whether a BatchNorm has fixed statistics, and follows a convolution into which it can be folded."""
     return isinstance(layer, nn.Conv2d) and not norm.training and norm.running_mean is not None
-
-
-def _does_nothing(module: nn.Module) -> bool:
-    if isinstance(module, nn.Dropout | nn.Dropout2d):
-        return not module.training or module.p == 0
-    return type(module) is nn.Identity

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nin.errors import UserError
-from nin.fusion.chain import PLAIN_TYPES, Chain, Link, Norm, run_layers
+from nin.fusion.chain import PLAIN_TYPES, Chain, Link, Norm, run_layers, squeeze
 
 # What lies on the stack between a module's forward and the forward that calls the module.
 _CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
@@ -38,13 +38,16 @@ class Pending(Tensor):
     modes: tuple[Any, ...]  # in which the first layer was called, see `_modes`
     versions: list[tuple[Tensor, int]]  # of the tensors that the value depends on
     value: Tensor | None
+    # of what squeeze-and-excitation makes of a result: that result, and its links then
+    origin: tuple["Pending", list[Link]] | None
 
     def compute(self) -> Tensor:
         """Return the value, as PyTorch's layers compute it."""
         if self.value is None:
             _check_versions(self)
             with _restored(self.modes, self.x.device.type):
-                self.value = run_layers(self.x, self.links)
+                value = run_layers(self.x, self.links)
+                self.value = squeeze(value) if _is_squeezed(self) else value
         if self.value.requires_grad and not torch.is_grad_enabled():
             _check_no_function(self)
         return self.value
@@ -70,7 +73,7 @@ class Pending(Tensor):
 def start(chain: Chain, x: Tensor, link: Link) -> Tensor:
     """Return the result of a chain's first layer for ``x``."""
     pending = Tensor._make_subclass(Pending, _nothing)
-    pending.chain, pending.x, pending.links, pending.value = chain, x, [link], None
+    pending.chain, pending.x, pending.links, pending.value, pending.origin = chain, x, [link], None, None
     pending.modes, pending.versions = _modes(x), _versions([x, *link.tensors()])
     return pending
 
@@ -85,7 +88,7 @@ def _advance(this: Pending, step: str, links: list[Link], new: list[Tensor] = []
         new: the tensors that it brings.
         inplace: it changes ``this``.
     """
-    chain, position = this.chain, sum(map(len, map(_steps_of, this.links)))
+    chain, position = this.chain, sum(map(len, map(_steps_of, this.links))) + _is_squeezed(this)
     if chain.steps[position] != step or this.modes != _modes(this.x):
         return None
     versions = [*this.versions, *_versions(new)] if new else this.versions
@@ -97,12 +100,22 @@ def _advance(this: Pending, step: str, links: list[Link], new: list[Tensor] = []
         return result
     pending = this if inplace else Tensor._make_subclass(Pending, _nothing)
     pending.chain, pending.x, pending.links, pending.value = chain, this.x, links, None
+    pending.origin = this.origin
     pending.modes, pending.versions = this.modes, versions
     return pending
 
 
 def _steps_of(link: Link) -> tuple[str, ...]:
-    return ("layer", *(("norm",) if link.norm else ()), *(() if link.activation == "none" else (link.activation,)))
+    return (
+        *(("mean",) if link.role == "squeeze" else ()),
+        *("layer", *(("norm",) if link.norm else ()), *(() if link.activation == "none" else (link.activation,))),
+        *(("scale",) if link.role == "excite" else ()),
+    )
+
+
+def _is_squeezed(this: Pending) -> bool:
+    """Return whether a value is the mean over an image, without a layer behind it."""
+    return this.origin is not None and len(this.links) == len(this.origin[1])
 
 
 def _conv2d(
@@ -117,6 +130,8 @@ def _conv2d(
     if not this.chain.convolves:
         return None
     link = conv_link(weight, bias, stride, padding, dilation, groups)
+    if _is_squeezed(this):
+        link = link._replace(role="squeeze")
     return _advance(this, "layer", [*this.links, link], link.tensors())
 
 
@@ -158,6 +173,36 @@ def _hardtanh(this: Pending, min_val: float = -1.0, max_val: float = 1.0, inplac
     return _activation("relu6")(this, inplace) if (min_val, max_val) == (0, 6) else None
 
 
+def _mean(this: Pending, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    over_image = isinstance(dim, tuple | list) and sorted(d % 4 for d in dim) == [2, 3]
+    return _squeeze(this) if over_image and keepdim and dtype is None else None
+
+
+def _adaptive_avg_pool2d(this: Pending, output_size: Any) -> Any:
+    return _squeeze(this) if output_size in (1, (1, 1), [1, 1]) else None
+
+
+def _squeeze(this: Pending) -> Any:
+    pending = None if this.origin is not None else _advance(this, "mean", this.links)
+    if pending is not None:
+        pending.origin = this, this.links
+    return pending
+
+
+def _mul(this: Pending, other: Any) -> Any:
+    """Scale what a mean was taken of, unless it changed since."""
+    if type(other) is not Pending or other.value is not None:
+        return None
+    scaled, factors = (this, other) if this.origin is None else (other, this)
+    if factors.origin is None or factors.origin[0] is not scaled or factors.origin[1] is not scaled.links:
+        return None
+    links = [*factors.links[:-1], factors.links[-1]._replace(role="excite")]
+    result = _advance(factors, "scale", links)
+    if type(result) is Pending:
+        result.origin = None
+    return result
+
+
 def _dropout(this: Pending, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     return this if p == 0 or (not training and 0 < p <= 1) else None
 
@@ -174,6 +219,12 @@ _STEPS: dict[Any, Callable[..., Any]] = {
     F.relu6: _activation("relu6"),
     F.hardtanh: _hardtanh,  # of nn.ReLU6
     F.hardswish: _activation("hardswish"),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _activation("sigmoid")),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _activation("sigmoid", changes=True)),
+    F.hardsigmoid: _activation("hardsigmoid"),
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), _mul),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
 }
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 from nin.fusion.chain import Chain, Link, Place
-from nin.fusion.matcher import ChainMatch, Tracer, is_operator, is_pointwise, match_chains, unsupported_reason
+from nin.fusion.matcher import ChainMatch, Tracer, is_operator, match_chains
+from nin.fusion.node_roles import is_pointwise, unsupported_reason
 from nin.fusion.pending import HEADS, begin_chain
 from nin.runtime.fx_trace import TracingError, trace
 from nin.runtime.model_copy import copy_model
