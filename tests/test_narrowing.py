@@ -34,6 +34,7 @@ from nin.narrowing import (
 )
 from nin.narrowing.analysis import analyse
 from nin.narrowing.reconstruction import reconstruct
+from nin.narrowing.report import NarrowReport
 from nin.narrowing.search_space import SearchSpace
 from nin.runtime import timer
 
@@ -666,6 +667,36 @@ def test_values_whose_squares_are_not_finite_name_the_layer():
         model[0].weight *= 1e160
     with pytest.raises(UserError, match="the covariances of 2 must be finite, got NaN or infinity"):
         nin.narrow(model, [torch.randn(16, 3, 10, 10).double()], macs=0.7)
+
+
+def test_the_error_is_measured_on_images_that_were_not_fitted():
+    # as many images as a layer has inputs: fitted to them it looks exact, and is not
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)).eval()
+    fitted, other = torch.randn(30, 24), torch.randn(40, 24)
+    fit = nin.narrow(model, fitted, macs=0.5, options=QUIET)
+    assert fit.report.error_measured_on == "the 30 images of the fit"
+    for few in ([], [other[:15]]):
+        again = nin.narrow(model, [fitted], macs=0.5, options=dataclasses.replace(QUIET, held_out=few)).report
+        assert (again.calibration_error, again.error_measured_on) == (
+            fit.report.calibration_error,
+            "the 30 images of the fit",
+        )
+    unseen = nin.narrow(
+        model, [fitted], macs=0.5, options=dataclasses.replace(QUIET, held_out=iter([other[:20], other[20:]]))
+    )
+    assert unseen.plan == fit.plan
+    wanted = [outputs(model, [part]) for part in (other[:20], other[20:])]
+    distance = (outputs(unseen.model, [other]) - torch.cat(wanted)).square().sum()
+    variance = sum((y - y.mean(0)).square().sum() for y in wanted)
+    assert unseen.report.calibration_error == pytest.approx(float(distance / variance), rel=1e-4)
+    assert unseen.report.calibration_error > fit.report.calibration_error
+    assert "of its variance, on 40 images that nothing was fitted to" in str(unseen.report)
+    assert NarrowReport.from_dict(json.loads(json.dumps(unseen.report.to_dict()))) == unseen.report
+    # as an earlier version kept it
+    before = {k: v for k, v in unseen.report.to_dict().items() if k != "error_measured_on"}
+    assert "of its variance\n" in str(NarrowReport.from_dict(before))
+    with pytest.raises(UserError, match="held_out must be a list or loader of batches, got str"):
+        nin.narrow(model, fitted, macs=0.5, options=dataclasses.replace(QUIET, held_out="images"))
 
 
 def test_few_images_are_warned_of():

@@ -17,8 +17,11 @@ from nin import checkpoint
 from nin.cli import app
 from nin.errors import UserError
 from nin.models.narrowing_plan import LayerPlan, Plan
+from nin.narrowing import latency
+from nin.runtime import timer
 from nin.speed_search import processes, quality, subject, timing
 from nin.speed_search.combinations import ENGINES, REFERENCE, Combination
+from nin.speed_search.forms import NarrowingSettings, narrowed
 from nin.speed_search.networks import load_network, save_named, save_run
 from nin.speed_search.page import chart, explanation, render_page, time_marks
 from nin.speed_search.processes import WorkerError
@@ -364,6 +367,26 @@ def test_what_is_not_a_network_or_belongs_to_a_run_is_refused(run, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         nin.speed(run, "digits", out=tmp_path)
+
+
+@pytest.mark.parametrize("finetune", [0, 1])
+def test_narrowed_forms_are_planned_without_a_clock_and_are_the_same_each_time(finetune, module, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the clock was asked")
+
+    for name in ("_steady_ratio", "_time", "_seconds"):
+        monkeypatch.setattr(latency, name, refuse)
+    for name in ("time_interleaved", "time_until_steady", "summarize"):
+        monkeypatch.setattr(timer, name, refuse)
+    found = subject.load_subject(module, images(60))
+    settings = NarrowingSettings(images=50, finetune=finetune, seed=0)
+    (one, plan), (other, again) = (
+        narrowed(found, 0.7, settings, tmp_path / name, lambda: False, lambda *_: None) for name in ("a", "b")
+    )
+    assert plan == again
+    assert plan.pruned or any(layer.form != "keep" for layer in plan.layers)
+    for name, values in one.state_dict().items():
+        assert torch.equal(values, other.state_dict()[name]), name
 
 
 # ---------------------------------------------------------------- processes

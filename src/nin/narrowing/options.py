@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nin.config import check_value
 from nin.errors import UserError
@@ -28,6 +29,8 @@ class NarrowOptions:
         cache: a file that keeps the analysis of the network, so that another budget takes less time, and so that
             an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
         dry_run: make the plan only; the result's ``model`` has fresh weights where the plan changes it.
+        held_out: batches of other images than those that are fitted to: the report's error of the result is measured on
+            them. With fewer than 16 images it is measured on those of the fit, and the report says so.
         on_progress: called with what is being done, the number done, and the number of all, 0 where it is not known; if
             not given, a bar is shown in a notebook and on a terminal.
     """
@@ -43,6 +46,7 @@ class NarrowOptions:
     budgets: tuple[float, ...] = ()
     cache: Path | None = None
     dry_run: bool = False
+    held_out: Iterable[Any] = ()
     on_progress: ProgressCallback | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from nin.narrowing.analysis import Analysis, analyse
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions, check_share
 from nin.narrowing.planner import Planner, PlannerResult, count_parameters
-from nin.narrowing.recalibration import calibration_error, recalibrate_if_better
+from nin.narrowing.recalibration import measure_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.runtime import distributed
@@ -100,11 +100,7 @@ def narrow(
     options = options or NarrowOptions()
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batches, Tensor) and batches.dim() <= 4:
-        batches = [batches]  # of vectors, or of images
-    if isinstance(batches, str | dict) or not isinstance(batches, Iterable):
-        raise UserError(f"batches must be a list or loader of batches, got {type(batches).__name__}")
-    loaded = list(batches)
+    loaded, held_out = _load_batches("batches", batches), _load_batches("held_out", options.held_out)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     # refused in all processes, or the others would wait for one that has ended
     if distributed.all_reduce_sum(torch.tensor(float(not loaded))) > 0:
@@ -112,7 +108,7 @@ def narrow(
     original = to_layout(to_plain_layers(model).eval(), options.layout)
     with shown_progress("Narrowing", options.on_progress) as on_progress:
         analysis = analyse(original, loaded, skip=patterns, cache=options.cache, on_progress=on_progress)
-        narrower = _Narrower(original, loaded, analysis, kind, evaluate, options, on_progress)
+        narrower = _Narrower(original, loaded, held_out, analysis, kind, evaluate, options, on_progress)
         try:
             points = [_curve_point(narrower.narrow(other)) for other in options.budgets if other != share]
             result = narrower.narrow(share)
@@ -136,6 +132,15 @@ def _budget(**shares: float | None) -> tuple[str, float]:
     return name, check_share(name, share)
 
 
+def _load_batches(name: str, batches: Iterable[Any]) -> list[Any]:
+    """Return batches as a list, a tensor alone as one batch."""
+    if isinstance(batches, Tensor) and batches.dim() <= 4:
+        return [batches]  # of vectors, or of images
+    if isinstance(batches, str | dict) or not isinstance(batches, Iterable):
+        raise UserError(f"{name} must be a list or loader of batches, got {type(batches).__name__}")
+    return list(batches)
+
+
 def _curve_point(result: NarrowResult) -> CurvePoint:
     r = result.report
     return CurvePoint(result.plan.share, r.macs[1], r.parameters[1], r.latency, r.accuracy, r.calibration_error)
@@ -148,13 +153,14 @@ class _Narrower:
         self,
         original: nn.Module,
         batches: list[Any],
+        held_out: list[Any],
         analysis: Analysis,
         kind: str,
         evaluate: Callable[[nn.Module], float] | None,
         options: NarrowOptions,
         on_progress: ProgressCallback,
     ) -> None:
-        self.original, self.batches, self.analysis = original, batches, analysis
+        self.original, self.batches, self.held_out, self.analysis = original, batches, held_out, analysis
         self.evaluate, self.options = evaluate, options
         self.on_progress = on_progress
         images = len(next(t for t in pytree.tree_leaves(batches[0]) if isinstance(t, Tensor)))
@@ -184,10 +190,10 @@ class _Narrower:
         if self.evaluate is not None and not self.original_accuracy:
             self.original_accuracy = {"original": self.evaluate(self.original)}
         accuracy = {**self.original_accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
+        recalibrated = False
         if self.options.renormalise:
-            narrowed, error, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
-        else:
-            error, recalibrated = calibration_error(narrowed, self.original, self.batches), False
+            narrowed, _, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
+        error = measure_error(narrowed, self.original, self.batches, self.held_out)
         if self.evaluate is not None:
             accuracy["corrected"] = self.evaluate(narrowed) if recalibrated else accuracy["raw"]
         if recalibrated:
@@ -215,7 +221,7 @@ class _Narrower:
         planned: PlannerResult,
         errors: dict[str, float] | None = None,
         accuracy: dict[str, float] | None = None,
-        error: float | None = None,
+        error: tuple[float | None, str] = (None, ""),
     ) -> NarrowReport:
         """Return the report; without errors, accuracy and error in a dry run."""
         layers = layer_reports(self.analysis, planned, errors or {})
@@ -228,11 +234,12 @@ class _Narrower:
             latency=latency,
             accuracy=accuracy or {},
             predicted_loss=planned.loss,
-            calibration_error=error,
+            calibration_error=error[0],
             notes=(*self.analysis.notes, *planned.notes, *self.slower_notes(latency)),
             environment={
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "measured on": self.table.setting,
             },
+            error_measured_on=error[1],
         )

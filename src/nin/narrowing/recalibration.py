@@ -1,14 +1,18 @@
-"""BatchNorm recalibration after narrowing, kept where it brings the output nearer to the original's."""
+"""The distance of a narrowed network from the original, and BatchNorm recalibration, kept where it lessens that."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from nin.narrowing.calibration import float_tensors, model_inputs
 from nin.runtime import distributed
 from nin.runtime.model_copy import copy_model
 from nin.runtime.single_value_norm import normalise_single_values
+
+# Fewer images that nothing was fitted to say less than those of the fit.
+LEAST_HELD_OUT = 16
 
 
 @torch.no_grad()
@@ -22,6 +26,27 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
             total += float((a.double() - a.double().mean(0)).square().sum())
     distance, total = distributed.all_reduce_sum(torch.tensor([distance, total], dtype=torch.float64)).tolist()
     return distance / total if total else distance
+
+
+def measure_error(model: nn.Module, original: nn.Module, fitted: list[Any], held_out: list[Any]) -> tuple[float, str]:
+    """Return the `calibration_error` on images that nothing was fitted to, where there are enough, and on which images.
+
+    Args:
+        model: the narrowed model.
+        original: the model before.
+        fitted: batches that its layers were fitted to.
+        held_out: other batches, or none.
+    """
+    count = count_images(held_out)
+    if count >= LEAST_HELD_OUT:
+        return calibration_error(model, original, held_out), f"{count:,} images that nothing was fitted to"
+    return calibration_error(model, original, fitted), f"the {count_images(fitted):,} images of the fit"
+
+
+def count_images(batches: list[Any]) -> int:
+    """Return the number of images in the batches of all processes: the rows of each batch's first tensor."""
+    rows = [len(next(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))) for batch in batches]
+    return int(distributed.all_reduce_sum(torch.tensor(float(sum(rows)))))
 
 
 @torch.no_grad()

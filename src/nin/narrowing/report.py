@@ -111,6 +111,7 @@ class NarrowReport:
         predicted_loss: sum over the layers of their predicted errors.
         calibration_error: squared distance from the original's output as a fraction of its variance; None in a dry
             run.
+        error_measured_on: which images, in words; "" where that is not known, or nothing was measured.
         notes: sentences about what was done or left.
         environment: versions, threads and what was measured on.
         curve: the budgets, largest first, where there were several.
@@ -129,6 +130,7 @@ class NarrowReport:
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     control: ControlReport | None = None
+    error_measured_on: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -187,7 +189,9 @@ class NarrowReport:
                 difference = f"{100 * (value - original):+.2f} points"
                 rows.append((f"accuracy, {STAGES[name]}", _accuracy(original), _accuracy(value), difference))
         if self.calibration_error is not None:
-            rows.append(("error of the result", "0", format_percent(self.calibration_error, 2), "of its variance"))
+            images = self.error_measured_on and f", on {self.error_measured_on}"
+            error = format_percent(self.calibration_error, 2)
+            rows.append(("error of the result", "0", error, f"of its variance{images}"))
         return rows
 
     def _curve_rows(self) -> list[tuple[str, ...]]:

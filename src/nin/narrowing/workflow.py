@@ -22,7 +22,7 @@ from nin.narrowing.analysis import fingerprint_analysis
 from nin.narrowing.distillation import DistillationStep, FinetuneConfig
 from nin.narrowing.options import NarrowOptions, check_share
 from nin.narrowing.pipeline import NarrowResult, narrow
-from nin.narrowing.recalibration import recalibrate_if_better
+from nin.narrowing.recalibration import measure_error, recalibrate_if_better
 from nin.narrowing.report import NarrowReport
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
@@ -31,6 +31,9 @@ from nin.training import CheckpointOptions, batches
 
 # Images at a time, of the calibration and of the fine-tuning.
 NARROWING_BATCH_SIZE = 64
+
+# Test images, at most, that the error of the result is measured on: neither the fit nor the fine-tuning sees them.
+ERROR_IMAGES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class WorkflowConfig:
         seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1": where everything is computed and timed.
         revert_slower: avoid layers that are measured slower than before, see `NarrowOptions`.
+        measure_latency: time layers and the whole network for the report; a budget in milliseconds does so anyway.
     """
 
     budget: Mapping[str, float]
@@ -64,6 +68,7 @@ class WorkflowConfig:
     seed: int = 0
     device: str = "auto"
     revert_slower: bool = False
+    measure_latency: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges, so that a mistake shows before anything is loaded."""
@@ -133,10 +138,20 @@ class NarrowingTask:
         They are computed on the CPU and have the same bits on every device, so the same fingerprint.
         """
         order = data.epoch_order(len(self.images.train), seed=config.seed, epoch=0)[: config.images]
+        return self._batches(self.images.train, order)
+
+    def held_out_batches(self) -> list[Tensor]:
+        """Return batches of test images, evenly spaced; to each of n processes every n-th. Labels are not used."""
+        count = len(self.images.test)
+        order = torch.linspace(0, count - 1, min(count, ERROR_IMAGES)).round().long()
+        return self._batches(self.images.test, order)
+
+    def _batches(self, images: data.ImageSet | data.DecodedSet, order: Tensor) -> list[Tensor]:
         local = order.split(NARROWING_BATCH_SIZE)[distributed.rank() :: distributed.world_size()]
         order = torch.cat([*local, order[:0]])  # of a process without images too
-        batches = data.batches(self.images.train, order, NARROWING_BATCH_SIZE)
-        return [self.inputs(pixels).to(self.device) for pixels, _, _ in batches]
+        return [
+            self.inputs(pixels).to(self.device) for pixels, _, _ in data.batches(images, order, NARROWING_BATCH_SIZE)
+        ]
 
     def accuracy(self, model: nn.Module, on_progress: ProgressCallback = ignore_progress) -> float:
         """Return a model's accuracy on the test images, from 0 to 1."""
@@ -207,17 +222,21 @@ def run_workflow(
     notes = list(result.report.notes)
     # some dozens of steps leave BatchNorm with moments of augmented images, and some of those from before
     progress("Comparing with the original", 0, 0)
-    recalibrated, error, better = recalibrate_if_better(result.model, task.model, task.calibration_batches(config))
+    batches = task.calibration_batches(config)
+    recalibrated, _, better = recalibrate_if_better(result.model, task.model, batches)
     if better:
         result.model.load_state_dict(recalibrated.state_dict())
         notes.append("BatchNorm statistics were measured again after the fine-tuning.")
+    error, measured_on = measure_error(result.model, task.model, batches, task.held_out_batches())
     accuracy = dict(result.report.accuracy)
     if task.labelled:
         accuracy["finetuned"] = task.accuracy(result.model, progress)
     after = f"{time.perf_counter() - started:.0f} s" + (", the last part of it" if state and state[1] else "")
     epochs = "1 epoch" if config.finetune == 1 else f"{config.finetune} epochs"
     note = f"Fine-tuned for {epochs} by the original's answers, in {after}."
-    return result.with_report(accuracy=accuracy, calibration_error=error, notes=(*notes, note))
+    return result.with_report(
+        accuracy=accuracy, calibration_error=error, error_measured_on=measured_on, notes=(*notes, note)
+    )
 
 
 def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallback) -> NarrowResult:
@@ -228,6 +247,8 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
         batch=config.batch,
         layout=config.layout,
         revert_slower=config.revert_slower,
+        measure_latency=config.measure_latency,
+        held_out=task.held_out_batches(),
         on_progress=progress,
     )
     return narrow(
@@ -265,7 +286,7 @@ def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
         UserError: the settings, the network or the images differ.
     """
     # what was begun before there was a choice was begun on the CPU, without slower layers
-    usual = {"device": "cpu", "revert_slower": True}
+    usual = {"device": "cpu", "revert_slower": True, "measure_latency": True}
     now, settings = task_fingerprint(task, config), {**usual, **before.get("settings", {})}
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:

@@ -57,7 +57,13 @@ def narrowed(
     """
     cache = folder / "analysis.safetensors"
     task = NarrowingTask(subject.model, subject.images, subject.preprocessing, subject.labelled, cache)
-    config = WorkflowConfig({"macs": share}, images=settings.images, finetune=settings.finetune, seed=settings.seed)
+    config = WorkflowConfig(
+        {"macs": share},
+        images=settings.images,
+        finetune=settings.finetune,
+        seed=settings.seed,
+        measure_latency=False,
+    )
     if settings.finetune:
         training = folder / f"finetune-{share:g}"
         training.mkdir(parents=True, exist_ok=True)
