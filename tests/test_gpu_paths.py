@@ -26,7 +26,7 @@ from nin.inference.evaluation import evaluate
 from nin.narrowing import FinetuneConfig, finetune
 from nin.narrowing.latency import LatencyTable
 from nin.narrowing.narrow_to_folder import narrow_model, narrow_run
-from nin.narrowing.workflow import WorkflowConfig
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.optim import OptimizerWithEMA, adamw, sgd
 from nin.profiling.bench import runner
 from nin.profiling.bench.cases import CASES

@@ -13,7 +13,7 @@ from nin import checkpoint
 from nin.errors import UserError
 from nin.hub import PICTURE_FILE, HubClassifier
 from nin.narrowing.narrow_to_folder import narrow_run
-from nin.narrowing.workflow import WorkflowConfig
+from nin.narrowing.workflow_config import WorkflowConfig
 
 
 @pytest.fixture(autouse=True)

@@ -416,7 +416,7 @@ def test_a_run_is_fused_and_exported(name, make_run, tmp_path):
 @pytest.mark.parametrize("name", SMALL_AND_SLOW)
 def test_a_run_is_narrowed_and_fine_tuned(name, make_run, photos, tmp_path):
     from nin.narrowing.narrow_to_folder import narrow_run
-    from nin.narrowing.workflow import WorkflowConfig
+    from nin.narrowing.workflow_config import WorkflowConfig
 
     run = make_run(name)
     before = nin.load(run)

@@ -26,7 +26,7 @@ from nin.fusion import Chain
 from nin.models.factory import create_external_model
 from nin.narrowing import DistillationStep, FinetuneConfig, uniform_baseline, workflow
 from nin.narrowing.narrow_to_folder import narrow_run
-from nin.narrowing.workflow import WorkflowConfig
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.training import CheckpointOptions
 
 
@@ -380,7 +380,15 @@ def fetched(monkeypatch):
         seen["test"] |= {image.tobytes() for image in images.test.images.numpy()}
         return result
 
+    def held_out(task):
+        before = set(seen["train"])
+        result = measured(task)
+        seen["train"], seen["held out"] = before, seen["train"] - before
+        return result
+
+    measured = workflow.NarrowingTask.held_out_batches
     monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(workflow.NarrowingTask, "held_out_batches", held_out)
     monkeypatch.setattr(workflow.evaluation, "evaluate", tested)
     monkeypatch.setattr("nin.cli.narrow.write_report", lambda run, images: None)  # it fetches test images, too
     return seen
@@ -400,6 +408,8 @@ def test_a_fold_is_narrowed_with_its_own_images(folds, tmp_path, monkeypatch, ca
     assert seen["train"] <= pixels["train"]
     assert len(seen["train"]) > 0.9 * len(pixels["train"])
     assert seen["test"] == pixels["test"]
+    assert seen["held out"] <= pixels["test"]
+    assert len(seen["held out"]) == workflow.ERROR_IMAGES
     counts = (len(expected.train), len(expected.validation), len(expected.test))
     assert "{:,} images to train on, {:,} to choose by, {:,} to test".format(*counts) in printed.err
     narrowed = checkpoint.load_info(out)

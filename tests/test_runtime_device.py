@@ -8,7 +8,8 @@ from nin import server
 from nin.cli import app
 from nin.errors import UserError
 from nin.narrowing.narrow_to_folder import narrow_run
-from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
+from nin.narrowing.workflow import choose_narrowing_device
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.profiling import bench
 from nin.runtime import device
 

@@ -22,7 +22,7 @@ from nin.data import loader
 from nin.errors import UserError
 from nin.models.factory import create_external_model
 from nin.narrowing.narrow_to_folder import narrow_run
-from nin.narrowing.workflow import WorkflowConfig
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed, torchrun
 
 # 37 images in a batch: the parts of two processes have 19 and 18

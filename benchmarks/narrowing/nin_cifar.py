@@ -17,7 +17,8 @@ import torch
 
 import nin
 from nin import checkpoint, data, narrowing
-from nin.narrowing.workflow import NarrowingTask, WorkflowConfig
+from nin.narrowing.workflow import NarrowingTask
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import device, timer
 
 

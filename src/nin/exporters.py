@@ -197,6 +197,18 @@ def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
     return program
 
 
+def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
+    """Return the network as an ONNX file's content, to be timed: nothing is compared, and no metadata are in it.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        x: an input of two images or more; any number may be given to the file.
+    """
+    converted = torch.onnx.export(portable_program(model, x), dynamo=True, verbose=False)
+    assert converted is not None
+    return bytes(converted.model_proto.SerializeToString())
+
+
 def model_metadata(shape: Sequence[int], info: RunInfo | None, *, preprocessing: bool) -> dict[str, Any]:
     """Return the metadata of a file: input, output, classes in the order of the scores, preprocessing."""
     channels, height, width = shape

@@ -19,6 +19,7 @@ from nin.cli.console import (
     silence_other_ranks,
 )
 from nin.cli.train import load_data, write_report
+from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
@@ -45,6 +46,7 @@ def narrow(
     images: int = 512,
     batch: int | None = None,
     channels_last: bool = False,
+    engine: str = "pytorch",
     model: str | None = None,
     weights: Path | None = None,
     size: int | None = None,
@@ -82,6 +84,8 @@ def narrow(
             given.
         channels_last: Keep the weights with the channels side by side in memory, which is often faster, and measure
             that.
+        engine: In which layers and the whole network are timed, the one that will run it: pytorch, nin (its operator,
+            as in nin predict), onnxruntime or openvino. The result is a network of PyTorch all the same.
         model: Anybody's network: timm:NAME, torchvision:NAME, or package.module:function that makes it without
             arguments.
         weights: Its weights: model.safetensors, or a state_dict that torch.save wrote (read without running code).
@@ -100,6 +104,7 @@ def narrow(
         json: Print the figures as JSON on standard output.
     """
     names.check_source(data)
+    check_narrowing_engine(engine)
     if run is not None:
         folders.check_is_run(run)
     if model is not None:
@@ -111,7 +116,8 @@ def narrow(
     from nin import checkpoint, models
     from nin.checkpoint import load_info
     from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
-    from nin.narrowing.workflow import WorkflowConfig, choose_narrowing_device
+    from nin.narrowing.workflow import choose_narrowing_device
+    from nin.narrowing.workflow_config import WorkflowConfig
 
     budget = {"latency": latency, "macs": macs, "parameters": parameters}
     config = WorkflowConfig(
@@ -126,6 +132,7 @@ def narrow(
         dry_run=dry_run,
         device=device,
         revert_slower=revert_slower,
+        engine=engine,
     )
     if (run is None) == (model is None) or (model is None) != (weights is None):
         raise UserError("give a run folder, or --model package.module:factory with --weights FILE")

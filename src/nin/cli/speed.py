@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -38,6 +38,7 @@ def speed(
     out: Path | None = None,
     budgets: str = DEFAULT_BUDGETS,
     narrow: Annotated[bool, Parameter(negative="--no-narrow")] = True,
+    narrow_by: Literal["macs", "latency"] = "macs",
     finetune: int = 0,
     engine: tuple[str, ...] = (),
     threads: int | None = None,
@@ -63,8 +64,10 @@ def speed(
         lose: Points of accuracy that may be lost at most; without labels, per cent of the answers that may change.
         batch: Images at a time that are timed; may be given several times, and the first one decides.
         out: The folder to make: the fastest, ready to use, with an example; the page and the figures.
-        budgets: Shares of the multiplications that narrowed networks keep; "none" tries none.
+        budgets: Shares that narrowed networks keep, of their multiplications, see --narrow-by; "none" tries none.
         narrow: Try narrowed networks; --no-narrow is the same as --budgets none.
+        narrow_by: What the budgets are shares of: macs, the multiplications, with the same plans each time; or latency,
+            the time in the engine that is the fastest for the network as it is.
         finetune: Epochs of training of each narrowed network.
         engine: eager, compile, nin, onnxruntime, openvino; all if not given. May be given several times.
         threads: Of every engine; the fastest number is looked for if not given.
@@ -89,7 +92,7 @@ def speed(
         names.check_external(network)
     if out is not None:
         folders.check_search(out, overwrite=overwrite)
-    from nin.speed_search.combinations import ENGINES
+    from nin.engines.catalog import ENGINES
 
     # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
     received: list[int] = []
@@ -103,6 +106,7 @@ def speed(
                 lose=lose,
                 batches=batch,
                 budgets=shares,
+                narrow_by=narrow_by,
                 finetune=finetune,
                 engines=engine or tuple(ENGINES),
                 threads=threads,

@@ -18,14 +18,8 @@ from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
 from nin.narrowing.uniform_baseline import original_config, train_control
-from nin.narrowing.workflow import (
-    NarrowingTask,
-    WorkflowConfig,
-    choose_narrowing_device,
-    model_device,
-    output_folder,
-    run_workflow,
-)
+from nin.narrowing.workflow import NarrowingTask, choose_narrowing_device, model_device, output_folder, run_workflow
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress

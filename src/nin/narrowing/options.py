@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nin.config import check_value
+from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
 
@@ -25,6 +26,9 @@ class NarrowOptions:
         measure_latency: time the whole model before and after.
         batch: images at a time when measuring; that of the first batch if not given.
         layout: memory layout of the weights: "contiguous", or "channels_last", which is often faster.
+        engine: in which layers and the whole model are timed, one that the model will run in: "pytorch" (eager), "nin"
+            (`nin.fuse`), "onnxruntime" or "openvino" (both on the CPU in float32). The result is a model of PyTorch all
+            the same.
         budgets: more shares of the same budget; the network is narrowed to each of them too, for the report's curve.
         cache: a file that keeps the analysis of the network, so that another budget takes less time, and so that
             an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
@@ -43,6 +47,7 @@ class NarrowOptions:
     measure_latency: bool = True
     batch: int | None = None
     layout: str = "contiguous"
+    engine: str = "pytorch"
     budgets: tuple[float, ...] = ()
     cache: Path | None = None
     dry_run: bool = False
@@ -53,6 +58,7 @@ class NarrowOptions:
         """Check the values."""
         if self.layout not in ("contiguous", "channels_last"):
             raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
+        check_narrowing_engine(self.engine)
         check_value("passes", self.passes, int, lambda x: x >= 1, "at least 1")
         if self.batch is not None:
             check_value("batch", self.batch, int, lambda x: x >= 1, "at least 1")

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nin.engines.catalog import ENGINES, NARROWING_ENGINES
 from nin.errors import UserError
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions, check_share
-from nin.narrowing.planner import Planner, PlannerResult, count_parameters
+from nin.narrowing.planner import LATENCY_TOLERANCE, Planner, PlannerResult, count_parameters
 from nin.narrowing.recalibration import measure_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
+from nin.narrowing.timed_engines import make_engine
 from nin.runtime import distributed
 from nin.runtime.progress import ProgressCallback
 from nin.runtime.shown_progress import shown_progress
@@ -168,8 +170,9 @@ class _Narrower:
         self.reported_batches = sorted({1, images, batch}) if options.measure_latency else []
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
         like = next(p for p in original.parameters() if p.is_floating_point())
-        self.table = LatencyTable(like, batch, options.layout, cache=cache, on_progress=self.on_progress)
-        self.model_timer = ModelTimer(original, batches, options.layout)
+        engine = make_engine(options.engine, like, options.layout)
+        self.table = LatencyTable(like, batch, options.layout, engine=engine, cache=cache, on_progress=self.on_progress)
+        self.model_timer = ModelTimer(original, batches, options.layout, engine, self.on_progress)
         self.planner = Planner(original, analysis, kind, self.table, self.model_timer, options)
         self.original_accuracy: dict[str, float] = {}  # evaluated once for all budgets
 
@@ -190,10 +193,10 @@ class _Narrower:
         if self.evaluate is not None and not self.original_accuracy:
             self.original_accuracy = {"original": self.evaluate(self.original)}
         accuracy = {**self.original_accuracy, "raw": self.evaluate(narrowed)} if self.evaluate is not None else {}
-        recalibrated = False
+        on_fitted, recalibrated = None, False
         if self.options.renormalise:
-            narrowed, _, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
-        error = measure_error(narrowed, self.original, self.batches, self.held_out)
+            narrowed, on_fitted, recalibrated = recalibrate_if_better(narrowed, self.original, self.batches)
+        error = measure_error(narrowed, self.original, self.batches, self.held_out, on_fitted)
         if self.evaluate is not None:
             accuracy["corrected"] = self.evaluate(narrowed) if recalibrated else accuracy["raw"]
         if recalibrated:
@@ -204,6 +207,24 @@ class _Narrower:
         """Return the result with its report; of several processes the first one's, which alone measures times."""
         text = distributed.broadcast_result(lambda: json.dumps(self.report(narrowed, planned, *measured).to_dict()))
         return NarrowResult(narrowed, planned.plan, NarrowReport.from_dict(json.loads(text)))
+
+    def missed_notes(self, plan: Plan, latency: dict[int, tuple[Timing, Timing]]) -> list[str]:
+        """Return a sentence for the report where the finished network misses the latency that its plan kept."""
+        if plan.budget != "latency" or self.table.batch not in latency:
+            return []
+        before, after = latency[self.table.batch]
+        reached = after.median_ms / before.median_ms
+        if reached <= LATENCY_TOLERANCE * plan.share:
+            return []
+        least, most = after.low_ms / before.high_ms, after.high_ms / before.low_ms
+        if least <= plan.share:
+            reason = "the times spread too far to tell whether it is kept; time it again on a quiet machine"
+        else:
+            reason = "the plan kept it when it was timed; with other load, or other numbers of images, it differs"
+        return [
+            f"{reached:.2f} of the latency is left ({least:.2f} to {most:.2f}) at batch {self.table.batch}, where "
+            f"{plan.share:.2f} was asked for: {reason}."
+        ]
 
     def slower_notes(self, latency: dict[int, tuple[Timing, Timing]]) -> list[str]:
         """Return a sentence for the report where the whole network takes longer than before, beyond the spread."""
@@ -226,6 +247,9 @@ class _Narrower:
         """Return the report; without errors, accuracy and error in a dry run."""
         layers = layer_reports(self.analysis, planned, errors or {})
         latency = {size: self.model_timer.compare(narrowed, size) for size in self.reported_batches}
+        notes = planned.notes
+        if planned.reached:  # else they say so
+            notes = (*notes, *self.missed_notes(planned.plan, latency))
         return NarrowReport(
             layers,
             macs=(sum(r.macs_before for r in layers), sum(r.macs_after for r in layers)),
@@ -235,11 +259,12 @@ class _Narrower:
             accuracy=accuracy or {},
             predicted_loss=planned.loss,
             calibration_error=error[0],
-            notes=(*self.analysis.notes, *planned.notes, *self.slower_notes(latency)),
+            notes=(*self.analysis.notes, *notes, *self.slower_notes(latency)),
             environment={
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),
                 "measured on": self.table.setting,
             },
             error_measured_on=error[1],
+            engine=ENGINES[NARROWING_ENGINES[self.options.engine]].title,
         )

@@ -24,6 +24,10 @@ LATENCY_PLANS = 5
 # A plan is good enough if the latency of its whole model, as a fraction of the budget, lies between these.
 LATENCY_SPENT, LATENCY_TOLERANCE = 0.96, 1.02
 
+# A plan for a latency is made of estimates, and what it is made of is timed; where the sum of that differs from the
+# estimates' by more than this fraction, the plan is made again with it, so many times at most.
+REFINED, REFINEMENTS = 0.05, 2
+
 # Where the whole model's latency and the sum of its layers' differ by more than this fraction of the latter, the layers
 # of the plan are timed again, once, and the plan is made again.
 DISAGREEMENT = 0.15
@@ -43,6 +47,7 @@ class PlannerResult:
         predicted: the same for each layer.
         latency: milliseconds before and after of each layer that changes; empty where they are not measured.
         notes: sentences for the report.
+        reached: whether the plan kept the budget when its whole model was timed, or none was to be timed.
     """
 
     plan: Plan
@@ -50,6 +55,7 @@ class PlannerResult:
     predicted: dict[str, float]
     latency: dict[str, tuple[float, float]]
     notes: tuple[str, ...]
+    reached: bool = True
 
     def to_json(self) -> str:
         """Return it as text, for another process."""
@@ -98,20 +104,21 @@ class Planner:
         Raises:
             UserError: it cannot be reached; the message says what can.
         """
-        knapsack = self._knapsack(self.space)
-        whole = knapsack.unchanged().cost
-        budget = share * whole
         notes: tuple[str, ...] = ()
+        reached = True
         if self.kind == "latency":
-            solution, notes = self._fit_latency(knapsack, share, budget)
+            knapsack, solution, notes, reached = self._fit_latency(share)
         else:
+            knapsack = self._knapsack(self.space)
+            whole = knapsack.unchanged().cost
+            budget = share * whole
             solution = _solve(knapsack, budget)
             if self.options.revert_slower:
                 solution, notes = self._revert_slower(knapsack, solution, share, budget)
             if solution.cost < WELL_SPENT * budget:
-                reached = f"{solution.cost / whole:.3f} of the {self.kind.replace('macs', 'MACs')} are left"
+                left = f"{solution.cost / whole:.3f} of the {self.kind.replace('macs', 'MACs')} are left"
                 reason = "no choice of ranks and channels between them loses less"
-                notes = (*notes, f"{reached} where {share:.3f} was asked for: {reason}.")
+                notes = (*notes, f"{left} where {share:.3f} was asked for: {reason}.")
         plan = self._to_plan(knapsack, solution, share)
         latency = self._layer_latencies(plan) if self.options.measure_latency else {}
         predicted = {name: choice.loss for name, choice in solution.factorisations.items()}
@@ -119,10 +126,11 @@ class Planner:
             predicted[p.consumer] += knapsack.width_loss(p.consumer, p.channels)
         for name, weight in self.analysis.shortcut_weights.items():
             predicted[name] /= weight  # of the layer's own variance again
-        return PlannerResult(plan, solution.loss, predicted, latency, notes)
+        return PlannerResult(plan, solution.loss, predicted, latency, notes, reached)
 
     def _knapsack(self, space: SearchSpace) -> Knapsack:
-        costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": self.table}
+        latency = self.table.estimates(self.analysis.specs.values())
+        costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": latency}
         edges = self.analysis.graph.edges if self.options.thin else ()
         fixed, channels = 0.0, dict[str, float]()
         if self.kind == "parameters":  # those of other modules stay, but for BatchNorm's where channels go
@@ -194,29 +202,35 @@ class Planner:
         latencies = self._layer_latencies(self._to_plan(knapsack, solution, share))
         return {name: after - before for name, (before, after) in latencies.items() if after > before}
 
-    def _fit_latency(self, knapsack: Knapsack, share: float, budget: float) -> tuple[Solution, tuple[str, ...]]:
-        """Solve with the latencies of layers, time the whole model, and adapt the budget until that meets the share."""
-        whole, lowest = knapsack.unchanged(), knapsack.cheapest().cost
-        # between budgets of the table whose whole model keeps to the share, and whose does not
-        kept, missed = 0.0, whole.cost
+    def _fit_latency(self, share: float) -> tuple[Knapsack, Solution, tuple[str, ...], bool]:
+        """Solve with the latencies of layers, time the whole model, and adapt the budget until that meets the share.
+
+        Returns:
+            The solution and the knapsack that it is of, sentences for the report, and whether the share is kept.
+        """
+        self._time_layers(" of the original", [(spec,) for spec in self.analysis.specs.values()])
+        self.table.progress = (" of the smallest plan", 0, 0)
+        knapsack = self._knapsack(self.space)
+        lowest = knapsack.cheapest().cost / knapsack.unchanged().cost
+        # between budgets of the table whose whole model keeps to the share, and whose does not; all are shares, too
+        kept, missed, budget = 0.0, 1.0, share
         most = share * LATENCY_TOLERANCE
-        tried: list[tuple[float, Solution]] = []  # with the share that each leaves
+        tried: list[tuple[float, Knapsack, Solution]] = []  # with the share that each leaves
         retimed = False
         for attempt in range(1, LATENCY_PLANS + 1):
-            self.table.progress = (f", plan {attempt} of at most {LATENCY_PLANS}", 0, 0)
-            solution = knapsack.solve(budget)
-            before, after = self._time_whole(knapsack, solution, share)
-            if not retimed and _disagree(before, after, whole.cost, solution.cost):
+            purpose = f", plan {attempt} of at most {LATENCY_PLANS}"
+            knapsack, solution = self._solve_latency(purpose, budget, later=attempt > 1)
+            before, after = self._time_whole(purpose, knapsack, solution, share)
+            costs = self._measured_costs(knapsack, solution, share)
+            if not retimed and _disagree(before, after, *costs):
                 retimed = True
                 if self._time_layers_again(knapsack, solution, share):
-                    self.table.progress = (f", plan {attempt} made again", 0, 0)
-                    knapsack = self._knapsack(self.space)
-                    whole, lowest = knapsack.unchanged(), knapsack.cheapest().cost
-                    budget, kept, missed = share * whole.cost, 0.0, whole.cost
-                    solution = knapsack.solve(budget)
-                    before, after = self._time_whole(knapsack, solution, share)
+                    budget, kept, missed = share, 0.0, 1.0
+                    purpose = f", plan {attempt} made again"
+                    knapsack, solution = self._solve_latency(purpose, budget, later=False)
+                    before, after = self._time_whole(purpose, knapsack, solution, share)
             reached = after.low_ms / before.low_ms  # other load on the machine only makes times longer
-            tried.append((reached, solution))
+            tried.append((reached, knapsack, solution))
             if reached > most:
                 missed = min(missed, budget)
             elif reached < share * LATENCY_SPENT:
@@ -232,33 +246,73 @@ class Planner:
                 break
             budget = following
         if within := [attempt for attempt in tried if attempt[0] <= most]:
-            reached, solution = min(within, key=lambda attempt: attempt[1].loss)
+            reached, knapsack, solution = min(within, key=lambda attempt: attempt[2].loss)
             if reached >= share * LATENCY_SPENT:
-                return solution, ()
+                return knapsack, solution, (), True
             reason = "no plan that was timed comes nearer from below"
-            return solution, (f"{reached:.2f} of the latency is left where {share:.2f} was asked for: {reason}.",)
+            note = f"{reached:.2f} of the latency is left where {share:.2f} was asked for: {reason}."
+            return knapsack, solution, (note,), True
         asked = f"The latency asked for, {share:.2f} of the original's, was not reached"
-        reached, solution = min(tried, key=lambda attempt: attempt[0])
+        reached, knapsack, solution = min(tried, key=lambda attempt: attempt[0])
         if reached < 1:
-            return solution, (f"{asked}: {reached:.2f}.",)
-        return whole, (f"{asked}: no plan is faster than the original, which is left as it is ({reached:.2f}).",)
+            return knapsack, solution, (f"{asked}: {reached:.2f}.",), False
+        note = f"{asked}: no plan is faster than the original, which is left as it is ({reached:.2f})."
+        return knapsack, knapsack.unchanged(), (note,), False
 
-    def _time_whole(self, knapsack: Knapsack, solution: Solution, share: float) -> tuple[Timing, Timing]:
-        """Return the timings of the whole model before and after."""
+    def _solve_latency(self, purpose: str, budget: float, *, later: bool) -> tuple[Knapsack, Solution]:
+        """Solve for a share of the layers' latencies: with estimates, until what was chosen takes the time expected."""
+        for number in range(1, REFINEMENTS + 1):
+            self.table.progress = (purpose if number == 1 else f"{purpose}, draft {number}", 0, 0)
+            knapsack = self._knapsack(self.space)
+            limit = budget * knapsack.unchanged().cost
+            # below what can be reached, the first plan is a mistake of whoever asks; a later one aims too low
+            least = knapsack.cheapest() if later else None
+            solution = least if least is not None and least.cost >= limit else knapsack.solve(limit)
+            chains = self._planned_chains(knapsack, solution, budget)
+            if all(map(self.table.knows, chains)):
+                break
+            self._time_layers(f" of draft {number}{purpose}", chains)
+            exact = self._measured_costs(knapsack, solution, budget)[1]
+            if abs(exact - solution.cost) <= REFINED * solution.cost:
+                break
+        return knapsack, solution
+
+    def _time_layers(self, purpose: str, chains: list[tuple[LayerSpec, ...]]) -> None:
+        """Measure chains that are not known yet."""
+        for done, chain in enumerate(chains):
+            self.table.progress = (purpose, done, len(chains))
+            self.table(chain)
+
+    def _planned_chains(self, knapsack: Knapsack, solution: Solution, share: float) -> list[tuple[LayerSpec, ...]]:
+        """Return what takes the place of each layer."""
+        layers = self._to_plan(knapsack, solution, share).layers
+        return [planned_layers(self.analysis.specs[layer.name], layer) for layer in layers]
+
+    def _measured_costs(self, knapsack: Knapsack, solution: Solution, share: float) -> tuple[float, float]:
+        """Return the sums of the layers' measured latencies before and after."""
+        chains = self._planned_chains(knapsack, solution, share)
+        return sum(self.table((spec,)) for spec in self.analysis.specs.values()), sum(map(self.table, chains))
+
+    def _time_whole(self, purpose: str, knapsack: Knapsack, solution: Solution, share: float) -> tuple[Timing, Timing]:
+        """Return the timings of the whole model before and after, on a batch, timed on as many images as are enough."""
         planned = apply_plan(self.original, self._to_plan(knapsack, solution, share))
-        return self.model_timer.compare(planned, self.table.batch)
+        self.model_timer.progress = (purpose, 0, 0)
+        images = self.model_timer.images_for_plan(self.table.batch)
+        before, after = self.model_timer.compare(planned, images)
+        return before.times(self.table.batch / images), after.times(self.table.batch / images)
 
     def _time_layers_again(self, knapsack: Knapsack, solution: Solution, share: float) -> bool:
-        """Time the layers of a plan once more, before and after; return whether one takes another time than before."""
-        chains: list[tuple[LayerSpec, ...]] = []
-        for layer in self._to_plan(knapsack, solution, share).layers:
-            spec = self.analysis.specs[layer.name]
-            chains += [(spec,), planned_layers(spec, layer)]
+        """Time the layers of a plan once more, before and after; return whether one takes another time than before.
+
+        What was measured of other layers is forgotten then: it may be of a busy moment, too.
+        """
+        chains = [(spec,) for spec in self.analysis.specs.values()] + self._planned_chains(knapsack, solution, share)
         before = self.table.forget(chains)
-        for done, chain in enumerate(chains):
-            self.table.progress = (" of the plan again", done, len(chains))
-            self.table(chain)
-        return any(abs(self.table.known[key] - old) > DISAGREEMENT * old for key, old in before.items())
+        self._time_layers(" of the plan again", chains)
+        if all(abs(self.table.known[key] - old) <= DISAGREEMENT * old for key, old in before.items()):
+            return False
+        self.table.keep_only(chains)
+        return True
 
     def _to_plan(self, knapsack: Knapsack, solution: Solution, share: float) -> Plan:
         layers = []
@@ -294,10 +348,11 @@ class Planner:
 def _disagree(before: Timing, after: Timing, layers_before: float, layers_after: float) -> bool:
     """Return whether the whole model's time and the sum of its layers' differ: in what they take, or in what goes.
 
-    A part of the whole's time is not in its layers, and stays.
+    A part of the whole's time is not in its layers, and stays; or the layers take less together than one by one, where
+    an engine converts the input and the output of each.
     """
     other = max(0.0, before.low_ms - layers_before)
-    expected = other + layers_after
+    expected = other + layers_after * min(1.0, before.low_ms / layers_before)
     return abs(after.low_ms - expected) > DISAGREEMENT * expected
 
 

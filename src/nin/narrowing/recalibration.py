@@ -28,7 +28,9 @@ def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any])
     return distance / total if total else distance
 
 
-def measure_error(model: nn.Module, original: nn.Module, fitted: list[Any], held_out: list[Any]) -> tuple[float, str]:
+def measure_error(
+    model: nn.Module, original: nn.Module, fitted: list[Any], held_out: list[Any], on_fitted: float | None
+) -> tuple[float, str]:
     """Return the `calibration_error` on images that nothing was fitted to, where there are enough, and on which images.
 
     Args:
@@ -36,11 +38,13 @@ def measure_error(model: nn.Module, original: nn.Module, fitted: list[Any], held
         original: the model before.
         fitted: batches that its layers were fitted to.
         held_out: other batches, or none.
+        on_fitted: the error on the fitted batches, where it is known.
     """
     count = count_images(held_out)
     if count >= LEAST_HELD_OUT:
         return calibration_error(model, original, held_out), f"{count:,} images that nothing was fitted to"
-    return calibration_error(model, original, fitted), f"the {count_images(fitted):,} images of the fit"
+    error = calibration_error(model, original, fitted) if on_fitted is None else on_fitted
+    return error, f"the {count_images(fitted):,} images of the fit"
 
 
 def count_images(batches: list[Any]) -> int:

@@ -111,6 +111,7 @@ class NarrowReport:
         predicted_loss: sum over the layers of their predicted errors.
         calibration_error: squared distance from the original's output as a fraction of its variance; None in a dry
             run.
+        engine: that all times are of, in words.
         error_measured_on: which images, in words; "" where that is not known, or nothing was measured.
         notes: sentences about what was done or left.
         environment: versions, threads and what was measured on.
@@ -131,6 +132,7 @@ class NarrowReport:
     curve: tuple[CurvePoint, ...] = ()
     control: ControlReport | None = None
     error_measured_on: str = ""
+    engine: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -170,6 +172,10 @@ class NarrowReport:
             "layers": self._layer_rows(),
         }
 
+    def _time_label(self, batch: int) -> str:
+        """Return the heading of the times at a batch size, with the engine that they are of."""
+        return f"ms, batch {batch}{self.engine and f', in {self.engine}'}"
+
     def _summary_rows(self) -> list[tuple[str, ...]]:
         """Return the costs and the accuracy of the whole."""
         counts = (("MACs", self.macs), ("parameters", self.parameters), ("file, bytes", self.file_bytes))
@@ -182,7 +188,7 @@ class NarrowReport:
             ratio = format_percent(after.median_ms / before.median_ms)
             if before.low_ms <= after.high_ms and after.low_ms <= before.high_ms:
                 ratio += ", equal within the spread"
-            rows.append((f"ms, batch {batch}", _milliseconds(before), _milliseconds(after), ratio))
+            rows.append((self._time_label(batch), _milliseconds(before), _milliseconds(after), ratio))
         original = self.accuracy.get("original")
         for name, value in self.accuracy.items():
             if name != "original" and original is not None:
@@ -201,7 +207,7 @@ class NarrowReport:
         sizes = list(self.latency)
         before = [_milliseconds(self.latency[n][0]) for n in sizes]
         rows: list[tuple[str, ...]] = [
-            ("budget", "MACs", *(f"ms, batch {n}" for n in sizes), "accuracy", "error"),
+            ("budget", "MACs", *map(self._time_label, sizes), "accuracy", "error"),
             (format_share(1), f"{self.macs[0]:,}", *before, _accuracy(self.accuracy.get("original")), "0"),
         ]
         for p in self.curve:
@@ -219,7 +225,7 @@ class NarrowReport:
         sizes = [n for n in self.latency if n in c.latency]
         best = self.accuracy.get("finetuned", self.accuracy.get("corrected"))
         name = f"control: {format_percent(c.ratio, 0)} of the channels, trained {c.epochs} epochs"
-        rows: list[tuple[str, ...]] = [("", "MACs", "parameters", *(f"ms, batch {n}" for n in sizes), "accuracy")]
+        rows: list[tuple[str, ...]] = [("", "MACs", "parameters", *map(self._time_label, sizes), "accuracy")]
         for network, macs, parameters, latency, accuracy in (
             ("narrowed", self.macs[1], self.parameters[1], self.latency, best),
             (name, c.macs, c.parameters, c.latency, c.accuracy),

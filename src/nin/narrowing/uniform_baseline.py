@@ -14,7 +14,9 @@ from nin.models.surgery import to_plain_layers
 from nin.narrowing.latency import ModelTimer
 from nin.narrowing.planner import count_parameters
 from nin.narrowing.report import ControlReport, NarrowReport
-from nin.narrowing.workflow import NarrowingTask, WorkflowConfig, check_same_task, task_fingerprint
+from nin.narrowing.timed_engines import make_engine
+from nin.narrowing.workflow import NarrowingTask, check_same_task, task_fingerprint
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.profiling import cost
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback
@@ -91,7 +93,10 @@ def train_control(
     Raises:
         UserError: as `training.train`, or the folder holds the control of another call.
     """
-    model_timer = ModelTimer(to_plain_layers(task.model).eval(), task.calibration_batches(config), config.layout)
+    plain_original = to_plain_layers(task.model).eval()
+    like = next(plain_original.parameters())
+    engine = make_engine(config.engine, like, config.layout)
+    model_timer = ModelTimer(plain_original, task.calibration_batches(config), config.layout, engine)
     base, shape = original_config(info.model), (1, info.preprocessing.channels, *2 * (info.preprocessing.size,))
     chosen = load_or_choose(out.parent, task, config, lambda: choose_network(base, config, report, model_timer, shape))
     train_config = control_train_config(info, config)

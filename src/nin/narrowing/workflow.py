@@ -1,4 +1,4 @@
-"""The workflow of `nin narrow` and its settings: narrow, test and fine-tune a network, or resume an interrupted run."""
+"""The workflow of `nin narrow`: narrow, test and fine-tune a network, or resume an interrupted run."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.config import TrainConfig, check_seed, step_seed
+from nin.config import TrainConfig, step_seed
 from nin.errors import UserError
 from nin.folders import CONTROL_FILE, CONTROL_FOLDER
 from nin.inference import evaluation
@@ -20,10 +20,11 @@ from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan
 from nin.narrowing.analysis import fingerprint_analysis
 from nin.narrowing.distillation import DistillationStep, FinetuneConfig
-from nin.narrowing.options import NarrowOptions, check_share
+from nin.narrowing.options import NarrowOptions
 from nin.narrowing.pipeline import NarrowResult, narrow
 from nin.narrowing.recalibration import measure_error, recalibrate_if_better
 from nin.narrowing.report import NarrowReport
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import device, distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.runtime.progress import ProgressCallback, ignore_progress
@@ -34,67 +35,6 @@ NARROWING_BATCH_SIZE = 64
 
 # Test images, at most, that the error of the result is measured on: neither the fit nor the fine-tuning sees them.
 ERROR_IMAGES = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkflowConfig:
-    """The settings of `nin narrow`.
-
-    Attributes:
-        budget: one of "macs", "latency" and "parameters", with the share of the original's that is left.
-        budgets: more shares of it, for the report's curve.
-        skip: layers to leave alone, by name or pattern.
-        images: training images to calibrate with; no labels are used.
-        finetune: epochs of distillation from the original network, with the labels; 0 trains nothing.
-        control: train the control, a uniformly thinner network, for as long as the original and the narrowed one.
-        batch: images at a time when it is timed; those of a calibration batch if not given.
-        channels_last: keep the weights in that memory layout, and measure it.
-        dry_run: plan only, write nothing but the cache of the analysis.
-        seed: chooses the images, their order and their augmentation, as in `TrainConfig`.
-        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1": where everything is computed and timed.
-        revert_slower: avoid layers that are measured slower than before, see `NarrowOptions`.
-        measure_latency: time layers and the whole network for the report; a budget in milliseconds does so anyway.
-    """
-
-    budget: Mapping[str, float]
-    budgets: tuple[float, ...] = ()
-    skip: tuple[str, ...] = ()
-    images: int = 512
-    finetune: int = 0
-    control: bool = False
-    batch: int | None = None
-    channels_last: bool = False
-    dry_run: bool = False
-    seed: int = 0
-    device: str = "auto"
-    revert_slower: bool = False
-    measure_latency: bool = True
-
-    def __post_init__(self) -> None:
-        """Check the ranges, so that a mistake shows before anything is loaded."""
-        given = {name: value for name, value in self.budget.items() if value is not None}
-        if len(given) != 1:
-            raise UserError(f"give one of --latency, --macs and --parameters, got {', '.join(given) or 'none'}")
-        for name, value in [*given.items(), *(("budgets", share) for share in self.budgets)]:
-            check_share(name, value)
-        if self.images < 1 or self.finetune < 0:
-            raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
-        if distributed.world_size() > 1 and (self.finetune or self.control):
-            raise UserError(
-                "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"
-            )
-        check_seed(self.seed)
-        if self.batch is not None and self.batch < 1:
-            raise UserError(f"batch must be at least 1, got {self.batch}")
-
-    @property
-    def layout(self) -> str:
-        """The memory layout of the weights, as in `NarrowOptions`."""
-        return "channels_last" if self.channels_last else "contiguous"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {**dataclasses.asdict(self), "budgets": list(self.budgets), "skip": list(self.skip)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +163,11 @@ def run_workflow(
     # some dozens of steps leave BatchNorm with moments of augmented images, and some of those from before
     progress("Comparing with the original", 0, 0)
     batches = task.calibration_batches(config)
-    recalibrated, _, better = recalibrate_if_better(result.model, task.model, batches)
+    recalibrated, on_fitted, better = recalibrate_if_better(result.model, task.model, batches)
     if better:
         result.model.load_state_dict(recalibrated.state_dict())
         notes.append("BatchNorm statistics were measured again after the fine-tuning.")
-    error, measured_on = measure_error(result.model, task.model, batches, task.held_out_batches())
+    error, measured_on = measure_error(result.model, task.model, batches, task.held_out_batches(), on_fitted)
     accuracy = dict(result.report.accuracy)
     if task.labelled:
         accuracy["finetuned"] = task.accuracy(result.model, progress)
@@ -247,6 +187,7 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
         batch=config.batch,
         layout=config.layout,
         revert_slower=config.revert_slower,
+        engine=config.engine,
         measure_latency=config.measure_latency,
         held_out=task.held_out_batches(),
         on_progress=progress,
@@ -286,7 +227,7 @@ def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
         UserError: the settings, the network or the images differ.
     """
     # what was begun before there was a choice was begun on the CPU, without slower layers
-    usual = {"device": "cpu", "revert_slower": True, "measure_latency": True}
+    usual = {"device": "cpu", "revert_slower": True, "measure_latency": True, "engine": "pytorch"}
     now, settings = task_fingerprint(task, config), {**usual, **before.get("settings", {})}
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:

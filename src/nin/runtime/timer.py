@@ -26,6 +26,10 @@ class Timing:
     high_ms: float
     runs: int
 
+    def times(self, factor: float) -> "Timing":
+        """Return the timing of so many times the work."""
+        return Timing(factor * self.median_ms, factor * self.low_ms, factor * self.high_ms, self.runs)
+
 
 def time_interleaved(
     callables: dict[str, Callable[[], object]], *, runs: int = 15, warmup: int = 3, settle_ms: float = 0.0

@@ -1,7 +1,9 @@
 """The lines of Python that load a chosen combination and call it."""
 
-from nin.speed_search.combinations import ENGINES, Combination
-from nin.speed_search.runners import Setting, openvino_options
+from nin.engines.catalog import ENGINES
+from nin.engines.sessions import openvino_options
+from nin.speed_search.combinations import Combination
+from nin.speed_search.runners import Setting
 from nin.speed_search.subject import Subject
 
 _TORCH = """

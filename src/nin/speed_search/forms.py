@@ -1,4 +1,4 @@
-"""The forms of a network that are compared: as it is, and narrowed to shares of its multiplications."""
+"""The forms of a network that are compared: as it is, and narrowed to shares of its multiplications or its time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from torch import nn
 from nin.models.narrowing_plan import Plan
 from nin.narrowing.options import NarrowOptions
 from nin.narrowing.pipeline import narrow
-from nin.narrowing.workflow import NarrowingTask, WorkflowConfig, run_workflow
+from nin.narrowing.workflow import NarrowingTask, run_workflow
+from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime.progress import ProgressCallback
 from nin.speed_search.subject import Subject
 from nin.training import CheckpointOptions
@@ -23,11 +24,17 @@ class NarrowingSettings:
         images: of the training part, without their labels, that the layers are fitted to.
         finetune: epochs of training afterwards, by the original's answers and the labels where there are any.
         seed: chooses the images, and their order in the training.
+        narrow_by: what the shares are of: "macs", so that no clock decides, or "latency".
+        engine: that a latency is of, a name in `nin.engines.catalog.NARROWING_ENGINES`.
+        batch: images at a time that a latency is of.
     """
 
     images: int
     finetune: int
     seed: int
+    narrow_by: str = "macs"
+    engine: str = "pytorch"
+    batch: int = 1
 
 
 def narrowed(
@@ -38,14 +45,13 @@ def narrowed(
     stop: Callable[[], bool],
     on_progress: ProgressCallback,
 ) -> tuple[nn.Module, Plan]:
-    """Return the network narrowed to a share of its multiplications, and the plan.
+    """Return the network narrowed to a share of its multiplications or its latency, and the plan.
 
-    The budget is one of multiplications, so that no clock decides; the analysis of the network is kept in the folder
-    and serves all shares.
+    The analysis of the network is kept in the folder and serves all shares.
 
     Args:
         subject: the network and its images.
-        share: of the multiplications that are left.
+        share: that is left.
         settings: see there.
         folder: for the analysis, and for the state of a fine-tuning, which goes on where it was stopped.
         stop: says that the fine-tuning is to save its state and end.
@@ -58,10 +64,12 @@ def narrowed(
     cache = folder / "analysis.safetensors"
     task = NarrowingTask(subject.model, subject.images, subject.preprocessing, subject.labelled, cache)
     config = WorkflowConfig(
-        {"macs": share},
+        {settings.narrow_by: share},
         images=settings.images,
         finetune=settings.finetune,
         seed=settings.seed,
+        batch=settings.batch,
+        engine=settings.engine,
         measure_latency=False,
     )
     if settings.finetune:
@@ -69,6 +77,14 @@ def narrowed(
         training.mkdir(parents=True, exist_ok=True)
         result = run_workflow(task, config, training, CheckpointOptions(stop=stop), on_progress)
     else:
-        options = NarrowOptions(cache=cache, measure_latency=False, revert_slower=False, on_progress=on_progress)
-        result = narrow(subject.model, task.calibration_batches(config), macs=share, options=options)
+        options = NarrowOptions(
+            cache=cache,
+            measure_latency=False,
+            engine=settings.engine,
+            batch=settings.batch,
+            on_progress=on_progress,
+        )
+        macs, latency = (share if settings.narrow_by == kind else None for kind in ("macs", "latency"))
+        batches = task.calibration_batches(config)
+        result = narrow(subject.model, batches, macs=macs, latency=latency, options=options)
     return result.model.eval(), result.plan

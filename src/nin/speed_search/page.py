@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nin.display.svg_chart import WIDTH, Plot, element, round_steps, text
+from nin.engines.catalog import ENGINES
 from nin.report.html_page import load_template
-from nin.speed_search.combinations import ENGINES
 from nin.speed_search.result import Row, SpeedResult, format_latency, pareto
 
 # corners of each engine's sign around its middle; the circle has none

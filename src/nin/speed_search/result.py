@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from nin.display.numbers import format_bytes
-from nin.speed_search.combinations import ENGINES, Combination
+from nin.engines.catalog import ENGINES
+from nin.speed_search.combinations import Combination
 from nin.speed_search.quality import Quality
 from nin.speed_search.runners import Setting
 from nin.speed_search.timing import Interval

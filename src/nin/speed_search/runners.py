@@ -8,10 +8,9 @@ import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
-Call = Callable[[], Any]
+from nin.engines.sessions import Call, onnxruntime_call, onnxruntime_session, openvino_call, openvino_request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,18 +202,9 @@ class OnnxRuntimeRunner(Runner):
 
     def bind(self, x: Any, setting: Setting) -> Call:
         """Return the call of a session."""
-        import onnxruntime
-
         if setting.threads not in self.sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = setting.threads
-            options.log_severity_level = 3
-            self.sessions[setting.threads] = onnxruntime.InferenceSession(
-                self.spec.path, options, providers=["CPUExecutionProvider"]
-            )
-        session = self.sessions[setting.threads]
-        name = session.get_inputs()[0].name
-        return lambda: session.run(None, {name: x})[0]
+            self.sessions[setting.threads] = onnxruntime_session(self.spec.path, setting.threads)
+        return onnxruntime_call(self.sessions[setting.threads], x)
 
 
 class OpenVinoRunner(Runner):
@@ -231,22 +221,8 @@ class OpenVinoRunner(Runner):
         """Return the call of an inference request."""
         key = x.shape, setting.threads
         if key not in self.requests:
-            network = self.core.read_model(self.spec.path)
-            network.reshape(list(x.shape))
-            options = openvino_options(self.spec.number, setting.threads)
-            self.requests[key] = self.core.compile_model(network, "CPU", options).create_infer_request()
-        request = self.requests[key]
-        # its result stays in OpenVINO's memory and is overwritten by the next call: so it is copied, as elsewhere
-        return lambda: request.infer([x], share_inputs=True)[0]
-
-
-def openvino_options(number: str, threads: int) -> dict[str, Any]:
-    """Return OpenVINO's options; what is not quantised in a network of int8 is computed in float32."""
-    return {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "bf16" if number == "bfloat16" else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+            self.requests[key] = openvino_request(self.core, self.spec.path, x.shape, self.spec.number, setting.threads)
+        return openvino_call(self.requests[key], x)
 
 
 _RUNNERS: dict[str, type[Runner]] = {

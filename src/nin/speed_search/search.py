@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nin import data, folders
+from nin.engines.catalog import ENGINES
 from nin.errors import UserError
 from nin.runtime.files import locked_folder, write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
-from nin.speed_search.combinations import ENGINES
 from nin.speed_search.delivery import deliver
 from nin.speed_search.page import render_page
 from nin.speed_search.result import SpeedResult
@@ -27,6 +27,7 @@ def speed(
     lose: float = 1.0,
     batches: Sequence[int] = (1,),
     budgets: Sequence[float] = SHARES,
+    narrow_by: str = "macs",
     finetune: int = 0,
     engines: Sequence[str] = tuple(ENGINES),
     threads: int | None = None,
@@ -57,6 +58,8 @@ def speed(
             answers that may change.
         batches: images at a time that are timed; the first one decides which combination is the fastest.
         budgets: shares of the multiplications that narrowed forms keep; none for no narrowing.
+        narrow_by: "macs", or "latency": then the shares are of the time in the engine that is the fastest for the
+            network as it is, in which layers are timed (in float32; in PyTorch eager where that is torch.compile).
         finetune: epochs of training of each narrowed form.
         engines: names in `nin.speed_search.combinations.ENGINES`.
         threads: of every engine; the fastest number is looked for if not given.
@@ -87,6 +90,7 @@ def speed(
         lose=float(lose),
         batches=tuple(dict.fromkeys(batches)),
         shares=tuple(sorted(dict.fromkeys(budgets), reverse=True)),
+        narrow_by=narrow_by,
         finetune=finetune,
         engines=tuple(engines),
         threads=threads,

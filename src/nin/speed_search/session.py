@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from nin.engines.catalog import ENGINES, NARROWING_ENGINES
 from nin.errors import UserError, is_out_of_memory
 from nin.ops import backends
 from nin.runtime.device import cpu_has_bf16, processor_name
 from nin.runtime.fingerprint import fingerprint
 from nin.runtime.progress import ProgressCallback
 from nin.speed_search.builder import Builder
-from nin.speed_search.combinations import ENGINES, ORIGINAL, REFERENCE, Combination, narrowed_form
+from nin.speed_search.combinations import ORIGINAL, REFERENCE, Combination, narrowed_form
 from nin.speed_search.forms import NarrowingSettings, narrowed
 from nin.speed_search.networks import load_network
 from nin.speed_search.processes import WorkerError, WorkerProcess
@@ -106,8 +107,8 @@ class SearchSession:
             self._drop_others(contenders)
             for share in self.settings.shares:
                 self._begin_part(f"Narrowed to {share:g}")
-                form = narrowed_form(share)
-                if not self._add_form(form, share):
+                form = narrowed_form(share, self.settings.narrow_by)
+                if not self._add_form(form, share, contenders[0]):
                     continue
                 for combination in contenders:
                     self._prepare(dataclasses.replace(combination, form=form))
@@ -155,8 +156,14 @@ class SearchSession:
         if self.stop():
             raise KeyboardInterrupt
 
-    def _add_form(self, form: str, share: float | None) -> bool:
-        """Write the network of a form; return whether there is one."""
+    def _add_form(self, form: str, share: float | None, fastest: Combination = REFERENCE) -> bool:
+        """Write the network of a form; return whether there is one.
+
+        Args:
+            form: its name.
+            share: that a narrowed form keeps; None for the network as it is.
+            fastest: the combination in whose engine a share of the latency is timed.
+        """
         folder = self.builder.folder(form) / "network"
         key = f"form {form}"
         if (reason := self.state.get(f"{key} failed")) is not None:
@@ -166,7 +173,7 @@ class SearchSession:
             if share is None:
                 self.subject.save(folder, self.subject.model)
             else:
-                how = NarrowingSettings(NARROWING_IMAGES, self.settings.finetune, self.settings.seed)
+                how = self._narrowing_settings(fastest)
 
                 def progress(what: str, done: int, total: int) -> None:
                     self._step(f"{what[:1].lower()}{what[1:]}", "narrow", (done, total))
@@ -182,6 +189,16 @@ class SearchSession:
         self.done += 0 if share is None else STEP_WEIGHTS["narrow"]
         self.builder.models[form] = load_network(folder, plain=False, trust=True)
         return True
+
+    def _narrowing_settings(self, fastest: Combination) -> NarrowingSettings:
+        """Return how forms are narrowed; by latency, with the number of threads that was best for the fastest."""
+        s = self.settings
+        how = NarrowingSettings(NARROWING_IMAGES, s.finetune, s.seed, s.narrow_by, batch=s.batches[0])
+        if s.narrow_by == "macs":
+            return how
+        torch.set_num_threads(self.rows[fastest].settings[s.batches[0]].threads)
+        engines = {name: narrowing for narrowing, name in NARROWING_ENGINES.items()}
+        return dataclasses.replace(how, engine=engines.get(fastest.engine, "pytorch"))
 
     def _prepare(self, combination: Combination) -> None:
         """Build a combination, start its process, and compare its answers; or note why that cannot be."""

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from nin.config import check_seed, check_value
+from nin.engines.catalog import ENGINES
 from nin.errors import UserError
 from nin.narrowing.options import check_share
-from nin.speed_search.combinations import ENGINES
 
-# Shares of the multiplications that are left in the narrowed forms, where none are given.
+# Shares that are left in the narrowed forms, where none are given.
 SHARES = (0.8, 0.65, 0.5)
 
 # Images of the training part: that layers are fitted to, and that ranges of int8 are measured on. Test images at most.
@@ -22,6 +22,7 @@ class SpeedSettings:
     lose: float = 1.0
     batches: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = SHARES
+    narrow_by: str = "macs"
     finetune: int = 0
     engines: tuple[str, ...] = tuple(ENGINES)
     threads: int | None = None
@@ -38,9 +39,14 @@ class SpeedSettings:
             check_value("batch", batch, int, lambda x: x >= 1, "at least 1")
         for share in self.shares:
             check_share("budgets", share)
+        if self.narrow_by not in ("macs", "latency"):
+            raise UserError(f"narrow_by must be macs or latency, got {self.narrow_by!r}")
         for engine in self.engines:
             if engine not in ENGINES:
                 raise UserError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+            # where all are asked for, those that are missing are named in the result
+            if set(self.engines) != set(ENGINES) and (missing := ENGINES[engine].missing("")):
+                raise UserError(f"engine {engine} is {missing}")
         check_value("finetune", self.finetune, int, lambda x: x >= 0, "at least 0")
         check_value("test_images", self.test_images, int, lambda x: x >= 1, "at least 1")
         if self.threads is not None:
