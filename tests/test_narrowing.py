@@ -397,6 +397,7 @@ def test_a_dry_run_plans_only():
 
 def test_latency_is_measured_and_reached(monkeypatch):
     monkeypatch.setattr(latency, "LAYER_SECONDS", 0.05)
+    monkeypatch.setattr(latency, "MODEL_SECONDS", 0.1)
     model = nn.Sequential(nn.Conv2d(32, 96, 3, padding=1), nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1), nn.Flatten())
     told = []
     options = NarrowOptions(batch=4, on_progress=lambda what, done, total: told.append((what, done, total)))
