@@ -117,18 +117,26 @@ def test_input_form_beats_the_svd_of_the_weight_alone():
         assert input_error(x, xx, weight, rank)[0] < mean_error(weight @ x, cut @ x)
 
 
+def eliminate(weight, xx, taps, least=1):
+    """Return the elimination of one layer's input channels, and the variance of its output."""
+    fit = channel_elimination.ConsumerFit(weight, xx, taps, plain_roots(len(weight)).sqrt)
+    return channel_elimination.eliminate_channels([fit], least=least), fit.variance
+
+
 def test_elimination_foretells_the_error_of_the_refit():
     x, xx, weight = problem()
-    path = channel_elimination.eliminate_channels(weight, xx, 4, plain_roots(6).sqrt)
+    path, variance = eliminate(weight, xx, 4)
     assert len(path.order) == 4
-    assert list(path.losses) == sorted(path.losses)
+    assert list(path.losses[0]) == sorted(path.losses[0])
     for count in (4, 3, 1):
         kept = path.kept(count, 5)
         assert len(kept) == count
         values = (kept[:, None] * 4 + torch.arange(4)).flatten()
         refit = torch.linalg.lstsq(x[values].T, (weight @ x).T).solution.T
         error = mean_error(weight @ x, refit @ x[values])
-        torch.testing.assert_close(torch.tensor(path.losses[5 - count]).double(), error, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(variance * path.losses[0][5 - count]).double(), error, rtol=1e-2, atol=1e-6
+        )
         dropped = mean_error(weight @ x, weight[:, values] @ x[values])
         assert error < dropped
 
@@ -138,18 +146,61 @@ def test_elimination_first_spares_a_channel_that_repeats_another():
     x = x.view(5, 4, -1)
     x[3] = x[1]
     x = x.flatten(0, 1)
-    path = channel_elimination.eliminate_channels(weight, x @ x.T / x.shape[1], 4, plain_roots(6).sqrt)
+    path, _ = eliminate(weight, x @ x.T / x.shape[1], 4)
     assert path.order[0] in (1, 3)
-    assert path.losses[1] < 1e-3 * path.losses[2]
+    assert path.losses[0][1] < 1e-3 * path.losses[0][2]
+
+
+@pytest.mark.parametrize("units", [6, 260])  # one at a time, and in chunks
+def test_units_of_several_channels_and_layers_go_where_all_lose_least(units):
+    generator = torch.Generator().manual_seed(1)
+    # a 1×1 layer with two channels for each unit, one of them beside others, and a k×k layer with one
+    parts = [
+        torch.randperm(2 * units + 3, generator=generator)[: 2 * units].view(units, 2),
+        torch.arange(units)[:, None],
+    ]
+    shapes = [(4, 2 * units + 3, 1), (3, units, 2)]
+    fits, problems = [], []
+    for (outputs, channels, taps), places in zip(shapes, parts, strict=True):
+        mix = torch.randn(channels * taps, channels * taps, generator=generator, dtype=torch.float64)
+        weight = torch.randn(outputs, channels * taps, generator=generator, dtype=torch.float64)
+        xx = mix @ mix.T / len(mix) + 0.1 * torch.eye(len(mix), dtype=torch.float64)
+        sqrt = plain_roots(outputs).sqrt
+        fits.append(channel_elimination.ConsumerFit(weight, xx, taps, sqrt, places))
+        problems.append((sqrt @ weight, xx, taps, places))
+
+    def error(problem, kept):
+        """What is lost of tr(W C Wᵀ) when only these channels are regressed on."""
+        weight, xx, taps, places = problem
+        gone = torch.ones(len(places), dtype=torch.bool)
+        gone[kept] = False
+        left = torch.ones(len(xx), dtype=torch.bool)
+        left[channel_elimination.patch_indices(places[gone].flatten(), taps)] = False
+        yx = (weight @ xx)[:, left]
+        explained = yx @ torch.linalg.solve(xx[left][:, left], yx.T)
+        return float(1 - explained.trace() / (weight @ xx @ weight.T).trace())
+
+    path = channel_elimination.eliminate_channels(fits, least=2, weights=[1.0, 0.5])
+    assert len({*path.order}) == len(path.order) == units - 2
+    # where several go at a time, the errors between are spread evenly
+    for count in range(2, units) if units == 6 else (2,):
+        kept = path.kept(count, units)
+        for problem, losses in zip(problems, path.losses, strict=True):
+            assert losses[units - count] == pytest.approx(error(problem, kept), rel=2e-3, abs=1e-9)
+    everything = torch.arange(units)
+    if units == 6:
+        alone = [[error(p, everything[everything != unit]) for p in problems] for unit in everything]
+        first = [a + 0.5 * b for a, b in alone]
+        assert path.order[0] == int(torch.tensor(first).argmin())
 
 
 def test_elimination_in_chunks_is_near_the_exact_one(monkeypatch):
     _, xx, weight = problem(outputs=8, channels=200, taps=1, samples=6000)
-    path = channel_elimination.eliminate_channels(weight, xx, 1, plain_roots(8).sqrt, least=20)
+    path, _ = eliminate(weight, xx, 1, least=20)
     assert sorted(path.order) == sorted(set(path.order))
     assert len(path.order) == 180
-    assert len(path.losses) == 181
-    assert list(path.losses) == sorted(path.losses)
+    assert len(path.losses[0]) == 181
+    assert list(path.losses[0]) == sorted(path.losses[0])
 
 
 def test_balancing_keeps_what_a_chain_gives_and_evens_the_scales():

@@ -39,16 +39,18 @@ class LayerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelPruning:
-    """Channels that are pruned between two layers.
+    """Channels that are pruned together.
 
     Attributes:
-        producer: the layer whose output channels they are.
-        consumer: the only layer that takes them as input.
-        between: BatchNorm and depthwise layers on the way, which lose the same channels.
+        producer: the first layer whose output channels they are.
+        consumer: the first layer that takes them as input.
+        between: BatchNorm and depthwise layers on the way, which lose the same channels; one that has them at several
+            places of a concatenation is there as often.
         channels: how many are left.
         before: how many there were.
-        readers: first layers of squeeze-and-excitation on the way, which lose them as input.
-        gates: last layers of it, which lose them as output.
+        readers: other layers that lose them as input, such as the first ones of squeeze-and-excitation.
+        gates: other layers that lose them as output: last layers of squeeze-and-excitation, and those whose outputs
+            are added to the producer's.
     """
 
     producer: str

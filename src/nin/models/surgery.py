@@ -51,11 +51,14 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
                 raise ValueError(f"plan does not fit the model: {layer.name} is a {kind}, whose forward may differ")
             replace_module(new, layer.name, make_planned_module(layer, module))
     for pruning in plan.pruned:
-        kept = torch.arange(pruning.channels)
         for name in pruning.between:
+            module = get_module(new, name)
             # depthwise layers are among plan.layers and have their size already
-            if isinstance(get_module(new, name), nn.BatchNorm2d):
-                replace_module(new, name, select_outputs(get_module(new, name), kept))
+            if isinstance(module, nn.BatchNorm2d):
+                left = module.num_features - (pruning.before - pruning.channels)
+                if left < 1:
+                    raise ValueError(f"plan does not fit the model: {name} has {module.num_features} channels")
+                replace_module(new, name, select_outputs(module, torch.arange(left)))
     return to_layout(new, plan.layout)
 
 

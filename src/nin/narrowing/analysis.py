@@ -17,7 +17,8 @@ from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import is_same_padded_depthwise
 from nin.narrowing.calibration import first_batches, measure_layer_specs
-from nin.narrowing.dependency_graph import DependencyGraph, Edge, build_dependency_graph
+from nin.narrowing.channel_flow import ChannelGroup
+from nin.narrowing.dependency_graph import DependencyGraph, build_dependency_graph
 from nin.narrowing.eligible_layers import find_eligible_layers
 from nin.narrowing.moments import Moments, collect_moments
 from nin.narrowing.search_space import SearchSpace, factorisation_candidates, width_candidates
@@ -33,7 +34,7 @@ SENSITIVITY_IMAGES = 512
 
 # Raised when the analysis of the same network and images changes, or how it is written: a cache of another format is
 # not read.
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Analysis:
     Attributes:
         specs: of all convolutions and fully connected layers that are called, in the order of the calls.
         reasons: why layers cannot be narrowed, by name.
-        graph: between which layers channels can be pruned, and what is added to layers' outputs.
+        graph: which channels can be pruned together, and what is added to layers' outputs.
         search_space: the choices for each layer, and their losses.
         sensitivities: the Fisher information G of each layer that can be narrowed.
         shortcut_weights: by which the losses of layers before a residual addition are multiplied in the search space.
@@ -100,19 +101,23 @@ def analyse(
     if "" in distributed.all_gather_text("found" if known else ""):  # a process without the file: all begin again
         known = None
     space, sensitivities = known or (SearchSpace({}, {}), {})
-    missing = {name: spec for name, spec in eligible.items() if name not in space.factorisations}
+    # a group whose consumers are not all finished begins again
+    groups = tuple(g for g in graph.groups if any((g.producer, name) not in space.widths for name in g.consumers))
+    unfinished = {name for group in groups for name in group.consumers}
+    missing = {n: spec for n, spec in eligible.items() if n not in space.factorisations or n in unfinished}
     if missing:
         try:
-            _analyse_layers(model, missing, graph.edges, batches, space, sensitivities, on_progress)
+            _analyse_layers(model, missing, groups, batches, space, sensitivities, on_progress)
         finally:  # after an interruption the finished layers are read from the cache
             if cache is not None and space.factorisations and distributed.is_main_process():
                 _write_cache(cache, key, space, sensitivities)
     for name in eligible:
         if not bool(sensitivities[name].any()):
             reasons[name] = "the model's result does not depend on it"
-    gated = {name for edge in graph.edges for name in (*edge.readers, *edge.gates)}  # cheap, and cut with the edge
+    # cheap, and cut with the group
+    gated = {name for group in graph.groups for name in (*group.readers, *group.gates)}
     factorisations = {n: value for n, value in space.factorisations.items() if n not in reasons and n not in gated}
-    widths = {edge: value for edge, value in space.widths.items() if edge[1] not in reasons}
+    widths = {pair: value for pair, value in space.widths.items() if pair[1] not in reasons}
     weights = shortcut_weights(model, graph, specs, batches, sensitivities)
     space = SearchSpace(factorisations, widths).weighted(weights)
     return Analysis(specs, reasons, graph, space, sensitivities, weights)
@@ -138,7 +143,7 @@ def _summary(reasons: dict[str, str]) -> str:
 def _analyse_layers(
     model: nn.Module,
     layers: dict[str, LayerSpec],
-    edges: tuple[Edge, ...],
+    groups: tuple[ChannelGroup, ...],
     batches: list[Any],
     space: SearchSpace,
     sensitivities: dict[str, Tensor],
@@ -146,19 +151,24 @@ def _analyse_layers(
 ) -> None:
     """Add the choices and the Fisher information of layers to the search space and the sensitivities, in place.
 
-    They grow layer by layer: a layer with factorisations is finished.
+    They grow layer by layer: a layer with factorisations is finished, and a group with the losses of its consumers.
     """
     moments = collect_moments(model, layers, batches, on_progress)
     _warn_of_few_samples(layers, moments)
     fisher = measure_sensitivities(model, layers, first_batches(batches, SENSITIVITY_IMAGES))
+    weights = {n: model.get_submodule(n).get_parameter("weight").detach().flatten(1) for n in layers}
+    waiting = list(groups)
     for done, (name, spec) in enumerate(layers.items()):
-        weight = model.get_submodule(name).get_parameter("weight").detach().flatten(1)
-        of_layer = moments.pop(name)  # frees the covariance, the largest part of the memory
-        for edge in edges:
-            if edge.consumer == name:
-                space.widths[edge.producer, name] = width_candidates(spec, weight, of_layer, fisher[name])
         sensitivities[name] = fisher[name]
-        space.factorisations[name] = factorisation_candidates(spec, weight, of_layer, fisher[name])
+        space.factorisations[name] = factorisation_candidates(spec, weights[name], moments[name], fisher[name])
+        seen = {*list(layers)[: done + 1]}
+        for group in [group for group in waiting if seen.issuperset(group.consumers)]:
+            for consumer, losses in width_candidates(group, layers, weights, moments, fisher).items():
+                space.widths[group.producer, consumer] = losses
+            waiting.remove(group)
+        # frees the covariances, the largest part of the memory
+        for finished in seen & moments.keys() - {consumer for group in waiting for consumer in group.consumers}:
+            del moments[finished]
         on_progress("Weighing the choices", done + 1, len(layers))
 
 

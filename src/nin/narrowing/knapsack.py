@@ -1,11 +1,11 @@
-"""Budget allocation: one choice for each layer and each edge, a multiple-choice knapsack by Lagrangian relaxation."""
+"""Budget allocation: a choice for each layer and channel group, a multiple-choice knapsack by Lagrangian relaxation."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
-from nin.narrowing.dependency_graph import Edge
+from nin.narrowing.channel_flow import ChannelGroup
 from nin.narrowing.search_space import Factorisation, SearchSpace
 
 # Steps of the bisection over the multiplier, on a logarithmic scale.
@@ -23,6 +23,9 @@ WELL_SPENT = 0.97
 # Between candidates, a layer of fewer than 512 channels is tried at so many sizes, a wider one in steps of 8.
 FINEST_SIZES = 64
 
+# A group of channels goes by its `ChannelGroup.key`.
+GroupKey = tuple[str, str]
+
 # The cost of a chain of layers that runs one after the other.
 CostFunction = Callable[[tuple[LayerSpec, ...]], float]
 
@@ -39,17 +42,17 @@ def parameters(chain: tuple[LayerSpec, ...]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """One choice for every layer and every edge.
+    """One choice for every layer and every group of channels.
 
     Attributes:
         factorisations: by layer.
-        widths: channels left, by the edge's consumer; edges that are not there keep all.
+        widths: units left of each group; groups that are not there keep all.
         cost: of the network, in units of the budget.
         loss: sum over the layers of the fraction of variance that each loses.
     """
 
     factorisations: dict[str, Factorisation]
-    widths: dict[str, int]
+    widths: dict[GroupKey, int]
     cost: float
     loss: float
 
@@ -57,15 +60,15 @@ class Solution:
 class Knapsack:
     """Chooses the factorisations and widths of least loss within a budget.
 
-    The loss adds up over layers and edges. The cost of a layer depends on its factorisation and on the widths of the
-    edges at both its ends, so ``loss + λ · cost`` is minimised by coordinate descent, and λ is found by bisection.
+    The loss adds up over layers and groups. The cost of a layer depends on its factorisation and on the widths of the
+    groups at both its ends, so ``loss + λ · cost`` is minimised by coordinate descent, and λ is found by bisection.
 
     Args:
         specs: of all layers that cost something.
         space: the choices.
-        edges: between which layers channels can be pruned.
+        groups: of channels that can be pruned together.
         cost: of a chain of layers.
-        channel_costs: of what else lies at an edge (BatchNorm), by the edge's consumer, for each of its channels.
+        channel_costs: of what else has a group's channels (BatchNorm), for each of its units.
         fixed_cost: of all else in the network.
         on_step: called in `solve`, before each of its steps, with the number of those before it and of all.
     """
@@ -74,35 +77,47 @@ class Knapsack:
         self,
         specs: dict[str, LayerSpec],
         space: SearchSpace,
-        edges: tuple[Edge, ...],
+        groups: tuple[ChannelGroup, ...],
         cost: CostFunction,
-        channel_costs: dict[str, float] | None = None,
+        channel_costs: dict[GroupKey, float] | None = None,
         fixed_cost: float = 0.0,
         on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.on_step = on_step
         self.specs, self.space, self.cost, self.fixed_cost = specs, space, cost, fixed_cost
         self.channel_costs = channel_costs or {}
-        # an edge goes by its consumer's name: a layer has one input
-        self.edges = {edge.consumer: edge for edge in edges if space.widths.get((edge.producer, edge.consumer))}
-        # of each edge, the loss by the number of channels left, all of them first
-        self.edge_losses: dict[str, dict[int, float]] = {}
-        # the edges at the input and at the output of a layer
-        self.edge_before: dict[str, str] = {}
-        self.edge_after: dict[str, str] = {}
-        for consumer, edge in self.edges.items():
-            self.edge_losses[consumer] = {specs[consumer].in_channels: 0.0, **space.widths[edge.producer, consumer]}
-            self.edge_before |= dict.fromkeys((*edge.between, *edge.readers, consumer), consumer)
-            self.edge_after |= dict.fromkeys((edge.producer, *edge.between, *edge.gates), consumer)
+        self.units = {group.key: group.units for group in groups}
+        # those of which every consumer's loss is known
+        self.groups = {g.key: g for g in groups if all(space.widths.get((g.producer, c)) for c in g.consumers)}
+        # of each group, the loss by the number of units left, all of them first
+        self.group_losses: dict[GroupKey, dict[int, float]] = {}
+        # the groups in the input and in the output of a layer, and how many channels of it each of their units is
+        self.groups_before: dict[str, list[tuple[GroupKey, int]]] = {}
+        self.groups_after: dict[str, list[tuple[GroupKey, int]]] = {}
+        for key, group in self.groups.items():
+            sizes = space.widths[key]
+            self.group_losses[key] = {group.units: 0.0} | {
+                n: sum(space.widths[group.producer, consumer][n] for consumer in group.consumers) for n in sizes
+            }
+            through = {name: group.outputs[name] for name in group.between}
+            for ends, channels in (
+                (self.groups_before, {**group.inputs, **through}),
+                (self.groups_after, group.outputs),
+            ):
+                for name, parts in channels.items():
+                    ends.setdefault(name, []).append((key, len(parts[0])))
         self.costs: dict[tuple[object, ...], float] = {}
 
-    def width(self, name: str, widths: dict[str, int], *, before: bool) -> int:
+    def width(self, name: str, widths: dict[GroupKey, int], *, before: bool) -> int:
         """Return the channels of a layer's input (``before``) or output."""
         spec = self.specs[name]
-        edge = (self.edge_before if before else self.edge_after).get(name, "")
-        return widths.get(edge, spec.in_channels if before else spec.out_channels)
+        width = spec.in_channels if before else spec.out_channels
+        for key, parts in (self.groups_before if before else self.groups_after).get(name, ()):
+            full = self.groups[key].units
+            width -= parts * (full - widths.get(key, full))
+        return width
 
-    def layer_cost(self, name: str, factorisation: Factorisation, widths: dict[str, int]) -> float:
+    def layer_cost(self, name: str, factorisation: Factorisation, widths: dict[GroupKey, int]) -> float:
         """Return the cost of one layer."""
         inputs, outputs = self.width(name, widths, before=True), self.width(name, widths, before=False)
         key = (name, factorisation, inputs, outputs)
@@ -110,29 +125,37 @@ class Knapsack:
             self.costs[key] = self.cost(factorisation.layers(self.specs[name], inputs=inputs, outputs=outputs))
         return self.costs[key]
 
-    def edge_cost(
-        self, consumer: str, channels: int, factorisations: dict[str, Factorisation], widths: dict[str, int]
+    def group_cost(
+        self, key: GroupKey, units: int, factorisations: dict[str, Factorisation], widths: dict[GroupKey, int]
     ) -> float:
-        """Return the cost of the layers at an edge with that many channels left."""
-        edge = self.edges[consumer]
-        trial = {**widths, consumer: channels}
-        touched = (edge.producer, consumer, *edge.between, *edge.readers, *edge.gates)
+        """Return the cost of the layers that have a group's channels, with that many units left."""
+        group = self.groups[key]
+        trial = {**widths, key: units}
+        touched = dict.fromkeys((*group.outputs, *group.inputs))
         layers = sum(self.layer_cost(name, factorisations[name], trial) for name in touched if name in self.specs)
-        return layers + channels * self.channel_costs.get(consumer, 0.0)
+        return layers + units * self.channel_costs.get(key, 0.0)
 
-    def solution(self, factorisations: dict[str, Factorisation], widths: dict[str, int]) -> Solution:
+    def solution(self, factorisations: dict[str, Factorisation], widths: dict[GroupKey, int]) -> Solution:
         """Return the choices with their cost and loss."""
         cost = sum(self.layer_cost(name, factorisations[name], widths) for name in self.specs)
-        for consumer, each in self.channel_costs.items():
-            cost += each * widths.get(consumer, self.specs[consumer].in_channels)
-        pruned = sum(self.width_loss(consumer, channels) for consumer, channels in widths.items())
+        for key, each in self.channel_costs.items():
+            cost += each * widths.get(key, self.units[key])
+        pruned = sum(self.width_loss(key, units) for key, units in widths.items())
         loss = sum(factorisation.loss for factorisation in factorisations.values()) + pruned
         return Solution(factorisations, widths, self.fixed_cost + cost, loss)
 
-    def width_loss(self, consumer: str, channels: int) -> float:
-        """Return the loss of an edge with that many channels left; at most that, between two candidates."""
-        losses = self.edge_losses[consumer]
-        return losses[max(n for n in losses if n <= channels)]
+    def width_loss(self, key: GroupKey, units: int) -> float:
+        """Return the loss of a group with that many units left; at most that, between two candidates."""
+        losses = self.group_losses[key]
+        return losses[max(n for n in losses if n <= units)]
+
+    def consumer_losses(self, key: GroupKey, units: int) -> dict[str, float]:
+        """Return the same of each consumer."""
+        group = self.groups[key]
+        if units == group.units:
+            return dict.fromkeys(group.consumers, 0.0)
+        losses = {name: self.space.widths[group.producer, name] for name in group.consumers}
+        return {name: of_name[max(n for n in of_name if n <= units)] for name, of_name in losses.items()}
 
     def choices(self, name: str) -> tuple[Factorisation, ...]:
         """Return the factorisations that a layer can have, to keep it first."""
@@ -145,12 +168,12 @@ class Knapsack:
     def minimise(self, multiplier: float) -> Solution:
         """Return a solution of small ``loss + multiplier · cost``, by coordinate descent."""
         factorisations = dict(self.unchanged().factorisations)
-        widths = {consumer: self.specs[consumer].in_channels for consumer in self.edges}
+        widths = {key: group.units for key, group in self.groups.items()}
         for _ in range(MAX_SWEEPS):
             before = dict(factorisations), dict(widths)
-            for edge, losses in self.edge_losses.items():
-                widths[edge] = min(
-                    losses, key=lambda n: losses[n] + multiplier * self.edge_cost(edge, n, factorisations, widths)
+            for key, losses in self.group_losses.items():
+                widths[key] = min(
+                    losses, key=lambda n: losses[n] + multiplier * self.group_cost(key, n, factorisations, widths)
                 )
             for name in self.specs:
                 factorisations[name] = min(
@@ -210,21 +233,23 @@ class Knapsack:
             if not affordable:
                 return self.solution(factorisations, widths)
             _, extra, name, choice = max(affordable, key=lambda improvement: improvement[:2])
-            if isinstance(choice, Factorisation):
+            if isinstance(name, str):
+                assert isinstance(choice, Factorisation)
                 factorisations[name] = choice
             else:
+                assert isinstance(choice, int)
                 widths[name] = choice
             cost += extra
 
     def _improvements(
-        self, factorisations: dict[str, Factorisation], widths: dict[str, int]
-    ) -> Iterator[tuple[str, Factorisation | int, float, float]]:
+        self, factorisations: dict[str, Factorisation], widths: dict[GroupKey, int]
+    ) -> Iterator[tuple[str | GroupKey, Factorisation | int, float, float]]:
         """Yield every change of one choice that is for the better.
 
         It saves loss, or it costs more and loses as much; no factorisation costs more than the layer as it was.
 
         Yields:
-            Of which layer or edge, to what, the loss that it saves, the extra cost.
+            Of which layer or group, to what, the loss that it saves, the extra cost.
         """
         for name, current in factorisations.items():
             cost = self.layer_cost(name, current, widths)
@@ -233,13 +258,13 @@ class Knapsack:
                 saved, other_cost = current.loss - other.loss, self.layer_cost(name, other, widths)
                 if saved >= 0 and other_cost <= keep and (saved > 0 or other_cost > cost):
                     yield name, other, saved, other_cost - cost
-        for edge, losses in self.edge_losses.items():
-            width = widths[edge]
-            cost = self.edge_cost(edge, width, factorisations, widths)
+        for key, losses in self.group_losses.items():
+            width = widths[key]
+            cost = self.group_cost(key, width, factorisations, widths)
             for n, loss in losses.items():
-                saved, extra = losses[width] - loss, self.edge_cost(edge, n, factorisations, widths) - cost
+                saved, extra = losses[width] - loss, self.group_cost(key, n, factorisations, widths) - cost
                 if saved > 0 or (saved == 0 and extra > 0):
-                    yield edge, n, saved, extra
+                    yield key, n, saved, extra
 
     def grow(self, solution: Solution, budget: float) -> Solution:
         """Return the solution with larger ranks and widths, between the candidates', where much of the budget is left.
@@ -257,17 +282,19 @@ class Knapsack:
             if not affordable:
                 break
             _, extra, name, choice = max(affordable, key=lambda larger: larger[:2])
-            if isinstance(choice, Factorisation):
+            if isinstance(name, str):
+                assert isinstance(choice, Factorisation)
                 factorisations[name] = choice
             else:
+                assert isinstance(choice, int)
                 widths[name] = choice
             cost += extra
         return self.solution(factorisations, widths)
 
     def _larger(
-        self, factorisations: dict[str, Factorisation], widths: dict[str, int]
-    ) -> Iterator[tuple[str, Factorisation | int, float, float]]:
-        """Yield every next larger rank and width: of which layer or edge, the choice, the loss now, the extra cost."""
+        self, factorisations: dict[str, Factorisation], widths: dict[GroupKey, int]
+    ) -> Iterator[tuple[str | GroupKey, Factorisation | int, float, float]]:
+        """Yield every next larger rank and width: of which layer or group, the choice, the loss now, the extra cost."""
         for name, current in factorisations.items():
             spec, cost = self.specs[name], self.layer_cost(name, current, widths)
             keep = self.layer_cost(name, self.choices(name)[0], widths)
@@ -283,12 +310,12 @@ class Knapsack:
                 larger_cost = self.layer_cost(name, larger, widths)
                 if larger_cost < keep:
                     yield name, larger, current.loss, larger_cost - cost
-        for edge, losses in self.edge_losses.items():
-            width, most = widths[edge], max(losses)
+        for key, losses in self.group_losses.items():
+            width, most = widths[key], max(losses)
             larger_width = _next_size(width, most)
-            extra = self.edge_cost(edge, larger_width, factorisations, widths)
-            extra -= self.edge_cost(edge, width, factorisations, widths)
-            yield edge, larger_width, self.width_loss(edge, width), extra
+            extra = self.group_cost(key, larger_width, factorisations, widths)
+            extra -= self.group_cost(key, width, factorisations, widths)
+            yield key, larger_width, self.width_loss(key, width), extra
 
 
 def _next_size(size: int, most: int) -> int:

@@ -16,7 +16,7 @@ class NarrowOptions:
     """The options of `nin.narrow` beside the budget.
 
     Attributes:
-        thin: prune channels between two layers, where the dependency graph shows that no third one takes them.
+        thin: prune channels, where the dependency graph shows all layers that give and take them.
         factorise: replace layers by two or three of lower rank.
         passes: times that the images are run through both networks for the reconstruction, at most.
         renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.

@@ -12,7 +12,7 @@ from nin.models.layer_spec import LayerSpec
 from nin.models.narrowing_plan import ChannelPruning, LayerPlan, Plan
 from nin.models.surgery import apply_plan, planned_layers
 from nin.narrowing.analysis import Analysis
-from nin.narrowing.knapsack import WELL_SPENT, CostFunction, Knapsack, Solution, macs, parameters
+from nin.narrowing.knapsack import WELL_SPENT, CostFunction, GroupKey, Knapsack, Solution, macs, parameters
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
 from nin.narrowing.search_space import Factorisation, SearchSpace
@@ -122,8 +122,9 @@ class Planner:
         plan = self._to_plan(knapsack, solution, share)
         latency = self._layer_latencies(plan) if self.options.measure_latency else {}
         predicted = {name: choice.loss for name, choice in solution.factorisations.items()}
-        for p in plan.pruned:
-            predicted[p.consumer] += knapsack.width_loss(p.consumer, p.channels)
+        for key, units in solution.widths.items():
+            for consumer, loss in knapsack.consumer_losses(key, units).items():
+                predicted[consumer] += loss
         for name, weight in self.analysis.shortcut_weights.items():
             predicted[name] /= weight  # of the layer's own variance again
         return PlannerResult(plan, solution.loss, predicted, latency, notes, reached)
@@ -131,17 +132,18 @@ class Planner:
     def _knapsack(self, space: SearchSpace) -> Knapsack:
         latency = self.table.estimates(self.analysis.specs.values())
         costs: dict[str, CostFunction] = {"macs": macs, "parameters": parameters, "latency": latency}
-        edges = self.analysis.graph.edges if self.options.thin else ()
-        fixed, channels = 0.0, dict[str, float]()
+        groups = self.analysis.graph.groups if self.options.thin else ()
+        fixed, channels = 0.0, dict[GroupKey, float]()
         if self.kind == "parameters":  # those of other modules stay, but for BatchNorm's where channels go
             fixed = count_parameters(self.original) - sum(s.parameters for s in self.analysis.specs.values())
-            for edge in edges:
-                width = self.analysis.specs[edge.consumer].in_channels
-                norms = [self.original.get_submodule(n) for n in edge.between if n not in self.analysis.specs]
-                channels[edge.consumer] = sum(map(count_parameters, norms)) / width
-                fixed -= channels[edge.consumer] * width
+            for group in groups:
+                norms = [(n, self.original.get_submodule(n)) for n in group.between if n not in self.analysis.specs]
+                of_channels = [(len(group.outputs[n][0]), m) for n, m in norms if isinstance(m, nn.BatchNorm2d)]
+                each = sum(parts * count_parameters(norm) / norm.num_features for parts, norm in of_channels)
+                channels[group.key] = each
+                fixed -= each * group.units
         on_step = self._on_latency_step if self.kind == "latency" else lambda done, total: None
-        return Knapsack(self.analysis.specs, space, edges, costs[self.kind], channels, fixed, on_step)
+        return Knapsack(self.analysis.specs, space, groups, costs[self.kind], channels, fixed, on_step)
 
     def _on_latency_step(self, done: int, total: int) -> None:
         """Say which step of the solver asks for the times that follow."""
@@ -189,7 +191,7 @@ class Planner:
             trial_space, trial = space, solution
             while (smaller := _without_choice(trial_space, knapsack, trial, name, cheaper=cheaper)) != trial_space:
                 try:
-                    # its edges are among those of the given knapsack, in whose terms the plan is made
+                    # its groups are among those of the given knapsack, in whose terms the plan is made
                     trial_space, trial = smaller, _solve(self._knapsack(smaller), budget)
                 except UserError:
                     break
@@ -325,12 +327,12 @@ class Planner:
             reason = self.analysis.reasons.get(name, "")
             layers.append(LayerPlan(name, choice.form, choice.rank_in, choice.rank_out, inputs, outputs, dtype, reason))
         pruned = []
-        for edge in knapsack.edges.values():
-            full = self.analysis.specs[edge.consumer].in_channels
-            left = knapsack.width(edge.consumer, solution.widths, before=True)
-            if left < full:
-                gated = edge.readers, edge.gates
-                pruned.append(ChannelPruning(edge.producer, edge.consumer, edge.between, left, full, *gated))
+        for key, group in knapsack.groups.items():
+            left = solution.widths.get(key, group.units)
+            if left < group.units:
+                between = tuple(name for name in group.between for _ in group.outputs[name][0])
+                others = (*group.readers, *group.consumers[1:]), (*group.gates, *group.writers)
+                pruned.append(ChannelPruning(*key, between, left, group.units, *others))
         return Plan(tuple(layers), tuple(pruned), self.kind, share, self.options.layout)
 
     def _layer_latencies(self, plan: Plan) -> dict[str, tuple[float, float]]:
@@ -374,11 +376,12 @@ def _without_choice(
         keep, *others = factorisations[name]
         factorisations[name] = (keep, *(f for f in others if cheaper and cost(f) < cost(choice)))
     else:
-        for ends in (knapsack.edge_before, knapsack.edge_after):
-            consumer = ends.get(name)
-            if consumer in solution.widths:
-                key, most = (knapsack.edges[consumer].producer, consumer), solution.widths[consumer]
-                widths[key] = {n: loss for n, loss in widths[key].items() if cheaper and n < most}
+        for ends in (knapsack.groups_before, knapsack.groups_after):
+            for key, _ in ends.get(name, ()):
+                group, most = knapsack.groups[key], solution.widths.get(key, knapsack.groups[key].units)
+                for consumer in group.consumers:
+                    losses = widths[group.producer, consumer]
+                    widths[group.producer, consumer] = {n: x for n, x in losses.items() if cheaper and n < most}
     return SearchSpace(factorisations, widths)
 
 

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nin.models.layer_spec import LayerSpec
 from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.surgery import make_planned_module, replace_module, select_outputs
 from nin.narrowing.analysis import Analysis
 from nin.narrowing.calibration import model_inputs
-from nin.narrowing.channel_elimination import eliminate_channels, patch_indices
+from nin.narrowing.channel_elimination import ConsumerFit, eliminate_channels, patch_indices
+from nin.narrowing.channel_flow import ChannelGroup
 from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, shrink, weighted_variance
 from nin.narrowing.low_rank import InputProjection, balance_scales, output_factors
 from nin.narrowing.moments import Moments, all_reduce_moments
@@ -53,18 +55,18 @@ def reconstruct(
         (asymmetric); He, Zhang, Sun: Channel pruning, 2017, arXiv 1707.06168, section 3.3 (shortcuts).
     """
     reconstruction = _Reconstruction(original, plan, analysis, batches)
-    readers = {p.consumer: p.readers for p in plan.pruned}
-    changed = [p for p in plan.layers if p.form != "keep" or p.name in reconstruction.prunings]
+    consumers = {name for group in reconstruction.groups.values() for name in group.consumers}
+    changed = [p for p in plan.layers if p.form != "keep" or p.name in consumers]
     size = max(1, -(-len(changed) // max(1, passes)))
-    groups = [changed[i : i + size] for i in range(0, len(changed), size)]
+    parts = [changed[i : i + size] for i in range(0, len(changed), size)]
     errors: dict[str, float] = {}
-    for done, group in enumerate(groups):
-        moments = reconstruction.collect([n for layer in group for n in (layer.name, *readers.get(layer.name, ()))])
-        for layer in group:
+    for done, part in enumerate(parts):
+        moments = reconstruction.collect([layer.name for layer in part])
+        for layer in part:
             error = reconstruction.replace(layer, moments)
             if error is not None:
                 errors[layer.name] = error
-        on_progress("Fitting the layers", done + 1, len(groups))
+        on_progress("Fitting the layers", done + 1, len(parts))
     return reconstruction.narrowed, errors
 
 
@@ -74,13 +76,23 @@ class _Reconstruction:
     def __init__(self, original: nn.Module, plan: Plan, analysis: Analysis, batches: list[Any]) -> None:
         self.original, self.analysis, self.batches = original, analysis, batches
         self.narrowed = copy_model(original)
-        self.prunings = {pruning.consumer: pruning for pruning in plan.pruned}
+        pruned = {(p.producer, p.consumer): p.channels for p in plan.pruned}
+        # what is still to be pruned, and the units that stay
+        self.groups = {group.key: group for group in analysis.graph.groups if group.key in pruned}
+        self.units = {key: pruned[key] for key in self.groups}
+        # which of the original's channels a layer's input and output still have, where some are gone
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
 
-    def collect(self, names: list[str]) -> dict[str, Moments]:
-        """Return the moments of layers: x is the input in the narrowed network, y the output that is wanted."""
-        modules = {name: self.narrowed.get_submodule(name) for name in names}
+    def collect(self, names: list[str]) -> dict[str, "_LayerMoments"]:
+        """Return the moments of layers, and of those that lose channels with them."""
+        pending = [group for group in self.groups.values() if not {*names}.isdisjoint(group.consumers)]
+        names = list(dict.fromkeys([*names, *(name for group in pending for name in group.inputs)]))
         specs = {name: self.analysis.specs[name] for name in names}
-        moments = {name: Moments.of_layer(specs[name], module, "xx", "yx", "yy") for name, module in modules.items()}
+        moments = {
+            name: _LayerMoments(spec, self.narrowed.get_submodule(name), self.inputs.get(name), self.outputs.get(name))
+            for name, spec in specs.items()
+        }
         graph = self.analysis.graph
         scales = {n: scale for n in names if (scale := shortcut_scale(self.original, graph, specs[n])) is not None}
         for args, kwargs in model_inputs(self.batches):
@@ -88,65 +100,198 @@ class _Reconstruction:
             wanted = record_layers(self.original, specs, shortcuts, args, kwargs, extract_outputs)
             seen = record_layers(self.narrowed, specs, shortcuts, args, kwargs, extract_patches)
             for name in names:
-                target = wanted[name, "layer"]
+                target = moments[name].of_outputs(wanted[name, "layer"])
                 if (name, "shortcut") in seen:
-                    missing = wanted[name, "shortcut"] - seen[name, "shortcut"]
-                    if missing.shape == target.shape:
-                        target = target + missing * scales[name][None, :, None]
-                moments[name].add(seen[name, "layer"], target)
-        all_reduce_moments(moments)
+                    other, given = moments[name].of_outputs(wanted[name, "shortcut"]), seen[name, "shortcut"]
+                    if other.shape == given.shape == target.shape:
+                        scale = moments[name].of_outputs(scales[name][None, :, None])
+                        target = target + (other - given) * scale
+                moments[name].moments.add(seen[name, "layer"], target)
+        all_reduce_moments({name: value.moments for name, value in moments.items()})
         return moments
 
-    def replace(self, layer: LayerPlan, all_moments: dict[str, Moments]) -> float | None:
+    def replace(self, layer: LayerPlan, all_moments: dict[str, "_LayerMoments"]) -> float | None:
         """Put the fitted layer into the network; return the fraction of its variance that it misses, where known."""
-        moments = all_moments[layer.name]
-        spec, old = self.analysis.specs[layer.name], self.narrowed.get_submodule(layer.name)
-        weight = old.get_parameter("weight").detach().double().flatten(1).view(spec.groups, -1, spec.patch)
-        roots = [matrix_roots(g.to(weight.device)) for g in self.analysis.sensitivities[layer.name]]
-        mean_x, mean_y = moments.mean("x"), moments.mean("y")
-        kept_inputs: Tensor | slice = slice(None)
-        if moments.has_patch_covariance:
-            seen, yx, shrinkage = moments.covariance("xx"), moments.covariance("yx"), moments.shrinkage()
-            fitted = torch.stack([least_squares(weight[g], seen[g], yx[g], shrinkage[g]) for g in range(spec.groups)])
-            xx = shrink(seen, shrinkage)
-            yy = fitted @ xx @ fitted.mT
-        else:
-            xx, fitted, yy = None, weight, moments.covariance("yy")
-        pruning = self.prunings.get(layer.name)
-        if pruning is not None:
-            assert xx is not None
-            elimination = eliminate_channels(fitted[0], xx[0], spec.taps, roots[0].sqrt, least=pruning.channels)
-            kept = elimination.kept(pruning.channels, pruning.before).to(weight.device)
-            kept_inputs = patch_indices(kept, spec.taps)
-            xx, seen = (both[:, kept_inputs][:, :, kept_inputs] for both in (xx, seen))
-            mean_x = mean_x[:, kept_inputs]
-            fitted = least_squares(weight[0][:, kept_inputs], seen[0], yx[0][:, kept_inputs], shrinkage[0])[None]
-            yy = fitted @ xx @ fitted.mT
-            for name in (pruning.producer, *pruning.between, *pruning.gates):
-                replace_module(self.narrowed, name, select_outputs(self.narrowed.get_submodule(name), kept))
-            for name in pruning.readers:
-                self.cut_inputs(name, kept, all_moments[name])
+        name, spec = layer.name, self.analysis.specs[layer.name]
+        for key in [key for key, group in self.groups.items() if name in group.consumers]:
+            self.prune(self.groups.pop(key), self.units[key], all_moments, but=name)
+        fit = self.fit(name, all_moments[name])
+        roots = self.roots(name)
         factored = [
-            _factorise(layer, fitted[g], None if xx is None else xx[g], yy[g], roots[g]) for g in range(spec.groups)
+            _factorise(layer, fit.weight[g], None if fit.xx is None else fit.xx[g], fit.yy[g], roots[g])
+            for g in range(spec.groups)
         ]
         effective = torch.stack([product for _, product in factored])
-        bias = (mean_y - (effective @ mean_x[:, :, None])[:, :, 0]).flatten()
-        # its output channels are pruned when their consumer is replaced, which comes later
-        new = make_planned_module(dataclasses.replace(layer, outputs=spec.out_channels), old)
-        _fill(new, [matrices for matrices, _ in factored], bias)
-        replace_module(self.narrowed, layer.name, new)
-        return None if xx is None else _missed_variance(moments, effective, seen, kept_inputs, roots)
+        # output channels that are pruned later are still there
+        layer = dataclasses.replace(layer, outputs=spec.groups * fit.weight.shape[1])
+        self.fill(layer, [matrices for matrices, _ in factored], fit.bias(effective))
+        return None if fit.xx is None else fit.missed_variance(effective, roots)
 
-    def cut_inputs(self, name: str, kept: Tensor, moments: Moments) -> None:
-        """Fit a 1×1 layer to these input channels alone, in the narrowed network."""
-        spec, old = self.analysis.specs[name], self.narrowed.get_submodule(name)
-        weight = old.get_parameter("weight").detach().double().flatten(1)
-        xx, yx = moments.covariance("xx")[0], moments.covariance("yx")[0]
-        fitted = least_squares(weight[:, kept], xx[kept][:, kept], yx[:, kept], moments.shrinkage()[0])
-        bias = moments.mean("y")[0] - fitted @ moments.mean("x")[0, kept]
-        new = dataclasses.replace(spec, in_channels=len(kept)).make_layer(old.get_parameter("weight"))
-        _fill(new, [[fitted]], bias)
-        replace_module(self.narrowed, name, new)
+    def weight(self, name: str) -> Tensor:
+        """Return a layer's weight in the narrowed network: (groups, C_out / groups, C_in / groups · k²), in float64."""
+        weight = self.narrowed.get_submodule(name).get_parameter("weight").detach().double()
+        return weight.flatten(1).view(self.analysis.specs[name].groups, -1, weight[0].numel())
+
+    def roots(self, name: str) -> list[MatrixRoots]:
+        """Return the roots of the Fisher information of the output channels that a layer still has."""
+        sensitivity, kept = self.analysis.sensitivities[name], self.outputs.get(name)
+        if kept is not None:  # of a layer without groups
+            sensitivity = sensitivity[:, kept.to(sensitivity.device)][:, :, kept.to(sensitivity.device)]
+        return [matrix_roots(g.to(next(self.narrowed.parameters()).device)) for g in sensitivity]
+
+    def prune(self, group: ChannelGroup, units: int, moments: dict[str, "_LayerMoments"], *, but: str) -> None:
+        """Remove the units of a group that add least to the errors of its consumers, and refit these and its readers.
+
+        Args:
+            group: of channels.
+            units: that stay.
+            moments: of the consumers and readers.
+            but: a consumer that is fitted by the caller.
+        """
+        fits = []
+        for name in group.consumers:
+            fit = self.fit(name, moments[name])
+            assert fit.xx is not None
+            parts = torch.tensor(group.inputs[name])
+            if name in self.inputs:  # some of other groups are gone
+                parts = torch.searchsorted(self.inputs[name], parts)
+            taps = self.analysis.specs[name].taps
+            fits.append(ConsumerFit(fit.weight[0], fit.xx[0], taps, self.roots(name)[0].sqrt, parts))
+        weights = [self.analysis.shortcut_weights.get(name, 1.0) for name in group.consumers]
+        kept = {*eliminate_channels(fits, least=units, weights=weights).kept(units, group.units).tolist()}
+        gone = [unit for unit in range(group.units) if unit not in kept]
+        for name, places in group.outputs.items():
+            width = _output_channels(self.original.get_submodule(name))
+            stays = _remove(self.outputs, name, width, [place for unit in gone for place in places[unit]])
+            replace_module(self.narrowed, name, select_outputs(self.narrowed.get_submodule(name), stays))
+        for name, places in group.inputs.items():
+            spec, weight = self.analysis.specs[name], self.weight(name)
+            stays = _remove(self.inputs, name, spec.in_channels, [place for unit in gone for place in places[unit]])
+            weight = weight[:, :, patch_indices(stays, spec.taps).to(weight.device)]
+            fit = self.fit(name, moments[name], weight)
+            fitted = weight if name == but else fit.weight
+            inputs, outputs = len(self.inputs[name]), fitted.shape[1]
+            self.fill(LayerPlan(name, "keep", None, None, inputs, outputs), [[fitted[0]]], fit.bias(fitted))
+
+    def fit(self, name: str, moments: "_LayerMoments", weight: Tensor | None = None) -> "_Fit":
+        """Return the fit of a layer to the channels that it has now, from its weight if no other is given."""
+        weight = self.weight(name) if weight is None else weight
+        return moments.fit(weight, self.inputs.get(name), self.outputs.get(name))
+
+    @torch.no_grad()
+    def fill(self, layer: LayerPlan, groups: list[list[Tensor]], bias: Tensor) -> None:
+        """Put a layer, or a chain of layers, of these matrices and this bias into the network."""
+        module = make_planned_module(layer, self.original.get_submodule(layer.name))
+        chain = list(module) if isinstance(module, nn.Sequential) else [module]
+        for link, matrices in zip(chain, zip(*groups, strict=True), strict=True):
+            weight = link.get_parameter("weight")
+            weight.copy_(torch.cat(matrices).view(weight.shape))
+        if isinstance(chain[-1].bias, Tensor):
+            chain[-1].bias.copy_(bias)
+        replace_module(self.narrowed, layer.name, module)
+
+
+def _output_channels(module: nn.Module) -> int:
+    """Return the output channels of a layer or BatchNorm."""
+    if isinstance(module, nn.BatchNorm2d):
+        return module.num_features
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    return len(module.weight)
+
+
+def _remove(table: dict[str, Tensor], name: str, width: int, gone: list[int]) -> Tensor:
+    """Remove channels of a layer from a table of those that it still has; return the positions of those that stay."""
+    had = table.get(name, torch.arange(width))
+    stays = torch.isin(had, torch.tensor(gone), invert=True).nonzero()[:, 0]
+    table[name] = had[stays]
+    return stays
+
+
+def _positions(had: Tensor | None, has: Tensor | None) -> Tensor | slice:
+    """Return where the channels that a layer has are among those that it had; None is all of them."""
+    if has is None:
+        return slice(None)
+    return has if had is None else torch.searchsorted(had, has)
+
+
+class _LayerMoments:
+    """The moments of a layer: x is its input in the narrowed network, y the output that is wanted.
+
+    Args:
+        spec: of the original's layer.
+        module: the layer.
+        inputs: the numbers of the original's channels that its input has, None if it has all.
+        outputs: the same of its output.
+    """
+
+    def __init__(self, spec: LayerSpec, module: nn.Module, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        self.inputs, self.outputs, self.taps = inputs, outputs, spec.taps
+        width_in, width_out = spec.in_channels if inputs is None else len(inputs), spec.out_channels
+        width_out = width_out if outputs is None else len(outputs)
+        spec = dataclasses.replace(spec, in_channels=width_in, out_channels=width_out)
+        self.moments = Moments.of_layer(spec, module, "xx", "yx", "yy")
+
+    def of_outputs(self, values: Tensor) -> Tensor:
+        """Return the layer's output channels of the original's: (groups, C_out / groups, M)."""
+        return values if self.outputs is None else values[:, self.outputs.to(values.device)]
+
+    def fit(self, weight: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> "_Fit":
+        """Return the least-squares fit to what the layer has of its channels by now, from this weight of them."""
+        moments, device = self.moments, weight.device
+        rows, columns = _positions(self.outputs, outputs), _positions(self.inputs, inputs)
+        if isinstance(rows, Tensor):
+            rows = rows.to(device)
+        if isinstance(columns, Tensor):
+            columns = patch_indices(columns, self.taps).to(device)
+        mean_x, mean_y = moments.mean("x")[:, columns], moments.mean("y")[:, rows]
+        wanted = moments.covariance("yy")[:, rows][:, :, rows]
+        if not moments.has_patch_covariance:
+            return _Fit(weight, None, wanted, mean_x, mean_y)
+        seen, yx = moments.covariance("xx")[:, columns][:, :, columns], moments.covariance("yx")[:, rows][:, :, columns]
+        shrinkage = moments.shrinkage()
+        fits = [least_squares(*values) for values in zip(weight, seen, yx, shrinkage, strict=True)]
+        return _Fit(torch.stack(fits), shrink(seen, shrinkage), wanted, mean_x, mean_y, seen, yx)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """A layer fitted by least squares; all have the groups first.
+
+    Attributes:
+        weight: (groups, C_out / groups, C_in / groups · k²).
+        xx: the covariance of its input, shrunk; None where that is too large.
+        wanted: Cov(y) of the output that is wanted.
+        mean_x: of its input.
+        mean_y: of the output that is wanted.
+        seen: the covariance of its input as it is.
+        yx: Cov(y, x).
+    """
+
+    weight: Tensor
+    xx: Tensor | None
+    wanted: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    seen: Tensor | None = None
+    yx: Tensor | None = None
+
+    @property
+    def yy(self) -> Tensor:
+        """The covariance of its output."""
+        return self.wanted if self.xx is None else self.weight @ self.xx @ self.weight.mT
+
+    def bias(self, effective: Tensor) -> Tensor:
+        """Return the bias of a layer of that weight, with which the means are right."""
+        return (self.mean_y - (effective @ self.mean_x[:, :, None])[:, :, 0]).flatten()
+
+    def missed_variance(self, effective: Tensor, roots: list[MatrixRoots]) -> float:
+        """Return the weighted fraction of the wanted variance that is missed: tr(G Cov(y - ŷ)) / tr(G Cov(y))."""
+        assert self.seen is not None
+        assert self.yx is not None
+        both = self.yx @ effective.mT
+        residual = self.wanted - both - both.mT + effective @ self.seen @ effective.mT
+        whole = weighted_variance(self.wanted, roots)
+        return max(0.0, weighted_variance(residual, roots) / whole) if whole else 0.0
 
 
 def _factorise(
@@ -170,25 +315,3 @@ def _factorise(
         matrices, final = [projection, v @ core, u], u @ v @ core
     effective = torch.einsum("ort,ri->oit", final.view(-1, layer.rank_in, taps), projection).flatten(1)
     return balance_scales(matrices), effective
-
-
-@torch.no_grad()
-def _fill(module: nn.Module, groups: list[list[Tensor]], bias: Tensor) -> None:
-    """Copy the matrices of each group into the weights of a layer or a chain of layers, and the bias into its last."""
-    chain = list(module) if isinstance(module, nn.Sequential) else [module]
-    for layer, matrices in zip(chain, zip(*groups, strict=True), strict=True):
-        weight = layer.get_parameter("weight")
-        weight.copy_(torch.cat(matrices).view(weight.shape))
-    if isinstance(chain[-1].bias, Tensor):
-        chain[-1].bias.copy_(bias)
-
-
-def _missed_variance(
-    moments: Moments, effective: Tensor, xx: Tensor, kept_inputs: Tensor | slice, roots: list[MatrixRoots]
-) -> float:
-    """Return the weighted fraction of the wanted variance that is missed: tr(G Cov(y - ŷ)) / tr(G Cov(y))."""
-    yy, yx = moments.covariance("yy"), moments.covariance("yx")[:, :, kept_inputs]
-    both = yx @ effective.mT
-    residual = yy - both - both.mT + effective @ xx @ effective.mT
-    whole = weighted_variance(yy, roots)
-    return max(0.0, weighted_variance(residual, roots) / whole) if whole else 0.0

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nin.models.layer_spec import LayerSpec, factorised_layers
-from nin.narrowing.channel_elimination import eliminate_channels
+from nin.narrowing.channel_elimination import ConsumerFit, eliminate_channels
+from nin.narrowing.channel_flow import ChannelGroup
 from nin.narrowing.linalg import MatrixRoots, matrix_roots, weighted_variance
 from nin.narrowing.low_rank import InputProjection, output_losses
 from nin.narrowing.moments import Moments
@@ -48,7 +49,8 @@ class SearchSpace:
 
     Attributes:
         factorisations: by layer; the first is to keep it, the others follow by falling cost.
-        widths: by edge (producer and consumer): the consumer's loss by the number of channels left, descending.
+        widths: by the producer of a group of channels and a consumer of it, the consumer's loss by the number of units
+            left, descending.
     """
 
     factorisations: dict[str, tuple[Factorisation, ...]]
@@ -61,15 +63,15 @@ class SearchSpace:
             for name, choices in self.factorisations.items()
         }
         widths = {
-            edge: {n: loss * weights.get(edge[1], 1.0) for n, loss in losses.items()}
-            for edge, losses in self.widths.items()
+            pair: {n: loss * weights.get(pair[1], 1.0) for n, loss in losses.items()}
+            for pair, losses in self.widths.items()
         }
         return SearchSpace(factorisations, widths)
 
     def to_json(self) -> str:
         """Return the choices as JSON, for the cache."""
         forms = {name: [dataclasses.astuple(f) for f in value] for name, value in self.factorisations.items()}
-        widths = [[*edge, list(losses.items())] for edge, losses in self.widths.items()]
+        widths = [[*pair, list(losses.items())] for pair, losses in self.widths.items()]
         return json.dumps({"forms": forms, "widths": widths})
 
     @classmethod
@@ -158,20 +160,39 @@ def _pareto_front(spec: LayerSpec, factorisations: list[Factorisation]) -> list[
     return [keep, *front[::stride]]
 
 
-def width_candidates(consumer: LayerSpec, weight: Tensor, moments: Moments, sensitivity: Tensor) -> dict[int, float]:
-    """Return the loss of pruning a layer's input channels by how many are left, as in `factorisation_candidates`.
+def width_candidates(
+    group: ChannelGroup,
+    specs: dict[str, LayerSpec],
+    weights: dict[str, Tensor],
+    moments: dict[str, Moments],
+    sensitivities: dict[str, Tensor],
+) -> dict[str, dict[int, float]]:
+    """Return the loss of each consumer of a group by how many of its units are left, as in `factorisation_candidates`.
+
+    The units are removed in one order for all consumers.
 
     Args:
-        consumer: the geometry of the layer.
-        weight: (C_out, C_in · kH · kW).
-        moments: of its patches.
-        sensitivity: G (1, C_out, C_out).
+        group: of channels.
+        specs: the geometry of the consumers.
+        weights: of the consumers, (C_out, C_in · kH · kW).
+        moments: of their patches.
+        sensitivities: G (1, C_out, C_out) of each.
     """
-    sizes = candidate_sizes(consumer.in_channels)
-    if not moments.has_patch_covariance or not sizes:
-        return {}
-    sqrt = matrix_roots(sensitivity[0]).sqrt
-    weight, xx = weight.double(), moments.shrunk_covariance()[0]
-    elimination = eliminate_channels(weight, xx, consumer.taps, sqrt, least=sizes[-1])
-    variance = float((sqrt @ weight @ xx @ weight.mT @ sqrt).trace()) or 1.0
-    return {n: elimination.losses[consumer.in_channels - n] / variance for n in sizes}
+    sizes = candidate_sizes(group.units)
+    if not sizes or not all(moments[name].has_patch_covariance for name in group.consumers):
+        return {name: {} for name in group.consumers}
+    fits = [
+        ConsumerFit(
+            weights[name].double(),
+            moments[name].shrunk_covariance()[0],
+            specs[name].taps,
+            matrix_roots(sensitivities[name][0]).sqrt,
+            torch.tensor(group.inputs[name]),
+        )
+        for name in group.consumers
+    ]
+    losses = eliminate_channels(fits, least=sizes[-1]).losses
+    return {
+        name: {n: of_name[group.units - n] for n in sizes}
+        for name, of_name in zip(group.consumers, losses, strict=True)
+    }
