@@ -181,7 +181,7 @@ class FunctionalBottleneck(nn.Module):
 
 MODELS = {
     "inverted bottleneck": (InvertedResidual, [3, 3]),
-    "squeeze-excite": (SqueezeExcite, []),
+    "squeeze-excite": (SqueezeExcite, [1]),
     "squeezed": (Squeezed, [5]),
     "squeezed, separable": (
         lambda: nn.Sequential(

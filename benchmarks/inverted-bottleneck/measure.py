@@ -159,7 +159,7 @@ def main():
                 model = timm.create_model(NETWORKS[name]).eval()
                 x = torch.randn(batch, 3, 224, 224)
                 plain = model.to(memory_format=torch.channels_last)
-                fused = nin.fuse(plain, x.contiguous(memory_format=torch.channels_last)).model
+                fused = nin.freeze(nin.fuse(plain, x.contiguous(memory_format=torch.channels_last)).model)
             last = x.contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(fused(last), plain(last), rtol=1e-3, atol=1e-4)
             calls = {"nin": lambda fused=fused, last=last: fused(last)}

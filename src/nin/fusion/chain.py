@@ -40,7 +40,8 @@ class Link(NamedTuple):
         bias: (C_out,), or None.
         geometry: stride, padding, dilation and groups; () for a fully connected layer.
         norm: the BatchNorm, or None.
-        activation: "none", "relu", "gelu" or "silu"; in an inverted bottleneck "relu6" and "hardswish" too.
+        activation: "none", "relu", "gelu" or "silu"; in an inverted bottleneck, and after the last layer of a chain,
+            "relu6" and "hardswish" too.
         role: "squeeze" and "excite": the two layers of squeeze-and-excitation, of which the first gets the mean over
             the image, and the second's result multiplies what the mean was taken of.
     """
@@ -85,13 +86,13 @@ def is_hooked(module: nn.Module) -> bool:
 
     That is a ``forward`` set on the module itself, or what ``module.compile()`` made.
     """
+    return has_hooks(module) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a hook sees a module's input, its output or their gradients."""
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -184,7 +185,11 @@ class Chain:
             x = activate(F.conv2d(x, *weights[0], *links[0].geometry), links[0].activation)
             links, weights = links[1:], weights[1:]
         activations = [link.activation for link in links]
-        return mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
+        last = "none"
+        if activations[-1] not in ACTIVATIONS:
+            last, activations[-1] = activations[-1], "none"
+        y = mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
+        return activate(y, last)
 
     def _weights(self, links: list[Link]) -> Folded:
         """Return weight (C_out, C_in, kH, kW) and bias (C_out,) of each layer, with BatchNorm folded into them."""

@@ -59,7 +59,8 @@ class Tracer(fx.Tracer):
 
     def kept_nodes(self) -> set[fx.Node]:
         """Return the values that the forward kept, in an attribute or a global list, after it was traced."""
-        gc.collect()
+        if any(proxy() is not None for proxy, _ in self._proxies):
+            gc.collect()
         return {node for proxy, node in self._proxies if proxy() is not None}
 
 
@@ -178,7 +179,7 @@ def _match_from(
     """
     first = modules[str(start.target)]
     match, nodes, steps = ChainMatch([start], ["layer"], [str(start.target)], bool(roles)), [start], ["layer"]
-    known = BOTTLENECK_ACTIVATIONS if roles else ACTIVATIONS
+    known = BOTTLENECK_ACTIVATIONS
     # a hidden value has one user, which comes next: what the model does in between might change the chain's input
     while nodes[-1] not in kept:
         excitation = None
@@ -190,7 +191,7 @@ def _match_from(
             match.layer_names += excitation.layer_names
             match.squeezes = True
             match.nodes, match.steps = list(nodes), list(steps)
-        if len(nodes[-1].users) != 1:
+        if len(nodes[-1].users) != 1 or (not roles and _ends_chain(steps[-1])):
             break
         node = next(iter(nodes[-1].users))
         is_next = node.args[:1] == (nodes[-1],) and nodes[-1] not in node.kwargs.values() and _follows(node, nodes[-1])
@@ -272,6 +273,11 @@ def _match_excitation(
             return None
         match.nodes.append(node)
         last = node
+
+
+def _ends_chain(step: str) -> bool:
+    """Return whether a step is an activation that the operator has in inverted bottlenecks alone."""
+    return step in BOTTLENECK_ACTIVATIONS and step not in ACTIVATIONS
 
 
 def _continues(layer: nn.Module, calls: int, first: nn.Module, place: int, roles: tuple[str, ...]) -> bool:

@@ -1,24 +1,21 @@
 """`fuse`: find the chains of a model, let their first layers begin them, and keep what is faster."""
 
-import contextlib
+import copy
 import dataclasses
 import functools
-import inspect
 import itertools
-import random
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from nin.fusion.chain import Chain, Link, Place
 from nin.fusion.matcher import ChainMatch, Tracer, is_operator, match_chains
 from nin.fusion.node_roles import is_pointwise, unsupported_reason
 from nin.fusion.pending import HEADS, begin_chain
-from nin.runtime.fx_trace import TracingError, trace
+from nin.fusion.program import Program
+from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
 from nin.runtime.model_copy import copy_model
 from nin.runtime.timer import Timing, time_interleaved
 
@@ -110,6 +107,11 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     `nin.inverted_bottleneck`. The model keeps its classes, its parameters and their names; in the other mode, training
     or evaluation, it runs as before.
 
+    On the CPU in float32 and evaluation, calls without gradients run the whole model as a program: steps that are
+    recorded once for each shape, most of them in one call of the compiled library. `nin.freeze` of the fused model
+    saves it the hashes of its weights. What is done to the model afterwards, such as a hook or another weight, takes
+    effect as before.
+
     Args:
         model: any PyTorch model; it is not changed. Modules that cannot be traced stay as they are.
         example: an input (or a tuple of them) of the shape, memory format and dtype to optimise for. With it, every
@@ -139,44 +141,62 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     with torch.inference_mode(False):
         new = copy_model(model)
         modes = {module: module.training for module in new.modules()}
-        chains, unfused = _find_chains(new, training=training)
+        found = _find_chains(new, training=training)
+    chains, unfused = found.chains, found.unfused
     times: dict[tuple[str, ...], dict[str, Timing]] = {}
     before = after = None
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
         new.train(training)
         times = _choose_forms(new, inputs, chains, runs)
-        plain = copy_model(model).train(training)
-        before, after = _measure(plain, new, inputs, runs)
+    programs = [] if training else [Program(network) for network in found.networks]
+    if example is not None:
+        before, after = _measure(copy_model(model).train(training), new, chains, inputs, runs)
         if after.median_ms > before.median_ms:  # each is faster alone, but not all together
             reason = f"the whole model took {after.median_ms:.2f} ms with them and {before.median_ms:.2f} ms without"
             unfused.update(dict.fromkeys(map(", ".join, chains), reason))
             for chain in chains.values():
                 chain.form = "original"
+            for program in programs:
+                program.make_plain()
             # every layer runs as in the original: a second measurement would tell the noise of the clock
             after = before
+        for program in programs:
+            program.forget()  # what it recorded with other forms
         for module, mode in modes.items():
             module.training = mode
-    found = tuple(FusedChain(layers, c.form, times.get(layers, {}), c) for layers, c in chains.items())
-    return FuseResult(new, found, unfused, before, after)
+    fused = tuple(FusedChain(layers, c.form, times.get(layers, {}), c) for layers, c in chains.items())
+    return FuseResult(new, fused, unfused, before, after)
 
 
-def _find_chains(model: nn.Module, *, training: bool) -> tuple[_Chains, dict[str, str]]:
+@dataclasses.dataclass
+class _Found:
+    """What `fuse` finds in a model.
+
+    Attributes:
+        chains: by the names of their layers.
+        unfused: the reason why other 1×1 layers are in none, by the layer's name.
+        untraced: the reason why a module cannot be traced, by its name.
+        networks: the modules of the model that were traced and hold chains or layers that are operators.
+    """
+
+    chains: _Chains = dataclasses.field(default_factory=dict)
+    unfused: dict[str, str] = dataclasses.field(default_factory=dict)
+    untraced: dict[str, str] = dataclasses.field(default_factory=dict)
+    networks: list[nn.Module] = dataclasses.field(default_factory=list)
+
+
+def _find_chains(model: nn.Module, *, training: bool) -> _Found:
     """Find the chains of a model and let their first layers begin them, in place.
 
     Tracing runs the forwards once, on a copy: they may count their calls.
-
-    Returns:
-        The chains, and the reason why each other 1×1 layer is in none, by the layer's name.
     """
     shared = {id(p): p for p in model.parameters()}  # torch.fx only records what is done to them
     traced = copy_model(model, shared).train(training)
-    chains: _Chains = {}
-    unfused: dict[str, str] = {}
-    untraced: dict[str, str] = {}
-    with _unchanged_randomness():
-        _find_in(traced, "", model, chains, unfused, untraced)
-    in_chains = set(itertools.chain(*chains))
+    found = _Found()
+    with unchanged_randomness():
+        _find_in(traced, "", model, found)
+    in_chains, unfused, untraced = set(itertools.chain(*found.chains)), found.unfused, found.untraced
     own = {f"{name}." for name, module in model.named_modules() if is_operator(module)}
     for name, module in model.named_modules():
         known = name in in_chains or name in unfused or name.startswith(tuple(own))
@@ -184,38 +204,38 @@ def _find_chains(model: nn.Module, *, training: bool) -> tuple[_Chains, dict[str
             around = max((path for path in untraced if not path or name.startswith(f"{path}.")), key=len, default=None)
             reason = "it is not called" if around is None else untraced[around]
             unfused[name] = unsupported_reason(module, 1, first=True) or reason
-    return chains, unfused
+    return found
 
 
-def _find_in(
-    traced: nn.Module, path: str, model: nn.Module, chains: _Chains, unfused: dict[str, str], untraced: dict[str, str]
-) -> None:
+def _find_in(traced: nn.Module, path: str, model: nn.Module, found: _Found) -> None:
     """Find the chains of a module of the traced copy, or of its children where it cannot be traced."""
     if is_operator(traced) or not any(traced.children()):
         return
     tracer = Tracer()
     try:
-        graph = _trace(traced, tracer)
+        graph = trace_forward(traced, tracer)
     except TracingError as error:
-        untraced[path] = f"{f'{path}: ' if path else ''}{error}"
+        found.untraced[path] = f"{f'{path}: ' if path else ''}{error}"
         for name, child in traced.named_children():
-            _find_in(child, _join(path, name), model, chains, unfused, untraced)
+            _find_in(child, _join(path, name), model, found)
         return
     matches, reasons = match_chains(traced, graph, tracer.kept_nodes())
-    unfused |= {_join(path, name): reason for name, reason in reasons.items()}
+    found.unfused |= {_join(path, name): reason for name, reason in reasons.items()}
     root = model.get_submodule(path)
+    if matches or any(map(is_operator, traced.modules())):
+        found.networks.append(root)
     for match in matches:
         layers = tuple(_join(path, name) for name in match.layer_names)
         places, callers = _surroundings(root, match)
         head = root.get_submodule(match.layer_names[0])
         if not all(place.is_as_before() for place in places):
-            unfused |= dict.fromkeys(layers, "a hook looks at it")
+            found.unfused |= dict.fromkeys(layers, "a hook looks at it")
         elif type(head) not in HEADS:
-            unfused |= dict.fromkeys(layers, "it is called more than once")
+            found.unfused |= dict.fromkeys(layers, "it is called more than once")
         else:
             convolves = isinstance(head, nn.Conv2d)
             steps = tuple(match.steps)
-            chains[layers] = Chain(
+            found.chains[layers] = Chain(
                 steps,
                 training=traced.training,
                 places=places,
@@ -223,7 +243,7 @@ def _find_in(
                 convolves=convolves,
                 bottleneck=match.bottleneck,
             )
-            begin_chain(head, chains[layers])
+            begin_chain(head, found.chains[layers])
 
 
 def _surroundings(root: nn.Module, match: ChainMatch) -> tuple[tuple[Place, ...], tuple[nn.Module, ...]]:
@@ -247,32 +267,6 @@ def _surroundings(root: nn.Module, match: ChainMatch) -> tuple[tuple[Place, ...]
         places.append(Place(root.get_submodule(parent), name, root.get_submodule(path)))
     callers = [*reversed(forwards[0][common:]), owner]
     return tuple(places), tuple(root.get_submodule(name) for name in callers)
-
-
-def _trace(module: nn.Module, tracer: Tracer) -> fx.Graph:
-    """Return the module's graph, with the defaults of its forward's optional arguments.
-
-    Raises:
-        TracingError: it cannot be traced; the message says why.
-    """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise TracingError("its forward takes any arguments")
-    return trace(module, tracer, optional)
-
-
-@contextlib.contextmanager
-def _unchanged_randomness() -> Iterator[None]:
-    """Keep the states of the random number generators: a forward that is traced may draw from them."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        # named one by one: PyTorch warns where there are several and nobody says which
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _join(path: str, name: str) -> str:
@@ -307,7 +301,23 @@ def _run_form(chain: Chain, form: str, x: Tensor, links: list[Link]) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...], runs: int) -> tuple[Timing, Timing]:
-    """Time both models in turn."""
-    timed = time_interleaved({"before": lambda: before(*inputs), "after": lambda: after(*inputs)}, runs=runs)
+def _measure(
+    plain: nn.Module, new: nn.Module, chains: _Chains, inputs: tuple[Any, ...], runs: int
+) -> tuple[Timing, Timing]:
+    """Time the original and the new model in turn; let all chains be operators where that is faster as a whole.
+
+    Alone, an operator pays for its call and its checks, which a program does once for all of them.
+    """
+    models = {"before": plain, "after": new}
+    others = [chain for chain in chains.values() if chain.form != "operator"]
+    if others:
+        models["operators"] = copy.deepcopy(new)
+        for module in models["operators"].modules():
+            if isinstance(chain := getattr(module, "nin_chain", None), Chain):
+                chain.form = "operator"
+    timed = time_interleaved({name: functools.partial(m, *inputs) for name, m in models.items()}, runs=runs)
+    if others and timed["operators"].median_ms < timed["after"].median_ms:
+        for chain in others:
+            chain.form = "operator"
+        timed["after"] = timed["operators"]
     return timed["before"], timed["after"]

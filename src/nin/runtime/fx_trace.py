@@ -1,7 +1,14 @@
 """Trace a model's forward with torch.fx, with one error for all that cannot be traced."""
 
+import contextlib
+import inspect
+import pickle
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx, nn
 
 # What a forward raises on the proxies of torch.fx, which stand for tensors and have no values.
@@ -36,3 +43,39 @@ def trace(model: nn.Module, tracer: fx.Tracer | None = None, constants: dict[str
     except _ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise TracingError(f"the control flow cannot be traced ({type(error).__name__}: {reason})") from error
+
+
+def trace_forward(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:
+    """Return the graph of a module's forward, with the defaults of its optional arguments.
+
+    Raises:
+        TracingError: it cannot be traced; the message says why.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise TracingError("its forward takes any arguments")
+    return trace(module, tracer, optional)
+
+
+@contextlib.contextmanager
+def unchanged_randomness() -> Iterator[Callable[[], bool]]:
+    """Keep the states of the random number generators: a forward that is traced may draw from them.
+
+    Yields:
+        A function that returns whether anybody drew since.
+    """
+    states = random.getstate(), np.random.get_state()
+    now = _random_states()
+    try:
+        # named one by one: PyTorch warns where there are several and nobody says which
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield lambda: now != _random_states()
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _random_states() -> tuple[bytes, ...]:
+    generators = random.getstate(), np.random.get_state()
+    return *map(pickle.dumps, generators), torch.get_rng_state().numpy().tobytes()

@@ -14,10 +14,10 @@ from nin.errors import UserError, is_out_of_memory
 
 @runtime_checkable
 class Replaceable(Protocol):
-    """A layer that stands for one of PyTorch's, as the first layer of a chain does in `nin.fusion`."""
+    """What `nin.fuse` puts into a model: a layer that stands for one of PyTorch's, or a module's program."""
 
     def make_plain(self) -> None:
-        """Become that layer, in place."""
+        """Become the layer of PyTorch's, or leave the module, in place."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,8 +54,9 @@ def copy_model(model: Model, shared: Mapping[int, Tensor] | None = None) -> Mode
             f"{type(error).__name__}: {reason}"
         ) from error
     for module in new.modules():
-        if isinstance(module, Replaceable):
-            module.make_plain()
+        for part in (module, *vars(module).copy().values()):
+            if isinstance(part, Replaceable):
+                part.make_plain()
     return new
 
 

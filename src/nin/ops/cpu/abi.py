@@ -24,9 +24,22 @@ _TILE_SIZE = struct.Struct("q")  # the last field of nin_chain
 def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments, spatial: int = 0) -> bytes:
     """Return the struct ``nin_chain``: sizes, geometry and strides of a chain, whose layer ``spatial`` is k×k."""
     weights, _, stride, padding, dilation, _ = chain
-    shape, out, kernel_size = x.shape, y.shape, weights[spatial].shape[2:]
-    values = (library.DTYPES[x.dtype], *shape, out[2], out[3], *kernel_size, *stride, *padding, *dilation)
-    return _CHAIN.pack(*values, *_strides(x), *_strides(y), len(weights), 0)  # 0: direct, until `choose_winograd`
+    return pack_window(x, y, weights[spatial].shape[2:], stride, padding, dilation, len(weights))
+
+
+def pack_window(
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    layers: int = 0,
+) -> bytes:
+    """Return the struct ``nin_chain`` of any window that moves over images: a pooling has no layers."""
+    out = y.shape
+    values = (library.DTYPES[x.dtype], *x.shape, out[2], out[3], *kernel_size, *stride, *padding, *dilation)
+    return _CHAIN.pack(*values, *_strides(x), *_strides(y), layers, 0)  # 0: direct, until `choose_winograd`
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:

@@ -5,10 +5,12 @@ None of it depends on the values. Only the weights' bytes have to be as they wer
 library verifies before it computes.
 """
 
+import contextlib
 import dataclasses
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ MAX_CALLS = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _KernelCall:
+class KernelCall:
     """A function of the library that computes a forward pass, and its arguments.
 
     Attributes:
@@ -95,7 +97,33 @@ def key_of(kernels: Kernels, x: Tensor, chain: ChainArguments) -> CallKey | None
 def repeat(key: CallKey, x: Tensor, chain: ChainArguments) -> Tensor | None:
     """Make a call again; return None if it was not made before, or a weight has changed since."""
     call: Callable[[Tensor, ChainArguments], Tensor | None] | None = weight_cache.calls.get(key)
-    return None if call is None else call(x, chain)
+    y = None if call is None else call(x, chain)
+    if _watched and y is not None and isinstance(call, KernelCall) and threading.get_ident() in _watched:
+        _watched[threading.get_ident()].append(SeenCall(call, x, y, chain))
+    return y
+
+
+class SeenCall(NamedTuple):
+    """A call that was made again while `watch` looked, with its images, its result and its other arguments."""
+
+    call: KernelCall
+    x: Tensor
+    y: Tensor
+    chain: ChainArguments
+
+
+_watched: dict[int, list[SeenCall]] = {}  # by the thread that looks
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[SeenCall]]:
+    """Return the list to which this thread's repeated calls of kernels are added meanwhile."""
+    thread = threading.get_ident()
+    seen = _watched[thread] = []
+    try:
+        yield seen
+    finally:
+        del _watched[thread]
 
 
 def remember_reference(key: CallKey) -> None:
@@ -141,7 +169,7 @@ def remember(
     handle = kernels.handles[output["dtype"]]
     structs = packed_chain, layers, *options
     function = function or library.loaded().nin_forward
-    _keep(key, _KernelCall(function, handle, structs, (weights, *hashes), copies, constants, output))
+    _keep(key, KernelCall(function, handle, structs, (weights, *hashes), copies, constants, output))
 
 
 def _keep(key: CallKey, call: Callable[[Tensor, ChainArguments], Tensor | None]) -> None:

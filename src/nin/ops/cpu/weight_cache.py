@@ -86,6 +86,7 @@ class _Memory(NamedTuple):
 _copies: dict[_Key, PackedCopy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
 _constants: dict[int, _Constant] = {}  # by the id of the storage
+_taken_back = 0  # how many promises were
 calls: dict[tuple[Any, ...], Any] = {}  # what `call_cache` keeps; emptied when a copy goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
@@ -187,9 +188,9 @@ def hash_tensors(
         tensors: whose versions are asked for, where they are constants.
         copies: of the tensors, whose bytes are hashed in their place.
     """
-    if not all(t.is_cpu and t.layout == torch.strided and _is_dense(t) for t in tensors):
+    if not all(map(is_hashable, tensors)):
         return None
-    constants = [_constant_of(t) if _constants else None for t in tensors]
+    constants = [constant_of(t) if _constants else None for t in tensors]
     hashed = [t for t, constant in zip(copies or tensors, constants, strict=True) if constant is None]
     spans = [number for t in hashed for number in (t.data_ptr(), t.nbytes)]
     versions = [c and (t.data_ptr(), c, c.version) for t, c in zip(tensors, constants, strict=True)]
@@ -218,10 +219,17 @@ def mark_constant(weight: Tensor) -> None:
 
 def _take_back(name: int) -> None:
     """Take back the promise for a storage, for all copies of what lies in it."""
+    global _taken_back
     _constants.pop(name).stands = False
+    _taken_back += 1
 
 
-def _constant_of(weight: Tensor) -> _Constant | None:
+def count_taken_back() -> int:
+    """Return how many promises were taken back so far."""
+    return _taken_back
+
+
+def constant_of(weight: Tensor) -> _Constant | None:
     """Return the promise for a weight; None if its bytes are to be hashed."""
     name = id(weight.untyped_storage())
     constant = _constants.get(name)
@@ -237,7 +245,7 @@ def take_back_constants(weights: Sequence[Tensor]) -> None:
         for weight in weights:
             # a wrapper has no storage
             if type(weight) in PLAIN_TYPES and weight.requires_grad and not is_wrapped(weight):
-                _constant_of(weight)
+                constant_of(weight)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -284,6 +292,11 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_hashable(t: Tensor) -> bool:
+    """Return whether a tensor is in the CPU's memory, without gaps."""
+    return t.is_cpu and t.layout == torch.strided and _is_dense(t)
+
+
 def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
@@ -295,7 +308,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> PackedCopy:
         return PackedCopy(pack(weight))
     storage = weight.untyped_storage()
     name = id(storage)
-    constant = _constant_of(weight)
+    constant = constant_of(weight)
     if constant is None:
         # Another thread may write to the weight meanwhile, and back. What is hashed must be what is packed.
         snapshot = weight.clone()

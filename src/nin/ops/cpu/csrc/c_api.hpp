@@ -84,6 +84,26 @@ NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* ch
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,
                                         const nin_bytes* weights, const uint64_t* hashes, int64_t count);
 
+// A step of a network in float32, whose tensors lie at offsets, in bytes, in blocks of memory.
+enum nin_step_kind : int64_t {
+  nin_step_chain = 0,           // nin_forward(chain, layers)
+  nin_step_bottleneck = 1,      // nin_inverted_bottleneck(chain, layers, option: residual)
+  nin_step_add = 2,             // y = activation(x + other), or activation(x), of `count` values; option: activation
+  nin_step_max_pool = 3,        // chain: sizes, window and strides
+  nin_step_average_pool = 4,    // the same; option: 1 where the padding does not count; count: the divisor, if not 0
+};
+struct nin_step {
+  int64_t kind;
+  int64_t x[2], other[2], y[2];  // block and offset; other[0] is -1 where there is none
+  const nin_chain* chain;
+  const nin_layer* layers;
+  int64_t option, count;
+};
+// Runs steps one after the other. In poolings the channels of a pixel are contiguous. Equal bits for any
+// number of threads.
+NIN_API int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count, char* const* memory,
+                              const nin_thread_pool* pool);
+
 // Where the gradients of a chain of 1×1 layers without padding go; null: not needed.
 struct nin_layer_gradient {
   const void* weight;  // packed with columns and channels exchanged; unused if no earlier layer needs a gradient

@@ -73,6 +73,7 @@ class Forward {
   bool pointwise_ = false;        // the first layer is 1×1 without padding
   bool reads_in_place_ = false;   // the GEMM reads x directly
   bool writes_in_place_ = false;  // the GEMM writes y directly
+  bool activates_rows_ = false;   // of y, behind the GEMM: its epilogue is fast for ReLU alone
   bool non_temporal_ = false;     // stores of y
   bool splits_columns_ = false;   // a single tile, whose layers are split by panels
   int64_t in_row_bytes_ = 0;      // bytes from pixel to pixel of the copied input
@@ -96,7 +97,10 @@ Forward::Forward(const Kernels& k, const nin_chain& chain, const nin_layer* laye
   writes_in_place_ = y_.c_stride == size;
   choose_tiles(threads);
   if (!winograd_) compute_tap_offsets();
-  non_temporal_ = writes_in_place_ && !splits_columns_ && output_exceeds_caches();
+  const Layer& layer = layers_.back();
+  activates_rows_ = (layer.activation == Activation::relu6 || layer.activation == Activation::hardswish) &&
+                    writes_in_place_ && k_.activate_rows && layer.channels % k_.lanes == 0;
+  non_temporal_ = writes_in_place_ && !splits_columns_ && !activates_rows_ && output_exceeds_caches();
 }
 
 bool Forward::output_exceeds_caches() const {
@@ -300,7 +304,8 @@ PixelGrid Forward::run_layer(size_t i, const Tile& t, const PixelGrid& a, char* 
   args.k_steps = k_steps_of(k_, i == 0 ? tap_channels_ : layers_[i - 1].channels);
   args.panel = layer.weight;
   args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
-  args.epilogue.activation = layer.activation;
+  const bool activates_rows = last && activates_rows_;
+  args.epilogue.activation = activates_rows ? Activation::none : layer.activation;
   args.epilogue.out_type = last ? type_ : k_.tile_type;
   args.epilogue.round_to_bf16 = type_ == DataType::bf16 && args.epilogue.out_type == DataType::f32;
   args.epilogue.zero_tail = !last;
@@ -318,8 +323,12 @@ PixelGrid Forward::run_layer(size_t i, const Tile& t, const PixelGrid& a, char* 
   } else {
     gemm_tile(k_, args, a, out, {}, {}, t.lines, t.columns, panels, next_input);
   }
-  if (!last || writes_in_place_) return out;
   const int64_t from = panels.begin * panels.width, to = std::min(panels.columns, panels.end * panels.width);
+  for (int64_t line = 0; activates_rows && line < t.lines; ++line) {
+    k_.activate_rows(out.data + line * out.line_stride + from * 4, out.pixel_stride, t.columns,
+                     int((to - from) / k_.lanes), layer.activation);
+  }
+  if (!last || writes_in_place_) return out;
   for (int64_t line = 0; line < t.lines; ++line) {
     k_.store({y_.pixel(t.image, t.line + line, t.column) + from * y_.c_stride, y_.c_stride, y_.w_stride, type_,
               to - from, t.columns},

@@ -163,6 +163,10 @@ struct Kernels {
   void (*scale_rows)(char* rows, int64_t row_stride, int64_t count, int64_t channels, const float* factors);
   // to[i] = panel[i] * factors[i], for the rows of a panel of packed weights: floats
   void (*scale_panel)(const char* panel, int64_t rows, int vectors, const float* factors, char* to);
+  // y = activation(x + other) of `count` floats, y = activation(x) where `other` is null; y may be one of them.
+  void (*add_and_activate)(char* y, const char* x, const char* other, int64_t count, Activation activation);
+  // The largest value of each of `channels` over `count` pixels, or their sum over `divisor`; floats.
+  void (*pool)(char* y, const char* const* pixels, int64_t count, int64_t channels, bool largest, float divisor);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);

@@ -1,0 +1,203 @@
+"""Record a network's forward as a plan: every step is run once, and what it was kept."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nin.fusion.program_kernels import dense_order, find_step
+from nin.fusion.program_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
+from nin.fusion.program_trace import Layers, NetworkGraph, held_tensor
+from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
+from nin.ops.cpu import call_cache
+from nin.ops.cpu.library import Kernels
+from nin.ops.cpu.steps import run_step, step_of_call
+from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
+
+
+class NotRecordableError(Exception):
+    """What a step returns may be of another kind in another call: the message says which step it was."""
+
+
+class _SameShapes(TorchDispatchMode):
+    """Raise where the shape of a result, or a number, depends on the values of tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+        if tags.intersection(func.tags):
+            raise NotRecordableError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+# What tells shapes and dtypes of tensors, which are the same in every call of a plan.
+_QUESTIONS = {"size", "dim", "stride", "numel", "ndimension", "is_floating_point", "is_contiguous", "element_size"}
+_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "is_cpu"}
+
+
+class Recorder:
+    """Records a network's forward for inputs of some shapes.
+
+    Args:
+        module: the network.
+        network: its graph.
+        kernels: of the instruction set in use.
+
+    Attributes:
+        sources: the tensors whose values are in the plan: weights as they were packed.
+    """
+
+    def __init__(self, module: nn.Module, network: NetworkGraph, kernels: Kernels) -> None:
+        self._module, self._network, self._kernels = module, network, kernels
+        self._slots: list[Slot] = []
+        self._tensors: dict[int, tuple[int, Tensor]] = {}  # by id: slot and tensor, of those that are alive
+        self._values: dict[fx.Node, Any] = {}
+        self._actions: list[KernelAction | TorchAction] = []
+        self.sources: list[Tensor] = []
+
+    def record(self, inputs: Sequence[Tensor]) -> tuple[Any, Plan]:
+        """Run the network step by step, which may change the inputs, and return the result and the plan.
+
+        Raises:
+            NotRecordableError: no plan can be made for the network.
+        """
+        last_uses = _last_uses(self._network.graph)
+        given = dict(zip(self._network.inputs, inputs, strict=True))
+        slots = [self._slot_of(x) for x in inputs]
+        done: list[fx.Node] = []
+        for node in self._network.graph.nodes:
+            if node.op == "output":
+                result = self._fill(node.args[0])
+                output = pytree.tree_map_only(Tensor, lambda t: Ref(self._slot_of(t)), result)
+                return result, Plan(self._kernels, self._slots, self._actions, slots, output)
+            done += last_uses.get(node, ())
+            if node in self._network.inside:
+                continue
+            self._values[node] = self._run_node(node, given)
+            if node.op == "get_attr":  # may stand within a chain, whose input is needed at its end
+                continue
+            for old in done:
+                self._values.pop(old, None)
+            done.clear()
+            alive = {id(t) for t in pytree.tree_leaves(list(self._values.values())) if isinstance(t, Tensor)}
+            self._tensors = {
+                k: v for k, v in self._tensors.items() if k in alive or self._slots[v[0]].constant is not None
+            }
+        raise NotRecordableError("the graph has no output")
+
+    def _run_node(self, node: fx.Node, given: dict[fx.Node, Tensor]) -> Any:
+        if node.op == "placeholder":
+            return given[node] if node in given else node.args[0]
+        if node.op == "get_attr":
+            tensor = held_tensor(self._module, str(node.target))
+            if tensor is None:
+                raise NotRecordableError(f"{node.target} is no parameter and no buffer")
+            return self._constant(tensor)
+        if node in self._network.chains:
+            layers = self._network.chains[node]
+            return self._run_layers(layers, self._fill(layers.x))
+        args, kwargs = self._fill(node.args), self._fill(node.kwargs)
+        if node.op == "call_module":
+            return self._run_module(self._module.get_submodule(str(node.target)), args, kwargs)
+        if node.op == "call_method":
+            name = str(node.target)
+            if name in _QUESTIONS:
+                return getattr(args[0], name)(*args[1:], **kwargs)
+            return self._run_function(getattr(torch.Tensor, name), args, kwargs)
+        if node.target is getattr and args[1] in _ATTRIBUTES:
+            return getattr(*args)
+        return self._run_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _run_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if type(module) in (MLPConv, Conv1x1, InvertedBottleneck) and len(args) == 1 and not kwargs:
+            self.sources += [*module.parameters(), *module.buffers()]
+            return self._run_operator(module, args[0])
+        return self._run_function(module, args, kwargs)
+
+    def _run_layers(self, layers: Layers, x: Tensor) -> Tensor:
+        """Run a chain as it runs when its modules call it."""
+        links, chain = layers.links(self._module), layers.chain
+        last = links[-1].activation
+        if chain.form != "original":
+            self.sources += [t for link in links for t in link.tensors()]
+        if last in ACTIVATIONS or chain.bottleneck:
+            return self._run_operator(lambda x: chain.run(x, links), x)
+        links[-1] = links[-1]._replace(activation="none")  # behind the operator, a step of its own
+        y = self._run_operator(lambda x: chain.run(x, links), x)
+        return self._run_function(BOTTLENECK_ACTIVATIONS[last], (y,), {})
+
+    def _run_operator(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run what calls an operator once: its kernel is a step, if that is all that happens."""
+        with call_cache.watch() as seen:
+            y = function(x)
+            if not seen:  # the first call of a shape; the second one is a repeated one
+                y = function(x)
+        if len(seen) == 1 and _same_memory(seen[0].x, x) and _same_memory(seen[0].y, y) and dense_order(y):
+            step = step_of_call(seen[0])
+            if step is not None:
+                self._actions.append(KernelAction(step, self._slot_of(x), -1, self._slot_of(y, owned=True)))
+                return y
+        return self._keep_call(function, (x,), {}, y)
+
+    def _run_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not tensors_in((args, kwargs)):
+            result = function(*args, **kwargs)
+            return self._keep_call(function, args, kwargs, result) if tensors_in(result) else result
+        found = find_step(function, args, kwargs)
+        if found is not None:
+            owned = self._slots[self._slot_of(found.x)].owned
+            if found.step is None:
+                return found.x
+            if found.y is not None or owned:
+                y = found.x if found.y is None else found.y
+                run_step(self._kernels, found.step, found.x, found.other, y)
+                other = -1 if found.other is None else self._slot_of(found.other)
+                slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
+                self._actions.append(KernelAction(found.step, *slots))
+                return y
+        with _SameShapes():
+            result = function(*args, **kwargs)
+        return self._keep_call(function, args, kwargs, result)
+
+    def _keep_call(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
+        """Add a call of a function that is no step of the library, and return its result."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [Ref(self._slot_of(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        slots = [self._slot_of(t) for t in tensors_in(result)]
+        self._actions.append(TorchAction(function, leaves, spec, slots))
+        return result
+
+    def _slot_of(self, tensor: Tensor, *, owned: bool = False) -> int:
+        """Return the slot of a tensor: a new one, unless it has one."""
+        known = self._tensors.get(id(tensor))
+        if known is not None:
+            return known[0]
+        self._slots.append(Slot(tuple(tensor.shape), tensor.stride(), owned))
+        self._tensors[id(tensor)] = len(self._slots) - 1, tensor
+        return len(self._slots) - 1
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        self._slots[self._slot_of(tensor)].constant = tensor
+        return tensor
+
+    def _fill(self, value: Any) -> Any:
+        """Return a node's argument with values in the place of nodes."""
+        return fx.node.map_arg(value, self._values.__getitem__)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes whose values nobody needs behind a node."""
+    seen: set[fx.Node] = set()
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for value in (*node.all_input_nodes, node):
+            if value not in seen:
+                seen.add(value)
+                uses.setdefault(node, []).append(value)
+    return uses

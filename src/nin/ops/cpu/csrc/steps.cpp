@@ -1,0 +1,110 @@
+// The steps of a network, run one after the other: convolutions, sums, activations and poolings.
+#include <cstring>
+#include <new>
+
+#include "parallel.hpp"
+#include "tiling.hpp"
+
+namespace nin {
+namespace {
+
+// Values, or pixels times channels, that a task takes: below, a second thread costs more than it saves.
+constexpr int64_t task_values = 32 << 10;
+
+class Step {
+ public:
+  Step(const Kernels& k, const nin_step& step, char* const* memory, const nin_thread_pool& pool)
+      : k_(k),
+        step_(step),
+        x_(memory[step.x[0]] + step.x[1]),
+        other_(step.other[0] < 0 ? nullptr : memory[step.other[0]] + step.other[1]),
+        y_(memory[step.y[0]] + step.y[1]),
+        pool_(pool) {}
+  int32_t run() const;
+
+ private:
+  nin_status add() const;
+  nin_status pool_pixels(bool largest) const;
+  void pool_line(int64_t image, int64_t line, bool largest, const char** pixels) const;
+
+  const Kernels& k_;
+  const nin_step& step_;
+  char* const x_;
+  char* const other_;
+  char* const y_;
+  const nin_thread_pool& pool_;
+};
+
+int32_t Step::run() const {
+  switch (step_.kind) {
+    case nin_step_chain: return nin_forward(&k_, step_.chain, step_.layers, x_, y_, &pool_, nullptr, nullptr, 0);
+    case nin_step_bottleneck:
+      return nin_inverted_bottleneck(&k_, step_.chain, step_.layers, step_.option, x_, y_, &pool_, nullptr, nullptr, 0);
+    case nin_step_add: return add();
+    default: return pool_pixels(step_.kind == nin_step_max_pool);
+  }
+}
+
+nin_status Step::add() const {
+  const int64_t count = step_.count, tasks = ceil_div(count, task_values);
+  return run_tasks(pool_, tasks, 0, [&](int64_t task, char*) {
+    const int64_t from = task * task_values, at = from * 4;
+    k_.add_and_activate(y_ + at, x_ + at, other_ ? other_ + at : nullptr, std::min(task_values, count - from),
+                        Activation(step_.option));
+  });
+}
+
+nin_status Step::pool_pixels(bool largest) const {
+  const nin_chain& c = *step_.chain;
+  const int64_t window = std::min(c.kernel[0], c.height) * std::min(c.kernel[1], c.width);
+  const int64_t line_values = c.out_width * c.channels * window;
+  const int64_t lines = std::clamp<int64_t>(task_values / line_values, 1, c.out_height);
+  const int64_t parts = ceil_div(c.out_height, lines);
+  return run_tasks(pool_, c.batch * parts, size_t(window) * sizeof(char*), [&](int64_t task, char* scratch) {
+    const int64_t image = task / parts, first = task % parts * lines;
+    for (int64_t line = first; line < std::min(first + lines, c.out_height); ++line) {
+      pool_line(image, line, largest, reinterpret_cast<const char**>(scratch));
+    }
+  });
+}
+
+// The part of a window inside the image, along one side, and its length with the padding, as PyTorch counts it.
+struct PoolRange {
+  int64_t first, last, step, padded;
+
+  PoolRange(const nin_chain& c, int side, int64_t size, int64_t out) : step(c.dilation[side]) {
+    const int64_t start = out * c.stride[side] - c.padding[side];
+    padded = std::min(start + c.kernel[side], size + c.padding[side]) - start;
+    first = start < 0 ? start + ceil_div(-start, step) * step : start;
+    last = std::min(start + (c.kernel[side] - 1) * step + 1, size);
+  }
+  int64_t count() const { return first < last ? ceil_div(last - first, step) : 0; }
+};
+
+void Step::pool_line(int64_t image, int64_t line, bool largest, const char** pixels) const {
+  const nin_chain& c = *step_.chain;
+  const ImageView x = image_view(x_, c.x_stride, 4), y = image_view(y_, c.y_stride, 4);
+  const PoolRange rows(c, 0, c.height, line);
+  for (int64_t column = 0; column < c.out_width; ++column) {
+    const PoolRange columns(c, 1, c.width, column);
+    int64_t count = 0;
+    for (int64_t i = rows.first; i < rows.last; i += rows.step) {
+      for (int64_t j = columns.first; j < columns.last; j += columns.step) pixels[count++] = x.pixel(image, i, j);
+    }
+    const int64_t divisor = step_.count ? step_.count : step_.option ? count : rows.padded * columns.padded;
+    k_.pool(y.pixel(image, line, column), pixels, count, c.channels, largest, float(divisor));
+  }
+}
+
+}  // namespace
+}  // namespace nin
+
+int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count, char* const* memory,
+                      const nin_thread_pool* pool) {
+  const auto& k = *static_cast<const nin::Kernels*>(kernels);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t status = nin::Step(k, steps[i], memory, *pool).run();
+    if (status != nin_ok) return status;
+  }
+  return nin_ok;
+}

@@ -1,0 +1,57 @@
+"""Whether tensors still are what they were: by their version counters where `freeze` allows it, else by their bytes."""
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nin.ops.cpu.library import Kernels
+from nin.ops.cpu.weight_cache import constant_of, count_taken_back, hash_bytes, is_hashable
+
+
+class WatchedTensors:
+    """Tensors of which something was made that holds as long as their values are the same.
+
+    Constants (see `weight_cache.mark_constant`) are the same while their version counters are; of the others every byte
+    is hashed, as in all of nin's calls. The memory of all is kept, so that no other can come to its address.
+
+    Args:
+        kernels: of the instruction set in use.
+        tensors: on the CPU.
+    """
+
+    def __init__(self, kernels: Kernels, tensors: Iterable[Tensor]) -> None:
+        self._kernels = kernels
+        self._tensors = list({id(t): t for t in tensors}.values())
+        self._storages = [t.untyped_storage() for t in self._tensors]
+        same: dict[Any, Any] = {}  # equal shapes are one object: what a check reads should be few lines of the cache
+        self._places = _addresses(self._tensors)
+        self._shapes = [same.setdefault(t.shape, t.shape) for t in self._tensors]
+        self._strides = [same.setdefault(t.stride(), t.stride()) for t in self._tensors]
+        found = [(t, constant_of(t)) for t in self._tensors]
+        self._constants = [t for t, constant in found if constant is not None]
+        self._promises = [constant for _, constant in found if constant is not None]
+        self._versions = [promise.version for promise in self._promises]
+        self._taken_back = count_taken_back()
+        self._spans = [number for t, constant in found if constant is None for number in (t.data_ptr(), t.nbytes)]
+        self.are_watchable = all(is_hashable(t) for t in self._tensors)
+        self._hashes = list(hash_bytes(kernels, self._spans)) if self.are_watchable else []
+
+    def are_unchanged(self) -> bool:
+        """Return whether nobody wrote to a tensor, or gave it other memory."""
+        if [t._version for t in self._constants] != self._versions or any(t.requires_grad for t in self._constants):
+            return False
+        if self._taken_back != count_taken_back():
+            if not all(promise.stands for promise in self._promises):
+                return False
+            self._taken_back = count_taken_back()
+        if _addresses(self._tensors) != self._places or [t.shape for t in self._tensors] != self._shapes:
+            return False
+        if list(map(Tensor.stride, self._tensors)) != self._strides:
+            return False
+        return not self._spans or list(hash_bytes(self._kernels, self._spans)) == self._hashes
+
+
+def _addresses(tensors: Sequence[Tensor]) -> bytes:
+    return struct.pack(f"{len(tensors)}q", *map(Tensor.data_ptr, tensors))
