@@ -15,12 +15,13 @@ from torch import nn
 import nin
 from nin import checkpoint
 from nin.cli import app
+from nin.engines.catalog import ENGINES
 from nin.errors import UserError
 from nin.models.narrowing_plan import LayerPlan, Plan
-from nin.narrowing import latency
+from nin.narrowing import knapsack, latency
 from nin.runtime import timer
 from nin.speed_search import processes, quality, subject, timing
-from nin.speed_search.combinations import ENGINES, REFERENCE, Combination
+from nin.speed_search.combinations import REFERENCE, Combination, narrowed_form
 from nin.speed_search.forms import NarrowingSettings, narrowed
 from nin.speed_search.networks import load_network, save_named, save_run
 from nin.speed_search.page import chart, explanation, render_page, time_marks
@@ -29,6 +30,7 @@ from nin.speed_search.quantization import QuantizationSpec, quantize_onnx, quant
 from nin.speed_search.result import Row, SpeedResult, choose, pareto
 from nin.speed_search.runners import Setting, WorkerSpec, make_runner
 from nin.speed_search.session import SearchSession
+from nin.speed_search.settings import SpeedSettings
 from nin.speed_search.state import SearchState
 from nin.speed_search.timing import Interval, median_interval, time_in_rounds
 from nin.speed_search.worker import normalise
@@ -389,6 +391,56 @@ def test_narrowed_forms_are_planned_without_a_clock_and_are_the_same_each_time(f
         assert torch.equal(values, other.state_dict()[name]), name
 
 
+def test_forms_narrowed_by_latency_are_timed_in_the_fastest_engine(module, tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    rows = {row(engine=name).combination: row(engine=name) for name in ENGINES}
+    engines = {}
+    for narrow_by in ("macs", "latency"):
+        settings = SpeedSettings(batches=(4, 1), narrow_by=narrow_by)
+        rows = {c: dataclasses.replace(r, settings={4: Setting(3), 1: Setting(1)}) for c, r in rows.items()}
+        session = SimpleNamespace(settings=settings, rows=rows)
+        for combination in rows:
+            how = SearchSession._narrowing_settings(session, combination)
+            assert (how.narrow_by, how.batch) == (narrow_by, 4)
+            engines[narrow_by, combination.engine] = how.engine
+    assert {engine for (by, _), engine in engines.items() if by == "macs"} == {"pytorch"}
+    by_latency = {name: engine for (by, name), engine in engines.items() if by == "latency"}
+    assert by_latency == {**{n: n for n in ENGINES}, "eager": "pytorch", "compile": "pytorch"}
+    assert threads == [3] * len(ENGINES)
+    assert [narrowed_form(0.65, by) for by in ("macs", "latency")] == ["narrowed 0.65", "narrowed 0.65 latency"]
+    # the budget and the engine arrive where layers are timed
+    seen = set()
+
+    def measure(self, chain):
+        seen.add((type(self.engine).__name__, self.batch))
+        return knapsack.macs(chain)
+
+    def compare(self, new, batch):
+        before, after = (float(nin.cost(m, (1, 3, 16, 16)).macs) for m in (self.original, new))
+        return timer.Timing(before, before, before, 9), timer.Timing(after, after, after, 9)
+
+    monkeypatch.setattr(latency.LatencyTable, "measure", measure)
+    monkeypatch.setattr(latency.ModelTimer, "compare", compare)
+    how = NarrowingSettings(images=20, finetune=0, seed=0, narrow_by="latency", engine="nin", batch=4)
+    found = subject.load_subject(module, images(60))
+    model, plan = narrowed(found, 0.7, how, tmp_path, lambda: False, lambda *_: None)
+    assert seen == {("NinEngine", 4)}
+    assert (plan.budget, plan.share) == ("latency", 0.7)
+    assert nin.cost(model, (1, 3, 16, 16)).macs <= 0.72 * nin.cost(make_network(), (1, 3, 16, 16)).macs
+
+
+def test_an_engine_that_is_asked_for_and_missing_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^engine onnxruntime is not installed \(onnx, .*\): pip install '.*\[speed\]'$"
+    ):
+        nin.speed("runs/missing", "nowhere", engines=("eager", "onnxruntime"))
+    SpeedSettings(engines=tuple(ENGINES))  # where all are, those that are missing are named in the result
+    with pytest.raises(UserError, match="narrow_by must be macs or latency, got 'time'"):
+        SpeedSettings(narrow_by="time")
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -533,7 +585,9 @@ def test_the_command_prints_the_table_or_json(monkeypatch, capsys):
     assert (given["batches"], given["budgets"], given["lose"]) == ((1, 32), (), 0.5)
     assert given["engines"] == tuple(ENGINES)
     assert "nin's operator" in capsys.readouterr().out
-    app.main([*begun, "--json", "--engine", "nin"])
+    assert given["narrow_by"] == "macs"
+    app.main([*begun, "--json", "--engine", "nin", "--narrow-by", "latency"])
+    assert (given["narrow_by"], given["engines"]) == ("latency", ("nin",))
     printed = json.load(io.StringIO(capsys.readouterr().out))
     assert printed["chosen"] == {"form": "original", "number": "float32", "engine": "nin"}
     assert given["budgets"] == (0.8, 0.65, 0.5)

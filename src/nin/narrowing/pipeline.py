@@ -246,6 +246,7 @@ class _Narrower:
     ) -> NarrowReport:
         """Return the report; without errors, accuracy and error in a dry run."""
         layers = layer_reports(self.analysis, planned, errors or {})
+        self.model_timer.progress = (" for the report", 0, 0)
         latency = {size: self.model_timer.compare(narrowed, size) for size in self.reported_batches}
         notes = planned.notes
         if planned.reached:  # else they say so
