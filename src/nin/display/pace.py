@@ -41,3 +41,28 @@ class Pace:
         if self.last is None or self.last[0] <= self.marks[0][0]:
             return None
         return (self.last[1] - self.marks[0][1]) / (self.last[0] - self.marks[0][0])
+
+
+class StageFraction:
+    """The part that is done of work in stages whose number is not known: each takes half of what is left before it.
+
+    Example:
+        >>> from nin.display.pace import StageFraction
+        >>> fraction = StageFraction()
+        >>> fraction(1, 2), fraction(2, 2), fraction(1, 4), fraction(0, 0), fraction(3, 4)
+        (0.25, 0.5, 0.5625, 0.5625, 0.6875)
+    """
+
+    def __init__(self) -> None:
+        self.base = self.reached = self.before = 0.0
+
+    def __call__(self, done: int, total: int) -> float:
+        """Return the part of all that is done, where so many steps of a stage are; a smaller part begins another."""
+        if not total:  # not known
+            return self.reached
+        part = done / total
+        if part < self.before:
+            self.base = self.reached
+        self.before = part
+        self.reached = max(self.reached, self.base + (1 - self.base) * part / 2)
+        return self.reached

@@ -1,6 +1,7 @@
 """The result of `nin.speed`: what each combination costs and loses, which is kept, and how sure that is."""
 
 import dataclasses
+import math
 from typing import Any
 
 from nin.display.numbers import format_bytes
@@ -215,10 +216,11 @@ def format_latency(interval: Interval) -> str:
     """Return a median and its interval.
 
     Example:
-        >>> format_latency(Interval(12.345, 12.0, 13.0, 9))
-        '12.3 (12.0 to 13.0)'
+        >>> format_latency(Interval(12.345, 12.0, 13.0, 9)), format_latency(Interval(0.0123, 0.012, 0.0131, 9))
+        ('12.3 (12.0 to 13.0)', '0.0123 (0.0120 to 0.0131)')
     """
-    decimals = 2 if interval.median < 10 else 1 if interval.median < 100 else 0
+    # three digits that count
+    decimals = min(5, max(0, 2 - math.floor(math.log10(interval.median)))) if interval.median > 0 else 2
     return f"{interval.median:.{decimals}f} ({interval.low:.{decimals}f} to {interval.high:.{decimals}f})"
 
 

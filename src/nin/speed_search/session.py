@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nin.display.pace import StageFraction
 from nin.engines.catalog import ENGINES, NARROWING_ENGINES
 from nin.errors import UserError, is_out_of_memory
 from nin.ops import backends
@@ -149,7 +150,7 @@ class SearchSession:
         self.part_number += 1
         self.part = f"{name} ({self.part_number} of {self.parts})"
 
-    def _step(self, text: str, weight: str | None = None, fraction: tuple[int, int] = (0, 0)) -> None:
+    def _step(self, text: str, weight: str | None = None, fraction: tuple[float, float] = (0, 0)) -> None:
         """Say what is being done, and stop where that is asked for."""
         inner = round(STEP_WEIGHTS[weight] * fraction[0] / fraction[1]) if weight and fraction[1] else 0
         self.on_progress(f"{self.part}: {text}", min(self.done + inner, self.total - 1), self.total)
@@ -175,8 +176,10 @@ class SearchSession:
             else:
                 how = self._narrowing_settings(fastest)
 
+                stages = StageFraction()
+
                 def progress(what: str, done: int, total: int) -> None:
-                    self._step(f"{what[:1].lower()}{what[1:]}", "narrow", (done, total))
+                    self._step(f"{what[:1].lower()}{what[1:]}", "narrow", (stages(done, total), 1))
 
                 try:
                     model, plan = narrowed(self.subject, share, how, self.work, self.stop, progress)
