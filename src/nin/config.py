@@ -278,14 +278,11 @@ class TrainConfig:
         return ResolvedConfig(**values)
 
 
-# Of SGD, for batches of 128, the rate is 0.1. It grows with the root of the batch (Krizhevsky 2014, arXiv 1404.5997,
-# section 4): on 528 photos in batches of 16 nothing was learned with 0.1 before the rate had fallen to half of that
-# (benchmarks/photos/README.md). With 0.4, for batches of 512 in proportion to them, this network without BatchNorm
-# unlearned in the second epoch on CIFAR-10 (JPEG) what it knew after the first.
+# Of SGD the rate is 0.1 for batches of 128 and grows with the root of the batch (Krizhevsky 2014, arXiv 1404.5997,
+# section 4): 660 photos in batches of 32 learned nothing at 0.1 (benchmarks/photos/README.md). With 0.4 for batches of
+# 512 a network without BatchNorm unlearned in the second epoch on CIFAR-10 (JPEG) what it knew after the first.
 MAX_LEARNING_RATE = 0.2
-
-# its steps have one length, whatever the batch
-ADAMW_LEARNING_RATE = 2e-3
+ADAMW_LEARNING_RATE = 2e-3  # its steps have one length, whatever the batch
 
 # The recipe finetune has its rate and BatchNorm's own moments of each batch from so many steps on. In fewer, the first
 # steps of AdamW, as long as all others, and moments that are half of the weights', half of the images' would only harm:
