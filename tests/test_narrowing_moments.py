@@ -8,13 +8,14 @@ import torch.distributed as dist
 from torch import nn
 
 from nin.models.layer_spec import LayerSpec
-from nin.narrowing import moments
+from nin.narrowing import calibration, moments
 from nin.narrowing.calibration import measure_layer_specs
 from nin.narrowing.dependency_graph import build_dependency_graph
 from nin.narrowing.linalg import least_squares
 from nin.narrowing.moments import Moments, collect_moments
 from nin.narrowing.patches import POSITIONS_PER_IMAGE, extract_outputs, extract_patches, sampled_positions
 from nin.narrowing.search_space import Factorisation, SearchSpace
+from nin.narrowing.sensitivity import measure_sensitivities
 from nin.narrowing.shortcuts import shortcut_weights
 
 SHAPES = {
@@ -174,3 +175,21 @@ def test_a_layer_before_an_addition_counts_by_its_part_of_the_sum():
     counted = space.weighted({"inside": 0.5})
     assert counted.factorisations["inside"][0].loss == 0.2
     assert counted.widths == {("before", "inside"): {4: 0.1, 2: 0.15}}
+
+
+def test_large_images_go_through_a_few_at_a_time(monkeypatch):
+    layer, batches = example()
+    specs = measure_layer_specs(layer, {"": layer}, batches)
+    whole = collect_moments(layer, specs, batches)[""]
+    monkeypatch.setattr(calibration, "PIXELS_AT_A_TIME", 2 * 36 + 1)
+    seen = []
+    layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    parts = collect_moments(layer, specs, batches)[""]
+    measure_sensitivities(layer, specs, batches[:1])
+    assert seen == [2, 2, 2, 1, 2, 2, 1, 1, 2, 2]
+    for name in ("count", "x", "y", "xx"):
+        torch.testing.assert_close(parts.sums[name], whole.sums[name])
+    monkeypatch.setattr(calibration, "PIXELS_AT_A_TIME", 1)  # one image is the least
+    seen.clear()
+    collect_moments(layer, specs, batches[3:])
+    assert seen == [1]

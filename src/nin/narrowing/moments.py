@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec
-from nin.narrowing.calibration import model_inputs, record_calls
+from nin.narrowing.calibration import in_parts, model_inputs, record_calls
 from nin.narrowing.linalg import shrink
 from nin.narrowing.patches import extract_outputs, extract_patches, sampled_positions
 from nin.runtime import distributed
@@ -146,8 +146,9 @@ def collect_moments(
         moments[name].add(extract_patches(x, specs[name]), extract_outputs(y, specs[name]))
 
     with record_calls(layers, record), torch.no_grad():
-        for done, (args, kwargs) in enumerate(model_inputs(batches)):
-            model(*args, **kwargs)
+        for done, batch in enumerate(model_inputs(batches)):
+            for args, kwargs in in_parts(*batch):
+                model(*args, **kwargs)
             on_progress("Looking at the layers", done + 1, len(batches))
     all_reduce_moments(moments)
     return moments

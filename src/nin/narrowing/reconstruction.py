@@ -10,7 +10,7 @@ from nin.models.layer_spec import LayerSpec
 from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.models.surgery import make_planned_module, replace_module, select_outputs
 from nin.narrowing.analysis import Analysis
-from nin.narrowing.calibration import model_inputs
+from nin.narrowing.calibration import in_parts, model_inputs
 from nin.narrowing.channel_elimination import ConsumerFit, eliminate_channels, patch_indices
 from nin.narrowing.channel_flow import ChannelGroup
 from nin.narrowing.linalg import MatrixRoots, least_squares, matrix_roots, shrink, weighted_variance
@@ -95,7 +95,7 @@ class _Reconstruction:
         }
         graph = self.analysis.graph
         scales = {n: scale for n in names if (scale := shortcut_scale(self.original, graph, specs[n])) is not None}
-        for args, kwargs in model_inputs(self.batches):
+        for args, kwargs in (part for batch in model_inputs(self.batches) for part in in_parts(*batch)):
             shortcuts = {name: graph.shortcuts[name] for name in scales}
             wanted = record_layers(self.original, specs, shortcuts, args, kwargs, extract_outputs)
             seen = record_layers(self.narrowed, specs, shortcuts, args, kwargs, extract_patches)

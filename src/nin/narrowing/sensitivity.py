@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nin.models.layer_spec import LayerSpec
-from nin.narrowing.calibration import float_tensors, model_inputs, record_calls
+from nin.narrowing.calibration import float_tensors, in_parts, model_inputs, record_calls
 from nin.narrowing.patches import extract_outputs
 from nin.runtime import distributed
 
@@ -47,13 +47,14 @@ def measure_sensitivities(model: nn.Module, specs: dict[str, LayerSpec], batches
 
     generator = torch.Generator()
     with _frozen(model), record_calls(layers, record), torch.enable_grad():
-        for number, (args, kwargs) in enumerate(model_inputs(batches)):
+        for number, batch in enumerate(model_inputs(batches)):
             # each process of a job has every n-th batch: its labels are those that one process would draw for it
             generator.manual_seed(distributed.rank() + number * distributed.world_size())
-            args, kwargs = pytree.tree_map(_require_gradient, (args, kwargs))
-            loss = _loss(model(*args, **kwargs), generator)
-            if loss.requires_grad:
-                loss.backward()
+            for part in in_parts(*batch):
+                args, kwargs = pytree.tree_map(_require_gradient, part)
+                loss = _loss(model(*args, **kwargs), generator)
+                if loss.requires_grad:
+                    loss.backward()
     return {name: _mean(spec, sums.get(name), counts[name], _device(layers[name])) for name, spec in specs.items()}
 
 
