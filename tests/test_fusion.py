@@ -215,6 +215,14 @@ MODELS = {
         ),
         [3],
     ),
+    "ends with ReLU6": (
+        lambda: nn.Sequential(nn.Conv2d(12, 8, 3), nn.ReLU6(inplace=True), nn.Conv2d(8, 5, 1), nn.Hardswish()),
+        [1, 1],
+    ),
+    "ends with hardswish after BatchNorm": (
+        lambda: nn.Sequential(nn.Conv2d(12, 9, 1), nn.ReLU(), *conv_bn(9, 5), nn.Hardswish(), nn.Conv2d(5, 4, 1)),
+        [2],
+    ),
     "an option": (WithOption, []),
     "an option alone": (Optional, [2]),
     "sequential": (lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.SiLU()), [2]),
@@ -236,7 +244,7 @@ MODELS = {
     "grouped": (lambda: nn.Sequential(nn.Conv2d(12, 12, 3, groups=12), nn.ReLU(), nn.Conv2d(12, 8, 1, groups=4)), []),
     "other activations": (
         lambda: nn.Sequential(nn.Conv2d(12, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.GELU("tanh")),
-        [],
+        [1],
     ),
     "reflecting": (lambda: nn.Sequential(nn.Conv2d(12, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU()), []),
 }

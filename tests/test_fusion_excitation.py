@@ -175,3 +175,33 @@ def test_the_block_is_one_call(monkeypatch):
         # by its modules: a program runs each operator twice to record it
         torch.testing.assert_close(fused.forward(x), model(x), rtol=1e-5, atol=1e-5)
     assert calls == [5]
+
+
+class ByAMethod(Block):
+    """The forward calls a method of its own, as timm's networks do, and a method of a method."""
+
+    def hidden(self, x):
+        return F.relu6(self.depthwise(self.wide(x)))
+
+    def wide(self, x):
+        return F.relu6(self.up(x))
+
+    def forward(self, x):
+        y = self.hidden(x)
+        return self.down(y * self.factors(y.mean((2, 3), keepdim=True)))
+
+
+@pytest.mark.skipif(dispatch.KERNELS is None, reason="no compiled kernels here")
+def test_a_first_layer_that_a_method_calls(monkeypatch):
+    calls, called = [], chain_module.inverted_bottleneck
+    monkeypatch.setattr(chain_module, "inverted_bottleneck", lambda *a, **k: calls.append(len(a[1])) or called(*a, **k))
+    model = ByAMethod().eval()
+    fused = nin.fuse(model).model
+    x = torch.randn(2, 6, 7, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.forward(x), model(x), rtol=1e-5, atol=1e-5)  # by its modules
+        assert calls == [5]
+        # who calls the method gets the layers' results
+        assert torch.equal(fused.hidden(x), model.hidden(x))
+        assert torch.equal(fused.wide(x), model.wide(x))
+    assert calls == [5]

@@ -12,15 +12,15 @@ import nin
 
 # For each network how many chains of each kind: blocks by their layers, "+" with squeeze-and-excitation.
 NETWORKS = {
-    "timm mobilenetv3_small_050": {"block of 3": 2, "block of 5+": 8, "block of 4+": 1},
+    "timm mobilenetv3_small_050": {"block of 3": 2, "block of 5+": 8, "block of 4+": 1, "chain": 3},
     "torchvision mobilenet_v3_small": {"block of 3": 2, "block of 5+": 8, "block of 4+": 1, "chain": 2},
     "timm mobilenetv4_conv_small_035": {"block of 3": 11, "block of 2": 2, "chain": 6},
 }
 SLOW = {
-    "timm mobilenetv3_large_100": {"block of 3": 6, "block of 5+": 8, "block of 2": 1},
-    "timm mobilenetv2_100": {"block of 3": 16, "block of 2": 1},
+    "timm mobilenetv3_large_100": {"block of 3": 6, "block of 5+": 8, "block of 2": 1, "chain": 3},
+    "timm mobilenetv2_100": {"block of 3": 16, "block of 2": 1, "chain": 2},
     "timm efficientnet_b0": {"block of 5+": 15, "block of 4+": 1, "chain": 2},
-    "timm efficientnet_lite0": {"block of 3": 15, "block of 2": 1},
+    "timm efficientnet_lite0": {"block of 3": 15, "block of 2": 1, "chain": 2},
     "timm mnasnet_small": {"block of 3": 4, "block of 5+": 10, "block of 2": 1, "chain": 2},
     "timm semnasnet_100": {"block of 3": 7, "block of 5+": 8, "block of 2": 1, "chain": 2},
     "timm mnasnet_100": {"block of 3": 16, "block of 2": 1, "chain": 2},

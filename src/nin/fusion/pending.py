@@ -365,6 +365,7 @@ def _begins(chain: Chain, layer: nn.Module, x: Tensor) -> bool:
 def _is_called_by(callers: tuple[nn.Module, ...]) -> bool:
     """Return whether a layer is called by the forwards of these modules, each called by the next.
 
+    A forward may call methods of its own module, such as timm's ``forward_features``, which call the layer.
     The last one holds the whole chain: who calls a layer by itself, or in a part of the model, gets its result.
     """
     frame: Any = sys._getframe(3)  # behind this function, `_begins` and the layer's forward
@@ -375,9 +376,17 @@ def _is_called_by(callers: tuple[nn.Module, ...]) -> bool:
             codes.insert(0, function.__code__)
         called: Any = None
         for code in codes:
-            while frame is not None and frame.f_code in _CALL_CODES:
+            while frame is not None and (
+                frame.f_code in _CALL_CODES or (frame.f_code not in codes and _is_method_of(module, frame))
+            ):
                 frame = frame.f_back
             if frame is None or frame.f_code is not code:
                 return False
             called, frame = called or frame, frame.f_back
     return called.f_locals.get(called.f_code.co_varnames[0]) is callers[-1]
+
+
+def _is_method_of(module: nn.Module, frame: Any) -> bool:
+    """Return whether a frame is of a function whose first argument is a module."""
+    code = frame.f_code
+    return code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module
