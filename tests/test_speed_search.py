@@ -430,12 +430,15 @@ def test_forms_narrowed_by_latency_are_timed_in_the_fastest_engine(module, tmp_p
     assert nin.cost(model, (1, 3, 16, 16)).macs <= 0.72 * nin.cost(make_network(), (1, 3, 16, 16)).macs
 
 
-def test_an_engine_that_is_asked_for_and_missing_is_refused_at_once(monkeypatch):
+def test_an_engine_that_is_asked_for_and_missing_is_refused_at_once(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"^engine onnxruntime is not installed \(onnx, .*\): pip install '.*\[speed\]'$"
     ):
         nin.speed("runs/missing", "nowhere", engines=("eager", "onnxruntime"))
+    with pytest.raises(SystemExit):
+        app.main(["speed", "timm:resnet18", "--data", "digits", "--engine", "openvino"])
+    assert "engine openvino is not installed" in capsys.readouterr().err
     SpeedSettings(engines=tuple(ENGINES))  # where all are, those that are missing are named in the result
     with pytest.raises(UserError, match="narrow_by must be macs or latency, got 'time'"):
         SpeedSettings(narrow_by="time")

@@ -21,6 +21,7 @@ from nin.cli.console import (
     say_left_out,
 )
 from nin.cli.narrow import parse_numbers
+from nin.engines.catalog import ENGINES, check_engines
 
 # Columns in the order in which a narrow terminal leaves them out.
 LESS_NEEDED = ("KL", "memory", "files", "accuracy")
@@ -86,14 +87,13 @@ def speed(
     shares = parse_numbers("budgets", budgets) if narrow and budgets.strip().lower() != "none" else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     names.check_source(data)
+    check_engines(engine)
     if Path(network).is_dir() or (os.sep in network and ":" not in network):
         folders.check_is_run(Path(network))
     else:
         names.check_external(network)
     if out is not None:
         folders.check_search(out, overwrite=overwrite)
-    from nin.engines.catalog import ENGINES
-
     # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
     received: list[int] = []
     with ProgressBar("Reading the images", percent=True) as bar, contextlib.ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterable
 
 from nin.errors import UserError
 from nin.version import install_command
@@ -42,6 +43,20 @@ ENGINES: dict[str, Engine] = {
 
 # Those that `nin narrow` times layers in, "pytorch" for PyTorch eager: torch.compile would take minutes for each plan.
 NARROWING_ENGINES = {"pytorch": "eager", "nin": "nin", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+
+def check_engines(names: Iterable[str]) -> None:
+    """Check the engines that `nin.speed` is asked for: where all are, those that are missing are named in its result.
+
+    Raises:
+        UserError: there is no engine of a name, or some are asked for by name and one is not installed.
+    """
+    names = tuple(names)
+    for name in names:
+        if name not in ENGINES:
+            raise UserError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+        if set(names) != set(ENGINES) and (missing := ENGINES[name].missing("")):
+            raise UserError(f"engine {name} is {missing}")
 
 
 def check_narrowing_engine(name: object) -> None:

@@ -174,6 +174,7 @@ class SearchSession:
             if share is None:
                 self.subject.save(folder, self.subject.model)
             else:
+                threads = torch.get_num_threads()
                 how = self._narrowing_settings(fastest)
 
                 stages = StageFraction()
@@ -187,6 +188,8 @@ class SearchSession:
                     self.state.set(f"{key} failed", str(error))
                     self.notes_of_forms[form] = str(error)
                     return False
+                finally:
+                    torch.set_num_threads(threads)
                 self.subject.save(folder, model, plan)
             self.state.set(key, True)
         self.done += 0 if share is None else STEP_WEIGHTS["narrow"]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from nin.config import check_seed, check_value
-from nin.engines.catalog import ENGINES
+from nin.engines.catalog import ENGINES, check_engines
 from nin.errors import UserError
 from nin.narrowing.options import check_share
 
@@ -41,12 +41,7 @@ class SpeedSettings:
             check_share("budgets", share)
         if self.narrow_by not in ("macs", "latency"):
             raise UserError(f"narrow_by must be macs or latency, got {self.narrow_by!r}")
-        for engine in self.engines:
-            if engine not in ENGINES:
-                raise UserError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-            # where all are asked for, those that are missing are named in the result
-            if set(self.engines) != set(ENGINES) and (missing := ENGINES[engine].missing("")):
-                raise UserError(f"engine {engine} is {missing}")
+        check_engines(self.engines)
         check_value("finetune", self.finetune, int, lambda x: x >= 0, "at least 0")
         check_value("test_images", self.test_images, int, lambda x: x >= 1, "at least 1")
         if self.threads is not None:
