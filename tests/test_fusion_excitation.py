@@ -172,8 +172,7 @@ def test_the_block_is_one_call(monkeypatch):
     fused = nin.fuse(model).model
     x = torch.randn(2, 6, 7, 5)
     with torch.no_grad():
-        # by its modules: a program runs each operator twice to record it
-        torch.testing.assert_close(fused.forward(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
     assert calls == [5]
 
 

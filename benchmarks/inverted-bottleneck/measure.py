@@ -1,11 +1,12 @@
 """Times inverted bottlenecks, and networks of them, beside other engines, in turn within one process.
 
-    python benchmarks/inverted-bottleneck/measure.py [NAME …] [--batches 1 16] [--rounds 15] [--threads 1]
+    python benchmarks/inverted-bottleneck/measure.py [NAME …] [--batches 1 16] [--rounds 15] [--threads 1] [--turn-ms 4]
         [--processor-time]
 
-Float32, random weights, BatchNorm folded beforehand in the blocks. Medians over rounds in which every engine ran once;
-a ratio above 1: nin is faster. Prints rows of `results.md`. With --processor-time, for one thread on a machine with
-other work, the time is the processor's and not the clock's.
+Float32, random weights, BatchNorm folded beforehand in the blocks, nin's networks frozen. Medians over rounds in which
+every engine ran once; a ratio above 1: nin is faster. In a turn of one call an engine finds nothing of its own in the
+caches, in one of many calls it is as where one network answers alone. Prints rows of `results.md`. With
+--processor-time, for one thread on a machine with other work, the time is the processor's and not the clock's.
 """
 
 import argparse
@@ -142,6 +143,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 16))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turn-ms", type=float, default=4, help="how long an engine runs before it is another's turn")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--processor-time", action="store_true")
     options = parser.parse_args()

@@ -53,7 +53,7 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey 
     structs = kernels.handles[x.dtype], packed_chain, layers, residual
     library.check(function(*structs, x.data_ptr(), y.data_ptr(), library.thread_pool(), None, None, 0))
     if key is not None:
-        call_cache.remember(key, kernels, packed_chain, copies, chain, output, function, (residual,))
+        call_cache.remember(key, kernels, packed_chain, copies, chain, output, (x, y), function, (residual,))
     return y
 
 

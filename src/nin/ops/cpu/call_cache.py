@@ -98,13 +98,13 @@ def repeat(key: CallKey, x: Tensor, chain: ChainArguments) -> Tensor | None:
     """Make a call again; return None if it was not made before, or a weight has changed since."""
     call: Callable[[Tensor, ChainArguments], Tensor | None] | None = weight_cache.calls.get(key)
     y = None if call is None else call(x, chain)
-    if _watched and y is not None and isinstance(call, KernelCall) and threading.get_ident() in _watched:
-        _watched[threading.get_ident()].append(SeenCall(call, x, y, chain))
+    if _watched and y is not None:
+        _note(call, x, y, chain)
     return y
 
 
 class SeenCall(NamedTuple):
-    """A call that was made again while `watch` looked, with its images, its result and its other arguments."""
+    """A call that a kernel served while `watch` looked, with its images, its result and its other arguments."""
 
     call: KernelCall
     x: Tensor
@@ -117,13 +117,19 @@ _watched: dict[int, list[SeenCall]] = {}  # by the thread that looks
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[SeenCall]]:
-    """Return the list to which this thread's repeated calls of kernels are added meanwhile."""
+    """Return the list to which the calls of this thread that can be repeated are added meanwhile."""
     thread = threading.get_ident()
     seen = _watched[thread] = []
     try:
         yield seen
     finally:
         del _watched[thread]
+
+
+def _note(call: object, x: Tensor, y: Tensor, chain: ChainArguments) -> None:
+    seen = _watched.get(threading.get_ident())
+    if seen is not None and isinstance(call, KernelCall):
+        seen.append(SeenCall(call, x, y, chain))
 
 
 def remember_reference(key: CallKey) -> None:
@@ -143,6 +149,7 @@ def remember(
     copies: Sequence[PackedCopy],
     chain: ChainArguments,
     output: dict[str, Any],
+    tensors: tuple[Tensor, Tensor],
     function: Callable[..., int] | None = None,
     options: tuple[int, ...] = (),
 ) -> None:
@@ -155,6 +162,7 @@ def remember(
         copies: the packed weights.
         chain: the arguments.
         output: of ``torch.empty``, for the result.
+        tensors: the images and the result of this call.
         function: of the library; None for ``nin_forward``.
         options: what the function takes between the structs and the images.
     """
@@ -169,7 +177,10 @@ def remember(
     handle = kernels.handles[output["dtype"]]
     structs = packed_chain, layers, *options
     function = function or library.loaded().nin_forward
-    _keep(key, KernelCall(function, handle, structs, (weights, *hashes), copies, constants, output))
+    call = KernelCall(function, handle, structs, (weights, *hashes), copies, constants, output)
+    _keep(key, call)
+    if _watched:
+        _note(call, *tensors, chain)
 
 
 def _keep(key: CallKey, call: Callable[[Tensor, ChainArguments], Tensor | None]) -> None:

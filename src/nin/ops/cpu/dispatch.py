@@ -70,7 +70,7 @@ def mlpconv(x: Tensor, chain: ChainArguments, key: CallKey | None = None) -> Ten
         copies = packed_copies(KERNELS, chain.weights, winograd_tile_size=tile_size)
         abi.run_forward(KERNELS, packed_chain, [copy.packed for copy in copies], chain, x, y)
         if key is not None:
-            call_cache.remember(key, KERNELS, packed_chain, copies, chain, output)
+            call_cache.remember(key, KERNELS, packed_chain, copies, chain, output, (x, y))
     return y
 
 
