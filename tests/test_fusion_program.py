@@ -501,7 +501,9 @@ POOLS = [
 OTHERS = [(F.relu, ()), (F.relu6, ()), (torch.add, ())]
 
 
-@pytest.mark.parametrize(("function", "options"), [*POOLS, *OTHERS], ids=str)
+@pytest.mark.parametrize(
+    ("function", "options"), [*POOLS, *OTHERS], ids=lambda value: getattr(value, "__name__", str(value))
+)
 @pytest.mark.parametrize("channels", [1, 37])
 def test_steps_are_pytorchs_functions_to_the_bit(function, options, channels):
     torch.manual_seed(0)
