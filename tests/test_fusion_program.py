@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import nin
 from nin.fusion.chain import Chain
@@ -18,6 +18,7 @@ from nin.fusion.program_plan import TorchAction
 from nin.fusion.program_record import Recorder
 from nin.ops.cpu import dispatch
 from nin.ops.cpu.steps import run_step
+from nin.runtime import fx_trace
 
 pytestmark = pytest.mark.skipif(dispatch.KERNELS is None, reason="programs need the compiled library")
 
@@ -403,6 +404,43 @@ def test_threads_call_at_once():
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not wrong
+
+
+def test_other_threads_compute_while_one_traces():
+    """fx patches the calls of all modules: another thread's got proxies, or its modules were not of the network."""
+    model, other, x = network(), network(), images(1)
+    started, ended, wrong = threading.Event(), threading.Event(), []
+    fused = nin.fuse(other).model
+    with torch.no_grad():
+        wanted = model(x), other(x)
+
+    class Waits(fx.Tracer):
+        def call_module(self, m, forward, args, kwargs):
+            started.set()
+            ended.wait(30)
+            return super().call_module(m, forward, args, kwargs)
+
+    def call():
+        started.wait(30)
+        try:
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), wanted[0])  # the very network that is traced
+        except BaseException as error:
+            wrong.append(error)
+            raise
+        finally:
+            ended.set()
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), wanted[1], rtol=1e-5, atol=1e-6)  # traces, after the other has ended
+        wrong.append(None)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    graph = fx_trace.trace(model, Waits())
+    thread.join()
+    assert wrong == [None]
+    assert [str(n) for n in graph.nodes] == [str(n) for n in fx_trace.trace(model).nodes]
+    assert nn.Module.__call__.__name__ == "_wrapped_call_impl"
 
 
 class LooksAtValues(nn.Sequential):

@@ -124,10 +124,10 @@ def _check_tensors(x: Tensor, arguments: BottleneckArguments) -> None:
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         check_like(f"weight {i}", weight, x)
         shape = tuple(weight.shape)
-        if i == arguments.depthwise:
+        if i == arguments.depthwise():
             fits, wanted = len(shape) == 4 and shape[:2] == (channels, 1), f"({channels}, 1, kH, kW)"
         else:
-            scaled = weights[arguments.depthwise].shape[0] if arguments.squeezes and i == count - 2 else None
+            scaled = weights[arguments.depthwise()].shape[0] if arguments.squeezes() and i == count - 2 else None
             fits = len(shape) == 4 and shape[1:] == (channels, 1, 1) and scaled in (None, shape[0])
             wanted = f"({scaled or 'C_out'}, {channels}, 1, 1)"
         if not fits or 0 in shape:
@@ -138,6 +138,6 @@ def _check_tensors(x: Tensor, arguments: BottleneckArguments) -> None:
             check_like(f"bias {i}", bias, x)
             if bias.shape != (channels,):
                 raise ValueError(f"bias {i} must have shape ({channels},), got {tuple(bias.shape)}")
-    check_reach(x, weights[arguments.depthwise].shape[2:], arguments.padding, arguments.dilation)
+    check_reach(x, weights[arguments.depthwise()].shape[2:], arguments.padding, arguments.dilation)
     if arguments.residual and (shape := arguments.output_shape(x)) != tuple(x.shape):
         raise ValueError(f"residual needs a result of the shape of x, got {shape} and {tuple(x.shape)}")

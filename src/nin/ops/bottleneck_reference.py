@@ -41,19 +41,18 @@ class BottleneckArguments(NamedTuple):
         """The arguments without the residual."""
         return ChainArguments(*self[:6])
 
-    @property
+    # methods and no properties, which PyTorch 2.10's compiler does not read from a tuple
     def depthwise(self) -> int:
-        """The place of the depthwise layer."""
+        """Return the place of the depthwise layer."""
         return 1 if len(self.weights) in (3, 5) else 0
 
-    @property
     def squeezes(self) -> bool:
-        """Whether the depthwise layer's channels are scaled by squeeze-and-excitation, of the next two layers."""
+        """Return whether the next two layers scale the depthwise layer's channels (squeeze-and-excitation)."""
         return len(self.weights) >= 4
 
     def layers(self) -> list[tuple[Tensor, Tensor | None, Geometry, int, str]]:
         """Return weight, bias, geometry, groups and activation of each layer."""
-        depthwise = self.depthwise
+        depthwise = self.depthwise()
         geometry: Geometry = (self.stride, self.padding, self.dilation)
         return [
             (w, b, geometry if i == depthwise else POINTWISE_GEOMETRY, w.shape[0] if i == depthwise else 1, a)
@@ -62,7 +61,7 @@ class BottleneckArguments(NamedTuple):
 
     def output_shape(self, x: Tensor) -> tuple[Any, ...]:
         """Return (N, C_out, H', W') for an input (N, C_in, H, W), whose sizes may be symbolic."""
-        kernel_size = self.weights[self.depthwise].shape[2:]
+        kernel_size = self.weights[self.depthwise()].shape[2:]
         sides = (output_size(x.shape[2 + d], kernel_size[d], *(g[d] for g in self[2:5])) for d in range(2))
         return (x.shape[0], self.weights[-1].shape[0], *sides)
 
@@ -80,9 +79,9 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments) -> Tensor:
 
 def conv2d_layers(x: Tensor, arguments: BottleneckArguments) -> Tensor:
     """Compute the block with PyTorch's operators, which choose the output's memory format."""
-    y, scaled, depthwise = x, None, arguments.depthwise
+    y, scaled, depthwise = x, None, arguments.depthwise()
     for i, (weight, bias, geometry, groups, activation) in enumerate(arguments.layers()):
-        if arguments.squeezes and i == depthwise + 1:
+        if arguments.squeezes() and i == depthwise + 1:
             scaled, y = y, y.mean((2, 3), keepdim=True)
         y = activate(F.conv2d(y, weight, bias, *geometry, groups), activation)
         if scaled is not None and i == depthwise + 2:
@@ -104,7 +103,7 @@ def backward(
         needs: which gradients are needed: the input's, then each weight's, then each bias's.
     """
     layers, count = arguments.layers(), len(arguments.weights)
-    squeeze = arguments.depthwise + 1 if arguments.squeezes else None
+    squeeze = arguments.depthwise() + 1 if arguments.squeezes() else None
     # vmap cannot set a memory format
     plain = not (is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
     layout = memory_format_of(x) if plain else None

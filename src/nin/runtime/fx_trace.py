@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import pickle
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,10 @@ _ERRORS = (
 )
 
 
+# torch.fx patches the calls of all modules while it traces: two traces at once would restore each other's patches.
+_LOCK = threading.RLock()
+
+
 class TracingError(ValueError):
     """The forward cannot be traced; the message says why, in one line."""
 
@@ -38,11 +43,32 @@ def trace(model: nn.Module, tracer: fx.Tracer | None = None, constants: dict[str
     Raises:
         TracingError: for example, the control flow depends on values.
     """
+    tracer = tracer or fx.Tracer()
     try:
-        return (tracer or fx.Tracer()).trace(model, constants)
+        with _LOCK:
+            _bind_to_this_thread(tracer)
+            return tracer.trace(model, constants)
     except _ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise TracingError(f"the control flow cannot be traced ({type(error).__name__}: {reason})") from error
+
+
+def _bind_to_this_thread(tracer: fx.Tracer) -> None:
+    """Let modules that other threads call meanwhile compute as ever: fx's patches hold for all threads.
+
+    It lasts: another thread may still be on its way into a patch when the trace has ended.
+    """
+    thread, call_module, get_attribute = threading.get_ident(), tracer.call_module, tracer.getattr
+
+    def call(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return forward(*args, **kwargs)
+        return call_module(module, forward, args, kwargs)
+
+    def get(name: str, value: Any, proxies: Any) -> Any:
+        return value if threading.get_ident() != thread else get_attribute(name, value, proxies)
+
+    vars(tracer).update(call_module=call, getattr=get)
 
 
 def trace_forward(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:

@@ -46,7 +46,7 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey 
     if y.numel() == 0:  # an empty batch has nothing to compute
         return y
     chain = arguments.chain
-    packed_chain = abi.pack_chain(x, y, chain, spatial=arguments.depthwise)
+    packed_chain = abi.pack_chain(x, y, chain, spatial=arguments.depthwise())
     copies = weight_cache.packed_copies(kernels, chain.weights)
     layers, _tensors = abi.pack_layers([copy.packed for copy in copies], chain)
     function, residual = library.loaded().nin_inverted_bottleneck, int(arguments.residual)
@@ -66,13 +66,13 @@ def _is_supported(x: Tensor, arguments: BottleneckArguments) -> bool:
     for i, (weight, bias) in enumerate(zip(weights, arguments.biases, strict=True)):
         if weight.dim() != 4 or 0 in weight.shape or weight.dtype != x.dtype or not weight.is_cpu:
             return False
-        expected = (channels, 1) if i == arguments.depthwise else (weight.shape[0], channels, 1, 1)
+        expected = (channels, 1) if i == arguments.depthwise() else (weight.shape[0], channels, 1, 1)
         if weight.shape[: len(expected)] != expected:
             return False
         channels = weight.shape[0]
         if bias is not None and (bias.shape != (channels,) or bias.dtype != x.dtype or not bias.is_cpu):
             return False
-    if arguments.squeezes and weights[-2].shape[0] != weights[arguments.depthwise].shape[0]:
+    if arguments.squeezes() and weights[-2].shape[0] != weights[arguments.depthwise()].shape[0]:
         return False
     sides = arguments.output_shape(x)
     return min(sides[2:]) > 0 and (not arguments.residual or sides == tuple(x.shape))
@@ -83,7 +83,7 @@ def _multiplies_padding(arguments: BottleneckArguments) -> bool:
 
     Calls that are repeated do not come here: their weights are those that were looked at.
     """
-    return arguments.padding[1] > 0 and not math.isfinite(arguments.weights[arguments.depthwise].sum().item())
+    return arguments.padding[1] > 0 and not math.isfinite(arguments.weights[arguments.depthwise()].sum().item())
 
 
 if dispatch.KERNELS is not None:
