@@ -16,6 +16,7 @@ from torch import nn
 import nin
 from nin import exporters, models
 from nin.cli import app
+from nin.engines.sessions import explain_refusal
 from nin.errors import UserError
 from nin.layers import StandardisedConv2d
 from nin.names import EXPORT_SUFFIXES
@@ -235,6 +236,73 @@ def test_mistakes_get_one_line(run, tmp_path, monkeypatch):
     ):
         nin.export(run, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class LooksAtValues(nn.Module):
+    def forward(self, x):
+        return x if float(x.sum()) > 0 else -x
+
+
+class Airy(nn.Module):
+    def forward(self, x):
+        return torch.special.airy_ai(x).mean((2, 3))
+
+
+class OwnError(Exception):
+    pass
+
+
+class Raises(nn.Module):
+    def forward(self, x):
+        raise OwnError("not\ntoday")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (LooksAtValues(), r"cannot be traced by torch\.export: GuardOnDataDependentSymNode: "),
+        (Raises(), r"cannot be traced by torch\.export: OwnError: not today$"),
+        (Airy(), r"model\.onnx was not written, onnx cannot take this network: ConversionError: "),
+    ],
+)
+def test_a_network_that_cannot_be_exported_is_one_line(model, words, tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(UserError, match=words) as error:
+        nin.export(model, tmp_path / "model.onnx", input_shape=(3, 8, 8))
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_engine_says_of_a_network_is_one_line():
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    refused = onnx.helper.make_model(
+        onnx.helper.make_graph([onnx.helper.make_node("NoSuch", ["x"], ["y"])], "g", [], [])
+    )
+    with (
+        pytest.raises(UserError, match=r"^it cannot take this: (Fail|InvalidGraph|RuntimeException|InvalidArgument): "),
+        explain_refusal("it cannot take this"),
+    ):
+        onnxruntime.InferenceSession(refused.SerializeToString(), providers=["CPUExecutionProvider"])
+    with pytest.raises(UserError, match=r"^it cannot: ValidationError: "), explain_refusal("it cannot"):
+        onnx.checker.check_model(refused)
+    with pytest.raises(UserError, match=r"^it cannot: RuntimeError: no such operator$"), explain_refusal("it cannot"):
+        raise RuntimeError("no such\n operator")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("a fault of nin's"),
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_everything_else_passes(error):
+    with pytest.raises(type(error)) as raised, explain_refusal("it cannot"):
+        raise error
+    assert raised.value is error
 
 
 def test_the_shell_exports(run, tmp_path, capsys):

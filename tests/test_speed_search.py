@@ -553,21 +553,27 @@ def test_the_page_escapes_names_and_tells_every_point():
     assert time_marks(3.1, 3.9) == [3.1, 3.9]
 
 
+@pytest.mark.parametrize("error", [UserError("it cannot be exported"), WorkerError("it cannot be quantised")])
+def test_what_is_said_of_the_network_is_a_reason_of_its_row(error):
+    session = session_that_builds(error)
+    SearchSession._prepare(session, REFERENCE)
+    assert session.rows[REFERENCE].reason == str(error)
+
+
 @pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (RuntimeError("no such\noperator"), WorkerError, "^RuntimeError: no such operator$"),
-        (OSError(28, "No space left on device"), OSError, "No space left"),
-        (MemoryError("all of it"), MemoryError, "all of it"),
-    ],
+    "error", [OSError(28, "No space left on device"), MemoryError("all of it"), KeyError("a fault")]
 )
-def test_only_what_an_exporter_says_of_the_network_is_a_reason(error, raised, message):
+def test_everything_else_ends_the_search(error):
+    with pytest.raises(type(error)):
+        SearchSession._prepare(session_that_builds(error), REFERENCE)
+
+
+def session_that_builds(error):
     def build(combination):
         raise error
 
-    session = SimpleNamespace(builder=SimpleNamespace(build=build))
-    with pytest.raises(raised, match=message):
-        SearchSession._build(session, REFERENCE)
+    builder, nothing = SimpleNamespace(build=build), lambda *_: ""
+    return SimpleNamespace(builder=builder, rows={}, _unsuited=nothing, _step=nothing)
 
 
 def test_a_chart_that_cuts_large_losses_says_so():

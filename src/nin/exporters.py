@@ -17,7 +17,8 @@ from torch.export import Dim, ExportedProgram
 from nin import checkpoint, models
 from nin.checkpoint import Preprocessing, RunInfo
 from nin.display.numbers import format_bytes
-from nin.errors import UserError
+from nin.engines.sessions import explain_refusal
+from nin.errors import UserError, is_out_of_memory
 from nin.layers import MLPConv
 from nin.names import EXPORT_SUFFIXES
 from nin.ops import bottleneck_reference
@@ -123,8 +124,8 @@ def export(
         What was written, and how far its scores are from the network's.
 
     Raises:
-        UserError: a package for the format is missing, the scores differ by more than `TOLERANCE`, or the arguments
-            contradict each other.
+        UserError: a package for the format is missing, the network cannot be exported, the scores differ by more than
+            `TOLERANCE`, or the arguments contradict each other.
         OSError: the file cannot be written; it is named.
 
     Example:
@@ -153,10 +154,12 @@ def export(
     on_progress("Tracing the network", 1, 4)
     program = portable_program(network, inputs[1])
     on_progress("Converting the network", 2, 4)
-    contents, run = _CONVERTERS[format](program, metadata)
-    on_progress("Comparing the scores", 3, 4)
+    with explain_refusal(f"{path} was not written, {format} cannot take this network"):
+        contents, run = _CONVERTERS[format](program, metadata)
+        on_progress("Comparing the scores", 3, 4)
+        scores = [run(x) for x in inputs]
     with torch.inference_mode():
-        differences = {len(x): _relative_difference(run(x), network(x)) for x in inputs}
+        differences = {len(x): _relative_difference(y, network(x)) for x, y in zip(inputs, scores, strict=True)}
     if max(differences.values()) > TOLERANCE:
         raise UserError(f"{path} was not written: its scores differ from the network's, relative {differences}")
     for suffix, content in contents.items():
@@ -182,9 +185,18 @@ def portable_program(model: nn.Module, x: Tensor) -> ExportedProgram:
     Args:
         model: in evaluation mode.
         x: an input of two images or more: torch.export specialises sizes of 0 and 1.
+
+    Raises:
+        UserError: torch.export cannot trace it; the message ends with what it says.
     """
-    with torch.no_grad():
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:  # it runs the forward of somebody's own network, which may raise anything
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        raise UserError(f"the network cannot be traced by torch.export: {reason}") from error
     decompositions = {
         torch.ops.nin.mlpconv.default: as_dispatcher_kernel(conv2d_chain),
         torch.ops.nin.inverted_bottleneck.default: bottleneck_reference.as_dispatcher_kernel(
@@ -203,8 +215,13 @@ def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
     Args:
         model: in evaluation mode, on the CPU.
         x: an input of two images or more; any number may be given to the file.
+
+    Raises:
+        UserError: it cannot be exported; the message ends with what the exporter says.
     """
-    converted = torch.onnx.export(portable_program(model, x), dynamo=True, verbose=False)
+    program = portable_program(model, x)
+    with explain_refusal("the network cannot be exported to ONNX"):
+        converted = torch.onnx.export(program, dynamo=True, verbose=False)
     assert converted is not None
     return bytes(converted.model_proto.SerializeToString())
 

@@ -1,10 +1,51 @@
 """Networks in ONNX Runtime and OpenVINO: loaded from a file or its bytes, for a number of threads."""
 
+import contextlib
 import io
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from nin.errors import UserError, is_out_of_memory
+
 Call = Callable[[], Any]
+
+# What ONNX Runtime says of a network, each a class of its own; those of a missing file or device are not among them.
+_OF_ONNXRUNTIME = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+
+
+@contextlib.contextmanager
+def explain_refusal(what: str) -> Iterator[None]:
+    """Turn what an exporter or an engine says of a network that it cannot take into one line.
+
+    Args:
+        what: the beginning of the line, such as "engine openvino cannot take this network".
+
+    Raises:
+        UserError: it cannot take it; the message ends with what it says.
+    """
+    try:
+        yield
+    except _refusals() as error:
+        if is_out_of_memory(error):
+            raise
+        said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())  # PyTorch's exporter colours its words
+        raise UserError(f"{what}: {type(error).__name__}: {said[:240]}") from error
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the classes: RuntimeError for PyTorch's exporter and OpenVINO, and those of the packages in use."""
+    found: list[type[Exception]] = [RuntimeError]
+    if "onnxruntime" in sys.modules:
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        found += [getattr(state, name) for name in _OF_ONNXRUNTIME]
+    if "onnx" in sys.modules:
+        from onnx.checker import ValidationError
+
+        found.append(ValidationError)
+    return tuple(found)
 
 
 def onnxruntime_session(network: str | bytes, threads: int, *, spinning: bool = True) -> Any:

@@ -208,8 +208,9 @@ def from_factory(text: str, **wanted: int) -> nn.Module:
     if not callable(factory):
         raise UserError(f"{text} must be a function or class that makes the network, got {type(factory).__name__}")
     _check_takes_no_arguments(text, factory)
+    arguments = _known_arguments(factory, wanted)
     try:
-        model = factory(**_known_arguments(factory, wanted))
+        model = factory(**arguments)
     except Exception as error:  # somebody's own code may raise anything
         if is_out_of_memory(error):
             raise

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from nin import exporters, fusion, ops
 from nin.engines.catalog import ENGINES
-from nin.engines.sessions import Call, onnxruntime_call, onnxruntime_session, openvino_call, openvino_request
-from nin.errors import UserError, is_out_of_memory
+from nin.engines.sessions import (
+    Call,
+    explain_refusal,
+    onnxruntime_call,
+    onnxruntime_session,
+    openvino_call,
+    openvino_request,
+)
+from nin.errors import UserError
 from nin.layers import MLPConv
 from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import to_layout
@@ -171,16 +178,17 @@ class OnnxRuntimeEngine(TimedEngine):
             if kwargs or len(args) != 1:
                 raise UserError(f"engine {self.package} times networks of one input, got a batch of keyword arguments")
             x = args[0]
-            try:
-                if not prepared:
-                    copied = copy_model(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
-                    prepared.append(self.bind_file(exporters.onnx_bytes(copied, torch.cat([x, x])[:2])))
+            content, refusal = None, f"engine {self.package} cannot take this network"
+            if not prepared:
+                copied = copy_model(model).to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+                try:
+                    content = exporters.onnx_bytes(copied, torch.cat([x, x])[:2])
+                except UserError as error:
+                    raise UserError(f"{refusal}: {error}") from error
+            with explain_refusal(refusal):
+                if content is not None:
+                    prepared.append(self.bind_file(content))
                 return prepared[0](x.contiguous().numpy())
-            except Exception as error:  # an exporter or an engine may raise anything about somebody's network
-                if is_out_of_memory(error):
-                    raise
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
-                raise UserError(f"engine {self.package} cannot take this network: {reason}") from error
 
         return bind
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from nin import exporters
+from nin.engines.sessions import explain_refusal
 from nin.speed_search.combinations import Combination
 from nin.speed_search.quantization import QuantizationSpec, quantize
 from nin.speed_search.state import SearchState
@@ -50,7 +51,7 @@ class Builder:
         """Write the files of a combination.
 
         Raises:
-            UserError: the network cannot be exported.
+            UserError: the network cannot be exported, or OpenVINO cannot read it.
             WorkerError: it cannot be quantised.
         """
         if combination.engine not in ("onnxruntime", "openvino"):
@@ -75,7 +76,8 @@ class Builder:
     def _convert(self, path: Path) -> None:
         import openvino
 
-        network = openvino.Core().read_model(path.with_suffix(".onnx"))
+        with explain_refusal("OpenVINO cannot take this network"):
+            network = openvino.Core().read_model(path.with_suffix(".onnx"))
         openvino.save_model(network, path, compress_to_fp16=False)
 
     def _quantize(self, form: str, engine: str, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from nin.display.pace import StageFraction
 from nin.engines.catalog import ENGINES, NARROWING_ENGINES
-from nin.errors import UserError, is_out_of_memory
+from nin.errors import UserError
 from nin.ops import backends
 from nin.runtime.device import cpu_has_bf16, processor_name
 from nin.runtime.fingerprint import fingerprint
@@ -212,7 +212,7 @@ class SearchSession:
         self._step(f"building {combination}")
         if not reason:
             try:
-                self._build(combination)
+                self.builder.build(combination)
                 self.done += STEP_WEIGHTS["build"]
                 self._step(f"starting {combination}")
                 worker = self._start(combination)
@@ -224,22 +224,6 @@ class SearchSession:
             except (UserError, WorkerError) as error:
                 reason = str(error)
         self.rows[combination] = Row(combination, reason=reason)
-
-    def _build(self, combination: Combination) -> None:
-        """Write the files of a combination.
-
-        Raises:
-            WorkerError: an exporter cannot take the network.
-            OSError: a file cannot be written, which is no fault of the combination.
-        """
-        try:
-            self.builder.build(combination)
-        except (UserError, WorkerError, OSError):
-            raise
-        except Exception as error:  # an exporter may raise anything about somebody's network
-            if is_out_of_memory(error):
-                raise
-            raise WorkerError(" ".join(f"{type(error).__name__}: {error}".split())[:240]) from error
 
     def _unsuited(self, combination: Combination) -> str:
         if combination.number == "bfloat16" and not cpu_has_bf16():
