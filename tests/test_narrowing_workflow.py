@@ -510,7 +510,7 @@ def theirs_narrow(*arguments):
 
 @pytest.mark.filterwarnings("ignore:fewer samples than values")
 def test_somebodys_network_is_narrowed_and_loads_again(theirs, tmp_path, capsys):
-    common = ["--model", "theirs2:make", "--weights", "two.pt", "--mean", "0.5,0.5,0.5", "--std", "0.3,0.3,0.3"]
+    common = ["theirs2:make", "--weights", "two.pt", "--mean", "0.5,0.5,0.5", "--std", "0.3,0.3,0.3"]
     theirs_narrow(*common, "--finetune", "1", "--out", "out", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["macs"][1] <= 0.6 * report["macs"][0]
@@ -530,10 +530,12 @@ def test_without_fitting_labels_there_is_no_accuracy(theirs, capsys):
     assert "load_state_dict" in printed.err
 
 
-@pytest.mark.parametrize("factory", ["theirs7:make", "timm:test_resnet"])
+@pytest.mark.parametrize(
+    ("factory", "options"), [("theirs7:make", {}), ("timm:test_resnet", {"classes": 2, "channels": 3})]
+)
 @pytest.mark.filterwarnings("ignore:fewer samples than values")
-def test_the_code_that_is_printed_runs(theirs, factory, capsys):
-    weights = create_external_model(factory).model.state_dict()
+def test_the_code_that_is_printed_runs(theirs, factory, options, capsys):
+    weights = create_external_model(factory, **options).model.state_dict()
     save_file(weights, "weights.safetensors")
     size = "32" if factory.startswith("timm") else "12"
     given = ["--model", factory, "--weights", "weights.safetensors", "--data", "images", "--size", size]
@@ -557,12 +559,17 @@ def test_mistakes_with_somebodys_network_are_one_line(theirs, capsys, tmp_path):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     two, weights = ["--model", "theirs2:make"], ["--weights", "two.pt"]
-    assert "give a run folder, or --model" in said()
-    assert "give a run folder, or --model" in said(*two)
-    assert "--model must be timm:NAME, torchvision:NAME, package.module:factory; got 'theirs2'" in said(
-        "--model", "theirs2", *weights
+    assert "give a run folder, or the name of a network" in said()
+    assert "give a run folder, or the name of a network" in said(*two)
+    assert "give a run folder, or the name of a network" in said("theirs2:make")
+    assert "give one network: theirs2:make, or --model theirs7:make" in said(
+        "theirs2:make", "--model", "theirs7:make", *weights
     )
-    assert "--model nowhere:make was not found: No module named 'nowhere'" in said("--model", "nowhere:make", *weights)
+    forms = "network must be a run folder, or timm:NAME, torchvision:NAME, package.module:factory; got 'theirs2'"
+    assert forms in said("--model", "theirs2", *weights)
+    assert "theirs2 does not exist: give a run folder" in said("theirs2", *weights)
+    assert "timm has no network 'resnet1'" in said("timm:resnet1", *weights)
+    assert "nowhere:make was not found: No module named 'nowhere'" in said("--model", "nowhere:make", *weights)
     assert "was not found" in said("--model", "theirs2:missing", *weights)
     assert "must be callable without arguments" in said("--model", "theirs2:demanding", *weights)
     assert "must give a torch.nn.Module, got str" in said("--model", "theirs2:text", *weights)

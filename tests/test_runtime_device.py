@@ -52,7 +52,17 @@ def test_a_process_of_a_job_takes_its_own_gpu(monkeypatch, gpus, chosen):
 def test_narrowing_needs_float64(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
     with pytest.raises(UserError, match="device must be one that computes in float64, as narrowing does, got 'mps'"):
-        choose_narrowing_device("mps")
+        choose_narrowing_device("mps", "pytorch")
+
+
+@pytest.mark.parametrize(
+    ("engine", "chosen"), [("pytorch", "cuda"), ("nin", "cuda"), ("onnxruntime", "cpu"), ("openvino", "cpu")]
+)
+def test_narrowing_for_an_engine_of_the_cpu_is_on_the_cpu(monkeypatch, engine, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+    assert choose_narrowing_device("auto", engine).type == chosen
+    assert choose_narrowing_device("cuda:0", engine).type == "cuda"  # refused where the engine is made
 
 
 def test_a_device_without_memory_is_one_line(monkeypatch):

@@ -344,6 +344,20 @@ def test_weights_are_matched_by_order_and_published_preprocessing_is_used(tmp_pa
     assert not found.labelled  # 1,000 scores, 5 classes
 
 
+def test_weights_of_other_classes_make_the_network_for_them(tmp_path):
+    """Its folder says so, too: the processes that measure it make the same network."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(2)
+    model = timm.create_model("test_efficientnet", pretrained=False, num_classes=5).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    found = subject.load_subject("timm:test_efficientnet", images(size=32), weights=tmp_path / "weights.pth")
+    assert found.labelled
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(found.model(x), model(x))
+    found.save(tmp_path / "it", found.model)
+    torch.testing.assert_close(load_network(tmp_path / "it", plain=True)(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

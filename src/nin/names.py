@@ -83,18 +83,14 @@ def _is_registered(package: str, name: str) -> bool:
     return library is not None and name in library.list_models()
 
 
-def check_external(name: str, *, must: str = "network must be a run folder, or") -> None:
+def check_external(name: str) -> None:
     """Check that there may be a network of another package of that name, as `check_network`.
-
-    Args:
-        name: of the network.
-        must: what the message begins with.
 
     Raises:
         UserError: there is none.
     """
     if not is_external_name(name):
-        raise UserError(f"{must} {NAME_FORMS}; got {name!r}")
+        raise UserError(f"network must be a run folder, or {NAME_FORMS}; got {name!r}")
     check_network(name)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def narrow(
-    run: Path | None = None,
+    network: str | None = None,
     /,
     *,
     data: str,
@@ -66,11 +66,12 @@ def narrow(
     Stopped with Ctrl-C, the same command goes on.
 
     Args:
-        run: The folder that `nin train` or `nin narrow` made; or give --model and --weights.
+        network: The folder that `nin train` or `nin narrow` made; or timm:NAME, torchvision:NAME,
+            package.module:function that makes the network without arguments, with --weights.
         data: What it was trained on, as for `nin train`. Some training images without their labels are looked at; the
             test images measure what was lost.
         out: The folder to make. That of a run is a run: predict, report and narrow take it like any other. That of
-            --model holds model.safetensors, plan.json, report.json and report.html.
+            another network holds model.safetensors, plan.json, report.json and report.html.
         latency: Time to be left, as a share of the original's, measured on --device.
         macs: Multiply-accumulates to be left, as a share of the original's.
         parameters: Parameters to be left, as a share of the original's.
@@ -86,12 +87,14 @@ def narrow(
             that.
         engine: In which layers and the whole network are timed, the one that will run it: pytorch, nin (its operator,
             as in nin predict), onnxruntime or openvino. The result is a network of PyTorch all the same.
-        model: Anybody's network: timm:NAME, torchvision:NAME, or package.module:function that makes it without
-            arguments.
-        weights: Its weights: model.safetensors, or a state_dict that torch.save wrote (read without running code).
-        size: With --model: height and width that images are brought to, in pixels; 224 for a folder of images.
-        mean: With --model: the channels' mean, such as 0.485,0.456,0.406; ImageNet's if not given.
-        std: With --model: the channels' standard deviation; ImageNet's if not given.
+        model: The network's name, given so instead of in front.
+        weights: With the name of a network: its weights, model.safetensors or a state_dict that torch.save wrote
+            (read without running code).
+        size: With the name of a network: height and width that images are brought to, in pixels; those of its
+            published weights if not given, 224 for a function.
+        mean: With the name of a network: the channels' mean, such as 0.485,0.456,0.406; that of its published weights
+            if not given, ImageNet's for a function.
+        std: With the name of a network: the channels' standard deviation, as the mean.
         data_dir: Where the files of mnist to svhn lie.
         resume: Where it is finished, print its result; else go on, or begin, as without it.
         overwrite: Remove an earlier narrowing that lies in the folder before this one begins; a folder that holds
@@ -99,23 +102,36 @@ def narrow(
         revert_slower: With --macs or --parameters: avoid layers that are measured slower than before. Without it, the
             same network, images and options give the same plan on a quiet and on a busy machine.
         dry_run: Print the plan only.
-        device: Where to compute, and to measure times: auto for a GPU where there is one, cpu, cuda, cuda:1.
+        device: Where to compute, and to measure times: auto for a GPU where there is one and --engine
+            computes on it, cpu, cuda, cuda:1.
         trust: Import the module that the run says its network is made by, where that is somebody's own code.
         json: Print the figures as JSON on standard output.
     """
     names.check_source(data)
     check_narrowing_engine(engine)
-    if run is not None:
+    run = None
+    if network is not None and names.is_external_name(network) and not Path(network).is_dir():
+        if model is not None:
+            raise UserError(f"give one network: {network}, or --model {model}")
+        model = network
+    elif network is not None:
+        run = Path(network)
         folders.check_is_run(run)
     if model is not None:
-        names.check_external(model, must="--model must be")
+        names.check_external(model)
+    if (run is None) == (model is None) or (model is None) != (weights is None):
+        raise UserError("give a run folder, or the name of a network (package.module:function) with --weights FILE")
+    if run is not None and (size is not None or mean is not None or std is not None):
+        raise UserError("--size, --mean and --std go with the name of a network: a run folder knows its own")
     if weights is not None and not weights.is_file():
         raise UserError(f"--weights: {weights} does not exist")
     if out is not None and not dry_run and torchrun.rank() == 0:
         folders.check_narrowing(out, run, resume=resume, overwrite=overwrite)
     from nin import checkpoint, models
     from nin.checkpoint import load_info
-    from nin.narrowing.narrow_to_folder import load_finished, load_network, narrow_model, narrow_run
+    from nin.models.package_networks import input_config
+    from nin.models.trained_network import load_trained
+    from nin.narrowing.narrow_to_folder import choose_preprocessing, load_finished, narrow_model, narrow_run
     from nin.narrowing.workflow import choose_narrowing_device
     from nin.narrowing.workflow_config import WorkflowConfig
 
@@ -134,14 +150,10 @@ def narrow(
         revert_slower=revert_slower,
         engine=engine,
     )
-    if (run is None) == (model is None) or (model is None) != (weights is None):
-        raise UserError("give a run folder, or --model package.module:factory with --weights FILE")
-    if run is not None and (size is not None or mean is not None or std is not None):
-        raise UserError("--size, --mean and --std go with --model: a run folder knows its own")
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
-    on = choose_narrowing_device(device)  # before the network and the images, so that a mistake shows at once
+    on = choose_narrowing_device(device, engine)  # before the network and the images, so that a mistake shows at once
     silence_other_ranks()
     if resume and out is not None and not dry_run:
         report = load_finished(out, config)
@@ -151,31 +163,35 @@ def narrow(
             return
         if not (out / checkpoint.STATE_FILE).exists():
             messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
-    info = None if run is None else load_info(run)
     if overwrite and out is not None and not dry_run and torchrun.rank() == 0:
         folders.remove_narrowing(out)
-    if run is not None and info is not None:
-        say_if_unfinished(run, info)
-    if model is not None and weights is not None:
-        network = load_network(model, weights)  # before the images, so that a mistake shows at once
-        size = size or (None if data in nin.data.DATASET_NAMES else 224)
-        cache = weights.with_suffix(".narrowing.safetensors")
-    how: dict[str, Any] = {"photos": finetune > 0 or control}  # for random crops
-    if info is None:
-        how["size"] = size
-    else:
-        how |= {"load": nin.data.load_as_recorded, "record": info.data, "preprocessing": info.preprocessing}
-    samples = load_data(data, data_dir=data_dir, **how)
+    how: dict[str, Any] = {"data_dir": data_dir, "photos": finetune > 0 or control}  # for random crops
+    made_for: dict[str, int] = {}
     if run is not None:
+        info = load_info(run)
+        say_if_unfinished(run, info)
+        how |= {"load": nin.data.load_as_recorded, "record": info.data, "preprocessing": info.preprocessing}
+        samples = load_data(data, **how)
         with models.trust() if trust else contextlib.nullcontext():
             result = narrow_with_progress(on, narrow_run, run, samples, config, out=out, overwrite=overwrite)
-    else:
-        options: dict[str, Any] = {"mean": means, "std": stds, "out": out, "cache": cache, "overwrite": overwrite}
-        result = narrow_with_progress(on, narrow_model, network, samples, config, **options)
+    elif model is not None and weights is not None:
+        external = load_trained(model, weights)  # before the images, so that a mistake shows at once
+        made_for, published = external.made_for, input_config(model)
+        if data not in nin.data.DATASET_NAMES:
+            size = size or external.height
+            how["resize"] = published.resize
+        samples = load_data(data, size=size, **how)
+        options: dict[str, Any] = {
+            "preprocessing": choose_preprocessing(samples, published, means, stds),
+            "cache": weights.with_suffix(".narrowing.safetensors"),
+        }
+        result = narrow_with_progress(
+            on, narrow_model, external.model, samples, config, out=out, overwrite=overwrite, **options
+        )
     if torchrun.rank() > 0:
         return
     with models.trust() if trust else contextlib.nullcontext():
-        hint = "" if out is None or dry_run else write_pages(result.report, out, run, model, samples)
+        hint = "" if out is None or dry_run else write_pages(result.report, out, run or str(model), samples, made_for)
     show_narrowing(result.report, out, json)
     if hint:
         messages.print(hint)
@@ -214,22 +230,34 @@ def narrow_with_progress(
             raise
 
 
-def write_pages(report: NarrowReport, out: Path, run: Path | None, model: str | None, images: nin.data.Data) -> str:
-    """Write the report in HTML, and that of the new run; return where it is and how the network is used."""
+def write_pages(
+    report: NarrowReport, out: Path, original: Path | str, images: nin.data.Data, made_for: dict[str, int]
+) -> str:
+    """Write the report in HTML, and that of a new run; return where it is and how the network is used.
+
+    Args:
+        report: of the narrowing.
+        out: the folder of the result.
+        original: the run folder that was narrowed, or the name of another package's network.
+        images: that measured it.
+        made_for: options with which `nin.models.factory.create_external_model` makes the other package's network.
+    """
     from nin import checkpoint
     from nin.report import render_narrowing_report
 
-    page = out / ("report.html" if run is None else "narrowing.html")
-    original = model if run is None else run.name
-    write_atomically(page, render_narrowing_report(report, f"{out.name}: narrowed from {original}"))
-    if run is not None:
+    is_run = isinstance(original, Path)
+    page = out / ("narrowing.html" if is_run else "report.html")
+    name = original.name if isinstance(original, Path) else original
+    write_atomically(page, render_narrowing_report(report, f"{out.name}: narrowed from {name}"))
+    if is_run:
         write_report(out, images)
         return f"What it cost: {page}\nUse it:       nin predict {out} IMAGE…"
+    options = "".join(f", {key}={value}" for key, value in made_for.items())
     return (
         f"What it cost: {page}\nUse it, in Python, with nin or, once it is loaded, without:\n"
         "import pathlib, nin, safetensors.torch\n"
         "from nin.models.factory import create_external_model\n"
-        f"model = nin.apply_plan(create_external_model({model!r}).model, "
+        f"model = nin.apply_plan(create_external_model({original!r}{options}).model, "
         f"pathlib.Path({str(out / 'plan.json')!r}).read_text())\n"
         f"model.load_state_dict(safetensors.torch.load_file({str(out / checkpoint.MODEL_FILE)!r}))"
     )

@@ -44,6 +44,9 @@ ENGINES: dict[str, Engine] = {
 # Those that `nin narrow` times layers in, "pytorch" for PyTorch eager: torch.compile would take minutes for each plan.
 NARROWING_ENGINES = {"pytorch": "eager", "nin": "nin", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
+# Those of them that are timed on the CPU, wherever the network is.
+CPU_ENGINES = ("onnxruntime", "openvino")
+
 
 def check_engines(names: Iterable[str]) -> None:
     """Check the engines that `nin.speed` is asked for: where all are, those that are missing are named in its result.

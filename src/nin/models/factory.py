@@ -128,12 +128,14 @@ class ExternalModel:
         channels: of an image.
         height: of an image, in pixels.
         width: of an image, in pixels.
+        made_for: the numbers of classes and of channels that were asked for, as options of `create_external_model`.
     """
 
     model: nn.Module
     channels: int = DEFAULT_CHANNELS
     height: int = DEFAULT_SIZE
     width: int = DEFAULT_SIZE
+    made_for: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def create_external_model(text: str, *, classes: int | None = None, channels: int | None = None) -> ExternalModel:
@@ -156,20 +158,21 @@ def create_external_model(text: str, *, classes: int | None = None, channels: in
     if not is_external_name(text):
         raise UserError(f"{text!r} is no name of a network; expected {names.NAME_FORMS}")
     package, _, name = text.partition(":")
+    made_for = {key: n for key, n in (("classes", classes), ("channels", channels)) if n is not None}
     if package == "timm":
         model = from_timm(name, classes, channels)
         cfg: Any = model.default_cfg
         usual, height, width = cfg.get("input_size", (DEFAULT_CHANNELS, DEFAULT_SIZE, DEFAULT_SIZE))
-        return ExternalModel(model, channels or usual, height, width)
+        return ExternalModel(model, channels or usual, height, width, made_for)
     if package == "torchvision":
         model = from_torchvision(name, classes)
         if channels not in (None, DEFAULT_CHANNELS):
             raise UserError(f"channels must be 3 with {text}, got {channels}: its networks take colour images")
         size = input_config(text).size
-        return ExternalModel(model, DEFAULT_CHANNELS, size, size)
+        return ExternalModel(model, DEFAULT_CHANNELS, size, size, made_for)
     if classes is not None:
         raise UserError(f"classes must not be given with {text}: the factory is called without arguments")
-    return ExternalModel(from_factory(text), channels or DEFAULT_CHANNELS)
+    return ExternalModel(from_factory(text), channels or DEFAULT_CHANNELS, made_for=made_for)
 
 
 # What the first layer of a network says of its input, where it is not for images.

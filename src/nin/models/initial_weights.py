@@ -49,8 +49,9 @@ class InitialWeights:
             UserError: they are the weights of another network.
         """
         expected = network.state_dict()
-        of_classes = {name for name in expected if class_layer is not None and name.startswith(f"{class_layer}.")}
-        found = self._matched(network, expected, of_classes)
+        of_classes = _of_layer(class_layer, expected)
+        first = _first_weight(network)
+        found = _with_channels(self._matched(first, expected, of_classes), first, expected)
         fitting = {name: t for name, t in found.items() if t.shape == expected[name].shape}
         if not self.class_layer:
             fitting = {name: t for name, t in fitting.items() if name not in of_classes}
@@ -64,23 +65,65 @@ class InitialWeights:
         network.load_state_dict({**expected, **fitting})
         return self._note(expected, fitting, missing, of_classes, len(found))
 
-    def _matched(self, network: nn.Module, expected: Mapping[str, Tensor], of_classes: set[str]) -> dict[str, Tensor]:
-        """Return the tensors of the file by the network's names."""
+    def count_classes_and_channels(self, network: nn.Module, class_layer: str | None) -> tuple[int | None, int | None]:
+        """Return for how many classes, and for images of how many channels, the tensors are; None where not known.
+
+        Args:
+            network: that they are of, but for these two numbers.
+            class_layer: its name, or None where it is not known.
+        """
+        first = _first_weight(network)
+        expected = network.state_dict()
+        found = self._matched(first, expected, _of_layer(class_layer, expected))
+        head, stem = found.get(f"{class_layer}.weight"), found.get(first)
+        return None if head is None else head.shape[0], None if stem is None else stem.shape[1]
+
+    def load_all_into(self, network: nn.Module, class_layer: str | None, name: str) -> None:
+        """Copy the tensors into a network, in place; every one of both must fit.
+
+        Args:
+            network: as its package makes it.
+            class_layer: its name, or None where it is not known.
+            name: of the network, for messages.
+
+        Raises:
+            UserError: they are the weights of another network.
+        """
+        expected = network.state_dict()
+        found = self._matched(_first_weight(network), expected, _of_layer(class_layer, expected))
+        needed = [key for key in expected if not key.endswith(_COUNTER)]
+        if wrong := [key for key in needed if key not in found or found[key].shape != expected[key].shape]:
+            raise UserError(
+                f"{self.source} does not fit {name}: {len(wrong)} of its {len(needed)} tensors are missing there or "
+                f"have another shape ({_abbreviate(wrong)})"
+            )
+        kept = {id(tensor) for tensor in found.values()}
+        extra = [key for key, t in self.tensors.items() if id(t) not in kept and not key.endswith(_COUNTER)]
+        if extra:
+            raise UserError(f"{self.source} does not fit {name}, which has no {_abbreviate(extra)}")
+        network.load_state_dict({**expected, **found})
+
+    def _matched(self, first: str, expected: Mapping[str, Tensor], of_classes: set[str]) -> dict[str, Tensor]:
+        """Return the tensors of the file by the network's names.
+
+        Args:
+            first: the name of the weights that take the images, which may be for another number of channels.
+            expected: the network's tensors.
+            of_classes: names of those that may be for another number of classes.
+        """
         by_name = {name: t for name, t in self.tensors.items() if name in expected}
-        first = first_convolution(network)
-        name = next((f"{n}.weight" for n, module in network.named_modules() if module is first), "")
         if all(key in by_name for key in expected if not key.endswith(_COUNTER) and key not in of_classes):
-            return _with_channels(by_name, name, expected)
+            return by_name
         ours = [(key, t) for key, t in expected.items() if not key.endswith(_COUNTER)]
         theirs = [t for key, t in self.tensors.items() if not key.endswith(_COUNTER)]
         if len(ours) == len(theirs):
-            by_order = _with_channels({key: t for (key, _), t in zip(ours, theirs, strict=True)}, name, expected)
+            by_order = {key: t for (key, _), t in zip(ours, theirs, strict=True)}
+            usable = _with_channels(by_order, first, expected)
             if all(
-                by_order[key].shape == t.shape or _is_other_classes(by_order[key], t, key in of_classes)
-                for key, t in ours
+                usable[key].shape == t.shape or _is_other_classes(usable[key], t, key in of_classes) for key, t in ours
             ):
                 return by_order
-        return _with_channels(by_name, name, expected)
+        return by_name
 
     def _note(
         self,
@@ -100,6 +143,17 @@ class InitialWeights:
         if extra > 0 and missing:
             parts.append(f"{extra} in the file have no place")
         return f"Begun with {self.source}: {'; '.join(parts)}" if parts else f"Begun with {self.source}"
+
+
+def _of_layer(layer: str | None, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the tensors of a layer."""
+    return {name for name in tensors if layer is not None and name.startswith(f"{layer}.")}
+
+
+def _first_weight(network: nn.Module) -> str:
+    """Return the name of the weights that take the images, or "" where they are of no convolution."""
+    first = first_convolution(network)
+    return next((f"{name}.weight" for name, module in network.named_modules() if module is first), "")
 
 
 def _with_channels(found: dict[str, Tensor], name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

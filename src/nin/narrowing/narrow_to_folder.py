@@ -9,11 +9,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nin import checkpoint, data
-from nin.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from nin.errors import UserError
 from nin.folders import CONTROL_FOLDER, NARROW_REPORT_FILE, NARROWING_FILE, PLAN_FILE
 from nin.inference import evaluation
-from nin.models.factory import create_external_model, explain_refused_images
+from nin.models.factory import explain_refused_images
+from nin.models.input_config import InputConfig
 from nin.models.narrowing_plan import Plan
 from nin.narrowing.pipeline import NarrowResult
 from nin.narrowing.report import NarrowReport
@@ -23,7 +23,6 @@ from nin.narrowing.workflow_config import WorkflowConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
-from nin.runtime.weight_files import read_weights
 from nin.training import CheckpointOptions
 
 # In the run that a narrowed one comes from: the cache of the analysis.
@@ -62,7 +61,9 @@ def narrow_run(
         KeyboardInterrupt: ``keeping.stop`` said so; the same call resumes.
     """
     keeping = keeping or CheckpointOptions()
-    device = choose_narrowing_device(config.device)  # before the network, so that a mistake shows at once
+    device = choose_narrowing_device(
+        config.device, config.engine
+    )  # before the network, so that a mistake shows at once
     model, info = checkpoint.load_model(run)
     images = data.with_recorded_parts(images, info.data)
     if mismatch := info.mismatch(images):
@@ -139,20 +140,21 @@ def load_finished(out: Path, config: WorkflowConfig) -> NarrowReport | None:
 
 
 def choose_preprocessing(
-    images: data.Data, mean: tuple[float, ...], std: tuple[float, ...]
+    images: data.Data, config: InputConfig, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> checkpoint.Preprocessing:
-    """Return the preprocessing for these images.
+    """Return how images become the input of another package's network.
 
     Args:
         images: of the network.
-        mean: of each channel, for values from 0 to 1; where empty, ImageNet's for colour, the images' own for grey.
+        config: what its published weights were trained with.
+        mean: of each channel, for values from 0 to 1; where empty, that of ``config``.
         std: the same.
 
     Raises:
         UserError: there is not one number for each channel, or a standard deviation is not above 0.
     """
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if images.channels == 3 else (images.mean, images.std)
-    mean, std = mean or usual[0], std or usual[1]
+    config = config.with_channels(images.channels)
+    mean, std = mean or config.mean, std or config.std
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != images.channels:
             raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
@@ -161,37 +163,12 @@ def choose_preprocessing(
     return dataclasses.replace(checkpoint.Preprocessing.of(images), mean=tuple(mean), std=tuple(std))
 
 
-def load_network(factory: str, weights: Path) -> nn.Module:
-    """Return a network from its factory, with its weights, in evaluation mode.
-
-    Args:
-        factory: "timm:NAME", "package.module:function" and so on, see `nin.models.factory.create_external_model`.
-        weights: a ``state_dict`` in a .safetensors file, or one that ``torch.save`` wrote; it is read with
-            ``weights_only=True``, so that it cannot run code.
-
-    Raises:
-        UserError: there is no such factory, it gives no network, or the weights do not fit it.
-    """
-    try:
-        model = create_external_model(factory).model
-    except UserError as error:
-        raise UserError(f"--model {error}") from error
-    state = read_weights(weights)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{weights} does not fit {factory}: {reason[:300]}") from error
-    return model.eval()
-
-
 def narrow_model(
     model: nn.Module,
     images: data.Data,
     config: WorkflowConfig,
     *,
-    mean: tuple[float, ...] = (),
-    std: tuple[float, ...] = (),
+    preprocessing: checkpoint.Preprocessing,
     out: Path | None,
     cache: Path,
     keeping: CheckpointOptions | None = None,
@@ -203,8 +180,7 @@ def narrow_model(
         model: in evaluation mode; moved to ``config.device``.
         images: to calibrate with, and, where their classes are as many as the network's scores, to test with.
         config: what is asked for.
-        mean: that the network's input is normalised with, see `choose_preprocessing`.
-        std: the same.
+        preprocessing: of the network, see `choose_preprocessing`.
         out: the folder to make: ``model.safetensors``, ``plan.json`` and ``report.json``; None in a dry run.
         cache: a file that keeps the analysis of the network.
         keeping: when the state of a fine-tuning is saved, and whether to stop.
@@ -218,8 +194,7 @@ def narrow_model(
     if config.control:
         raise UserError("--control must be given a run folder: how somebody's network was trained is not known")
     keeping = keeping or CheckpointOptions()
-    model = model.to(choose_narrowing_device(config.device))
-    preprocessing = choose_preprocessing(images, mean, std)
+    model = model.to(choose_narrowing_device(config.device, config.engine))
     scores = count_scores(model, images, preprocessing)
     if config.finetune and scores is None:
         raise UserError("--finetune needs a network that gives one table of scores (images, classes)")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nin import exporters, fusion, ops
-from nin.engines.catalog import ENGINES
+from nin.engines.catalog import CPU_ENGINES, ENGINES
 from nin.engines.sessions import (
     Call,
     explain_refusal,
@@ -233,7 +233,7 @@ def make_engine(name: str, like: Tensor, layout: str) -> TimedEngine:
     Raises:
         UserError: it is not one for this device and dtype.
     """
-    if issubclass(_ENGINES[name], OnnxRuntimeEngine):
+    if name in CPU_ENGINES:
         if like.device.type != "cpu":
             raise UserError(f"engine {name} is timed on the CPU, got a network on {like.device}: give --device cpu")
         if like.dtype != torch.float32:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data
 from nin.config import TrainConfig, step_seed
+from nin.engines.catalog import CPU_ENGINES
 from nin.errors import UserError
 from nin.folders import CONTROL_FILE, CONTROL_FOLDER
 from nin.inference import evaluation
@@ -110,13 +111,17 @@ def model_device(model: nn.Module) -> torch.device:
     return next((value.device for value in model.parameters()), torch.device("cpu"))
 
 
-def choose_narrowing_device(name: str) -> torch.device:
+def choose_narrowing_device(name: str, engine: str) -> torch.device:
     """Return the device to narrow on; see `nin.runtime.device.choose_device`.
+
+    Args:
+        name: of the device. "auto" is the CPU where the engine is one of the CPU's.
+        engine: that times the network, one of `nin.engines.catalog.NARROWING_ENGINES`.
 
     Raises:
         UserError: there is no such device here, or it has no float64, which statistics and fitting are computed in.
     """
-    chosen = device.choose_device(name)
+    chosen = device.choose_device("cpu" if name == "auto" and engine in CPU_ENGINES else name)
     if chosen.type == "mps":
         raise UserError(f"device must be one that computes in float64, as narrowing does, got {name!r}: give cpu")
     return chosen

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,14 +32,24 @@ def save_run(folder: Path, model: nn.Module, info: checkpoint.RunInfo, plan: Pla
     checkpoint.save_model(folder, model, info)
 
 
-def save_named(folder: Path, model: nn.Module, name: str, plan: Plan | None) -> None:
-    """Write the folder of another package's network, or of its narrowed form."""
+def save_named(
+    folder: Path, model: nn.Module, name: str, plan: Plan | None, *, made_for: Mapping[str, int] | None = None
+) -> None:
+    """Write the folder of another package's network, or of its narrowed form.
+
+    Args:
+        folder: to make.
+        model: whose weights are written.
+        name: of the network.
+        plan: of the narrowed form.
+        made_for: options with which `create_external_model` made it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in model.state_dict().items()}
     write_atomically(folder / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
     if plan is not None:
         write_atomically(folder / PLAN_FILE, plan.to_json())
-    write_atomically(folder / NETWORK_FILE, json.dumps({"name": name}))
+    write_atomically(folder / NETWORK_FILE, json.dumps({"name": name, **(made_for or {})}))
 
 
 def load_network(folder: str | Path, *, plain: bool, trust: bool = False) -> nn.Module:
@@ -51,8 +62,8 @@ def load_network(folder: str | Path, *, plain: bool, trust: bool = False) -> nn.
     """
     folder = Path(folder)
     if (folder / NETWORK_FILE).exists():
-        name = json.loads((folder / NETWORK_FILE).read_text(encoding="utf-8"))["name"]
-        model = create_external_model(name).model
+        described = json.loads((folder / NETWORK_FILE).read_text(encoding="utf-8"))
+        model = create_external_model(described.pop("name"), **described).model
         if (folder / PLAN_FILE).exists():
             model = apply_plan(model, (folder / PLAN_FILE).read_text(encoding="utf-8"))
         model.load_state_dict(read_tensors(folder / checkpoint.MODEL_FILE)[0])

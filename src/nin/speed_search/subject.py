@@ -13,14 +13,11 @@ from nin import checkpoint, data, models, names
 from nin.data.findings import Finding
 from nin.errors import UserError
 from nin.models.factory import create_external_model
-from nin.models.head_surgery import cut_head
-from nin.models.initial_weights import InitialWeights
-from nin.models.input_config import InputConfig
 from nin.models.package_networks import input_config
-from nin.narrowing.narrow_to_folder import count_scores
+from nin.models.trained_network import load_trained
+from nin.narrowing.narrow_to_folder import choose_preprocessing, count_scores
 from nin.runtime.model_copy import keep_computed_weights
 from nin.runtime.progress import ProgressCallback, ignore_progress
-from nin.runtime.weight_files import read_weights
 from nin.speed_search.networks import save_named, save_run
 
 # of the images of a folder without classes, one in so many tests, the others calibrate
@@ -39,6 +36,8 @@ class Subject:
         preprocessing: from an image to the network's input.
         labelled: whether the network's scores are for the classes of the images.
         trust: whether somebody's module may be imported to make the network.
+        made_for: numbers of classes and channels with which another package made the network, where they are not its
+            usual ones.
     """
 
     name: str
@@ -48,6 +47,7 @@ class Subject:
     preprocessing: checkpoint.Preprocessing
     labelled: bool
     trust: bool = False
+    made_for: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -64,7 +64,7 @@ class Subject:
     def save(self, folder: Path, model: nn.Module, plan: Any = None) -> None:
         """Write the network, or a narrowed form and its plan, into a folder for `networks.load_network`."""
         if self.info is None:
-            save_named(folder, model, self.name, plan)
+            save_named(folder, model, self.name, plan, made_for=self.made_for)
         else:
             save_run(folder, model, self.info, plan)
 
@@ -99,7 +99,7 @@ def load_subject(
     Args:
         network: a run folder, or ``timm:NAME``, ``torchvision:NAME``, ``package.module:factory``.
         source: images as for `nin.data.load`, or a folder of images without classes.
-        weights: of a network that is given by its name, see `nin.models.initial_weights`.
+        weights: of a network that is given by its name, see `nin.models.trained_network`; random ones if not given.
         size: height and width that images are brought to, in pixels; what the network is meant for if not given.
         mean: of each channel; that of the network's published weights if not given.
         std: the same.
@@ -145,10 +145,8 @@ def _of_name(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Subject:
-    external = create_external_model(name)
+    external = create_external_model(name) if weights is None else load_trained(name, weights)
     model = external.model.eval()
-    if weights is not None:
-        InitialWeights(read_weights(weights), str(weights)).load_into(model, cut_head(model).class_layer)
     config = input_config(name)
     named = source in data.DATASET_NAMES
     size = size or (None if named or isinstance(source, data.Data) else external.height)
@@ -160,26 +158,12 @@ def _of_name(
         images = data.load(source, **{**options, "size": size})
     else:
         images = data.load(source, **{**options, "size": size, "resize": config.resize})
-    preprocessing = _preprocessing(images, config, mean, std)
+    preprocessing = choose_preprocessing(images, config, mean, std)
     scores = count_scores(model, images, preprocessing)
     if scores is None:
         raise UserError(f"{name} gives no table of scores (images, classes): nin speed compares classifiers")
     labelled = not is_unlabelled(source) and scores == len(images.classes)
-    return Subject(name, _as_it_answers(model), None, images, preprocessing, labelled)
-
-
-def _preprocessing(
-    images: data.Data, config: InputConfig, mean: tuple[float, ...], std: tuple[float, ...]
-) -> checkpoint.Preprocessing:
-    """Return how images become the input of another package's network."""
-    config = config.with_channels(images.channels)
-    mean, std = mean or config.mean, std or config.std
-    for what, values in (("mean", mean), ("std", std)):
-        if len(values) != images.channels:
-            raise UserError(f"{what} must be {images.channels} numbers, one for each channel, got {len(values)}")
-    if min(std) <= 0:
-        raise UserError(f"std must be above 0, got {min(std)}")
-    return dataclasses.replace(checkpoint.Preprocessing.of(images), mean=tuple(mean), std=tuple(std))
+    return Subject(name, _as_it_answers(model), None, images, preprocessing, labelled, made_for=external.made_for)
 
 
 def _as_it_answers(model: nn.Module) -> nn.Module:
