@@ -286,6 +286,8 @@ def test_what_an_engine_says_of_a_network_is_one_line():
         onnxruntime.InferenceSession(refused.SerializeToString(), providers=["CPUExecutionProvider"])
     with pytest.raises(UserError, match=r"^it cannot: ValidationError: "), explain_refusal("it cannot"):
         onnx.checker.check_model(refused)
+    with pytest.raises(UserError, match=r"^it cannot: InferenceError: shapes"), explain_refusal("it cannot"):
+        raise onnx.shape_inference.InferenceError("shapes do not fit")
     with pytest.raises(UserError, match=r"^it cannot: RuntimeError: no such operator$"), explain_refusal("it cannot"):
         raise RuntimeError("no such\n operator")
 

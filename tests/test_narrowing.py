@@ -691,7 +691,7 @@ def test_the_error_is_measured_on_images_that_were_not_fitted():
     assert unseen.plan == fit.plan
     wanted = [outputs(model, [part]) for part in (other[:20], other[20:])]
     distance = (outputs(unseen.model, [other]) - torch.cat(wanted)).square().sum()
-    variance = sum((y - y.mean(0)).square().sum() for y in wanted)
+    variance = (torch.cat(wanted) - torch.cat(wanted).mean(0)).square().sum()
     assert unseen.report.calibration_error == pytest.approx(float(distance / variance), rel=1e-4)
     assert unseen.report.calibration_error > fit.report.calibration_error
     assert "of its variance, on 40 images that nothing was fitted to" in str(unseen.report)
@@ -701,6 +701,29 @@ def test_the_error_is_measured_on_images_that_were_not_fitted():
     assert "of its variance\n" in str(NarrowReport.from_dict(before))
     with pytest.raises(UserError, match="held_out must be a list or loader of batches, got str"):
         nin.narrow(model, fitted, macs=0.5, options=dataclasses.replace(QUIET, held_out="images"))
+
+
+@pytest.mark.parametrize("sizes", [[40], [2] * 20, [1] * 40, [39, 1]])
+def test_the_error_does_not_depend_on_how_images_are_batched(sizes):
+    torch.manual_seed(4)
+    model, other = nn.Linear(5, 3), nn.Linear(5, 3)
+    x = torch.randn(40, 5) + 3
+    wanted, given = (m(x).detach().double() for m in (model, other))
+    fraction = (wanted - given).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    error = recalibration.calibration_error(other, model, list(x.split(sizes)))
+    assert error == pytest.approx(float(fraction), rel=1e-6)
+
+
+def test_the_error_of_maps_of_several_sizes_is_about_the_mean_of_each_size():
+    torch.manual_seed(5)
+    model, other = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+    batches = [torch.randn(3, 2, 4, 4), torch.randn(2, 2, 6, 5), torch.randn(4, 2, 4, 4)]
+    alike = [torch.cat([batches[0], batches[2]]), batches[1]]
+    with torch.no_grad():
+        apart = sum((model(x) - other(x)).double().square().sum() for x in alike)
+        variance = sum((model(x) - model(x).mean(0)).double().square().sum() for x in alike)
+    error = recalibration.calibration_error(other, model, batches)
+    assert error == pytest.approx(float(apart / variance), rel=1e-5)
 
 
 def test_few_images_are_warned_of():

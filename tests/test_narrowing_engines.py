@@ -13,7 +13,7 @@ from nin.cli import app
 from nin.engines.catalog import NARROWING_ENGINES
 from nin.errors import UserError
 from nin.models.layer_spec import LayerSpec, factorised_layers
-from nin.narrowing import NarrowOptions, knapsack, latency
+from nin.narrowing import NarrowOptions, knapsack, latency, pipeline, timed_engines
 from nin.narrowing.calibration import measure_layer_specs
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.latency_estimate import LatencyEstimates
@@ -229,6 +229,61 @@ def test_while_plans_are_made_a_slow_network_is_timed_with_fewer_images(monkeypa
         model_timer.__dict__["seconds_per_image"] = seconds
         assert model_timer.images_for_plan(64) == images
     assert timer.Timing(2.0, 1.0, 4.0, 9).times(3) == timer.Timing(6.0, 3.0, 12.0, 9)
+
+
+@pytest.mark.parametrize(("budget", "measured"), [("macs", True), ("latency", False), ("macs", False)])
+def test_an_engine_that_cannot_take_the_network_refuses_it_before_the_work(budget, measured, monkeypatch):
+    class RefusingEngine(PyTorchEngine):
+        def network(self, model):
+            raise UserError("it cannot take this network")
+
+    def no_analysis(*arguments, **options):
+        raise AssertionError("analysed before the engine was asked")
+
+    monkeypatch.setitem(timed_engines._ENGINES, "pytorch", RefusingEngine)
+    if budget == "macs" and not measured:  # no engine is asked
+        options = NarrowOptions(measure_latency=False, dry_run=True)
+        assert nin.narrow(network(), [torch.randn(8, 3, 10, 10)], macs=0.6, options=options).plan.share == 0.6
+        return
+    monkeypatch.setattr(pipeline, "analyse", no_analysis)
+    with pytest.raises(UserError, match="it cannot take this network"):
+        nin.narrow(
+            network(), [torch.randn(8, 3, 10, 10)], **{budget: 0.6}, options=NarrowOptions(measure_latency=measured)
+        )
+
+
+def test_layers_are_timed_with_the_threads_that_are_asked_for_and_fitted_with_the_others(monkeypatch):
+    seen = {"timed": set(), "fitted": set()}
+
+    def measure(self, chain):
+        seen["timed"].add(torch.get_num_threads())
+        return knapsack.macs(chain)
+
+    def compare(self, new, batch):
+        seen["timed"].add(torch.get_num_threads())
+        return timer.Timing(1.0, 1.0, 1.0, 9), timer.Timing(0.6, 0.6, 0.6, 9)
+
+    def fitted(*arguments, **options):
+        seen["fitted"].add(torch.get_num_threads())
+        return reconstruct(*arguments, **options)
+
+    reconstruct, before = pipeline.reconstruct, torch.get_num_threads()
+    monkeypatch.setattr(LatencyTable, "measure", measure)
+    monkeypatch.setattr(ModelTimer, "compare", compare)
+    monkeypatch.setattr(pipeline, "reconstruct", fitted)
+    options = NarrowOptions(threads=before + 1, passes=1)
+    report = nin.narrow(network(), [torch.randn(16, 3, 10, 10)], latency=0.6, options=options).report
+    assert seen == {"timed": {before + 1}, "fitted": {before}}
+    assert torch.get_num_threads() == before
+    assert report.environment["threads"] == before + 1
+
+
+def test_kept_latencies_are_of_one_version_of_the_operator(monkeypatch):
+    settings = set()
+    for version in ("1.0", "1.1"):
+        monkeypatch.setattr(timed_engines, "installed_version", lambda version=version: version)
+        settings.add(LatencyTable(LIKE, 2, "channels_last", engine=make_engine("nin", LIKE, "contiguous")).setting)
+    assert len(settings) == 2
 
 
 def test_wrong_engines_are_one_line(monkeypatch, capsys):

@@ -25,7 +25,7 @@ from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models.factory import create_external_model
 from nin.narrowing import DistillationStep, FinetuneConfig, uniform_baseline, workflow
-from nin.narrowing.narrow_to_folder import narrow_run
+from nin.narrowing.narrow_to_folder import load_finished, narrow_run
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.training import CheckpointOptions
 
@@ -217,6 +217,24 @@ def test_an_unfinished_one_is_not_gone_on_with_under_other_settings(run, digits,
         narrow_run(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     with pytest.raises(UserError, match=r"was begun with finetune=1, now 2: give the same, or another --out"):
         narrow_run(run, digits, dataclasses.replace(config, finetune=2), out=out)
+
+
+def test_a_finished_one_is_the_result_of_its_own_budget_and_engine_only(run, digits, tmp_path):
+    out = tmp_path / "out"
+    config = WorkflowConfig({"macs": 0.6}, images=64)
+    narrow_run(run, digits, config, out=out)
+    assert load_finished(out, config).engine == "PyTorch eager"
+    assert load_finished(out, dataclasses.replace(config, engine="nin")) is not None  # its plan is of no engine
+    with pytest.raises(UserError, match=r"is finished, with macs=0.6, now macs=0.5: give another --out"):
+        load_finished(out, dataclasses.replace(config, budget={"macs": 0.5}))
+    # as if it had been a budget of latency
+    values = json.loads((out / "narrowing.json").read_text())
+    values["plan"]["budget"] = "latency"
+    (out / "narrowing.json").write_text(json.dumps(values))
+    timed = dataclasses.replace(config, budget={"latency": 0.6})
+    assert load_finished(out, timed) is not None
+    with pytest.raises(UserError, match=r"with the latency in PyTorch eager, now in nin's operator: give another"):
+        load_finished(out, dataclasses.replace(timed, engine="nin"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from nin.errors import UserError
 from nin.models.narrowing_plan import LayerPlan, Plan
 from nin.narrowing import knapsack, latency
 from nin.runtime import timer
-from nin.speed_search import processes, quality, subject, timing
+from nin.speed_search import processes, quality, session, subject, timing
 from nin.speed_search.combinations import REFERENCE, Combination, narrowed_form
 from nin.speed_search.forms import NarrowingSettings, narrowed
 from nin.speed_search.networks import load_network, save_named, save_run
@@ -147,6 +147,16 @@ def row(form="original", number="float32", engine="eager", ms=10.0, spread=0.1, 
         200_000_000,
         {batch: Setting(2, "channels_last")},
     )
+
+
+def test_the_fastest_is_that_of_the_first_batch_size():
+    """The others may be fastest at another one, and are contenders for that."""
+    one = dataclasses.replace(
+        row(engine="onnxruntime"), latency={1: Interval(0.4, 0.4, 0.4, 9), 64: Interval(30, 30, 30, 9)}
+    )
+    many = dataclasses.replace(row(engine="nin"), latency={1: Interval(0.9, 0.9, 0.9, 9), 64: Interval(15, 15, 15, 9)})
+    assert session.find_fastest([many, one], 1) == one.combination
+    assert session.find_fastest([many, one], 64) == many.combination
 
 
 def result(*rows, lose=1.0, chosen=None, labelled=True, batches=(1,)):
@@ -406,28 +416,25 @@ def test_narrowed_forms_are_planned_without_a_clock_and_are_the_same_each_time(f
 
 
 def test_forms_narrowed_by_latency_are_timed_in_the_fastest_engine(module, tmp_path, monkeypatch):
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     rows = {row(engine=name).combination: row(engine=name) for name in ENGINES}
     engines = {}
     for narrow_by in ("macs", "latency"):
         settings = SpeedSettings(batches=(4, 1), narrow_by=narrow_by)
         rows = {c: dataclasses.replace(r, settings={4: Setting(3), 1: Setting(1)}) for c, r in rows.items()}
-        session = SimpleNamespace(settings=settings, rows=rows)
+        search = SimpleNamespace(settings=settings, rows=rows)
         for combination in rows:
-            how = SearchSession._narrowing_settings(session, combination)
-            assert (how.narrow_by, how.batch) == (narrow_by, 4)
+            how = SearchSession._narrowing_settings(search, combination)
+            assert (how.narrow_by, how.batch, how.threads) == (narrow_by, 4, None if narrow_by == "macs" else 3)
             engines[narrow_by, combination.engine] = how.engine
     assert {engine for (by, _), engine in engines.items() if by == "macs"} == {"pytorch"}
     by_latency = {name: engine for (by, name), engine in engines.items() if by == "latency"}
     assert by_latency == {**{n: n for n in ENGINES}, "eager": "pytorch", "compile": "pytorch"}
-    assert threads == [3] * len(ENGINES)
     assert [narrowed_form(0.65, by) for by in ("macs", "latency")] == ["narrowed 0.65", "narrowed 0.65 latency"]
     # the budget and the engine arrive where layers are timed
     seen = set()
 
     def measure(self, chain):
-        seen.add((type(self.engine).__name__, self.batch))
+        seen.add((type(self.engine).__name__, self.batch, torch.get_num_threads()))
         return knapsack.macs(chain)
 
     def compare(self, new, batch):
@@ -436,10 +443,10 @@ def test_forms_narrowed_by_latency_are_timed_in_the_fastest_engine(module, tmp_p
 
     monkeypatch.setattr(latency.LatencyTable, "measure", measure)
     monkeypatch.setattr(latency.ModelTimer, "compare", compare)
-    how = NarrowingSettings(images=20, finetune=0, seed=0, narrow_by="latency", engine="nin", batch=4)
+    how = NarrowingSettings(images=20, finetune=0, seed=0, narrow_by="latency", engine="nin", batch=4, threads=3)
     found = subject.load_subject(module, images(60))
     model, plan = narrowed(found, 0.7, how, tmp_path, lambda: False, lambda *_: None)
-    assert seen == {("NinEngine", 4)}
+    assert seen == {("NinEngine", 4, 3)}
     assert (plan.budget, plan.share) == ("latency", 0.7)
     assert nin.cost(model, (1, 3, 16, 16)).macs <= 0.72 * nin.cost(make_network(), (1, 3, 16, 16)).macs
 

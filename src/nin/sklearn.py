@@ -49,7 +49,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
         hidden_channels: widths of the hidden layers, for tables; a number stands for one layer.
         epochs: passes over the samples; by their number if not given.
         batch_size: samples per step; by their number if not given.
-        learning_rate: at the peak of the one-cycle schedule; `partial_fit` stays there.
+        learning_rate: at the peak of the one-cycle schedule; `partial_fit` stays there. By the batch size if not given.
         weight_decay: per step, on weights only.
         label_smoothing: fraction of the target that is spread over all classes. `nin.train` takes 0.1; here 0 keeps
             `predict_proba` honest.
@@ -92,7 +92,7 @@ class NiNClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sc
     hidden_channels: int | Sequence[int] = (64,)
     epochs: int | None = None
     batch_size: int | None = None
-    learning_rate: float = 0.1
+    learning_rate: float | None = None
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     dropout: float | None = None

@@ -43,8 +43,9 @@ def _refusals() -> tuple[type[Exception], ...]:
         found += [getattr(state, name) for name in _OF_ONNXRUNTIME]
     if "onnx" in sys.modules:
         from onnx.checker import ValidationError
+        from onnx.shape_inference import InferenceError
 
-        found.append(ValidationError)
+        found += [ValidationError, InferenceError]
     return tuple(found)
 
 

@@ -103,6 +103,6 @@ def measure_layer_specs(model: nn.Module, layers: dict[str, nn.Module], batches:
         found[name] = dataclasses.replace(LayerSpec.of_module(name, module), input_size=sizes[0], output_size=sizes[1])
 
     with record_calls(layers, record), torch.no_grad():
-        for args, kwargs in model_inputs(batches[:1]):
-            model(*args, **kwargs)
+        args, kwargs = next(in_parts(*next(model_inputs(batches))))
+        model(*args, **kwargs)
     return found

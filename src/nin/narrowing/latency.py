@@ -205,13 +205,22 @@ class ModelTimer:
         engine: TimedEngine | None = None,
         on_progress: ProgressCallback = ignore_progress,
     ) -> None:
-        like = next(original.parameters())
+        like = next(original.parameters(), torch.zeros(()))
         self.original, self.batches, self.device = original, batches, like.device
         self.engine = engine or PyTorchEngine(like, layout)
         self.on_progress = on_progress
         self.progress: tuple[str, int, int] = ("", 0, 0)
         self._networks: dict[str, tuple[nn.Module, Bind]] = {}  # the original, and the last one beside it
         self._original_calls: dict[int, Callable[[], Any]] = {}
+
+    def prepare(self) -> str:
+        """Bring the original into the engine; return the engine's name.
+
+        Raises:
+            UserError: the engine cannot compute it.
+        """
+        self._call_original(1)
+        return type(self.engine).__name__
 
     def compare(self, narrowed: nn.Module, batch: int) -> tuple[timer.Timing, timer.Timing]:
         """Return the timings before and after, with that many images at a time.

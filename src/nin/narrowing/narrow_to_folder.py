@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nin import checkpoint, data
+from nin.engines.catalog import ENGINES, NARROWING_ENGINES
 from nin.errors import UserError
 from nin.folders import CONTROL_FOLDER, NARROW_REPORT_FILE, NARROWING_FILE, PLAN_FILE
 from nin.inference import evaluation
@@ -136,6 +137,9 @@ def load_finished(out: Path, config: WorkflowConfig) -> NarrowReport | None:
     (kind, share), *_ = config.budget.items()
     if (plan.budget, plan.share) != (kind, share):
         raise UserError(f"{out} is finished, with {plan.budget}={plan.share}, now {kind}={share}: give another --out")
+    engine = ENGINES[NARROWING_ENGINES[config.engine]].title
+    if kind == "latency" and (report.engine or ENGINES["eager"].title) != engine:
+        raise UserError(f"{out} is finished, with the latency in {report.engine}, now in {engine}: give another --out")
     return report
 
 

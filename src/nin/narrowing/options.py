@@ -29,6 +29,7 @@ class NarrowOptions:
         engine: in which layers and the whole model are timed, one that the model will run in: "pytorch" (eager), "nin"
             (`nin.fuse`), "onnxruntime" or "openvino" (both on the CPU in float32). The result is a model of PyTorch all
             the same.
+        threads: of the engine while it is timed; as many as PyTorch uses if not given. The rest uses those.
         budgets: more shares of the same budget; the network is narrowed to each of them too, for the report's curve.
         cache: a file that keeps the analysis of the network, so that another budget takes less time, and so that
             an interrupted run goes on where it was; milliseconds of layers are kept in a file beside it.
@@ -48,6 +49,7 @@ class NarrowOptions:
     batch: int | None = None
     layout: str = "contiguous"
     engine: str = "pytorch"
+    threads: int | None = None
     budgets: tuple[float, ...] = ()
     cache: Path | None = None
     dry_run: bool = False
@@ -60,8 +62,9 @@ class NarrowOptions:
             raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
         check_narrowing_engine(self.engine)
         check_value("passes", self.passes, int, lambda x: x >= 1, "at least 1")
-        if self.batch is not None:
-            check_value("batch", self.batch, int, lambda x: x >= 1, "at least 1")
+        for name, value in (("batch", self.batch), ("threads", self.threads)):
+            if value is not None:
+                check_value(name, value, int, lambda x: x >= 1, "at least 1")
         if isinstance(self.cache, str):
             object.__setattr__(self, "cache", Path(self.cache))
         if not isinstance(self.budgets, Iterable) or isinstance(self.budgets, str):

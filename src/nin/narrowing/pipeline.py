@@ -22,6 +22,7 @@ from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.narrowing.timed_engines import make_engine
 from nin.runtime import distributed
+from nin.runtime.device import use_threads
 from nin.runtime.progress import ProgressCallback
 from nin.runtime.shown_progress import shown_progress
 from nin.runtime.timer import Timing
@@ -109,8 +110,15 @@ def narrow(
         raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(to_plain_layers(model).eval(), options.layout)
     with shown_progress("Narrowing", options.on_progress) as on_progress:
+        with use_threads(options.threads):
+            like = next((p for p in original.parameters() if p.is_floating_point()), torch.zeros(()))
+            model_timer = ModelTimer(
+                original, loaded, options.layout, make_engine(options.engine, like, options.layout), on_progress
+            )
+            if options.measure_latency or kind == "latency":  # refused before the work, and in all processes
+                distributed.broadcast_result(model_timer.prepare)
         analysis = analyse(original, loaded, skip=patterns, cache=options.cache, on_progress=on_progress)
-        narrower = _Narrower(original, loaded, held_out, analysis, kind, evaluate, options, on_progress)
+        narrower = _Narrower(model_timer, held_out, analysis, kind, evaluate, options, on_progress)
         try:
             points = [_curve_point(narrower.narrow(other)) for other in options.budgets if other != share]
             result = narrower.narrow(share)
@@ -153,8 +161,7 @@ class _Narrower:
 
     def __init__(
         self,
-        original: nn.Module,
-        batches: list[Any],
+        model_timer: ModelTimer,
         held_out: list[Any],
         analysis: Analysis,
         kind: str,
@@ -162,6 +169,7 @@ class _Narrower:
         options: NarrowOptions,
         on_progress: ProgressCallback,
     ) -> None:
+        original, batches = model_timer.original, model_timer.batches
         self.original, self.batches, self.held_out, self.analysis = original, batches, held_out, analysis
         self.evaluate, self.options = evaluate, options
         self.on_progress = on_progress
@@ -169,16 +177,18 @@ class _Narrower:
         batch = options.batch or images
         self.reported_batches = sorted({1, images, batch}) if options.measure_latency else []
         cache = None if options.cache is None else options.cache.with_suffix(".latency.json")
-        like = next(p for p in original.parameters() if p.is_floating_point())
-        engine = make_engine(options.engine, like, options.layout)
-        self.table = LatencyTable(like, batch, options.layout, engine=engine, cache=cache, on_progress=self.on_progress)
-        self.model_timer = ModelTimer(original, batches, options.layout, engine, self.on_progress)
+        self.model_timer, engine = model_timer, model_timer.engine
+        with use_threads(options.threads):
+            self.table = LatencyTable(
+                engine.like, batch, options.layout, engine=engine, cache=cache, on_progress=on_progress
+            )
         self.planner = Planner(original, analysis, kind, self.table, self.model_timer, options)
         self.original_accuracy: dict[str, float] = {}  # evaluated once for all budgets
 
     def narrow(self, share: float) -> NarrowResult:
         """Return the network narrowed to a share of its cost."""
-        planned = PlannerResult.from_json(distributed.broadcast_result(lambda: self.planner.plan(share).to_json()))
+        with use_threads(self.options.threads):
+            planned = PlannerResult.from_json(distributed.broadcast_result(lambda: self.planner.plan(share).to_json()))
         if self.options.dry_run:
             return self.result(apply_plan(self.original, planned.plan), planned)
         narrowed, errors = reconstruct(
@@ -205,7 +215,8 @@ class _Narrower:
 
     def result(self, narrowed: nn.Module, planned: PlannerResult, *measured: Any) -> NarrowResult:
         """Return the result with its report; of several processes the first one's, which alone measures times."""
-        text = distributed.broadcast_result(lambda: json.dumps(self.report(narrowed, planned, *measured).to_dict()))
+        with use_threads(self.options.threads):
+            text = distributed.broadcast_result(lambda: json.dumps(self.report(narrowed, planned, *measured).to_dict()))
         return NarrowResult(narrowed, planned.plan, NarrowReport.from_dict(json.loads(text)))
 
     def missed_notes(self, plan: Plan, latency: dict[int, tuple[Timing, Timing]]) -> list[str]:

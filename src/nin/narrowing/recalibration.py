@@ -1,12 +1,13 @@
 """The distance of a narrowed network from the original, and BatchNorm recalibration, kept where it lessens that."""
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin.narrowing.calibration import float_tensors, model_inputs
+from nin.narrowing.calibration import float_tensors, in_parts, model_inputs
 from nin.runtime import distributed
 from nin.runtime.model_copy import copy_model
 from nin.runtime.single_value_norm import normalise_single_values
@@ -17,15 +18,33 @@ LEAST_HELD_OUT = 16
 
 @torch.no_grad()
 def calibration_error(model: nn.Module, original: nn.Module, batches: list[Any]) -> float:
-    """Return the squared distance of two models' outputs, as a fraction of the original's variance."""
-    distance, total = 0.0, 0.0
-    for args, kwargs in model_inputs(batches):
-        wanted, given = float_tensors(original(*args, **kwargs)), float_tensors(model(*args, **kwargs))
-        for a, b in zip(wanted, given, strict=True):
-            distance += float((a.double() - b.double()).square().sum())
-            total += float((a.double() - a.double().mean(0)).square().sum())
-    distance, total = distributed.all_reduce_sum(torch.tensor([distance, total], dtype=torch.float64)).tolist()
-    return distance / total if total else distance
+    """Return the squared distance of two models' outputs, as a fraction of the original's variance.
+
+    In a job of several processes it is that on the images of all of them.
+    """
+    distance = torch.zeros((), dtype=torch.float64)
+    # of each output, by its number and the shape of one image's: how many there are, their squares, and the values
+    sums: dict[str, Tensor] = {}
+    for batch in model_inputs(batches):
+        for args, kwargs in in_parts(*batch):
+            wanted, given = float_tensors(original(*args, **kwargs)), float_tensors(model(*args, **kwargs))
+            for number, (a, b) in enumerate(zip(wanted, given, strict=True)):
+                values = a.double().reshape(len(a) if a.dim() else 1, -1).cpu()
+                distance += (values - b.double().cpu().reshape(values.shape)).square().sum()
+                found = torch.cat([torch.tensor([len(values), values.square().sum()]), values.sum(0)])
+                key = json.dumps([number, *a.shape[1:]])
+                sums[key] = sums.get(key, 0) + found
+    total = 0.0
+    sizes = {key: size for each in distributed.all_gather_text(_sizes(sums)) for key, size in json.loads(each).items()}
+    for key, size in sorted(sizes.items()):
+        count, squares, *_ = of_all = distributed.all_reduce_sum(sums.get(key, torch.zeros(size, dtype=torch.float64)))
+        total += float(squares - of_all[2:].square().sum() / count)
+    apart = float(distributed.all_reduce_sum(distance))
+    return apart / total if total > 0 else apart
+
+
+def _sizes(sums: dict[str, Tensor]) -> str:
+    return json.dumps({key: len(values) for key, values in sums.items()})
 
 
 def measure_error(

@@ -24,6 +24,7 @@ from nin.models.layer_spec import LayerSpec
 from nin.models.surgery import to_layout
 from nin.narrowing.onnx_layers import chain_to_onnx, input_shape
 from nin.runtime.model_copy import copy_model
+from nin.version import installed_version
 
 # from the arguments of the network to its call
 Bind = Callable[[tuple[Any, ...], dict[str, Any]], Call]
@@ -98,9 +99,9 @@ class NinEngine(TimedEngine):
 
     @property
     def description(self) -> tuple[str, ...]:
-        """The operator with its kernel."""
+        """The operator with its kernel and version."""
         kernel = ops.backends()[self.like.device.type].partition(" (")[0]
-        return f"{ENGINES['nin'].title}, {kernel}", *super().description
+        return f"{ENGINES['nin'].title} {installed_version()}, {kernel}", *super().description
 
     def chain(self, chain: tuple[LayerSpec, ...], batch: int) -> Call:
         """Return the call of one operator for each run of layers that it can compute, and of PyTorch's other layers."""

@@ -167,12 +167,12 @@ def run_workflow(
     notes = list(result.report.notes)
     # some dozens of steps leave BatchNorm with moments of augmented images, and some of those from before
     progress("Comparing with the original", 0, 0)
-    batches = task.calibration_batches(config)
-    recalibrated, on_fitted, better = recalibrate_if_better(result.model, task.model, batches)
+    fitted = task.calibration_batches(config)
+    recalibrated, on_fitted, better = recalibrate_if_better(result.model, task.model, fitted)
     if better:
         result.model.load_state_dict(recalibrated.state_dict())
         notes.append("BatchNorm statistics were measured again after the fine-tuning.")
-    error, measured_on = measure_error(result.model, task.model, batches, task.held_out_batches(), on_fitted)
+    error, measured_on = measure_error(result.model, task.model, fitted, task.held_out_batches(), on_fitted)
     accuracy = dict(result.report.accuracy)
     if task.labelled:
         accuracy["finetuned"] = task.accuracy(result.model, progress)
@@ -193,6 +193,7 @@ def _narrow(task: NarrowingTask, config: WorkflowConfig, progress: ProgressCallb
         layout=config.layout,
         revert_slower=config.revert_slower,
         engine=config.engine,
+        threads=config.threads,
         measure_latency=config.measure_latency,
         held_out=task.held_out_batches(),
         on_progress=progress,
@@ -232,7 +233,7 @@ def check_same_task(out: Path, before: Mapping[str, Any], task: NarrowingTask, c
         UserError: the settings, the network or the images differ.
     """
     # what was begun before there was a choice was begun on the CPU, without slower layers
-    usual = {"device": "cpu", "revert_slower": True, "measure_latency": True, "engine": "pytorch"}
+    usual = {"device": "cpu", "revert_slower": True, "measure_latency": True, "engine": "pytorch", "threads": None}
     now, settings = task_fingerprint(task, config), {**usual, **before.get("settings", {})}
     differing = [f"{name}={old}, now {new}" for name, old, new in changed_settings(now["settings"], settings)]
     if not differing and before.get("subject") != now["subject"]:

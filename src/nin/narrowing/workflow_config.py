@@ -29,6 +29,7 @@ class WorkflowConfig:
         device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1": where everything is computed and timed.
         revert_slower: avoid layers that are measured slower than before, see `NarrowOptions`.
         engine: that is timed, see `NarrowOptions`.
+        threads: that it is timed with, see `NarrowOptions`.
         measure_latency: time layers and the whole network for the report; a budget in milliseconds does so anyway.
     """
 
@@ -45,6 +46,7 @@ class WorkflowConfig:
     device: str = "auto"
     revert_slower: bool = False
     engine: str = "pytorch"
+    threads: int | None = None
     measure_latency: bool = True
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ class NarrowingSettings:
         narrow_by: what the shares are of: "macs", so that no clock decides, or "latency".
         engine: that a latency is of, a name in `nin.engines.catalog.NARROWING_ENGINES`.
         batch: images at a time that a latency is of.
+        threads: that a latency is timed with; as many as PyTorch uses if not given.
     """
 
     images: int
@@ -35,6 +36,7 @@ class NarrowingSettings:
     narrow_by: str = "macs"
     engine: str = "pytorch"
     batch: int = 1
+    threads: int | None = None
 
 
 def narrowed(
@@ -70,6 +72,7 @@ def narrowed(
         seed=settings.seed,
         batch=settings.batch,
         engine=settings.engine,
+        threads=settings.threads,
         measure_latency=False,
     )
     if settings.finetune:
@@ -82,6 +85,7 @@ def narrowed(
             measure_latency=False,
             engine=settings.engine,
             batch=settings.batch,
+            threads=settings.threads,
             on_progress=on_progress,
         )
         macs, latency = (share if settings.narrow_by == kind else None for kind in ("macs", "latency"))

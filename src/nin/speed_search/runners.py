@@ -35,7 +35,7 @@ class WorkerSpec:
     """What a process loads.
 
     Attributes:
-        engine: a name in `nin.speed_search.combinations.ENGINES`.
+        engine: a name in `nin.engines.catalog.ENGINES`.
         number: "float32", "bfloat16" or "int8".
         path: a file of ONNX or OpenVINO, or a folder for `nin.speed_search.networks.load_network`.
         input_shape: (C, H, W).

@@ -57,11 +57,12 @@ def speed(
         lose: points of accuracy that may be lost; where the images have no labels for the network, per cent of the
             answers that may change.
         batches: images at a time that are timed; the first one decides which combination is the fastest.
-        budgets: shares of the multiplications that narrowed forms keep; none for no narrowing.
-        narrow_by: "macs", or "latency": then the shares are of the time in the engine that is the fastest for the
-            network as it is, in which layers are timed (in float32; in PyTorch eager where that is torch.compile).
+        budgets: shares that narrowed forms keep, see ``narrow_by``; none for no narrowing.
+        narrow_by: "macs", the multiplications, or "latency": then the shares are of the time in the engine that is the
+            fastest for the network as it is, in which layers are timed (in float32; in PyTorch eager where that is
+            torch.compile).
         finetune: epochs of training of each narrowed form.
-        engines: names in `nin.speed_search.combinations.ENGINES`.
+        engines: names in `nin.engines.catalog.ENGINES`.
         threads: of every engine; the fastest number is looked for if not given.
         test_images: that are looked at, at most.
         weights: of a network that is given by its name: a file of safetensors or a ``state_dict`` that ``torch.save``

@@ -6,7 +6,7 @@ import datetime
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,11 @@ class SearchSession:
             self._time("screening", list(self.workers), SCREENING_SECONDS)
             contenders = self._contenders()
             self._drop_others(contenders)
+            fastest = find_fastest([self.rows[each] for each in contenders], self.settings.batches[0])
             for share in self.settings.shares:
                 self._begin_part(f"Narrowed to {share:g}")
                 form = narrowed_form(share, self.settings.narrow_by)
-                if not self._add_form(form, share, contenders[0]):
+                if not self._add_form(form, share, fastest):
                     continue
                 for combination in contenders:
                     self._prepare(dataclasses.replace(combination, form=form))
@@ -174,9 +175,7 @@ class SearchSession:
             if share is None:
                 self.subject.save(folder, self.subject.model)
             else:
-                threads = torch.get_num_threads()
                 how = self._narrowing_settings(fastest)
-
                 stages = StageFraction()
 
                 def progress(what: str, done: int, total: int) -> None:
@@ -188,8 +187,6 @@ class SearchSession:
                     self.state.set(f"{key} failed", str(error))
                     self.notes_of_forms[form] = str(error)
                     return False
-                finally:
-                    torch.set_num_threads(threads)
                 self.subject.save(folder, model, plan)
             self.state.set(key, True)
         self.done += 0 if share is None else STEP_WEIGHTS["narrow"]
@@ -197,14 +194,14 @@ class SearchSession:
         return True
 
     def _narrowing_settings(self, fastest: Combination) -> NarrowingSettings:
-        """Return how forms are narrowed; by latency, with the number of threads that was best for the fastest."""
+        """Return how forms are narrowed; by latency, timed with the number of threads that was best for the fastest."""
         s = self.settings
         how = NarrowingSettings(NARROWING_IMAGES, s.finetune, s.seed, s.narrow_by, batch=s.batches[0])
         if s.narrow_by == "macs":
             return how
-        torch.set_num_threads(self.rows[fastest].settings[s.batches[0]].threads)
+        threads = self.rows[fastest].settings[s.batches[0]].threads
         engines = {name: narrowing for narrowing, name in NARROWING_ENGINES.items()}
-        return dataclasses.replace(how, engine=engines.get(fastest.engine, "pytorch"))
+        return dataclasses.replace(how, engine=engines.get(fastest.engine, "pytorch"), threads=threads)
 
     def _prepare(self, combination: Combination) -> None:
         """Build a combination, start its process, and compare its answers; or note why that cannot be."""
@@ -367,3 +364,8 @@ def describe_machine(loads: tuple[float, float]) -> dict[str, Any]:
         "load": [round(value, 1) for value in loads],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def find_fastest(rows: Iterable[Row], batch: int) -> Combination:
+    """Return the combination that takes the least time with that many images at a time."""
+    return min(rows, key=lambda row: row.latency[batch].median).combination

@@ -199,7 +199,7 @@ def _features(
     on_lost: Callable[[str, str], None] | None,
     on_progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
-    """Return the features of the training images and of the mirrored ones, their labels, and what was left out."""
+    """Return the features of the training images and of the mirrored ones, and their labels."""
     size, channels = images.size, images.channels
     one = class_layer_input(model, torch.zeros(1, channels, size, size, device=device))
     views = 2 if config.flip else 1

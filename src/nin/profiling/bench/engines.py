@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin import layers
+from nin.engines.sessions import onnxruntime_session, openvino_options
 from nin.profiling.bench.cases import Case
 from nin.version import install_command
 
@@ -64,14 +65,10 @@ def onnxruntime(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> 
     _check_inference(case, x, "onnxruntime", "onnx", "onnxscript")
     if dtype != torch.float32:
         raise UnavailableError(f"no {str(dtype).removeprefix('torch.')} on the CPU")
-    import onnxruntime as ort
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(model, (x.contiguous(),), path, dynamo=True, external_data=False, verbose=False)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime_session(str(path), torch.get_num_threads())
     feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
     return lambda: session.run(None, feed)
 
@@ -81,13 +78,9 @@ def openvino(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Cal
     _check_inference(case, x, "openvino")
     import openvino as ov
 
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    number = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
     converted = ov.convert_model(model.float(), example_input=x.float().contiguous(), input=[list(x.shape)])
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    settings = openvino_options(number, torch.get_num_threads())
     request = ov.compile_model(converted, "CPU", settings).create_infer_request()
     feed = [x.float().contiguous().numpy()]
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
