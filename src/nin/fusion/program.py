@@ -130,7 +130,7 @@ class Program:
         except NotRecordableError:
             self._graphs = MAX_GRAPHS + 1
             return None
-        made = _Made(plan, WatchedTensors(kernels, recorder.sources))
+        made = _Made(plan, WatchedTensors(kernels, recorder.sources, recorder.read))
         if not made.sources.are_watchable or not before.are_unchanged():
             return None
         with self._lock:

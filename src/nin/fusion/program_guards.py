@@ -1,6 +1,7 @@
 """What a recorded program depends on besides tensors' values: the modules' attributes, their classes, globals."""
 
 import copy
+import gc
 import operator
 import types
 from collections.abc import Iterable, Iterator
@@ -9,10 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nin.ops.cpu.object_memory import ObjectMemory, watch_modules
+
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _CONTENTS = "_parameters", "_buffers", "_modules"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, tuple)
+# PyTorch's layers whose forwards read no parameters, buffers and modules but those that they were made with
+_LAYERS = {f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "dropout", "linear", "pooling")}
 _MOST_ITEMS = 1000  # of a container whose copy is compared in every call
 
 
@@ -34,6 +39,7 @@ class ModuleState:
         modules = list(module.modules())
         dicts = [vars(m) for m in modules]
         contents = [d[name] for d in dicts for name in _CONTENTS]
+        self._modules, self._classes = modules, [type(m) for m in modules]
         # dicts that must stay empty, and those that must keep what they hold: the very same tensors and modules
         self._hooks, self._last_hook = [d[name] for d in dicts for name in _HOOKS], -1
         self._empty = [c for c in contents if not c]
@@ -43,6 +49,11 @@ class ModuleState:
         classes = [vars(c) for c in _foreign_classes(modules)]
         self._dicts: list[Any] = [*dicts, *classes]
         self._values = _values(self._dicts)
+        behind = [d for c in classes for d in gc.get_referents(c) if isinstance(d, dict)]  # what vars(class) shows
+        is_layer = [type(m).__module__ in _LAYERS for m in modules]
+        kept = [d[name] for d, layer in zip(dicts, is_layer, strict=True) for name in _CONTENTS if d[name] or not layer]
+        self._watched = [*dicts, *behind, *kept]
+        self._memory: ObjectMemory | None = None  # which tells that these are what they were
         containers = [v for d in dicts for name, v in d.items() if not name.startswith("_") and _is_copied(v)]
         self._globals = list(_read_globals(classes))
         containers += [v for *_, v in self._globals if _is_copied(v)]
@@ -59,14 +70,28 @@ class ModuleState:
             if any(self._hooks):
                 return False
             self._last_hook = last_hook
+        if not all(space.get(name) is value for space, name, value in self._globals):
+            return False
+        if self._memory is None or not self._memory.is_unchanged():
+            memory = watch_modules(self._modules, self._watched)  # before they are asked
+            if not self._dicts_hold():
+                return False
+            self._memory = memory
+        try:
+            return self._containers == self._copies
+        except (RuntimeError, TypeError, ValueError):  # of tensors and arrays, which are not simply equal
+            return False
+
+    def _dicts_hold(self) -> bool:
+        """Ask each dict for its values."""
         if any(self._empty) or sum(map(len, self._filled)) != len(self._held):
             return False
         if not all(map(operator.is_, _values(self._filled), self._held)):
             return False
-        if not all(space.get(name) is value for space, name, value in self._globals):
+        if [type(m) for m in self._modules] != self._classes:
             return False
         try:
-            return _values(self._dicts) == self._values and self._containers == self._copies
+            return _values(self._dicts) == self._values
         except (RuntimeError, TypeError, ValueError):  # of tensors and arrays, which are not simply equal
             return False
 
@@ -81,6 +106,8 @@ def _values(spaces: Iterable[Any]) -> list[Any]:
 
 def _is_copied(value: Any) -> bool:
     """Return whether a value is a container of plain values, which may be changed in place."""
+    if type(value) is tuple and all(isinstance(item, _PLAIN) for item in value):
+        return False  # nothing in it can be changed
     return type(value) in _CONTAINERS and _is_plain(value)
 
 

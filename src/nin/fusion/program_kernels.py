@@ -1,4 +1,4 @@
-"""Which of PyTorch's functions the compiled library computes as a step, to the same bits."""
+"""Which of PyTorch's functions the compiled library computes as a step."""
 
 import operator
 from collections.abc import Callable
@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin.ops.checks import pair
-from nin.ops.cpu.steps import KernelStep, add_step, pool_step
+from nin.ops.cpu.steps import KernelStep, add_step, linear_step, pool_step
+from nin.ops.cpu.weight_cache import is_dense
+
+# The most pixels whose mean is their plain sum over their number: a longer sum would lose digits.
+MOST_PIXELS = 1024
 
 
 class FoundStep(NamedTuple):
@@ -20,16 +24,22 @@ class FoundStep(NamedTuple):
         other: what it reads besides, or None.
         y: where the result goes; None where it goes to ``x``.
         step: the step, or None where the result is ``x`` itself.
+        weights: tensors whose addresses are in the step.
     """
 
     x: Tensor
     other: Tensor | None = None
     y: Tensor | None = None
     step: KernelStep | None = None
+    weights: tuple[Tensor, ...] = ()
 
 
 def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FoundStep | None:
-    """Return the step for a call of a function or module with tensors; None if there is none to the same bits."""
+    """Return the step for a call of a function or module with tensors; None if there is none.
+
+    Sums, ReLU, ReLU6 and poolings have PyTorch's bits; other activations, the mean over an image and fully connected
+    layers are right to rounding, as the operators around them are.
+    """
     find = _FINDERS.get(type(function) if isinstance(function, nn.Module) else function)
     if find is None or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
@@ -40,18 +50,13 @@ def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return found
 
 
-def dense_order(t: Tensor) -> bool:
-    """Return whether a tensor's values lie without gaps, in one of PyTorch's two orders."""
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
-
-
 def _is_plain(t: Tensor) -> bool:
     return t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided and not t.is_neg() and t.numel() > 0
 
 
 def _activation(name: str, *, changes: bool = False) -> Callable[..., FoundStep | None]:
     def find(x: Tensor, inplace: bool = False) -> FoundStep | None:
-        if not dense_order(x):
+        if not is_dense(x):
             return None
         y = None if inplace or changes else torch.empty_like(x)
         return FoundStep(x, None, y, add_step(x.numel(), name)) if y is None or y.stride() == x.stride() else None
@@ -64,13 +69,17 @@ def _activation_module(name: str) -> Callable[..., FoundStep | None]:
     return lambda module, x: find(x, module.inplace)
 
 
+def _gelu(x: Tensor, approximate: str = "none") -> FoundStep | None:
+    return _activation("gelu")(x) if approximate == "none" else None
+
+
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> FoundStep | None:
     return _activation("relu6")(x, inplace) if (min_val, max_val) == (0, 6) else None
 
 
 def _add(*, changes: bool) -> Callable[..., FoundStep | None]:
     def find(x: Any, other: Any, **options: Any) -> FoundStep | None:
-        if options or not isinstance(x, Tensor) or not isinstance(other, Tensor) or not dense_order(x):
+        if options or not isinstance(x, Tensor) or not isinstance(other, Tensor) or not is_dense(x):
             return None
         if x.shape != other.shape or x.stride() != other.stride():
             return None
@@ -84,7 +93,7 @@ def _add(*, changes: bool) -> Callable[..., FoundStep | None]:
 
 def _pool(x: Tensor, y: Tensor, window: tuple[Any, Any, Any, Any], **options: Any) -> FoundStep | None:
     """Return the step of a pooling whose result is like ``y``."""
-    if x.dim() != 4 or x.stride(1) != 1 or y.stride(1) != 1 or not dense_order(y):
+    if x.dim() != 4 or x.stride(1) != 1 or y.stride(1) != 1 or not is_dense(y):
         return None
     size, stride, padding, dilation = window
     size = pair("kernel_size", size, 1)
@@ -121,6 +130,33 @@ def _average_pool(
     return _pool(x, y, (kernel_size, stride, padding, 1), largest=False, **options)
 
 
+def _adaptive_pool(x: Tensor, output_size: Any) -> FoundStep | None:
+    return _mean_over_image(x, F.adaptive_avg_pool2d(x, 1)) if output_size in (1, (1, 1), [1, 1]) else None
+
+
+def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> FoundStep | None:
+    if x.dim() != 4 or not isinstance(dim, tuple | list) or sorted(d % 4 for d in dim) != [2, 3] or dtype is not None:
+        return None
+    return _mean_over_image(x, x.mean(dim, keepdim))
+
+
+def _mean_over_image(x: Tensor, y: Tensor) -> FoundStep | None:
+    """Return the step of a mean with the result ``y``."""
+    if x.dim() != 4 or x.stride(1) != 1 or y.stride(1) != 1 or x.shape[2] * x.shape[3] > MOST_PIXELS:
+        return None
+    window = (*x.shape[2:],), (1, 1), (0, 0), (1, 1)
+    image = y if y.dim() == 4 else y[:, :, None, None]
+    return FoundStep(x, None, y, pool_step(x, image, window, largest=False))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoundStep | None:
+    weights = (weight,) if bias is None else (weight, bias)
+    if x.dim() != 2 or not all(t.is_contiguous() and _is_plain(t) for t in (x, *weights)):
+        return None
+    y = F.linear(x, weight, bias)
+    return FoundStep(x, None, y, linear_step(x, weight, bias, y), weights)
+
+
 def _max_pool_module(m: nn.MaxPool2d, x: Tensor) -> FoundStep | None:
     return _max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
 
@@ -133,6 +169,10 @@ def _nothing(module: nn.Module, x: Tensor) -> FoundStep | None:
     return FoundStep(x)
 
 
+# Whose result may be the same values in another shape.
+RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape}
+RESHAPES |= {Tensor.flatten, Tensor.squeeze, Tensor.reshape, Tensor.view, nn.Flatten}
+
 _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _activation("relu")),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _activation("relu", changes=True)),
@@ -140,11 +180,27 @@ _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     F.hardtanh: _hardtanh,
     nn.ReLU: _activation_module("relu"),
     nn.ReLU6: _activation_module("relu6"),
+    F.hardswish: _activation("hardswish"),
+    F.silu: _activation("silu"),
+    F.gelu: _gelu,
+    F.hardsigmoid: _activation("hardsigmoid"),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _activation("sigmoid")),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _activation("sigmoid", changes=True)),
+    nn.Hardswish: _activation_module("hardswish"),
+    nn.SiLU: _activation_module("silu"),
+    nn.Hardsigmoid: _activation_module("hardsigmoid"),
+    nn.GELU: lambda module, x: _gelu(x, module.approximate),
+    nn.Sigmoid: lambda module, x: _activation("sigmoid")(x),
     **dict.fromkeys((operator.add, torch.add, Tensor.add), _add(changes=False)),
     **dict.fromkeys((operator.iadd, Tensor.add_), _add(changes=True)),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
     F.avg_pool2d: _average_pool,
+    F.adaptive_avg_pool2d: _adaptive_pool,
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys((F.linear, torch._C._nn.linear), _linear),
     nn.MaxPool2d: _max_pool_module,
+    nn.AdaptiveAvgPool2d: lambda module, x: _adaptive_pool(x, module.output_size),
+    nn.Linear: lambda module, x: _linear(x, module.weight, module.bias),
     nn.AvgPool2d: _average_pool_module,
     # in evaluation
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _nothing),

@@ -157,6 +157,7 @@ class Plan:
     ) -> None:
         self._values: list[Any] = [slot.constant for slot in slots]
         self._inputs, self._output = inputs, output
+        self._only = output.slot if is_ref(output) else None
         shown = {leaf.slot for leaf in pytree.tree_leaves(output, is_leaf=is_ref) if is_ref(leaf)}
         # what PyTorch reads, or the caller gets: tensors of their own
         visible = shown.union(*(action.slots() for action in actions if isinstance(action, TorchAction)))
@@ -200,6 +201,8 @@ class Plan:
         with self._lock:
             if not self._free:
                 self._free.append(memory)
+        if self._only is not None:
+            return values[self._only]
         return pytree.tree_map(lambda leaf: values[leaf.slot] if is_ref(leaf) else leaf, self._output, is_leaf=is_ref)
 
 

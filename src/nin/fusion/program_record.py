@@ -8,13 +8,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nin.fusion.program_kernels import dense_order, find_step
+from nin.fusion.program_kernels import RESHAPES, find_step
 from nin.fusion.program_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
 from nin.fusion.program_trace import Layers, NetworkGraph, held_tensor
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.cpu import call_cache
 from nin.ops.cpu.library import Kernels
 from nin.ops.cpu.steps import run_step, step_of_call
+from nin.ops.cpu.weight_cache import is_dense
 from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS
 
 
@@ -47,6 +48,7 @@ class Recorder:
 
     Attributes:
         sources: the tensors whose values are in the plan: weights as they were packed.
+        read: the tensors that the plan reads at the addresses of now.
     """
 
     def __init__(self, module: nn.Module, network: NetworkGraph, kernels: Kernels) -> None:
@@ -56,6 +58,7 @@ class Recorder:
         self._values: dict[fx.Node, Any] = {}
         self._actions: list[KernelAction | TorchAction] = []
         self.sources: list[Tensor] = []
+        self.read: list[Tensor] = []
 
     def record(self, inputs: Sequence[Tensor]) -> tuple[Any, Plan]:
         """Run the network step by step, which may change the inputs, and return the result and the plan.
@@ -99,6 +102,8 @@ class Recorder:
             layers = self._network.chains[node]
             return self._run_layers(layers, self._fill(layers.x))
         args, kwargs = self._fill(node.args), self._fill(node.kwargs)
+        if (reshaped := self._reshape(node, args, kwargs)) is not None:
+            return reshaped
         if node.op == "call_module":
             return self._run_module(self._module.get_submodule(str(node.target)), args, kwargs)
         if node.op == "call_method":
@@ -109,6 +114,27 @@ class Recorder:
         if node.target is getattr and args[1] in _ATTRIBUTES:
             return getattr(*args)
         return self._run_function(node.target, args, kwargs)  # type: ignore[arg-type]
+
+    def _reshape(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the result of a kernel in another shape, if that is all that is read of it; None if not."""
+        function: Any = node.target
+        if node.op == "call_module":
+            function = self._module.get_submodule(function)
+        elif node.op == "call_method":
+            function = getattr(Tensor, function)
+        kind = type(function) if isinstance(function, nn.Module) else function
+        x = args[0] if args else None
+        if kind not in RESHAPES or not isinstance(x, Tensor) or len(node.all_input_nodes[0].users) > 1:
+            return None
+        if sum(value is x for value in pytree.tree_leaves(list(self._values.values()))) > 1:  # what changed it in place
+            return None
+        slot = self._slots[self._slot_of(x)]
+        y: Tensor = function(*args, **kwargs)
+        if not slot.owned or y.data_ptr() != x.data_ptr() or not is_dense(y):
+            return None
+        slot.size, slot.stride = tuple(y.shape), y.stride()
+        self._tensors[id(y)] = self._slot_of(x), y
+        return y
 
     def _run_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(module) in (MLPConv, Conv1x1, InvertedBottleneck) and len(args) == 1 and not kwargs:
@@ -132,7 +158,7 @@ class Recorder:
         """Run what calls an operator once: its kernel is a step, if that is all that happens."""
         with call_cache.watch() as seen:
             y = function(x)
-        if len(seen) == 1 and _same_memory(seen[0].x, x) and _same_memory(seen[0].y, y) and dense_order(y):
+        if len(seen) == 1 and _same_memory(seen[0].x, x) and _same_memory(seen[0].y, y) and is_dense(y):
             step = step_of_call(seen[0])
             if step is not None:
                 self._actions.append(KernelAction(step, self._slot_of(x), -1, self._slot_of(y, owned=True)))
@@ -151,6 +177,7 @@ class Recorder:
             if found.y is not None or owned:
                 y = found.x if found.y is None else found.y
                 run_step(self._kernels, found.step, found.x, found.other, y)
+                self.read += found.weights
                 other = -1 if found.other is None else self._slot_of(found.other)
                 slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
                 self._actions.append(KernelAction(found.step, *slots))

@@ -21,6 +21,7 @@ class StepKind(enum.IntEnum):
     ADD = 2
     MAX_POOL = 3
     AVERAGE_POOL = 4
+    LINEAR = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,22 @@ def pool_step(
     """
     kind = StepKind.MAX_POOL if largest else StepKind.AVERAGE_POOL
     return KernelStep(kind, abi.pack_window(x, y, *window), option=int(not counts_padding), count=divisor)
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> KernelStep:
+    """Return a fully connected layer, which reads its weight and bias where they lie: they must stay there.
+
+    Args:
+        x: (N, channels), rows of contiguous values.
+        weight: (channels out, channels), contiguous.
+        bias: (channels out,), contiguous, or None.
+        y: the result, (N, channels out), like x.
+    """
+    one = 1, 1
+    window = abi.pack_window(x[:, :, None, None], y[:, :, None, None], one, one, (0, 0), one, layers=1)
+    address = 0 if bias is None else bias.data_ptr()
+    layer = struct.pack("4q", weight.data_ptr(), address, weight.shape[0], 0)
+    return KernelStep(StepKind.LINEAR, window, layer, kept=(weight, bias))
 
 
 class PackedSteps:

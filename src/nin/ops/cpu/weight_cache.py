@@ -160,10 +160,11 @@ def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> Sequence[int]:
         kernels: of the instruction set in use.
         spans: an address, then a number of bytes, for each span.
     """
-    return _hash_blocks(kernels, struct.pack(f"{len(spans)}q", *spans), len(spans) // 2)
+    return hash_blocks(kernels, struct.pack(f"{len(spans)}q", *spans), len(spans) // 2)
 
 
-def _hash_blocks(kernels: Kernels, blocks: bytes, count: int) -> Sequence[int]:
+def hash_blocks(kernels: Kernels, blocks: bytes, count: int) -> Any:
+    """Return the array of hashes of blocks of memory: packed structs ``nin_bytes``."""
     hashes = _hashes_type(count)()
     status = library.loaded().nin_hash(kernels.handles[torch.float32], blocks, count, hashes, library.thread_pool())
     library.check(status)
@@ -294,17 +295,18 @@ def freeze(model: nn.Module) -> nn.Module:
 
 def is_hashable(t: Tensor) -> bool:
     """Return whether a tensor is in the CPU's memory, without gaps."""
-    return t.is_cpu and t.layout == torch.strided and _is_dense(t)
+    return t.is_cpu and t.layout == torch.strided and is_dense(t)
 
 
-def _is_dense(t: Tensor) -> bool:
+def is_dense(t: Tensor) -> bool:
+    """Return whether a tensor's values lie without gaps, in one of PyTorch's two orders."""
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> PackedCopy:
     """Pack a weight, and keep the copy in the cache if its bytes can be hashed."""
     pack = functools.partial(_pack, key[4], for_input_gradient=key[5], winograd_tile_size=key[6])
-    if not _is_dense(weight):
+    if not is_dense(weight):
         return PackedCopy(pack(weight))
     storage = weight.untyped_storage()
     name = id(storage)

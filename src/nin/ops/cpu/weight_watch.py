@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from nin.ops.cpu.library import Kernels
-from nin.ops.cpu.weight_cache import constant_of, count_taken_back, hash_bytes, is_hashable
+from nin.ops.cpu.object_memory import ObjectMemory, watch_tensors
+from nin.ops.cpu.weight_cache import constant_of, count_taken_back, hash_blocks, is_hashable
 
 
 class WatchedTensors:
@@ -19,38 +20,52 @@ class WatchedTensors:
     Args:
         kernels: of the instruction set in use.
         tensors: on the CPU.
+        read: those that are read anew each time: what matters is where they lie and in which shape.
     """
 
-    def __init__(self, kernels: Kernels, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, kernels: Kernels, tensors: Iterable[Tensor], read: Iterable[Tensor] = ()) -> None:
         self._kernels = kernels
-        self._tensors = list({id(t): t for t in tensors}.values())
+        valued = list({id(t): t for t in tensors}.values())
+        self._tensors = list({id(t): t for t in (*valued, *read)}.values())
         self._storages = [t.untyped_storage() for t in self._tensors]
         same: dict[Any, Any] = {}  # equal shapes are one object: what a check reads should be few lines of the cache
         self._places = _addresses(self._tensors)
         self._shapes = [same.setdefault(t.shape, t.shape) for t in self._tensors]
         self._strides = [same.setdefault(t.stride(), t.stride()) for t in self._tensors]
-        found = [(t, constant_of(t)) for t in self._tensors]
+        found = [(t, constant_of(t)) for t in valued]
         self._constants = [t for t, constant in found if constant is not None]
         self._promises = [constant for _, constant in found if constant is not None]
         self._versions = [promise.version for promise in self._promises]
         self._taken_back = count_taken_back()
-        self._spans = [number for t, constant in found if constant is None for number in (t.data_ptr(), t.nbytes)]
+        spans = [struct.pack("2q", t.data_ptr(), t.nbytes) for t, constant in found if constant is None]
+        self._spans, self._count = b"".join(spans), len(spans)
         self.are_watchable = all(is_hashable(t) for t in self._tensors)
-        self._hashes = list(hash_bytes(kernels, self._spans)) if self.are_watchable else []
+        self._memory: ObjectMemory | None = None  # which tells that nothing but bytes of those can have changed
+        self._hashes = self._hash() if self.are_watchable else b""
 
     def are_unchanged(self) -> bool:
         """Return whether nobody wrote to a tensor, or gave it other memory."""
-        if [t._version for t in self._constants] != self._versions or any(t.requires_grad for t in self._constants):
-            return False
         if self._taken_back != count_taken_back():
             if not all(promise.stands for promise in self._promises):
                 return False
             self._taken_back = count_taken_back()
+        if self._memory is None or not self._memory.is_unchanged():
+            memory = watch_tensors(self._tensors, self._constants)  # before they are asked
+            if not self._are_as_they_were():
+                return False
+            self._memory = memory
+        return self._hash() == self._hashes
+
+    def _hash(self) -> bytes:
+        return bytes(hash_blocks(self._kernels, self._spans, self._count)) if self._count else b""
+
+    def _are_as_they_were(self) -> bool:
+        """Ask each tensor for all but its bytes."""
+        if [t._version for t in self._constants] != self._versions or any(t.requires_grad for t in self._constants):
+            return False
         if _addresses(self._tensors) != self._places or [t.shape for t in self._tensors] != self._shapes:
             return False
-        if list(map(Tensor.stride, self._tensors)) != self._strides:
-            return False
-        return not self._spans or list(hash_bytes(self._kernels, self._spans)) == self._hashes
+        return list(map(Tensor.stride, self._tensors)) == self._strides
 
 
 def _addresses(tensors: Sequence[Tensor]) -> bytes:

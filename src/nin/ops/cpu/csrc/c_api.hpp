@@ -84,6 +84,16 @@ NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* ch
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,
                                         const nin_bytes* weights, const uint64_t* hashes, int64_t count);
 
+// Words of memory, and what they were.
+struct nin_words {
+  const uint64_t* data;
+  const uint64_t* expected;
+  int64_t count;
+};
+// Returns the number of the first of `count` blocks that is not what it was, or `count`. A block is only read when those
+// before it are what they were: they may say that its memory is still there.
+NIN_API int64_t nin_find_change(const nin_words* blocks, int64_t count);
+
 // A step of a network in float32, whose tensors lie at offsets, in bytes, in blocks of memory.
 enum nin_step_kind : int64_t {
   nin_step_chain = 0,           // nin_forward(chain, layers)
@@ -91,6 +101,8 @@ enum nin_step_kind : int64_t {
   nin_step_add = 2,             // y = activation(x + other), or activation(x), of `count` values; option: activation
   nin_step_max_pool = 3,        // chain: sizes, window and strides
   nin_step_average_pool = 4,    // the same; option: 1 where the padding does not count; count: the divisor, if not 0
+  nin_step_linear = 5,          // a fully connected layer; chain: batch, channels, x_stride[0] and y_stride[0]; layers:
+                                // one, whose weight is (channels out, channels), contiguous
 };
 struct nin_step {
   int64_t kind;

@@ -92,6 +92,17 @@ struct DepthwiseArguments {
   int64_t out_row_stride = 0;
 };
 
+// A fully connected layer: y[r][o] = x[r] · weight[o] + bias[o], floats. The weight is read where it lies.
+struct LinearArguments {
+  const char* x = nullptr;
+  int64_t x_row_stride = 0, rows = 0, channels = 0;
+  const char* weight = nullptr;
+  int64_t weight_row_stride = 0;
+  const float* bias = nullptr;  // or null
+  char* y = nullptr;
+  int64_t y_row_stride = 0;
+};
+
 // The interpolation points of Winograd's transforms with input tiles of 6 × 6 or 8 × 8, besides 0 and infinity: ± each.
 // Of twelve sets of small fractions these have the lowest root-mean-square error against float64.
 constexpr double winograd_point(int64_t size, int i) {
@@ -167,6 +178,8 @@ struct Kernels {
   void (*add_and_activate)(char* y, const char* x, const char* other, int64_t count, Activation activation);
   // The largest value of each of `channels` over `count` pixels, or their sum over `divisor`; floats.
   void (*pool)(char* y, const char* const* pixels, int64_t count, int64_t channels, bool largest, float divisor);
+  // The outputs from `first` to `last` of a fully connected layer; floats.
+  void (*linear)(const LinearArguments&, int64_t first, int64_t last);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);

@@ -1,6 +1,5 @@
-// The steps of a network, run one after the other: convolutions, sums, activations and poolings.
+// The steps of a network, run one after the other: convolutions, sums, activations, poolings and fully connected layers.
 #include <cstring>
-#include <new>
 
 #include "parallel.hpp"
 #include "tiling.hpp"
@@ -24,6 +23,7 @@ class Step {
 
  private:
   nin_status add() const;
+  nin_status linear() const;
   nin_status pool_pixels(bool largest) const;
   void pool_line(int64_t image, int64_t line, bool largest, const char** pixels) const;
 
@@ -41,6 +41,7 @@ int32_t Step::run() const {
     case nin_step_bottleneck:
       return nin_inverted_bottleneck(&k_, step_.chain, step_.layers, step_.option, x_, y_, &pool_, nullptr, nullptr, 0);
     case nin_step_add: return add();
+    case nin_step_linear: return linear();
     default: return pool_pixels(step_.kind == nin_step_max_pool);
   }
 }
@@ -51,6 +52,20 @@ nin_status Step::add() const {
     const int64_t from = task * task_values, at = from * 4;
     k_.add_and_activate(y_ + at, x_ + at, other_ ? other_ + at : nullptr, std::min(task_values, count - from),
                         Activation(step_.option));
+  });
+}
+
+nin_status Step::linear() const {
+  const nin_chain& c = *step_.chain;
+  const nin_layer& layer = *step_.layers;
+  LinearArguments args;
+  args.x = x_, args.x_row_stride = c.x_stride[0] * 4, args.rows = c.batch, args.channels = c.channels;
+  args.weight = static_cast<const char*>(layer.weight), args.weight_row_stride = c.channels * 4;
+  args.bias = static_cast<const float*>(layer.bias);
+  args.y = y_, args.y_row_stride = c.y_stride[0] * 4;
+  const int64_t outputs = std::clamp<int64_t>(task_values / (c.channels * c.batch), 1, layer.channels);
+  return run_tasks(pool_, ceil_div(layer.channels, outputs), 0, [&](int64_t task, char*) {
+    k_.linear(args, task * outputs, std::min((task + 1) * outputs, layer.channels));
   });
 }
 
@@ -107,4 +122,19 @@ int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count,
     if (status != nin_ok) return status;
   }
   return nin_ok;
+}
+
+int64_t nin_find_change(const nin_words* blocks, int64_t count) {
+  constexpr int64_t ahead = 32, line = 8;  // blocks whose memory is fetched meanwhile; words of a cache line
+  const auto fetch = [&](int64_t i) {
+    if (i >= count) return;
+    for (int64_t word = 0; word < blocks[i].count; word += line) __builtin_prefetch(blocks[i].data + word);
+    __builtin_prefetch(blocks[i].data + blocks[i].count - 1);
+  };
+  for (int64_t i = 0; i < ahead; ++i) fetch(i);
+  for (int64_t i = 0; i < count; ++i) {
+    fetch(i + ahead);
+    if (std::memcmp(blocks[i].data, blocks[i].expected, size_t(blocks[i].count) * 8) != 0) return i;
+  }
+  return count;
 }

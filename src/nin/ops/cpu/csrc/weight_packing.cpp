@@ -123,9 +123,17 @@ int32_t nin_hash(const void* kernels, const nin_bytes* blocks, int64_t count, ui
       }
     }
     std::vector<uint64_t> piece_hashes(pieces.size());
+    // Many small blocks: the processor does not foresee where the next lies.
+    constexpr size_t ahead = 4;
+    const auto fetch = [](const nin_bytes& block) {
+      for (int64_t at = 0; at < std::min<int64_t>(block.bytes, 4096); at += 64) {
+        __builtin_prefetch(static_cast<const char*>(block.data) + at);
+      }
+    };
     const nin_thread_pool alone{nullptr, 1};
     const nin_status status =
         nin::run_tasks(bytes < least_parallel_bytes ? alone : *pool, int64_t(pieces.size()), 0, [&](int64_t i, char*) {
+          if (size_t(i) + ahead < pieces.size()) fetch(pieces[size_t(i) + ahead]);
           piece_hashes[i] = k.hash(static_cast<const char*>(pieces[i].data), pieces[i].bytes);
         });
     for (int64_t i = 0, p = 0; i < count; ++i) {
