@@ -595,9 +595,7 @@ def test_other_steps_are_pytorchs_functions_to_rounding(function, options, shape
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "channels", "outputs"), [(1, 1, 1), (1, 130, 7), (3, 17, 6), (9, 33, 40), (70, 8, 3)]
-)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 130, 7), (3, 17, 6), (9, 33, 40), (70, 8, 3)])
 def test_fully_connected_layers_are_steps(sizes, bias):
     torch.manual_seed(0)
     batch, channels, outputs = sizes
