@@ -172,7 +172,7 @@ def test_freeze_stops_at_once_and_begins_again(images, tmp_path):
         ({"freeze": True, "weights": "x", "balance": "sampling"}, 'nothing to sample: give balance="weights"'),
         ({"body_rate": 2.0}, "body_rate must be above 0 and at most 1"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
-        ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw"),
+        ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw, muon"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -476,14 +476,18 @@ def test_weight_decay_spares_biases_and_gains():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize(("make", "older"), [(optim.sgd, False), (optim.sgd, True), (optim.adamw, False)])
+@pytest.mark.parametrize(
+    ("make", "older"), [(optim.sgd, False), (optim.sgd, True), (optim.adamw, False), (optim.muon, False)]
+)
 def test_an_optimizer_with_ema_goes_on_from_its_state_dict(make, older):
-    options = {"momentum": 0.9} if make is optim.sgd else {"betas": (0.9, 0.99)}
+    options = {"betas": (0.9, 0.99)} if make is optim.adamw else {"momentum": 0.9}
 
     def begin():
         torch.manual_seed(0)
         model, ema_model = nn.Linear(3, 2), nn.Linear(3, 2)
-        return optim.OptimizerWithEMA(model, ema_model, make(model, learning_rate=0.1, weight_decay=0.01, **options))
+        own = {"matrices": [model.weight], "sgd_factor": 2.0} if make is optim.muon else {}
+        optimizer = make(model, learning_rate=0.1, weight_decay=0.01, **options, **own)
+        return optim.OptimizerWithEMA(model, ema_model, optimizer)
 
     def step(work):
         work.step(work.model(x).square().sum(), learning_rate=0.1, gradient_clip=1.0, ema_decay=0.9)
@@ -590,6 +594,9 @@ def test_the_speed_recipe_fills_in_what_was_left_alone():
         ({"batch_size": "auto"}, 60_000, 0.1),  # until it is found
         ({"learning_rate": 0.3}, 660, 0.3),
         ({"optimizer": "adamw"}, 660, 0.002),
+        ({"optimizer": "muon"}, 60_000, 0.05),
+        ({"optimizer": "muon", "batch_size": 32}, 60_000, 0.025),
+        ({"optimizer": "muon", "batch_size": 4096}, 60_000, 0.1),
         ({"recipe": "finetune"}, 660, 0.002),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from nin.errors import UserError
 from nin.given import remembers_given
+from nin.recipes import FINETUNE_STEPS, RECIPES, learning_rate_by_batch
 
 # Images of at least so many pixels a side are photos: they are augmented by random crops of the whole photo. Smaller
 # ones are moved by a pixel or two, as what they show fills them.
@@ -86,10 +87,12 @@ class TrainConfig:
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
             "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
         learning_rate: at the peak of the one-cycle schedule; taken as it is given, whatever the batch size. If not
-            given, 0.1 for batches of 128 and more or less with the root of the batch, 0.2 at most (AdamW: 0.002).
+            given, 0.1 for batches of 128 and more or less with the root of the batch, 0.2 at most (Muon: half of it;
+            AdamW: 0.002).
             "auto" finds one by a range test of less than a minute (docs/finetuning.md).
         body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
-        optimizer: "sgd" unless the recipe says another, or "adamw".
+        optimizer: "sgd" unless the recipe says another, "adamw", or "muon", whose steps are orthogonal matrices
+            (weights with weight standardisation; the others have SGD with twice the learning rate).
         warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest. 0.2
             unless the recipe says another.
         schedule: how it falls: "cosine" unless the recipe says another, or "triangle" (in a straight line).
@@ -146,7 +149,7 @@ class TrainConfig:
     batch_size: int | Literal["auto"] | None = None
     learning_rate: float | Literal["auto"] | None = None
     body_rate: float | None = None
-    optimizer: Literal["sgd", "adamw"] | None = None
+    optimizer: Literal["sgd", "adamw", "muon"] | None = None
     warmup: float | None = None
     schedule: Literal["cosine", "triangle"] | None = None
     momentum: float = 0.9
@@ -265,10 +268,14 @@ class TrainConfig:
             "threads": 1 if image_size <= 16 else None,
         }
         values |= {name: value for name, value in chosen.items() if values[name] is None}
+        if values["optimizer"] == "muon" and values["normalisation"] != "weight_standardisation":
+            raise UserError(
+                f"optimizer muon is for networks with weight standardisation (nin_…), got {model} with "
+                f"normalisation={values['normalisation']}"
+            )
         if values["learning_rate"] is None:
             size = 128 if values["batch_size"] == "auto" else min(values["batch_size"], images)
-            by_batch = min(MAX_LEARNING_RATE, round(0.1 * math.sqrt(size / 128), 3))
-            values["learning_rate"] = by_batch if values["optimizer"] == "sgd" else ADAMW_LEARNING_RATE
+            values["learning_rate"] = learning_rate_by_batch(values["optimizer"], size)
         if recipe == "finetune" and not self.freeze and values["batch_size"] != "auto":
             share = values["epochs"] * max(1, images // values["batch_size"]) / FINETUNE_STEPS
             if share < 1 and self.learning_rate is None:
@@ -277,17 +284,6 @@ class TrainConfig:
                 values["batch_norm"] = "frozen"
         return ResolvedConfig(**values)
 
-
-# Of SGD the rate is 0.1 for batches of 128 and grows with the root of the batch (Krizhevsky 2014, arXiv 1404.5997,
-# section 4): 660 photos in batches of 32 learned nothing at 0.1 (benchmarks/photos/README.md). With 0.4 for batches of
-# 512 a network without BatchNorm unlearned in the second epoch on CIFAR-10 (JPEG) what it knew after the first.
-MAX_LEARNING_RATE = 0.2
-ADAMW_LEARNING_RATE = 2e-3  # its steps have one length, whatever the batch
-
-# The recipe finetune has its rate and BatchNorm's own moments of each batch from so many steps on. In fewer, the first
-# steps of AdamW, as long as all others, and moments that are half of the weights', half of the images' would only harm:
-# docs/finetuning.md.
-FINETUNE_STEPS = 100
 
 # settings whose None means that they are chosen
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
@@ -317,7 +313,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = 
 # for settings that are words: which
 _WORDS = {
     "recipe": ("default", "speed", "finetune"),
-    "optimizer": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adamw", "muon"),
     "batch_norm": ("train", "frozen"),
     "schedule": ("cosine", "triangle"),
     "normalisation": ("weight_standardisation", "none"),
@@ -339,7 +335,7 @@ class ResolvedConfig(TrainConfig):
     batch_size: int = 128
     learning_rate: float = 0.1
     body_rate: float = 1.0
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     warmup: float = 0.2
     schedule: Literal["cosine", "triangle"] = "cosine"
     weight_decay: float = 5e-4
@@ -351,49 +347,3 @@ class ResolvedConfig(TrainConfig):
     normalisation: Literal["weight_standardisation", "none"] = "weight_standardisation"
     flip: bool = False
     shift: int = 0
-
-
-# What a recipe puts in the place of settings that are not given; where it says nothing, the default recipe does.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {
-        "warmup": 0.2,
-        "schedule": "cosine",
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "ema": 0.995,
-    },
-    # Few, large steps, so that a GPU is the limit and not the launching of kernels; after Jordan, 94 % on CIFAR-10 in
-    # 3.29 seconds on a single GPU, 2024, arXiv 2404.00498 (airbench), whose alternating flip and two-pixel shift are
-    # in the default recipe already. No Muon, no whitening, no BatchNorm: the network is the paper's.
-    "speed": {
-        # an epoch of CIFAR-10 is 97 steps; airbench has 1,024, at which a network without BatchNorm has too few
-        "batch_size": 512,
-        # airbench's; a short training ends better on softer targets
-        "label_smoothing": 0.2,
-        # airbench's; the straight line keeps the rate high for longer than the cosine's end does
-        "schedule": "triangle",
-        # averages over as many images as 0.995 does with batches of 128
-        "ema": 0.98,
-    },
-    # From weights, for as few as some hundred images. Before the first epoch the class layer is fitted to the features
-    # that the weights give (see `nin.training.head_fit`): the gradients of a random one would undo them. Figures:
-    # docs/finetuning.md.
-    "finetune": {
-        # its steps have one length in layers whose gradients differ by orders of magnitude, so one learning rate serves
-        # networks of all kinds: Steiner et al. 2021, arXiv 2106.10270, section 3
-        "optimizer": "adamw",
-        "weight_decay": 0.05,
-        # 20 steps an epoch for 660 photos
-        "batch_size": 32,
-        # the class layer is fitted already, and has to follow what the body learns
-        "learning_rate": ADAMW_LEARNING_RATE,
-        # the body has learned from a million images, the class layer from a few hundred. With a fifth of these rates
-        # and frozen moments of BatchNorm the network hardly left what the class layer alone reaches
-        "body_rate": 0.5,
-        # some hundred images, each seen 40 times
-        "augment": "strong",
-        "warmup": 0.1,
-        # averages over the last 50 steps, two or three epochs of some hundred images
-        "ema": 0.98,
-    },
-}

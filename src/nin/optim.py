@@ -1,7 +1,7 @@
-"""SGD and AdamW, gradient clipping, an exponential moving average (EMA) of the weights, the one-cycle schedule."""
+"""SGD, AdamW and Muon, clipping, an exponential moving average (EMA) of the weights, the one-cycle schedule."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -146,6 +146,136 @@ def adamw(
     """
     groups = _parameter_groups(model, weight_decay, slower, slower_rate)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+class Muon(torch.optim.SGD):
+    """Muon for weights whose length changes nothing, and SGD for all other parameters.
+
+    A weight W (C_out, …) of a layer that divides each filter by its length is a matrix of C_out rows. Its step is the
+    momentum U S Vᵀ with S left out, so that rare directions are learned as fast as frequent ones, and the learning rate
+    is the part of the weight that is exchanged: ``W ← W - γ √C_out · O / ‖O‖`` with O ≈ U Vᵀ, then
+    ``W ← √C_out · W / ‖W‖``. The length being fixed, it needs no weight decay.
+
+    Not `torch.optim.Muon` (PyTorch 2.15): it takes no filters and leaves the length to the weight decay, on which the
+    size of the steps depends here.
+
+    Args:
+        groups: of parameters, as `torch.optim.SGD` takes them. One with ``orthogonal_momentum`` holds weights for Muon,
+            and the momentum of their gradients, in Nesterov's form.
+        lr: at the first step.
+        momentum: of the gradients of the others.
+        dtype: in which the directions are computed; five digits are not needed.
+
+    Source:
+        Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein: Muon, 2024, https://kellerjordan.github.io/posts/muon
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, lr: float, momentum: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        # SGD takes the step along what `step` puts in the place of the gradient
+        plain = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+        groups = [{**group, **plain} if "orthogonal_momentum" in group else group for group in groups]
+        super().__init__(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters; the gradients of Muon's are replaced by the direction of the step.
+
+        Args:
+            closure: must be None, as there is one gradient a step.
+        """
+        if closure is not None:
+            raise ValueError("closure must be None")
+        groups = [group for group in self.param_groups if "orthogonal_momentum" in group]
+        updated = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
+        for p, group in updated:
+            p.grad = self._direction(p, group["orthogonal_momentum"])
+        super().step()
+        for p, _ in updated:
+            p.mul_(math.sqrt(len(p)) / p.norm())
+
+    def _direction(self, p: Tensor, momentum: float) -> Tensor:
+        """Return the step's direction, as long as the weight, in the weight's memory format."""
+        assert p.grad is not None
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"].mul_(momentum).add_(p.grad)
+        rows = orthogonalise(p.grad.add(average, alpha=momentum).flatten(1), dtype=self.dtype)
+        length = math.sqrt(len(p)) / (rows.norm() + torch.finfo(rows.dtype).tiny)
+        return torch.empty_like(p).copy_((rows * length).view_as(p))
+
+
+# The coefficients of the polynomial in `orthogonalise`: steep at 0, so that five steps bring singular values of 1 % to
+# about 1; they do not converge to 1, but stay between 0.7 and 1.2, which is as good.
+ORTHOGONALISING = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrix: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Return about U Vᵀ of a matrix U S Vᵀ: each singular value of 1 % of the matrix's norm or more becomes about 1.
+
+    Newton and Schulz's iteration ``X ← (a + b X Xᵀ + c (X Xᵀ)²) X``.
+
+    Args:
+        matrix: (m, n), floating point.
+        steps: of the iteration.
+        dtype: to multiply in, such as bfloat16; if not given, the matrix's.
+
+    Returns:
+        (m, n), of the matrix's dtype; zeros for zeros.
+
+    Source:
+        As `Muon`.
+
+    Example:
+        >>> torch.linalg.svdvals(orthogonalise(torch.diag(torch.tensor([5.0, 1.0, 0.1])))).round()
+        tensor([1., 1., 1.])
+    """
+    if len(matrix) > matrix.shape[1]:  # X Xᵀ of the shorter side
+        return orthogonalise(matrix.T, steps=steps, dtype=dtype).T
+    a, b, c = ORTHOGONALISING
+    x = (matrix / (matrix.norm() + torch.finfo(matrix.dtype).tiny)).to(dtype or matrix.dtype)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrix.dtype)
+
+
+def muon(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    matrices: Iterable[nn.Parameter],
+    sgd_factor: float,
+    dtype: torch.dtype = torch.float32,
+    slower: Iterable[nn.Parameter] = (),
+    slower_rate: float = 1.0,
+) -> torch.optim.Optimizer:
+    """Return Muon for some weights of a model, and SGD with Nesterov momentum for its other parameters.
+
+    Args:
+        model: whose parameters it updates.
+        learning_rate: at the first step: the part of a weight that is exchanged.
+        momentum: of the gradients.
+        weight_decay: per step, on those of SGD's parameters that are weights.
+        matrices: weights of the model whose length changes nothing, see `Muon`.
+        sgd_factor: SGD's learning rate in times of Muon's.
+        dtype: in which Muon's directions are computed, such as the training's.
+        slower: parameters of the model whose learning rate is lower.
+        slower_rate: factor of their learning rate.
+    """
+    own = {id(p) for p in matrices}
+    groups = []
+    for group in _parameter_groups(model, weight_decay, slower, slower_rate):
+        of_muon = [p for p in group["params"] if id(p) in own]
+        of_sgd = [p for p in group["params"] if id(p) not in own]
+        groups.append({**group, "params": of_muon, "orthogonal_momentum": momentum})
+        groups.append({**group, "params": of_sgd, "lr_factor": group["lr_factor"] * sgd_factor})
+    return Muon([group for group in groups if group["params"]], lr=learning_rate, momentum=momentum, dtype=dtype)
 
 
 def _parameter_groups(

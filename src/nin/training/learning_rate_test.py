@@ -13,8 +13,9 @@ from nin.runtime import distributed
 from nin.training.step import TrainStep
 
 # The lowest and the highest rate, by optimiser. AdamW's steps are as long as its rate, whatever the gradient, and no
-# network learns at 0.1: one whose ReLUs have all died there can have a lower loss than before.
-RANGE = {"sgd": (1e-4, 10.0), "adamw": (1e-6, 0.1)}
+# network learns at 0.1: one whose ReLUs have all died there can have a lower loss than before. Muon exchanges that part
+# of each weight, and SGD beside it has twice the rate.
+RANGE = {"sgd": (1e-4, 10.0), "adamw": (1e-6, 0.1), "muon": (1e-4, 2.0)}
 
 # The test takes as many steps as fit into this time, at most so many, and at least so many.
 SECONDS = 40.0

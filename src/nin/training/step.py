@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nin import models
 from nin.config import ResolvedConfig, step_seed
 from nin.errors import UserError
+from nin.layers import StandardisedConv2d
 from nin.models.factory import explain_refused_images
 from nin.models.initial_weights import InitialWeights
-from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate, sgd
+from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, muon, one_cycle_learning_rate, sgd
+from nin.recipes import LEARNING_RATES
 from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.device import choose_device, choose_dtype
@@ -53,7 +55,7 @@ class TrainStep:
         self.ema_model = copy_model(self.model)
         self.class_weights: Tensor | None = None
         self.forward_model: nn.Module = self.model  # in DDP's wrapper where several processes train
-        self.optimizer = OptimizerWithEMA(self.model, self.ema_model, _make_optimizer(self.model, config))
+        self.optimizer = OptimizerWithEMA(self.model, self.ema_model, _make_optimizer(self.model, config, self.dtype))
         # dropout's mask is a function of the step's seed; a replayed graph does not promise that
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         uses_graph = self.device.type == "cuda" and config.recipe == "speed" and not drops
@@ -178,7 +180,7 @@ def _choose_dtype(precision: str, device: torch.device, model: nn.Module) -> tor
     return choose_dtype("fp32" if precision == "auto" and device.type == "cpu" and is_depthwise else precision, device)
 
 
-def _make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Optimizer:
+def _make_optimizer(model: nn.Module, config: ResolvedConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
     """Return the optimiser of the settings; all layers before the class layer are slower by ``body_rate``."""
     body: list[nn.Parameter] = []
     if isinstance(model, models.Network):
@@ -189,6 +191,12 @@ def _make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Opt
     rates |= {"learning_rate": 0.0, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return adamw(model, betas=(0.9, 0.999), **rates)
+    if config.optimizer == "muon":
+        layers = [module for module in model.modules() if isinstance(module, StandardisedConv2d)]
+        matrices = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
+        factor = LEARNING_RATES["sgd"] / LEARNING_RATES["muon"]
+        rates |= {"sgd_factor": factor, "dtype": dtype}
+        return muon(model, momentum=config.momentum, matrices=matrices, **rates)
     return sgd(model, momentum=config.momentum, **rates)
 
 
