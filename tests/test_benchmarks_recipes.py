@@ -157,7 +157,8 @@ def test_the_page_is_that_of_the_results(study, scripts, tmp_path):
     again.write_text(page, encoding="utf-8")
     scripts["tables"].write_tables(again, study.read_results(), study.BUDGETS)
     assert again.read_text(encoding="utf-8") == page, "run: python benchmarks/recipes/study.py table"
-    for text in (FOLDER / "queue.txt").read_text().splitlines():
+    queued = [(FOLDER / name).read_text() for name in ("queue.txt", "queue-full.txt")]
+    for text in "".join(queued).splitlines():
         name, of_set, seed = text.split("#")[0].split() or ("default", "digits", "0")
         assert name in study.VARIANTS
         assert of_set in study.BUDGETS

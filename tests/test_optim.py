@@ -150,3 +150,10 @@ def test_networks_without_standardised_weights_are_refused():
     ):
         with pytest.raises(UserError, match=f"optimizer muon is for networks with weight standardisation .*{got}"):
             TrainConfig(optimizer="muon", **settings).resolve(**sizes)
+
+
+def test_its_learning_rate_can_be_found(digits, monkeypatch):
+    monkeypatch.setattr("nin.training.learning_rate_test.MOST_STEPS", 20)
+    config = TrainConfig(optimizer="muon", learning_rate="auto", epochs=1, batch_size=32, threads=1, precision="fp32")
+    result = training.train(digits, config)
+    assert 1e-4 < result.info.recipe["learning_rate"] < 0.3

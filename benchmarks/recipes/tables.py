@@ -119,14 +119,16 @@ def tables(lines: Sequence[Line], budgets: Mapping[str, Any]) -> str:
         of_set = [line for line in lines if line["set"] == name]
         if not of_set:
             continue
-        seconds = sum(line.get("processor_seconds", 0) for line in of_set)
+        clocks = {"processor_seconds": "one core", "gpu_seconds": "a GPU"}
+        minutes = {where: sum(line.get(key, 0) for line in of_set) / 60 for key, where in clocks.items()}
+        times = " and ".join(f"{spent:.0f} minutes of {where} in all" for where, spent in minutes.items() if spent)
         machines = sorted({f"{r['processor']}, PyTorch {r['torch']}, {r['precision']}" for r in of_set if "torch" in r})
         dates = sorted({line["date"] for line in of_set if "date" in line})
         when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else ""
         views = [line["accuracy_10_views"] for line in of_set if "accuracy_10_views" in line]
         words = (
             f"{budget.images or 'All'} training images, {budget.epochs} epochs of the default, settings of all runs "
-            f"{settings_text(budget.settings)}; {seconds / 60:.0f} minutes of one core in all; {'; '.join(machines)}; "
+            f"{settings_text(budget.settings)}; {times}; {'; '.join(machines)}; "
             f"{when}."
         )
         if views:

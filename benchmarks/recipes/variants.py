@@ -71,7 +71,7 @@ def erase(area: tuple[float, float], *, probability: float, aspect: float = 10 /
         in_rows = (rows >= top[:, None]) & (rows < (top + h)[:, None])
         in_columns = (columns >= left[:, None]) & (columns < (left + w)[:, None])
         box = in_rows[:, None, :, None] & in_columns[:, None, None, :] & (draw[4] < probability)[:, None, None, None]
-        return x.masked_fill(box, 0.0), labels  # 0 is the mean
+        return x.masked_fill(box.to(x.device), 0.0), labels  # 0 is the mean
 
     return change
 
@@ -83,7 +83,9 @@ def reflect_shift(most: int) -> Callable[..., Batch]:
         count, _, height, width = x.shape
         offsets = torch.randint(-most, most + 1, (2, count, 1), generator=random)
         rows, columns = (_reflected(torch.arange(n) + o, n) for n, o in zip((height, width), offsets, strict=True))
-        moved = x[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
+        places = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
+        images, down, right = (place.to(x.device) for place in places)
+        moved = x[images, :, down, right]  # (B, H, W, C)
         return moved.permute(0, 3, 1, 2), labels
 
     return change
@@ -98,7 +100,7 @@ def _reflected(places: Tensor, size: int) -> Tensor:
 def random_flip(x: Tensor, labels: Tensor, done: float, random: torch.Generator) -> Batch:
     """Mirror each image with probability 1/2, whatever was done in the epoch before."""
     mirrored = torch.rand(len(x), 1, 1, 1, generator=random) < 0.5
-    return torch.where(mirrored, x.flip(3), x), labels
+    return torch.where(mirrored.to(x.device), x.flip(3), x), labels
 
 
 def progressive(smallest: float, until: float) -> Callable[..., Batch]:
