@@ -1,5 +1,6 @@
 """The study of recipes: every variant trains, what has a result is not run again, the page is that of the results."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from support.fake_gpu import pretended_gpu
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/recipes"
 MODULES = ("study", "tables", "variants")
@@ -60,6 +63,18 @@ def test_every_variant_trains(study, tiny, monkeypatch):
         assert 0 <= line["accuracy"] <= 1, name
         assert 0 < line["loss"] < 10, name
         assert line["images"] == len(images.train)
+
+
+@pytest.mark.parametrize("name", ["erasing", "shift-2-reflect", "sam"])
+def test_variants_on_a_gpu(study, tiny, monkeypatch, name):
+    budget, images = tiny
+    budget = dataclasses.replace(budget, settings={**budget.settings, "device": "cuda"})
+    monkeypatch.setitem(study.BUDGETS, "tiny", budget)
+    monkeypatch.setattr(study, "relative_cost", lambda *_: 1.0)
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretended_gpu(monkeypatch):
+        line = study.run_one(name, "tiny", 1, images)
+    assert line["gpu_seconds"] >= 0
+    assert 0 <= line["accuracy_flip"] <= 1
 
 
 def test_no_network_is_larger_than_the_papers(study):

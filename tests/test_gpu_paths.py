@@ -234,6 +234,7 @@ RECIPES = {
     "speed": {"recipe": "speed", "dropout": 0.0, "epochs": 3},
     "speed with dropout": {"recipe": "speed", "dropout": 0.3},
     "speed in fp32": {"recipe": "speed", "dropout": 0.0, "precision": "fp32"},
+    "speed with Muon": {"recipe": "speed", "dropout": 0.0, "optimizer": "muon"},
     "mirrored and shifted": {"flip": True, "shift": 1},
     "plain": {"normalisation": "none", "last_activation": "relu", "ema": 0.0},
     "second GPU": {"device": "cuda:1"},
