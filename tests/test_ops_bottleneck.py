@@ -19,9 +19,8 @@ opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 def apply(block, x, parameters):
     """Return the operator's result for the parameters in one list: weights, then biases."""
-    count = (3 if block.hidden else 2) + (2 if block.squeezed else 0)
-    biases = parameters[count:] if block.bias else [None] * count
-    return nin.inverted_bottleneck(x, parameters[:count], biases, **block.options)
+    biases = parameters[block.count :] if block.bias else [None] * block.count
+    return nin.inverted_bottleneck(x, parameters[: block.count], biases, **block.options)
 
 
 @each_block
@@ -41,7 +40,8 @@ def test_equals_conv2d_forward_and_backward(block, layout):
 
 @each_layout
 @pytest.mark.parametrize(
-    "name", ["3x3", "stride 2", "no first layer", "dilated", "squeezed", "squeezed, no first layer"]
+    "name",
+    ["3x3", "stride 2", "no first layer", "dilated", "squeezed", "squeezed, no first layer", "normed", "normed, 7x7"],
 )
 def test_float32_trains_with_the_right_gradients(name, layout):
     block = BLOCKS[name]
@@ -73,11 +73,22 @@ def test_gradients_of_some_with_squeeze_and_excitation(frozen):
     torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
 
 
+@pytest.mark.parametrize("frozen", [(0,), (1, 4), (2, 3, 5, 6), (0, 1, 4), (0, 1, 2, 4, 5)])
+def test_gradients_of_some_with_a_norm(frozen):
+    block = BLOCKS["normed"]
+    x, weights, biases = block.tensors()
+    wanted = [t.requires_grad_() for i, t in enumerate(tensors_of(x, weights, biases)) if i not in frozen]
+    expected = plain_block(x, weights, biases, block.options)
+    result = nin.inverted_bottleneck(x, weights, biases, **block.options)
+    torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
+
+
 GRADCHECKED = {name: Block(2, 4, 2, (4, 3), activation=(name,) * 3, residual=True, images=1) for name in ACTIVATIONS}
 GRADCHECKED |= {
     gate: Block(2, 3, 2, (3, 3), activation=("silu",) * 3, images=2, squeezed=2, excitation=("silu", gate))
     for gate in GATES
 }
+GRADCHECKED["norm"] = Block(3, 4, 3, (4, 3), activation=("gelu", "silu", "none"), residual=True, images=1, norm_eps=0.1)
 
 
 @pytest.mark.parametrize("block", GRADCHECKED.values(), ids=GRADCHECKED)
@@ -89,10 +100,10 @@ def test_gradcheck(block):
     assert torch.autograd.gradgradcheck(call, parameters, fast_mode=True)
 
 
-@pytest.mark.parametrize("squeezed", [None, 2])
-def test_forward_mode_and_batched_gradients(squeezed):
+@pytest.mark.parametrize(("squeezed", "norm_eps"), [(None, None), (2, None), (None, 0.1)])
+def test_forward_mode_and_batched_gradients(squeezed, norm_eps):
     names = {"activation": ("silu", "hardswish", "none"), "excitation": ("silu", "hardsigmoid")}
-    block = Block(2, 3, 2, (3, 3), images=1, squeezed=squeezed, **names)
+    block = Block(2, 3, 2, (3, 3), images=1, squeezed=squeezed, norm_eps=norm_eps, **names)
     x, weights, biases = block.tensors()
     parameters = [t.requires_grad_() for t in tensors_of(x, weights, biases)]
     call = functools.partial(lambda x, *parameters: apply(block, x, list(parameters)))
@@ -113,6 +124,7 @@ def test_forward_mode_and_batched_gradients(squeezed):
         ("3x3", torch.float32, "nhwc", True),
         ("3x3", torch.bfloat16, "nchw", False),
         ("squeezed", torch.float32, "nchw", True),
+        ("normed", torch.float32, "nhwc", True),
     ],
 )
 def test_opcheck(name, dtype, layout, trains):
@@ -129,7 +141,7 @@ def test_opcheck(name, dtype, layout, trains):
 
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["stride 2", "squeezed, stride 2"])
+@pytest.mark.parametrize("name", ["stride 2", "squeezed, stride 2", "normed, stride 2"])
 def test_layout_and_dtype_of_the_result(name, dtype, layout):
     block = BLOCKS[name]
     x, weights, biases = block.tensors(dtype, layout)
@@ -140,7 +152,7 @@ def test_layout_and_dtype_of_the_result(name, dtype, layout):
     assert (result.double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+@pytest.mark.parametrize("name", ["3x3", "squeezed", "normed"])
 def test_autocast_casts_as_conv2d_does(name):
     block = BLOCKS[name]
     x, weights, biases = block.tensors(torch.float32)
@@ -151,7 +163,7 @@ def test_autocast_casts_as_conv2d_does(name):
     torch.testing.assert_close(result, nin.inverted_bottleneck(x, weights, biases, **block.options))
 
 
-@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+@pytest.mark.parametrize("name", ["3x3", "squeezed", "normed"])
 def test_vmap_and_grad_of_torch_func(name):
     block = BLOCKS[name]
     x, weights, biases = block.tensors(torch.float32)
@@ -187,7 +199,7 @@ class Module(nn.Module):
         return apply(self.block, x, list(self.parameters_))
 
 
-@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+@pytest.mark.parametrize("name", ["3x3", "squeezed", "normed"])
 def test_compile_export_and_jit_trace(name):
     model = Module(BLOCKS[name])
     x = BLOCKS[name].tensors(torch.float32)[0]
@@ -205,7 +217,7 @@ def test_compile_export_and_jit_trace(name):
     torch.testing.assert_close(traced(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["3x3", "squeezed"])
+@pytest.mark.parametrize("name", ["3x3", "squeezed", "normed"])
 def test_an_exported_program_has_pytorchs_operators_only(name):
     model = Module(BLOCKS[name]).eval()
     x = BLOCKS[name].tensors(torch.float32)[0]
@@ -228,6 +240,22 @@ def test_flops_with_squeeze_and_excitation():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         nin.inverted_bottleneck(x, weights, biases, **block.options)
     assert counter.get_total_flops() == 2 * 2 * (100 * 3 * 8 + 2 * 8 * 2 + 25 * (8 * 9 + 8 * 6))
+
+
+def test_flops_with_a_norm():
+    block = Block(3, 8, 6, (10, 10), stride=(2, 2), norm_eps=0.1)
+    x, weights, biases = block.tensors()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        nin.inverted_bottleneck(x, weights, biases, **block.options)
+    assert counter.get_total_flops() == 2 * 2 * 25 * (3 * 9 + 3 * 8 + 8 * 6)
+
+
+def test_one_activation_with_a_norm_is_for_the_layer_behind_it():
+    block = BLOCKS["normed"]
+    x, weights, biases = block.tensors()
+    result = nin.inverted_bottleneck(x, weights, biases, padding=1, activation="silu", norm_eps=0)
+    names = {"activation": ("none", "silu", "none"), "residual": False, "norm_eps": 0}
+    torch.testing.assert_close(result, plain_block(x, weights, biases, {**block.options, **names}))
 
 
 def test_one_activation_is_for_all_but_the_last_and_squeeze_and_excitation():
@@ -306,6 +334,31 @@ def test_one_line_for_each_mistake_with_squeeze_and_excitation(change, message):
     weights, biases, options = change(weights, biases)
     with pytest.raises(ValueError, match=message):
         nin.inverted_bottleneck(x, weights, biases, **{"padding": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w, b: (w[:2], b[:2], {}),
+            r"weights must be three with norm_eps \(depthwise, .*\), got 2",
+        ),
+        (lambda w, b: (w, b, {"norm_eps": -1e-6}), "norm_eps must be None or a number of at least 0, got -1e-06"),
+        (lambda w, b: (w, b, {"norm_eps": float("nan")}), "norm_eps must be None or a number of at least 0, got nan"),
+        (lambda w, b: (w, b, {"norm_eps": "1e-6"}), "norm_eps must be None or a number of at least 0, got '1e-6'"),
+        (lambda w, b: (w, b, {"norm_eps": True}), "norm_eps must be None or a number of at least 0, got True"),
+        (
+            lambda w, b: ([w[1], w[0], w[2]], [b[1], b[0], b[2]], {}),
+            r"weight 0 must have shape \(6, 1, kH, kW\), got \(20, 6, 1, 1\): the input has 6 channels",
+        ),
+        (lambda w, b: (w, b, {"activation": ("gelu", "none")}), "one for each of the 3 layers, got 2"),
+    ],
+)
+def test_one_line_for_each_mistake_with_a_norm(change, message):
+    x, weights, biases = BLOCKS["normed"].tensors()
+    weights, biases, options = change(weights, biases)
+    with pytest.raises(ValueError, match=message):
+        nin.inverted_bottleneck(x, weights, biases, **{"padding": 1, "norm_eps": 1e-6, **options})
 
 
 def test_what_is_no_tensor():

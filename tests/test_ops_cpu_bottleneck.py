@@ -1,6 +1,7 @@
 """The compiled kernel of nin::inverted_bottleneck with every instruction set, against float64."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 import nin
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import dispatch, library
-from support.bottlenecks import ACTIVATIONS, BLOCKS, GATES, Block, plain_block
+from support.bottlenecks import ACTIVATIONS, BLOCKS, CONVNEXT, GATES, Block, plain_block
 from support.chains import LAYOUTS, each_layout
 
 # Shapes that reach each way through the kernel: whole strips and chunks of lines, panels and their tails.
@@ -23,9 +24,19 @@ LARGE = {
     "no first layer": Block(150, None, 16, (60, 66), activation=("none", "relu6", "none")),
     "squeezed, several images a round": Block(24, 144, 24, (7, 7), residual=True, images=9, squeezed=36),
     "squeezed, many lines": Block(8, 70, 12, (70, 61), residual=False, squeezed=20, stride=(2, 1)),
+    "normed, lines kept from chunk to chunk": Block(
+        *(40, 160, 40, (60, 61), (7, 7)),
+        **CONVNEXT,
+    ),
+    "normed, large weights": Block(
+        *(320, 900, 320, (7, 7), (7, 7)),
+        **CONVNEXT,
+    ),
 }
 # of float32: the other sets have the kernels of avx512
 each_isa = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"], indirect=True)
+# of bfloat16
+BF16_ISAS = ["portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"]
 each_block = pytest.mark.parametrize("block", [*BLOCKS.values(), *LARGE.values()], ids=[*BLOCKS, *LARGE])
 
 
@@ -68,6 +79,40 @@ def test_gates(isa, name):
     assert errors(block, x, weights, biases) <= 4e-6
 
 
+@pytest.mark.parametrize("isa", BF16_ISAS, indirect=True)
+@each_block
+@each_layout
+def test_bfloat16(isa, block, layout):
+    """Half a unit in the last place for the result and the residual; where pairs are multiplied, for operands too."""
+    roundings = 6 if isa in ("avx512_bf16", "avx512_amx") else 2
+    assert errors(block, *block.tensors(torch.bfloat16, layout)) <= roundings / 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"], indirect=True)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_in_bfloat16(isa, name):
+    for norm_eps in (None, 0.1):
+        block = Block(4, 70, 6, (9, 13), activation=(name,) * 3, norm_eps=norm_eps)
+        assert errors(block, *block.tensors(torch.bfloat16)) <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"], indirect=True)
+@pytest.mark.parametrize("name", GATES)
+def test_gates_in_bfloat16(isa, name):
+    block = Block(4, 70, 6, (9, 13), squeezed=18, excitation=("none", name))
+    assert errors(block, *block.tensors(torch.bfloat16)) <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+@each_isa
+def test_a_norm_subtracts_the_mean_first(isa):
+    """A mean a thousand times the deviation leaves three digits fewer, not six."""
+    block = Block(40, 20, 5, (5, 6), (1, 1), padding=(0, 0), activation=("none",) * 3, norm_eps=0)
+    x, weights, biases = block.tensors(torch.float32)
+    weights[0].fill_(1.0)
+    biases[0].fill_(1000.0)
+    assert errors(block, x.round(decimals=3), weights, biases) <= 3e-4
+
+
 @settings(max_examples=75, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_blocks(data):
@@ -84,8 +129,11 @@ def test_random_blocks(data):
     if data.draw(st.booleans()):
         excitation = data.draw(st.sampled_from(list(ACTIVATIONS))), data.draw(st.sampled_from(list(GATES)))
         block = dataclasses.replace(block, squeezed=data.draw(st.sampled_from([1, 4, 17, 40])), excitation=excitation)
-    x, weights, biases = block.tensors(torch.float32, data.draw(st.sampled_from(list(LAYOUTS.values()))))
-    assert errors(block, x, weights, biases) <= 1e-5
+    elif hidden and data.draw(st.booleans()):  # an epsilon that lets no error grow a hundredfold
+        block = dataclasses.replace(block, norm_eps=data.draw(st.sampled_from([0.1, 1.0])))
+    dtype, bound = data.draw(st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 0.03)]))
+    x, weights, biases = block.tensors(dtype, data.draw(st.sampled_from(list(LAYOUTS.values()))))
+    assert errors(block, x, weights, biases) <= bound
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
@@ -94,11 +142,13 @@ def test_random_blocks(data):
     [
         *("3x3", "one chunk", "lines kept from chunk to chunk", "the same dilated", "no first layer"),
         *("squeezed", "squeezed, several images a round", "squeezed, many lines", "squeezed, no first layer"),
+        *("normed, 7x7", "normed, lines kept from chunk to chunk"),
     ],
 )
-def test_equal_bits_for_any_number_of_threads(name, images):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_bits_for_any_number_of_threads(name, images, dtype):
     block = {**BLOCKS, **LARGE}[name]
-    x, weights, biases = block.tensors(torch.float32)
+    x, weights, biases = block.tensors(dtype)
     x = x[:1].repeat(images, 1, 1, 1) + torch.arange(images)[:, None, None, None]
     results, before = [], torch.get_num_threads()
     try:
@@ -144,17 +194,18 @@ def test_a_written_weight_is_seen():
         assert errors(block, x, weights, biases) <= 2e-6
 
 
-def test_the_kernel_serves_float32(monkeypatch):
+def test_the_kernel_serves_float32_and_bfloat16(monkeypatch):
     calls = []
     reference = cpu_bottleneck.reference.inverted_bottleneck
     monkeypatch.setattr(cpu_bottleneck.reference, "inverted_bottleneck", lambda *a: calls.append(a) or reference(*a))
-    for dtype, served, name in [(torch.float32, 0, "3x3"), (torch.float32, 0, "squeezed"), (torch.bfloat16, 1, "3x3")]:
+    served = {torch.float32: 0, torch.bfloat16: 0, torch.float16: 1, torch.float64: 1}
+    for dtype, name in itertools.product(served, ("3x3", "squeezed", "normed")):
         calls.clear()
         block = BLOCKS[name]
         x, weights, biases = block.tensors(dtype)
         nin.inverted_bottleneck(x, weights, biases, **block.options)
         torch.ops.nin.inverted_bottleneck(x, weights, biases, *block.op_options)
-        assert len(calls) == 2 * served
+        assert len(calls) == 2 * served[dtype]
 
 
 def test_a_repeated_call_computes_again():
@@ -166,6 +217,18 @@ def test_a_repeated_call_computes_again():
     assert first.data_ptr() != second.data_ptr()
     other = {**block.options, "activation": ("none", "none", "none")}
     assert not torch.equal(nin.inverted_bottleneck(x, weights, biases, **other), first)
+
+
+def test_each_epsilon_is_a_call_of_its_own():
+    block = BLOCKS["normed"]
+    x, weights, biases = block.tensors(torch.float32)
+    for eps in (0.01, 0.01, 1.0, 1.0, 0.0, None) * 2:
+        options = {**block.options, "norm_eps": eps}
+        if eps is None:  # three weights without a norm are 1×1, depthwise, 1×1
+            with pytest.raises(ValueError, match="weight 0 must have shape"):
+                nin.inverted_bottleneck(x, weights, biases, **options)
+        else:
+            assert errors(dataclasses.replace(block, norm_eps=eps), x, weights, biases) <= 1e-5
 
 
 def test_with_and_without_residual_are_different_calls():

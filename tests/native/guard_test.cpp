@@ -301,15 +301,19 @@ struct BlockShape {
   int64_t channels, hidden, out, height, width, kernel, stride, padding, dilation;
   bool expands;  // with the first 1×1 layer; else hidden = channels
   int64_t squeezed = 0;  // channels between the layers of squeeze-and-excitation; 0: without
+  double epsilon = -1;   // of a LayerNorm behind the depthwise layer, which comes first; negative: without
 };
 
-// An inverted bottleneck in float32, with relu6 and hardswish, in squeeze-and-excitation relu and hardsigmoid, and the
-// residual where it fits, against plain loops.
-bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bool at_end, int64_t threads) {
-  const void* kernels = nin_find_kernels(isa, 0);
+// An inverted bottleneck, with relu6 and hardswish, in squeeze-and-excitation relu and hardsigmoid, and the residual
+// where it fits, against plain loops.
+bool run_bottleneck(const char* isa, int64_t type, const BlockShape& s, bool channels_last, bool at_end,
+                    int64_t threads) {
+  const void* kernels = nin_find_kernels(isa, type);
   if (!kernels) return true;
   const int64_t batch = 2;
+  const bool normalizes = s.epsilon >= 0;
   nin_chain p{};
+  p.type = type, p.norm_epsilon = s.epsilon;
   p.batch = batch, p.channels = s.channels, p.height = s.height, p.width = s.width;
   p.out_height = (s.height + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
   p.out_width = (s.width + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
@@ -323,36 +327,38 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
   const int64_t squeezed = std::max<int64_t>(s.squeezed, 1);
   // up, depthwise, down, and the two of squeeze-and-excitation
   const int64_t fans[5] = {s.channels, taps, s.hidden, s.hidden, squeezed};
-  const int64_t widths[5] = {s.hidden, s.hidden, s.out, squeezed, s.hidden};
+  const int64_t widths[5] = {s.hidden, normalizes ? s.channels : s.hidden, s.out, squeezed, s.hidden};
   constexpr int64_t activations[5] = {4, 5, 0, 1, 7};
   const int64_t in_count = batch * s.channels * s.height * s.width;
   const int64_t out_count = batch * s.out * p.out_height * p.out_width;
-  Buffer x(in_count, 0, at_end), y(out_count, 0, at_end);
+  Buffer x(in_count, type, at_end), y(out_count, type, at_end);
   x.fill(in_count, 2);
-  Buffer weights[5] = {{widths[0] * fans[0], 0, at_end},
-                       {widths[1] * fans[1], 0, at_end},
-                       {widths[2] * fans[2], 0, at_end},
-                       {widths[3] * fans[3], 0, at_end},
-                       {widths[4] * fans[4], 0, at_end}};
-  Buffer biases[5] = {{widths[0], 0, at_end},
-                      {widths[1], 0, at_end},
-                      {widths[2], 0, at_end},
-                      {widths[3], 0, at_end},
-                      {widths[4], 0, at_end}};
+  Buffer weights[5] = {{widths[0] * fans[0], type, at_end},
+                       {widths[1] * fans[1], type, at_end},
+                       {widths[2] * fans[2], type, at_end},
+                       {widths[3] * fans[3], type, at_end},
+                       {widths[4] * fans[4], type, at_end}};
+  Buffer biases[5] = {{widths[0], type, at_end},
+                      {widths[1], type, at_end},
+                      {widths[2], type, at_end},
+                      {widths[3], type, at_end},
+                      {widths[4], type, at_end}};
   std::vector<char> packed[5];
   nin_layer made[5];
   for (int i = 0; i < 5; ++i) {
     weights[i].fill(widths[i] * fans[i], 2 / std::sqrt(double(fans[i])));
     biases[i].fill(widths[i], 1);
     const int64_t k = i == 1 ? s.kernel : 1;
-    const nin_weight_view view{0, widths[i], fans[i] / k / k, k, k, fans[i], k * k, k, 1};
-    packed[i].resize(size_t(nin_packed_bytes(kernels, &view)));
-    nin_pack(kernels, &view, weights[i].data, packed[i].data());
+    const nin_weight_view view{type, widths[i], fans[i] / k / k, k, k, fans[i], k * k, k, 1};
+    const void* packer = i == 1 ? nin_find_kernels(isa, 0) : kernels;
+    packed[i].resize(size_t(nin_packed_bytes(packer, &view)));
+    nin_pack(packer, &view, weights[i].data, packed[i].data());
     made[i] = {packed[i].data(), biases[i].data, widths[i], activations[i]};
   }
   std::vector<nin_layer> layers;
   if (s.expands) layers.push_back(made[0]);
   layers.push_back(made[1]);
+  if (normalizes) layers.push_back(made[0]);
   if (s.squeezed) layers.insert(layers.end(), {made[3], made[4]});
   layers.push_back(made[2]);
   p.layers = int64_t(layers.size());
@@ -360,15 +366,15 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
   if (nin_inverted_bottleneck(kernels, &p, layers.data(), residual, x.data, y.data, &pool, nullptr, nullptr, 0) != 0) {
     return false;
   }
-  const Case c{isa, 0, {batch, s.channels, s.height, s.width, s.kernel, s.stride, s.padding, s.dilation, {0, 0}},
+  const Case c{isa, type, {batch, s.channels, s.height, s.width, s.kernel, s.stride, s.padding, s.dilation, {0, 0}},
                channels_last, at_end, 0};
   const auto relu6 = [](double z) { return std::min(6.0, std::max(0.0, z)); };
   const auto input = [&](int64_t n, int64_t channel, int64_t h, int64_t w) {
     return x.get(n * p.x_stride[0] + channel * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]);
   };
   const auto product_at = [&](int64_t n, int64_t row, int64_t column) {
-    std::vector<double> product(size_t(s.hidden), 0);
-    for (int64_t o = 0; o < s.hidden; ++o) {
+    std::vector<double> product(size_t(widths[1]), 0);
+    for (int64_t o = 0; o < widths[1]; ++o) {
       double sum = biases[1].get(o);
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t h = row * s.stride - s.padding + t / s.kernel * s.dilation;
@@ -382,7 +388,19 @@ bool run_bottleneck(const char* isa, const BlockShape& s, bool channels_last, bo
       }
       product[size_t(o)] = sum * relu6(sum + 3) / 6;
     }
-    return product;
+    if (!normalizes) return product;
+    double mean = 0, variance = 0;
+    for (const double value : product) mean += value / double(s.channels);
+    for (const double value : product) variance += (value - mean) * (value - mean) / double(s.channels);
+    std::vector<double> wide(size_t(s.hidden), 0);
+    for (int64_t h = 0; h < s.hidden; ++h) {
+      double sum = biases[0].get(h);
+      for (int64_t o = 0; o < s.channels; ++o) {
+        sum += weights[0].get(h * s.channels + o) * (product[size_t(o)] - mean) / std::sqrt(variance + s.epsilon);
+      }
+      wide[size_t(h)] = relu6(sum);
+    }
+    return wide;
   };
   std::vector<std::vector<double>> factors(size_t(batch), std::vector<double>(size_t(s.hidden), 1));
   for (int64_t n = 0; s.squeezed && n < batch; ++n) {
@@ -463,13 +481,15 @@ int main() {
       {4, 64, 4, 14, 5, 7, 1, 3, 1, true},  {6, 18, 1, 9, 11, 3, 1, 2, 2, true},   {2, 3, 33, 1, 1, 1, 1, 0, 1, true},
       {2, 5, 3, 1, 2, 3, 3, 4, 1, true},    {8, 160, 12, 60, 61, 3, 1, 1, 1, true}, {19, 19, 19, 6, 10, 3, 1, 1, 1, false},
       {31, 31, 9, 8, 60, 5, 2, 2, 1, false},
+      {5, 35, 5, 9, 8, 3, 1, 1, 1, false, 0, 0.1}, {40, 70, 40, 9, 9, 7, 1, 3, 1, false, 0, 0.1},
+      {33, 18, 7, 30, 31, 5, 2, 2, 1, false, 0, 0.1}, {17, 48, 3, 1, 2, 3, 1, 2, 2, false, 0, 0.1},
       {5, 35, 5, 9, 8, 3, 1, 1, 1, true, 9}, {6, 50, 40, 5, 4, 3, 1, 1, 1, true, 33}, {19, 19, 7, 9, 30, 5, 2, 2, 1, false, 1},
   };
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
     for (const BlockShape& block : blocks) {
-      for (int variant = 0; variant < 4; ++variant, ++runs) {
+      for (int variant = 0; variant < 8; ++variant, ++runs) {
         for (const int64_t threads : {2, 3}) {
-          if (!run_bottleneck(isa, block, (variant & 1) != 0, (variant & 2) != 0, threads)) return 1;
+          if (!run_bottleneck(isa, variant / 4, block, (variant & 1) != 0, (variant & 2) != 0, threads)) return 1;
         }
       }
     }

@@ -21,7 +21,10 @@ GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The shape of one call; ``hidden=None``: without the first layer, ``squeezed``: with squeeze-and-excitation."""
+    """The shape of one call.
+
+    ``hidden=None``: without the first layer; ``squeezed``: with squeeze-and-excitation; ``norm_eps``: ConvNeXt's order.
+    """
 
     channels: int
     hidden: int | None
@@ -37,10 +40,19 @@ class Block:
     images: int = 2
     squeezed: int | None = None
     excitation: tuple[str, str] = ("relu", "sigmoid")
+    norm_eps: float | None = None
+
+    @property
+    def count(self):
+        """How many weights it has."""
+        return (3 if self.hidden else 2) + (2 if self.squeezed else 0)
 
     @property
     def options(self):
         up, depthwise, down = self.activation
+        if self.norm_eps is not None:
+            names = depthwise, up, down
+            return {**self.geometry, "activation": names, "residual": self.residual, "norm_eps": self.norm_eps}
         names = (*([up] if self.hidden else []), depthwise, *(self.excitation if self.squeezed else []), down)
         return {**self.geometry, "activation": names, "residual": self.residual}
 
@@ -52,7 +64,7 @@ class Block:
     def op_options(self):
         """In the order of torch.ops.nin.inverted_bottleneck."""
         options = self.options
-        return *self.geometry.values(), list(options["activation"]), self.residual
+        return *self.geometry.values(), list(options["activation"]), self.residual, self.norm_eps
 
     def tensors(self, dtype=torch.float64, layout=torch.contiguous_format):
         """Return x, weights and biases with values of order 1 in every layer."""
@@ -61,6 +73,8 @@ class Block:
         shapes += [(wide, 1, *self.kernel_size)]
         shapes += [(self.squeezed, wide, 1, 1), (wide, self.squeezed, 1, 1)] if self.squeezed else []
         shapes += [(self.out, wide, 1, 1)]
+        if self.norm_eps is not None:
+            shapes = [(self.channels, 1, *self.kernel_size), (wide, self.channels, 1, 1), (self.out, wide, 1, 1)]
         weights = [(torch.randn(s) * (s[1] * s[2] * s[3]) ** -0.5).to(dtype) for s in shapes]
         biases = [torch.randn(s[0]).to(dtype) if self.bias else None for s in shapes]
         x = torch.randn(self.images, self.channels, *self.size).to(dtype).contiguous(memory_format=layout)
@@ -70,6 +84,13 @@ class Block:
 def plain_block(x, weights, biases, options):
     """The definition, in PyTorch's own convolutions."""
     names, geometry = options["activation"], [options[key] for key in ("stride", "padding", "dilation")]
+    if options.get("norm_eps") is not None:
+        y = ACTIVATIONS[names[0]](F.conv2d(x, weights[0], biases[0], *geometry, weights[0].shape[0]))
+        y = y - y.mean(1, keepdim=True)
+        y = y / (y.square().mean(1, keepdim=True) + options["norm_eps"]).sqrt()
+        y = ACTIVATIONS[names[1]](F.conv2d(y, weights[1], biases[1]))
+        y = ACTIVATIONS[names[2]](F.conv2d(y, weights[2], biases[2]))
+        return y + x if options["residual"] else y
     y, i = x, len(weights) % 2  # of three or five layers the second is the depthwise one
     if i == 1:
         y = ACTIVATIONS[names[0]](F.conv2d(y, weights[0], biases[0]))
@@ -83,6 +104,7 @@ def plain_block(x, weights, biases, options):
     return y + x if options["residual"] else y
 
 
+CONVNEXT = {"padding": (3, 3), "activation": ("gelu", "none", "none"), "residual": True, "norm_eps": 1e-6}
 BLOCKS = {
     "3x3": Block(6, 20, 6, (9, 8), residual=True),
     "stride 2": Block(5, 35, 7, (9, 7), stride=(2, 2), activation=("relu", "hardswish", "silu")),
@@ -107,4 +129,15 @@ BLOCKS = {
     ),
     "squeezed without biases": Block(3, 18, 40, (1, 3), bias=False, squeezed=4, excitation=("gelu", "hardsigmoid")),
     "squeezed, no images": Block(3, 8, 5, (4, 4), images=0, squeezed=2),
+    "normed": Block(6, 20, 6, (9, 8), activation=("gelu", "none", "none"), residual=True, norm_eps=0.01, images=3),
+    "normed, 7x7": Block(
+        *(33, 70, 33, (14, 5), (7, 7)),
+        **CONVNEXT,
+    ),
+    "normed, stride 2": Block(
+        *(5, 35, 7, (9, 7), (5, 3), (2, 1)), padding=(2, 0), activation=("hardswish", "silu", "relu"), norm_eps=0.1
+    ),
+    "normed without biases": Block(18, 40, 1, (3, 11), dilation=(1, 3), padding=(1, 2), bias=False, norm_eps=0.01),
+    "normed, one channel": Block(1, 4, 1, (4, 4), norm_eps=0.5),
+    "normed, no images": Block(3, 8, 5, (4, 4), images=0, norm_eps=0.1),
 }

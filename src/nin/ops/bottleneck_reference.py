@@ -18,7 +18,8 @@ class BottleneckArguments(NamedTuple):
 
     Attributes:
         weights: [(C_hidden, C_in, 1, 1),] (C_hidden, 1, kH, kW), [(C_squeezed, C_hidden, 1, 1),
-            (C_hidden, C_squeezed, 1, 1),] (C_out, C_hidden, 1, 1).
+            (C_hidden, C_squeezed, 1, 1),] (C_out, C_hidden, 1, 1); with ``norm_eps`` (C_in, 1, kH, kW),
+            (C_hidden, C_in, 1, 1), (C_out, C_hidden, 1, 1).
         biases: as many as weights, each (C,) or None.
         stride: of the depthwise layer, (height, width), as the next two.
         padding: zeros around its input, in pixels.
@@ -26,6 +27,7 @@ class BottleneckArguments(NamedTuple):
         activations: as many as weights, each a name of `reference.BOTTLENECK_ACTIVATIONS`; of the second layer of
             squeeze-and-excitation one of `reference.GATES`.
         residual: whether the input is added to the result.
+        norm_eps: of a LayerNorm over the channels behind the depthwise layer, which comes first then; None: none.
     """
 
     weights: Sequence[Tensor]
@@ -35,6 +37,7 @@ class BottleneckArguments(NamedTuple):
     dilation: Sequence[int]
     activations: Sequence[str]
     residual: bool
+    norm_eps: float | None = None
 
     @property
     def chain(self) -> ChainArguments:
@@ -44,7 +47,7 @@ class BottleneckArguments(NamedTuple):
     # methods and no properties, which PyTorch 2.10's compiler does not read from a tuple
     def depthwise(self) -> int:
         """Return the place of the depthwise layer."""
-        return 1 if len(self.weights) in (3, 5) else 0
+        return 1 if len(self.weights) in (3, 5) and self.norm_eps is None else 0
 
     def squeezes(self) -> bool:
         """Return whether the next two layers scale the depthwise layer's channels (squeeze-and-excitation)."""
@@ -83,10 +86,26 @@ def conv2d_layers(x: Tensor, arguments: BottleneckArguments) -> Tensor:
     for i, (weight, bias, geometry, groups, activation) in enumerate(arguments.layers()):
         if arguments.squeezes() and i == depthwise + 1:
             scaled, y = y, y.mean((2, 3), keepdim=True)
+        if arguments.norm_eps is not None and i == depthwise + 1:
+            y = normalize(y, arguments.norm_eps)
         y = activate(F.conv2d(y, weight, bias, *geometry, groups), activation)
         if scaled is not None and i == depthwise + 2:
             y = scaled * y
     return y + x if arguments.residual else y
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm over the channels of each pixel, without weight and bias: (N, C, H, W)."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=eps).permute(0, 3, 1, 2)
+
+
+def _normalize_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Return the gradient of the input of `normalize`."""
+    last, shape = x.permute(0, 2, 3, 1), (x.shape[1],)
+    _, mean, factor = torch.native_layer_norm(last, shape, None, None, eps)
+    arguments = grad.permute(0, 2, 3, 1), last, shape, mean, factor, None, None, (True, False, False)
+    grad_x: Tensor = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
+    return grad_x.permute(0, 3, 1, 2)
 
 
 def backward(
@@ -103,16 +122,19 @@ def backward(
         needs: which gradients are needed: the input's, then each weight's, then each bias's.
     """
     layers, count = arguments.layers(), len(arguments.weights)
-    squeeze = arguments.depthwise() + 1 if arguments.squeezes() else None
+    depthwise, eps = arguments.depthwise(), arguments.norm_eps
+    squeeze = depthwise + 1 if arguments.squeezes() else None
     # vmap cannot set a memory format
     plain = not (is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad))
     layout = memory_format_of(x) if plain else None
     h = x if layout is None else x.contiguous(memory_format=layout)
     inputs, sums = [], []
-    scaled = factors = h  # the depthwise layer's result and what it is multiplied by
+    scaled = factors = h  # the depthwise layer's result, which is normalized or scaled, and what scales it
     for i, (weight, bias, geometry, groups, activation) in enumerate(layers):
         if i == squeeze:
             scaled, h = h, h.mean((2, 3), keepdim=True)
+        if eps is not None and i == depthwise + 1:
+            scaled, h = h, normalize(h, eps)
         inputs.append(h)
         is_last = i + 1 == count
         sums.append(h if is_last and activation == "none" else F.conv2d(h, weight, bias, *geometry, groups))
@@ -144,6 +166,8 @@ def backward(
         g = before
         if i == squeeze:
             g = direct + g / math.prod(direct.shape[2:])
+        if eps is not None and i == depthwise + 1:
+            g = _normalize_backward(g, scaled, eps)
     if needs[0]:
         g = g + grad if arguments.residual else g
         grads[0] = g if layout is None else to_memory_format(g, layout)

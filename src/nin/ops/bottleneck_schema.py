@@ -20,7 +20,7 @@ from nin.ops.transforms import is_transformed, overrides_dispatch
 
 library.define(
     "inverted_bottleneck(Tensor x, Tensor[] weights, Tensor?[] biases, int[2] stride, int[2] padding, "
-    "int[2] dilation, str[] activations, bool residual) -> Tensor"
+    "int[2] dilation, str[] activations, bool residual, float? norm_eps=None) -> Tensor"
 )
 _conv2d_layers = as_dispatcher_kernel(reference.conv2d_layers)
 
@@ -85,19 +85,30 @@ library.impl("inverted_bottleneck", autocast_kernel(_operator, "cpu"), "Autocast
 library.impl("inverted_bottleneck", autocast_kernel(_operator, "cuda"), "AutocastCUDA")
 
 
-def bottleneck_macs(x_shape: Sequence[int], y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]]) -> int:
+def bottleneck_macs(
+    x_shape: Sequence[int], y_shape: Sequence[int], weight_shapes: Sequence[Sequence[int]], *, normalizes: bool = False
+) -> int:
     """Return the multiply-accumulates.
 
     A 1×1 layer before the depthwise one runs at the input's resolution, those of squeeze-and-excitation once an image.
+
+    Args:
+        x_shape: of the input.
+        y_shape: of the result.
+        weight_shapes: of the layers' weights.
+        normalizes: whether the depthwise layer is the first of three, with a LayerNorm behind it.
     """
     macs = [w[0] * w[1] * w[2] * w[3] for w in weight_shapes]
+    pixels_in, pixels_out = (shape[0] * shape[2] * shape[3] for shape in (x_shape, y_shape))
+    if normalizes:
+        return pixels_out * sum(macs)
     up = macs[:1] if len(macs) in (3, 5) else []
     depthwise, *squeeze, down = macs[len(up) :]
-    pixels_in, pixels_out = (shape[0] * shape[2] * shape[3] for shape in (x_shape, y_shape))
     return pixels_in * sum(up) + x_shape[0] * sum(squeeze) + pixels_out * (depthwise + down)
 
 
 @register_flop_formula(torch.ops.nin.inverted_bottleneck)
-def _flop(x_shape: Any, weights: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _flop(x_shape: Any, weights: Any, biases: Any, *options: Any, out_shape: Any = None, **__: Any) -> int:
     """Count 2 FLOP for each multiply-accumulate and, like PyTorch's formulas, no biases and activations."""
-    return 2 * bottleneck_macs(x_shape, out_shape, weights)
+    normalizes = BottleneckArguments(weights, biases, *options).norm_eps is not None
+    return 2 * bottleneck_macs(x_shape, out_shape, weights, normalizes=normalizes)

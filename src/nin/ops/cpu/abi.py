@@ -17,14 +17,14 @@ WINOGRAD = os.environ.get(WINOGRAD_VARIABLE, "1") != "0"
 ACTIVATION_CODES = {name: code for code, name in enumerate((*reference.BOTTLENECK_ACTIVATIONS, *reference.GATES))}
 
 # compiled once: packing by format string would look it up in every call
-_CHAIN = struct.Struct("25q")
+_CHAIN = struct.Struct("24qdq")
 _TILE_SIZE = struct.Struct("q")  # the last field of nin_chain
 
 
-def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments, spatial: int = 0) -> bytes:
+def pack_chain(x: Tensor, y: Tensor, chain: ChainArguments, spatial: int = 0, norm_eps: float | None = None) -> bytes:
     """Return the struct ``nin_chain``: sizes, geometry and strides of a chain, whose layer ``spatial`` is k×k."""
     weights, _, stride, padding, dilation, _ = chain
-    return pack_window(x, y, weights[spatial].shape[2:], stride, padding, dilation, len(weights))
+    return pack_window(x, y, weights[spatial].shape[2:], stride, padding, dilation, len(weights), norm_eps)
 
 
 def pack_window(
@@ -35,11 +35,13 @@ def pack_window(
     padding: Sequence[int],
     dilation: Sequence[int],
     layers: int = 0,
+    norm_eps: float | None = None,
 ) -> bytes:
     """Return the struct ``nin_chain`` of any window that moves over images: a pooling has no layers."""
     out = y.shape
     values = (library.DTYPES[x.dtype], *x.shape, out[2], out[3], *kernel_size, *stride, *padding, *dilation)
-    return _CHAIN.pack(*values, *_strides(x), *_strides(y), layers, 0)  # 0: direct, until `choose_winograd`
+    epsilon = -1.0 if norm_eps is None else norm_eps
+    return _CHAIN.pack(*values, *_strides(x), *_strides(y), layers, epsilon, 0)  # 0: direct, until `choose_winograd`
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:

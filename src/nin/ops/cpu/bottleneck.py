@@ -1,4 +1,4 @@
-"""The compiled CPU kernel of ``nin::inverted_bottleneck`` in float32, registered over the reference."""
+"""The compiled CPU kernel of ``nin::inverted_bottleneck`` in float32 and bfloat16, registered over the reference."""
 
 import math
 from typing import Any
@@ -18,14 +18,15 @@ def call_key(x: Tensor, arguments: BottleneckArguments) -> CallKey | None:
     """Return the key for `call_cache.repeat` of a call without gradients, of plain tensors; None if it has none."""
     kernels = dispatch.KERNELS
     key = None if kernels is None else call_cache.key_of(kernels, x, arguments.chain)
-    return None if key is None else ("inverted_bottleneck", arguments.residual, *key)
+    return None if key is None else ("inverted_bottleneck", arguments.residual, arguments.norm_eps, *key)
 
 
 def serves(x: Tensor) -> bool:
     """Return whether this kernel computes a block of such images where they are and as they would be cast."""
-    return (
-        dispatch.KERNELS is not None and x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    )
+    if dispatch.KERNELS is None or not x.is_cpu:
+        return False
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return (torch.get_autocast_dtype("cpu") if casts else x.dtype) in library.DTYPES
 
 
 def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey | None = None) -> Tensor:
@@ -46,8 +47,9 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey 
     if y.numel() == 0:  # an empty batch has nothing to compute
         return y
     chain = arguments.chain
-    packed_chain = abi.pack_chain(x, y, chain, spatial=arguments.depthwise())
-    copies = weight_cache.packed_copies(kernels, chain.weights)
+    depthwise = arguments.depthwise()
+    packed_chain = abi.pack_chain(x, y, chain, depthwise, arguments.norm_eps)
+    copies = weight_cache.packed_copies(kernels, chain.weights, as_floats=depthwise)
     layers, _tensors = abi.pack_layers([copy.packed for copy in copies], chain)
     function, residual = library.loaded().nin_inverted_bottleneck, int(arguments.residual)
     structs = kernels.handles[x.dtype], packed_chain, layers, residual
@@ -60,7 +62,9 @@ def inverted_bottleneck(x: Tensor, arguments: BottleneckArguments, key: CallKey 
 def _is_supported(x: Tensor, arguments: BottleneckArguments) -> bool:
     """Return whether the tensors fit together; if not, the reference raises the error that says why."""
     weights, count = arguments.weights, len(arguments.weights)
-    if x.dtype != torch.float32 or x.dim() != 4 or 0 in x.shape[1:] or not 2 <= count <= 5:
+    if x.dtype not in library.DTYPES or x.dim() != 4 or 0 in x.shape[1:] or not 2 <= count <= 5:
+        return False
+    if arguments.norm_eps is not None and (count != 3 or not arguments.norm_eps >= 0):
         return False
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, arguments.biases, strict=True)):

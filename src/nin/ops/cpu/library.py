@@ -21,7 +21,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WEIGHTS_CHANGED = 3
 
 # nin_interface of the library that this package calls
-INTERFACE = 6
+INTERFACE = 7
 
 
 def find_library() -> Path | None:

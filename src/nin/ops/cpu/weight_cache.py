@@ -95,7 +95,12 @@ MAX_COPIED_RATIO = 32
 
 
 def packed_copies(
-    kernels: Kernels, weights: Sequence[Tensor], *, for_input_gradient: bool = False, winograd_tile_size: int = 0
+    kernels: Kernels,
+    weights: Sequence[Tensor],
+    *,
+    for_input_gradient: bool = False,
+    winograd_tile_size: int = 0,
+    as_floats: int | None = None,
 ) -> list[PackedCopy]:
     """Return weights packed for the kernels, from the cache where none of their bytes has changed.
 
@@ -109,6 +114,7 @@ def packed_copies(
         for_input_gradient: pack them with input and output channels exchanged and the kernels flipped.
         winograd_tile_size: if not 0, apply the filter transform for input tiles of this size to the first; the result
             is float32.
+        as_floats: the weight that is packed for the kernels of float32, whatever its dtype; None: none.
 
     Returns:
         A copy of each, whose bytes are 1-D.
@@ -117,9 +123,9 @@ def packed_copies(
     copies: list[PackedCopy | None] = []
     spans: list[int] = []
     tile_size = winograd_tile_size
-    for weight in weights:
+    for i, weight in enumerate(weights):
         dtype, address = weight.dtype, weight.data_ptr()
-        handle = kernels.handles[torch.float32 if tile_size else dtype]
+        handle = kernels.handles[torch.float32 if tile_size or i == as_floats else dtype]
         key = (address, weight.shape, weight.stride(), dtype, handle, for_input_gradient, tile_size)
         copy = _copies.get(key)
         keys.append(key)

@@ -24,6 +24,7 @@ struct nin_chain {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   int64_t x_stride[4], y_stride[4];  // N, C, H, W
   int64_t layers;
+  double norm_epsilon = -1;    // of an inverted bottleneck's LayerNorm behind its depthwise layer; negative: none
   int64_t winograd_tile_size;  // 6 or 8: size of the first layer's Winograd input tiles; 0: direct convolution
 };
 
@@ -77,9 +78,10 @@ NIN_API int32_t nin_forward(const void* kernels, const nin_chain* chain, const n
                             void* y, const nin_thread_pool* pool, const nin_bytes* weights, const uint64_t* hashes,
                             int64_t count);
 
-// An inverted bottleneck in float32: [1×1 layer,] depthwise k×k layer, to which the chain's geometry belongs, [the two
-// layers of squeeze-and-excitation,] 1×1 layer: two to five layers. `residual`: x is added to the result, of the same shape. `hashes` as in nin_forward. Equal bits
-// for any number of threads.
+// An inverted bottleneck: [1×1 layer,] depthwise k×k layer, to which the chain's geometry belongs, [the two layers of
+// squeeze-and-excitation,] 1×1 layer: two to five layers. With a LayerNorm three: depthwise layer, LayerNorm, 1×1, 1×1.
+// The depthwise layer's weight is packed with the kernels for float32. `residual`: x is added to the result, of the same
+// shape. `hashes` as in nin_forward. Equal bits for any number of threads.
 NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* chain, const nin_layer* layers,
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,
                                         const nin_bytes* weights, const uint64_t* hashes, int64_t count);

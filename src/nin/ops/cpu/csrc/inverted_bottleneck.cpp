@@ -1,10 +1,15 @@
-// The forward pass of an inverted bottleneck: [1×1 up,] depthwise k×k, [squeeze-and-excitation,] 1×1 down, [+ x]. The
-// hidden tensors stay in scratch memory that fits the L2 cache.
+// The forward pass of an inverted bottleneck: [1×1 up,] depthwise k×k, [squeeze-and-excitation,] 1×1 down, [+ x]; or, in
+// ConvNeXt's order, depthwise k×k, LayerNorm over the channels, 1×1 up, 1×1 down, [+ x]. The hidden tensors stay in
+// scratch memory that fits the L2 cache.
 //
 // A task takes a strip of output lines through the layers, some lines (a chunk) at a time. For each panel of hidden
 // channels the GEMM writes the lines of the hidden tensor that the chunk needs and that the chunk before has not left,
 // and the depthwise kernel reads them while they are in the L1 cache; its results, for all panels, are the operand of
-// the last GEMM. So no line is computed twice within a strip, and no sum is divided.
+// the last GEMM. So no line is computed twice within a strip, and no sum is divided. With a LayerNorm the panels are
+// those of x, and each chunk's pixels go through the norm and two GEMMs.
+//
+// The hidden tensor is of floats. In bfloat16 its GEMMs' operands, x and the depthwise layer's result, are in the type of
+// the instruction set's tiles, and sums, activations, means and the norm are of floats.
 //
 // Squeeze-and-excitation scales each channel of the depthwise layer's result by a function of all channels' means, so
 // that result is kept for whole images: an image's last GEMM follows when all its lines are there. Each line is summed
@@ -22,6 +27,8 @@ namespace {
 // Scratch of a chunk of lines: what stays in the L2 cache beside the weights. Where a whole strip is one chunk its lines
 // need not be kept for the next, and reading the hidden tensor once from the cache behind costs less than to cut it.
 constexpr int64_t max_chunk_bytes = 256 << 10, max_strip_bytes = 768 << 10;
+// The two GEMMs behind a LayerNorm have large weights: those that no L2 cache holds are read once for each chunk.
+constexpr int64_t large_weights_bytes = 1 << 20, large_weights_max_chunk_bytes = 2 << 20;
 
 // A batch of fewer images than threads, with no more pixels than this: the threads share each image's hidden channels,
 // then its output channels, as strips would compute too many lines twice.
@@ -46,14 +53,17 @@ class InvertedBottleneck {
  private:
   // Scratch of a task.
   struct Buffers {
-    char *input, *hidden, *product, *out, *residual;
+    char *input, *hidden, *product, *wide, *out, *residual;
   };
 
-  bool expands() const { return layers_.size() % 2 == 1; }
+  bool normalizes() const { return chain_.norm_epsilon >= 0; }
+  bool expands() const { return layers_.size() % 2 == 1 && !normalizes(); }
   bool squeezes() const { return layers_.size() >= 4; }
   const Layer& depthwise() const { return layers_[expands() ? 1 : 0]; }
   int64_t hidden_channels() const { return depthwise().channels; }
   int64_t out_channels() const { return layers_.back().channels; }
+  // of the last layer's input
+  int64_t wide_channels() const { return normalizes() ? layers_[1].channels : hidden_channels(); }
   int64_t window(int64_t lines) const {
     return (lines - 1) * chain_.stride[0] + chain_.dilation[0] * (chain_.kernel[0] - 1) + 1;
   }
@@ -68,18 +78,24 @@ class InvertedBottleneck {
   char* hidden_line(const Buffers& to, int64_t panel, int64_t line) const {
     return to.hidden + (shares_panels_ ? 0 : panel) * panel_bytes_ + line % window_lines_ * line_bytes_;
   }
+  // The most that a chunk, or a strip that is one, may take.
+  int64_t limit(int64_t bytes) const {
+    const bool large = normalizes() && wide_panels_.bytes(k_) + out_panels_.bytes(k_) >= large_weights_bytes;
+    return large ? large_weights_max_chunk_bytes : bytes;
+  }
   void clear_borders(const Buffers& to) const;
   void load_input(const Buffers& to, int64_t image, const LineRange& lines) const;
   void expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const;
   void convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product, float* line_sums) const;
-  void project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product, const Panels& panels,
+  PixelGrid normalize_and_expand(const Buffers& to, int64_t lines, const PixelGrid& product) const;
+  void project(const Buffers& to, int64_t image, const LineRange& out, PixelGrid product, const Panels& panels,
                const void* weight) const;
   void run_strip(int64_t image, const LineRange& lines, int64_t first_panel, int64_t last_panel, char* kept,
                  char* scratch) const;
   float* line_sums(char* kept) const { return reinterpret_cast<float*>(kept + product_bytes_); }
   int64_t round_bytes(int64_t images) const {
     const int64_t weight_bytes = scales_weights_ ? round_up(out_panels_.bytes(k_), 64) : 0;
-    return images * (image_bytes_ + (squeezes() ? 2 * product_row_bytes_ + squeezed_row_bytes_ + weight_bytes : 0));
+    return images * (image_bytes_ + (squeezes() ? product_row_bytes_ + squeezed_row_bytes_ + sums_row_bytes_ + weight_bytes : 0));
   }
   char* excite(char* memory, int64_t images) const;
   void scale_weights(const float* factors, char* to) const;
@@ -87,9 +103,10 @@ class InvertedBottleneck {
 
   const Kernels& k_;
   nin_chain chain_;
+  DataType type_;  // of x and y
   ImageView x_, y_;
   std::vector<Layer> layers_;
-  Panels hidden_panels_, out_panels_;
+  Panels hidden_panels_, wide_panels_, out_panels_;
   std::vector<TapRange> line_taps_;  // lines of taps inside the image, by output line
   bool residual_;
   bool reads_in_place_, writes_in_place_;
@@ -102,7 +119,8 @@ class InvertedBottleneck {
   int64_t window_lines_ = 0;    // hidden lines that it needs
   int64_t line_pixels_, border_, used_columns_;  // of a hidden line: all, before the image's first, of the image
   int64_t line_bytes_, panel_bytes_ = 0;         // of a panel's hidden line and lines
-  int64_t in_row_bytes_, product_row_bytes_, squeezed_row_bytes_, out_row_bytes_, residual_row_bytes_;
+  int64_t in_row_bytes_, product_row_bytes_, wide_row_bytes_ = 0, sums_row_bytes_, squeezed_row_bytes_;
+  int64_t out_row_bytes_, residual_row_bytes_;
   int64_t product_bytes_, image_bytes_;  // of an image: the depthwise layer's result, and with the sums of its lines
 };
 
@@ -110,33 +128,41 @@ InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain,
                                        const void* x, void* y, int64_t threads)
     : k_(k),
       chain_(chain),
-      x_(image_view(x, chain.x_stride, 4)),
-      y_(image_view(y, chain.y_stride, 4)),
+      type_(DataType(chain.type)),
+      x_(image_view(x, chain.x_stride, element_size(type_))),
+      y_(image_view(y, chain.y_stride, element_size(type_))),
       layers_(read_layers(k, chain, layers)),
-      hidden_panels_(k, hidden_channels(), chain.channels),
-      out_panels_(k, out_channels(), hidden_channels()),
+      hidden_panels_(k, hidden_channels(), k_steps_of(k, chain.channels)),
+      wide_panels_(k, wide_channels(), k_steps_of(k, hidden_channels())),
+      out_panels_(k, out_channels(), k_steps_of(k, wide_channels())),
       line_taps_(taps_inside_image(chain, 0, chain.height, chain.out_height)),
       residual_(residual),
-      reads_in_place_(!expands() || (x_.c_stride == 4 && x_.w_stride % 4096 != 0)),
-      writes_in_place_(y_.c_stride == 4) {
+      reads_in_place_(!expands() ||
+                      (x_.c_stride == element_size(type_) && type_ == k.tile_type &&
+                       padded_channels(k, chain.channels) == chain.channels && x_.w_stride % 4096 != 0)),
+      writes_in_place_(y_.c_stride == element_size(type_)) {
   line_pixels_ = (chain_.out_width - 1) * chain_.stride[1] + chain_.dilation[1] * (chain_.kernel[1] - 1) + 1;
   border_ = std::min(chain_.padding[1], line_pixels_);
   used_columns_ = std::min(chain_.width, line_pixels_ - border_);
   line_bytes_ = line_pixels_ * max_vectors * k_.lanes * 4;
   in_row_bytes_ = reads_in_place_ ? 0 : tile_row_bytes(k_, chain_.channels);
-  product_row_bytes_ = tile_row_bytes(k_, hidden_channels());
+  // sums, factors and what is normalized are floats
+  sums_row_bytes_ = tile_row_bytes(*k_.float_kernels, hidden_channels());
+  product_row_bytes_ = normalizes() ? sums_row_bytes_ : tile_row_bytes(k_, hidden_channels());
+  if (normalizes()) wide_row_bytes_ = tile_row_bytes(k_, wide_channels());
   out_row_bytes_ = writes_in_place_ ? 0 : tile_row_bytes(k_, out_channels());
   squeezed_row_bytes_ = squeezes() ? tile_row_bytes(k_, layers_[layers_.size() - 3].channels) : 0;
   product_bytes_ = chain_.out_height * chain_.out_width * product_row_bytes_;
-  image_bytes_ = product_bytes_ + (squeezes() ? chain_.out_height * product_row_bytes_ : 0);
-  residual_row_bytes_ = residual_ && !(writes_in_place_ && x_.c_stride == 4) ? tile_row_bytes(k_, out_channels()) : 0;
+  image_bytes_ = product_bytes_ + (squeezes() ? chain_.out_height * sums_row_bytes_ : 0);
+  const bool adds_in_place = writes_in_place_ && x_.c_stride == element_size(type_);
+  residual_row_bytes_ = residual_ && !adds_in_place ? tile_row_bytes(*k_.float_kernels, out_channels()) : 0;
   if (threads > 1 && chain_.batch < threads) {
     splits_panels_ = chain_.out_height * chain_.out_width <= max_split_pixels;
     if (!splits_panels_) strips_ = std::min(chain_.out_height, ceil_div(threads, chain_.batch));
   } else if (!squeezes() && chain_.batch < many_tiles_per_thread * threads) {
     strips_ = balanced_parts(1, std::min<int64_t>(chain_.out_height, 4), chain_.batch, threads);
   }
-  scales_weights_ = squeezes() && chain_.out_height * chain_.out_width > out_channels();
+  scales_weights_ = squeezes() && k_.scale_panel && chain_.out_height * chain_.out_width > out_channels();
   keeps_product_ = splits_panels_ || squeezes();
   choose_chunks(splits_panels_ ? chain_.out_height : ceil_div(chain_.out_height, strips_));
 }
@@ -144,14 +170,14 @@ InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain,
 int64_t InvertedBottleneck::chunk_bytes(int64_t lines, bool shares_panels) const {
   const int64_t panels = shares_panels ? 1 : hidden_panels_.count, pixels = lines * chain_.out_width;
   return round_up(window(lines) * used_columns_ * in_row_bytes_, 64) + panels * window(lines) * line_bytes_ +
-         pixels * (product_row_bytes_ + out_row_bytes_ + residual_row_bytes_);
+         pixels * (product_row_bytes_ + wide_row_bytes_ + out_row_bytes_ + residual_row_bytes_);
 }
 
 void InvertedBottleneck::choose_chunks(int64_t strip) {
-  shares_panels_ = splits_panels_ || chunk_bytes(strip, true) <= max_strip_bytes;
+  shares_panels_ = splits_panels_ || chunk_bytes(strip, true) <= limit(max_strip_bytes);
   chunk_lines_ = strip;
   if (!shares_panels_) {
-    while (chunk_lines_ > 1 && chunk_bytes(chunk_lines_, false) > max_chunk_bytes) --chunk_lines_;
+    while (chunk_lines_ > 1 && chunk_bytes(chunk_lines_, false) > limit(max_chunk_bytes)) --chunk_lines_;
     chunk_lines_ = ceil_div(strip, ceil_div(strip, chunk_lines_));
   }
   window_lines_ = window(chunk_lines_);
@@ -164,7 +190,8 @@ InvertedBottleneck::Buffers InvertedBottleneck::buffers(char* scratch) const {
   b.input = scratch;
   b.hidden = b.input + round_up(window_lines_ * used_columns_ * in_row_bytes_, 64);
   b.product = b.hidden + (shares_panels_ ? 1 : hidden_panels_.count) * panel_bytes_;
-  b.out = b.product + (keeps_product_ ? 0 : pixels * product_row_bytes_);
+  b.wide = b.product + (keeps_product_ ? 0 : pixels * product_row_bytes_);
+  b.out = b.wide + pixels * wide_row_bytes_;
   b.residual = b.out + pixels * out_row_bytes_;
   return b;
 }
@@ -189,8 +216,10 @@ void InvertedBottleneck::clear_borders(const Buffers& to) const {
 void InvertedBottleneck::load_input(const Buffers& to, int64_t image, const LineRange& lines) const {
   if (reads_in_place_) return;
   for (int64_t line = lines.first; line < lines.last; ++line) {
-    k_.load({x_.pixel(image, line, 0), x_.c_stride, x_.w_stride, DataType::f32, chain_.channels, used_columns_},
-            to.input + (line - lines.first) * used_columns_ * in_row_bytes_, in_row_bytes_);
+    char* const rows = to.input + (line - lines.first) * used_columns_ * in_row_bytes_;
+    k_.load({x_.pixel(image, line, 0), x_.c_stride, x_.w_stride, type_, chain_.channels, used_columns_}, rows,
+            in_row_bytes_);
+    zero_odd_channel(k_, chain_.channels, rows, in_row_bytes_, used_columns_);
   }
 }
 
@@ -202,17 +231,18 @@ void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRang
     char* out = hidden_line(to, panel, line) + border_ * pixel;
     if (!expands()) {
       const int64_t channels = std::min(hidden_panels_.width, hidden_channels() - from);
-      k_.load({x_.pixel(image, line, 0) + from * x_.c_stride, x_.c_stride, x_.w_stride, DataType::f32, channels,
-               used_columns_},
-              out, pixel);
+      k_.float_kernels->load({x_.pixel(image, line, 0) + from * x_.c_stride, x_.c_stride, x_.w_stride, type_, channels,
+                              used_columns_},
+                             out, pixel);
       continue;
     }
     static constexpr int64_t no_offset = 0;
     const Layer& layer = layers_[0];
     GemmArguments args;
-    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = chain_.channels;
+    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = k_steps_of(k_, chain_.channels);
     args.panel = layer.weight;
     args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+    args.epilogue.out_type = DataType::f32;
     const bool in_registers = layer.activation <= Activation::relu;
     args.epilogue.activation = in_registers ? layer.activation : Activation::none;
     args.epilogue.zero_tail = true;
@@ -240,6 +270,8 @@ void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int
   args.taps = chain_.kernel[1], args.stride = chain_.stride[1], args.dilation = chain_.dilation[1];
   args.columns = chain_.out_width;
   args.out_row_stride = product_row_bytes_;
+  args.out_type = normalizes() ? DataType::f32 : k_.tile_type;
+  const int64_t out_size = element_size(args.out_type);
   for (int64_t line = out.first; line < out.last; ++line) {
     const TapRange inside = line_taps_[size_t(line)];
     const int64_t top = line * chain_.stride[0] - chain_.padding[0];
@@ -248,25 +280,50 @@ void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int
     }
     args.line_count = inside.count();
     args.weights = weights + inside.first * chain_.kernel[1] * vectors * k_.lanes;
-    args.out = product + (line - out.first) * chain_.out_width * product_row_bytes_ + channel * 4;
+    args.out = product + (line - out.first) * chain_.out_width * product_row_bytes_ + channel * out_size;
     k_.depthwise(args, vectors);
     if (line_sums) {
-      float* sums = line_sums + (line - out.first) * product_row_bytes_ / 4 + channel;
+      float* sums = line_sums + (line - out.first) * sums_row_bytes_ / 4 + channel;
       k_.sum_rows(args.out, args.out_row_stride, args.columns, vectors, sums);
     }
   }
 }
 
-// The last layer, or some of its panels, and the residual.
-void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRange& out, const PixelGrid& product,
+// The LayerNorm, in place, and the layer behind it.
+PixelGrid InvertedBottleneck::normalize_and_expand(const Buffers& to, int64_t lines, const PixelGrid& product) const {
+  static constexpr int64_t no_offset = 0;
+  const Layer& layer = layers_[1];
+  const int64_t pixels = lines * chain_.out_width;
+  k_.normalize_rows(product.data, product.pixel_stride, pixels, hidden_channels(), float(chain_.norm_epsilon));
+  GemmArguments args;
+  args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = k_steps_of(k_, hidden_channels());
+  args.panel = layer.weight;
+  args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
+  args.epilogue.activation = layer.activation;
+  args.epilogue.out_type = k_.tile_type;
+  args.epilogue.zero_tail = true;
+  const PixelGrid wide = dense_grid(to.wide, wide_row_bytes_, chain_.out_width);
+  gemm_tile(k_, args, product, wide, {}, {}, lines, chain_.out_width, wide_panels_);
+  return wide;
+}
+
+// The last layer, or some of its panels, and the residual; before them what belongs to a LayerNorm.
+void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRange& out, PixelGrid product,
                                  const Panels& panels, const void* weight) const {
   static constexpr int64_t no_offset = 0;
+  if (normalizes()) {
+    product = normalize_and_expand(to, out.count(), product);
+  } else {
+    zero_odd_channel(k_, hidden_channels(), product.data, product_row_bytes_, out.count() * chain_.out_width);
+  }
   const Layer& layer = layers_.back();
+  const int64_t size = element_size(type_);
   GemmArguments args;
-  args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = hidden_channels();
+  args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = k_steps_of(k_, wide_channels());
   args.panel = weight;
   args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
   args.epilogue.activation = layer.activation;
+  args.epilogue.out_type = type_;
   const PixelGrid grid = writes_in_place_ ? PixelGrid{y_.pixel(image, out.first, 0), y_.w_stride, y_.h_stride}
                                           : dense_grid(to.out, out_row_bytes_, chain_.out_width);
   gemm_tile(k_, args, product, grid, {}, {}, out.count(), chain_.out_width, panels);
@@ -274,19 +331,20 @@ void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRan
   const int64_t from = panels.begin * panels.width;
   const int64_t channels = std::min(panels.columns, panels.end * panels.width) - from;
   for (int64_t line = out.first; line < out.last; ++line) {
-    char* const row = grid.data + (line - out.first) * grid.line_stride + from * 4;
+    char* const row = grid.data + (line - out.first) * grid.line_stride + from * size;
     if (residual_) {
       char* added = x_.pixel(image, line, 0) + from * x_.c_stride;
       int64_t added_row = x_.w_stride;
+      DataType added_type = type_;
       if (residual_row_bytes_) {
-        k_.load({added, x_.c_stride, x_.w_stride, DataType::f32, channels, chain_.out_width}, to.residual,
-                residual_row_bytes_);
-        added = to.residual, added_row = residual_row_bytes_;
+        k_.float_kernels->load({added, x_.c_stride, x_.w_stride, type_, channels, chain_.out_width}, to.residual,
+                               residual_row_bytes_);
+        added = to.residual, added_row = residual_row_bytes_, added_type = DataType::f32;
       }
-      k_.add_rows(row, grid.pixel_stride, added, added_row, chain_.out_width, channels);
+      k_.add_rows(row, grid.pixel_stride, type_, added, added_row, added_type, chain_.out_width, channels);
     }
     if (!writes_in_place_) {
-      k_.store({y_.pixel(image, line, 0) + from * y_.c_stride, y_.c_stride, y_.w_stride, DataType::f32, channels,
+      k_.store({y_.pixel(image, line, 0) + from * y_.c_stride, y_.c_stride, y_.w_stride, type_, channels,
                 chain_.out_width},
                row, out_row_bytes_);
     }
@@ -297,6 +355,7 @@ void InvertedBottleneck::project(const Buffers& to, int64_t image, const LineRan
 // layer follows at once.
 void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_t first_panel, int64_t last_panel,
                                    char* kept, char* scratch) const {
+  const InstructionSetScope scope(k_);
   const Buffers to = buffers(scratch);
   clear_borders(to);
   const int64_t chunks = ceil_div(lines.count(), chunk_lines_);
@@ -308,7 +367,7 @@ void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_
     next = missing.last;
     load_input(to, image, missing);
     char* const product = kept ? kept + out.first * chain_.out_width * product_row_bytes_ : to.product;
-    float* const sums = squeezes() ? line_sums(kept) + out.first * product_row_bytes_ / 4 : nullptr;
+    float* const sums = squeezes() ? line_sums(kept) + out.first * sums_row_bytes_ / 4 : nullptr;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       expand(to, image, missing, panel);
       convolve(to, out, panel, product, sums);
@@ -323,31 +382,35 @@ void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_
 // a row of factors for each.
 char* InvertedBottleneck::excite(char* memory, int64_t images) const {
   static constexpr int64_t no_offset = 0;
+  const InstructionSetScope scope(k_);
   char* const means = memory + images * image_bytes_;
   char* const squeezed = means + images * product_row_bytes_;
   char* const factors = squeezed + images * squeezed_row_bytes_;
   const int64_t channels = hidden_channels();
   const float pixels = float(chain_.out_height * chain_.out_width);
   for (int64_t image = 0; image < images; ++image) {
-    const float* sums = line_sums(memory + image * image_bytes_);
-    auto* const mean = reinterpret_cast<float*>(means + image * product_row_bytes_);
-    std::memcpy(mean, sums, size_t(channels) * 4);
+    float* const mean = line_sums(memory + image * image_bytes_);
     for (int64_t line = 1; line < chain_.out_height; ++line) {
-      sums += product_row_bytes_ / 4;
+      const float* sums = mean + line * sums_row_bytes_ / 4;
       for (int64_t c = 0; c < channels; ++c) mean[c] += sums[c];
     }
     for (int64_t c = 0; c < channels; ++c) mean[c] /= pixels;
+    char* const row = means + image * product_row_bytes_;
+    std::memset(row, 0, size_t(product_row_bytes_));
+    k_.add_rows(row, 0, k_.tile_type, reinterpret_cast<const char*>(mean), 0, DataType::f32, 1, channels);
   }
   PixelGrid from = dense_grid(means, product_row_bytes_, images);
   for (const bool last : {false, true}) {
     const Layer& layer = layers_[layers_.size() - (last ? 2 : 3)];
     GemmArguments args;
-    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = last ? layers_[layers_.size() - 3].channels : channels;
+    args.tap_offsets = &no_offset, args.tap_count = 1;
+    args.k_steps = k_steps_of(k_, last ? layers_[layers_.size() - 3].channels : channels);
     args.panel = layer.weight;
     args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
     args.epilogue.activation = layer.activation;
     args.epilogue.zero_tail = true;
-    const PixelGrid to = last ? dense_grid(factors, product_row_bytes_, images)
+    args.epilogue.out_type = last ? DataType::f32 : k_.tile_type;
+    const PixelGrid to = last ? dense_grid(factors, sums_row_bytes_, images)
                               : dense_grid(squeezed, squeezed_row_bytes_, images);
     gemm_tile(k_, args, from, to, {}, {}, 1, images, Panels(k_, layer.channels, args.k_steps));
     from = to;
@@ -387,15 +450,16 @@ nin_status InvertedBottleneck::run_round(const nin_thread_pool* pool, int64_t fi
   });
   if (status != nin_ok) return status;
   char* const factors = squeezes() ? excite(memory, images) : nullptr;
-  char* const weights = factors + (squeezes() ? images * product_row_bytes_ : 0);
+  char* const weights = factors + (squeezes() ? images * sums_row_bytes_ : 0);
   const int64_t weight_bytes = round_up(out_panels_.bytes(k_), 64);
   for (int64_t image = 0; scales_weights_ && image < images; ++image) {
-    scale_weights(reinterpret_cast<const float*>(factors + image * product_row_bytes_), weights + image * weight_bytes);
+    scale_weights(reinterpret_cast<const float*>(factors + image * sums_row_bytes_), weights + image * weight_bytes);
   }
   const int64_t bands = splits_panels_ ? std::min(threads, chain_.out_height)
                                        : std::max(strips_, ceil_div(chain_.out_height, chunk_lines_));
-  const int64_t panels = splits_panels_ && !squeezes() ? out_panels_.count : 1, tasks = bands * panels;
+  const int64_t panels = splits_panels_ && !squeezes() && !normalizes() ? out_panels_.count : 1, tasks = bands * panels;
   return each(images * tasks, [&](int64_t task, char* memory_of_task) {
+    const InstructionSetScope scope(k_);
     const int64_t image = task / tasks, panel = task % tasks / bands, band = task % bands;
     const LineRange out{chain_.out_height * band / bands, chain_.out_height * (band + 1) / bands};
     Panels part = out_panels_;
@@ -404,7 +468,7 @@ nin_status InvertedBottleneck::run_round(const nin_thread_pool* pool, int64_t fi
     char* const product = memory + image * image_bytes_ + skipped;
     if (factors && !scales_weights_) {
       k_.scale_rows(product, product_row_bytes_, out.count() * chain_.out_width, hidden_channels(),
-                    reinterpret_cast<const float*>(factors + image * product_row_bytes_));
+                    reinterpret_cast<const float*>(factors + image * sums_row_bytes_));
     }
     project(buffers(memory_of_task), first + image, out, dense_grid(product, product_row_bytes_, chain_.out_width),
             part, scales_weights_ ? weights + image * weight_bytes : layers_.back().weight);

@@ -90,6 +90,7 @@ struct DepthwiseArguments {
   int64_t columns = 0;                         // output pixels
   char* out = nullptr;
   int64_t out_row_stride = 0;
+  DataType out_type = DataType::f32;  // or that of the tiles
 };
 
 // A fully connected layer: y[r][o] = x[r] · weight[o] + bias[o], floats. The weight is read where it lies.
@@ -162,16 +163,19 @@ struct Kernels {
   // M f Mᵀ for `count` contiguous filters f of in × in values; M is out × in. G w Gᵀ of weights, Gᵀ s G of gradients.
   void (*filter_transform)(int out, int in, const float* matrix, const float* from, int64_t from_step, float* to,
                            int64_t to_step, int64_t count);
-  // A line of a depthwise convolution, of whole vectors: tiles of floats only.
+  // A line of a depthwise convolution of floats, of whole vectors.
   void (*depthwise)(const DepthwiseArguments&, int vectors);
-  // Applies an activation to `count` rows of whole vectors: tiles of floats only.
+  // Applies an activation to `count` rows of whole vectors of floats.
   void (*activate_rows)(char* rows, int64_t row_stride, int64_t count, int vectors, Activation activation);
-  // to[p][c] += from[p][c], floats
-  void (*add_rows)(char* to, int64_t to_row_stride, const char* from, int64_t from_row_stride, int64_t count,
-                   int64_t channels);
-  // sums[c] = the sum of rows[p][c] over p, of whole vectors; rows[p][c] *= factors[c], to whole vectors: floats
-  void (*sum_rows)(const char* rows, int64_t row_stride, int64_t count, int vectors, float* sums);
-  void (*scale_rows)(char* rows, int64_t row_stride, int64_t count, int64_t channels, const float* factors);
+  // to[p][c] += from[p][c]
+  void (*add_rows)(char* to, int64_t to_row_stride, DataType to_type, const char* from, int64_t from_row_stride,
+                   DataType from_type, int64_t count, int64_t channels);
+  // sums[c] = the sum of tile[p][c] over p, of whole vectors; tile[p][c] *= factors[c], to whole vectors
+  void (*sum_rows)(const char* tile, int64_t row_stride, int64_t count, int vectors, float* sums);
+  void (*scale_rows)(char* tile, int64_t row_stride, int64_t count, int64_t channels, const float* factors);
+  // Subtracts from each row of floats its mean and divides by the root of its variance plus epsilon. The results, with
+  // zeros to whole vectors, are a tile's elements from the row's beginning on.
+  void (*normalize_rows)(char* rows, int64_t row_stride, int64_t count, int64_t channels, float epsilon);
   // to[i] = panel[i] * factors[i], for the rows of a panel of packed weights: floats
   void (*scale_panel)(const char* panel, int64_t rows, int vectors, const float* factors, char* to);
   // y = activation(x + other) of `count` floats, y = activation(x) where `other` is null; y may be one of them.
