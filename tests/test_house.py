@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; a module imports from lower floors only (docs/design.md)
 FLOORS = [
     {"display", "errors", "given", "optim", "recipes", "version"},
+    {"value_checks"},
     {"config", "engines", "names", "ops", "runtime"},
     {"data", "epoch_metrics", "layers"},
     {"folders", "fusion", "models"},

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from nin.errors import UserError
 from nin.given import remembers_given
 from nin.recipes import FINETUNE_STEPS, RECIPES, learning_rate_by_batch
+from nin.value_checks import check_value
 
 # Images of at least so many pixels a side are photos: they are augmented by random crops of the whole photo. Smaller
 # ones are moved by a pixel or two, as what they show fills them.
@@ -19,37 +19,6 @@ LARGEST_SEED = 2**32 - 1
 
 # More than any machine has; PyTorch fails to start many more in a way that ends the program.
 MOST_THREADS = 1024
-
-
-# the types whose values count as one, and what they are called
-_KINDS: dict[type, tuple[type, str]] = {
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    bool: (bool, "True or False"),
-    str: (str, "a name"),
-}
-
-
-def check_value(name: str, value: Any, kind: type, is_valid: Callable[[Any], bool], requirement: str) -> Any:
-    """Return a setting as a Python value: whole and real numbers are those of NumPy, too, and no truth values.
-
-    Args:
-        name: of the setting, for the message.
-        value: that was given.
-        kind: int, float, bool or str.
-        is_valid: whether a value of that type is in range.
-        requirement: what it must be, for the message.
-
-    Raises:
-        UserError: the type or the value is another.
-    """
-    is_truth_value = type(value).__name__ in ("bool", "bool_")  # NumPy's too, without importing it
-    fits = is_truth_value if kind is bool else isinstance(value, _KINDS[kind][0]) and not is_truth_value
-    if not fits:
-        raise UserError(f"{name} must be {_KINDS[kind][1]}, got {value!r}")
-    if not is_valid(value):
-        raise UserError(f"{name} must be {requirement}, got {value}")
-    return kind(value)
 
 
 def check_seed(seed: int) -> None:

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted, check_random_state, column
 from torch import Tensor, nn
 
 from nin import data, models
-from nin.config import ResolvedConfig, TrainConfig, check_value
+from nin.config import ResolvedConfig, TrainConfig
 from nin.data.arrays import to_nchw, to_squares
 from nin.data.mixing import draw_mix, mix_batch, partner_positions
 from nin.data.resizing import ResizeMode
@@ -24,6 +24,7 @@ from nin.errors import UserError
 from nin.runtime.device import use_threads
 from nin.training.batches import augmented_set, class_weights
 from nin.training.step import TrainStep, make_model
+from nin.value_checks import check_value
 
 SKLEARN_BATCH_SIZE = 256
 

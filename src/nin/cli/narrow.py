@@ -23,6 +23,7 @@ from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
+from nin.value_checks import check_share
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,9 @@ def narrow(
     """
     names.check_source(data)
     check_narrowing_engine(engine)
+    given = (("latency", latency), ("macs", macs), ("parameters", parameters))
+    budget = {name: check_share(name, value) for name, value in given if value is not None}
+    others = tuple(check_share("budgets", share) for share in parse_numbers("budgets", budgets))
     run = None
     if network is not None and names.is_external_name(network) and not Path(network).is_dir():
         if model is not None:
@@ -135,10 +139,9 @@ def narrow(
     from nin.narrowing.workflow import choose_narrowing_device
     from nin.narrowing.workflow_config import WorkflowConfig
 
-    budget = {"latency": latency, "macs": macs, "parameters": parameters}
     config = WorkflowConfig(
-        {name: value for name, value in budget.items() if value is not None},
-        parse_numbers("budgets", budgets),
+        budget,
+        others,
         skip,
         images=images,
         finetune=finetune,

@@ -21,7 +21,8 @@ from nin.cli.console import (
     say_left_out,
 )
 from nin.cli.narrow import parse_numbers
-from nin.engines.catalog import ENGINES, check_engines
+from nin.engines.catalog import ENGINES
+from nin.speed_search.settings import SpeedSettings
 
 # Columns in the order in which a narrow terminal leaves them out.
 LESS_NEEDED = ("KL", "memory", "files", "accuracy")
@@ -87,7 +88,8 @@ def speed(
     shares = parse_numbers("budgets", budgets) if narrow and budgets.strip().lower() != "none" else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     names.check_source(data)
-    check_engines(engine)
+    # refused before PyTorch is imported, which takes seconds
+    SpeedSettings(lose, batch, shares, narrow_by, finetune, engine or tuple(ENGINES), threads, test_images)
     if Path(network).is_dir() or (os.sep in network and ":" not in network):
         folders.check_is_run(Path(network))
     else:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nin.config import check_value
 from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime.progress import ProgressCallback
+from nin.value_checks import check_share, check_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,3 @@ class NarrowOptions:
             raise UserError(f"budgets must be shares of the original's, got {self.budgets!r}")
         for share in self.budgets:
             check_share("budgets", share)
-
-
-def check_share(name: str, share: object) -> float:
-    """Return a share of the original's cost as a float.
-
-    Raises:
-        UserError: it is no number above 0 and below 1.
-    """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise UserError(f"{name} must be a share of the original's, above 0 and below 1, got {share!r}")
-    return float(share)

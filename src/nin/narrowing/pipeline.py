@@ -15,7 +15,7 @@ from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
 from nin.narrowing.latency import LatencyTable, ModelTimer
-from nin.narrowing.options import NarrowOptions, check_share
+from nin.narrowing.options import NarrowOptions
 from nin.narrowing.planner import LATENCY_TOLERANCE, Planner, PlannerResult, count_parameters
 from nin.narrowing.recalibration import measure_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
@@ -26,6 +26,7 @@ from nin.runtime.device import use_threads
 from nin.runtime.progress import ProgressCallback
 from nin.runtime.shown_progress import shown_progress
 from nin.runtime.timer import Timing
+from nin.value_checks import check_share
 
 
 @dataclasses.dataclass(frozen=True)

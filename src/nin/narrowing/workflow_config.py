@@ -7,8 +7,8 @@ from typing import Any
 from nin.config import check_seed
 from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
-from nin.narrowing.options import check_share
 from nin.runtime import distributed
+from nin.value_checks import check_share
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from nin.config import check_seed, check_value
+from nin.config import check_seed
 from nin.engines.catalog import ENGINES, check_engines
 from nin.errors import UserError
-from nin.narrowing.options import check_share
+from nin.value_checks import check_share, check_value
 
 # Shares that are left in the narrowed forms, where none are given.
 SHARES = (0.8, 0.65, 0.5)

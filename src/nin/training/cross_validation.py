@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nin import data, folders
-from nin.config import TrainConfig, check_value
+from nin.config import TrainConfig
 from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.setup import train
 from nin.training.state import CheckpointOptions
+from nin.value_checks import check_value
 
 # Of the results' figures those that are averaged.
 FIGURES = (

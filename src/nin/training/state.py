@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nin import checkpoint, data, folders, given
-from nin.config import TrainConfig, check_value
+from nin.config import TrainConfig
 from nin.display.numbers import shorten
 from nin.errors import UserError
 from nin.runtime import distributed
 from nin.runtime.fingerprint import changed_settings
 from nin.training.early_stopping import EarlyStopping
 from nin.training.step import TrainStep
+from nin.value_checks import check_value
 
 # In the data's record, but no setting: sentences.
 _REMARKS = ("notes", "flip_reason")
