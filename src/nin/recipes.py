@@ -6,7 +6,9 @@ from typing import Any
 # Peak learning rates for batches of 128 images; they grow with the root of the batch (Krizhevsky 2014, arXiv 1404.5997,
 # section 4), to twice that at most. Of SGD: 660 photos in batches of 32 learned nothing at 0.1 (see
 # benchmarks/photos/README.md); with 0.4 for batches of 512 a network without BatchNorm unlearned in the second epoch
-# on CIFAR-10 (JPEG) what it knew after the first. Muon's is the part of a weight that a step exchanges.
+# on CIFAR-10 (JPEG) what it knew after the first. Muon's is the part of a weight that a step exchanges: on the digits
+# (30 epochs in batches of 64, one seed each) the cross entropy of held-out images was 0.036 at 0.02, 0.031 at 0.05 and
+# 0.028 at 0.1; with SGD it was 0.038.
 LEARNING_RATES = {"sgd": 0.1, "muon": 0.05}
 ADAMW_LEARNING_RATE = 2e-3  # its steps have one length, whatever the batch
 
@@ -25,11 +27,18 @@ def learning_rate_by_batch(optimizer: str, batch_size: int) -> float:
 
 # What a recipe puts in the place of settings that are not given; where it says nothing, the default recipe does.
 RECIPES: dict[str, dict[str, Any]] = {
+    # What 94.2 % on Fashion-MNIST and 99.2 % on the digits were reached with. Rows of benchmarks/recipes vary each
+    # number; it stays as long as none of them is beyond chance.
     "default": {
+        # a usual one of one-cycle schedules (rows warmup-0.1, trapezoid)
         "warmup": 0.2,
+        # row triangle
         "schedule": "cosine",
+        # usual for CIFAR; of standardised weights it keeps the length, and so the size of the steps (rows decay-…)
         "weight_decay": 5e-4,
+        # rows smoothing-…
         "label_smoothing": 0.1,
+        # averages over 200 steps, half an epoch of 60,000 images (rows ema-…, average-end)
         "ema": 0.995,
     },
     # Few, large steps, so that a GPU is the limit and not the launching of kernels; after Jordan, 94 % on CIFAR-10 in
