@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tables import curve, write_tables
 from torch import Tensor
 from variants import VARIANTS, Variant, generator
@@ -40,6 +41,7 @@ from nin.training.step import TrainStep
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
+TEACHERS = FOLDER / "teachers"  # networks that others learn from; not kept in the repository
 HELD_OUT = 5000
 
 
@@ -119,6 +121,11 @@ class Run:
         self.images = batches.hold_images(images, self.config, self.device)
         shape = images.channels, len(images.classes), images.size
         self.train_step: TrainStep = variant.step(lambda: variant.network(self.config, *shape), self.config)
+        if variant.teacher is not None:
+            teacher = VARIANTS[variant.teacher].network(self.config, *shape)
+            teacher.load_state_dict(load_file(teacher_file(variant.teacher, budget)))
+            layout = {"memory_format": torch.channels_last}
+            self.train_step.teacher = teacher.eval().to(self.device, **layout)  # type: ignore[attr-defined]
         self.batch_size = self.config.batch_size
         self.steps_per_epoch = batches.count_steps_per_epoch(len(images.train), self.batch_size)
 
@@ -143,14 +150,14 @@ class Run:
         torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def epoch(self, number: int) -> Any:
+    def epoch(self, number: int, first_step: int = 0) -> Any:
         """Return an iterator over the batches of an epoch."""
         return batches.epoch_batches(
             self.images,
             self.config,
             self.device,
             epoch=number,
-            first_step=0,
+            first_step=first_step,
             ahead=self.device.type != "cpu",
             on_lost=raise_lost,
         )
@@ -170,9 +177,8 @@ class Run:
 
     def seconds_per_image(self, done: float) -> float:
         """Return what an image takes in a step in the middle of a training, and spoil the network."""
-        steps = 1000
-        x, labels = next(iter(self.epoch(0)))
-        started = self.clock()
+        steps, started = 1000, self.clock()
+        ((x, labels),) = self.epoch(0, self.steps_per_epoch - 1)  # the last batch, so that none is decoded ahead
         self.take_step(x, labels, int(done * steps), steps)
         return (self.clock() - started) / len(x)
 
@@ -190,6 +196,11 @@ class Run:
             with torch.autocast(self.device.type, dtype=step.dtype, enabled=step.dtype != torch.float32):
                 found.append(model(x.flip(3) if flip else x).float())
         return torch.cat(found).cpu()
+
+
+def teacher_file(name: str, budget: Budget) -> Path:
+    """Return where the network of a variant lies that others learn from."""
+    return TEACHERS / f"{name}-{budget.source}-{budget.images or 'all'}.safetensors"
 
 
 def raise_lost(path: str, reason: str) -> None:
@@ -216,6 +227,10 @@ def run_one(name: str, set_name: str, seed: int, images: data.Data) -> dict[str,
     image_passes = budget.epochs * len(images.train) * variant.length / cost
     steps = max(1, round(image_passes / run.batch_size))
     seconds = run.train(steps)
+    if seed == 0 and name in {variant.teacher for variant in VARIANTS.values()}:
+        TEACHERS.mkdir(exist_ok=True)
+        weights = {key: value.contiguous() for key, value in run.train_step.ema_model.state_dict().items()}
+        save_file(weights, teacher_file(name, budget))
     labels = images.test.labels
     plain = run.scores()
     line = {

@@ -101,6 +101,7 @@ def verdict_text(name: str, group: Sequence[Line], default: Sequence[Line], spre
     if name == "default" or not default:
         return ""
     others = "" if VARIANTS[name].length == 1 else f", {VARIANTS[name].length:g} times the minutes"
+    others += ", knows another network's answers" if VARIANTS[name].teacher else ""
     words = []
     for figure, sign in (("accuracy", 1), ("loss", -1)):
         deviation = spread[figure]

@@ -33,6 +33,7 @@ class Variant:
         network: called with the settings and the images' channels, classes and size; returns the network.
         cost: whether a step takes another time than the default's, so that it has to be measured; where it does not,
             the variant takes as many steps.
+        teacher: the variant whose network, trained before and kept, it learns from; its time is not counted.
         length: its time as a multiple of the default's; any other than 1 is no fair comparison, and the table says so.
     """
 
@@ -45,6 +46,7 @@ class Variant:
         config, channels=channels, classes=classes, size=size
     )
     cost: bool = False
+    teacher: str | None = None
     length: float = 1.0
 
 
@@ -196,6 +198,28 @@ class SAM(TrainStep):
             down_again.remove()
 
 
+class Distilled(TrainStep):
+    """Half of the loss is the divergence from a teacher's answers to the same images, at temperature 2.
+
+    Hinton, Vinyals, Dean 2015, arXiv 1503.02531; the same augmented images for both: Beyer et al. 2022, arXiv
+    2106.05237.
+    """
+
+    TEMPERATURE = 2.0
+    teacher: nn.Module  # set by the run
+
+    def _run_eagerly(self, x: Tensor, labels: Tensor) -> Batch:
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            self.wanted = (self.teacher(x).float() / self.TEMPERATURE).log_softmax(1)
+        return super()._run_eagerly(x, labels)
+
+    def _loss(self, scores: Tensor, labels: Tensor) -> Batch:
+        own = (scores / self.TEMPERATURE).log_softmax(1)
+        divergence = F.kl_div(own, self.wanted, log_target=True, reduction="batchmean") * self.TEMPERATURE**2
+        loss = 0.5 * super()._loss(scores, labels)[0] + 0.5 * divergence
+        return loss, loss
+
+
 # other networks
 
 
@@ -260,6 +284,17 @@ def stochastic_depth(probability: float) -> Callable[[ResolvedConfig, int, int, 
     return make
 
 
+def wider(config: ResolvedConfig, channels: int, classes: int, size: int) -> nn.Module:
+    """Return the network with one and a half times the channels in each layer but the last: a teacher."""
+    own = make_model(config, channels=channels, classes=classes, size=size).config
+
+    def widened(block: models.BlockConfig) -> models.BlockConfig:
+        widths = (width if width == classes else width * 3 // 2 for width in block.channels)
+        return dataclasses.replace(block, channels=tuple(widths))
+
+    return models.NiN(dataclasses.replace(own, blocks=tuple(map(widened, own.blocks))))
+
+
 def paper(config: ResolvedConfig, channels: int, classes: int, size: int) -> nn.Module:
     """Return the paper's network: dropout of 0.5, average pooling as in most ports."""
     return models.create("nin_cifar", classes, in_channels=channels, dropout=0.5)
@@ -298,16 +333,20 @@ VARIANTS: dict[str, Variant] = {
     "smoothing-0": Variant("no label smoothing", {"label_smoothing": 0.0}),
     "smoothing-0.2": Variant("label smoothing 0.2", {"label_smoothing": 0.2}),
     # the images
-    "erasing": Variant("random erasing (half of the images, 2 to 33 %)", batch=erase((0.02, 0.33), probability=0.5)),
-    "cutout": Variant("cutout (all images, a square of 1/12)", batch=erase((1 / 12, 1 / 12), probability=1, aspect=1)),
-    "mixup": Variant("mixup 0.2", {"mixup": 0.2}),
-    "cutmix": Variant("CutMix 1", {"cutmix": 1.0}),
-    "strong": Variant("TrivialAugment, colour jitter, random erasing", {"augment": "strong"}),
-    "flip-random": Variant("flips drawn anew in each epoch", {"flip": False}, batch=random_flip),
+    "erasing": Variant(
+        "random erasing (half of the images, 2 to 33 %)", batch=erase((0.02, 0.33), probability=0.5), cost=True
+    ),
+    "cutout": Variant(
+        "cutout (all images, a square of 1/12)", batch=erase((1 / 12, 1 / 12), probability=1, aspect=1), cost=True
+    ),
+    "mixup": Variant("mixup 0.2", {"mixup": 0.2}, cost=True),
+    "cutmix": Variant("CutMix 1", {"cutmix": 1.0}, cost=True),
+    "strong": Variant("TrivialAugment, colour jitter, random erasing", {"augment": "strong"}, cost=True),
+    "flip-random": Variant("flips drawn anew in each epoch", {"flip": False}, batch=random_flip, cost=True),
     "shift-0": Variant("no shift", {"shift": 0}),
     "shift-1": Variant("shifts of up to 1 pixel", {"shift": 1}),
-    "shift-4-reflect": Variant("shifts of up to 4 pixels, reflected", {"shift": 0}, batch=reflect_shift(4)),
-    "shift-2-reflect": Variant("shifts of up to 2 pixels, reflected", {"shift": 0}, batch=reflect_shift(2)),
+    "shift-4-reflect": Variant("shifts of up to 4 pixels, reflected", {"shift": 0}, batch=reflect_shift(4), cost=True),
+    "shift-2-reflect": Variant("shifts of up to 2 pixels, reflected", {"shift": 0}, batch=reflect_shift(2), cost=True),
     "progressive": Variant("images grow from 2/3 of the size until 70 %", batch=progressive(0.667, 0.7), cost=True),
     # the network
     "batch-norm": Variant("BatchNorm in place of weight standardisation", network=batch_norm, cost=True),
@@ -315,4 +354,9 @@ VARIANTS: dict[str, Variant] = {
     "dropout-0.2": Variant("dropout 0.2 after each pooling", {"dropout": 0.2}),
     "stochastic-depth": Variant("1×1 layers left out with probability 0.1", network=stochastic_depth(0.1), cost=True),
     "paper": Variant("the paper's network: dropout 0.5, no normalisation", network=paper, cost=True),
+    # apart: these have another network's knowledge
+    "wider": Variant(
+        "one and a half times as wide, no NiN of the paper: a teacher", network=wider, cost=True, length=3
+    ),
+    "distilled": Variant("learns from `wider` of seed 0, too", step=Distilled, cost=True, teacher="wider"),
 }
