@@ -15,6 +15,7 @@ NETWORKS = {
     "timm mobilenetv3_small_050": {"block of 3": 2, "block of 5+": 8, "block of 4+": 1, "chain": 3},
     "torchvision mobilenet_v3_small": {"block of 3": 2, "block of 5+": 8, "block of 4+": 1, "chain": 2},
     "timm mobilenetv4_conv_small_035": {"block of 3": 11, "block of 2": 2, "chain": 6},
+    "timm convnext_atto": {"ConvNeXt block": 12},
 }
 SLOW = {
     "timm mobilenetv3_large_100": {"block of 3": 6, "block of 5+": 8, "block of 2": 1, "chain": 3},
@@ -25,14 +26,15 @@ SLOW = {
     "timm semnasnet_100": {"block of 3": 7, "block of 5+": 8, "block of 2": 1, "chain": 2},
     "timm mnasnet_100": {"block of 3": 16, "block of 2": 1, "chain": 2},
     "timm ghostnet_100": {"block of 2": 7, "block of 4+": 2, "chain": 36},
-    "timm convnext_atto": {"chain": 12},
+    "timm convnext_tiny": {"ConvNeXt block": 18},
+    "timm convnextv2_atto": {"chain": 12},
     "timm regnetx_002": {"chain": 31},
     "timm regnety_002": {"chain": 44},
     "torchvision mobilenet_v2": {"block of 3": 16, "block of 2": 1, "chain": 2},
     "torchvision mobilenet_v3_large": {"block of 3": 6, "block of 5+": 8, "block of 2": 1, "chain": 2},
     "torchvision efficientnet_b0": {"block of 5+": 15, "block of 4+": 1, "chain": 2},
     "torchvision mnasnet1_0": {"block of 3": 16, "block of 2": 1, "chain": 2},
-    "torchvision convnext_tiny": {"chain": 18},
+    "torchvision convnext_tiny": {"ConvNeXt block": 18},
     "torchvision regnet_y_400mf": {"chain": 53},
 }
 
@@ -46,11 +48,16 @@ def make(name):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "layer_scale")):  # which begin at a millionth
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
 def kind(found):
     chain = found.chain
+    if chain.normalizes:
+        return "ConvNeXt block"
     return f"block of {len(found.layers)}{'+' * ('mean' in chain.steps)}" if chain.bottleneck else "chain"
 
 

@@ -1,13 +1,30 @@
 """Chain: convolutions or fully connected layers of a model, computed as one operator or one by one."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nin.fusion.link import (
+    LAST_AXIS,
+    SECOND_AXIS,
+    Folded,
+    LayerNorm,
+    LayerScale,
+    Link,
+    Permute,
+    Residual,
+    behind_folded,
+    fold,
+    run_layers,
+    scales_channels,
+    squeeze,
+)
 from nin.ops import inverted_bottleneck, mlpconv
+from nin.ops.arguments import output_size
+from nin.ops.bottleneck_reference import normalize
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import hash_tensors, mark_constant
@@ -20,52 +37,6 @@ CHAIN_FORMS = ("operator", "operator behind the first", "1×1 operators", "folde
 
 # The tensors of layers whose values are what they seem; subclasses (quantised, distributed) stay with PyTorch.
 PLAIN_TYPES = (Tensor, nn.Parameter, nn.Buffer)
-
-
-class Norm(NamedTuple):
-    """A BatchNorm with fixed statistics: γ / √(σ² + ε) · (x − μ) + β, each tensor (C,)."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-class Link(NamedTuple):
-    """A convolution or fully connected layer as it was called, with the BatchNorm and the activation after it.
-
-    Attributes:
-        weight: (C_out, C_in / groups, kH, kW), or (C_out, C_in) of a fully connected layer.
-        bias: (C_out,), or None.
-        geometry: stride, padding, dilation and groups; () for a fully connected layer.
-        norm: the BatchNorm, or None.
-        activation: "none", "relu", "gelu" or "silu"; in an inverted bottleneck, and after the last layer of a chain,
-            "relu6" and "hardswish" too.
-        role: "squeeze" and "excite": the two layers of squeeze-and-excitation, of which the first gets the mean over
-            the image, and the second's result multiplies what the mean was taken of.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    geometry: tuple[Any, ...]
-    norm: Norm | None = None
-    activation: str = "none"
-    role: str = ""
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the result depends on, besides the input."""
-        tensors = [self.weight, self.bias, *(self.norm[:4] if self.norm else ())]
-        return [t for t in tensors if t is not None]
-
-    def clone(self) -> "Link":
-        """Return the layer with copies of its tensors."""
-        norm = self.norm and Norm(*(t.clone() if isinstance(t, Tensor) else t for t in self.norm))  # type: ignore[arg-type]
-        bias = None if self.bias is None else self.bias.clone()
-        return self._replace(weight=self.weight.clone(), bias=bias, norm=norm)
-
-
-Folded = list[tuple[Tensor, Tensor | None]]  # weight (C_out, C_in, kH, kW) and bias of each link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +74,15 @@ class Chain:
     with, see there. Weights with BatchNorm folded into them are kept until a byte of a tensor behind them changes.
 
     Args:
-        steps: what follows each other: "layer" (a convolution or fully connected layer), "norm", an activation, and of
-            squeeze-and-excitation "mean" before its first layer and "scale" after its second.
+        steps: what follows each other: "layer" (a convolution or fully connected layer), "norm", an activation, of
+            squeeze-and-excitation "mean" before its first layer and "scale" after its second, and in ConvNeXt's order
+            the names of `AFTER_STEPS`.
         training: the mode in which it is computed as a chain.
         places: the modules of the chain, and those around them that hold a part of it.
         callers: the code of the forwards that call the first layer, from the nearest to the one that holds the chain.
         form: one of `forms`.
-        bottleneck: whether it is [a 1×1 layer,] a depthwise layer, [squeeze-and-excitation,] and a 1×1 layer.
+        bottleneck: whether it is [a 1×1 layer,] a depthwise layer, [squeeze-and-excitation,] and a 1×1 layer; or a
+            depthwise layer, LayerNorm and two 1×1 or fully connected layers.
     """
 
     def __init__(
@@ -134,10 +107,16 @@ class Chain:
         return {**vars(self), "seen": None, "watches": False, "_folded": None}
 
     @property
+    def normalizes(self) -> bool:
+        """Whether it has ConvNeXt's order, with a LayerNorm."""
+        return "layer_norm" in self.steps
+
+    @property
     def forms(self) -> tuple[str, ...]:
         """Those of `CHAIN_FORMS` in which this chain can be computed."""
         splits = self.steps.count("layer") > 1 and self.convolves and not self.bottleneck
         without = {"operator behind the first": not splits, "1×1 operators": not self.bottleneck}
+        without["folded"] = self.normalizes
         return tuple(form for form in CHAIN_FORMS if not without.get(form))
 
     def forms_for(self, x: Tensor) -> tuple[str, ...]:
@@ -166,10 +145,17 @@ class Chain:
 
     def _supports(self, x: Tensor, links: list[Link]) -> bool:
         """Return whether the operator computes what the layers compute; if not, they run as they are."""
-        return _is_plain(x, links) and (_is_bottleneck(x, links) if self.bottleneck else _is_chain(x, links))
+        if not _is_plain(x, links):
+            return False
+        if self.normalizes:
+            return _is_normalized_block(x, links)
+        return _is_bottleneck(x, links) if self.bottleneck else _is_chain(x, links)
 
     def _run_operator(self, x: Tensor, links: list[Link], weights: Folded) -> Tensor:
         """Run the layers as one operator, or as the form says; an inverted bottleneck by the operators with kernels."""
+        if self.normalizes:
+            whole = self.form == "operator" and cpu_bottleneck.serves(x)
+            return _run_normalized_block(x, links, weights, whole=whole)
         if self.bottleneck:
             if self.form != "operator" or not cpu_bottleneck.serves(x):
                 return _run_pointwise_operators(x, links, weights)
@@ -193,61 +179,38 @@ class Chain:
 
     def _weights(self, links: list[Link]) -> Folded:
         """Return weight (C_out, C_in, kH, kW) and bias (C_out,) of each layer, with BatchNorm folded into them."""
-        behind = [t for link in links if link.norm is not None for t in link.tensors()]
+        behind_each = behind_folded(links)
+        behind = [t for tensors in behind_each for t in tensors]
         if not behind or (torch.is_grad_enabled() and any(t.requires_grad for t in behind)):
-            return [_fold(link) for link in links]
+            return fold(links)
         kernels = cpu_dispatch.KERNELS
         content = None if kernels is None else hash_tensors(kernels, behind)
         if (
             kernels is None or content is None
         ):  # on a GPU: the few small kernels of folding are launched faster than values come back
-            return [_fold(link) for link in links]
-        state = content, tuple(link.norm and (link.norm.eps, _which(link)) for link in links)
+            return fold(links)
+        state = content, tuple((link.norm and link.norm.eps, link.optional()) for link in links)
         kept = self._folded
         if kept is None or kept[0] != state:
             # ordinary tensors, whoever asks first: those made in inference mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
                 # another thread may write to the tensors meanwhile, and back: what is folded must be what was hashed
                 copies = [link.clone() for link in links]
-                folded = [(w.contiguous(memory_format=_format(w)), b) for w, b in map(_fold, copies)]
+                folded = [(w.contiguous(memory_format=_format(w)), b) for w, b in fold(copies)]
             kept = state, folded
-            copied = [t for link in copies if link.norm is not None for t in link.tensors()]
+            copied = [t for tensors in behind_folded(copies) for t in tensors]
             if hash_tensors(kernels, behind, copied) == content:
-                for link, (weight, _) in zip(links, folded, strict=True):
-                    if link.norm is not None:
+                for tensors, (weight, _) in zip(behind_each, folded, strict=True):
+                    if tensors:
                         mark_constant(weight)
                 self._folded = kept
-        # layers without BatchNorm as they are now, the others as they were folded
-        return [_fold(link) if link.norm is None else f for link, f in zip(links, kept[1], strict=True)]
+        # layers into which nothing is folded as they are now, the others as they were folded
+        now = [(_four_axes(link.weight), link.bias) for link in links]
+        return [f if tensors else n for n, f, tensors in zip(now, kept[1], behind_each, strict=True)]
 
     def __repr__(self) -> str:
         """Return the steps and the form."""
         return f"Chain({' → '.join(self.steps)}, {self.form})"
-
-
-def run_layers(x: Tensor, links: list[Link]) -> Tensor:
-    """Run the layers one after the other, as PyTorch's modules do."""
-    scaled = x
-    for link in links:
-        if link.role == "squeeze":
-            scaled, x = x, squeeze(x)
-        if link.geometry:
-            stride, padding, dilation, groups = link.geometry
-            x = F.conv2d(x, link.weight, link.bias, stride, padding, dilation, groups)
-        else:
-            x = F.linear(x, link.weight, link.bias)
-        if link.norm is not None:
-            mean, variance, weight, bias, eps = link.norm
-            x = F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
-        x = activate(x, link.activation)
-        if link.role == "excite":
-            x = scaled * x
-    return x
-
-
-def squeeze(x: Tensor) -> Tensor:
-    """Return the mean over an image of each channel, (N, C, 1, 1)."""
-    return x.mean((2, 3), keepdim=True)
 
 
 def _run_pointwise_operators(x: Tensor, links: list[Link], weights: Folded) -> Tensor:
@@ -266,6 +229,44 @@ def _run_pointwise_operators(x: Tensor, links: list[Link], weights: Folded) -> T
         if link.role == "excite":
             x = scaled * x
     return x
+
+
+def _run_normalized_block(x: Tensor, links: list[Link], weights: Folded, *, whole: bool) -> Tensor:
+    """Run a block in ConvNeXt's order, whose weights hold LayerNorm's and the scale.
+
+    Args:
+        x: its input.
+        links: its layers.
+        weights: folded.
+        whole: as one operator, else the two layers behind the norm as one.
+    """
+    depthwise, last = links[0], links[-1]
+    geometry = dict(zip(("stride", "padding", "dilation"), depthwise.geometry, strict=False))
+    names = [link.activation for link in links]
+    norm, scale = depthwise.layer_norm(), last.layer_scale()
+    assert norm is not None  # as `_is_normalized_block` saw
+    sums = [step for step in last.after if isinstance(step, Residual)]
+    casts = torch.is_autocast_enabled(x.device.type)  # x may be of another dtype than the result
+    ws, bs = [w for w, _ in weights], [b for _, b in weights]
+    if whole:
+        added = bool(sums) and not casts
+        y = inverted_bottleneck(x, ws, bs, activation=names, residual=added, norm_eps=norm.eps, **geometry)
+        sums = [] if added else sums
+    else:
+        y = activate(F.conv2d(x, ws[0], bs[0], *depthwise.geometry), names[0])
+        y = normalize(y, norm.eps)
+        inside, name = (names[1], "none") if names[1] in ACTIVATIONS else ("none", names[1])
+        if name == "none":
+            y = mlpconv(y, ws[1:], bs[1:], activation=(inside, "none"))
+        else:
+            y = activate(mlpconv(y, ws[1:2], bs[1:2], activation="none"), name)
+            y = mlpconv(y, ws[2:], bs[2:], activation="none")
+        y = activate(y, names[2])
+    if casts and scale is not None:
+        y = y.to(torch.promote_types(y.dtype, scale.factors.dtype))
+    for step in sums:
+        y = step(y, x)
+    return y
 
 
 def _is_plain(x: Tensor, links: list[Link]) -> bool:
@@ -311,6 +312,53 @@ def _is_bottleneck(x: Tensor, links: list[Link]) -> bool:
     )
 
 
+def _is_normalized_block(x: Tensor, links: list[Link]) -> bool:
+    """Return whether the layers are a block in ConvNeXt's order, with the channels where each of its steps has them."""
+    depthwise, up, down = links
+    channels, out = x.shape[1], down.weight.shape[0]
+    if (
+        depthwise.geometry[3] != channels
+        or depthwise.weight.shape[:2] != (channels, 1)
+        or not _reaches(x, depthwise)
+        or up.weight.shape[1] != channels
+        or down.weight.shape[1] != up.weight.shape[0]
+        or down.activation != "none"
+        or any(link.norm is not None for link in links)
+    ):
+        return False
+    is_last, norms = False, 0
+    for i, link in enumerate(links):
+        if i > 0 and (bool(link.geometry) == is_last or (link.geometry and not _is_pointwise(link))):
+            return False
+        for step in link.after:
+            match step:
+                case Permute(dims) if dims == (SECOND_AXIS if is_last else LAST_AXIS):
+                    is_last = not is_last
+                case LayerNorm(weight, bias) if is_last and i == 0:
+                    norms += 1
+                    if any(t is not None and t.shape != (channels,) for t in (weight, bias)):
+                        return False
+                case LayerScale(factors) if i == 2 and scales_channels(factors, out, last=is_last):
+                    pass
+                case Residual() if i == 2 and not is_last and step is link.after[-1]:
+                    if channels != out or not _keeps_size(x, depthwise):
+                        return False
+                case _:
+                    return False
+    return not is_last and norms == 1
+
+
+def _keeps_size(x: Tensor, link: Link) -> bool:
+    """Return whether a convolution's result has as many lines and columns as its input."""
+    sizes = zip(x.shape[2:], link.weight.shape[2:], *link.geometry[:3], strict=True)
+    return all(output_size(size, k, *geometry) == size for size, k, *geometry in sizes)
+
+
+def _four_axes(weight: Tensor) -> Tensor:
+    """Return the weight of a layer as a convolution's."""
+    return weight[:, :, None, None] if weight.dim() == 2 else weight
+
+
 def _parts(links: list[Link]) -> tuple[list[Link], Link, list[Link], Link]:
     """Return the layers of an inverted bottleneck: [up], depthwise, [squeeze, excite], down."""
     *up, depthwise, down = [link for link in links if not link.role]
@@ -335,27 +383,6 @@ def _reaches(x: Tensor, link: Link) -> bool:
     return all(size + 2 * p > d * (k - 1) for size, p, d, k in sizes)
 
 
-def _which(link: Link) -> tuple[bool, ...]:
-    """Return which of the optional tensors a link has."""
-    norm = link.norm
-    return (link.bias is None, *(() if norm is None else (norm.weight is None, norm.bias is None)))
-
-
 def _format(weight: Tensor) -> torch.memory_format:
     """Return the memory format of a weight, in which its packed copy can be kept."""
     return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
-
-
-def _fold(link: Link) -> tuple[Tensor, Tensor | None]:
-    """Return weight (C_out, C_in, kH, kW) and bias of a layer with its BatchNorm: γ / √(σ² + ε) · (W x + b − μ) + β."""
-    weight, bias, norm = link.weight, link.bias, link.norm
-    if weight.dim() == 2:
-        weight = weight[:, :, None, None]
-    if norm is None:
-        return weight, bias
-    scale = torch.rsqrt(norm.variance + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = (0 if bias is None else bias) - norm.mean
-    shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from nin.fusion.chain import is_hooked
+from nin.fusion.match import ChainMatch
 from nin.fusion.node_roles import (
     activation_inside,
     activation_of,
@@ -22,6 +23,7 @@ from nin.fusion.node_roles import (
     is_product,
     unsupported_reason,
 )
+from nin.fusion.norm_block import match_norm_block
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.reference import ACTIVATIONS, BOTTLENECK_ACTIVATIONS, GATES
 
@@ -86,30 +88,6 @@ def _functions_refuse_proxies() -> Iterator[None]:
         function.apply = original
 
 
-@dataclasses.dataclass
-class ChainMatch:
-    """A chain in a graph.
-
-    Attributes:
-        nodes: of the graph, from the first layer to the last activation.
-        steps: what they do, see `Chain`.
-        layer_names: names of the layers in the traced module.
-        bottleneck: whether it is an inverted bottleneck.
-        squeezes: whether there is squeeze-and-excitation in it, of two layers.
-    """
-
-    nodes: list[fx.Node]
-    steps: list[str]
-    layer_names: list[str]
-    bottleneck: bool = False
-    squeezes: bool = False
-
-    @property
-    def places(self) -> int:
-        """How many layers it has, but for those of squeeze-and-excitation."""
-        return len(self.layer_names) - (2 if self.squeezes else 0)
-
-
 def match_chains(
     model: nn.Module, graph: fx.Graph, kept: set[fx.Node] | None = None
 ) -> tuple[list[ChainMatch], dict[str, str]]:
@@ -127,6 +105,14 @@ def match_chains(
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     taken: set[fx.Node] = set()
     matches, reasons = [], {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node in taken or not _is_layer(node, modules) or not has_role(modules[name], calls[name], "depthwise"):
+            continue
+        block = match_norm_block(node, modules, calls, kept or set(), taken)
+        if block is not None:
+            matches.append(block)
+            taken.update(block.nodes)
     # first the blocks, as a chain would begin with the last layer of one and end with the first of the next; of these
     # first those of three layers, as one of two would take their first
     for roles in (BOTTLENECK_ROLES, BOTTLENECK_ROLES[1:]):

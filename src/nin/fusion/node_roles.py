@@ -119,6 +119,14 @@ def activation_inside(norm: nn.BatchNorm2d) -> str | None:
     return "none" if type(act) is nn.Identity else _module_activation(act)
 
 
+def is_stochastic_depth(node: fx.Node) -> bool:
+    """Return whether a node is torchvision's stochastic depth in evaluation, which returns its input."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") != "torchvision.ops.stochastic_depth":
+        return False
+    values: dict[str, Any] = {**dict(zip(("input", "p", "mode", "training"), node.args, strict=False)), **node.kwargs}
+    return values.get("training") is False or bool(values.get("p") == 0)
+
+
 def does_nothing(module: nn.Module) -> bool:
     """Return whether a module returns its input: an identity, or dropout in evaluation."""
     if isinstance(module, nn.Dropout | nn.Dropout2d):

@@ -1,23 +1,30 @@
 """Pending: the result of a chain's first layers, which are computed when the chain is complete or somebody looks."""
 
 import contextlib
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nin.errors import UserError
-from nin.fusion.chain import PLAIN_TYPES, Chain, Link, Norm, run_layers, squeeze
+from nin.fusion.chain import PLAIN_TYPES, Chain
+from nin.fusion.link import (
+    AFTER_STEPS,
+    After,
+    LayerNorm,
+    LayerScale,
+    Link,
+    Norm,
+    Permute,
+    Residual,
+    run_layers,
+    squeeze,
+)
 
-# What lies on the stack between a module's forward and the forward that calls the module.
-_CALL_CODES = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 _nothing = torch.empty(0, device="meta")  # under a Pending: code that looks past its type finds no numbers
 
 
@@ -35,6 +42,7 @@ class Pending(Tensor):
     chain: Chain
     x: Tensor
     links: list[Link]
+    position: int  # how many of the chain's steps are in the links
     modes: tuple[Any, ...]  # in which the first layer was called, see `_modes`
     versions: list[tuple[Tensor, int]]  # of the tensors that the value depends on
     value: Tensor | None
@@ -58,6 +66,8 @@ class Pending(Tensor):
     ) -> Any:
         """Go on with the chain if this is its next step; else compute the value and call the function with it."""
         kwargs = kwargs or {}
+        if func in _SYMMETRIC and len(args) == 2 and type(args[0]) is not Pending:
+            args = args[1], args[0]
         this = args[0] if args else None
         if type(this) is Pending and this.value is None:
             if func in _DIMENSIONS:
@@ -74,6 +84,7 @@ def start(chain: Chain, x: Tensor, link: Link) -> Tensor:
     """Return the result of a chain's first layer for ``x``."""
     pending = Tensor._make_subclass(Pending, _nothing)
     pending.chain, pending.x, pending.links, pending.value, pending.origin = chain, x, [link], None, None
+    pending.position = 1
     pending.modes, pending.versions = _modes(x), _versions([x, *link.tensors()])
     return pending
 
@@ -88,7 +99,7 @@ def _advance(this: Pending, step: str, links: list[Link], new: list[Tensor] = []
         new: the tensors that it brings.
         inplace: it changes ``this``.
     """
-    chain, position = this.chain, sum(map(len, map(_steps_of, this.links))) + _is_squeezed(this)
+    chain, position = this.chain, this.position
     if chain.steps[position] != step or this.modes != _modes(this.x):
         return None
     versions = [*this.versions, *_versions(new)] if new else this.versions
@@ -100,17 +111,10 @@ def _advance(this: Pending, step: str, links: list[Link], new: list[Tensor] = []
         return result
     pending = this if inplace else Tensor._make_subclass(Pending, _nothing)
     pending.chain, pending.x, pending.links, pending.value = chain, this.x, links, None
+    pending.position = position + 1
     pending.origin = this.origin
     pending.modes, pending.versions = this.modes, versions
     return pending
-
-
-def _steps_of(link: Link) -> tuple[str, ...]:
-    return (
-        *(("mean",) if link.role == "squeeze" else ()),
-        *("layer", *(("norm",) if link.norm else ()), *(() if link.activation == "none" else (link.activation,))),
-        *(("scale",) if link.role == "excite" else ()),
-    )
 
 
 def _is_squeezed(this: Pending) -> bool:
@@ -136,7 +140,7 @@ def _conv2d(
 
 
 def _linear(this: Pending, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if this.chain.convolves:
+    if this.chain.convolves and not this.chain.normalizes:
         return None
     link = Link(weight, bias, ())
     return _advance(this, "layer", [*this.links, link], link.tensors())
@@ -189,8 +193,45 @@ def _squeeze(this: Pending) -> Any:
     return pending
 
 
-def _mul(this: Pending, other: Any) -> Any:
-    """Scale what a mean was taken of, unless it changed since."""
+def _follow(this: Pending, after: After, new: list[Tensor] = [], *, inplace: bool = False) -> Any:  # noqa: B006
+    """Return the result of a step that a block with a LayerNorm has behind its last layer so far."""
+    link = this.links[-1]
+    links = [*this.links[:-1], link._replace(after=(*link.after, after))]
+    return _advance(this, AFTER_STEPS[type(after)], links, new, inplace=inplace)
+
+
+def _permute(this: Pending, *args: Any, dims: Any = None) -> Any:
+    order = dims or (args[0] if len(args) == 1 else args)
+    known = this.chain.normalizes and isinstance(order, tuple | list) and len(order) == 4
+    return _follow(this, Permute(tuple(d % 4 for d in order))) if known else None
+
+
+def _layer_norm(
+    this: Pending, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    # the block's kernel looks at the channels alone
+    if not this.chain.normalizes or len(normalized_shape) != 1 or eps < 0:
+        return None
+    if normalized_shape[0] != this.links[-1].weight.shape[0]:
+        return None
+    norm = LayerNorm(weight, bias, eps)
+    return _follow(this, norm, [t for t in (weight, bias) if t is not None])
+
+
+def _add(*, inplace: bool) -> Callable[..., Any]:
+    def step(this: Pending, other: Any, **options: Any) -> Any:
+        adds = other is this.x and not options
+        return _follow(this, Residual(inplace), inplace=inplace) if adds else None
+
+    return step
+
+
+def _mul(this: Pending, other: Any, **options: Any) -> Any:
+    """Scale what a mean was taken of, unless it changed since; or multiply by layer scale."""
+    if options:
+        return None
+    if this.chain.normalizes:
+        return _follow(this, LayerScale(other), [other]) if type(other) in PLAIN_TYPES else None
     if type(other) is not Pending or other.value is not None:
         return None
     scaled, factors = (this, other) if this.origin is None else (other, this)
@@ -208,6 +249,9 @@ def _dropout(this: Pending, p: float = 0.5, training: bool = True, inplace: bool
 
 
 _DIMENSIONS: set[Any] = {Tensor.dim, Tensor.ndim.__get__}  # type: ignore[attr-defined]
+_ADDITIONS = torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__
+_PRODUCTS = torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__
+_SYMMETRIC = {*_ADDITIONS, *_PRODUCTS}
 _STEPS: dict[Any, Callable[..., Any]] = {
     torch.conv2d: _conv2d,
     F.linear: _linear,
@@ -224,7 +268,11 @@ _STEPS: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: _activation("hardsigmoid"),
     **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), _mul),
+    **dict.fromkeys(_PRODUCTS, _mul),
+    **dict.fromkeys(_ADDITIONS, _add(inplace=False)),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add(inplace=True)),
+    **dict.fromkeys((torch.permute, Tensor.permute), _permute),
+    F.layer_norm: _layer_norm,
     **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
 }
 
@@ -286,107 +334,3 @@ def _restored(modes: tuple[Any, ...], device: str) -> Any:
             stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
         yield
-
-
-class _ChainHead(nn.Module):
-    """The first layer of a chain; everything else about it is its class's."""
-
-    nin_chain: Chain
-
-    def make_plain(self) -> None:
-        """Become a layer of PyTorch's class again, in place."""
-        plain = next((plain for plain, head in HEADS.items() if head is type(self)), None)
-        if plain is None:  # parametrised since: a class made for this layer
-            self.nin_chain.form = "original"
-        else:
-            del self.nin_chain
-            self.__class__ = plain  # type: ignore[assignment]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return a layer of PyTorch's class with the same tensors, for ``torch.jit.script``."""
-        plain = copy.copy(self)
-        plain.make_plain()
-        return plain
-
-    def _get_name(self) -> str:
-        """Return the name of PyTorch's class, for ``print``."""
-        return next((plain.__name__ for plain, head in HEADS.items() if head is type(self)), super()._get_name())
-
-
-class ChainConv2d(_ChainHead, nn.Conv2d):
-    """An ``nn.Conv2d`` that begins a chain."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution, or a `Pending` while its chain is computed."""
-        if torch.compiler.is_compiling() or self.padding_mode != "zeros" or not _begins(self.nin_chain, self, input):
-            return super().forward(input)
-        link = conv_link(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return start(self.nin_chain, input, link)
-
-
-class ChainLinear(_ChainHead, nn.Linear):
-    """An ``nn.Linear`` that begins a chain."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the product, or a `Pending` while its chain is computed."""
-        if torch.compiler.is_compiling() or not _begins(self.nin_chain, self, input):
-            return super().forward(input)
-        return start(self.nin_chain, input, Link(self.weight, self.bias, ()))
-
-
-HEADS: dict[type[nn.Module], type[_ChainHead]] = {nn.Conv2d: ChainConv2d, nn.Linear: ChainLinear}
-
-
-def begin_chain(layer: nn.Module, chain: Chain) -> None:
-    """Let a layer begin a chain, in place."""
-    layer.__class__ = HEADS[type(layer)]
-    layer.nin_chain = chain  # type: ignore[assignment]
-
-
-def _begins(chain: Chain, layer: nn.Module, x: Tensor) -> bool:
-    """Return whether a layer may leave its result pending: the model runs as it was found, and nobody looks inside."""
-    return (
-        chain.form != "original"
-        and layer.training == chain.training
-        and type(x) in PLAIN_TYPES
-        and x.layout == torch.strided
-        and (x.dim() == 4 or not chain.convolves)
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and forward_ad._current_level < 0
-        and not _has_any_global_hook()
-        and all(place.is_as_before() for place in chain.places)
-        and _is_called_by(chain.callers)
-    )
-
-
-def _is_called_by(callers: tuple[nn.Module, ...]) -> bool:
-    """Return whether a layer is called by the forwards of these modules, each called by the next.
-
-    A forward may call methods of its own module, such as timm's ``forward_features``, which call the layer.
-    The last one holds the whole chain: who calls a layer by itself, or in a part of the model, gets its result.
-    """
-    frame: Any = sys._getframe(3)  # behind this function, `_begins` and the layer's forward
-    for module in callers:
-        function: Any = type(module).forward
-        codes = [function.__code__]
-        while function := getattr(function, "__wrapped__", None):  # of a decorator such as torch.no_grad
-            codes.insert(0, function.__code__)
-        called: Any = None
-        for code in codes:
-            while frame is not None and (
-                frame.f_code in _CALL_CODES or (frame.f_code not in codes and _is_method_of(module, frame))
-            ):
-                frame = frame.f_back
-            if frame is None or frame.f_code is not code:
-                return False
-            called, frame = called or frame, frame.f_back
-    return called.f_locals.get(called.f_code.co_varnames[0]) is callers[-1]
-
-
-def _is_method_of(module: nn.Module, frame: Any) -> bool:
-    """Return whether a frame is of a function whose first argument is a module."""
-    code = frame.f_code
-    return code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is module

@@ -66,7 +66,7 @@ class Recorder:
         Raises:
             NotRecordableError: no plan can be made for the network.
         """
-        last_uses = _last_uses(self._network.graph)
+        last_uses = _last_uses(self._network)
         given = dict(zip(self._network.inputs, inputs, strict=True))
         slots = [self._slot_of(x) for x in inputs]
         done: list[fx.Node] = []
@@ -216,12 +216,13 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return the nodes whose values nobody needs behind a node."""
+def _last_uses(network: NetworkGraph) -> dict[fx.Node, list[fx.Node]]:
+    """Return the nodes whose values nobody needs behind a node; a chain needs its input at its end."""
     seen: set[fx.Node] = set()
     uses: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
-        for value in (*node.all_input_nodes, node):
+    for node in reversed(network.graph.nodes):
+        chain = network.chains.get(node)
+        for value in (*node.all_input_nodes, *(() if chain is None else (chain.x,)), node):
             if value not in seen:
                 seen.add(value)
                 uses.setdefault(node, []).append(value)

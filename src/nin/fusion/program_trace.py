@@ -2,13 +2,16 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from nin.fusion.chain import Chain, Link, Norm, has_hooks, is_hooked
-from nin.fusion.matcher import ChainMatch, Tracer, is_operator, match_chains
+from nin.fusion.chain import Chain, has_hooks, is_hooked
+from nin.fusion.link import After, Link, Norm
+from nin.fusion.match import ChainMatch
+from nin.fusion.matcher import Tracer, is_operator, match_chains
 from nin.fusion.node_roles import activation_inside, activation_of
 from nin.fusion.pending import conv_link
 from nin.fusion.program_guards import ModuleState
@@ -25,26 +28,29 @@ class Layers:
         chain: how they are computed.
         parts: of each layer, the names of the module and of its BatchNorm, and the activation.
         roles: of each layer, see `Link`.
+        after: of each layer, how what follows it is made, see `ChainMatch`.
     """
 
     x: fx.Node
     chain: Chain
     parts: tuple[tuple[str, str | None, str], ...]
     roles: tuple[str, ...]
+    after: tuple[tuple[Callable[[nn.Module], After], ...], ...]
 
     def links(self, root: nn.Module) -> list[Link]:
         """Return the layers as they are now."""
         links = []
-        for (name, norm_name, activation), role in zip(self.parts, self.roles, strict=True):
+        for (name, norm_name, activation), role, makers in zip(self.parts, self.roles, self.after, strict=True):
             layer: Any = root.get_submodule(name)
-            if self.chain.convolves:
+            if isinstance(layer, nn.Conv2d):
                 link = conv_link(layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             else:
                 link = Link(layer.weight, layer.bias, ())
             norm: Any = None if norm_name is None else root.get_submodule(norm_name)
             if norm is not None:
                 norm = Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-            links.append(link._replace(norm=norm, activation=activation, role=role))
+            after = tuple(make(root) for make in makers)
+            links.append(link._replace(norm=norm, activation=activation, role=role, after=after))
         return links
 
 
@@ -133,7 +139,8 @@ def _layers(match: ChainMatch, traced: nn.Module, root: nn.Module) -> Layers:
             roles.append("squeeze" if before == "mean" else "")
         elif step == "scale":
             roles[-1] = "excite"
-    return Layers(match.nodes[0].args[0], found, tuple(parts), tuple(roles))  # type: ignore[arg-type]
+    after = tuple(map(tuple, match.after)) or ((),) * len(parts)
+    return Layers(match.nodes[0].args[0], found, tuple(parts), tuple(roles), after)  # type: ignore[arg-type]
 
 
 def held_tensor(root: nn.Module, path: str) -> Tensor | None:

@@ -10,10 +10,12 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from nin.fusion.chain import Chain, Link, Place
-from nin.fusion.matcher import ChainMatch, Tracer, is_operator, match_chains
+from nin.fusion.chain import Chain, Place
+from nin.fusion.heads import HEADS, begin_chain
+from nin.fusion.link import Link
+from nin.fusion.match import ChainMatch
+from nin.fusion.matcher import Tracer, is_operator, match_chains
 from nin.fusion.node_roles import is_pointwise, unsupported_reason
-from nin.fusion.pending import HEADS, begin_chain
 from nin.fusion.program import Program
 from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
 from nin.runtime.model_copy import copy_model
@@ -103,7 +105,8 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
 
     A chain is a convolution (1×1, or k×k with groups = 1), then 1×1 convolutions, each with BatchNorm (folded, in
     evaluation) and ReLU, GELU or SiLU after it; an inverted bottleneck ([1×1,] depthwise k×k, 1×1; ReLU6 and hardswish
-    too); or fully connected layers on every pixel. Its hidden values stay in the cache, see `nin.mlpconv` and
+    too); ConvNeXt's block (depthwise k×k, LayerNorm, two 1×1 or fully connected layers, scale, residual); or fully
+    connected layers on every pixel. Its hidden values stay in the cache, see `nin.mlpconv` and
     `nin.inverted_bottleneck`. The model keeps its classes, its parameters and their names; in the other mode, training
     or evaluation, it runs as before.
 
