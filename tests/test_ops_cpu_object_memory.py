@@ -98,3 +98,9 @@ def test_a_layout_that_misses_a_change_is_not_used(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(object_memory, "_MODULE_CHANGES", (lambda m: None,))
     assert object_memory._layout.__wrapped__().tag is None
+
+
+def test_no_tensors_and_no_modules_are_unchanged():
+    """A network whose layers all run as they are makes nothing of its weights."""
+    for memory in (watch_tensors([]), watch_modules([], [])):
+        assert memory.is_unchanged()

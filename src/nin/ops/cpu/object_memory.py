@@ -35,12 +35,12 @@ class ObjectMemory:
     def __init__(self, spans: Iterable[Span]) -> None:
         spans = list(spans)
         contents = [ctypes.string_at(address, 8 * count) for address, count in spans]
-        self._expected = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8)
+        self._expected = torch.frombuffer(bytearray(b"".join(contents) or b"\0"), dtype=torch.uint8)
         at, blocks = self._expected.data_ptr(), []
         for address, count in spans:
             blocks.append(struct.pack("3q", address, at, count))
             at += 8 * count
-        self._blocks = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
+        self._blocks = torch.frombuffer(bytearray(b"".join(blocks) or b"\0"), dtype=torch.uint8)
         self._address, self._count = self._blocks.data_ptr(), len(blocks)
 
     def is_unchanged(self) -> bool:
