@@ -512,11 +512,11 @@ def test_memory_is_shared_by_what_is_not_needed_at_once(seed):
     class Random(nn.Module):
         def __init__(self):
             super().__init__()
-            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(6))
+            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in picks)
 
         def forward(self, x):
             values = [x * 1]
-            for kind, a, b in picks:
+            for conv, (kind, a, b) in zip(self.convs, picks, strict=True):
                 a, b = values[a % len(values)], values[b % len(values)]
                 values.append(
                     a + b if kind == 0
@@ -526,8 +526,8 @@ def test_memory_is_shared_by_what_is_not_needed_at_once(seed):
                     else F.max_pool2d(a, 3, 1, 1) if kind == 4
                     else F.avg_pool2d(a, 3, 1, 1) if kind == 5
                     else a.flip(0) if kind == 6
-                    else F.relu(self.convs[b.dim() % 6](a)) if kind == 7
-                    else self.convs[5](a)
+                    else F.relu(conv(a)) if kind == 7
+                    else conv(a)
                 )  # fmt: skip
             return values[-1], values[len(values) // 2], sum(values)
 
@@ -541,6 +541,8 @@ def test_memory_is_shared_by_what_is_not_needed_at_once(seed):
         for _ in range(2):
             for got, wanted in zip(fused(x.clone()), model(x.clone()), strict=True):
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        (made,) = program_of(fused)._plans.values()
+        assert made.plan.memory_bytes > 0
 
 
 POOLS = [

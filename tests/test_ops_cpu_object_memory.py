@@ -85,6 +85,13 @@ def test_changes_of_modules_are_seen(change):
     assert not modules.is_unchanged()
 
 
+def test_the_layout_is_found_whatever_lay_in_the_memory_before():
+    tensors = [torch.full((i % 9 + 1,), -1.0) for i in range(200)]
+    for _ in range(40):
+        del tensors[::7]
+        assert object_memory._find_layout() == object_memory._layout()
+
+
 def test_without_a_layout_nothing_is_watched(monkeypatch):
     monkeypatch.setattr(object_memory, "_layout", lambda: None)
     layer = Layer()

@@ -22,8 +22,10 @@ from nin.runtime.fx_trace import unchanged_randomness
 _ATTRIBUTE = "_nin_program"
 _NOT_RUN = object()
 
-# Plans of other shapes before all are dropped, and graphs of other states before a network is left as it is.
-MAX_PLANS, MAX_GRAPHS = 8, 8
+# Plans of other shapes before the oldest goes, and graphs of other states before a network is left as it is.
+MAX_PLANS, MAX_GRAPHS = 16, 8
+# Plans of a graph that went for another: where so many shapes take turns, recording costs more than it saves.
+MAX_EVICTIONS = 64
 
 
 class _Made(NamedTuple):
@@ -48,7 +50,7 @@ class Program:
         self._module = module
         self._lock = threading.Lock()
         self._network: NetworkGraph | None = None
-        self._graphs = 0
+        self._graphs = self._evictions = 0
         self._plans: dict[Any, _Made] = {}
         self._next_state: ModuleState | None = None
         vars(module).update({_ATTRIBUTE: self, "_compiled_call_impl": self})
@@ -111,7 +113,7 @@ class Program:
                 if state is None or not state.holds():
                     self._next_state = ModuleState(self._module)
                     return None
-            self._graphs, self._plans = self._graphs + 1, {}
+            self._graphs, self._evictions, self._plans = self._graphs + 1, 0, {}
             self._network = trace_network(self._module)
             if self._network is None:
                 self._graphs = MAX_GRAPHS + 1
@@ -119,6 +121,8 @@ class Program:
 
     def _record(self, kernels: Kernels, network: NetworkGraph, key: Any, args: Sequence[Tensor]) -> _Made | None:
         """Return a plan for inputs of these shapes; None if there is none."""
+        if self._evictions >= MAX_EVICTIONS and key not in self._plans:
+            return None
         copies = [x.detach().clone() for x in args]  # which the network may change in place
         if any(copy.stride() != x.stride() for copy, x in zip(copies, args, strict=True)):
             return None
@@ -135,9 +139,9 @@ class Program:
             return None
         with self._lock:
             if self._network is network:
-                if len(self._plans) >= MAX_PLANS:
-                    self._plans.clear()
-                self._plans[key] = made
+                plans = [(k, v) for k, v in self._plans.items() if k != key]
+                self._evictions += len(plans) >= MAX_PLANS
+                self._plans = dict([*plans[max(0, len(plans) + 1 - MAX_PLANS) :], (key, made)])
         return made
 
 

@@ -23,10 +23,20 @@ class NotRecordableError(Exception):
     """What a step returns may be of another kind in another call: the message says which step it was."""
 
 
-class _SameShapes(TorchDispatchMode):
-    """Raise where the shape of a result, or a number, depends on the values of tensors."""
+class _Repeatable(TorchDispatchMode):
+    """Raise where the shape of a result, or a number, depends on the values of tensors, and where one is written to.
+
+    Args:
+        kept: the storages of tensors that nobody may write to.
+    """
+
+    def __init__(self, kept: set[int]) -> None:
+        super().__init__()
+        self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and any(_storage(t) in self._kept for t in tensors_in((args, kwargs))):
+            raise NotRecordableError(str(func))
         tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
         if tags.intersection(func.tags):
             raise NotRecordableError(str(func))
@@ -57,6 +67,7 @@ class Recorder:
         self._tensors: dict[int, tuple[int, Tensor]] = {}  # by id: slot and tensor, of those that are alive
         self._values: dict[fx.Node, Any] = {}
         self._actions: list[KernelAction | TorchAction] = []
+        self._kept = {_storage(t) for t in network.state.tensors}
         self.sources: list[Tensor] = []
         self.read: list[Tensor] = []
 
@@ -84,7 +95,8 @@ class Recorder:
             for old in done:
                 self._values.pop(old, None)
             done.clear()
-            alive = {id(t) for t in pytree.tree_leaves(list(self._values.values())) if isinstance(t, Tensor)}
+            alive = {id(t) for t in inputs}
+            alive |= {id(t) for t in pytree.tree_leaves(list(self._values.values())) if isinstance(t, Tensor)}
             self._tensors = {
                 k: v for k, v in self._tensors.items() if k in alive or self._slots[v[0]].constant is not None
             }
@@ -110,7 +122,7 @@ class Recorder:
             name = str(node.target)
             if name in _QUESTIONS:
                 return getattr(args[0], name)(*args[1:], **kwargs)
-            return self._run_function(getattr(torch.Tensor, name), args, kwargs)
+            return self._run_function(getattr(type(args[0]), name), args, kwargs)
         if node.target is getattr and args[1] in _ATTRIBUTES:
             return getattr(*args)
         return self._run_function(node.target, args, kwargs)  # type: ignore[arg-type]
@@ -121,7 +133,7 @@ class Recorder:
         if node.op == "call_module":
             function = self._module.get_submodule(function)
         elif node.op == "call_method":
-            function = getattr(Tensor, function)
+            function = getattr(Tensor, function, None)
         kind = type(function) if isinstance(function, nn.Module) else function
         x = args[0] if args else None
         if kind not in RESHAPES or not isinstance(x, Tensor) or len(node.all_input_nodes[0].users) > 1:
@@ -182,8 +194,10 @@ class Recorder:
                 slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
                 self._actions.append(KernelAction(found.step, *slots))
                 return y
-        with _SameShapes():
+        with _Repeatable(self._kept):
             result = function(*args, **kwargs)
+        if not all(isinstance(leaf, Tensor | None) for leaf in pytree.tree_leaves(result)):
+            raise NotRecordableError(f"{function} returns more than tensors")
         return self._keep_call(function, args, kwargs, result)
 
     def _keep_call(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
@@ -210,6 +224,10 @@ class Recorder:
     def _fill(self, value: Any) -> Any:
         """Return a node's argument with values in the place of nodes."""
         return fx.node.map_arg(value, self._values.__getitem__)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

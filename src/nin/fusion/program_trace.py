@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from nin.fusion.chain import Chain, has_hooks, is_hooked
 from nin.fusion.link import After, Link, Norm
@@ -93,11 +94,14 @@ def trace_network(module: nn.Module) -> NetworkGraph | None:
     state = ModuleState(module)
     with torch.inference_mode(False):  # ordinary tensors, even where the caller is in inference mode
         traced = copy_model(module, {id(p): p for p in module.parameters()})
-    before, tracer, versions = ModuleState(traced), Tracer(), _versions(traced)
+    if not state.is_known:
+        return None
+    before, tracer, versions = ModuleState(traced), _StrictTracer(), _versions(traced)
     with unchanged_randomness() as drew:
         try:
-            graph = trace_forward(traced, tracer)
-        except TracingError:
+            with torch.no_grad(), _NoValues():
+                graph = trace_forward(traced, tracer)
+        except (TracingError, _NotInGraphError):
             return None
         if drew() or not before.holds() or versions != _versions(traced):
             return None
@@ -110,6 +114,35 @@ def trace_network(module: nn.Module) -> NetworkGraph | None:
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     count = sum(p.default is p.empty for p in parameters)
     return NetworkGraph(graph, chains, inside, placeholders[:count], state)
+
+
+class _NotInGraphError(Exception):
+    """A forward does what its graph does not say."""
+
+
+class _StrictTracer(Tracer):
+    """A tracer that raises where its graph would not say all: a buffer's values decide, or a mode is entered."""
+
+    proxy_buffer_attributes = True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Return a node, unless autocast or gradients are on, which the graph does not say."""
+        if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
+            raise _NotInGraphError("the forward enters a mode")
+        return super().create_node(*args, **kwargs)
+
+
+class _NoValues(TorchFunctionMode):
+    """Raise where a forward makes a number of a tensor that is neither parameter nor buffer: it may change."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            raise _NotInGraphError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"}
+_READS |= {"__contains__", "__dlpack__", "equal", "allclose", "is_nonzero"}
 
 
 def _versions(module: nn.Module) -> list[int]:

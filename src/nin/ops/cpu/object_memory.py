@@ -138,12 +138,17 @@ def _layout() -> _Layout | None:
 
 
 def _find_layout() -> _Layout:
-    first, second = (torch.zeros(2, 3, 4, 5, device="cpu") for _ in range(2))
-    alias, address = first.detach(), first.untyped_storage()._cdata
-    words, other = _words(first._cdata, _TENSOR_WORDS), _words(second._cdata, _TENSOR_WORDS)
+    # of five dimensions, for which a tensor has room in itself: with fewer there are words that nobody has written
+    first, *others = (torch.zeros(1, 2, 3, 2, 3, device="cpu") for _ in range(9))
+    address = first.untyped_storage()._cdata
+    words = _words(first._cdata, _TENSOR_WORDS)
     storage = words.index(address)
-    shared = _words(alias._cdata, _TENSOR_WORDS)
-    (counter,) = (i for i, w in enumerate(words) if shared[i] == w != other[i] and i != storage)
+    aliases = [(_words(t._cdata, _TENSOR_WORDS), _words(t.detach()._cdata, _TENSOR_WORDS)) for t in others]
+    shared = [i for i in range(_TENSOR_WORDS) if i != storage and all(t[i] == alias[i] for t, alias in aliases)]
+    # an address, and another one in each tensor: a few words hold what lay there before
+    (counter,) = (
+        i for i in shared if len({t[i] for t, _ in aliases} - {0}) == 8 and not any(t[i] % 8 for t, _ in aliases)
+    )
     version = _changed(words[counter], _COUNTER_WORDS, lambda: first.add_(1))
     first.requires_grad_()
     now = _words(first._cdata, _TENSOR_WORDS)

@@ -86,7 +86,7 @@ class _Memory(NamedTuple):
 _copies: dict[_Key, PackedCopy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
 _constants: dict[int, _Constant] = {}  # by the id of the storage
-_taken_back = 0  # how many promises were
+_given = _taken_back = 0  # how many promises were
 calls: dict[tuple[Any, ...], Any] = {}  # what `call_cache` keeps; emptied when a copy goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
@@ -210,8 +210,10 @@ def mark_constant(weight: Tensor) -> None:
     The promise is taken back by a call in which the weight requires gradients, or another tensor has its memory. Of two
     weights in one memory only the first is constant.
     """
+    global _given
     storage = weight.untyped_storage()
     name = id(storage)
+    _given += 1
     if name not in _constants:
         weakref.finalize(storage, _constants.pop, name, None).atexit = False
     elif not _constants[name].holds_for(weight):
@@ -229,6 +231,11 @@ def _take_back(name: int) -> None:
     global _taken_back
     _constants.pop(name).stands = False
     _taken_back += 1
+
+
+def count_given() -> int:
+    """Return how many promises were given so far."""
+    return _given
 
 
 def count_taken_back() -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nin.ops.cpu.library import Kernels
 from nin.ops.cpu.object_memory import ObjectMemory, watch_tensors
-from nin.ops.cpu.weight_cache import constant_of, count_taken_back, hash_blocks, is_hashable
+from nin.ops.cpu.weight_cache import constant_of, count_given, count_taken_back, hash_blocks, is_hashable
 
 
 class WatchedTensors:
@@ -32,16 +32,20 @@ class WatchedTensors:
         self._places = _addresses(self._tensors)
         self._shapes = [same.setdefault(t.shape, t.shape) for t in self._tensors]
         self._strides = [same.setdefault(t.stride(), t.stride()) for t in self._tensors]
-        found = [(t, constant_of(t)) for t in valued]
+        self._valued = valued
+        self.are_watchable = all(is_hashable(t) for t in self._tensors)
+        self._memory: ObjectMemory | None = None  # which tells that nothing but bytes of those can have changed
+        self._look_for_constants()
+        self._hashes = self._hash() if self.are_watchable else b""
+
+    def _look_for_constants(self) -> None:
+        self._given, self._taken_back = count_given(), count_taken_back()
+        found = [(t, constant_of(t)) for t in self._valued]
         self._constants = [t for t, constant in found if constant is not None]
         self._promises = [constant for _, constant in found if constant is not None]
         self._versions = [promise.version for promise in self._promises]
-        self._taken_back = count_taken_back()
         spans = [struct.pack("2q", t.data_ptr(), t.nbytes) for t, constant in found if constant is None]
         self._spans, self._count = b"".join(spans), len(spans)
-        self.are_watchable = all(is_hashable(t) for t in self._tensors)
-        self._memory: ObjectMemory | None = None  # which tells that nothing but bytes of those can have changed
-        self._hashes = self._hash() if self.are_watchable else b""
 
     def are_unchanged(self) -> bool:
         """Return whether nobody wrote to a tensor, or gave it other memory."""
@@ -54,7 +58,14 @@ class WatchedTensors:
             if not self._are_as_they_were():
                 return False
             self._memory = memory
-        return self._hash() == self._hashes
+        if self._hash() != self._hashes:
+            return False
+        if self._given != count_given() and self._hashes:  # some that were hashed may be constants now
+            again = WatchedTensors(self._kernels, self._valued, self._tensors)
+            unchanged = self._hash() == self._hashes  # nor were they written to meanwhile
+            vars(self).update(vars(again))
+            return unchanged
+        return True
 
     def _hash(self) -> bytes:
         return bytes(hash_blocks(self._kernels, self._spans, self._count)) if self._count else b""
