@@ -187,3 +187,37 @@ def test_the_caller_can_still_train(run):
         kept.append(error)  # and with it the frames of the call
     assert kept
     assert not torch.is_inference_mode_enabled()
+
+
+def mobile():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU6(), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)]
+    body = [*layers, torch.nn.ReLU6(), torch.nn.Conv2d(8, 8, 1), torch.nn.AdaptiveAvgPool2d(1)]
+    return torch.nn.Sequential(*body, torch.nn.Flatten(), torch.nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("make", [mobile, without_maps, lambda: nin.models.googlenet(2)], ids=["mobile", "linear", "g"])
+def test_the_fastest_network_answers_as_the_model(make):
+    classifier = classifier_of(make())
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(3):
+        with torch.inference_mode():
+            wanted = classifier.model(classifier.inputs(pixels))
+            torch.testing.assert_close(classifier.score_pixels(pixels), wanted, rtol=1e-4, atol=1e-5)
+            if isinstance(classifier.model, nin.models.Network):
+                maps = classifier.fastest_maps(classifier.inputs(pixels))
+                torch.testing.assert_close(maps.mean((2, 3)), wanted, rtol=1e-4, atol=1e-5)
+        # a change of the model's weights is one of the fused network's, which shares them
+        next(classifier.model.parameters()).data.mul_(1.5)
+    fused = dict(classifier.fastest.named_parameters())
+    assert all(fused[name] is parameter for name, parameter in classifier.model.named_parameters())
+
+
+def test_a_run_of_nin_is_one_program(run):
+    _, classifier, channels = run
+    images = [picture(channels) for _ in range(2)]
+    scores = classifier.scores(images)
+    (made,) = vars(classifier.fastest)["_nin_program"]._plans.values()
+    assert len(made.plan.parts) <= 2  # the conversion of the images' layout, and one call of the library
+    assert torch.equal(classifier.scores(images), scores)
+    torch.testing.assert_close(classifier.confidence_maps(images).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)

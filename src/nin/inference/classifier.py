@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -96,24 +96,21 @@ class Classifier:
 
     @functools.cached_property
     def fastest(self) -> nn.Module:
-        """The model, or on a CPU and for a narrowed network a fused one that shares its tensors, see `nin.fuse`.
+        """The model, or on a CPU a fused one that shares its tensors: most of a call is one of nin's compiled library.
 
-        A narrowed network is plain PyTorch, whose chains nin's operator computes faster. It is fused as it is at the
-        first access.
+        Its scores are the model's to rounding, see `nin.fuse`. It is fused as it is at the first access.
         """
-        if self.device.type != "cpu" or self.info.model["kind"] != "narrowed":
-            return self.model
-        fused = fusion.fuse(self.model).model
-        # `fuse` copies; shared tensors need half the memory and follow changes of the model's
-        for name, module in self.model.named_modules():
-            fused_module = fused.get_submodule(name)
-            fused_module._parameters.update(module._parameters)
-            fused_module._buffers.update(module._buffers)
-        return fused
+        return self.model if self.device.type != "cpu" else _fuse_sharing(self.model)
+
+    @functools.cached_property
+    def fastest_maps(self) -> nn.Module:
+        """What returns the model's class maps, fused as `fastest` is; only for networks of `nin.models`."""
+        maps = _ClassMaps(cast(models.Network, self.model)).eval()
+        return maps if self.device.type != "cpu" else _fuse_sharing(maps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the fused model, which is the model once more."""
-        return {name: value for name, value in vars(self).items() if name != "fastest"}
+        """Leave out the fused models, which are the model once more."""
+        return {name: value for name, value in vars(self).items() if name not in ("fastest", "fastest_maps")}
 
     def predict(self, images: Any) -> list[Prediction]:
         """Classify images.
@@ -171,7 +168,7 @@ class Classifier:
         """
         if not isinstance(self.model, models.Network):
             raise UserError(f"confidence maps need a network of nin.models, got {type(self.model).__name__}")
-        batches = [self.model.maps(x).float().cpu() for x in self._batches(images)]
+        batches = [self.fastest_maps(x).float().cpu() for x in self._batches(images)]
         maps = torch.cat(batches) if batches else torch.empty(0, len(self.classes), 1, 1)
         if size is not None:
             maps = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
@@ -216,6 +213,28 @@ class Classifier:
         for start in range(0, len(items), INFERENCE_BATCH_SIZE):
             batch = items[start : start + INFERENCE_BATCH_SIZE]
             yield self.inputs(torch.stack([_decode(item, p) for item in batch]))
+
+
+class _ClassMaps(nn.Module):
+    """A network up to its class maps."""
+
+    def __init__(self, network: models.Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maps (N, classes, h, w)."""
+        return self.network.maps(x)
+
+
+def _fuse_sharing(model: nn.Module) -> nn.Module:
+    """Return the fused model, with the tensors of the model: half the memory of a copy, and the model's changes."""
+    fused = fusion.fuse(model).model
+    for name, module in model.named_modules():
+        fused_module = fused.get_submodule(name)
+        fused_module._parameters.update(module._parameters)
+        fused_module._buffers.update(module._buffers)
+    return fused
 
 
 def load(

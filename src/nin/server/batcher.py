@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nin.inference.classifier import INFERENCE_BATCH_SIZE, Classifier
-from nin.models import Network
 
 T = TypeVar("T")
 
@@ -114,8 +113,7 @@ class Batcher:
 @torch.inference_mode()
 def classify(classifier: Classifier, pixels: Tensor) -> Tensor:
     """Return the class maps of images, INFERENCE_BATCH_SIZE at a time: float32 (N, classes, h, w)."""
-    network = cast(Network, classifier.fastest)
-    parts = pixels.split(INFERENCE_BATCH_SIZE)
-    # scores without exact maps are maps of one pixel
-    make = network.maps if not classifier.no_maps_reason else lambda x: network(x)[:, :, None, None]
-    return torch.cat([make(classifier.inputs(part)) for part in parts]).float().cpu()
+    scores = bool(classifier.no_maps_reason)  # which are maps of one pixel
+    network = classifier.fastest if scores else classifier.fastest_maps
+    results = torch.cat([network(classifier.inputs(part)) for part in pixels.split(INFERENCE_BATCH_SIZE)])
+    return (results[:, :, None, None] if scores else results).float().cpu()
