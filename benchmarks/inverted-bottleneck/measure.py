@@ -112,15 +112,15 @@ def other_engines(model, x, threads, compiles, dtype):
     return calls
 
 
-def median_ms(calls, rounds, now):
-    """Return {name: (median, lower and upper quartile)} in ms; every round runs each call for 4 ms or once."""
+def median_ms(calls, rounds, now, turn_ms):
+    """Return {name: (median, lower and upper quartile)} in ms; every round runs each call for its turn, or once."""
     repeats, times = {}, {name: [] for name in calls}
     for name, call in calls.items():
         call()
         call()
         start = now()
         call()
-        repeats[name] = max(1, int(0.004 / (now() - start)))
+        repeats[name] = max(1, int(turn_ms / 1e3 / (now() - start)))
     for _ in range(rounds):
         for name, call in calls.items():
             start = now()
@@ -130,9 +130,9 @@ def median_ms(calls, rounds, now):
     return {name: np.percentile(t, (50, 25, 75)) for name, t in times.items()}
 
 
-def report(name, batch, calls, rounds, now):
+def report(name, batch, calls, rounds, now, turn_ms):
     """Print a row: each engine's median and quartiles, and the ratio to the fastest of the others."""
-    times = median_ms(calls, rounds, now)
+    times = median_ms(calls, rounds, now, turn_ms)
     others = {engine: t[0] for engine, t in times.items() if engine != "nin"}
     fastest = min(others, key=others.get)
     cells = [f"{t[0]:.3f} ({t[1]:.3f} to {t[2]:.3f})" for t in times.values()]
@@ -177,7 +177,7 @@ def main():
             assert error < (0.1 if options.bf16 else 1e-4), error
             calls = {"nin": lambda fused=fused, last=last: fused(last)}
             calls |= other_engines(plain, x, options.threads, not options.no_compile, dtype)
-            ratios.append(report(name, batch, calls, options.rounds, now))
+            ratios.append(report(name, batch, calls, options.rounds, now, options.turn_ms))
     print(f"\ngeometric mean of nin beside the fastest: {statistics.geometric_mean(ratios):.2f}")
 
 
