@@ -388,7 +388,7 @@ def test_a_block_is_one_operator_or_where_that_has_no_kernel_its_pointwise_layer
     fused = nin.fuse(model)
     x = torch.randn(2, 12, 9, 9).to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        result, expected = fused.model.forward(x), model(x)  # by its modules, not as a program
+        result, expected = fused.model(x), model(x)
     has_kernel = dtype != torch.float64
     tolerance = 0.05 if autocast or dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)

@@ -1,5 +1,7 @@
 """Using a run: every form of an image gives the same prediction, and the maps add up to the scores."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -213,11 +215,14 @@ def test_the_fastest_network_answers_as_the_model(make):
     assert all(fused[name] is parameter for name, parameter in classifier.model.named_parameters())
 
 
-def test_a_run_of_nin_is_one_program(run):
+def test_a_compiled_run_of_nin_is_one_call_of_the_library(run):
     _, classifier, channels = run
-    images = [picture(channels) for _ in range(2)]
+    classifier, images = copy.deepcopy(classifier), [picture(channels) for _ in range(2)]
+    wanted = classifier.scores(images)
+    classifier.compile()
     scores = classifier.scores(images)
-    (made,) = vars(classifier.fastest)["_nin_program"]._plans.values()
-    assert len(made.plan.parts) <= 2  # the conversion of the images' layout, and one call of the library
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-5)
+    (plan,) = classifier.fastest._plans.values()
+    assert len(plan.parts) <= 2  # the conversion of the images' layout, and one call of the library
     assert torch.equal(classifier.scores(images), scores)
     torch.testing.assert_close(classifier.confidence_maps(images).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)

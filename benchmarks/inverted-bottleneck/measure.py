@@ -170,7 +170,7 @@ def main():
                 x = torch.randn(batch, 3, 224, 224)
                 plain = model.to(memory_format=torch.channels_last)
                 typed = copy.deepcopy(plain).to(dtype)
-                fused = nin.freeze(nin.fuse(typed, x.to(dtype).contiguous(memory_format=torch.channels_last)).model)
+                fused = nin.fuse(typed, x.to(dtype).contiguous(memory_format=torch.channels_last)).compile()
             last = x.to(dtype).contiguous(memory_format=torch.channels_last)
             result, expected = fused(last), plain(x)
             error = (result - expected).abs().max() / expected.abs().max()

@@ -60,7 +60,7 @@ def cost(
         network, (usual_channels, height, width) = find_network(model, classes, channels)
         # a narrowed run is of plain layers, which `nin predict` fuses
         is_run = model not in nin.models.MODELS and Path(model).is_dir()
-        whole = nin.load(model).fastest if is_run and not count_only else None
+        whole = cast("nn.Module", nin.load(model).fastest) if is_run and not count_only else None
     shape = (1, channels or usual_channels, size or height, size or width)
     # Counted first: it takes milliseconds, and its errors say that the size does not fit.
     counted = count(model, network, shape)

@@ -83,7 +83,7 @@ def predict(
         check_maps_folder(maps, overwrite=overwrite)
     classifier = nin.load(run, device=device, calibrated=calibrated, trust=trust)
     say_if_unfinished(run, classifier.info)
-    nin.freeze(classifier.model)
+    classifier.compile()
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
     if is_sharded and (table is None or maps is not None or json):
         raise UserError("predictions of shards are written into a file: give --csv FILE or --parquet FILE alone")

@@ -43,6 +43,7 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._proxies: list[tuple[weakref.ref[fx.Proxy], fx.Node]] = []
+        self.modes: set[tuple[bool, bool]] = set()  # in which values were made: with gradients, under autocast
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module becomes one node of the graph."""
@@ -56,6 +57,7 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for a value while the forward runs."""
         proxy = super().proxy(node)
+        self.modes.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         self._proxies.append((weakref.ref(proxy), node))
         return proxy
 

@@ -24,14 +24,12 @@ class FoundStep(NamedTuple):
         other: what it reads besides, or None.
         y: where the result goes; None where it goes to ``x``.
         step: the step, or None where the result is ``x`` itself.
-        weights: tensors whose addresses are in the step.
     """
 
     x: Tensor
     other: Tensor | None = None
     y: Tensor | None = None
     step: KernelStep | None = None
-    weights: tuple[Tensor, ...] = ()
 
 
 def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FoundStep | None:
@@ -154,7 +152,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoundStep 
     if x.dim() != 2 or not all(t.is_contiguous() and _is_plain(t) for t in (x, *weights)):
         return None
     y = F.linear(x, weight, bias)
-    return FoundStep(x, None, y, linear_step(x, weight, bias, y), weights)
+    return FoundStep(x, None, y, linear_step(x, weight, bias, y))
 
 
 def _max_pool_module(m: nn.MaxPool2d, x: Tensor) -> FoundStep | None:

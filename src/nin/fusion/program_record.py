@@ -1,6 +1,6 @@
 """Record a network's forward as a plan: every step is run once, and what it was kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,24 +23,28 @@ class NotRecordableError(Exception):
     """What a step returns may be of another kind in another call: the message says which step it was."""
 
 
-class _Repeatable(TorchDispatchMode):
-    """Raise where the shape of a result, or a number, depends on the values of tensors, and where one is written to.
+class _SameShapes(TorchDispatchMode):
+    """Raise where the shape of a result, or a number, depends on the values of tensors, or a weight is written to.
 
     Args:
-        kept: the storages of tensors that nobody may write to.
+        weights: that are the same in every call.
     """
 
-    def __init__(self, kept: set[int]) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self._kept = kept
+        self._memory = {t.untyped_storage()._cdata for t in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and any(_storage(t) in self._kept for t in tensors_in((args, kwargs))):
-            raise NotRecordableError(str(func))
         tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
         if tags.intersection(func.tags):
-            raise NotRecordableError(str(func))
-        return func(*args, **(kwargs or {}))
+            raise NotRecordableError(f"{func} depends on values")
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                if any(t.untyped_storage()._cdata in self._memory for t in tensors_in(written)):
+                    raise NotRecordableError(f"{func} writes into a parameter or buffer")
+        return func(*args, **kwargs)
 
 
 # What tells shapes and dtypes of tensors, which are the same in every call of a plan.
@@ -55,10 +59,6 @@ class Recorder:
         module: the network.
         network: its graph.
         kernels: of the instruction set in use.
-
-    Attributes:
-        sources: the tensors whose values are in the plan: weights as they were packed.
-        read: the tensors that the plan reads at the addresses of now.
     """
 
     def __init__(self, module: nn.Module, network: NetworkGraph, kernels: Kernels) -> None:
@@ -67,9 +67,7 @@ class Recorder:
         self._tensors: dict[int, tuple[int, Tensor]] = {}  # by id: slot and tensor, of those that are alive
         self._values: dict[fx.Node, Any] = {}
         self._actions: list[KernelAction | TorchAction] = []
-        self._kept = {_storage(t) for t in network.state.tensors}
-        self.sources: list[Tensor] = []
-        self.read: list[Tensor] = []
+        self._weights = [*module.parameters(), *module.buffers()]
 
     def record(self, inputs: Sequence[Tensor]) -> tuple[Any, Plan]:
         """Run the network step by step, which may change the inputs, and return the result and the plan.
@@ -79,11 +77,12 @@ class Recorder:
         """
         last_uses = _last_uses(self._network)
         given = dict(zip(self._network.inputs, inputs, strict=True))
+        self._values |= given  # each has its slot until it is read
         slots = [self._slot_of(x) for x in inputs]
         done: list[fx.Node] = []
         for node in self._network.graph.nodes:
             if node.op == "output":
-                result = self._fill(node.args[0])
+                result = _plain_containers(self._fill(node.args[0]))
                 output = pytree.tree_map_only(Tensor, lambda t: Ref(self._slot_of(t)), result)
                 return result, Plan(self._kernels, self._slots, self._actions, slots, output)
             done += last_uses.get(node, ())
@@ -95,8 +94,7 @@ class Recorder:
             for old in done:
                 self._values.pop(old, None)
             done.clear()
-            alive = {id(t) for t in inputs}
-            alive |= {id(t) for t in pytree.tree_leaves(list(self._values.values())) if isinstance(t, Tensor)}
+            alive = {id(t) for t in pytree.tree_leaves(list(self._values.values())) if isinstance(t, Tensor)}
             self._tensors = {
                 k: v for k, v in self._tensors.items() if k in alive or self._slots[v[0]].constant is not None
             }
@@ -150,7 +148,6 @@ class Recorder:
 
     def _run_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(module) in (MLPConv, Conv1x1, InvertedBottleneck) and len(args) == 1 and not kwargs:
-            self.sources += [*module.parameters(), *module.buffers()]
             return self._run_operator(module, args[0])
         return self._run_function(module, args, kwargs)
 
@@ -158,8 +155,6 @@ class Recorder:
         """Run a chain as it runs when its modules call it."""
         links, chain = layers.links(self._module), layers.chain
         last = links[-1].activation
-        if chain.form != "original":
-            self.sources += [t for link in links for t in link.tensors()]
         if last in ACTIVATIONS or chain.bottleneck:
             return self._run_operator(lambda x: chain.run(x, links), x)
         links[-1] = links[-1]._replace(activation="none")  # behind the operator, a step of its own
@@ -189,15 +184,14 @@ class Recorder:
             if found.y is not None or owned:
                 y = found.x if found.y is None else found.y
                 run_step(self._kernels, found.step, found.x, found.other, y)
-                self.read += found.weights
                 other = -1 if found.other is None else self._slot_of(found.other)
                 slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
                 self._actions.append(KernelAction(found.step, *slots))
                 return y
-        with _Repeatable(self._kept):
+        with _SameShapes(self._weights):
             result = function(*args, **kwargs)
         if not all(isinstance(leaf, Tensor | None) for leaf in pytree.tree_leaves(result)):
-            raise NotRecordableError(f"{function} returns more than tensors")
+            raise NotRecordableError(f"{getattr(function, '__name__', function)} gives what is no tensor")
         return self._keep_call(function, args, kwargs, result)
 
     def _keep_call(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
@@ -226,8 +220,15 @@ class Recorder:
         return fx.node.map_arg(value, self._values.__getitem__)
 
 
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
+def _plain_containers(value: Any) -> Any:
+    """Return a result with the lists and dicts that a forward makes, in the place of those of torch.fx."""
+    if isinstance(value, list):
+        return [_plain_containers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain_containers(item) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(map(_plain_containers, value))
+    return value
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
-from nin.fusion.chain import Chain, has_hooks, is_hooked
+from nin.fusion.chain import Chain, is_hooked
 from nin.fusion.link import After, Link, Norm
 from nin.fusion.match import ChainMatch
 from nin.fusion.matcher import Tracer, is_operator, match_chains
 from nin.fusion.node_roles import activation_inside, activation_of
 from nin.fusion.pending import conv_link
-from nin.fusion.program_guards import ModuleState
 from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
 from nin.runtime.model_copy import copy_model
 
@@ -64,89 +62,68 @@ class NetworkGraph:
         chains: what is computed at the last node of each chain.
         inside: the nodes of chains before the last.
         inputs: the nodes of the inputs.
-        state: of the modules as they were traced.
     """
 
     graph: fx.Graph
     chains: dict[fx.Node, Layers]
     inside: set[fx.Node]
     inputs: list[fx.Node]
-    state: ModuleState
 
 
-def is_traceable(module: nn.Module) -> bool:
-    """Return whether all of a network is in evaluation mode, and nothing but its modules' classes says what they do."""
-    inside = list(module.modules())[1:]
-    if module.training or has_hooks(module) or "forward" in vars(module):
-        return False
-    return not any(m.training or is_hooked(m) for m in inside)
+def trace_network(network: nn.Module) -> NetworkGraph:
+    """Return the graph of a network in evaluation mode that nobody changes any more.
 
-
-def trace_network(module: nn.Module) -> NetworkGraph | None:
-    """Return the graph of a network in evaluation mode; None if calls of it may differ from what is traced.
-
-    They may where it cannot be traced (its control flow depends on values or shapes), and where its forward changes
-    attributes, draws random numbers or keeps tensors.
-
-    Args:
-        module: for which `is_traceable` holds.
+    Raises:
+        TracingError: its control flow depends on values or shapes; hooks run in it; its forward changes attributes,
+            weights or the modes of PyTorch, draws random numbers or keeps tensors; or nothing in it is an operator.
     """
-    state = ModuleState(module)
+    hooked = next((name or "the network" for name, m in network.named_modules() if is_hooked(m)), None)
+    if hooked is not None:
+        raise TracingError(f"{hooked} has a hook, or a forward of its own")
     with torch.inference_mode(False):  # ordinary tensors, even where the caller is in inference mode
-        traced = copy_model(module, {id(p): p for p in module.parameters()})
-    if not state.is_known:
-        return None
-    before, tracer, versions = ModuleState(traced), _StrictTracer(), _versions(traced)
-    with unchanged_randomness() as drew:
-        try:
-            with torch.no_grad(), _NoValues():
-                graph = trace_forward(traced, tracer)
-        except (TracingError, _NotInGraphError):
-            return None
-        if drew() or not before.holds() or versions != _versions(traced):
-            return None
+        traced = copy_model(network, {id(p): p for p in network.parameters()})
+    before, versions, tracer = _attributes(traced), _versions(traced), Tracer()
+    with unchanged_randomness() as drew, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        graph = trace_forward(traced, tracer)
+        if drew():
+            raise TracingError("the forward draws random numbers")
+    if before != _attributes(traced) or versions != _versions(traced):
+        raise TracingError("the forward changes attributes, parameters or buffers")
+    if len(tracer.modes) > 1:
+        raise TracingError("the forward switches autocast or gradients")
     matches, _ = match_chains(traced, graph, kept := tracer.kept_nodes())
-    if kept or not (matches or any(map(is_operator, traced.modules()))) or not state.holds():
-        return None
-    chains = {match.nodes[-1]: _layers(match, traced, module) for match in matches}
+    if kept:
+        raise TracingError("the forward keeps tensors")
+    if not (matches or any(map(is_operator, traced.modules()))):
+        raise TracingError("nothing in it is computed by an operator of nin's")
+    chains = {match.nodes[-1]: _layers(match, traced, network) for match in matches}
     inside = {node for match in matches for node in match.nodes[:-1]}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(type(network).forward).parameters.values())[1:]
     count = sum(p.default is p.empty for p in parameters)
-    return NetworkGraph(graph, chains, inside, placeholders[:count], state)
-
-
-class _NotInGraphError(Exception):
-    """A forward does what its graph does not say."""
-
-
-class _StrictTracer(Tracer):
-    """A tracer that raises where its graph would not say all: a buffer's values decide, or a mode is entered."""
-
-    proxy_buffer_attributes = True
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Return a node, unless autocast or gradients are on, which the graph does not say."""
-        if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
-            raise _NotInGraphError("the forward enters a mode")
-        return super().create_node(*args, **kwargs)
-
-
-class _NoValues(TorchFunctionMode):
-    """Raise where a forward makes a number of a tensor that is neither parameter nor buffer: it may change."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _READS:
-            raise _NotInGraphError(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"}
-_READS |= {"__contains__", "__dlpack__", "equal", "allclose", "is_nonzero"}
+    return NetworkGraph(graph, chains, inside, placeholders[:count])
 
 
 def _versions(module: nn.Module) -> list[int]:
     return [t._version for t in (*module.parameters(), *module.buffers()) if not t.is_inference()]
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    """Return what the attributes of a module and those in it are: plain values, and which objects."""
+    return [{name: _described(value) for name, value in vars(m).items()} for m in module.modules()]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if type(value) in (list, tuple, set):
+        return [_described(item) for item in value]
+    if type(value) is dict:
+        return {key: _described(item) for key, item in value.items()}
+    return id(value)
 
 
 def _layers(match: ChainMatch, traced: nn.Module, root: nn.Module) -> Layers:

@@ -1,22 +1,23 @@
 """`fuse`: find the chains of a model, let their first layers begin them, and keep what is faster."""
 
-import copy
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from nin.errors import UserError
 from nin.fusion.chain import Chain, Place
+from nin.fusion.compiled import CompiledNetwork
 from nin.fusion.heads import HEADS, begin_chain
 from nin.fusion.link import Link
 from nin.fusion.match import ChainMatch
 from nin.fusion.matcher import Tracer, is_operator, match_chains
 from nin.fusion.node_roles import is_pointwise, unsupported_reason
-from nin.fusion.program import Program
 from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
 from nin.runtime.model_copy import copy_model
 from nin.runtime.timer import Timing, time_interleaved
@@ -26,6 +27,9 @@ LARGEST_TIME_RATIO = 0.97
 
 # In a line of text that stands for all layers of a kind.
 MOST_NAMES = 4
+
+# Rounds of timing between forms of a compiled network.
+COMPILE_RUNS = 9
 
 _Chains = dict[tuple[str, ...], Chain]  # by the names of their layers in the whole model
 
@@ -37,12 +41,14 @@ class FusedChain:
     Attributes:
         layers: names of its convolutions or fully connected layers.
         form: how it is computed, one of `CHAIN_FORMS`; "original" where nothing was faster.
+        form_alone: the fastest when the chain is timed by itself; other than ``form`` where the whole model decided.
         times: of each form that was measured, on the chain's input in a run on the example.
         chain: how it is computed.
     """
 
     layers: tuple[str, ...]
     form: str
+    form_alone: str
     times: dict[str, Timing]
     chain: Chain = dataclasses.field(repr=False)
 
@@ -57,6 +63,7 @@ class FuseResult:
         left: names of 1×1 layers that are in no chain, with the reason.
         before: time of the original model on the example, or None without an example.
         after: time of the faster model.
+        example: the inputs that it was made for, or none.
     """
 
     model: nn.Module
@@ -64,6 +71,7 @@ class FuseResult:
     left: dict[str, str]
     before: Timing | None
     after: Timing | None
+    example: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         """Return a line for each form of chains, and for each reason why layers are in none; rich shows all."""
@@ -85,6 +93,29 @@ class FuseResult:
     def speedup(self) -> float | None:
         """The time before over the time after, or None without an example."""
         return None if self.before is None or self.after is None else self.before.median_ms / self.after.median_ms
+
+    def compile(self) -> CompiledNetwork:
+        """Return the model as it is now for inference on the CPU: recorded steps, most of them in one native call.
+
+        Where the chains may have several forms and there is an example, they are timed in it: without modules around
+        each of them, more chains gain from the operator.
+
+        Raises:
+            UserError: the model was fused for training.
+        """
+        if any(chain.chain.training for chain in self.chains):
+            raise UserError("compile() is for inference: fuse the model without training=True")
+        alone = {chain.layers[0]: chain.form_alone for chain in self.chains}
+        choices = [alone] + [dict.fromkeys(alone, "operator")] * any(form != "operator" for form in alone.values())
+        copied = [_with_forms(self.model, forms) for forms in choices[: 2 if self.example else 1]]
+        compiled = [CompiledNetwork(network, copies=False) for network in copied]
+        if len(compiled) == 1:
+            return compiled[0]
+        calls: dict[str, Callable[[], object]] = {
+            str(i): functools.partial(each, *self.example) for i, each in enumerate(compiled)
+        }
+        times = time_interleaved(calls, runs=COMPILE_RUNS)
+        return compiled[int(min(times, key=lambda name: times[name].median_ms))]
 
     def __rich__(self) -> Table:
         """Return a table of the chains, and of the layers that are in none, for rich."""
@@ -110,10 +141,9 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     `nin.inverted_bottleneck`. The model keeps its classes, its parameters and their names; in the other mode, training
     or evaluation, it runs as before.
 
-    On the CPU in float32 and evaluation, calls without gradients run the whole model as a program: steps that are
-    recorded once for each shape, most of them in one call of the compiled library. `nin.freeze` of the fused model
-    saves it the hashes of its weights. What is done to the model afterwards, such as a hook or another weight, takes
-    effect as before.
+    Its forward is the model's own and runs in every call, so what is done to the model afterwards, such as a hook or
+    another weight, takes effect. For inference on the CPU that is as fast as it can be, ``compile()`` of the result
+    makes a snapshot whose steps run without Python between them.
 
     Args:
         model: any PyTorch model; it is not changed. Modules that cannot be traced stay as they are.
@@ -148,11 +178,12 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
     chains, unfused = found.chains, found.unfused
     times: dict[tuple[str, ...], dict[str, Timing]] = {}
     before = after = None
+    inputs: tuple[Any, ...] = ()
     if example is not None:
         inputs = example if isinstance(example, tuple) else (example,)
         new.train(training)
         times = _choose_forms(new, inputs, chains, runs)
-    programs = [] if training else [Program(network) for network in found.networks]
+    alone = {layers: chain.form for layers, chain in chains.items()}
     if example is not None:
         before, after = _measure(copy_model(model).train(training), new, chains, inputs, runs)
         if after.median_ms > before.median_ms:  # each is faster alone, but not all together
@@ -160,16 +191,22 @@ def fuse(model: nn.Module, example: Any = None, *, training: bool = False, runs:
             unfused.update(dict.fromkeys(map(", ".join, chains), reason))
             for chain in chains.values():
                 chain.form = "original"
-            for program in programs:
-                program.make_plain()
             # every layer runs as in the original: a second measurement would tell the noise of the clock
             after = before
-        for program in programs:
-            program.forget()  # what it recorded with other forms
         for module, mode in modes.items():
             module.training = mode
-    fused = tuple(FusedChain(layers, c.form, times.get(layers, {}), c) for layers, c in chains.items())
-    return FuseResult(new, fused, unfused, before, after)
+    fused = tuple(FusedChain(names, c.form, alone[names], times.get(names, {}), c) for names, c in chains.items())
+    return FuseResult(new, fused, unfused, before, after, inputs)
+
+
+def _with_forms(model: nn.Module, forms: dict[str, str]) -> nn.Module:
+    """Return a copy of a fused model in which chains have these forms, by the names of their first layers."""
+    new = copy_model(model, keep_fused=True)
+    for name, form in forms.items():
+        chain: Any = getattr(new.get_submodule(name), "nin_chain", None)
+        if isinstance(chain, Chain):
+            chain.form = form
+    return new
 
 
 @dataclasses.dataclass
@@ -180,13 +217,11 @@ class _Found:
         chains: by the names of their layers.
         unfused: the reason why other 1×1 layers are in none, by the layer's name.
         untraced: the reason why a module cannot be traced, by its name.
-        networks: the modules of the model that were traced and hold chains or layers that are operators.
     """
 
     chains: _Chains = dataclasses.field(default_factory=dict)
     unfused: dict[str, str] = dataclasses.field(default_factory=dict)
     untraced: dict[str, str] = dataclasses.field(default_factory=dict)
-    networks: list[nn.Module] = dataclasses.field(default_factory=list)
 
 
 def _find_chains(model: nn.Module, *, training: bool) -> _Found:
@@ -225,8 +260,6 @@ def _find_in(traced: nn.Module, path: str, model: nn.Module, found: _Found) -> N
     matches, reasons = match_chains(traced, graph, tracer.kept_nodes())
     found.unfused |= {_join(path, name): reason for name, reason in reasons.items()}
     root = model.get_submodule(path)
-    if matches or any(map(is_operator, traced.modules())):
-        found.networks.append(root)
     for match in matches:
         layers = tuple(_join(path, name) for name in match.layer_names)
         places, callers = _surroundings(root, match)
@@ -307,14 +340,11 @@ def _run_form(chain: Chain, form: str, x: Tensor, links: list[Link]) -> Tensor:
 def _measure(
     plain: nn.Module, new: nn.Module, chains: _Chains, inputs: tuple[Any, ...], runs: int
 ) -> tuple[Timing, Timing]:
-    """Time the original and the new model in turn; let all chains be operators where that is faster as a whole.
-
-    Alone, an operator pays for its call and its checks, which a program does once for all of them.
-    """
+    """Time the original and the new model in turn; let all chains be operators where that is faster as a whole."""
     models = {"before": plain, "after": new}
     others = [chain for chain in chains.values() if chain.form != "operator"]
     if others:
-        models["operators"] = copy.deepcopy(new)
+        models["operators"] = copy_model(new, keep_fused=True)
         for module in models["operators"].modules():
             if isinstance(chain := getattr(module, "nin_chain", None), Chain):
                 chain.form = "operator"

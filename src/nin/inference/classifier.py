@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +64,7 @@ class Classifier:
 
     Attributes:
         temperature: that the scores are divided by, for probabilities only; 1 without ``calibrated``.
+        compiled: whether it answers by snapshots, see `compile`.
 
     Raises:
         UserError: there is no such device here, or the run has no temperature.
@@ -79,7 +80,7 @@ class Classifier:
                 "calibrated probabilities need a temperature, which a training fits on its validation images: train "
                 "with --validation 0.15"
             )
-        self.temperature = temperature
+        self.temperature, self.compiled = temperature, False
         model = model.fold() if isinstance(model, models.NiN) else model
         self.model = model.eval().to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -95,18 +96,32 @@ class Classifier:
         return self.info.classes
 
     @functools.cached_property
-    def fastest(self) -> nn.Module:
-        """The model, or on a CPU a fused one that shares its tensors: most of a call is one of nin's compiled library.
+    def fastest(self) -> Callable[[Tensor], Tensor]:
+        """The model, or on a CPU a fused one that shares its tensors; after `compile` a snapshot of that.
 
         Its scores are the model's to rounding, see `nin.fuse`. It is fused as it is at the first access.
         """
-        return self.model if self.device.type != "cpu" else _fuse_sharing(self.model)
+        return self._fastest(self.model)
 
     @functools.cached_property
-    def fastest_maps(self) -> nn.Module:
+    def fastest_maps(self) -> Callable[[Tensor], Tensor]:
         """What returns the model's class maps, fused as `fastest` is; only for networks of `nin.models`."""
-        maps = _ClassMaps(cast(models.Network, self.model)).eval()
-        return maps if self.device.type != "cpu" else _fuse_sharing(maps)
+        return self._fastest(_ClassMaps(cast(models.Network, self.model)).eval())
+
+    def compile(self) -> None:
+        """Answer by snapshots from now on, see `nin.fusion.CompiledNetwork`: for a network that only answers.
+
+        What is written to ``model`` afterwards need not reach the answers; on other devices than a CPU it does.
+        """
+        self.compiled = True
+        for name in ("fastest", "fastest_maps"):
+            vars(self).pop(name, None)
+
+    def _fastest(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        if self.device.type != "cpu":
+            return model
+        fused = _fuse_sharing(model)
+        return fusion.CompiledNetwork(fused, copies=False) if self.compiled else fused
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the fused models, which are the model once more."""

@@ -134,7 +134,7 @@ class NinEngine(TimedEngine):
 
         def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             # the forms of chains are chosen on positional inputs only
-            fused = ops.freeze(fusion.fuse(copied, None if kwargs else args).model.eval())
+            fused = fusion.fuse(copied, None if kwargs else args).compile()
             return lambda: fused(*args, **kwargs)
 
         return bind

@@ -14,25 +14,27 @@ from nin.errors import UserError, is_out_of_memory
 
 @runtime_checkable
 class Replaceable(Protocol):
-    """What `nin.fuse` puts into a model: a layer that stands for one of PyTorch's, or a module's program."""
+    """What `nin.fuse` puts into a model: a layer that stands for one of PyTorch's."""
 
     def make_plain(self) -> None:
-        """Become the layer of PyTorch's, or leave the module, in place."""
+        """Become the layer of PyTorch's, in place."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copy_model(model: Model, shared: Mapping[int, Tensor] | None = None) -> Model:
+def copy_model(model: Model, shared: Mapping[int, Tensor] | None = None, *, keep_fused: bool = False) -> Model:
     """Return a copy of a model that shares no tensors with it.
 
     ``copy.deepcopy`` refuses a tensor that was computed with gradients, such as the ``weight`` that
     ``torch.nn.utils.prune`` and the old ``weight_norm`` keep in a layer. Its value is copied; the hooks that compute it
-    again before every forward are part of the copy. A model of `nin.fuse` gives one of plain layers.
+    again before every forward are part of the copy. A model of `nin.fuse` gives one of plain layers, unless it is asked
+    to stay fused.
 
     Args:
         model: any model.
         shared: tensors by their ``id``, which take the place of those in the copy.
+        keep_fused: keep what `nin.fuse` put into it.
 
     Raises:
         UserError: it cannot be copied; the message says what ``copy.deepcopy`` says.
@@ -53,10 +55,9 @@ def copy_model(model: Model, shared: Mapping[int, Tensor] | None = None) -> Mode
             f"the model must be one that copy.deepcopy copies, got {type(model).__name__}, of which it says "
             f"{type(error).__name__}: {reason}"
         ) from error
-    for module in new.modules():
-        for part in (module, *vars(module).copy().values()):
-            if isinstance(part, Replaceable):
-                part.make_plain()
+    for module in [] if keep_fused else list(new.modules()):
+        if isinstance(module, Replaceable):
+            module.make_plain()
     return new
 
 

@@ -52,7 +52,8 @@ class ServedRun:
     def __init__(self, folder: Path, device: str, before: "ServedRun | None" = None) -> None:
         self.written = time_written(folder)  # before it is read: what is written meanwhile is read later
         self.classifier = load(folder, device=device)
-        self.network = cast(models.Network, freeze(self.classifier.model))  # nothing here writes to it
+        self.classifier.compile()  # nothing here writes to the network
+        self.network = cast(models.Network, freeze(self.classifier.model))
         self.samples: SampleLoader = SampleLoader(self.classifier.info) if before is None else before.samples
         self.metadata = model_metadata(self.classifier, folder)
         self.right_before: dict[int, int] = {}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nin import checkpoint, fusion, models, ops
+from nin import checkpoint, fusion, models
 from nin.models.factory import create_external_model
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_plain_layers
@@ -77,9 +77,10 @@ def load_network(folder: str | Path, *, plain: bool, trust: bool = False) -> nn.
     return to_plain_layers(model) if plain else model
 
 
-def fuse_for(model: nn.Module, example: Tensor) -> nn.Module:
+def fuse_for(model: nn.Module, example: Tensor) -> fusion.CompiledNetwork:
     """Return the network as nin's operator computes it fastest on an input of that shape."""
     model = model.to(memory_format=torch.channels_last)
     # the layers of nin's own networks are the operator already
-    fused = model if isinstance(model, models.NiN) else fusion.fuse(model, example).model
-    return ops.freeze(fused.eval())
+    if isinstance(model, models.NiN):
+        return fusion.CompiledNetwork(model, copies=False)
+    return fusion.fuse(model, example).compile()

@@ -3,7 +3,6 @@
 import ctypes
 import struct
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,18 +133,7 @@ def check(status: int) -> None:
         raise RuntimeError("nin's CPU kernel: PyTorch's thread pool failed")
 
 
-def _load_find_change(path: Path | None) -> Callable[[int, int], int] | None:
-    """Load the function that compares memory; None without a path."""
-    if path is None:
-        return None
-    # a PyDLL's functions keep the interpreter's lock: this one reads objects that another thread could free meanwhile
-    function = ctypes.PyDLL(str(path)).nin_find_change
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p, ctypes.c_int64]
-    return function
-
-
 LIBRARY = load_library(find_library())
-FIND_CHANGE = _load_find_change(find_library())
 PARALLEL_FOR = _find_parallel_for()
 
 

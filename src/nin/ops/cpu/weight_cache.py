@@ -86,7 +86,6 @@ class _Memory(NamedTuple):
 _copies: dict[_Key, PackedCopy] = {}
 _memories: dict[int, _Memory] = {}  # by the id of the storage
 _constants: dict[int, _Constant] = {}  # by the id of the storage
-_given = _taken_back = 0  # how many promises were
 calls: dict[tuple[Any, ...], Any] = {}  # what `call_cache` keeps; emptied when a copy goes or is made again
 
 # Packed copies of one storage's weights, over its bytes, before all are dropped: more than Winograd's transforms, both
@@ -166,10 +165,10 @@ def hash_bytes(kernels: Kernels, spans: Sequence[int]) -> Sequence[int]:
         kernels: of the instruction set in use.
         spans: an address, then a number of bytes, for each span.
     """
-    return hash_blocks(kernels, struct.pack(f"{len(spans)}q", *spans), len(spans) // 2)
+    return _hash_blocks(kernels, struct.pack(f"{len(spans)}q", *spans), len(spans) // 2)
 
 
-def hash_blocks(kernels: Kernels, blocks: bytes, count: int) -> Any:
+def _hash_blocks(kernels: Kernels, blocks: bytes, count: int) -> Any:
     """Return the array of hashes of blocks of memory: packed structs ``nin_bytes``."""
     hashes = _hashes_type(count)()
     status = library.loaded().nin_hash(kernels.handles[torch.float32], blocks, count, hashes, library.thread_pool())
@@ -210,10 +209,8 @@ def mark_constant(weight: Tensor) -> None:
     The promise is taken back by a call in which the weight requires gradients, or another tensor has its memory. Of two
     weights in one memory only the first is constant.
     """
-    global _given
     storage = weight.untyped_storage()
     name = id(storage)
-    _given += 1
     if name not in _constants:
         weakref.finalize(storage, _constants.pop, name, None).atexit = False
     elif not _constants[name].holds_for(weight):
@@ -228,19 +225,7 @@ def mark_constant(weight: Tensor) -> None:
 
 def _take_back(name: int) -> None:
     """Take back the promise for a storage, for all copies of what lies in it."""
-    global _taken_back
     _constants.pop(name).stands = False
-    _taken_back += 1
-
-
-def count_given() -> int:
-    """Return how many promises were given so far."""
-    return _given
-
-
-def count_taken_back() -> int:
-    """Return how many promises were taken back so far."""
-    return _taken_back
 
 
 def constant_of(weight: Tensor) -> _Constant | None:

@@ -86,16 +86,6 @@ NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* ch
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,
                                         const nin_bytes* weights, const uint64_t* hashes, int64_t count);
 
-// Words of memory, and what they were.
-struct nin_words {
-  const uint64_t* data;
-  const uint64_t* expected;
-  int64_t count;
-};
-// Returns the number of the first of `count` blocks that is not what it was, or `count`. A block is only read when those
-// before it are what they were: they may say that its memory is still there.
-NIN_API int64_t nin_find_change(const nin_words* blocks, int64_t count);
-
 // A step of a network in float32, whose tensors lie at offsets, in bytes, in blocks of memory.
 enum nin_step_kind : int64_t {
   nin_step_chain = 0,           // nin_forward(chain, layers)

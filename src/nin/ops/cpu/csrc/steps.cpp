@@ -1,5 +1,4 @@
 // The steps of a network, run one after the other: convolutions, sums, activations, poolings and fully connected layers.
-#include <cstring>
 
 #include "parallel.hpp"
 #include "tiling.hpp"
@@ -122,19 +121,4 @@ int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count,
     if (status != nin_ok) return status;
   }
   return nin_ok;
-}
-
-int64_t nin_find_change(const nin_words* blocks, int64_t count) {
-  constexpr int64_t ahead = 32, line = 8;  // blocks whose memory is fetched meanwhile; words of a cache line
-  const auto fetch = [&](int64_t i) {
-    if (i >= count) return;
-    for (int64_t word = 0; word < blocks[i].count; word += line) __builtin_prefetch(blocks[i].data + word);
-    __builtin_prefetch(blocks[i].data + blocks[i].count - 1);
-  };
-  for (int64_t i = 0; i < ahead; ++i) fetch(i);
-  for (int64_t i = 0; i < count; ++i) {
-    fetch(i + ahead);
-    if (std::memcmp(blocks[i].data, blocks[i].expected, size_t(blocks[i].count) * 8) != 0) return i;
-  }
-  return count;
 }

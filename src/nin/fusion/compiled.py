@@ -1,0 +1,152 @@
+"""CompiledNetwork: the inference of a network as a list of steps, most of them in one call of the compiled library."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nin import ops
+from nin.fusion.program_plan import Plan
+from nin.fusion.program_record import NotRecordableError, Recorder
+from nin.fusion.program_trace import NetworkGraph, trace_network
+from nin.ops.cpu import abi, dispatch
+from nin.ops.cpu.library import Kernels
+from nin.ops.transforms import is_plain
+from nin.runtime.fx_trace import TracingError, unchanged_randomness
+from nin.runtime.model_copy import copy_model
+
+# Shapes (with layouts) that steps are recorded for; those that come later run the modules.
+MAX_PLANS = 16
+
+# How far results of the steps may be from the modules' in the check, relative to their norm: both round, in float32,
+# through all layers of a network.
+TOLERANCE = 1e-3
+
+
+class CompiledNetwork:
+    """A snapshot of a network, for inference on the CPU.
+
+    It is a function of images: what is done to the network afterwards, its weights, attributes, modules and hooks, does
+    not reach it, and results have no gradients. For float32 on the CPU the steps of the network are recorded when a
+    shape is seen first, and run from then on without Python between them; the first result of every shape is compared
+    with the modules', on other values than those it was recorded with. For what they cannot be recorded (`reason`), in
+    other dtypes, on other devices, under autocast, transforms and tracers, the snapshot's modules compute the result.
+
+    What else a forward does, such as counting its calls or printing, it does while it is recorded and not in each call.
+
+    Args:
+        network: a fused one, see `nin.fuse`, or one of nin's.
+        copies: take a copy, and leave the network as it is. Without it the network is frozen and is the snapshot's own.
+
+    Attributes:
+        network: its own network, in evaluation mode. Nobody may change it.
+        reason: why its modules compute the results; "" where steps do.
+
+    Example:
+        >>> block = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 1), torch.nn.ReLU(), torch.nn.Conv2d(128, 64, 1))
+        >>> compiled = nin.fuse(block).compile()
+        >>> x = torch.randn(2, 64, 8, 8)
+        >>> torch.allclose(compiled(x), block(x), atol=1e-5)
+        True
+    """
+
+    def __init__(self, network: nn.Module, *, copies: bool = True) -> None:
+        with torch.inference_mode(False):  # ordinary tensors, even where the caller is in inference mode
+            self.network = ops.freeze((copy_model(network, keep_fused=True) if copies else network).eval())
+        self.reason = ""
+        self._graph: NetworkGraph | None = None
+        self._plans: dict[Any, Plan] = {}
+        self._lock = threading.Lock()
+        if dispatch.KERNELS is None:
+            self.reason = "the compiled library is not there"
+            return
+        try:
+            self._graph = trace_network(self.network)
+        except TracingError as error:
+            self.reason = str(error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the network; the copy records for itself."""
+        return CompiledNetwork, (self.network,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the network's result."""
+        with torch.no_grad():
+            plan = None if kwargs or torch.compiler.is_compiling() else self._plan(args)
+            return self.network(*args, **kwargs) if plan is None else plan.run(args)
+
+    def _plan(self, args: tuple[Any, ...]) -> Plan | None:
+        """Return the steps for inputs of these shapes; None where the modules are to run."""
+        kernels = dispatch.KERNELS
+        if kernels is None or self.reason or not is_plain(args) or not _is_usual(args):
+            return None
+        key = (kernels.name, abi.WINOGRAD, *((x.shape, x.stride(), x.dtype) for x in args))
+        plan = self._plans.get(key)
+        return self._record(kernels, key, args) if plan is None else plan
+
+    def _record(self, kernels: Kernels, key: Any, args: tuple[Tensor, ...]) -> Plan | None:
+        with self._lock:
+            if key in self._plans or len(self._plans) >= MAX_PLANS:
+                return self._plans.get(key)
+            graph = self._graph
+            if graph is None or len(args) != len(graph.inputs):
+                return None
+            given = [x.detach().clone() for x in args]  # which the network may change in place
+            if any(mine.stride() != x.stride() for mine, x in zip(given, args, strict=True)):
+                return None
+            try:
+                with unchanged_randomness():
+                    _, plan = Recorder(self.network, graph, kernels).record(given)
+                    self._check(plan, args)
+            except NotRecordableError as error:
+                self.reason = str(error)
+                return None
+            self._plans[key] = plan
+            return plan
+
+    def _check(self, plan: Plan, args: Sequence[Tensor]) -> None:
+        """Compare steps with the modules on other values.
+
+        Raises:
+            NotRecordableError: the results, or what is left in the inputs, are not the same.
+        """
+        generator = torch.Generator().manual_seed(0)
+        values = [x.detach().flip(0) * (0.5 + torch.rand(x.shape, generator=generator).to(x.dtype)) for x in args]
+        both = []
+        for run in (lambda inputs: plan.run(inputs), lambda inputs: self.network(*inputs)):
+            inputs = [torch.empty_like(x).copy_(value) for x, value in zip(args, values, strict=True)]
+            both.append((run(inputs), inputs))
+        if not _are_alike(*both):
+            raise NotRecordableError("its steps do not give what its modules give: the forward decides by values")
+
+
+def _are_alike(a: Any, b: Any) -> bool:
+    """Return whether two results are the same to rounding: their types, their structure and the tensors in them."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if not a.is_floating_point():
+            return bool((a == b).double().mean() > 1 - TOLERANCE) if a.numel() else True
+        x, y = a.double().nan_to_num(), b.double().nan_to_num()
+        return bool((x - y).norm() <= TOLERANCE * y.norm() + 1e-6) and torch.equal(a.isfinite(), b.isfinite())
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(_are_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_are_alike, a, b))
+    return bool(a == b) if isinstance(a, bool | int | float | str | None) else False
+
+
+def _is_usual(args: tuple[Any, ...]) -> bool:
+    """Return whether a call computes in float32 on the CPU."""
+    if not args or torch._C._is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    for x in args:
+        if x is None or not x.is_cpu or x.is_nested or x.layout is not torch.strided or x.is_neg() or x.is_conj():
+            return False
+        if x.numel() == 0 or not x.data_ptr():
+            return False
+    return bool(args[0].dtype == torch.float32)
