@@ -4,12 +4,20 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import nin
@@ -321,8 +329,6 @@ def test_run_folders_and_their_narrowed_forms_are_loaded_as_they_answer(run, tmp
 
 
 def test_a_folder_without_classes_is_two_parts_that_share_no_image(tmp_path, module):
-    from PIL import Image
-
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(9):
@@ -334,8 +340,60 @@ def test_a_folder_without_classes_is_two_parts_that_share_no_image(tmp_path, mod
     assert len(train | test) == 9
     pixels, labels = found.test_pixels(2000)
     assert (pixels.shape, labels) == ((4, 3, 16, 16), None)
+    (folder / "@eaDir").mkdir()
+    assert subject.is_unlabelled(folder)  # of a network disk, which holds no images
     (folder / "0").mkdir()
     assert not subject.is_unlabelled(folder)
+
+
+@pytest.mark.parametrize("given", ["photos", "./photos", "nested/../photos", ".", "link"])
+def test_a_folder_without_classes_is_read_by_any_of_its_paths(given, tmp_path, module, monkeypatch):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for number in range(4):
+        Image.new("RGB", (20, 18), (number * 20, 60, 90)).save(folder / f"{number}.png")
+    monkeypatch.chdir(folder if given == "." else tmp_path)
+    found = subject.load_subject(module, given, size=16)
+    monkeypatch.chdir("/")
+    assert len(found.test_pixels(2000)[0]) == len(found.calibration_pixels(128, 0)) == 2
+    assert found.images.name == "photos"
+    assert sorted([*found.images.train.names, *found.images.test.names]) == [f"{number}.png" for number in range(4)]
+
+
+def test_a_folder_without_any_image_is_refused_with_all_that_is_taken(tmp_path, module):
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "note.txt").write_text("none")
+    with pytest.raises(
+        UserError, match=r"DIR/<class>/<image>, .* or a folder of images without classes, got no images"
+    ):
+        subject.load_subject(module, tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mean": (0.5,)}, "mean must be 3 numbers, one for each channel, got 1"),
+        ({"std": (0.5, 0.5)}, "std must be 3 numbers, one for each channel, got 2"),
+        ({"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}, "std must be above 0, got 0.0"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean must be finite, got 0.5, nan, 0.5"),
+        ({"weights": Path("missing.pth")}, "--weights: missing.pth does not exist"),
+        ({"size": 0}, "size must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_of_a_named_network_are_refused_before_it_is_made(options, expected, monkeypatch):
+    monkeypatch.setattr(subject, "create_external_model", None)
+    monkeypatch.setattr(subject, "load_trained", None)
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
+        subject.load_subject("torchvision:resnet18", images(), **options)
+
+
+def test_the_mean_is_checked_before_images_are_read(tmp_path, module):
+    weights = tmp_path / "weights.pth"
+    torch.save(nin.models.factory.create_external_model("torchvision:squeezenet1_1").model.state_dict(), weights)
+    with pytest.raises(UserError, match="mean must be 3 numbers"):
+        subject.load_subject("torchvision:squeezenet1_1", "nowhere", weights=weights, mean=(0.5,))
 
 
 def test_weights_are_matched_by_order_and_published_preprocessing_is_used(tmp_path):
@@ -473,6 +531,49 @@ def test_a_process_that_fails_says_why_in_one_line(tmp_path):
     with worker, pytest.raises(processes.WorkerError, match=r"missing\.onnx"):
         worker.wait_until_ready()
     assert worker.process.poll() is not None
+
+
+@pytest.mark.parametrize("wait", ["starting", "importing"])
+@pytest.mark.parametrize("module_name", ["nin.speed_search.worker", "nin.speed_search.quantization"])
+def test_a_process_ends_with_the_program_that_started_it(wait, module_name, tmp_path):
+    """Killed in the same moment, or while the process imports something that takes long."""
+    (tmp_path / "begun").mkdir()
+    slow = "import os, pathlib, time\npathlib.Path(os.environ['BEGUN'], str(os.getpid())).touch()\ntime.sleep(60)\n"
+    for name in ("numpy", "onnx", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text(slow)
+    values = ["onnxruntime", "", "", "", [0.5], [0.5], True]
+    quantization = dict(zip(("engine", "source", "target", "pixels", "mean", "std", "full_range"), values, strict=True))
+    text = spec("", "onnxruntime").to_json() if module_name.endswith("worker") else json.dumps(quantization)
+    (tmp_path / "spec.json").write_text(text)
+    code = """
+import os, subprocess, sys
+from nin.speed_search.parent_watch import lifeline
+with lifeline() as stdin:
+    done = subprocess.Popen([sys.executable, "-m", *sys.argv[1:]], stdin=stdin, start_new_session=True)
+    print(done.pid, flush=True)
+    done.wait()
+"""
+    environment = {
+        **os.environ,
+        "BEGUN": str(tmp_path / "begun"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+    }
+    command = [sys.executable, "-c", code, module_name, str(tmp_path / "spec.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as program:
+        pid = int(program.stdout.readline())
+        while wait == "importing" and not (tmp_path / "begun" / str(pid)).exists():
+            time.sleep(0.01)
+        program.kill()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and is_running(pid):
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def is_running(pid):
+    """Return whether there is a process of that number that has not ended (one that nobody waits for stays listed)."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def test_the_state_of_another_search_or_a_damaged_one_is_refused(tmp_path):
@@ -621,8 +722,32 @@ def test_the_command_prints_the_table_or_json(monkeypatch, capsys):
     printed = json.load(io.StringIO(capsys.readouterr().out))
     assert printed["chosen"] == {"form": "original", "number": "float32", "engine": "nin"}
     assert given["budgets"] == (0.8, 0.65, 0.5)
+    app.main([*begun, "--engine", "nin,eager", "--engine", "compile", "--batch", "1,32", "--batch", "4"])
+    assert (given["engines"], given["batches"]) == (("nin", "eager", "compile"), (1, 32, 4))
+    with pytest.raises(SystemExit):
+        app.main([*begun, "--batch", "1,many"])
+    expected = "batch must be whole numbers with commas between them, such as 1,32, got 'many'"
+    assert expected in " ".join(capsys.readouterr().err.split())
     app.main([*begun, "--budgets", "none", "--out", "runs/none", "--overwrite"])
     assert (given["budgets"], given["overwrite"]) == ((), True)
+
+
+def test_a_terminated_search_cleans_up_and_gives_the_shells_status(monkeypatch):
+    cleaned = []
+
+    def terminated(network, data, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(nin, "speed", terminated, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        app.main(["speed", "timm:resnet18", "--data", "digits"])
+    assert (ended.value.code, cleaned) == (143, [True])
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime import torchrun
 from nin.runtime.files import write_atomically
-from nin.value_checks import check_share
+from nin.value_checks import check_mean_std, check_share
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,8 @@ def narrow(
         raise UserError("give a run folder, or the name of a network (package.module:function) with --weights FILE")
     if run is not None and (size is not None or mean is not None or std is not None):
         raise UserError("--size, --mean and --std go with the name of a network: a run folder knows its own")
+    means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
+    check_mean_std(means, stds)
     if weights is not None and not weights.is_file():
         raise UserError(f"--weights: {weights} does not exist")
     if out is not None and not dry_run and torchrun.rank() == 0:
@@ -153,7 +155,6 @@ def narrow(
         revert_slower=revert_slower,
         engine=engine,
     )
-    means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
     if out is None and not dry_run:
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     on = choose_narrowing_device(device, engine)  # before the network and the images, so that a mistake shows at once

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +24,9 @@ from nin.cli.console import (
 )
 from nin.cli.narrow import parse_numbers
 from nin.engines.catalog import ENGINES
+from nin.errors import UserError
 from nin.speed_search.settings import SpeedSettings
+from nin.value_checks import check_mean_std
 
 # Columns in the order in which a narrow terminal leaves them out.
 LESS_NEEDED = ("KL", "memory", "files", "accuracy")
@@ -36,7 +40,7 @@ def speed(
     *,
     data: str,
     lose: float = 1.0,
-    batch: tuple[int, ...] = (1,),
+    batch: tuple[str, ...] = (),
     out: Path | None = None,
     budgets: str = DEFAULT_BUDGETS,
     narrow: Annotated[bool, Parameter(negative="--no-narrow")] = True,
@@ -64,14 +68,16 @@ def speed(
         data: Images as for `nin train`, or a folder of images without classes. The test images compare the answers;
             int8 is calibrated and layers are fitted on training images only.
         lose: Points of accuracy that may be lost at most; without labels, per cent of the answers that may change.
-        batch: Images at a time that are timed; may be given several times, and the first one decides.
+        batch: Images at a time that are timed; several with commas between them, or given several times. The first one
+            decides; 1 if none is given.
         out: The folder to make: the fastest, ready to use, with an example; the page and the figures.
         budgets: Shares that narrowed networks keep, of their multiplications, see --narrow-by; "none" tries none.
         narrow: Try narrowed networks; --no-narrow is the same as --budgets none.
         narrow_by: What the budgets are shares of: macs, the multiplications, with the same plans each time; or latency,
             the time in the engine that is the fastest for the network as it is.
         finetune: Epochs of training of each narrowed network.
-        engine: eager, compile, nin, onnxruntime, openvino; all if not given. May be given several times.
+        engine: eager, compile, nin, onnxruntime, openvino; several with commas between them, or given several times.
+            All if not given.
         threads: Of every engine; the fastest number is looked for if not given.
         test_images: That are looked at, at most.
         weights: With the name of a network: its weights, model.safetensors or a state_dict that torch.save wrote
@@ -87,13 +93,18 @@ def speed(
     """
     shares = parse_numbers("budgets", budgets) if narrow and budgets.strip().lower() != "none" else ()
     means, stds = parse_numbers("mean", mean), parse_numbers("std", std)
-    names.check_source(data)
     # refused before PyTorch is imported, which takes seconds
-    SpeedSettings(lose, batch, shares, narrow_by, finetune, engine or tuple(ENGINES), threads, test_images)
+    check_mean_std(means, stds)
+    names.check_source(data)
+    batches = tuple(whole_number("batch", part) for part in split_at_commas(batch) or ("1",))
+    engines = split_at_commas(engine) or tuple(ENGINES)
+    SpeedSettings(lose, batches, shares, narrow_by, finetune, engines, threads, test_images)
     if Path(network).is_dir() or (os.sep in network and ":" not in network):
         folders.check_is_run(Path(network))
     else:
         names.check_external(network)
+        if weights is not None and not weights.is_file():
+            raise UserError(f"--weights: {weights} does not exist")
     if out is not None:
         folders.check_search(out, overwrite=overwrite)
     # every figure is written as soon as it is known, so Ctrl-C may come at any time; a fine-tuning saves its state
@@ -101,16 +112,19 @@ def speed(
     with ProgressBar("Reading the images", percent=True) as bar, contextlib.ExitStack() as stack:
         if finetune:
             received = stack.enter_context(catch_stop_signals())
+        else:  # leave nothing behind, neither processes nor the temporary folder
+            before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             found = nin.speed(
                 network,
                 data,
                 lose=lose,
-                batches=batch,
+                batches=batches,
                 budgets=shares,
                 narrow_by=narrow_by,
                 finetune=finetune,
-                engines=engine or tuple(ENGINES),
+                engines=engines,
                 threads=threads,
                 test_images=test_images,
                 weights=weights,
@@ -139,3 +153,20 @@ def speed(
     results.print("\n".join(found.lines()))
     if out is not None and found.chosen is not None:
         messages.print(f"Use it: python {out / 'example.py'} IMAGE…")
+
+
+def split_at_commas(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the parts of what was given several times, or with commas between them."""
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
+
+
+def whole_number(name: str, text: str) -> int:
+    """Return the whole number that a text is.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{name} must be whole numbers with commas between them, such as 1,32, got {text!r}") from error

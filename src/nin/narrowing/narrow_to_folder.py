@@ -25,6 +25,7 @@ from nin.runtime import distributed
 from nin.runtime.files import write_atomically
 from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.training import CheckpointOptions
+from nin.value_checks import check_mean_std
 
 # In the run that a narrowed one comes from: the cache of the analysis.
 CACHE_FILE = "narrowing.safetensors"
@@ -159,11 +160,7 @@ def choose_preprocessing(
     """
     config = config.with_channels(images.channels)
     mean, std = mean or config.mean, std or config.std
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != images.channels:
-            raise UserError(f"{name} must be {images.channels} numbers, one for each channel, got {len(values)}")
-    if min(std) <= 0:
-        raise UserError(f"std must be above 0, got {min(std)}")
+    check_mean_std(mean, std, images.channels)
     return dataclasses.replace(checkpoint.Preprocessing.of(images), mean=tuple(mean), std=tuple(std))
 
 

@@ -15,6 +15,7 @@ from nin.folders import EXAMPLE_FILE
 from nin.runtime.files import write_atomically
 from nin.speed_search.builder import Builder
 from nin.speed_search.example_code import example
+from nin.speed_search.parent_watch import lifeline
 from nin.speed_search.processes import error_line, worker_environment
 from nin.speed_search.quality import load_scores, scores_differ
 from nin.speed_search.result import SpeedResult
@@ -78,7 +79,10 @@ def run_example(folder: Path, pixels: Path, batch: int) -> tuple[Tensor, int]:
         np.save(names["pixels.npy"], padded)
         Image.fromarray(rows[:, :, 0] if rows.shape[2] == 1 else rows).save(names["image.png"])
         command = [sys.executable, "-c", _CHECK, str(folder / EXAMPLE_FILE), *names.values()]
-        done = subprocess.run(command, capture_output=True, text=True, env=worker_environment(), check=False)
+        with lifeline() as stdin:
+            done = subprocess.run(
+                command, stdin=stdin, capture_output=True, text=True, env=worker_environment(), check=False
+            )
         if done.returncode:
             raise UserError(f"the example of the fastest combination failed: {error_line(done.stderr)}")
         return load_scores(Path(names["scores.npy"]))[: len(images)], len(images)
@@ -86,6 +90,8 @@ def run_example(folder: Path, pixels: Path, batch: int) -> tuple[Tensor, int]:
 
 # runs the example on an image, and its function on the pixels of test images
 _CHECK = """
+from nin.speed_search.parent_watch import watch_parent
+watch_parent()
 import runpy, sys
 import numpy as np
 example, pixels, scores, image = sys.argv[1:]

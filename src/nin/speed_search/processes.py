@@ -20,7 +20,7 @@ class WorkerError(RuntimeError):
 class WorkerProcess:
     """One combination in a process of its own, so that its memory and threads are its engine's.
 
-    It ends with the program that started it. Ctrl-C reaches the program only.
+    It ends with the program that started it, see `nin.speed_search.parent_watch`. Ctrl-C reaches the program only.
 
     Args:
         spec: what it loads.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nin.speed_search.parent_watch import lifeline, watch_parent
 from nin.speed_search.processes import WorkerError, error_line, worker_environment
 from nin.speed_search.worker import normalise
 
@@ -51,16 +52,18 @@ def quantize(spec: QuantizationSpec, folder: Path, name: str) -> None:
     """
     path = folder / f"{name}.json"
     path.write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "nin.speed_search.quantization", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=worker_environment(),
-        start_new_session=True,
-        check=False,
-    )
+    with lifeline() as stdin:
+        done = subprocess.run(
+            [sys.executable, "-m", "nin.speed_search.quantization", str(path)],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=worker_environment(),
+            start_new_session=True,
+            check=False,
+        )
     (folder / f"{name}.log").write_text(done.stdout, encoding="utf-8")
     if done.returncode:
         raise WorkerError(error_line(done.stdout) or f"its process ended with status {done.returncode}")
@@ -130,6 +133,7 @@ def quantize_openvino(spec: QuantizationSpec) -> None:
 
 def main() -> None:
     """Quantise what the file on the command line says."""
+    watch_parent()
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     spec = QuantizationSpec(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
     {"onnxruntime": quantize_onnx, "openvino": quantize_openvino}[spec.engine](spec)

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from nin import checkpoint, data, models, names
 from nin.data.findings import Finding
+from nin.data.folder_entries import FolderWalk
 from nin.errors import UserError
 from nin.models.factory import create_external_model
-from nin.models.package_networks import input_config
+from nin.models.package_networks import check_library_name, input_config
 from nin.models.trained_network import load_trained
+from nin.names import EXPECTED_FOLDER, SHARD_SUFFIXES
 from nin.narrowing.narrow_to_folder import choose_preprocessing, count_scores
 from nin.runtime.model_copy import keep_computed_weights
 from nin.runtime.progress import ProgressCallback, ignore_progress
 from nin.speed_search.networks import save_named, save_run
+from nin.value_checks import check_mean_std, check_value
 
 # of the images of a folder without classes, one in so many tests, the others calibrate
 TEST_EVERY = 2
@@ -110,12 +113,18 @@ def load_subject(
     Raises:
         UserError: there is no such network, it does not take the images, or the arguments contradict each other.
     """
+    check_has_images(source)
     options: dict[str, Any] = {"data_dir": data_dir, "photos": False, "on_progress": on_progress}
     if Path(network).is_dir():
         if weights is not None or size is not None or mean or std:
             raise UserError("--weights, --size, --mean and --std go with the name of a network: a run has its own")
         return _of_run(Path(network), source, options, trust)
     names.check_external(str(network))
+    if weights is not None and not weights.is_file():
+        raise UserError(f"--weights: {weights} does not exist")
+    check_mean_std(mean, std)
+    if size is not None:
+        check_value("size", size, int, lambda x: x >= 1, "at least 1")
     return _of_name(str(network), source, options, weights, size, mean, std)
 
 
@@ -145,9 +154,16 @@ def _of_name(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Subject:
-    external = create_external_model(name) if weights is None else load_trained(name, weights)
-    model = external.model.eval()
+    library, _, own = name.partition(":")
+    if library in names.LIBRARIES:
+        check_library_name(library, own)
     config = input_config(name)
+    if weights is None and library in names.LIBRARIES:
+        check_mean_std(mean, std, config.channels)  # before the network is made, and below before images are read
+    external = create_external_model(name) if weights is None else load_trained(name, weights)
+    if library in names.LIBRARIES:
+        check_mean_std(mean, std, external.channels)
+    model = external.model.eval()
     named = source in data.DATASET_NAMES
     size = size or (None if named or isinstance(source, data.Data) else external.height)
     if is_unlabelled(source):
@@ -175,34 +191,48 @@ def _as_it_answers(model: nn.Module) -> nn.Module:
 
 
 def is_unlabelled(source: object) -> bool:
-    """Return whether a source is a folder with images in it and no folders: without classes."""
+    """Return whether a source is a folder with images in it and no folders that may hold some: without classes."""
     if not isinstance(source, str | Path) or str(source) in data.DATASET_NAMES or not Path(source).is_dir():
         return False
-    with os.scandir(source) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    images = any(entry.name.lower().endswith(tuple(data.IMAGE_EXTENSIONS)) for entry in visible)
-    return images and not any(entry.is_dir() for entry in visible)
+    walk = FolderWalk(Path(source))
+    return not walk.subfolders(walk.root) and bool(walk.direct_images(walk.root))
+
+
+def check_has_images(source: object) -> None:
+    """Check that a folder is not without any image: what `nin.data.load` says of it is for training.
+
+    Raises:
+        UserError: it is.
+    """
+    if not isinstance(source, str | Path) or str(source) in data.DATASET_NAMES or not Path(source).is_dir():
+        return
+    if next(data.find_images(Path(source)), None) is None and not any(
+        path.name.endswith(SHARD_SUFFIXES) for path in Path(source).rglob("*")
+    ):
+        raise UserError(f"{source}: {EXPECTED_FOLDER}, or a folder of images without classes, got no images")
 
 
 def load_unlabelled(folder: Path, *, size: int, channels: int, **decoding: Any) -> data.Data:
     """Return the images of a folder without classes: a part to calibrate with, and another to compare answers on.
 
     Raises:
-        UserError: there are fewer than two images that can be read.
+        UserError: there are fewer than two images.
     """
     findings: list[Finding] = []
-    names = sorted(data.find_images(folder, findings=findings))
-    if len(names) < TEST_EVERY:
+    root = folder.resolve()  # a name for a folder that is given as ".", and the same one from wherever it is read
+    files = sorted(os.path.relpath(path, root) for path in data.find_images(root, findings=findings))
+    if len(files) < TEST_EVERY:
         raise UserError(
             f"{folder}: at least {TEST_EVERY} images are needed, to calibrate with and to compare answers on"
         )
 
     def part(chosen: list[str]) -> data.FileSet:
         labels = torch.zeros(len(chosen), dtype=torch.int64)
-        paths = data.PathList(chosen)
-        return data.FileSet(labels=labels, names=paths, channels=channels, size=size, root=folder.resolve(), **decoding)
+        return data.FileSet(
+            labels=labels, names=data.PathList(chosen), channels=channels, size=size, root=root, **decoding
+        )
 
-    order = data.epoch_order(len(names), seed=0, epoch=0).tolist()  # neighbours are often nearly the same photo
-    cut = len(names) // TEST_EVERY
-    test, train = ([names[i] for i in sorted(some)] for some in (order[:cut], order[cut:]))
-    return data.Data.from_sets(folder.name, part(train), part(test), ("image",), findings=tuple(findings))
+    order = data.epoch_order(len(files), seed=0, epoch=0).tolist()  # neighbours are often nearly the same photo
+    cut = len(files) // TEST_EVERY
+    test, train = ([files[i] for i in sorted(some)] for some in (order[:cut], order[cut:]))
+    return data.Data.from_sets(root.name, part(train), part(test), ("image",), findings=tuple(findings))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from nin.speed_search.parent_watch import watch_parent
 from nin.speed_search.runners import Setting, WorkerSpec, make_runner
 
 # Seconds that one call of a candidate of threads and layout is repeated for.
@@ -123,14 +124,15 @@ def peak_memory_bytes() -> int:
 
 
 def main() -> None:
-    """Serve requests from standard input until it is closed."""
+    """Serve requests from standard input; it is closed by the program that started this process, or by its end."""
+    requests = watch_parent()
     # libraries print what they like on standard output; the answers have a file of their own
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         worker = Worker(WorkerSpec.from_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
         say(answers, worker.ready())
-        for line in sys.stdin:
-            request = json.loads(line)
+        while True:
+            request = json.loads(requests.get())
             answer = worker.time if request.pop("verb") == "time" else worker.score
             say(answers, answer(**request))
 
