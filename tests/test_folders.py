@@ -44,6 +44,15 @@ def test_a_trained_run_is_no_narrowing_to_overwrite(tmp_path):
         folders.check_search(run, overwrite=True)
 
 
+def test_a_finished_run_without_its_report_says_how_it_is_written(tmp_path):
+    run = fill(tmp_path / "run", "config.json", "model.safetensors")
+    with pytest.raises(UserError, match=r"--resume writes its report\.html, which is missing; or give another --out"):
+        folders.check_run(run, resume=False, overwrite=False)
+    fill(run, "report.html")
+    with pytest.raises(UserError, match="it holds a finished run: give another --out"):
+        folders.check_run(run, resume=False, overwrite=False)
+
+
 def test_an_unfinished_narrowing_goes_on_without_a_word(tmp_path):
     out = fill(tmp_path / "out", "state.safetensors", "control.json", ".state.safetensors.1234")
     folders.check_narrowing(out, None, resume=False, overwrite=False)

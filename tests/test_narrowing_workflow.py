@@ -1,8 +1,10 @@
 """`nin narrow` on run folders: the new folder is one like any other."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -24,8 +26,8 @@ from nin.data.image_augmentation import AugmentedSet
 from nin.errors import UserError
 from nin.fusion import Chain
 from nin.models.factory import create_external_model
-from nin.narrowing import DistillationStep, FinetuneConfig, uniform_baseline, workflow
-from nin.narrowing.narrow_to_folder import load_finished, narrow_run
+from nin.narrowing import DistillationStep, FinetuneConfig, narrow_to_folder, uniform_baseline, workflow
+from nin.narrowing.narrow_to_folder import load_finished, narrow_model, narrow_run
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.training import CheckpointOptions
 
@@ -235,6 +237,48 @@ def test_a_finished_one_is_the_result_of_its_own_budget_and_engine_only(run, dig
     assert load_finished(out, timed) is not None
     with pytest.raises(UserError, match=r"with the latency in PyTorch eager, now in nin's operator: give another"):
         load_finished(out, dataclasses.replace(timed, engine="nin"))
+
+
+def test_pages_that_a_full_disk_left_out_are_written_when_it_is_resumed(run, tmp_path, capsys):
+    out, begun = tmp_path / "out", ("--macs", "0.6", "--images", "64", "--out")
+    narrow(run, *begun, str(out))
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    for missing in (["narrowing.html"], ["narrowing.html", "report.html"]):
+        for name in missing:
+            (out / name).unlink()
+        said = " ".join(fails(capsys, run, *begun, str(out)).split())
+        assert f"--resume prints it again, and writes {' and '.join(missing)}, which it lacks" in said
+        narrow(run, *begun, str(out), "--resume")
+        assert f"{' and '.join(missing)}, which it lacked, is written" in " ".join(capsys.readouterr().err.split())
+        assert {path.name for path in out.iterdir()} == set(written)
+        assert all((out / name).read_bytes() == written[name] for name in ("narrowing.html", "narrowing.json"))
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_a_full_disk_leaves_nothing_that_stops_the_same_command(of_run, run, digits, tmp_path, monkeypatch):
+    out, config = tmp_path / "out", WorkflowConfig({"macs": 0.6}, images=64)
+    if of_run:
+        begin = functools.partial(narrow_run, run, digits, config, out=out)
+    else:
+        p = checkpoint.load_info(run).preprocessing
+        model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.AvgPool2d(4), nn.Flatten())
+        cache = tmp_path / "cache.safetensors"
+        begin = functools.partial(narrow_model, model, digits, config, preprocessing=p, out=out, cache=cache)
+    write = narrow_to_folder.write_atomically
+
+    def full(path, content):
+        if path.name in ("narrowing.json", "report.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(narrow_to_folder, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        begin()
+    assert not out.exists()
+    monkeypatch.setattr(narrow_to_folder, "write_atomically", write)
+    begin()
+    assert load_finished(out, config) is not None
 
 
 @pytest.fixture

@@ -123,7 +123,8 @@ def check_run(out: Path, *, resume: bool, overwrite: bool) -> None:
     if (out / STATE_FILE).exists():
         raise UserError(f"{out} holds an unfinished run: go on with --resume, or give another --out, or --overwrite")
     if is_finished(out) and (out / MODEL_FILE).exists():
-        raise UserError(f"{out} is not empty, it holds a finished run: give another --out, or --overwrite")
+        resumed = "" if (out / REPORT_FILE).exists() else f"--resume writes its {REPORT_FILE}, which is missing; or "
+        raise UserError(f"{out} is not empty, it holds a finished run: {resumed}give another --out, or --overwrite")
     check_is_empty(out, may_contain=LEFT_BEHIND)
 
 
@@ -159,12 +160,20 @@ def check_narrowing(out: Path, run: Path | None, *, resume: bool, overwrite: boo
     if is_narrowed and overwrite:
         contents(out, _OF_NARROWING, "what narrowing made")
     elif is_narrowed and not resume and not (out / STATE_FILE).exists():
+        missing = missing_narrowing_pages(out)
+        written = f", and writes {' and '.join(missing)}, which it lacks" if missing else ""
         raise UserError(
-            f"{out} is not empty, it holds a finished narrowing: --resume prints it again; or give another --out, or "
-            "--overwrite"
+            f"{out} is not empty, it holds a finished narrowing: --resume prints it again{written}; or give another "
+            "--out, or --overwrite"
         )
     elif not is_narrowed:
         check_is_empty(out, may_contain={STATE_FILE, CONTROL_FILE, CONTROL_FOLDER})
+
+
+def missing_narrowing_pages(out: Path) -> list[str]:
+    """Return the pages that a finished narrowing lacks, as where the disk was full when they were written."""
+    pages = (NARROWING_PAGE, REPORT_FILE) if (out / NARROWING_FILE).exists() else (REPORT_FILE,)
+    return [name for name in pages if not (out / name).exists()]
 
 
 def check_search(out: Path, *, overwrite: bool) -> None:

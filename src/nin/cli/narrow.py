@@ -97,7 +97,7 @@ def narrow(
             if not given, ImageNet's for a function.
         std: With the name of a network: the channels' standard deviation, as the mean.
         data_dir: Where the files of mnist to svhn lie.
-        resume: Where it is finished, print its result; else go on, or begin, as without it.
+        resume: Where it is finished, print its result and write pages that are missing; else go on, or begin, as without it.
         overwrite: Remove an earlier narrowing that lies in the folder before this one begins; a folder that holds
             anything else is refused.
         revert_slower: With --macs or --parameters: avoid layers that are measured slower than before. Without it, the
@@ -159,13 +159,17 @@ def narrow(
         raise UserError("--out must name the folder to make, or give --dry-run to see the plan only")
     on = choose_narrowing_device(device, engine)  # before the network and the images, so that a mistake shows at once
     silence_other_ranks()
+    report = None
     if resume and out is not None and not dry_run:
         report = load_finished(out, config)
-        if report is not None:
+        if report is not None and not folders.missing_narrowing_pages(out):
             messages.print(f"{out} is finished; this is its result.")
             show_narrowing(report, out, json)
             return
-        if not (out / checkpoint.STATE_FILE).exists():
+        if report is not None:
+            missing = " and ".join(folders.missing_narrowing_pages(out))
+            messages.print(f"{out} is finished; this is its result, and {missing}, which it lacked, is written.")
+        elif not (out / checkpoint.STATE_FILE).exists():
             messages.print(f"{out} holds nothing to resume yet: the narrowing begins.")
     if overwrite and out is not None and not dry_run and torchrun.rank() == 0:
         folders.remove_narrowing(out)
@@ -177,7 +181,8 @@ def narrow(
         how |= {"load": nin.data.load_as_recorded, "record": info.data, "preprocessing": info.preprocessing}
         samples = load_data(data, **how)
         with models.trust() if trust else contextlib.nullcontext():
-            result = narrow_with_progress(on, narrow_run, run, samples, config, out=out, overwrite=overwrite)
+            if report is None:
+                report = narrow_with_progress(on, narrow_run, run, samples, config, out=out, overwrite=overwrite)
     elif model is not None and weights is not None:
         external = load_trained(model, weights)  # before the images, so that a mistake shows at once
         made_for, published = external.made_for, input_config(model)
@@ -189,14 +194,15 @@ def narrow(
             "preprocessing": choose_preprocessing(samples, published, means, stds),
             "cache": weights.with_suffix(".narrowing.safetensors"),
         }
-        result = narrow_with_progress(
-            on, narrow_model, external.model, samples, config, out=out, overwrite=overwrite, **options
-        )
-    if torchrun.rank() > 0:
+        if report is None:
+            report = narrow_with_progress(
+                on, narrow_model, external.model, samples, config, out=out, overwrite=overwrite, **options
+            )
+    if torchrun.rank() > 0 or report is None:
         return
     with models.trust() if trust else contextlib.nullcontext():
-        hint = "" if out is None or dry_run else write_pages(result.report, out, run or str(model), samples, made_for)
-    show_narrowing(result.report, out, json)
+        hint = "" if out is None or dry_run else write_pages(report, out, run or str(model), samples, made_for)
+    show_narrowing(report, out, json)
     if hint:
         messages.print(hint)
 
@@ -215,8 +221,8 @@ def parse_numbers(name: str, text: str | None) -> tuple[float, ...]:
 
 def narrow_with_progress(
     device: torch.device, narrow: Callable[..., NarrowResult], *arguments: Any, overwrite: bool, **options: Any
-) -> NarrowResult:
-    """Narrow with a progress bar; Ctrl-C and SIGTERM stop it where it can go on."""
+) -> NarrowReport:
+    """Narrow with a progress bar and return the report; Ctrl-C and SIGTERM stop it where it can go on."""
     from nin.runtime import distributed
     from nin.training import CheckpointOptions
 
@@ -228,7 +234,7 @@ def narrow_with_progress(
     ):
         try:
             keeping = CheckpointOptions(stop=lambda: bool(received))
-            return narrow(*arguments, **options, keeping=keeping, on_progress=bar.on_progress)
+            return narrow(*arguments, **options, keeping=keeping, on_progress=bar.on_progress).report
         except KeyboardInterrupt:
             bar.line(f"What was found is kept: the same command{without} goes on.")
             raise

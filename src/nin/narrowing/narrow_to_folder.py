@@ -1,7 +1,9 @@
 """Narrow into a folder the network of a run, or any PyTorch model, which a factory and a weights file give."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -112,10 +114,22 @@ def save_narrowed_run(
         },
         environment=checkpoint.environment(),
     )
-    checkpoint.save_model(out, result.model, narrowed)
     content = {"plan": result.plan.to_dict(), "report": result.report.to_dict()}
-    write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
+    with _all_or_none(out, checkpoint.MODEL_FILE, checkpoint.CONFIG_FILE, NARROWING_FILE):
+        checkpoint.save_model(out, result.model, narrowed)
+        write_atomically(out / NARROWING_FILE, json.dumps(content, indent=2))
     checkpoint.remove_state(out)
+
+
+@contextlib.contextmanager
+def _all_or_none(out: Path, *names: str) -> Iterator[None]:
+    """Remove files that a block writes where it fails, as on a full disk: with some of them no narrowing begins."""
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        raise
 
 
 def load_finished(out: Path, config: WorkflowConfig) -> NarrowReport | None:
@@ -213,9 +227,10 @@ def narrow_model(
         if not distributed.is_main_process():
             return result
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.model.state_dict().items()}
-        write_atomically(folder / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
-        write_atomically(folder / PLAN_FILE, result.plan.to_json())
-        write_atomically(folder / NARROW_REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
+        with _all_or_none(folder, checkpoint.MODEL_FILE, PLAN_FILE, NARROW_REPORT_FILE):
+            write_atomically(folder / checkpoint.MODEL_FILE, save(tensors, metadata={"format": "pt"}))
+            write_atomically(folder / PLAN_FILE, result.plan.to_json())
+            write_atomically(folder / NARROW_REPORT_FILE, json.dumps(result.report.to_dict(), indent=2))
         checkpoint.remove_state(folder)
     return result
 
