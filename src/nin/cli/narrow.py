@@ -97,7 +97,8 @@ def narrow(
             if not given, ImageNet's for a function.
         std: With the name of a network: the channels' standard deviation, as the mean.
         data_dir: Where the files of mnist to svhn lie.
-        resume: Where it is finished, print its result and write pages that are missing; else go on, or begin, as without it.
+        resume: Where it is finished, print its result, and write pages that are missing; else go on, or begin, as
+            without it.
         overwrite: Remove an earlier narrowing that lies in the folder before this one begins; a folder that holds
             anything else is refused.
         revert_slower: With --macs or --parameters: avoid layers that are measured slower than before. Without it, the
