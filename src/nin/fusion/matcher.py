@@ -38,7 +38,7 @@ def is_operator(module: nn.Module) -> bool:
 
 
 class Tracer(fx.Tracer):
-    """PyTorch's tracer, for which nin's own layers and every subclass of BatchNorm are leaves too."""
+    """PyTorch's tracer, for which nin's own layers and every subclass of convolution and BatchNorm are leaves too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,8 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module becomes one node of the graph."""
-        return is_operator(m) or isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        is_layer = isinstance(m, nn.Conv2d | nn.BatchNorm2d)  # timm's that pads by the image's size, for example
+        return is_operator(m) or is_layer or super().is_leaf_module(m, module_qualified_name)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a module's forward."""
