@@ -19,6 +19,10 @@ class NarrowOptions:
         thin: prune channels, where the dependency graph shows all layers that give and take them.
         factorise: replace layers by two or three of lower rank.
         passes: times that the images are run through both networks for the reconstruction, at most.
+        matching_passes: passes over the images, mixed with each other, in which all weights are fitted together to the
+            original's outputs, see `nin.narrowing.function_matching`; as many as take about a minute of one core, or
+            none where that is too few, if not given. The result is kept where it is nearer to the original on images
+            left apart.
         renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.
         revert_slower: for a budget of multiply-accumulates or parameters, give layers that were measured slower than
             before fewer channels, or keep them as they were, where the budget is spent all the same and little more is
@@ -43,6 +47,7 @@ class NarrowOptions:
     thin: bool = True
     factorise: bool = True
     passes: int = 32
+    matching_passes: int | None = None
     renormalise: bool = True
     revert_slower: bool = False
     measure_latency: bool = True
@@ -62,6 +67,8 @@ class NarrowOptions:
             raise ValueError(f"layout must be 'contiguous' or 'channels_last', got {self.layout!r}")
         check_narrowing_engine(self.engine)
         check_value("passes", self.passes, int, lambda x: x >= 1, "at least 1")
+        if self.matching_passes is not None:
+            check_value("matching_passes", self.matching_passes, int, lambda x: x >= 0, "at least 0")
         for name, value in (("batch", self.batch), ("threads", self.threads)):
             if value is not None:
                 check_value(name, value, int, lambda x: x >= 1, "at least 1")

@@ -1,6 +1,7 @@
 """`narrow`: from a model and images to a narrower model, its plan and its report."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,10 +15,11 @@ from nin.errors import UserError
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
+from nin.narrowing.function_matching import count_passes, match_function, split_images
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
 from nin.narrowing.planner import LATENCY_TOLERANCE, Planner, PlannerResult, count_parameters
-from nin.narrowing.recalibration import measure_error, recalibrate_if_better
+from nin.narrowing.recalibration import count_images, measure_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.narrowing.timed_engines import make_engine
@@ -192,14 +194,9 @@ class _Narrower:
             planned = PlannerResult.from_json(distributed.broadcast_result(lambda: self.planner.plan(share).to_json()))
         if self.options.dry_run:
             return self.result(apply_plan(self.original, planned.plan), planned)
-        narrowed, errors = reconstruct(
-            self.original,
-            planned.plan,
-            self.analysis,
-            self.batches,
-            passes=self.options.passes,
-            on_progress=self.on_progress,
-        )
+        narrowed, errors, note = self.fit(planned)
+        if note:
+            planned = dataclasses.replace(planned, notes=(*planned.notes, note))
         distributed.broadcast_model(narrowed)
         if self.evaluate is not None and not self.original_accuracy:
             self.original_accuracy = {"original": self.evaluate(self.original)}
@@ -213,6 +210,29 @@ class _Narrower:
         if recalibrated:
             planned = dataclasses.replace(planned, notes=(*planned.notes, "BatchNorm statistics were measured again."))
         return self.result(to_layout(narrowed, self.options.layout), planned, errors, accuracy, error)
+
+    def fit(self, planned: PlannerResult) -> tuple[nn.Module, dict[str, float], str]:
+        """Return the network of a plan with fitted weights, the error of each layer, and a note for the report."""
+        fit_layers = functools.partial(
+            reconstruct,
+            self.original,
+            planned.plan,
+            self.analysis,
+            passes=self.options.passes,
+            on_progress=self.on_progress,
+        )
+        layers = layer_reports(self.analysis, planned, {})
+        macs = sum(layer.macs_before for layer in layers), sum(layer.macs_after for layer in layers)
+        passes = self.options.matching_passes
+        if passes is None:
+            passes = count_passes(count_images(self.batches), macs)
+        if passes and (parts := split_images(self.original, self.batches)) is not None:
+            narrowed, errors = fit_layers(parts[0])
+            matched = match_function(narrowed, self.original, *parts, passes=passes, on_progress=self.on_progress)
+            if matched is not None:
+                note = f"All weights were fitted together to the original's outputs, {passes} passes over mixed images."
+                return matched, errors, note
+        return *fit_layers(self.batches), ""
 
     def result(self, narrowed: nn.Module, planned: PlannerResult, *measured: Any) -> NarrowResult:
         """Return the result with its report; of several processes the first one's, which alone measures times."""
