@@ -25,6 +25,7 @@ from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
 from nin.models.package_networks import create_network
+from nin.narrowing import NarrowOptions, latency
 from nin.report import build_report, render_report
 from nin.runtime.weight_files import read_weights
 from nin.server import create_app
@@ -430,6 +431,20 @@ def test_a_run_is_narrowed_and_fine_tuned(name, make_run, photos, tmp_path):
     assert narrowed.no_maps_reason == before.no_maps_reason
     shape = (1, 3, 32, 32)
     assert nin.cost(narrowed.model, shape).macs < nin.cost(before.model, shape).macs
+
+
+@pytest.mark.filterwarnings("ignore:fewer samples than values")
+def test_stages_that_pad_themselves_are_narrowed_and_timed_on_fewer_pixels_than_their_kernels(monkeypatch):
+    monkeypatch.setattr(latency, "MODEL_SECONDS", 0.01)
+    monkeypatch.setattr(latency, "LAYER_SECONDS", 0.01)
+    network, _config = create_network("timm:tf_efficientnet_lite0", 3)
+    stages = nn.Sequential(network.blocks[2][0], nn.Conv2d(40, 112, 1), network.blocks[5][0]).eval()
+    disturb(stages)
+    x = torch.randn(32, 24, 4, 4)
+    report = nin.narrow(stages, [x], macs=0.5, options=NarrowOptions(batch=2, threads=1)).report
+    timed = {layer.name: layer.latency_ms_before for layer in report.layers}
+    assert timed["2.conv_dw"] > 0
+    assert report.macs[1] < 0.51 * report.macs[0]
 
 
 def test_the_served_layers_compute_the_scores(run):

@@ -42,6 +42,23 @@ def network():
     return nn.Sequential(*layers, nn.Conv2d(24, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
 
+class SamePadded(nn.Conv2d):
+    """Pads by the size of its input, as TensorFlow does, where its ``padding`` is 0."""
+
+    def forward(self, x):
+        amounts = []
+        for size, stride, kernel, dilation in zip(
+            reversed(x.shape[2:]),
+            reversed(self.stride),
+            reversed(self.kernel_size),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
+            amounts += [total // 2, total - total // 2]
+        return super().forward(nn.functional.pad(x, amounts))
+
+
 LAYERS = {
     "stride": nn.Conv2d(3, 8, 3, stride=2, padding=1),
     "same": nn.Conv2d(6, 7, (3, 5), padding="same", dilation=(1, 2)),
@@ -51,6 +68,9 @@ LAYERS = {
     "grouped": nn.Conv2d(6, 9, 5, padding=2, groups=3),
     "valid": nn.Conv2d(6, 5, 3, stride=(2, 1), padding="valid"),
     "1×1": nn.Conv2d(6, 10, 1),
+    "pads itself": SamePadded(6, 8, (3, 4), stride=(2, 3), dilation=(1, 2)),
+    "pads itself, larger than the image": SamePadded(6, 6, (13, 5), stride=2, groups=6),
+    "pads itself, 1×1": SamePadded(6, 6, 1, stride=2),
     "dense": nn.Linear(6, 4),
     "on every pixel": nn.Linear(5, 4),
 }

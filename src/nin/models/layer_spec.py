@@ -82,6 +82,22 @@ class LayerSpec:
         )
 
     @property
+    def own_padding(self) -> tuple[int, int, int, int]:
+        """Pixels (left, right, top, bottom) that the layer's forward pads beside ``padding``.
+
+        They are those that its output needs to be as large as it was seen: timm's Conv2dSame pads by the size of its
+        input, as TensorFlow does, with the smaller half before.
+        """
+        amounts: list[int] = []
+        for axis in (1, 0):
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            needed = (self.output_size[axis] - 1) * self.stride[axis] + reach - self.input_size[axis]
+            known = needed if self.padding == "same" else 0 if isinstance(self.padding, str) else 2 * self.padding[axis]
+            missing = max(0, needed - known)
+            amounts += [missing // 2, missing - missing // 2]
+        return amounts[0], amounts[1], amounts[2], amounts[3]
+
+    @property
     def taps(self) -> int:
         """Elements of the kernel, kH · kW."""
         return self.kernel_size[0] * self.kernel_size[1]

@@ -69,18 +69,15 @@ def input_shape(chain: tuple[LayerSpec, ...]) -> tuple[int, ...]:
 
 
 def _pads(spec: LayerSpec) -> list[int]:
-    """Return the padding at the top, left, bottom and right that gives the layer's output size.
-
-    What a layer pads itself, by the size of its input, is not in its ``padding``: as TensorFlow, less at the top.
-    """
-    starts, ends = [], []
+    """Return the padding at the top, left, bottom and right, with what the layer pads itself."""
+    left, right, top, bottom = spec.own_padding
+    starts, ends = [top, left], [bottom, right]
     for axis in range(2):
-        reach = spec.dilation[axis] * (spec.kernel_size[axis] - 1) + 1
-        needed = (spec.output_size[axis] - 1) * spec.stride[axis] + reach - spec.input_size[axis]
-        own = 0 if isinstance(spec.padding, str) else spec.padding[axis]
-        # of a stride, what is padded beyond the last position that is read does not matter
-        total = max(needed, 0) if isinstance(spec.padding, str) or needed > 2 * own else 2 * own
-        start = total // 2
-        starts.append(start)
-        ends.append(total - start)
+        if spec.padding == "same":  # of stride 1; what is odd comes last, as in PyTorch
+            total = spec.dilation[axis] * (spec.kernel_size[axis] - 1)
+            own = total // 2, total - total // 2
+        else:
+            own = (0, 0) if isinstance(spec.padding, str) else (spec.padding[axis],) * 2
+        starts[axis] += own[0]
+        ends[axis] += own[1]
     return [*starts, *ends]

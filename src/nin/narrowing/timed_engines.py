@@ -1,8 +1,9 @@
 """The engines that layers and whole networks are timed in for a plan: each turns them into calls."""
 
 import importlib.metadata
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class PyTorchEngine(TimedEngine):
 
     def chain(self, chain: tuple[LayerSpec, ...], batch: int) -> Call:
         """Return the call of plain layers."""
-        module: nn.Module = nn.Sequential(*(spec.make_layer(self.like) for spec in chain)).eval()
+        module: nn.Module = nn.Sequential(*_plain_layers(chain, self.like)).eval()
         module, x = to_layout(module, self.layout), self.random_input(chain, batch)
         return lambda: module(x)
 
@@ -119,14 +120,15 @@ class NinEngine(TimedEngine):
         """Return the layers of a run; the last one has a ReLU, which stands for its activation."""
         first = run[0]
         if not _is_dense(first):
-            layers = [spec.make_layer(self.like) for spec in run]
+            layers = _plain_layers(run, self.like)
             return nn.Sequential(*layers, nn.ReLU()) if last else nn.Sequential(*layers)
         activations = ["none"] * (len(run) - 1) + ["relu" if last else "none"]
         padding = (0, 0) if isinstance(first.padding, str) else first.padding
         geometry: dict[str, Any] = {"stride": first.stride, "padding": padding, "dilation": first.dilation}
         widths = [spec.out_channels for spec in run]
         operator = MLPConv(first.in_channels, widths, kernel_size=first.kernel_size, activation=activations, **geometry)
-        return operator.to(self.like.device, self.like.dtype)
+        operator = operator.to(self.like.device, self.like.dtype)
+        return nn.Sequential(nn.ZeroPad2d(first.own_padding), operator) if any(first.own_padding) else operator
 
     def network(self, model: nn.Module) -> Bind:
         """Return the calls of the fused model; chains are computed in the form that is fastest on the arguments."""
@@ -242,6 +244,16 @@ def make_engine(name: str, like: Tensor, layout: str) -> TimedEngine:
     return _ENGINES[name](like, layout)
 
 
+def _plain_layers(chain: Iterable[LayerSpec], like: Tensor) -> list[nn.Module]:
+    """Return PyTorch's layers of a chain, and those of what a layer pads itself."""
+    layers: list[nn.Module] = []
+    for spec in chain:
+        if any(spec.own_padding):
+            layers.append(nn.ZeroPad2d(spec.own_padding))
+        layers.append(spec.make_layer(like))
+    return layers
+
+
 def _is_dense(spec: LayerSpec) -> bool:
     """Return whether nin's operator may begin with a layer."""
     return spec.kind == "conv" and spec.groups == 1 and spec.padding_mode == "zeros" and spec.padding != "same"
@@ -249,4 +261,4 @@ def _is_dense(spec: LayerSpec) -> bool:
 
 def _is_pointwise(spec: LayerSpec) -> bool:
     """Return whether nin's operator may go on with a layer."""
-    return _is_dense(spec) and spec.taps == 1 and spec.stride == (1, 1) and spec.padding in ((0, 0), "valid")
+    return _is_dense(spec) and spec.taps == 1 and spec.stride == (1, 1) and spec.positions == math.prod(spec.input_size)
