@@ -39,7 +39,7 @@ class InitialWeights:
 
         Names are compared first. Where some are others, but all shapes agree in their order, the order counts. Of a
         first convolution for other channels the weights are summed or repeated. A class layer for another number of
-        classes keeps the network's own weights.
+        classes keeps the network's own weights. What the file has beyond the network is named.
 
         Args:
             network: as its package makes it.
@@ -51,7 +51,8 @@ class InitialWeights:
         expected = network.state_dict()
         of_classes = _of_layer(class_layer, expected)
         first = _first_weight(network)
-        found = _with_channels(self._matched(first, expected, of_classes), first, expected)
+        matched = self._matched(first, expected, of_classes)
+        found = _with_channels(matched, first, expected)
         fitting = {name: t for name, t in found.items() if t.shape == expected[name].shape}
         if not self.class_layer:
             fitting = {name: t for name, t in fitting.items() if name not in of_classes}
@@ -63,7 +64,7 @@ class InitialWeights:
                 f"{len(needed)} tensors fit" + (f"; {missing[0]} does not, for example" if missing else "")
             )
         network.load_state_dict({**expected, **fitting})
-        return self._note(expected, fitting, missing, of_classes, len(found))
+        return self._note(expected, fitting, missing, of_classes, self._without_place(matched))
 
     def count_classes_and_channels(self, network: nn.Module, class_layer: str | None) -> tuple[int | None, int | None]:
         """Return for how many classes, and for images of how many channels, the tensors are; None where not known.
@@ -97,11 +98,14 @@ class InitialWeights:
                 f"{self.source} does not fit {name}: {len(wrong)} of its {len(needed)} tensors are missing there or "
                 f"have another shape ({_abbreviate(wrong)})"
             )
-        kept = {id(tensor) for tensor in found.values()}
-        extra = [key for key, t in self.tensors.items() if id(t) not in kept and not key.endswith(_COUNTER)]
-        if extra:
+        if extra := self._without_place(found):
             raise UserError(f"{self.source} does not fit {name}, which has no {_abbreviate(extra)}")
         network.load_state_dict({**expected, **found})
+
+    def _without_place(self, found: Mapping[str, Tensor]) -> list[str]:
+        """Return the names of the file's tensors that are none of those found, but for counters."""
+        kept = {id(tensor) for tensor in found.values()}
+        return [key for key, t in self.tensors.items() if id(t) not in kept and not key.endswith(_COUNTER)]
 
     def _matched(self, first: str, expected: Mapping[str, Tensor], of_classes: set[str]) -> dict[str, Tensor]:
         """Return the tensors of the file by the network's names.
@@ -131,17 +135,29 @@ class InitialWeights:
         fitting: Mapping[str, Tensor],
         missing: list[str],
         of_classes: set[str],
-        used: int,
+        extra: list[str],
     ) -> str:
+        """Return in one line what of the weights does not fit.
+
+        Args:
+            expected: the network's tensors.
+            fitting: those that the file gives it.
+            missing: names of those that it should give, too.
+            of_classes: names of those of the class layer.
+            extra: names of the file's tensors that the network has no place for.
+        """
         parts = []
         if of_classes - fitting.keys():
             count = expected[next(iter(sorted(of_classes)))].shape[0]
             parts.append(f"the class layer is a new one, for {count:,} classes")
         if missing:
             parts.append(f"{len(missing)} of {len(expected)} tensors keep random weights ({_abbreviate(missing)})")
-        extra = len(self.tensors) - used
-        if extra > 0 and missing:
-            parts.append(f"{extra} in the file have no place")
+        if extra:
+            has = "has" if len(extra) == 1 else "have"
+            text = f"{len(extra)} of the file's {len(self.tensors)} tensors {has} no place ({_abbreviate(extra)})"
+            # those of a class layer by another name are left over wherever the classes are others
+            other = len(extra) > max(2, len(of_classes))
+            parts.append(f"{text}, so it is probably of another, larger network: compare the names" if other else text)
         return f"Begun with {self.source}: {'; '.join(parts)}" if parts else f"Begun with {self.source}"
 
 
