@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 from torch import nn
 
 import nin
-from nin import checkpoint, data, exporters, models
+from nin import checkpoint, data, exporters, models, training
+from nin.cli import app
 from nin.errors import UserError
 from nin.inference.grad_cam import last_feature_layer
 from nin.models.external_classifier import ExternalClassifier
@@ -319,6 +320,26 @@ def test_weights_by_name_and_by_order(tmp_path):
         load({"a": torch.zeros(3)}, 5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tensors_of_the_file_without_a_place_are_named(channels):
+    deeper, _config = create_network("torchvision:resnet34", 5)
+    tensors = deeper.state_dict()
+    network, notes = create_network("torchvision:resnet18", 5, in_channels=channels)[0], []
+    notes.append(InitialWeights(tensors, "FILE").load_into(network, "fc"))
+    torch.testing.assert_close(network.layer4[1].conv2.weight, deeper.layer4[1].conv2.weight)
+    extra = [n for n in tensors.keys() - network.state_dict().keys() if "num_batches" not in n]
+    assert f"FILE: {len(extra)} of the file's {len(tensors)} tensors have no place (layer1.2.conv1.weight, " in notes[0]
+    assert "probably of another, larger network" in notes[0]
+    own = dict(network.state_dict())
+    assert InitialWeights(own, "FILE").load_into(network, "fc") == "Begun with FILE"
+    head = {"head.weight": torch.zeros(9, 512), "head.bias": torch.zeros(9)}
+    without = {name: t for name, t in own.items() if not name.startswith("fc.")}
+    assert InitialWeights({**without, **head}, "FILE").load_into(network, "fc") == (
+        "Begun with FILE: the class layer is a new one, for 5 classes; 2 of the file's 122 tensors have no place "
+        "(head.weight, head.bias)"
+    )
+
+
 @pytest.mark.skipif("NIN_LITE0_WEIGHTS" not in os.environ, reason="NIN_LITE0_WEIGHTS names no file")
 def test_real_pretrained_weights_name_a_palace_and_a_daisy():
     from sklearn.datasets import load_sample_image
@@ -515,11 +536,40 @@ def test_a_factory_is_imported_only_where_it_is_trusted(photos, tmp_path, monkey
         assert checkpoint.load_model(out)[1].classes == CLASSES
     with pytest.raises(UserError, match="name it with --model somebodys:make"):
         nin.train(photos, nin.TrainConfig(weights=str(out)))
+    check_resuming_names_the_factory(photos, out, monkeypatch)
     values = json.loads((out / "config.json").read_text())
     values["model"]["num_classes"] = 10**9
     (out / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="does not describe a network"):
         nin.load(out, trust=True)
+
+
+def check_resuming_names_the_factory(photos, out, monkeypatch):
+    """A run folder that is resumed may be another person's, finished or not, of one training or of folds."""
+    resume = training.CheckpointOptions(resume=True)
+    message = r"begun with somebodys:make, code that is not nin's: .*name it again with --model somebodys:make.*--trust"
+    stopped, folds = out.with_name("stopped"), out.with_name("folds")
+    config = nin.TrainConfig(model="somebodys:make", epochs=1, batch_size=8, threads=1)
+    for options in ({}, {"folds": 2}):
+        train = training.cross_validate if options else nin.train
+        images = data.load(photos, size=32)
+        stop = training.CheckpointOptions(stop=lambda: True)
+        with pytest.raises(KeyboardInterrupt):
+            train(images, config, out=folds if options else stopped, keeping=stop, **options)
+    monkeypatch.delitem(sys.modules, "somebodys")
+    for folder, options in ((out, []), (stopped, []), (folds, ["--folds", "2"])):
+        command = ["train", str(photos), "--out", str(folder), "--size", "32", "--resume", *options]
+        with pytest.raises(SystemExit):
+            app.main(command)
+        if not options:
+            with pytest.raises(UserError, match=message):
+                nin.train(photos, out=folder, keeping=resume)
+    with pytest.raises(UserError, match=message):
+        training.cross_validate(images, nin.TrainConfig(), folds=2, out=folds, keeping=resume)
+    assert "somebodys" not in sys.modules
+    app.main(["train", str(photos), "--out", str(stopped), "--size", "32", "--resume", "--trust"])
+    app.main(["train", str(photos), "--out", str(folds), "--size", "32", "--resume", "--folds", "2", "--trust"])
+    assert nin.train(photos, config, out=stopped, keeping=resume).info.result  # named again
 
 
 def test_grad_cam_is_an_approximation_of_maps(photos):

@@ -50,6 +50,7 @@ def train(
     overwrite: bool = False,
     tensorboard: bool = False,
     strict: bool = False,
+    trust: bool = False,
     json: bool = False,
 ) -> None:
     """Train a Network in Network on images, test it, and write a run folder with a report.
@@ -80,6 +81,8 @@ def train(
         tensorboard: Write TensorBoard's event files, with the figures of metrics.csv, into the folder tensorboard of
             the run folder.
         strict: Stop at the first file that cannot be read, instead of leaving it out.
+        trust: Import the module that makes the network of the run that is resumed, where that is somebody's own code
+            and --model does not name it again.
         json: Print the result as JSON on standard output.
     """
     if not checkpoint_minutes > 0 or (checkpoint_steps is not None and checkpoint_steps < 1):
@@ -98,54 +101,55 @@ def train(
     from nin import training
     from nin.runtime.device import choose_device
 
-    loading: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction, "data_dir": data_dir}
-    loading["seed"] = None
-    if resume:  # what is not given is as the training was begun
-        settings = training.with_recorded_settings(settings, out)
-        loading = training.with_recorded_loading(loading, out)
-    choose_device(settings.device)  # before the images, so that a mistake shows at once
-    silence_other_ranks()
-    start = training.starting_point(settings, resumed=out if resume and folders.has_begun(out) else None)
-    settings = start.config
-    was_finished = resume and folders.is_finished(out)
-    if resume and folds is None and not folders.has_begun(out):
-        messages.print(f"{out} holds nothing to resume yet: the training begins.")
-    asked = {name: loading.pop(name) for name in ("size", "resize", "test_fraction")}
-    loading |= start.load_options(data, **asked)
-    if loading["seed"] is None:
-        loading["seed"] = settings.seed
-    images = load_data(data, photos=settings.augment != "none", strict=strict, **loading)
-    if resume and settings.flip is None:
-        images = training.with_recorded_augmentation(images, out)
-    messages.print(flip_text(images, settings))
-    if folds is None:
-        seed = start.validation_seed(images, settings)
-        images = nin.data.split_validation(images, settings.validation, seed=seed)
-        if images.validation is not None:
-            of_own = settings.validation is None
-            which = "images of the validation part are" if of_own else "of the images to train on are set apart"
-            messages.print(
-                f"{len(images.validation):,} {which} to choose by; the test images are looked at once, at the end"
-            )
-    keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
-    keeping |= {"tensorboard": tensorboard, "overwrite": overwrite}
-    if folds is not None:
-        command = resume_command(data, out, folds)
-        train_folds(images, settings, folds=folds, out=out, command=command, json=json, resume=resume, **keeping)
-        return
-    command = resume_command(data, out, None)
-    result = train_with_progress(images, settings, out=out, command=command, resume=resume, **keeping)
-    if was_finished:  # with other settings it is refused
-        messages.print(f"{out} is finished; this is its result.")
-    if torchrun.rank() > 0:
-        return
-    with nin.models.trust(result.info.recipe["model"]):
-        page = write_report(out, images)
-    if json:
-        print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
-        return
-    show_result(result)
-    messages.print(f"Look at what it learned: {page}\nUse it:                  nin predict {out} IMAGE…")
+    with nin.models.trust() if trust else contextlib.nullcontext():
+        loading: dict[str, Any] = {"size": size, "resize": resize, "test_fraction": test_fraction, "data_dir": data_dir}
+        loading["seed"] = None
+        if resume:  # what is not given is as the training was begun
+            settings = training.with_recorded_settings(settings, out)
+            loading = training.with_recorded_loading(loading, out)
+        choose_device(settings.device)  # before the images, so that a mistake shows at once
+        silence_other_ranks()
+        start = training.starting_point(settings, resumed=out if resume and folders.has_begun(out) else None)
+        settings = start.config
+        was_finished = resume and folders.is_finished(out)
+        if resume and folds is None and not folders.has_begun(out):
+            messages.print(f"{out} holds nothing to resume yet: the training begins.")
+        asked = {name: loading.pop(name) for name in ("size", "resize", "test_fraction")}
+        loading |= start.load_options(data, **asked)
+        if loading["seed"] is None:
+            loading["seed"] = settings.seed
+        images = load_data(data, photos=settings.augment != "none", strict=strict, **loading)
+        if resume and settings.flip is None:
+            images = training.with_recorded_augmentation(images, out)
+        messages.print(flip_text(images, settings))
+        if folds is None:
+            seed = start.validation_seed(images, settings)
+            images = nin.data.split_validation(images, settings.validation, seed=seed)
+            if images.validation is not None:
+                of_own = settings.validation is None
+                which = "images of the validation part are" if of_own else "of the images to train on are set apart"
+                messages.print(
+                    f"{len(images.validation):,} {which} to choose by; the test images are looked at once, at the end"
+                )
+        keeping: dict[str, Any] = {"override": override, "minutes": checkpoint_minutes, "steps": checkpoint_steps}
+        keeping |= {"tensorboard": tensorboard, "overwrite": overwrite}
+        if folds is not None:
+            command = resume_command(data, out, folds)
+            train_folds(images, settings, folds=folds, out=out, command=command, json=json, resume=resume, **keeping)
+            return
+        command = resume_command(data, out, None)
+        result = train_with_progress(images, settings, out=out, command=command, resume=resume, **keeping)
+        if was_finished:  # with other settings it is refused
+            messages.print(f"{out} is finished; this is its result.")
+        if torchrun.rank() > 0:
+            return
+        with nin.models.trust(result.info.recipe["model"]):
+            page = write_report(out, images)
+        if json:
+            print_json({"run": str(out), **result.info.result, "model": result.info.recipe["model"]})
+            return
+        show_result(result)
+        messages.print(f"Look at what it learned: {page}\nUse it:                  nin predict {out} IMAGE…")
 
 
 def resume_command(data: str, out: Path, folds: int | None) -> str:
@@ -240,6 +244,7 @@ def train_folds(
             on_fold=lambda number, fold: bar.line(
                 f"fold {number} of {folds}: {accuracy_text(fold.info.result, 'test_accuracy')}"
             ),
+            on_note=bar.line,
             on_progress=lambda number, p: bar.show(p, f"fold {number}/{folds}  "),
         )
     if torchrun.rank() > 0:

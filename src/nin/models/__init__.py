@@ -1,5 +1,6 @@
 """The networks, what narrowing makes of them, and networks of other packages by name."""
 
+from nin.models.description import is_trusted as is_trusted
 from nin.models.description import model_name, trust
 from nin.models.external_classifier import ExternalClassifier
 from nin.models.factory import (

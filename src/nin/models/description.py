@@ -15,6 +15,7 @@ from nin.models.googlenet import GoogLeNet, googlenet
 from nin.models.narrowing_plan import Plan
 from nin.models.nin import NiN, NiNConfig
 from nin.models.surgery import apply_plan
+from nin.names import LIBRARIES
 
 
 def model_description(model: nn.Module) -> dict[str, Any]:
@@ -54,6 +55,12 @@ def trust(*names: str) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def is_trusted(name: str) -> bool:
+    """Return whether a network that a run folder names may be made: by a library, or by a module that is trusted."""
+    trusted = _trusted.get()
+    return name in MODELS or name.partition(":")[0] in LIBRARIES or trusted is None or name in trusted
+
+
 # names whose modules may be imported; None stands for all
 _trusted: ContextVar[tuple[str, ...] | None] = ContextVar("trusted", default=("",))
 
@@ -82,8 +89,7 @@ def model_from_description(description: Mapping[str, Any]) -> nn.Module:
             name = description["name"]
             if name in MODELS or not is_external_name(name):
                 raise ValueError(f"name must be that of a network of another package, got {name!r}")
-            trusted = _trusted.get()
-            if not name.startswith(("timm:", "torchvision:")) and trusted is not None and name not in trusted:
+            if not is_trusted(name):
                 raise UserError(
                     f"its network is made by {name}, code that is not nin's: if you trust it, give --trust, in Python "
                     "nin.load(…, trust=True) or with nin.models.trust()"

@@ -56,6 +56,7 @@ def cross_validate(
     keeping: CheckpointOptions | None = None,
     overwrite: bool = False,
     on_fold: Callable[[int, TrainResult], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     on_progress: Callable[[int, TrainProgress], None] | None = None,
 ) -> FoldsResult:
     """Train as often as there are folds, each time without one of them, on which the network is then tested.
@@ -71,6 +72,7 @@ def cross_validate(
         keeping: as for `nin.train`. Resuming keeps the folds that are finished, and goes on with the one that is not.
         overwrite: remove the folds that lie in ``out`` before this training begins, as `nin.train` does with a run.
         on_fold: called with the number of a fold, from 1, and its result.
+        on_note: called with lines for people, as that of `nin.train`; what holds for several folds comes once.
         on_progress: called with the number of the fold and its progress, as that of `nin.train`.
 
     Returns:
@@ -86,13 +88,20 @@ def cross_validate(
     for folder in sorted(out.glob("fold-*")) if overwrite and distributed.is_main_process() else []:
         folders.remove_run(folder)
         folder.rmdir()
-    results = []
+    results, said = [], set[str]()
+
+    def note_once(text: str) -> None:
+        if on_note is not None and text not in said:
+            on_note(text)
+        said.add(text)
+
     for number, part in enumerate(parts, 1):
         result = train(
             part,
             config,
             out=fold_folder(out, number),
             keeping=keeping,
+            on_note=note_once,
             on_progress=on_progress and functools.partial(on_progress, number),
             progress=None if on_progress is None else False,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin import checkpoint, data, folders, given
+from nin import checkpoint, data, folders, given, models
 from nin.config import TrainConfig
 from nin.display.numbers import shorten
 from nin.errors import UserError
@@ -176,13 +176,20 @@ def with_recorded_settings(config: TrainConfig, folder: Path) -> TrainConfig:
     Those that go by the images are in `with_recorded_augmentation`.
 
     Raises:
-        UserError: what is in the folder is damaged.
+        UserError: what is in the folder is damaged, or the network is made by somebody's module that is neither named
+            again nor trusted.
     """
     recipe = recorded_settings(folder)[0]
     untouched = {field.name for field in dataclasses.fields(config)} - config.given
     # what the training found for "auto"
     found = {name for name in ("learning_rate", "batch_size") if getattr(config, name) == "auto"}
     names = ((untouched | found) & recipe.keys()) - {"flip", "shift"}
+    model = recipe.get("model")
+    if "model" in names and isinstance(model, str) and not models.is_trusted(model):
+        raise UserError(
+            f"{folder} was begun with {model}, code that is not nin's: if you trust it, name it again with --model "
+            f"{model}, or give --trust, in Python with nin.models.trust()"
+        )
     return given.replace(config, **{name: recipe[name] for name in names})
 
 
