@@ -698,9 +698,10 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(capsys):
     with console.ProgressBar("Reading", seconds_between_lines=0) as bar:
         bar.update(1, 5)
         bar.update(2, 0)
+        bar.update(0, 0, "Converting, stage 3 of 4")
         bar.on_progress("Writing", 5, 5)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["Reading: 1 of 5", "Reading: 2", "Writing: 5 of 5"]
+    assert lines == ["Reading: 1 of 5", "Reading: 2", "Converting, stage 3 of 4", "Writing: 5 of 5"]
     with console.ProgressBar("Reading", seconds_between_lines=0.5) as bar:
         bar.update(1, 5)  # too early
         time.sleep(0.6)

@@ -270,6 +270,9 @@ def test_inverted_bottlenecks_with_batch_norm_are_found_and_others_are_operators
     ("options", "message"),
     [
         ({"activation": "mish"}, "activation must be one of none, relu"),
+        ({"activation": ["relu"]}, "activation must be one of none, relu"),
+        ({"in_channels": True}, "in_channels must be a whole number of at least 1, got True"),
+        ({"squeeze_channels": 4, "squeeze_activations": 3}, "squeeze_activations must be one of none, .*, got 3"),
         ({"normalisation": "layer"}, "normalisation must be None or 'batch_norm', got 'layer'"),
         ({"hidden_channels": 0}, "hidden_channels must be"),
         ({"squeeze_channels": 0}, "squeeze_channels must be"),
@@ -280,6 +283,13 @@ def test_inverted_bottlenecks_with_batch_norm_are_found_and_others_are_operators
 def test_inverted_bottleneck_names_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         nin.InvertedBottleneck(**{"in_channels": 6, "hidden_channels": 20, "out_channels": 6, **options})
+
+
+def test_an_inverted_bottleneck_takes_none_for_no_activation_as_the_function_does():
+    layer, x = nin.InvertedBottleneck(6, 20, 6, activation=None), torch.randn(2, 6, 5, 5)
+    weights, biases = ([getattr(conv, name) for conv in layer.convs] for name in ("weight", "bias"))
+    y = nin.inverted_bottleneck(x, weights, biases, activation=None, padding=1, residual=True)
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_the_cost_of_an_inverted_bottleneck_is_that_of_its_convolutions():

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -740,8 +741,14 @@ def test_plans_that_do_not_fit_are_refused():
         nin.apply_plan(chain()[:2], result.plan)
     with pytest.raises(ValueError, match="format_version must be 1, got 9: update nin"):
         nin.apply_plan(chain(), {**result.plan.to_dict(), "format_version": 9})
-    with pytest.raises(ValueError, match=r"plan must be what Plan\.to_dict wrote"):
+    with pytest.raises(ValueError, match=r"plan must be what Plan\.to_dict or to_json wrote: it lacks layers"):
         nin.apply_plan(chain(), {"format_version": 1})
+    with pytest.raises(ValueError, match=r"plan must be what Plan\.to_dict or to_json wrote: it lacks format_version"):
+        nin.apply_plan(chain(), "{}")
+    with pytest.raises(ValueError, match=r"plan must be the JSON that Plan\.to_json wrote: Expecting value"):
+        nin.apply_plan(chain(), "plan.json")
+    with pytest.raises(ValueError, match=r"plan must be a Plan, or what its to_dict or to_json gave, got NoneType"):
+        nin.apply_plan(chain(), None)
     values = result.plan.to_dict()
     values["layers"][0]["form"] = "cube"
     with pytest.raises(ValueError, match="the form of 0 must be one of keep, output, input, tucker, got 'cube'"):
@@ -1160,3 +1167,38 @@ def test_the_layers_of_timm_are_followed():
     torch.testing.assert_close(outputs(again.eval(), batches), outputs(result.model, batches))
     skipped = nin.narrow(model, batches, macs=0.9, skip="depthwise", options=QUIET)
     assert skipped.plan.pruned == ()
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        (
+            [torch.randn(0, 3, 8, 8)],
+            r"batches: batch 1 of shape (0, 3, 8, 8) in float32 holds no image: its first layer",
+        ),
+        (
+            [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 0, 8)],
+            "batches: batch 2 of shape (2, 3, 0, 8) in float32 holds no",
+        ),
+        ([torch.randn(2, 4, 8, 8)], "batch 1 of shape (2, 4, 8, 8) in float32 is not taken by the network: its first"),
+        (
+            [(torch.randn(2, 3, 8, 8), 0), (torch.randn(2, 1, 8, 8), 0)],
+            "batch 2 of shape (2, 1, 8, 8) in float32 is not",
+        ),
+        ([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], "batch 1 of shape (2, 3, 8, 8) in uint8 is not taken"),
+        (
+            [torch.randn(2, 3, 8, 8).double()],
+            "its first layer takes (N, 3, H, W) in float32 on cpu (Input type (double)",
+        ),
+        ([torch.tensor(1.0)], "batch 1 of shape () in float32 is not taken"),
+        ([{"pixels": torch.randn(2, 3, 8, 8)}], "batches: batch 1 is not taken by the network: its first layer takes"),
+    ],
+)
+def test_batches_that_the_network_does_not_take_are_refused_in_one_line(batches, expected):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(nin.errors.UserError, match=re.escape(expected)) as refused:
+        nin.narrow(model, batches, macs=0.5)
+    assert "\n" not in str(refused.value)
+    held_out = NarrowOptions(held_out=batches, measure_latency=False)
+    with pytest.raises(nin.errors.UserError, match=r"^held_out: batch "):
+        nin.narrow(model, [torch.randn(2, 3, 8, 8)], macs=0.5, options=held_out)

@@ -465,6 +465,15 @@ WRONG = [
     ({"stride": 1.5}, ValueError, "stride must be a whole number of at least 1, or two of them, got 1.5"),
     ({"stride": None}, ValueError, "stride must be a whole number of at least 1, or two of them, got None"),
     ({"dilation": (1, 0)}, ValueError, "dilation must be a whole number of at least 1, or two of them, got (1, 0)"),
+    ({"stride": True}, ValueError, "stride must be a whole number of at least 1, or two of them, got True"),
+    ({"padding": (0, False)}, ValueError, "padding must be a whole number of at least 0, or two of them, got (0, F"),
+    ({"activation": 3}, ValueError, "activation must be a name, or one for each of the 2 layers, got 3"),
+    ({"activation": [["relu"], "relu"]}, ValueError, "activation must be one of none, relu, gelu, silu, got ['relu']"),
+    (
+        {"biases": 0.5},
+        TypeError,
+        "biases must be a list or tuple, one for each layer, each a tensor or None, got float",
+    ),
     ({"activation": "tanh"}, ValueError, "activation must be one of none, relu, gelu, silu, got 'tanh'"),
     ({"activation": ["relu"]}, ValueError, "activation must be one name or one for each of the 2 layers, got 1"),
 ]
@@ -482,6 +491,12 @@ def test_conv1x1_says_where_kernels_belong():
         nin.conv1x1(ones(1, 3, 5, 5), ones(4, 3, 3, 3))
     with pytest.raises(TypeError, match="weight must be a tensor, got NoneType"):
         nin.conv1x1(ones(1, 3, 5, 5), None)
+
+
+def test_weights_that_are_no_list_are_named():
+    for weights in (3, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="weights must be a list or tuple, one tensor for each layer, got"):
+            nin.mlpconv(ones(1, 3, 5, 5), weights, (None,))
 
 
 def test_a_right_call_is_not_refused():

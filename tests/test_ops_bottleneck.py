@@ -295,6 +295,12 @@ def test_one_activation_is_for_all_but_the_last():
             "activation must be one of none, relu, gelu, silu, relu6",
         ),
         (lambda x, w, b: (x, w, b, {"activation": ("relu", "relu")}), "one for each of the 3 layers, got 2"),
+        (lambda x, w, b: (x, w, b, {"activation": 3}), "a name, or one for each of the 3 layers, got 3"),
+        (lambda x, w, b: (x, w, b, {"activation": ["relu", ["relu"], None]}), r"one of none, .*, got \['relu'\]"),
+        (lambda x, w, b: (x, w, b, {"residual": "no"}), "residual must be True or False, got 'no'"),
+        (lambda x, w, b: (x, w, b, {"residual": 1}), "residual must be True or False, got 1"),
+        (lambda x, w, b: (x, w, b, {"stride": True}), "stride must be a whole number of at least 1, .* got True"),
+        (lambda x, w, b: (x, w, b, {"dilation": (1, True)}), r"dilation must be .* got \(1, True\)"),
         (lambda x, w, b: (x, w, b, {"residual": True, "stride": 2}), "residual needs a result of the shape of x, got"),
         (lambda x, w, b: (x[:, :, :1, :1], w, b, {"padding": 0}), "padded height of at least 3"),
         (lambda x, w, b: (x, [w[0].float(), *w[1:]], b, {}), "weight 0 must be torch.float64 on cpu as x is"),
@@ -365,3 +371,9 @@ def test_what_is_no_tensor():
     x, weights, biases = BLOCKS["3x3"].tensors()
     with pytest.raises(TypeError, match="weight 2 must be a tensor, got list"):
         nin.inverted_bottleneck(x, [*weights[:2], [1]], biases)
+    with pytest.raises(TypeError, match=r"weights must be a list or tuple, one tensor for each layer, got NoneType"):
+        nin.inverted_bottleneck(x, None, biases)
+    with pytest.raises(
+        TypeError, match=r"biases must be a list or tuple, one for each layer, each a tensor or None, got"
+    ):
+        nin.inverted_bottleneck(x, (weight for weight in weights), 0)

@@ -211,7 +211,7 @@ def test_the_table_says_what_is_equal_and_how_far_the_machine_drifted():
     assert list(cells)[1:] == ["nin's operator ←", "OpenVINO =", "PyTorch eager"]
     assert cells["nin's operator ←"][3:5] == ("5.00 (4.90 to 5.10)", "2.00")
     text = str(found)
-    assert "took +3.0 % of its time, beyond its interval" in text
+    assert "differed by +3.0 %, beyond its interval" in text
     assert "original, int8, OpenVINO: no nncf" in text
     assert SpeedResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert "None loses at most 1 point of accuracy." in str(result(row(lost=3.0)))

@@ -308,7 +308,7 @@ class InvertedBottleneck(_OperatorLayer):
         kernel_size: k of the depthwise convolution; one number, or (height, width), as the next two.
         stride: of the depthwise convolution.
         dilation: distance of its taps, in pixels. It is padded such that stride 1 and an odd k keep the image's size.
-        activation: of all layers but the last, which has none (see `nin.inverted_bottleneck`).
+        activation: of all layers but the last, which has none (see `nin.inverted_bottleneck`); None: "none".
         squeeze_activations: of the two layers of squeeze-and-excitation; the second is "sigmoid" or "hardsigmoid".
         normalisation: None, or "batch_norm" after each convolution but those two, which then has no bias.
 
@@ -336,7 +336,7 @@ class InvertedBottleneck(_OperatorLayer):
         kernel_size: Pair = 3,
         stride: Pair = 1,
         dilation: Pair = 1,
-        activation: str = "relu6",
+        activation: str | None = "relu6",
         squeeze_channels: int | None = None,
         squeeze_activations: tuple[str, str] = ("relu", "sigmoid"),
         normalisation: str | None = None,
@@ -344,7 +344,8 @@ class InvertedBottleneck(_OperatorLayer):
         super().__init__()
         wide = in_channels if hidden_channels is None else hidden_channels
         _check_positive(in_channels=in_channels, hidden_channels=wide, out_channels=out_channels)
-        if activation not in BOTTLENECK_ACTIVATIONS:
+        activation = "none" if activation is None else activation
+        if not isinstance(activation, str) or activation not in BOTTLENECK_ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(BOTTLENECK_ACTIVATIONS)}, got {activation!r}")
         if squeeze_channels is not None:
             _check_positive(squeeze_channels=squeeze_channels)
@@ -414,7 +415,8 @@ class InvertedBottleneck(_OperatorLayer):
 
 def _check_squeeze_activations(names: tuple[str, str]) -> None:
     """Raise unless the two layers of squeeze-and-excitation can have these activations."""
-    if len(names) != 2 or names[0] not in BOTTLENECK_ACTIVATIONS or names[1] not in GATES:
+    two = isinstance(names, list | tuple) and len(names) == 2 and all(isinstance(name, str) for name in names)
+    if not two or names[0] not in BOTTLENECK_ACTIVATIONS or names[1] not in GATES:
         first, second = ", ".join(BOTTLENECK_ACTIVATIONS), " or ".join(GATES)
         raise ValueError(f"squeeze_activations must be one of {first}, and {second}, got {names!r}")
 
@@ -542,5 +544,5 @@ def _per_layer(name: str, value: str | Sequence[str | None] | None, count: int) 
 
 def _check_positive(**channels: int) -> None:
     for name, value in channels.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

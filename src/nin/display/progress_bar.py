@@ -86,7 +86,7 @@ class ProgressBar:
         self.done, self.total, self.updated_s, self.known_left = done, total, now, seconds_left
         self.progress.update(self.task, completed=done, description=text)
         if self.progress.disable and now - self.last_line_s > self.seconds_between_lines:
-            self.line(f"{text}: {self.count_text()}")
+            self.line(": ".join(part for part in (text, self.count_text()) if part))
 
     def count_text(self) -> str:
         """Return how much is done, of how much, and the time left where it is known."""

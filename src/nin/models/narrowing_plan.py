@@ -118,8 +118,10 @@ class Plan:
             layers = tuple(LayerPlan(**layer) for layer in values.pop("layers"))
             pruned = tuple(map(ChannelPruning.from_dict, values.pop("thinned")))
             plan = cls(layers, pruned, **values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"plan must be what Plan.to_dict wrote: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"plan must be what Plan.to_dict or to_json wrote: it lacks {error.args[0]}") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"plan must be what Plan.to_dict or to_json wrote: {error}") from error
         for layer in plan.layers:
             if layer.form not in FORMS:
                 raise ValueError(f"the form of {layer.name} must be one of {', '.join(FORMS)}, got {layer.form!r}")
@@ -152,4 +154,8 @@ class Plan:
         Raises:
             ValueError: the text is no JSON, or no plan.
         """
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"plan must be the JSON that Plan.to_json wrote: {error}") from error
+        return cls.from_dict(values)

@@ -38,6 +38,8 @@ def apply_plan(model: nn.Module, plan: Plan | dict[str, Any] | str) -> nn.Module
         plan = Plan.from_json(plan)
     elif isinstance(plan, dict):
         plan = Plan.from_dict(plan)
+    elif not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a Plan, or what its to_dict or to_json gave, got {type(plan).__name__}")
     new = to_plain_layers(model)
     for layer in plan.layers:
         module = get_layer(new, layer.name)

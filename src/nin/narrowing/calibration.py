@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nin.errors import UserError
+from nin.errors import UserError, is_out_of_memory
+from nin.models.factory import describe_other_input
 from nin.models.layer_spec import LayerSpec
 from nin.runtime import distributed
 
@@ -36,6 +37,62 @@ def model_inputs(batches: list[Any]) -> Iterator[tuple[tuple[Any, ...], dict[str
                 f"a batch must be a tensor, a tuple or list that begins with one, or a dict of keyword arguments, "
                 f"got {type(batch).__name__}"
             )
+
+
+def find_refused_batch(name: str, model: nn.Module, batches: list[Any]) -> UserError | None:
+    """Return what is wrong with the first batch that a model does not take, None where it takes all.
+
+    Of tensors one image of each shape and dtype is tried; of keyword arguments the first batch, whole.
+
+    Args:
+        name: of the batches, for the message.
+        model: that takes them.
+        batches: that it is to be called with.
+    """
+    tried: set[object] = set()
+    for number, (args, kwargs) in enumerate(model_inputs(batches), 1):
+        x = args[0] if args else None
+        kind = "keyword arguments" if x is None else (x.dtype, x.shape[1:])
+        what = f"{name}: batch {number}{'' if x is None else _describe(x)}"
+        if x is not None and not x.numel():
+            return UserError(f"{what} holds no image: {_what_is_taken(model)}")
+        if kind in tried:
+            continue
+        tried.add(kind)
+        if x is not None and x.dim() and _call_error(model, (x[:1],), {}) is None:
+            continue
+        if (error := _call_error(model, args, kwargs)) is not None:  # some networks take batches of one size only
+            reason = " ".join(str(error).split())[:160].rstrip(".")
+            refused = UserError(f"{what} is not taken by the network: {_what_is_taken(model)} ({reason})")
+            refused.__cause__ = error
+            return refused
+    return None
+
+
+def _call_error(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # somebody's own network may raise anything
+        if is_out_of_memory(error):
+            raise
+        return error
+    return None
+
+
+def _describe(x: Tensor) -> str:
+    return f" of shape {tuple(x.shape)} in {str(x.dtype).removeprefix('torch.')}"
+
+
+def _what_is_taken(model: nn.Module) -> str:
+    """Return what a model takes, by its first layer."""
+    first = next((module for module in model.modules() if module._parameters), None)
+    if other := describe_other_input(model):
+        return f"it takes {other}"
+    if not isinstance(first, nn.Conv2d):
+        return "see what its forward takes"
+    dtype = str(first.weight.dtype).removeprefix("torch.")
+    return f"its first layer takes (N, {first.in_channels}, H, W) in {dtype} on {first.weight.device}"
 
 
 def in_parts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

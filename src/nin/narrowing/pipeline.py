@@ -15,6 +15,7 @@ from nin.errors import UserError
 from nin.models.narrowing_plan import Plan
 from nin.models.surgery import apply_plan, to_layout, to_plain_layers
 from nin.narrowing.analysis import Analysis, analyse
+from nin.narrowing.calibration import find_refused_batch
 from nin.narrowing.function_matching import count_passes, match_function, split_images
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
@@ -108,10 +109,11 @@ def narrow(
         raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     loaded, held_out = _load_batches("batches", batches), _load_batches("held_out", options.held_out)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
-    # refused in all processes, or the others would wait for one that has ended
-    if distributed.all_reduce_sum(torch.tensor(float(not loaded))) > 0:
-        raise UserError("batches must hold at least one batch of images (in each process), got none")
     original = to_layout(to_plain_layers(model).eval(), options.layout)
+    refused = find_refused_batch("batches", original, loaded) or find_refused_batch("held_out", original, held_out)
+    # in all processes, or the others would wait for one that has ended
+    if distributed.all_reduce_sum(torch.tensor(float(not loaded or refused is not None))) > 0:
+        raise refused or UserError("batches must hold at least one batch of images (in each process), got none")
     with shown_progress("Narrowing", options.on_progress) as on_progress:
         with use_threads(options.threads):
             like = next((p for p in original.parameters() if p.is_floating_point()), torch.zeros(()))

@@ -8,7 +8,7 @@ from nin.config import check_seed
 from nin.engines.catalog import check_narrowing_engine
 from nin.errors import UserError
 from nin.runtime import distributed
-from nin.value_checks import check_share
+from nin.value_checks import check_share, check_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class WorkflowConfig:
             raise UserError(f"give one of --latency, --macs and --parameters, got {', '.join(given) or 'none'}")
         for name, value in [*given.items(), *(("budgets", share) for share in self.budgets)]:
             check_share(name, value)
-        if self.images < 1 or self.finetune < 0:
-            raise UserError(f"images must be at least 1 and finetune at least 0, got {self.images} and {self.finetune}")
+        check_value("images", self.images, int, lambda x: x >= 1, "at least 1")
+        check_value("finetune", self.finetune, int, lambda x: x >= 0, "at least 0")
         if distributed.world_size() > 1 and (self.finetune or self.control):
             raise UserError(
                 "--finetune and --control train in one process: under torchrun leave them out, or run without torchrun"

@@ -8,7 +8,7 @@ from torch import Tensor
 from nin.ops import schema
 from nin.ops.arguments import ChainArguments
 from nin.ops.bottleneck import inverted_bottleneck
-from nin.ops.checks import Pair, check_images, check_like, check_reach, pair, want_gradients
+from nin.ops.checks import Pair, check_images, check_like, check_reach, no_list, pair, want_gradients
 from nin.ops.cpu import call_cache
 from nin.ops.cpu import dispatch as cpu_dispatch
 from nin.ops.cpu.weight_cache import freeze, take_back_constants
@@ -99,7 +99,10 @@ def mlpconv(
         >>> nin.mlpconv(x, weights, (None, None, None), padding=2).shape
         torch.Size([2, 96, 32, 32])
     """
-    weights, biases = list(weights), list(biases)
+    try:
+        weights, biases = list(weights), list(biases)
+    except TypeError as error:
+        raise no_list(weights=weights, biases=biases) from error
     activations = _activations(activation, len(weights))
     stride, padding, dilation = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     chain = ChainArguments(weights, biases, stride, padding, dilation, activations)
@@ -153,7 +156,7 @@ def backends() -> dict[str, str]:
 
 def check_activation(name: str) -> None:
     """Raise ValueError unless ``name`` is one of `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
@@ -162,6 +165,8 @@ def _activations(activation: str | Sequence[str | None] | None, count: int) -> l
         name = "none" if activation is None else activation
         check_activation(name)
         return [name] * count
+    if not isinstance(activation, list | tuple):
+        raise ValueError(f"activation must be a name, or one for each of the {count} layers, got {activation!r}")
     names = ["none" if name is None else name for name in activation]
     if len(names) != count:
         raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")

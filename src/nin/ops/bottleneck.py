@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nin.ops import bottleneck_schema, schema
 from nin.ops.bottleneck_reference import BottleneckArguments, conv2d_layers
-from nin.ops.checks import Pair, check_images, check_like, check_reach, pair, want_gradients
+from nin.ops.checks import Pair, check_images, check_like, check_reach, no_list, pair, want_gradients
 from nin.ops.cpu import bottleneck as cpu_bottleneck
 from nin.ops.cpu import call_cache
 from nin.ops.cpu.weight_cache import take_back_constants
@@ -83,14 +83,19 @@ def inverted_bottleneck(
         >>> nin.inverted_bottleneck(x, weights, (None, None, None), padding=1, residual=True).shape
         torch.Size([2, 24, 56, 56])
     """
-    weights, biases = list(weights), list(biases)
+    try:
+        weights, biases = list(weights), list(biases)
+    except TypeError as error:
+        raise no_list(weights=weights, biases=biases) from error
     if not 2 <= len(weights) <= 5 or len(biases) != len(weights):
         raise ValueError(f"weights and biases must be two to five each, got {len(weights)} and {len(biases)}")
     geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     if norm_eps is not None:
         norm_eps = _epsilon(norm_eps, len(weights))
     activations = _activations(activation, len(weights), normalizes=norm_eps is not None)
-    arguments = BottleneckArguments(weights, biases, *geometry, activations, bool(residual), norm_eps)
+    if not isinstance(residual, bool):
+        raise ValueError(f"residual must be True or False, got {residual!r}")
+    arguments = BottleneckArguments(weights, biases, *geometry, activations, residual, norm_eps)
     if is_jit_traced():  # its graph has no word for the operator's list of optional biases
         return conv2d_layers(x, arguments)
     tensors = (x, *weights, *biases)
@@ -129,14 +134,17 @@ def _activations(activation: str | Sequence[str | None] | None, count: int, *, n
     elif activation is None or isinstance(activation, str):
         excitation: list[str | None] = ["relu", "sigmoid"] if count >= 4 else []
         names = [*[activation] * (count - 1 - len(excitation)), *excitation, "none"]
-    else:
+    elif isinstance(activation, list | tuple):
         names = list(activation)
+    else:
+        raise ValueError(f"activation must be a name, or one for each of the {count} layers, got {activation!r}")
     if len(names) != count:
         raise ValueError(f"activation must be one name or one for each of the {count} layers, got {len(names)}")
     known = ["none" if name is None else name for name in names]
     for i, name in enumerate(known):
         gates = count >= 4 and i == count - 2
-        if name not in (choice := GATES if gates else BOTTLENECK_ACTIVATIONS):
+        choice = GATES if gates else BOTTLENECK_ACTIVATIONS
+        if not isinstance(name, str) or name not in choice:
             place = " of the second layer of squeeze-and-excitation" if gates else ""
             raise ValueError(f"activation{place} must be one of {', '.join(choice)}, got {name!r}")
     return known

@@ -1,6 +1,6 @@
 """Checks of what a person gives to an operator, which name the argument, what was expected and what was got."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,15 @@ def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
 
 
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
+    return isinstance(value, int) and value is not True and value is not False and value >= least
+
+
+def no_list(**given: object) -> TypeError:
+    """Return the error for lists of tensors, one for each layer, of which one cannot be gone through."""
+    is_list = {name: isinstance(value, Iterable) and not isinstance(value, Tensor) for name, value in given.items()}
+    name = min(is_list, key=is_list.__getitem__)
+    each = "one for each layer, each a tensor or None" if name == "biases" else "one tensor for each layer"
+    return TypeError(f"{name} must be a list or tuple, {each}, got {type(given[name]).__name__}")
 
 
 def check_images(x: Tensor) -> None:

@@ -195,9 +195,9 @@ class SpeedResult:
             if self.equals(first):
                 lines.append("= cannot be told from it: their intervals overlap, and it loses least of them")
         for batch, (before, after) in self.control.items():
-            drift = 100 * (after.median / before.median - 1)
+            drift = f"{100 * (after.median / before.median - 1):+.1f}".replace("-", "−")
             sure = "within its interval" if before.overlaps(after) else "beyond its interval: take the times with care"
-            lines.append(f"control: the original once more, {batch} at a time, took {drift:+.1f} % of its time, {sure}")
+            lines.append(f"control: the original once more, {batch} at a time, differed by {drift} %, {sure}")
         missing: dict[str, list[str]] = {}
         for row in self.rows:
             if row.reason:
