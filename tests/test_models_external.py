@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -318,6 +320,51 @@ def test_weights_by_name_and_by_order(tmp_path):
     assert "1 of 122 tensors keep random weights (layer4.1.conv2.weight)" in load(without, 5)[1]
     with pytest.raises(UserError, match="holds the weights of another network: 0 of 100 tensors fit"):
         load({"a": torch.zeros(3)}, 5)
+
+
+def test_safetensors_files_are_matched_by_name_and_never_by_their_sorted_order(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    state = {name: t for name, t in network.state_dict().items() if "num_batches" not in name}
+    prefixed, renamed = tmp_path / "prefixed.safetensors", tmp_path / "renamed.safetensors"
+    save_file({f"_orig_mod.module.{name}": torch.full_like(t, 2.0) for name, t in state.items()}, prefixed)
+    InitialWeights.of_file(prefixed).load_into(network, "3")
+    assert all((t == 2).all() for name, t in network.state_dict().items() if "num_batches" not in name)
+    # sorted, bias, mean, variance and weight of a BatchNorm have the shapes of its weight, bias, mean and variance
+    names = ("a.weight", "b.weight", "b.bias", "b.mean", "b.variance", "c.weight", "c.bias")
+    other = {name: torch.randn_like(t) for name, t in zip(names, state.values(), strict=True)}
+    save_file(other, renamed)
+    weights = InitialWeights.of_file(renamed)
+    for load_weights in (lambda: weights.load_into(network, "3"), lambda: weights.load_all_into(network, "3", "it")):
+        with pytest.raises(UserError, match=r"sorted by name, .* cannot be matched by their order: .*\(\.pth\)"):
+            load_weights()
+    torch.save(other, tmp_path / "renamed.pth")
+    assert InitialWeights.of_file(tmp_path / "renamed.pth").load_into(network, "3").endswith("renamed.pth")
+    torch.testing.assert_close(network[1].running_var, other["b.variance"])
+
+
+def test_files_that_are_no_weights_are_said_to_be_what_they_are(tmp_path):
+    path, state = tmp_path / "w.pth", {"a.weight": torch.ones(2), "a.bias": torch.zeros(2)}
+    whole, one = nn.Linear(2, 2), torch.ones(1)
+    for content, message in (
+        (whole, "holds more than names and tensors (torch.nn.modules.linear.Linear)"),
+        ({"state_dict": state, "hooks": whole}, "save the weights alone, by torch.save(model.state_dict(), FILE)"),
+        ({}, "it is empty"),
+        (one, "names and tensors, got Tensor"),
+        ({"epoch": 3, "args": {}}, "it holds: epoch (int), args (empty dict)"),
+        ({"g": state, "d": state}, "2 of its entries are state_dicts: save the one to take: g (dict), d (dict)"),
+        ({"best": [state], "epoch": 1}, "it holds: best (list), epoch (int)"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_weights(path)
+    torch.save({"net": state, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, path)
+    assert read_weights(path).keys() == state.keys()
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"hello world", b"<!DOCTYPE html>", pickle.dumps({"a": 1}, 4)):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            read_weights(path)
+        assert str(caught.value) == f"{path} is damaged, or no file of weights that torch.save wrote"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

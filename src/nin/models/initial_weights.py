@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from nin.errors import UserError
 from nin.models.package_networks import first_convolution, weight_for_channels
+from nin.runtime.weight_files import is_safetensors, read_weights
 
 # Counted by BatchNorm layers, and missing in older files.
 _COUNTER = "num_batches_tracked"
@@ -23,11 +25,18 @@ class InitialWeights:
         tensors: by the names in the file.
         source: the file or folder, for messages.
         class_layer: whether its class layer may be of the same classes; one of others would be worth nothing.
+        ordered: whether they are in the order of the layers, so that other names may be matched by it.
     """
 
     tensors: Mapping[str, Tensor]
     source: str
     class_layer: bool = True
+    ordered: bool = True
+
+    @classmethod
+    def of_file(cls, path: Path) -> "InitialWeights":
+        """Return the weights in a file, see `nin.runtime.weight_files.read_weights`."""
+        return cls(read_weights(path), str(path), ordered=not is_safetensors(path))
 
     @property
     def is_of_classifier(self) -> bool:
@@ -37,7 +46,8 @@ class InitialWeights:
     def load_into(self, network: nn.Module, class_layer: str | None) -> str:
         """Copy the tensors into a network, in place; return in one line what did not fit, or "".
 
-        Names are compared first. Where some are others, but all shapes agree in their order, the order counts. Of a
+        Names are compared first. Where some are others, but all shapes agree in their order, the order counts, of
+        tensors that have one. Of a
         first convolution for other channels the weights are summed or repeated. A class layer for another number of
         classes keeps the network's own weights. What the file has beyond the network is named.
 
@@ -61,7 +71,9 @@ class InitialWeights:
         if not needed or len(missing) > (1 - SMALLEST_FIT) * len(needed):
             raise UserError(
                 f"{self.source} holds the weights of another network: {len(needed) - len(missing)} of "
-                f"{len(needed)} tensors fit" + (f"; {missing[0]} does not, for example" if missing else "")
+                f"{len(needed)} tensors fit"
+                + (f"; {missing[0]} does not, for example" if missing else "")
+                + self._order_note(expected)
             )
         network.load_state_dict({**expected, **fitting})
         return self._note(expected, fitting, missing, of_classes, self._without_place(matched))
@@ -96,11 +108,21 @@ class InitialWeights:
         if wrong := [key for key in needed if key not in found or found[key].shape != expected[key].shape]:
             raise UserError(
                 f"{self.source} does not fit {name}: {len(wrong)} of its {len(needed)} tensors are missing there or "
-                f"have another shape ({_abbreviate(wrong)})"
+                f"have another shape ({_abbreviate(wrong)})" + self._order_note(expected)
             )
         if extra := self._without_place(found):
             raise UserError(f"{self.source} does not fit {name}, which has no {_abbreviate(extra)}")
         network.load_state_dict({**expected, **found})
+
+    def _order_note(self, expected: Mapping[str, Tensor]) -> str:
+        """Return why the order of as many tensors under other names says nothing; "" where that is not it."""
+        counts = [sum(not name.endswith(_COUNTER) for name in tensors) for tensors in (self.tensors, expected)]
+        if self.ordered or counts[0] != counts[1]:
+            return ""
+        return (
+            ". A .safetensors file is sorted by name, so tensors under other names cannot be matched by their order: "
+            "give the state_dict as torch.save writes it (.pth), or with the network's names"
+        )
 
     def _without_place(self, found: Mapping[str, Tensor]) -> list[str]:
         """Return the names of the file's tensors that are none of those found, but for counters."""
@@ -120,7 +142,7 @@ class InitialWeights:
             return by_name
         ours = [(key, t) for key, t in expected.items() if not key.endswith(_COUNTER)]
         theirs = [t for key, t in self.tensors.items() if not key.endswith(_COUNTER)]
-        if len(ours) == len(theirs):
+        if self.ordered and len(ours) == len(theirs):
             by_order = {key: t for (key, _), t in zip(ours, theirs, strict=True)}
             usable = _with_channels(by_order, first, expected)
             if all(

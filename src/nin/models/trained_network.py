@@ -7,7 +7,6 @@ from nin.models.factory import ExternalModel, create_external_model
 from nin.models.head_surgery import cut_head
 from nin.models.initial_weights import InitialWeights
 from nin.names import LIBRARIES
-from nin.runtime.weight_files import read_weights
 
 
 def load_trained(name: str, weights: Path) -> ExternalModel:
@@ -25,7 +24,7 @@ def load_trained(name: str, weights: Path) -> ExternalModel:
     Raises:
         UserError: there is no such network, the file holds no weights, or not exactly those of the network.
     """
-    tensors = InitialWeights(read_weights(weights), str(weights))
+    tensors = InitialWeights.of_file(weights)
     external = create_external_model(name)
     class_layer = cut_head(external.model.eval()).class_layer
     if tensors.is_of_classifier and not {"body", "head"} & dict(external.model.named_children()).keys():

@@ -1,13 +1,19 @@
 """Files of weights: safetensors, and state_dicts that torch.save wrote, which are read without running code."""
 
 import pickle
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nin.errors import UserError
+
+# of a checkpoint without weights so many entries are named
+MOST_ENTRIES = 6
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -34,21 +40,76 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged, or holds something else than tensors.
     """
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
+    state = read_tensors(path)[0] if is_safetensors(path) else _unwrapped(path, _load(path))
+    if not state:
+        raise UserError(f"{path} must hold a state_dict, names and tensors: it is empty")
+    return {_plain_name(name): value for name, value in state.items()}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is one of safetensors, by its name: its tensors are sorted and have no order of layers."""
+    return path.suffix == ".safetensors"
+
+
+def _load(path: Path) -> Any:
+    """Return what torch.save wrote into a file."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} must hold a state_dict that torch.save wrote, and nothing else: {reason}") from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # averaged weights first, as timm takes them
+        with warnings.catch_warnings():  # of files that are refused in the next line
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = kind[1] if kind else "TorchScript" if "TorchScript" in str(error) else ""
+        if name:
+            raise UserError(
+                f"{path} holds more than names and tensors ({name}), and to read that could run code: save the "
+                "weights alone, by torch.save(model.state_dict(), FILE)"
+            ) from error
+        raise UserError(f"{path} is damaged, or no file of weights that torch.save wrote") from error
+
+
+def _unwrapped(path: Path, state: Any) -> dict[str, Tensor]:
+    """Return the names and tensors in a checkpoint; averaged weights first, as timm takes them."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} must hold a state_dict, names and tensors, got {type(state).__name__}")
-    return {_plain_name(name): value for name, value in state.items()}
+    if _is_state_dict(state) or (isinstance(state, dict) and not state):
+        return dict(state)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} must hold a state_dict, names and tensors, got {_describe(state)}")
+    inside = [key for key, value in state.items() if _is_state_dict(value)]
+    if len(inside) == 1:  # under a name of its script's own, such as "net"
+        return dict(state[inside[0]])
+    entries = ", ".join(f"{key} ({_describe(value)})" for key, value in list(state.items())[:MOST_ENTRIES])
+    more = f" and {len(state) - MOST_ENTRIES} more" if len(state) > MOST_ENTRIES else ""
+    which = f"{len(inside)} of its entries are state_dicts: save the one to take" if inside else "it holds"
+    raise UserError(f"{path} must hold a state_dict, names and tensors; {which}: {entries}{more}")
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Return whether a value is names and tensors, and some of them."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def _describe(value: Any) -> str:
+    """Return what an entry of a checkpoint is."""
+    return "empty dict" if isinstance(value, dict) and not value else type(value).__name__
 
 
 def _plain_name(name: str) -> str:

@@ -13,7 +13,7 @@ from nin.config import ResolvedConfig, TrainConfig
 from nin.errors import UserError
 from nin.models.initial_weights import InitialWeights
 from nin.models.input_config import InputConfig
-from nin.runtime.weight_files import read_tensors, read_weights
+from nin.runtime.weight_files import read_tensors
 from nin.training.state import recorded_settings
 from nin.training.step import make_model
 
@@ -133,7 +133,7 @@ class StartingPoint:
     def _read(self, path: str, classes: tuple[str, ...]) -> InitialWeights:
         folder = _run_folder(path)
         if folder is None:
-            return InitialWeights(read_weights(Path(path)), path)
+            return InitialWeights.of_file(Path(path))
         assert self.run is not None
         tensors, _ = read_tensors(folder / checkpoint.MODEL_FILE)
         same = self.run.classes == classes
