@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from nin.narrowing.calibration import PIXELS_AT_A_TIME, float_tensors, model_inputs
-from nin.narrowing.recalibration import calibration_error
 from nin.optim import adamw, one_cycle_learning_rate
 from nin.runtime import distributed
 from nin.runtime.model_copy import copy_model
@@ -16,8 +15,8 @@ from nin.runtime.progress import ProgressCallback, ignore_progress
 # Images of a step, and of all those how many (one in so many) decide whether the result is kept.
 BATCH, JUDGE_EVERY = 50, 5
 
-# It pays where it costs little: at most so many passes, and multiply-accumulates of all of them together, about a
-# minute of one core; with fewer passes nothing is gained, and none is made.
+# It pays where it costs little: at most so many passes, and multiply-accumulates of all of them together, about half a
+# minute of one core (twice: to judge, and with all images); with fewer passes nothing is gained, and none is made.
 MOST_PASSES, LEAST_PASSES, MOST_MACS = 30, 5, 1.5e12
 
 # At the peak, of AdamW. Compared with 0.0003 in benchmarks/narrowing/README.md.
@@ -56,13 +55,12 @@ def split_images(original: nn.Module, batches: list[Any]) -> tuple[list[Tensor],
 def match_function(
     model: nn.Module,
     original: nn.Module,
-    seen: list[Tensor],
-    judges: list[Tensor],
+    images: list[Tensor],
     *,
     passes: int,
     on_progress: ProgressCallback = ignore_progress,
-) -> nn.Module | None:
-    """Fit all weights of a network together, where that brings it nearer to the original on images left apart.
+) -> nn.Module:
+    """Return a copy of a network, all weights of which are fitted together to the original's outputs.
 
     The images are mixed, ``λ a + (1 - λ) b`` with λ from 0 to 1 at random, new ones in each pass: of a few hundred
     images the network would learn the answers by heart, and the original is sure of the images that it was trained on.
@@ -71,13 +69,9 @@ def match_function(
     Args:
         model: the narrowed network, in evaluation mode; left as it is.
         original: the network before.
-        seen: images to fit to, see `split_images`.
-        judges: images that nothing was fitted to, the layers of the narrowed network neither.
+        images: to fit to, in batches of one shape.
         passes: over the images.
         on_progress: called with what is being done, the steps done and all steps.
-
-    Returns:
-        The fitted network, or None where it is not nearer to the original.
 
     Source:
         Beyer, Zhai, Royer, Markeeva, Anil, Kolesnikov: Knowledge distillation: a good teacher is patient and
@@ -88,12 +82,11 @@ def match_function(
     before = [p.requires_grad for p in trained]
     for p in trained:
         p.requires_grad_(True)
-    _train(fitted, original, torch.cat(seen), trained, passes, on_progress)
+    _train(fitted, original, torch.cat(images), trained, passes, on_progress)
     for p, requires_grad in zip(trained, before, strict=True):
         p.requires_grad_(requires_grad)
         p.grad = None
-    nearer = calibration_error(fitted, original, judges) < calibration_error(model, original, judges)
-    return fitted if nearer else None
+    return fitted
 
 
 def _train(

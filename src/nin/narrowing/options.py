@@ -21,8 +21,8 @@ class NarrowOptions:
         passes: times that the images are run through both networks for the reconstruction, at most.
         matching_passes: passes over the images, mixed with each other, in which all weights are fitted together to the
             original's outputs, see `nin.narrowing.function_matching`; as many as take about a minute of one core, or
-            none where that is too few, if not given. The result is kept where it is nearer to the original on images
-            left apart.
+            none where that is too few, if not given. It is done where it brings the network nearer to the original on
+            images left apart.
         renormalise: recalibrate BatchNorm, and keep that where the result comes nearer to the original's.
         revert_slower: for a budget of multiply-accumulates or parameters, give layers that were measured slower than
             before fewer channels, or keep them as they were, where the budget is spent all the same and little more is

@@ -20,7 +20,7 @@ from nin.narrowing.function_matching import count_passes, match_function, split_
 from nin.narrowing.latency import LatencyTable, ModelTimer
 from nin.narrowing.options import NarrowOptions
 from nin.narrowing.planner import LATENCY_TOLERANCE, Planner, PlannerResult, count_parameters
-from nin.narrowing.recalibration import count_images, measure_error, recalibrate_if_better
+from nin.narrowing.recalibration import calibration_error, count_images, measure_error, recalibrate_if_better
 from nin.narrowing.reconstruction import reconstruct
 from nin.narrowing.report import CurvePoint, NarrowReport, file_bytes, layer_reports
 from nin.narrowing.timed_engines import make_engine
@@ -228,12 +228,18 @@ class _Narrower:
         passes = self.options.matching_passes
         if passes is None:
             passes = count_passes(count_images(self.batches), macs)
+        match = functools.partial(match_function, original=self.original, passes=passes, on_progress=self.on_progress)
         if passes and (parts := split_images(self.original, self.batches)) is not None:
-            narrowed, errors = fit_layers(parts[0])
-            matched = match_function(narrowed, self.original, *parts, passes=passes, on_progress=self.on_progress)
-            if matched is not None:
+            # whether it helps is judged by images that nothing was fitted to; then all are
+            seen, judges = parts
+            narrowed, _ = fit_layers(seen)
+            errors_by_judges = [
+                calibration_error(model, self.original, judges) for model in (narrowed, match(narrowed, images=seen))
+            ]
+            if errors_by_judges[1] < errors_by_judges[0]:
+                narrowed, errors = fit_layers(self.batches)
                 note = f"All weights were fitted together to the original's outputs, {passes} passes over mixed images."
-                return matched, errors, note
+                return match(narrowed, images=[*seen, *judges]), errors, note
         return *fit_layers(self.batches), ""
 
     def result(self, narrowed: nn.Module, planned: PlannerResult, *measured: Any) -> NarrowResult:
