@@ -168,6 +168,27 @@ def test_a_written_page_fits_every_screen(browser, axe, name, tmp_path):
     assert wrong == []
 
 
+def test_the_charts_of_a_search_stand_beside_each_other_and_always_tell_one_sign(browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(write_search(tmp_path).as_uri())
+    charts = page.locator("svg:has(.point)")
+    boxes = [chart.bounding_box() for chart in charts.all()]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[1]["x"] + boxes[1]["width"] > 1100
+    told = """charts => charts.map(chart => [...chart.querySelectorAll(".told")].filter(
+        words => getComputedStyle(words).display !== "none").map(words => words.querySelector("text").textContent))"""
+    fastest, eager = ["narrowed 0.65, int8, OpenVINO"], ["original, float32, PyTorch eager"]
+    assert charts.evaluate_all(told) == [fastest, fastest]
+    points = charts.nth(0).locator(".point")
+    points.nth(1).focus()
+    assert charts.evaluate_all(told) == [eager, fastest]
+    page.keyboard.press("Tab")
+    assert charts.evaluate_all(told) == [["original, float32, nin's operator"], fastest]
+    points.nth(1).hover(force=True)  # before that which has the focus
+    assert charts.evaluate_all(told) == [eager, fastest]
+    page.close()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """Serve the lesson with a look inside."""

@@ -671,6 +671,12 @@ def test_the_page_escapes_names_and_tells_every_point():
     assert "http" not in page.replace("http-equiv", "")
     drawn = chart(found, 1)
     assert "lost +80.00" in drawn
+    assert page.index("Key of the charts") < page.index(drawn[:40])
+    # the words of the fastest fill the place under the chart; without one, those of a sign all the same
+    chosen = re.escape(found.chosen.engine and ENGINES[found.chosen.engine].title)
+    assert re.search(rf'class="point \w+ chosen first"[^>]*aria-label="[^"]*{chosen}', drawn)
+    without = chart(dataclasses.replace(found, chosen=None), 1)
+    assert [len(re.findall(r'class="point \w+( chosen)? first"', text)) for text in (drawn, without)] == [1, 1]
     assert time_marks(0.8, 12) == [1.0, 2.0, 5.0, 10.0]
     assert time_marks(3.1, 3.9) == [3.1, 3.9]
 

@@ -57,8 +57,8 @@ def explanation(result: SpeedResult) -> str:
     return (
         f"Down is better, left is faster. Upwards: {what}, lost in comparison with the original; the dashed line is "
         f"the limit, {result.lose:g}. To the right: milliseconds, each step of the scale a multiple. The thin line "
-        "joins the combinations that no other is better than. Point at a sign, or go to it with the Tab key, and its "
-        f"figures are shown.{beyond}"
+        "joins the combinations that no other is better than. Under the chart stand the figures of the sign that is "
+        f"pointed at, or reached with the Tab key; until then, those of the fastest.{beyond}"
     )
 
 
@@ -93,7 +93,7 @@ def chart(result: SpeedResult, batch: int) -> str:
     ]
     # the chosen one last, above the others
     ordered = sorted(rows, key=lambda row: (row.combination == result.chosen, -row.latency[batch].median))
-    shapes += [_point(plot, result, row, batch) for row in ordered]
+    shapes += [_point(plot, result, row, batch, is_first=row is ordered[-1]) for row in ordered]
     marks = time_marks(lows / 1.15, highs * 1.15)
     below = [text(f"{mark:g}", plot.x(math.log10(mark)), plot.bottom + 17, "middle") for mark in marks]
     description = f"{explanation(result).split('.')[0]}. The figures are in the table below."
@@ -144,8 +144,16 @@ def _mark(engine: str, x: float, y: float) -> str:
     return element("polygon", class_="mark", points=points)
 
 
-def _point(plot: Plot, result: SpeedResult, row: Row, batch: int) -> str:
-    """Return the sign of a combination with its spread, and the words that are shown while it is pointed at."""
+def _point(plot: Plot, result: SpeedResult, row: Row, batch: int, *, is_first: bool) -> str:
+    """Return the sign of a combination with its spread, and the words that are shown while it is pointed at.
+
+    Args:
+        plot: where it is drawn.
+        result: that it is of.
+        row: the combination.
+        batch: images at a time.
+        is_first: whether the words are shown before any is pointed at.
+    """
     (x, y), latency, told = _place(plot, row, batch), row.latency[batch], describe(result, row, batch)
     ends = {"x1": plot.x(math.log10(latency.low)), "x2": plot.x(math.log10(latency.high)), "y1": y, "y2": y}
     words = "".join(text(line, 4, plot.bottom + 56 + 16 * i) for i, line in enumerate(told))
@@ -156,7 +164,7 @@ def _point(plot: Plot, result: SpeedResult, row: Row, batch: int) -> str:
         element("g", words, class_="told", aria_hidden="true"),
     ]
     chosen = " chosen" if row.combination == result.chosen else ""
-    kind = f"point {row.combination.number}{chosen}"
+    kind = f"point {row.combination.number}{chosen}{' first' if is_first else ''}"
     return element("g", "".join(parts), class_=kind, tabindex="0", role="img", aria_label="; ".join(told))
 
 
