@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -400,15 +402,36 @@ def test_real_pretrained_weights_name_a_palace_and_a_daisy():
             assert int(model(data.to_float(pixels[None], c.mean, c.std)).argmax()) == label
 
 
-def test_without_a_network_one_line_says_what_to_do(monkeypatch):
-    import timm
+NO_NETWORK = """
+import nin
+for name in ("timm:tf_efficientnet_lite0", "torchvision:resnet18"):
+    try:
+        nin.models.create(name, 3, pretrained=True)
+    except nin.errors.UserError as error:
+        print(error)
+"""
 
-    def fail(*arguments, **options):
-        raise OSError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(UserError, match=r"cannot be had: .*no route to host.* give --weights FILE"):
-        models.create("timm:tf_efficientnet_lite0", 3, pretrained=True)
+def test_without_a_network_one_line_says_what_to_do(tmp_path):
+    with socket.socket() as unused:  # bound and not listening: who connects is refused
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        variables = {n: v for n, v in os.environ.items() if "proxy" not in n.lower() and not n.startswith("HF_")}
+        variables |= {"HF_HOME": str(tmp_path / "hub"), "TORCH_HOME": str(tmp_path / "torch")}
+        variables |= {"https_proxy": address, "HF_ENDPOINT": address, "no_proxy": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", NO_NETWORK], env=variables, capture_output=True, text=True, check=True
+        )
+    assert "Retrying" not in done.stderr
+    for line, name in zip(
+        done.stdout.splitlines(), ("timm:tf_efficientnet_lite0", "torchvision:resnet18"), strict=True
+    ):
+        assert line.startswith(f"the weights of {name} cannot be had: they are not in the package's cache")
+        assert "onnection refused" in line
+        assert ") With a network, run it once more; without one, give --weights FILE, a " in line.replace(").", ")")
+
+
+def test_pretrained_is_for_libraries():
     with pytest.raises(UserError, match="is for timm:NAME and torchvision:NAME"):
         nin.train("digits", nin.TrainConfig(model="torch.nn:Identity", pretrained=True))
 
@@ -617,6 +640,50 @@ def check_resuming_names_the_factory(photos, out, monkeypatch):
     app.main(["train", str(photos), "--out", str(stopped), "--size", "32", "--resume", "--trust"])
     app.main(["train", str(photos), "--out", str(folds), "--size", "32", "--resume", "--folds", "2", "--trust"])
     assert nin.train(photos, config, out=stopped, keeping=resume).info.result  # named again
+
+
+@pytest.mark.parametrize("by_command", [False, True])
+def test_mistakes_are_said_before_the_images_are_read(by_command, photos, tmp_path, monkeypatch, capsys):
+    def read(*arguments, **options):
+        raise AssertionError("the images were read first")
+
+    monkeypatch.setattr(data, "load", read)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    other, broken = tmp_path / "other.pth", tmp_path / "broken.pth"
+    torch.save({"a": torch.zeros(3)}, other)
+    broken.write_bytes(b"nothing")
+    for source, options, message in (
+        (photos, {"model": "torchvision:resnet18", "weights": str(other)}, "holds the weights of another network"),
+        (photos, {"model": "torchvision:resnet18", "weights": str(broken)}, "is damaged"),
+        (photos, {"model": "nin_nowhere.module:make"}, "was not found"),
+        (photos, {"model": "torch.nn:no_such"}, "was not found"),
+        (photos, {"patience": 2}, "patience goes by images that are set apart"),
+        ("digits", {"patience": 2}, "patience goes by images that are set apart"),
+        (photos, {"tensorboard": True}, "TensorBoard's files need: pip install"),
+    ):
+        if by_command:
+            given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+            with pytest.raises(SystemExit):
+                app.main(["train", str(source), "--out", str(tmp_path / "run"), *given])
+            assert message in " ".join(capsys.readouterr().err.split())
+        else:
+            keeping = training.CheckpointOptions(tensorboard=options.pop("tensorboard", False))
+            with pytest.raises(UserError, match=message):
+                nin.train(source, nin.TrainConfig(**options), out=tmp_path / "run", keeping=keeping)
+        assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_a_frozen_body_does_not_use_are_named(photos):
+    unused = {"epochs": 9, "mixup": 0.2, "learning_rate": "auto", "batch_size": 4}
+    config, notes = nin.TrainConfig(model="torchvision:resnet18", recipe="finetune", freeze=True, **unused), []
+    resolved = config.resolve(images=24, image_size=32, flip=False, shift=0)
+    assert resolved.epochs == 1
+    assert not resolved.finds("learning_rate")
+    assert "--batch-size, --epochs, --learning-rate, --mixup change nothing" in config.unused_note()
+    assert nin.TrainConfig(recipe="finetune", freeze=True, label_smoothing=0.2).unused_note() == ""
+    assert nin.TrainConfig(epochs=9).unused_note() == ""
+    nin.train(data.load(photos, size=32), config, on_note=notes.append)
+    assert notes == [config.unused_note()]
 
 
 def test_grad_cam_is_an_approximation_of_maps(photos):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+from nin import given
 from nin.errors import UserError
 from nin.given import remembers_given
 from nin.recipes import FINETUNE_STEPS, RECIPES, learning_rate_by_batch
@@ -179,6 +180,18 @@ class TrainConfig:
         """Return whether images of this size, in pixels, are cropped at random."""
         return self.augment != "none" and image_size >= PHOTO_SIZE
 
+    def unused_note(self) -> str:
+        """Return which of the given settings have no part in the fit of the class layer alone; "" for none."""
+        names = sorted(self.given & _OF_STEPS) if self.freeze else []
+        if self.freeze and self.augment == "strong":
+            names.append("augment")
+        if not names:
+            return ""
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        return (
+            f"--freeze fits the class layer once, without steps and random changes of images: {options} change nothing"
+        )
+
     def finds(self, name: str) -> bool:
         """Return whether a setting is to be found by trying."""
         return bool(getattr(self, name) == "auto")
@@ -207,6 +220,8 @@ class TrainConfig:
                 f"train_size is for random crops of photos, of {PHOTO_SIZE} pixels or more, and at most their size: "
                 f"got {self.train_size}, images of {image_size} pixels and augment={self.augment or 'light'}"
             )
+        if self.freeze:  # one fit, without steps: nothing of a step's is to be found by trying
+            self = given.replace(self, epochs=1, learning_rate=None, batch_size=None)
         recipe = self.recipe or ("finetune" if self.pretrained or self.weights else "default")
         # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100); from weights
         # about 26,000, at least 12 times each (660 photos: 40 epochs), as the features are there already
@@ -258,6 +273,11 @@ class TrainConfig:
 _OPTIONAL = {"model", "epochs", "batch_size", "dropout", "normalisation", "flip", "shift", "threads"}
 _OPTIONAL |= {"recipe", "body_rate", "optimizer", "batch_norm", "augment", "weights", "validation", "patience"}
 _OPTIONAL |= {"learning_rate", "warmup", "schedule", "weight_decay", "label_smoothing", "ema", "balance", "train_size"}
+
+# settings of the steps, which a frozen body does not take
+_OF_STEPS = {"epochs", "batch_size", "learning_rate", "body_rate", "optimizer", "warmup", "schedule", "momentum"}
+_OF_STEPS |= {"weight_decay", "batch_norm", "gradient_clip", "ema", "dropout", "shift", "train_size", "mixup", "cutmix"}
+_OF_STEPS |= {"patience"}
 
 # settings whose "auto" means that they are found by trying
 _FOUND = {"learning_rate", "batch_size"}

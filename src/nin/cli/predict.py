@@ -163,6 +163,20 @@ def check_maps_folder(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} holds maps already: give another name, or --overwrite to replace those of a name")
 
 
+def check_approximate_maps(reason: str) -> None:
+    """Check that maps can be approximated, before the images are classified.
+
+    Raises:
+        UserError: the package for it is missing; the message says why there are no exact maps.
+    """
+    from nin.inference.grad_cam import import_grad_cam
+
+    try:
+        import_grad_cam()
+    except UserError as error:
+        raise UserError(f"--maps: there are no exact maps ({reason}); {error}, or leave --maps away") from error
+
+
 def write_predictions(classifier: Classifier, source: ShardSet | PathList, table: Path, *, resume: bool) -> set[str]:
     """Write the predictions into a CSV or Parquet file; return the names of the images that cannot be read.
 

@@ -114,6 +114,8 @@ def train(
         was_finished = resume and folders.is_finished(out)
         if resume and folds is None and not folders.has_begun(out):
             messages.print(f"{out} holds nothing to resume yet: the training begins.")
+        resumes = resume and folders.has_begun(out)
+        training.check_before_images(start, data, resumes=resumes, tensorboard=tensorboard)
         asked = {name: loading.pop(name) for name in ("size", "resize", "test_fraction")}
         loading |= start.load_options(data, **asked)
         if loading["seed"] is None:

@@ -29,13 +29,7 @@ def grad_cam(model: nn.Module, x: Tensor, labels: list[int]) -> Tensor:
         Selvaraju et al.: Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, 2017,
         arXiv 1610.02391.
     """
-    try:
-        library: Any = importlib.import_module("pytorch_grad_cam")
-        targets: Any = importlib.import_module("pytorch_grad_cam.utils.model_targets")
-    except ImportError as error:
-        raise UserError(
-            f"maps of this network are approximated by Grad-CAM, which needs: {install_command('gradcam')}"
-        ) from error
+    library, targets = import_grad_cam()
     layer = last_feature_layer(model, x[:1])
     with torch.enable_grad(), library.GradCAM(model=model, target_layers=[layer]) as cam:
         values = cam(
@@ -44,6 +38,21 @@ def grad_cam(model: nn.Module, x: Tensor, labels: list[int]) -> Tensor:
         )
     model.zero_grad()
     return torch.from_numpy(values).float()
+
+
+def import_grad_cam() -> tuple[Any, Any]:
+    """Return the package grad-cam and its module of targets.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        names = ("pytorch_grad_cam", "pytorch_grad_cam.utils.model_targets")
+        return importlib.import_module(names[0]), importlib.import_module(names[1])
+    except ImportError as error:
+        raise UserError(
+            f"maps of this network are approximated by Grad-CAM, which needs: {install_command('gradcam')}"
+        ) from error
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """Networks that timm, torchvision and somebody's own module make, with or without the weights they publish."""
 
+import contextlib
 import importlib
 import inspect
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,9 @@ from nin.version import install_command
 
 # The input of a network that does not say: colour images of the size at which most networks are published.
 DEFAULT_CHANNELS, DEFAULT_SIZE = 3, 224
+
+# that the Hub may take to answer, where its weights are to be downloaded
+HUB_SECONDS = 10.0
 
 
 def check_library_name(package: str, name: str) -> None:
@@ -113,17 +118,44 @@ def create_pretrained(name: str, num_classes: int, in_channels: int) -> nn.Modul
     package, _, own = name.partition(":")
     try:
         if package == "timm":
+            _check_hub_answers(own)
             options = {"num_classes": num_classes, "in_chans": in_channels}
             network: nn.Module = import_timm(own).create_model(own, pretrained=True, **options)
             return network
         models: Any = importlib.import_module("torchvision.models")
-        return adapt_channels(models.get_model(own, weights="DEFAULT"), in_channels)
+        with contextlib.redirect_stdout(sys.stderr):  # where PyTorch says what it downloads
+            network = models.get_model(own, weights="DEFAULT")
+        return adapt_channels(network, in_channels)
     except OSError as error:  # of every download: URLError, requests' and the Hub's errors, a full disk
         raise UserError(_no_weights(name, error)) from error
 
 
+def _check_hub_answers(name: str) -> None:
+    """Ask the Hub once for a file of the weights that are not in its cache: timm would ask for most of a minute.
+
+    Raises:
+        ConnectionError: it cannot be reached.
+    """
+    cfg = import_timm(name).get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    hub: Any = importlib.import_module("huggingface_hub")
+    files = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+    if any(isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files if file):
+        return
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(cfg.hf_hub_id, "config.json"), timeout=HUB_SECONDS)
+    except hub.errors.HfHubHTTPError as error:
+        if error.response is None or error.response.status_code >= 500:
+            raise ConnectionError(str(error)) from error
+        # it answers: what it refuses, the download says
+    except Exception as error:  # of requests, httpx or httpx2, by the version of the Hub's package
+        raise ConnectionError(str(error)) from error
+
+
 def _no_weights(name: str, error: Exception) -> str:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    text = str(error).strip().splitlines()
+    reason = textwrap.shorten(f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": "), 120, placeholder=" …")
     return (
         f"the weights of {name} cannot be had: they are not in the package's cache and could not be downloaded "
         f"({reason}). With a network, run it once more; without one, give --weights FILE, a .safetensors or .pth "

@@ -7,7 +7,7 @@ from typing import Any
 
 from nin import checkpoint, epoch_metrics, folders
 from nin.display.durations import duration
-from nin.display.numbers import format_percent
+from nin.display.numbers import format_number_of, format_percent
 from nin.display.training_curves import training_curves
 from nin.server import schemas
 
@@ -57,6 +57,7 @@ def _read_progress(path: Path) -> dict[str, Any] | None:
 
 def _result_text(run: Path, epochs: int) -> str:
     accuracy = checkpoint.load_info(run).result.get("test_accuracy")
+    text = f"Finished after {format_number_of(epochs, 'epoch')}"
     if accuracy is None:
-        return f"Finished after {epochs} epochs."
-    return f"Finished after {epochs} epochs: test accuracy {format_percent(accuracy)}."
+        return f"{text}."
+    return f"{text}: test accuracy {format_percent(accuracy)}."

@@ -1,6 +1,7 @@
 """Training: the loop over epochs, one step of the optimiser, the saved state, the result."""
 
 from nin.training.cross_validation import cross_validate
+from nin.training.early_checks import check_before_images
 from nin.training.progress import TrainProgress
 from nin.training.result import TrainResult
 from nin.training.setup import train
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointOptions",
     "TrainProgress",
     "TrainResult",
+    "check_before_images",
     "cross_validate",
     "starting_point",
     "train",

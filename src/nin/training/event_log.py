@@ -24,11 +24,7 @@ class EventLog:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(f"TensorBoard's files need: {install_command('tensorboard')}") from error
-        self.folder, self.make_writer = folder / EVENTS_FOLDER, SummaryWriter
+        self.folder, self.make_writer = folder / EVENTS_FOLDER, import_writer()
         self.writer: Any = None
 
     def write(self, metrics: Sequence[Mapping[str, float]]) -> None:
@@ -52,6 +48,19 @@ class EventLog:
         """End the writer's thread."""
         if self.writer is not None:
             self.writer.close()
+
+
+def import_writer() -> Any:
+    """Return TensorBoard's class that writes the files.
+
+    Raises:
+        UserError: the package tensorboard is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"TensorBoard's files need: {install_command('tensorboard')}") from error
+    return SummaryWriter
 
 
 def _tag(name: str) -> str:

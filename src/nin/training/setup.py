@@ -14,6 +14,7 @@ from nin.runtime import torchrun
 from nin.runtime.device import choose_device, keep_freed_memory, use_threads
 from nin.training import batches
 from nin.training.batch_size_test import check_batch_size_test, find_batch_size
+from nin.training.early_checks import check_before_images, raise_for_patience
 from nin.training.loop import Trainer
 from nin.training.progress import TrainProgress
 from nin.training.progress_lines import shown_progress
@@ -89,6 +90,8 @@ def train(
     if isinstance(source, data.Data):
         images = source
     else:
+        if network is None:
+            check_before_images(start, source, resumes=resume, tensorboard=options.tensorboard)
         loading: dict[str, Any] = dict.fromkeys(("size", "resize", "test_fraction", "data_dir", "seed"))
         if folder is not None and resume:
             loading = with_recorded_loading(loading, folder)
@@ -99,10 +102,11 @@ def train(
     if folder is not None and options.resume:
         images = with_recorded_augmentation(images, folder)
     images = data.split_validation(images, config.validation, seed=start.validation_seed(images, config))
-    if (note := start.learned_note(images)) and on_note is not None:
-        on_note(note)
+    for note in filter(None, (start.learned_note(images), config.unused_note())):
+        if on_note is not None:
+            on_note(note)
     if config.patience is not None and images.validation is None:
-        raise UserError("patience goes by images that are set apart: give validation, such as 0.15, too")
+        raise_for_patience()
     of_images: Any = {"images": len(images.train), "image_size": images.size}
     of_images |= {"flip": images.flip, "shift": images.shift}
     resolved = config.resolve(**of_images)

@@ -119,7 +119,7 @@ class StartingPoint:
         if resumes:
             random = dataclasses.replace(config, pretrained=False)
             return lambda: make_model(random, **sizes)
-        weights = None if config.weights is None else self._read(config.weights, images.classes)
+        weights = None if config.weights is None else self.read_weights(images.classes)
         notes: list[str] = []
 
         def make() -> nn.Module:
@@ -130,14 +130,20 @@ class StartingPoint:
 
         return make
 
-    def _read(self, path: str, classes: tuple[str, ...]) -> InitialWeights:
+    def read_weights(self, classes: tuple[str, ...] = ()) -> InitialWeights:
+        """Return the weights of the settings' file or run; their class layer counts where it is of these classes.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        path = self.config.weights
+        assert path is not None
         folder = _run_folder(path)
         if folder is None:
             return InitialWeights.of_file(Path(path))
         assert self.run is not None
         tensors, _ = read_tensors(folder / checkpoint.MODEL_FILE)
-        same = self.run.classes == classes
-        return InitialWeights(tensors, path, class_layer=same)
+        return InitialWeights(tensors, path, class_layer=self.run.classes == classes)
 
 
 def starting_point(config: TrainConfig, *, resumed: Path | None = None) -> StartingPoint:
