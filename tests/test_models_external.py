@@ -793,7 +793,7 @@ def test_the_server_approximates_maps_by_grad_cam(untrained, with_grad_cam, phot
     assert post(client, b"no image", path="/api/approximate-map?label=0").status_code == 415
 
 
-def test_without_the_package_report_and_server_say_what_to_install(untrained, monkeypatch, photos):
+def test_without_the_package_everything_says_what_to_install(untrained, monkeypatch, photos, capsys):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     report = build_report(untrained)
     assert not any(sample.maps for sample in report.samples)
@@ -804,6 +804,12 @@ def test_without_the_package_report_and_server_say_what_to_install(untrained, mo
     answer = post(client, (photos / "test" / "red" / "0.png").read_bytes(), path="/api/approximate-map?label=0")
     assert answer.status_code == 422
     assert "network-in-network[gradcam]" in answer.json()["detail"]
+    with pytest.raises(SystemExit):  # before the images are classified
+        app.main(["predict", str(untrained), str(photos / "test"), "--maps", str(untrained.parent / "maps")])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "--maps: there are no exact maps (between its feature maps" in " ".join(said.err.split())
+    assert "network-in-network[gradcam]" in " ".join(said.err.split())
 
 
 def test_the_cut_keeps_the_networks_own_modules():

@@ -82,6 +82,8 @@ def predict(
     if maps is not None:
         check_maps_folder(maps, overwrite=overwrite)
     classifier = nin.load(run, device=device, calibrated=calibrated, trust=trust)
+    if maps is not None and classifier.no_maps_reason:
+        check_approximate_maps(classifier.no_maps_reason)
     say_if_unfinished(run, classifier.info)
     classifier.compile()
     is_sharded = len(images) == 1 and nin.data.is_shards(images[0])
