@@ -21,11 +21,13 @@ from nin import data, exporters, server
 from nin.cli import app
 from nin.errors import UserError
 from nin.fusion import chain as fusion_chain
+from nin.fusion.link import Norm
 from nin.fusion.pending import conv_link
 from nin.inference.evaluation import evaluate
+from nin.models.input_config import InputConfig
 from nin.narrowing import FinetuneConfig, finetune
 from nin.narrowing.latency import LatencyTable
-from nin.narrowing.narrow_to_folder import narrow_model, narrow_run
+from nin.narrowing.narrow_to_folder import choose_preprocessing, narrow_model, narrow_run
 from nin.narrowing.workflow_config import WorkflowConfig
 from nin.optim import OptimizerWithEMA, adamw, sgd
 from nin.profiling.bench import runner
@@ -205,7 +207,7 @@ def test_a_block_runs_its_pointwise_layers_as_operators(monkeypatch):
     links = [
         conv_link(c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups) for c in nn.Sequential(*layers).to(GPU)
     ]
-    links[1] = links[1]._replace(norm=fusion_chain.Norm(norm.running_mean, norm.running_var, norm.weight, None, 1e-5))
+    links[1] = links[1]._replace(norm=Norm(norm.running_mean, norm.running_var, norm.weight, None, 1e-5))
     links = [link._replace(activation=name) for link, name in zip(links, ("hardswish", "relu6", "relu"), strict=True)]
     block = fusion_chain.Chain(("layer",) * 3, bottleneck=True)
     assert "operator" not in block.forms_for(x)
@@ -562,7 +564,9 @@ def test_the_command_line_narrows_where_it_is_told_to(run, tmp_path, capsys):
 def test_somebodys_network_is_narrowed_on_the_gpu(images, tmp_path):
     config = WorkflowConfig({"macs": 0.6}, images=64, finetune=1)
     network, cache = nin.models.nin_digits(3).eval(), tmp_path / "cache.safetensors"
-    result = narrow_model(network, images, config, out=tmp_path / "narrowed", cache=cache)
+    preprocessing = choose_preprocessing(images, InputConfig(), (), ())
+    out = tmp_path / "narrowed"
+    result = narrow_model(network, images, config, preprocessing=preprocessing, out=out, cache=cache)
     assert next(result.model.parameters()).is_cuda
     assert result.report.accuracy["finetuned"] >= 0
 

@@ -412,15 +412,15 @@ def test_a_weight_written_to_and_back_while_it_is_packed(monkeypatch):
 
 
 def test_a_batchnorm_written_to_and_back_while_it_is_folded(monkeypatch):
-    from nin.fusion import chain
+    from nin.fusion import link
 
     model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.ReLU()).eval()
-    fused, x, fold = nin.fuse(model).model, torch.randn(2, 8, 12, 12), chain._fold
+    fused, x, fold = nin.fuse(model).model, torch.randn(2, 8, 12, 12), link._fold_batch_norm
     norm = fused.get_submodule("1")
 
-    def fold_meanwhile(link):
+    def fold_meanwhile(layer):
         norm.weight.data.neg_()
-        folded = fold(link)
+        folded = fold(layer)
         norm.weight.data.neg_()
         return folded
 
@@ -428,7 +428,7 @@ def test_a_batchnorm_written_to_and_back_while_it_is_folded(monkeypatch):
         norm.weight.data.fill_(0.7)
         model.load_state_dict(fused.state_dict())
         with monkeypatch.context() as patch:
-            patch.setattr(chain, "_fold", fold_meanwhile)
+            patch.setattr(link, "_fold_batch_norm", fold_meanwhile)
             fused(x)
         for _ in range(2):
             torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)

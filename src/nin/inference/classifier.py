@@ -244,7 +244,10 @@ class _ClassMaps(nn.Module):
 
 def _fuse_sharing(model: nn.Module) -> nn.Module:
     """Return the fused model, with the tensors of the model: half the memory of a copy, and the model's changes."""
-    fused = fusion.fuse(model).model
+    found = fusion.fuse(model)
+    if not found.chains:  # its layers are operators already
+        return model
+    fused = found.model
     for name, module in model.named_modules():
         fused_module = fused.get_submodule(name)
         fused_module._parameters.update(module._parameters)
