@@ -119,7 +119,7 @@ class CompiledNetwork:
             inputs = [torch.empty_like(x).copy_(value) for x, value in zip(args, values, strict=True)]
             both.append((run(inputs), inputs))
         if not _are_alike(*both):
-            raise NotRecordableError("its steps do not give what its modules give: other values, or results of another type")
+            raise NotRecordableError("its steps give other values than its modules, or results of another type")
 
 
 def _are_alike(a: Any, b: Any) -> bool:
