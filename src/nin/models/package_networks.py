@@ -153,7 +153,11 @@ def _check_hub_answers(name: str) -> None:
         raise ConnectionError(str(error)) from error
 
 
-def _no_weights(name: str, error: Exception) -> str:
+def _no_weights(name: str, error: BaseException) -> str:
+    inner: BaseException | None = error
+    while inner is not None:  # the system's own words are in the middle of what packages make of them
+        error = inner if isinstance(inner, OSError) else error
+        inner = inner.__cause__ or inner.__context__
     text = str(error).strip().splitlines()
     reason = textwrap.shorten(f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": "), 120, placeholder=" …")
     return (
