@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nin import data, training
+from nin import data
 from nin.cli import app
 from nin.config import TrainConfig
 from nin.data import dataset, tar_index
 from nin.data import webdataset as shards
 from nin.errors import UserError
+from support.stopping import check_resuming
 
 
 def noise(seed):
@@ -132,18 +133,7 @@ def test_training_on_shards_resumes_in_the_middle_of_an_epoch(folder, tmp_path):
     data.write_shards(folder, tmp_path / "s", images_per_shard=7)
     images = data.load(tmp_path / "s")
     config = TrainConfig(model="nin_digits", epochs=2, batch_size=4, threads=1, precision="fp32")
-    steps = []
-
-    def stop():
-        steps.append(1)
-        return len(steps) == 5
-
-    training.train(images, config, out=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
-    training.train(images, config, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
-    for name in ("model.safetensors", "metrics.csv"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    check_resuming(images, config, tmp_path, 5)
 
 
 def write_tar(path, members):

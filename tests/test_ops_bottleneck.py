@@ -63,19 +63,16 @@ def test_gradients_of_some(frozen):
     torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
 
 
-@pytest.mark.parametrize("frozen", [(0,), (3, 8), (4, 9), (1, 2, 3, 6, 7, 8), (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)])
-def test_gradients_of_some_with_squeeze_and_excitation(frozen):
-    block = BLOCKS["squeezed"]
-    x, weights, biases = block.tensors()
-    wanted = [t.requires_grad_() for i, t in enumerate(tensors_of(x, weights, biases)) if i not in frozen]
-    expected = plain_block(x, weights, biases, block.options)
-    result = nin.inverted_bottleneck(x, weights, biases, **block.options)
-    torch.testing.assert_close(random_grads(wanted, result), random_grads(wanted, expected))
+SOME_OF_SQUEEZED = [(0,), (3, 8), (4, 9), (1, 2, 3, 6, 7, 8), (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+SOME_OF_NORMED = [(0,), (1, 4), (2, 3, 5, 6), (0, 1, 4), (0, 1, 2, 4, 5)]
 
 
-@pytest.mark.parametrize("frozen", [(0,), (1, 4), (2, 3, 5, 6), (0, 1, 4), (0, 1, 2, 4, 5)])
-def test_gradients_of_some_with_a_norm(frozen):
-    block = BLOCKS["normed"]
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [*(("squeezed", some) for some in SOME_OF_SQUEEZED), *(("normed", some) for some in SOME_OF_NORMED)],
+)
+def test_gradients_of_some_in_blocks_with_more_inside(name, frozen):
+    block = BLOCKS[name]
     x, weights, biases = block.tensors()
     wanted = [t.requires_grad_() for i, t in enumerate(tensors_of(x, weights, biases)) if i not in frozen]
     expected = plain_block(x, weights, biases, block.options)

@@ -8,6 +8,7 @@ import nin
 from nin import data, optim, training
 from nin.config import TrainConfig
 from nin.errors import UserError
+from support.stopping import check_resuming
 
 QUICK = TrainConfig(optimizer="muon", epochs=2, batch_size=64, threads=1, precision="fp32", shift=1)
 
@@ -128,18 +129,7 @@ def test_trains_and_keeps_the_length_of_its_weights(digits):
 
 @pytest.mark.parametrize("stop_at", [1, 7])
 def test_resuming_gives_the_same_bits(digits, tmp_path, stop_at):
-    training.train(digits, QUICK, out=tmp_path / "whole")
-    steps = []
-
-    def stop():
-        steps.append(1)
-        return len(steps) == stop_at
-
-    with pytest.raises(KeyboardInterrupt):
-        training.train(digits, QUICK, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
-    training.train(digits, QUICK, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
-    for name in ("model.safetensors", "metrics.csv"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    check_resuming(digits, QUICK, tmp_path, stop_at)
 
 
 def test_networks_without_standardised_weights_are_refused():

@@ -27,6 +27,7 @@ from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.files import write_atomically
 from nin.training import batches, loop
 from nin.training.step import TrainStep, make_model
+from support.stopping import check_resuming
 
 QUICK = TrainConfig(epochs=3, batch_size=64, threads=1, precision="fp32")
 
@@ -549,18 +550,7 @@ def test_running_ahead_gives_the_same_bits_and_figures(digits, tmp_path, config)
 @pytest.mark.parametrize("stop_at", [2, 5, 9])
 @running_ahead()
 def test_resuming_the_speed_recipe_gives_the_same_bits(digits, tmp_path, stop_at):
-    training.train(digits, SPEED, out=tmp_path / "whole")
-    steps = []
-
-    def stop():
-        steps.append(1)
-        return len(steps) == stop_at
-
-    with pytest.raises(KeyboardInterrupt):
-        training.train(digits, SPEED, out=tmp_path / "run", keeping=training.CheckpointOptions(stop=stop))
-    training.train(digits, SPEED, out=tmp_path / "run", keeping=training.CheckpointOptions(resume=True))
-    for name in FILES:
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    check_resuming(digits, SPEED, tmp_path, stop_at)
 
 
 @running_ahead()

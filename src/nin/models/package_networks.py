@@ -126,7 +126,7 @@ def create_pretrained(name: str, num_classes: int, in_channels: int) -> nn.Modul
         with contextlib.redirect_stdout(sys.stderr):  # where PyTorch says what it downloads
             network = models.get_model(own, weights="DEFAULT")
         return adapt_channels(network, in_channels)
-    except OSError as error:  # of every download: URLError, requests' and the Hub's errors, a full disk
+    except _network_errors() as error:  # and a full disk
         raise UserError(_no_weights(name, error)) from error
 
 
@@ -139,18 +139,24 @@ def _check_hub_answers(name: str) -> None:
     cfg = import_timm(name).get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
         return
-    hub: Any = importlib.import_module("huggingface_hub")
+    hub, errors = map(importlib.import_module, ("huggingface_hub", "huggingface_hub.errors"))
     files = (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
     if any(isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files if file):
         return
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(cfg.hf_hub_id, "config.json"), timeout=HUB_SECONDS)
-    except hub.errors.HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         if error.response is None or error.response.status_code >= 500:
             raise ConnectionError(str(error)) from error
         # it answers: what it refuses, the download says
-    except Exception as error:  # of requests, httpx or httpx2, by the version of the Hub's package
+    except _network_errors() as error:
         raise ConnectionError(str(error)) from error
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """Return what a download without a network raises: OSError by urllib and requests, others by the Hub's package."""
+    used = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return OSError, *(package.TransportError for package in used)
 
 
 def _no_weights(name: str, error: BaseException) -> str:
