@@ -18,9 +18,9 @@ import nin
 from nin.errors import UserError
 from nin.fusion import compiled
 from nin.fusion.chain import Chain
-from nin.fusion.program_kernels import find_step
-from nin.fusion.program_plan import TorchAction
-from nin.fusion.program_record import Recorder
+from nin.fusion.compiled_kernels import find_step
+from nin.fusion.compiled_plan import TorchAction
+from nin.fusion.compiled_recorder import Recorder
 from nin.ops.cpu import dispatch
 from nin.ops.cpu.steps import run_step
 from nin.runtime import fx_trace

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nin import ops
-from nin.fusion.program_plan import Plan
-from nin.fusion.program_record import NotRecordableError, Recorder
-from nin.fusion.program_trace import NetworkGraph, trace_network
+from nin.fusion.compiled_graph import NetworkGraph, trace_network
+from nin.fusion.compiled_plan import Plan
+from nin.fusion.compiled_recorder import NotRecordableError, Recorder
 from nin.ops.cpu import abi, dispatch
 from nin.ops.cpu.library import Kernels
 from nin.ops.transforms import is_plain

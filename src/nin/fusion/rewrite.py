@@ -106,16 +106,17 @@ class FuseResult:
         if any(chain.chain.training for chain in self.chains):
             raise UserError("compile() is for inference: fuse the model without training=True")
         alone = {chain.layers[0]: chain.form_alone for chain in self.chains}
-        choices = [alone] + [dict.fromkeys(alone, "operator")] * any(form != "operator" for form in alone.values())
-        copied = [_with_forms(self.model, forms) for forms in choices[: 2 if self.example else 1]]
-        compiled = [CompiledNetwork(network, copies=False) for network in copied]
-        if len(compiled) == 1:
-            return compiled[0]
+        operators = dict.fromkeys(alone, "operator")
+        compiled = CompiledNetwork(_with_forms(self.model, alone), copies=False)
+        if alone == operators or not self.example:
+            return compiled
+        other = CompiledNetwork(_with_forms(self.model, operators), copies=False)
         calls: dict[str, Callable[[], object]] = {
-            str(i): functools.partial(each, *self.example) for i, each in enumerate(compiled)
+            "alone": functools.partial(compiled, *self.example),
+            "operators": functools.partial(other, *self.example),
         }
         times = time_interleaved(calls, runs=COMPILE_RUNS)
-        return compiled[int(min(times, key=lambda name: times[name].median_ms))]
+        return compiled if times["alone"].median_ms <= times["operators"].median_ms else other
 
     def __rich__(self) -> Table:
         """Return a table of the chains, and of the layers that are in none, for rich."""

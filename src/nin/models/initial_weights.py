@@ -78,8 +78,8 @@ class InitialWeights:
         network.load_state_dict({**expected, **fitting})
         return self._note(expected, fitting, missing, of_classes, self._without_place(matched))
 
-    def count_classes_and_channels(self, network: nn.Module, class_layer: str | None) -> tuple[int | None, int | None]:
-        """Return for how many classes, and for images of how many channels, the tensors are; None where not known.
+    def find_other_numbers(self, network: nn.Module, class_layer: str | None) -> dict[str, int]:
+        """Return the numbers of "classes" and of "channels" of images of the tensors, where the network has others.
 
         Args:
             network: that they are of, but for these two numbers.
@@ -88,8 +88,13 @@ class InitialWeights:
         first = _first_weight(network)
         expected = network.state_dict()
         found = self._matched(first, expected, _of_layer(class_layer, expected))
-        head, stem = found.get(f"{class_layer}.weight"), found.get(first)
-        return None if head is None else head.shape[0], None if stem is None else stem.shape[1]
+        places = {"classes": (f"{class_layer}.weight", 0), "channels": (first, 1)}
+        numbers = {
+            what: (found[key].shape[axis], expected[key].shape[axis])
+            for what, (key, axis) in places.items()
+            if key in found
+        }
+        return {what: theirs for what, (theirs, ours) in numbers.items() if theirs != ours}
 
     def load_all_into(self, network: nn.Module, class_layer: str | None, name: str) -> None:
         """Copy the tensors into a network, in place; every one of both must fit.

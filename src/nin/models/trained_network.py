@@ -29,16 +29,7 @@ def load_trained(name: str, weights: Path) -> ExternalModel:
     class_layer = cut_head(external.model.eval()).class_layer
     if tensors.is_of_classifier and not {"body", "head"} & dict(external.model.named_children()).keys():
         raise UserError(f"{weights} is of a run of nin: give the run folder, {weights.parent}, instead of {name}")
-    other = {
-        what: found
-        for what, found, usual in zip(
-            ("classes", "channels"),
-            tensors.count_classes_and_channels(external.model, class_layer),
-            InitialWeights(external.model.state_dict(), name).count_classes_and_channels(external.model, class_layer),
-            strict=True,
-        )
-        if found not in (None, usual)
-    }
+    other = tensors.find_other_numbers(external.model, class_layer)
     if other and name.partition(":")[0] in LIBRARIES:
         external = create_external_model(name, **other)
     tensors.load_all_into(external.model.eval(), class_layer, name)

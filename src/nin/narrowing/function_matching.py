@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nin.narrowing.calibration import PIXELS_AT_A_TIME, float_tensors, model_inputs
+from nin.narrowing.calibration import PIXELS_AT_A_TIME, model_inputs
 from nin.optim import adamw, one_cycle_learning_rate
 from nin.runtime import distributed
 from nin.runtime.model_copy import copy_model
@@ -139,4 +139,4 @@ def _images(batches: list[Any]) -> Tensor | None:
 @torch.no_grad()
 def _gives_one_output(original: nn.Module, image: Tensor) -> bool:
     found = original(image)
-    return isinstance(found, Tensor) and [found.shape] == [t.shape for t in float_tensors(found)] and found.dim() > 1
+    return isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 1

@@ -194,9 +194,9 @@ def hash_tensors(
         tensors: whose versions are asked for, where they are constants.
         copies: of the tensors, whose bytes are hashed in their place.
     """
-    if not all(map(is_hashable, tensors)):
+    if not all(map(_is_hashable, tensors)):
         return None
-    constants = [constant_of(t) if _constants else None for t in tensors]
+    constants = [_constant_of(t) if _constants else None for t in tensors]
     hashed = [t for t, constant in zip(copies or tensors, constants, strict=True) if constant is None]
     spans = [number for t in hashed for number in (t.data_ptr(), t.nbytes)]
     versions = [c and (t.data_ptr(), c, c.version) for t, c in zip(tensors, constants, strict=True)]
@@ -228,7 +228,7 @@ def _take_back(name: int) -> None:
     _constants.pop(name).stands = False
 
 
-def constant_of(weight: Tensor) -> _Constant | None:
+def _constant_of(weight: Tensor) -> _Constant | None:
     """Return the promise for a weight; None if its bytes are to be hashed."""
     name = id(weight.untyped_storage())
     constant = _constants.get(name)
@@ -244,7 +244,7 @@ def take_back_constants(weights: Sequence[Tensor]) -> None:
         for weight in weights:
             # a wrapper has no storage
             if type(weight) in PLAIN_TYPES and weight.requires_grad and not is_wrapped(weight):
-                constant_of(weight)
+                _constant_of(weight)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -291,7 +291,7 @@ def freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_hashable(t: Tensor) -> bool:
+def _is_hashable(t: Tensor) -> bool:
     """Return whether a tensor is in the CPU's memory, without gaps."""
     return t.is_cpu and t.layout == torch.strided and is_dense(t)
 
@@ -308,7 +308,7 @@ def _pack_again(kernels: Kernels, key: _Key, weight: Tensor) -> PackedCopy:
         return PackedCopy(pack(weight))
     storage = weight.untyped_storage()
     name = id(storage)
-    constant = constant_of(weight)
+    constant = _constant_of(weight)
     if constant is None:
         # Another thread may write to the weight meanwhile, and back. What is hashed must be what is packed.
         snapshot = weight.clone()

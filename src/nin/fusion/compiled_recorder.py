@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nin.fusion.program_kernels import RESHAPES, find_step
-from nin.fusion.program_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
-from nin.fusion.program_trace import Layers, NetworkGraph, held_tensor
+from nin.fusion.compiled_graph import Layers, NetworkGraph, held_tensor
+from nin.fusion.compiled_kernels import RESHAPES, find_step
+from nin.fusion.compiled_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.cpu import call_cache
 from nin.ops.cpu.library import Kernels

@@ -1,4 +1,4 @@
-"""The graph of a network whose chains run as operators: what a program is recorded from."""
+"""The graph of a network whose chains run as operators: what the steps of a compiled network are recorded from."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""The plan of a program: steps in order, stretches of which one call of the compiled library runs, and their memory."""
+"""The plan of a compiled network: steps, stretches of which one call of the compiled library runs, and their memory."""
 
 import dataclasses
 import math
@@ -137,7 +137,7 @@ class _Stretch:
 
 
 class Plan:
-    """What a program does with inputs of given shapes.
+    """What a compiled network does with inputs of given shapes.
 
     Args:
         kernels: of the instruction set in use.
