@@ -130,7 +130,7 @@ class Chain:
             self.seen = x.clone(), links
         if self.form == "original" or not self._supports(x, links):
             return run_layers(x, links)
-        weights = self._weights(links)
+        weights = self.folded(links)
         if self.form == "folded":
             plain = [
                 link._replace(weight=w.view_as(link.weight), bias=b, norm=None)
@@ -177,7 +177,7 @@ class Chain:
         y = mlpconv(x, [w for w, _ in weights], [b for _, b in weights], activation=activations, **geometry)
         return activate(y, last)
 
-    def _weights(self, links: list[Link]) -> Folded:
+    def folded(self, links: list[Link]) -> Folded:
         """Return weight (C_out, C_in, kH, kW) and bias (C_out,) of each layer, with BatchNorm folded into them."""
         behind_each = behind_folded(links)
         behind = [t for tensors in behind_each for t in tensors]

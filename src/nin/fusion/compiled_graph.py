@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from nin.fusion.chain import Chain, is_hooked
 from nin.fusion.link import After, Link, Norm
 from nin.fusion.match import ChainMatch
-from nin.fusion.matcher import Tracer, is_operator, match_chains
+from nin.fusion.matcher import Tracer, is_operator, match_chains, match_convolutions
 from nin.fusion.node_roles import activation_inside, activation_of
 from nin.fusion.pending import conv_link
 from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
@@ -94,6 +94,7 @@ def trace_network(network: nn.Module) -> NetworkGraph:
     matches, _ = match_chains(traced, graph, kept := tracer.kept_nodes())
     if kept:
         raise TracingError("the forward keeps tensors")
+    matches += match_convolutions(traced, graph, {node for match in matches for node in match.nodes})
     if not (matches or any(map(is_operator, traced.modules()))):
         raise TracingError("nothing in it is computed by an operator of nin's")
     chains = {match.nodes[-1]: _layers(match, traced, network) for match in matches}

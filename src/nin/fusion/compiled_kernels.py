@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nin.ops.arguments import ChainArguments
 from nin.ops.checks import pair
-from nin.ops.cpu.steps import KernelStep, add_step, linear_step, pool_step
+from nin.ops.cpu import dispatch
+from nin.ops.cpu.steps import KernelStep, add_step, convolution_step, linear_step, pool_step
 from nin.ops.cpu.weight_cache import is_dense
+from nin.ops.reference import memory_format_of
 
 # The most pixels whose mean is their plain sum over their number: a longer sum would lose digits.
 MOST_PIXELS = 1024
@@ -155,6 +158,35 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoundStep 
     return FoundStep(x, None, y, linear_step(x, weight, bias, y))
 
 
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> FoundStep | None:
+    """Return the step of a convolution with zeros around the image, as PyTorch's arguments tell it; None if not."""
+    weights = (weight,) if bias is None else (weight, bias)
+    if x.dim() != 4 or isinstance(padding, str) or not all(_is_plain(t) for t in (x, *weights)):
+        return None
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    layer = ChainArguments((weight,), (bias,), *geometry, (activation,))
+    size = layer.output_shape(x)
+    if dispatch.KERNELS is None or min(size) < 1 or x.shape[1] != weight.shape[1] * groups:
+        return None
+    y = torch.empty(size, dtype=x.dtype, memory_format=memory_format_of(x))
+    return FoundStep(x, None, y, convolution_step(dispatch.KERNELS, x, y, layer, groups))
+
+
+def _convolution_module(m: nn.Conv2d, x: Tensor) -> FoundStep | None:
+    if m.padding_mode != "zeros":
+        return None
+    return convolution(x, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
+
+
 def _max_pool_module(m: nn.MaxPool2d, x: Tensor) -> FoundStep | None:
     return _max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
 
@@ -196,6 +228,8 @@ _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     F.adaptive_avg_pool2d: _adaptive_pool,
     **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **dict.fromkeys((F.linear, torch._C._nn.linear), _linear),
+    **dict.fromkeys((F.conv2d, torch.conv2d), convolution),
+    nn.Conv2d: _convolution_module,
     nn.MaxPool2d: _max_pool_module,
     nn.AdaptiveAvgPool2d: lambda module, x: _adaptive_pool(x, module.output_size),
     nn.Linear: lambda module, x: _linear(x, module.weight, module.bias),

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nin.fusion.compiled_graph import Layers, NetworkGraph, held_tensor
-from nin.fusion.compiled_kernels import RESHAPES, find_step
+from nin.fusion.compiled_kernels import RESHAPES, FoundStep, convolution, find_step
 from nin.fusion.compiled_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.cpu import call_cache
@@ -154,6 +154,12 @@ class Recorder:
     def _run_layers(self, layers: Layers, x: Tensor) -> Tensor:
         """Run a chain as it runs when its modules call it."""
         links, chain = layers.links(self._module), layers.chain
+        if len(links) == 1 and chain.form == "operator":
+            weight, bias = chain.folded(links)[0]
+            stride, padding, dilation, groups = links[0].geometry
+            found = convolution(x, weight, bias, stride, padding, dilation, groups, links[0].activation)
+            if found is not None:
+                return self._run_step(found)
         last = links[-1].activation
         if last in ACTIVATIONS or chain.bottleneck:
             return self._run_operator(lambda x: chain.run(x, links), x)
@@ -182,17 +188,22 @@ class Recorder:
             if found.step is None:
                 return found.x
             if found.y is not None or owned:
-                y = found.x if found.y is None else found.y
-                run_step(self._kernels, found.step, found.x, found.other, y)
-                other = -1 if found.other is None else self._slot_of(found.other)
-                slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
-                self._actions.append(KernelAction(found.step, *slots))
-                return y
+                return self._run_step(found)
         with _SameShapes(self._weights):
             result = function(*args, **kwargs)
         if not all(isinstance(leaf, Tensor | None) for leaf in pytree.tree_leaves(result)):
             raise NotRecordableError(f"{getattr(function, '__name__', function)} gives what is no tensor")
         return self._keep_call(function, args, kwargs, result)
+
+    def _run_step(self, found: FoundStep) -> Tensor:
+        """Run a step, add it and return its result."""
+        assert found.step is not None
+        y = found.x if found.y is None else found.y
+        run_step(self._kernels, found.step, found.x, found.other, y)
+        other = -1 if found.other is None else self._slot_of(found.other)
+        slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
+        self._actions.append(KernelAction(found.step, *slots))
+        return y
 
     def _keep_call(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
         """Add a call of a function that is no step of the library, and return its result."""

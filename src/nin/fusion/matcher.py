@@ -18,6 +18,7 @@ from nin.fusion.node_roles import (
     activation_of,
     does_nothing,
     has_role,
+    is_convolution,
     is_mean,
     is_pointwise,
     is_product,
@@ -142,6 +143,24 @@ def match_chains(
         if is_pointwise(modules[name]):
             reasons[name] = reason
     return matches, reasons
+
+
+def match_convolutions(model: nn.Module, graph: fx.Graph, taken: set[fx.Node]) -> list[ChainMatch]:
+    """Return the convolutions in no chain, of any groups, each with the BatchNorm and the activation that follow it.
+
+    Args:
+        model: the traced module, in evaluation mode.
+        graph: of its forward, which keeps no values.
+        taken: nodes that are in a chain.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    matches = []
+    for node in graph.nodes:
+        if node not in taken and _is_layer(node, modules) and is_convolution(modules[str(node.target)]):
+            match = _match_from(node, modules, calls, set(), taken, ("convolution",))
+            matches.append(dataclasses.replace(match, bottleneck=False))
+    return matches
 
 
 def _is_layer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

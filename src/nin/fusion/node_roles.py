@@ -61,6 +61,11 @@ def has_role(layer: nn.Module, calls: int, role: str) -> bool:
     )
 
 
+def is_convolution(layer: nn.Module) -> bool:
+    """Return whether a layer is a plain convolution with zeros around the image, of any groups."""
+    return type(layer) is nn.Conv2d and _unsupported_geometry(layer, pointwise=False) is None
+
+
 def is_pointwise(layer: nn.Module) -> bool:
     """Return whether a layer looks at one pixel at a time."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))

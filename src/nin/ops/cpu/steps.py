@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nin.ops.arguments import ChainArguments
 from nin.ops.cpu import abi, library
 from nin.ops.cpu.call_cache import SeenCall
 from nin.ops.cpu.library import Kernels
+from nin.ops.cpu.weight_cache import packed_copies
 
 
 class StepKind(enum.IntEnum):
@@ -22,6 +24,9 @@ class StepKind(enum.IntEnum):
     MAX_POOL = 3
     AVERAGE_POOL = 4
     LINEAR = 5
+    DEPTHWISE = 6
+    SCALE_SHIFT = 7
+    LAYER_NORM = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,8 @@ class KernelStep:
         kind: what it computes.
         chain: the struct ``nin_chain``: sizes, strides and geometry; empty where a step has none.
         layers: the structs ``nin_layer`` of convolutions.
-        option: the activation of a sum, the residual of a bottleneck, the padding of a pooling (see ``c_api.hpp``).
+        option: the groups of a convolution, the residual of a bottleneck, the activation of a sum, the padding of a
+            pooling (see ``c_api.hpp``).
         count: the values of a sum; the divisor of a pooling.
         kept: what the structs point to.
     """
@@ -46,15 +52,20 @@ class KernelStep:
 
     def activates_nothing(self) -> bool:
         """Return whether an activation may follow in the same step."""
-        if self.kind == StepKind.CHAIN:
-            return self.layers[-_CODE.size :] == _CODE.pack(0)
-        return self.kind == StepKind.ADD and self.option == 0
+        if self.kind == StepKind.ADD:
+            return self.option == 0
+        activates = StepKind.CHAIN, StepKind.DEPTHWISE, StepKind.SCALE_SHIFT, StepKind.LAYER_NORM
+        return self.kind in activates and self.layers[-_CODE.size :] == _CODE.pack(0)
 
     def with_activation(self, code: int) -> "KernelStep":
         """Return the step with an activation at its end, where there was none."""
         if self.kind == StepKind.ADD:
             return dataclasses.replace(self, option=code)
-        return dataclasses.replace(self, layers=self.layers[: -_CODE.size] + _CODE.pack(code))
+        layers = bytearray(self.layers)
+        for group in range(max(1, self.option)):  # else the chain's last layer
+            end = len(layers) - group * _LAYER_BYTES
+            layers[end - _CODE.size : end] = _CODE.pack(code)
+        return dataclasses.replace(self, layers=bytes(layers))
 
     def with_residual(self) -> "KernelStep":
         """Return the bottleneck to whose result its input is added."""
@@ -67,6 +78,7 @@ NO_OPERAND: Operand = -1, 0
 
 _STEP = struct.Struct("11q")
 _CODE = struct.Struct("q")  # of an activation: the last field of nin_layer
+_LAYER_BYTES = 32
 
 
 def step_of_call(seen: SeenCall) -> KernelStep | None:
@@ -78,6 +90,36 @@ def step_of_call(seen: SeenCall) -> KernelStep | None:
     if kind is None or call.output["dtype"] != torch.float32 or len(options) > 1:
         return None
     return KernelStep(kind, packed_chain, layers, options[0] if options else 0, kept=(call.copies, *chain.biases))
+
+
+def convolution_step(kernels: Kernels, x: Tensor, y: Tensor, layer: ChainArguments, groups: int = 1) -> KernelStep:
+    """Return a convolution with what follows it, of whose weight it keeps a packed copy.
+
+    Args:
+        kernels: of the instruction set in use.
+        x: (N, C, H, W), in any layout.
+        y: the result, (N, C', H', W').
+        layer: one layer, with the weight (C', C / groups, kH, kW).
+        groups: of channels, each convolved by itself.
+    """
+    (weight,), (bias,), *_ = layer
+    if groups == x.shape[1] == len(weight):
+        packed_chain = abi.pack_chain(x, y, layer)
+        (copy,) = packed_copies(kernels, [weight], as_floats=0)
+        layers, kept = abi.pack_layers([copy.packed], layer)
+        return KernelStep(StepKind.DEPTHWISE, packed_chain, layers, kept=tuple(kept))
+    biases = [None] * groups if bias is None else bias.contiguous().chunk(groups)
+    weights = weight.chunk(groups)
+    first = layer._replace(weights=weights[:1])
+    packed_chain = abi.pack_chain(x[:, : weight.shape[1]], y[:, : len(weights[0])], first)
+    packed_chain, tile_size = abi.choose_winograd(kernels, packed_chain, first)
+    layers, kept = b"", []
+    for part, part_bias in zip(weights, biases, strict=True):
+        (copy,) = packed_copies(kernels, [part], winograd_tile_size=tile_size)
+        packed, tensors = abi.pack_layers([copy.packed], layer._replace(weights=[part], biases=[part_bias]))
+        layers += packed
+        kept += tensors
+    return KernelStep(StepKind.CHAIN, packed_chain, layers, option=groups, kept=tuple(kept))
 
 
 def add_step(count: int, activation: str = "none") -> KernelStep:
@@ -122,6 +164,32 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Ke
     address = 0 if bias is None else bias.data_ptr()
     layer = struct.pack("4q", weight.data_ptr(), address, weight.shape[0], 0)
     return KernelStep(StepKind.LINEAR, window, layer, kept=(weight, bias))
+
+
+def scale_shift_step(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> KernelStep:
+    """Return ``y = activation(x · scale + shift)`` of each channel, which reads both where they lie.
+
+    Args:
+        x: (N, C, P, 1), P pixels.
+        y: the result, of the same shape, whose channels are contiguous.
+        scale: (C,), contiguous, or None; the step's other operand, (N, C), may stand in its place.
+        shift: (C,), contiguous, or None.
+        activation: its name.
+        norm_eps: epsilon of a LayerNorm of x over the channels, which comes first; None: without.
+    """
+    one = 1, 1
+    window = abi.pack_window(x, y, one, one, (0, 0), one, 1, norm_eps)
+    scale_address, shift_address = (0 if t is None else t.data_ptr() for t in (scale, shift))
+    layer = struct.pack("4q", scale_address, shift_address, x.shape[1], abi.ACTIVATION_CODES[activation])
+    kind = StepKind.SCALE_SHIFT if norm_eps is None else StepKind.LAYER_NORM
+    return KernelStep(kind, window, layer, kept=(scale, shift))
 
 
 class PackedSteps:

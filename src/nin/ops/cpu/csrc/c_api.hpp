@@ -88,13 +88,21 @@ NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* ch
 
 // A step of a network in float32, whose tensors lie at offsets, in bytes, in blocks of memory.
 enum nin_step_kind : int64_t {
-  nin_step_chain = 0,           // nin_forward(chain, layers)
+  nin_step_chain = 0,           // nin_forward(chain, layers); option: if not 0, as many groups of channels, for each of
+                                // which the chain, of one layer, is computed with a layer of its own
   nin_step_bottleneck = 1,      // nin_inverted_bottleneck(chain, layers, option: residual)
   nin_step_add = 2,             // y = activation(x + other), or activation(x), of `count` values; option: activation
   nin_step_max_pool = 3,        // chain: sizes, window and strides
   nin_step_average_pool = 4,    // the same; option: 1 where the padding does not count; count: the divisor, if not 0
   nin_step_linear = 5,          // a fully connected layer; chain: batch, channels, x_stride[0] and y_stride[0]; layers:
                                 // one, whose weight is (channels out, channels), contiguous
+  nin_step_depthwise = 6,       // a depthwise convolution; chain: as for nin_forward; layers: one, whose weight is packed
+                                // with the kernels for float32
+  nin_step_scale_shift = 7,     // y = activation(x · weight + bias) of each channel. chain: batch, channels, height, the
+                                // pixels of an image, and the strides of N, C and H, of which y's channels are
+                                // contiguous; layers: one, with floats or null; other: if there, (batch, channels)
+                                // factors in the place of the weight
+  nin_step_layer_norm = 8,      // the same with x normalized over the channels; chain: norm_epsilon too
 };
 struct nin_step {
   int64_t kind;

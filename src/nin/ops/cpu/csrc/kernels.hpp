@@ -104,6 +104,20 @@ struct LinearArguments {
   int64_t y_row_stride = 0;
 };
 
+// y[r][c] = activation(x[r][c] · scale[c] + shift[c]), of floats, whose channels are contiguous; x may be normalized over
+// the channels before: its mean subtracted, divided by the root of its variance plus epsilon.
+struct RowArguments {
+  const char* x = nullptr;
+  int64_t x_row_stride = 0, rows = 0, channels = 0;
+  const float* scale = nullptr;  // or null, as the shift
+  const float* shift = nullptr;
+  Activation activation = Activation::none;
+  bool normalizes = false;
+  float epsilon = 0;
+  char* y = nullptr;
+  int64_t y_row_stride = 0;
+};
+
 // The interpolation points of Winograd's transforms with input tiles of 6 × 6 or 8 × 8, besides 0 and infinity: ± each.
 // Of twelve sets of small fractions these have the lowest root-mean-square error against float64.
 constexpr double winograd_point(int64_t size, int i) {
@@ -184,6 +198,7 @@ struct Kernels {
   void (*pool)(char* y, const char* const* pixels, int64_t count, int64_t channels, bool largest, float divisor);
   // The outputs from `first` to `last` of a fully connected layer; floats.
   void (*linear)(const LinearArguments&, int64_t first, int64_t last);
+  void (*scale_and_shift)(const RowArguments&);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.
   void (*enter)(void* state);
   void (*leave)(const void* state);

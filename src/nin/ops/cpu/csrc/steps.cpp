@@ -1,5 +1,7 @@
-// The steps of a network, run one after the other: convolutions, sums, activations, poolings and fully connected layers.
+// The steps of a network, run one after the other: convolutions, norms, sums, activations, poolings and fully connected
+// layers.
 
+#include "depthwise_layer.hpp"
 #include "parallel.hpp"
 #include "tiling.hpp"
 
@@ -21,8 +23,10 @@ class Step {
   int32_t run() const;
 
  private:
+  int32_t convolve() const;
   nin_status add() const;
   nin_status linear() const;
+  nin_status scale_and_shift(bool normalizes) const;
   nin_status pool_pixels(bool largest) const;
   void pool_line(int64_t image, int64_t line, bool largest, const char** pixels) const;
 
@@ -36,13 +40,29 @@ class Step {
 
 int32_t Step::run() const {
   switch (step_.kind) {
-    case nin_step_chain: return nin_forward(&k_, step_.chain, step_.layers, x_, y_, &pool_, nullptr, nullptr, 0);
+    case nin_step_chain: return convolve();
     case nin_step_bottleneck:
       return nin_inverted_bottleneck(&k_, step_.chain, step_.layers, step_.option, x_, y_, &pool_, nullptr, nullptr, 0);
     case nin_step_add: return add();
     case nin_step_linear: return linear();
+    case nin_step_depthwise: return depthwise_layer(k_, *step_.chain, *step_.layers, x_, y_, pool_);
+    case nin_step_scale_shift: return scale_and_shift(false);
+    case nin_step_layer_norm: return scale_and_shift(true);
     default: return pool_pixels(step_.kind == nin_step_max_pool);
   }
+}
+
+int32_t Step::convolve() const {
+  const nin_chain& c = *step_.chain;
+  const int64_t groups = std::max<int64_t>(1, step_.option), size = element_size(DataType(c.type));
+  for (int64_t g = 0; g < groups; ++g) {
+    const nin_layer* layer = step_.layers + g;
+    const int32_t status =
+        nin_forward(&k_, &c, layer, x_ + g * c.channels * c.x_stride[1] * size,
+                    y_ + g * layer->channels * c.y_stride[1] * size, &pool_, nullptr, nullptr, 0);
+    if (status != nin_ok) return status;
+  }
+  return nin_ok;
 }
 
 nin_status Step::add() const {
@@ -65,6 +85,33 @@ nin_status Step::linear() const {
   const int64_t outputs = std::clamp<int64_t>(task_values / (c.channels * c.batch), 1, layer.channels);
   return run_tasks(pool_, ceil_div(layer.channels, outputs), 0, [&](int64_t task, char*) {
     k_.linear(args, task * outputs, std::min((task + 1) * outputs, layer.channels));
+  });
+}
+
+// Pixels whose channels lie apart, as in NCHW, come to rows of scratch memory first.
+nin_status Step::scale_and_shift(bool normalizes) const {
+  const nin_chain& c = *step_.chain;
+  const nin_layer& layer = *step_.layers;
+  const ImageView x = image_view(x_, c.x_stride, 4), y = image_view(y_, c.y_stride, 4);
+  const bool in_place = x.c_stride == 4;
+  const int64_t row_bytes = tile_row_bytes(k_, c.channels);
+  const int64_t pixels = std::clamp<int64_t>(task_values / c.channels, 1, c.height), parts = ceil_div(c.height, pixels);
+  const size_t scratch_bytes = in_place ? 0 : size_t(pixels * row_bytes);
+  return run_tasks(pool_, c.batch * parts, scratch_bytes, [&](int64_t task, char* scratch) {
+    const int64_t image = task / parts, first = task % parts * pixels;
+    RowArguments args;
+    args.rows = std::min(pixels, c.height - first), args.channels = c.channels;
+    args.x = x.pixel(image, first, 0), args.x_row_stride = x.h_stride;
+    if (!in_place) {
+      k_.load({x.pixel(image, first, 0), x.c_stride, x.h_stride, DataType::f32, c.channels, args.rows}, scratch, row_bytes);
+      args.x = scratch, args.x_row_stride = row_bytes;
+    }
+    args.scale = other_ ? reinterpret_cast<const float*>(other_) + image * c.channels : static_cast<const float*>(layer.weight);
+    args.shift = static_cast<const float*>(layer.bias);
+    args.activation = Activation(layer.activation);
+    args.normalizes = normalizes, args.epsilon = float(c.norm_epsilon);
+    args.y = y.pixel(image, first, 0), args.y_row_stride = y.h_stride;
+    k_.scale_and_shift(args);
   });
 }
 
