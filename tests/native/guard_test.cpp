@@ -439,19 +439,20 @@ bool run_bottleneck(const char* isa, int64_t type, const BlockShape& s, bool cha
 // A step on buffers between guard pages, by one and by three threads to the same bits, against plain loops: value i of
 // the result must be want(i).
 template <typename Want>
-bool run_step(const char* isa, nin_step step, const Buffer& x, const Buffer* other, int64_t count, bool at_end,
-              const Want& want) {
-  const void* kernels = nin_find_kernels(isa, 0);
-  Buffer alone(count, 0, at_end), shared(count, 0, at_end);
+bool run_step(const char* isa, int64_t type, nin_step step, const Buffer& x, const Buffer* other, int64_t count,
+              bool at_end, const Want& want) {
+  const void* const kernels[] = {nin_find_kernels(isa, 0), nin_find_kernels(isa, 1)};
+  Buffer alone(count, type, at_end), shared(count, type, at_end);
+  step.type = type;
   step.x[0] = 0, step.other[0] = other ? 1 : -1, step.y[0] = 2;
   for (const int64_t threads : {1, 3}) {
     char* const memory[] = {x.data, other ? other->data : nullptr, threads == 1 ? alone.data : shared.data};
     const nin_thread_pool pool{nullptr, threads};
     if (nin_run_steps(kernels, &step, 1, memory, &pool) != 0) return false;
   }
-  if (std::memcmp(alone.data, shared.data, size_t(count) * 4) != 0) return false;
+  if (std::memcmp(alone.data, shared.data, size_t(count * alone.size())) != 0) return false;
   bool good = true;
-  const Case c{isa, 0, {1, count, 1, 1, 1, 1, 0, 1, {0, 0}}, true, at_end, 0};
+  const Case c{isa, type, {1, count, 1, 1, 1, 1, 0, 1, {0, 0}}, true, at_end, 0};
   for (int64_t i = 0; i < count; i += 1 + count / 64) {
     const Sum sum = want(i);
     good = good && close(c, "step", alone.get(i), sum.value, sum.size);
@@ -460,19 +461,19 @@ bool run_step(const char* isa, nin_step step, const Buffer& x, const Buffer* oth
 }
 
 // Every kind of step but the convolutions, whose kernels run above.
-bool run_steps(const char* isa, bool at_end) {
-  if (!nin_find_kernels(isa, 0)) return true;
+bool run_steps(const char* isa, int64_t type, bool at_end) {
+  if (!nin_find_kernels(isa, type)) return true;
   bool good = true;
   for (const int64_t count : {1, 15, 33, 64, 70001}) {
-    Buffer x(count, 0, at_end), other(count, 0, at_end);
+    Buffer x(count, type, at_end), other(count, type, at_end);
     x.fill(count, 4), other.fill(count, 4);
     nin_step step{};
     step.kind = nin_step_add, step.count = count, step.option = 4;  // relu6
-    good = good && run_step(isa, step, x, &other, count, at_end, [&](int64_t i) {
+    good = good && run_step(isa, type, step, x, &other, count, at_end, [&](int64_t i) {
       return Sum{std::min(6.0, std::max(0.0, x.get(i) + other.get(i))), 8};
     });
     step.option = 5;  // hardswish
-    good = good && run_step(isa, step, x, nullptr, count, at_end, [&](int64_t i) {
+    good = good && run_step(isa, type, step, x, nullptr, count, at_end, [&](int64_t i) {
       return Sum{x.get(i) * std::min(6.0, std::max(0.0, x.get(i) + 3)) / 6, 4};
     });
   }
@@ -490,13 +491,13 @@ bool run_steps(const char* isa, bool at_end) {
     set_strides(p.x_stride, s.channels, s.height, s.width, true);
     set_strides(p.y_stride, s.channels, p.out_height, p.out_width, true);
     const int64_t in_count = batch * s.channels * s.height * s.width;
-    Buffer x(in_count, 0, at_end);
+    Buffer x(in_count, type, at_end);
     x.fill(in_count, 3);
     for (const int64_t kind : {nin_step_max_pool, nin_step_average_pool}) {
       nin_step step{};
       step.kind = kind, step.chain = &p, step.option = 1;
       const int64_t count = batch * s.channels * p.out_height * p.out_width;
-      good = good && run_step(isa, step, x, nullptr, count, at_end, [&](int64_t i) {
+      good = good && run_step(isa, type, step, x, nullptr, count, at_end, [&](int64_t i) {
         const int64_t channel = i % s.channels, column = i / s.channels % p.out_width;
         const int64_t line = i / s.channels / p.out_width % p.out_height, n = i / s.channels / p.out_width / p.out_height;
         double largest = -1e30, sum = 0, values = 0;
@@ -515,7 +516,7 @@ bool run_steps(const char* isa, bool at_end) {
     int64_t batch, channels, outputs;
   };
   for (const Linear& s : {Linear{1, 1, 1}, Linear{1, 130, 7}, Linear{5, 17, 6}, Linear{9, 33, 41}, Linear{3, 1500, 70}}) {
-    Buffer x(s.batch * s.channels, 0, at_end), weight(s.outputs * s.channels, 0, at_end), bias(s.outputs, 0, at_end);
+    Buffer x(s.batch * s.channels, type, at_end), weight(s.outputs * s.channels, type, at_end), bias(s.outputs, type, at_end);
     x.fill(s.batch * s.channels, 1), weight.fill(s.outputs * s.channels, 1), bias.fill(s.outputs, 1);
     nin_chain p{};
     p.batch = s.batch, p.channels = s.channels;
@@ -523,7 +524,7 @@ bool run_steps(const char* isa, bool at_end) {
     const nin_layer layer{weight.data, bias.data, s.outputs, 0};
     nin_step step{};
     step.kind = nin_step_linear, step.chain = &p, step.layers = &layer;
-    good = good && run_step(isa, step, x, nullptr, s.batch * s.outputs, at_end, [&](int64_t i) {
+    good = good && run_step(isa, type, step, x, nullptr, s.batch * s.outputs, at_end, [&](int64_t i) {
       Sum sum;
       sum.add(bias.get(i % s.outputs));
       for (int64_t k = 0; k < s.channels; ++k) {
@@ -593,10 +594,12 @@ int main() {
       }
     }
   }
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
-    for (const bool at_end : {false, true}) {
-      if (!run_steps(isa, at_end)) return 1;
-      ++runs;
+  for (const char* isa : {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"}) {
+    for (const int64_t type : {0, 1}) {
+      for (const bool at_end : {false, true}) {
+        if (!run_steps(isa, type, at_end)) return 1;
+        ++runs;
+      }
     }
   }
   std::printf("%d runs\n", runs);

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nin.ops.arguments import ChainArguments
 from nin.ops.checks import pair
-from nin.ops.cpu import dispatch
+from nin.ops.cpu import dispatch, library
 from nin.ops.cpu.steps import KernelStep, add_step, convolution_step, linear_step, pool_step
 from nin.ops.cpu.weight_cache import is_dense
 from nin.ops.reference import memory_format_of
@@ -39,20 +39,24 @@ def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """Return the step for a call of a function or module with tensors; None if there is none.
 
     Sums, ReLU, ReLU6 and poolings have PyTorch's bits; other activations, the mean over an image and fully connected
-    layers are right to rounding, as the operators around them are.
+    layers are right to rounding, as the operators around them are. In bfloat16 all compute in float32 and round once.
     """
     find = _FINDERS.get(type(function) if isinstance(function, nn.Module) else function)
     if find is None or any(isinstance(value, Tensor) for value in kwargs.values()):
         return None
-    if not all(_is_plain(value) for value in args if isinstance(value, Tensor)):
+    if not _are_plain(*(value for value in args if isinstance(value, Tensor))):
         return None
     options = (function,) if isinstance(function, nn.Module) else ()
     found: FoundStep | None = find(*options, *args, **kwargs)
     return found
 
 
-def _is_plain(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided and not t.is_neg() and t.numel() > 0
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether steps can read tensors, which are all of one dtype."""
+    return len({t.dtype for t in tensors}) <= 1 and all(
+        t.dtype in library.DTYPES and t.is_cpu and t.layout == torch.strided and not t.is_neg() and t.numel() > 0
+        for t in tensors
+    )
 
 
 def _activation(name: str, *, changes: bool = False) -> Callable[..., FoundStep | None]:
@@ -60,7 +64,7 @@ def _activation(name: str, *, changes: bool = False) -> Callable[..., FoundStep 
         if not is_dense(x):
             return None
         y = None if inplace or changes else torch.empty_like(x)
-        return FoundStep(x, None, y, add_step(x.numel(), name)) if y is None or y.stride() == x.stride() else None
+        return FoundStep(x, None, y, add_step(x, name)) if y is None or y.stride() == x.stride() else None
 
     return find
 
@@ -87,7 +91,7 @@ def _add(*, changes: bool) -> Callable[..., FoundStep | None]:
         y = None if changes else torch.empty_like(x)
         if y is not None and y.stride() != x.stride():
             return None
-        return FoundStep(x, other, y, add_step(x.numel()))
+        return FoundStep(x, other, y, add_step(x))
 
     return find
 
@@ -152,7 +156,7 @@ def _mean_over_image(x: Tensor, y: Tensor) -> FoundStep | None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> FoundStep | None:
     weights = (weight,) if bias is None else (weight, bias)
-    if x.dim() != 2 or not all(t.is_contiguous() and _is_plain(t) for t in (x, *weights)):
+    if x.dim() != 2 or not _are_plain(x, *weights) or not all(t.is_contiguous() for t in (x, *weights)):
         return None
     y = F.linear(x, weight, bias)
     return FoundStep(x, None, y, linear_step(x, weight, bias, y))
@@ -170,7 +174,7 @@ def convolution(
 ) -> FoundStep | None:
     """Return the step of a convolution with zeros around the image, as PyTorch's arguments tell it; None if not."""
     weights = (weight,) if bias is None else (weight, bias)
-    if x.dim() != 4 or isinstance(padding, str) or not all(_is_plain(t) for t in (x, *weights)):
+    if x.dim() != 4 or isinstance(padding, str) or not _are_plain(x, *weights):
         return None
     geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     layer = ChainArguments((weight,), (bias,), *geometry, (activation,))

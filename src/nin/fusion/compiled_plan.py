@@ -40,14 +40,20 @@ class Slot:
     Attributes:
         size: of the tensor.
         stride: of the tensor.
-        owned: whether a kernel wrote it first, so that the plan chooses its memory; it is dense then, of floats.
+        dtype: of the tensor.
+        owned: whether a kernel wrote it first, so that the plan chooses its memory; it is dense then.
         constant: a parameter or buffer, which is the same in every call.
     """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    dtype: torch.dtype
     owned: bool = False
     constant: Tensor | None = None
+
+    def empty(self) -> Tensor:
+        """Return a tensor like it, of any values."""
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="cpu")
 
 
 @dataclasses.dataclass
@@ -109,7 +115,7 @@ class _Stretch:
         self, kernels: Kernels, actions: list[KernelAction], slots: list[Slot], places: dict[int, int], made: set[int]
     ) -> None:
         self._tensors: list[int] = []  # whose addresses follow that of the shared memory
-        self._new: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self._new: list[tuple[int, Slot]] = []
 
         def operand(slot: int) -> Operand:
             if slot < 0:
@@ -117,7 +123,7 @@ class _Stretch:
             if slot in places:
                 return 0, places[slot]
             if slots[slot].owned and slot not in made:
-                self._new.append((slot, slots[slot].size, slots[slot].stride))
+                self._new.append((slot, slots[slot]))
                 made.add(slot)
             if slot not in self._tensors:
                 self._tensors.append(slot)
@@ -127,8 +133,8 @@ class _Stretch:
         self._packed = PackedSteps(kernels, steps)
 
     def __call__(self, values: list[Any], address: int) -> None:
-        for slot, size, stride in self._new:
-            values[slot] = torch.empty_strided(size, stride, dtype=torch.float32, device="cpu")
+        for number, slot in self._new:
+            values[number] = slot.empty()
         self._packed.run([address, *(values[slot].data_ptr() for slot in self._tensors)])
 
     def slots(self) -> list[int]:
@@ -156,6 +162,7 @@ class Plan:
         output: Any,
     ) -> None:
         self._values: list[Any] = [slot.constant for slot in slots]
+        self.dtypes = {slot.dtype for slot in slots}
         self._inputs, self._output = inputs, output
         self._only = output.slot if is_ref(output) else None
         shown = {leaf.slot for leaf in pytree.tree_leaves(output, is_leaf=is_ref) if is_ref(leaf)}
@@ -258,7 +265,8 @@ def _place(
     total = 0
     for slot, (first, last) in lives.items():  # in the order in which they are written
         taken = sorted(block for block in taken if block[2] >= first)
-        need, offset = -(-math.prod(slots[slot].size) * 4 // _ALIGNMENT) * _ALIGNMENT, 0
+        values, offset = math.prod(slots[slot].size) * slots[slot].dtype.itemsize, 0
+        need = -(-values // _ALIGNMENT) * _ALIGNMENT
         for start, end, _ in taken:
             if start - offset >= need:
                 break

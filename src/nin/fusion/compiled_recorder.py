@@ -218,7 +218,7 @@ class Recorder:
         known = self._tensors.get(id(tensor))
         if known is not None:
             return known[0]
-        self._slots.append(Slot(tuple(tensor.shape), tensor.stride(), owned))
+        self._slots.append(Slot(tuple(tensor.shape), tensor.stride(), tensor.dtype, owned))
         self._tensors[id(tensor)] = len(self._slots) - 1, tensor
         return len(self._slots) - 1
 

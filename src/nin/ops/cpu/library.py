@@ -20,7 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WEIGHTS_CHANGED = 3
 
 # nin_interface of the library that this package calls
-INTERFACE = 8
+INTERFACE = 9
 
 
 def find_library() -> Path | None:
@@ -72,7 +72,7 @@ def load_library(path: Path | None) -> ctypes.CDLL | None:
         ("nin_forward_scratch_bytes", size, [pointer, blob, blob, size]),
         ("nin_forward", status, [pointer, blob, blob, pointer, pointer, blob, blob, blob, size]),
         ("nin_inverted_bottleneck", status, [pointer, blob, blob, size, pointer, pointer, blob, blob, blob, size]),
-        ("nin_run_steps", status, [pointer, pointer, size, blob, blob]),
+        ("nin_run_steps", status, [blob, pointer, size, blob, blob]),
         ("nin_backward", status, [pointer, blob, blob, blob, blob, pointer, pointer, pointer, pointer, blob]),
         ("nin_peak_flops", real, [pointer, blob, real]),
         ("nin_copy_bytes_per_second", real, [blob, pointer, pointer, size]),

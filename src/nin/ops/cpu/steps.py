@@ -1,4 +1,4 @@
-"""Steps of a network in float32, many of which one call of the compiled library runs one after the other."""
+"""Steps of a network, many of which one call of the compiled library runs one after the other."""
 
 import dataclasses
 import enum
@@ -35,6 +35,7 @@ class KernelStep:
 
     Attributes:
         kind: what it computes.
+        dtype: of every tensor.
         chain: the struct ``nin_chain``: sizes, strides and geometry; empty where a step has none.
         layers: the structs ``nin_layer`` of convolutions.
         option: the groups of a convolution, the residual of a bottleneck, the activation of a sum, the padding of a
@@ -44,6 +45,7 @@ class KernelStep:
     """
 
     kind: StepKind
+    dtype: torch.dtype
     chain: bytes = b""
     layers: bytes = b""
     option: int = 0
@@ -76,7 +78,7 @@ class KernelStep:
 Operand = tuple[int, int]
 NO_OPERAND: Operand = -1, 0
 
-_STEP = struct.Struct("11q")
+_STEP = struct.Struct("12q")
 _CODE = struct.Struct("q")  # of an activation: the last field of nin_layer
 _LAYER_BYTES = 32
 
@@ -87,9 +89,10 @@ def step_of_call(seen: SeenCall) -> KernelStep | None:
     kinds = {"nin_forward": StepKind.CHAIN, "nin_inverted_bottleneck": StepKind.BOTTLENECK}
     kind = kinds.get(call.function.__name__)
     packed_chain, layers, *options = call.structs
-    if kind is None or call.output["dtype"] != torch.float32 or len(options) > 1:
+    if kind is None or len(options) > 1:
         return None
-    return KernelStep(kind, packed_chain, layers, options[0] if options else 0, kept=(call.copies, *chain.biases))
+    option, dtype = options[0] if options else 0, call.output["dtype"]
+    return KernelStep(kind, dtype, packed_chain, layers, option, kept=(call.copies, *chain.biases))
 
 
 def convolution_step(kernels: Kernels, x: Tensor, y: Tensor, layer: ChainArguments, groups: int = 1) -> KernelStep:
@@ -107,7 +110,7 @@ def convolution_step(kernels: Kernels, x: Tensor, y: Tensor, layer: ChainArgumen
         packed_chain = abi.pack_chain(x, y, layer)
         (copy,) = packed_copies(kernels, [weight], as_floats=0)
         layers, kept = abi.pack_layers([copy.packed], layer)
-        return KernelStep(StepKind.DEPTHWISE, packed_chain, layers, kept=tuple(kept))
+        return KernelStep(StepKind.DEPTHWISE, x.dtype, packed_chain, layers, kept=tuple(kept))
     biases = [None] * groups if bias is None else bias.contiguous().chunk(groups)
     weights = weight.chunk(groups)
     first = layer._replace(weights=weights[:1])
@@ -119,12 +122,12 @@ def convolution_step(kernels: Kernels, x: Tensor, y: Tensor, layer: ChainArgumen
         packed, tensors = abi.pack_layers([copy.packed], layer._replace(weights=[part], biases=[part_bias]))
         layers += packed
         kept += tensors
-    return KernelStep(StepKind.CHAIN, packed_chain, layers, option=groups, kept=tuple(kept))
+    return KernelStep(StepKind.CHAIN, x.dtype, packed_chain, layers, option=groups, kept=tuple(kept))
 
 
-def add_step(count: int, activation: str = "none") -> KernelStep:
-    """Return ``y = activation(x + other)``, or ``activation(x)``, of ``count`` values that lie in one order."""
-    return KernelStep(StepKind.ADD, option=abi.ACTIVATION_CODES[activation], count=count)
+def add_step(x: Tensor, activation: str = "none") -> KernelStep:
+    """Return ``y = activation(x + other)``, or ``activation(x)``, of values that lie in one order."""
+    return KernelStep(StepKind.ADD, x.dtype, option=abi.ACTIVATION_CODES[activation], count=x.numel())
 
 
 def pool_step(
@@ -147,7 +150,7 @@ def pool_step(
         divisor: of a mean, in place of the number of values; 0: that number.
     """
     kind = StepKind.MAX_POOL if largest else StepKind.AVERAGE_POOL
-    return KernelStep(kind, abi.pack_window(x, y, *window), option=int(not counts_padding), count=divisor)
+    return KernelStep(kind, x.dtype, abi.pack_window(x, y, *window), option=int(not counts_padding), count=divisor)
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> KernelStep:
@@ -163,7 +166,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Ke
     window = abi.pack_window(x[:, :, None, None], y[:, :, None, None], one, one, (0, 0), one, layers=1)
     address = 0 if bias is None else bias.data_ptr()
     layer = struct.pack("4q", weight.data_ptr(), address, weight.shape[0], 0)
-    return KernelStep(StepKind.LINEAR, window, layer, kept=(weight, bias))
+    return KernelStep(StepKind.LINEAR, x.dtype, window, layer, kept=(weight, bias))
 
 
 def scale_shift_step(
@@ -189,7 +192,7 @@ def scale_shift_step(
     scale_address, shift_address = (0 if t is None else t.data_ptr() for t in (scale, shift))
     layer = struct.pack("4q", scale_address, shift_address, x.shape[1], abi.ACTIVATION_CODES[activation])
     kind = StepKind.SCALE_SHIFT if norm_eps is None else StepKind.LAYER_NORM
-    return KernelStep(kind, window, layer, kept=(scale, shift))
+    return KernelStep(kind, x.dtype, window, layer, kept=(scale, shift))
 
 
 class PackedSteps:
@@ -201,7 +204,7 @@ class PackedSteps:
     """
 
     def __init__(self, kernels: Kernels, steps: Sequence[tuple[KernelStep, tuple[Operand, ...]]]) -> None:
-        self._handle = kernels.handles[torch.float32]
+        self._handles = struct.pack(f"{len(library.DTYPES)}q", *map(kernels.handles.__getitem__, library.DTYPES))
         self._kept = [step.kept for step, _ in steps]
         self._count = len(steps)
         blobs = [blob for step, _ in steps for blob in (step.chain, step.layers)]
@@ -211,7 +214,8 @@ class PackedSteps:
             chain, layers = address, address + len(step.chain)
             address = layers + len(step.layers)
             flat = [number for operand in operands for number in operand]
-            packed.append(_STEP.pack(step.kind, *flat, chain, layers, step.option, step.count))
+            values = library.DTYPES[step.dtype], *flat, chain, layers, step.option, step.count
+            packed.append(_STEP.pack(step.kind, *values))
         self._steps = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8)
         self._address = self._steps.data_ptr()
 
@@ -223,7 +227,7 @@ class PackedSteps:
         """
         addresses = struct.pack(f"{len(memory)}q", *memory)
         run_steps = library.loaded().nin_run_steps
-        library.check(run_steps(self._handle, self._address, self._count, addresses, library.thread_pool()))
+        library.check(run_steps(self._handles, self._address, self._count, addresses, library.thread_pool()))
 
 
 def run_step(kernels: Kernels, step: KernelStep, x: Tensor, other: Tensor | None, y: Tensor) -> None:

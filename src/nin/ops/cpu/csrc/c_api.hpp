@@ -86,7 +86,7 @@ NIN_API int32_t nin_inverted_bottleneck(const void* kernels, const nin_chain* ch
                                         int64_t residual, const void* x, void* y, const nin_thread_pool* pool,
                                         const nin_bytes* weights, const uint64_t* hashes, int64_t count);
 
-// A step of a network in float32, whose tensors lie at offsets, in bytes, in blocks of memory.
+// A step of a network, whose tensors lie at offsets, in bytes, in blocks of memory.
 enum nin_step_kind : int64_t {
   nin_step_chain = 0,           // nin_forward(chain, layers); option: if not 0, as many groups of channels, for each of
                                 // which the chain, of one layer, is computed with a layer of its own
@@ -100,20 +100,21 @@ enum nin_step_kind : int64_t {
                                 // with the kernels for float32
   nin_step_scale_shift = 7,     // y = activation(x · weight + bias) of each channel. chain: batch, channels, height, the
                                 // pixels of an image, and the strides of N, C and H, of which y's channels are
-                                // contiguous; layers: one, with floats or null; other: if there, (batch, channels)
+                                // contiguous; layers: one, of the same type or null; other: if there, (batch, channels)
                                 // factors in the place of the weight
   nin_step_layer_norm = 8,      // the same with x normalized over the channels; chain: norm_epsilon too
 };
 struct nin_step {
   int64_t kind;
+  int64_t type;                  // data type of every tensor
   int64_t x[2], other[2], y[2];  // block and offset; other[0] is -1 where there is none
   const nin_chain* chain;
   const nin_layer* layers;
   int64_t option, count;
 };
-// Runs steps one after the other. In poolings the channels of a pixel are contiguous. Equal bits for any
-// number of threads.
-NIN_API int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count, char* const* memory,
+// Runs steps one after the other. `kernels`: those of an instruction set for each data type. In poolings the channels of
+// a pixel are contiguous. Equal bits for any number of threads.
+NIN_API int32_t nin_run_steps(const void* const* kernels, const nin_step* steps, int64_t count, char* const* memory,
                               const nin_thread_pool* pool);
 
 // Where the gradients of a chain of 1×1 layers without padding go; null: not needed.

@@ -1,5 +1,5 @@
 // A depthwise convolution by itself. A task takes some lines of a panel of channels: it copies those that they look at
-// to scratch memory, with zeros beside them, where the kernel finds the channels of a panel together.
+// to scratch memory as floats, with zeros beside them, where the kernel finds the channels of a panel together.
 #include "depthwise_layer.hpp"
 
 namespace nin {
@@ -22,6 +22,7 @@ class DepthwiseLayer {
 
   const Kernels& k_;
   const nin_chain& chain_;
+  DataType type_;  // of x and y
   ImageView x_, y_;
   std::vector<Layer> layers_;
   Panels panels_;
@@ -38,8 +39,9 @@ nin_chain with_one_layer(nin_chain chain) {
 DepthwiseLayer::DepthwiseLayer(const Kernels& k, const nin_chain& chain, const nin_layer& layer, const void* x, void* y)
     : k_(k),
       chain_(chain),
-      x_(image_view(x, chain.x_stride, 4)),
-      y_(image_view(y, chain.y_stride, 4)),
+      type_(DataType(chain.type)),
+      x_(image_view(x, chain.x_stride, element_size(type_))),
+      y_(image_view(y, chain.y_stride, element_size(type_))),
       layers_(read_layers(k, with_one_layer(chain), &layer)),
       panels_(k, chain.channels, chain.kernel[0] * chain.kernel[1]),
       line_taps_(taps_inside_image(chain, 0, chain.height, chain.out_height)),
@@ -57,17 +59,18 @@ void DepthwiseLayer::run_lines(int64_t image, int64_t panel, int64_t first, int6
   part.channels = std::min(panels_.width, chain_.channels - channel);
   ImageView x = x_;
   x.data += channel * x_.c_stride;
-  copy_padded(k_, part, x, {image, top, -chain_.padding[1], window(last - first), line_pixels_},
+  copy_padded(*k_.float_kernels, part, x, {image, top, -chain_.padding[1], window(last - first), line_pixels_},
               {scratch, pixel_bytes_, line_bytes_});
   std::vector<const char*> lines(size_t(chain_.kernel[0]), nullptr);
   char* const out = scratch + window(last - first) * line_bytes_;
-  const bool writes_in_place = y_.c_stride == 4 && part.channels == vectors * k_.lanes;
+  const bool writes_in_place = y_.c_stride == element_size(type_) && part.channels == vectors * k_.lanes;
   DepthwiseArguments args;
   args.lines = lines.data();
   args.bias = layer.bias.empty() ? nullptr : layer.bias.data() + channel;
   args.activation = layer.activation;
   args.taps = chain_.kernel[1], args.stride = chain_.stride[1], args.dilation = chain_.dilation[1];
   args.columns = chain_.out_width;
+  args.out_type = type_;
   for (int64_t line = first; line < last; ++line) {
     const TapRange inside = line_taps_[size_t(line)];
     for (int64_t tap = inside.first; tap < inside.last; ++tap) {
@@ -82,7 +85,7 @@ void DepthwiseLayer::run_lines(int64_t image, int64_t panel, int64_t first, int6
     args.out_row_stride = writes_in_place ? y_.w_stride : pixel_bytes_;
     k_.depthwise(args, vectors);
     if (!writes_in_place) {
-      k_.store({to, y_.c_stride, y_.w_stride, DataType::f32, part.channels, chain_.out_width}, out, pixel_bytes_);
+      k_.store({to, y_.c_stride, y_.w_stride, type_, part.channels, chain_.out_width}, out, pixel_bytes_);
     }
   }
 }

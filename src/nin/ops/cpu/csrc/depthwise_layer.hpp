@@ -1,4 +1,4 @@
-// A depthwise convolution of floats, by itself.
+// A depthwise convolution by itself.
 #pragma once
 
 #include "parallel.hpp"

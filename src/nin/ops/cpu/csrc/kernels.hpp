@@ -90,27 +90,29 @@ struct DepthwiseArguments {
   int64_t columns = 0;                         // output pixels
   char* out = nullptr;
   int64_t out_row_stride = 0;
-  DataType out_type = DataType::f32;  // or that of the tiles
+  DataType out_type = DataType::f32;
 };
 
-// A fully connected layer: y[r][o] = x[r] · weight[o] + bias[o], floats. The weight is read where it lies.
+// A fully connected layer: y[r][o] = x[r] · weight[o] + bias[o]. The weight is read where it lies.
 struct LinearArguments {
+  DataType type = DataType::f32;  // of all four
   const char* x = nullptr;
   int64_t x_row_stride = 0, rows = 0, channels = 0;
   const char* weight = nullptr;
   int64_t weight_row_stride = 0;
-  const float* bias = nullptr;  // or null
+  const char* bias = nullptr;  // or null
   char* y = nullptr;
   int64_t y_row_stride = 0;
 };
 
-// y[r][c] = activation(x[r][c] · scale[c] + shift[c]), of floats, whose channels are contiguous; x may be normalized over
+// y[r][c] = activation(x[r][c] · scale[c] + shift[c]), whose channels are contiguous; x may be normalized over
 // the channels before: its mean subtracted, divided by the root of its variance plus epsilon.
 struct RowArguments {
+  DataType type = DataType::f32;  // of all four
   const char* x = nullptr;
   int64_t x_row_stride = 0, rows = 0, channels = 0;
-  const float* scale = nullptr;  // or null, as the shift
-  const float* shift = nullptr;
+  const char* scale = nullptr;  // or null, as the shift
+  const char* shift = nullptr;
   Activation activation = Activation::none;
   bool normalizes = false;
   float epsilon = 0;
@@ -192,11 +194,12 @@ struct Kernels {
   void (*normalize_rows)(char* rows, int64_t row_stride, int64_t count, int64_t channels, float epsilon);
   // to[i] = panel[i] * factors[i], for the rows of a panel of packed weights: floats
   void (*scale_panel)(const char* panel, int64_t rows, int vectors, const float* factors, char* to);
-  // y = activation(x + other) of `count` floats, y = activation(x) where `other` is null; y may be one of them.
-  void (*add_and_activate)(char* y, const char* x, const char* other, int64_t count, Activation activation);
-  // The largest value of each of `channels` over `count` pixels, or their sum over `divisor`; floats.
-  void (*pool)(char* y, const char* const* pixels, int64_t count, int64_t channels, bool largest, float divisor);
-  // The outputs from `first` to `last` of a fully connected layer; floats.
+  // y = activation(x + other) of `count` values, y = activation(x) where `other` is null; y may be one of them.
+  void (*add_and_activate)(char* y, const char* x, const char* other, int64_t count, Activation, DataType);
+  // The largest value of each of `channels` over `count` pixels, or their sum over `divisor`.
+  void (*pool)(char* y, const char* const* pixels, int64_t count, int64_t channels, bool largest, float divisor,
+               DataType);
+  // The outputs from `first` to `last` of a fully connected layer.
   void (*linear)(const LinearArguments&, int64_t first, int64_t last);
   void (*scale_and_shift)(const RowArguments&);
   // Called before and after a thread's GEMMs to save 64 bytes of register state (AMX); null where there is none.

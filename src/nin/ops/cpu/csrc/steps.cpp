@@ -13,9 +13,11 @@ constexpr int64_t task_values = 32 << 10;
 
 class Step {
  public:
-  Step(const Kernels& k, const nin_step& step, char* const* memory, const nin_thread_pool& pool)
-      : k_(k),
+  Step(const void* const* kernels, const nin_step& step, char* const* memory, const nin_thread_pool& pool)
+      : k_(*static_cast<const Kernels*>(kernels[step.type])),
         step_(step),
+        type_(DataType(step.type)),
+        size_(element_size(type_)),
         x_(memory[step.x[0]] + step.x[1]),
         other_(step.other[0] < 0 ? nullptr : memory[step.other[0]] + step.other[1]),
         y_(memory[step.y[0]] + step.y[1]),
@@ -32,6 +34,8 @@ class Step {
 
   const Kernels& k_;
   const nin_step& step_;
+  const DataType type_;
+  const int64_t size_;  // of an element
   char* const x_;
   char* const other_;
   char* const y_;
@@ -54,12 +58,12 @@ int32_t Step::run() const {
 
 int32_t Step::convolve() const {
   const nin_chain& c = *step_.chain;
-  const int64_t groups = std::max<int64_t>(1, step_.option), size = element_size(DataType(c.type));
+  const int64_t groups = std::max<int64_t>(1, step_.option);
   for (int64_t g = 0; g < groups; ++g) {
     const nin_layer* layer = step_.layers + g;
     const int32_t status =
-        nin_forward(&k_, &c, layer, x_ + g * c.channels * c.x_stride[1] * size,
-                    y_ + g * layer->channels * c.y_stride[1] * size, &pool_, nullptr, nullptr, 0);
+        nin_forward(&k_, &c, layer, x_ + g * c.channels * c.x_stride[1] * size_,
+                    y_ + g * layer->channels * c.y_stride[1] * size_, &pool_, nullptr, nullptr, 0);
     if (status != nin_ok) return status;
   }
   return nin_ok;
@@ -68,9 +72,9 @@ int32_t Step::convolve() const {
 nin_status Step::add() const {
   const int64_t count = step_.count, tasks = ceil_div(count, task_values);
   return run_tasks(pool_, tasks, 0, [&](int64_t task, char*) {
-    const int64_t from = task * task_values, at = from * 4;
+    const int64_t from = task * task_values, at = from * size_;
     k_.add_and_activate(y_ + at, x_ + at, other_ ? other_ + at : nullptr, std::min(task_values, count - from),
-                        Activation(step_.option));
+                        Activation(step_.option), type_);
   });
 }
 
@@ -78,10 +82,11 @@ nin_status Step::linear() const {
   const nin_chain& c = *step_.chain;
   const nin_layer& layer = *step_.layers;
   LinearArguments args;
-  args.x = x_, args.x_row_stride = c.x_stride[0] * 4, args.rows = c.batch, args.channels = c.channels;
-  args.weight = static_cast<const char*>(layer.weight), args.weight_row_stride = c.channels * 4;
-  args.bias = static_cast<const float*>(layer.bias);
-  args.y = y_, args.y_row_stride = c.y_stride[0] * 4;
+  args.type = type_;
+  args.x = x_, args.x_row_stride = c.x_stride[0] * size_, args.rows = c.batch, args.channels = c.channels;
+  args.weight = static_cast<const char*>(layer.weight), args.weight_row_stride = c.channels * size_;
+  args.bias = static_cast<const char*>(layer.bias);
+  args.y = y_, args.y_row_stride = c.y_stride[0] * size_;
   const int64_t outputs = std::clamp<int64_t>(task_values / (c.channels * c.batch), 1, layer.channels);
   return run_tasks(pool_, ceil_div(layer.channels, outputs), 0, [&](int64_t task, char*) {
     k_.linear(args, task * outputs, std::min((task + 1) * outputs, layer.channels));
@@ -92,22 +97,28 @@ nin_status Step::linear() const {
 nin_status Step::scale_and_shift(bool normalizes) const {
   const nin_chain& c = *step_.chain;
   const nin_layer& layer = *step_.layers;
-  const ImageView x = image_view(x_, c.x_stride, 4), y = image_view(y_, c.y_stride, 4);
-  const bool in_place = x.c_stride == 4;
+  const ImageView x = image_view(x_, c.x_stride, size_), y = image_view(y_, c.y_stride, size_);
+  const bool in_place = x.c_stride == size_, widened = type_ != k_.tile_type;
   const int64_t row_bytes = tile_row_bytes(k_, c.channels);
   const int64_t pixels = std::clamp<int64_t>(task_values / c.channels, 1, c.height), parts = ceil_div(c.height, pixels);
-  const size_t scratch_bytes = in_place ? 0 : size_t(pixels * row_bytes);
+  const size_t scratch_bytes = in_place ? 0 : size_t(pixels * row_bytes * (widened ? 2 : 1));
   return run_tasks(pool_, c.batch * parts, scratch_bytes, [&](int64_t task, char* scratch) {
     const int64_t image = task / parts, first = task % parts * pixels;
     RowArguments args;
-    args.rows = std::min(pixels, c.height - first), args.channels = c.channels;
+    args.type = type_, args.rows = std::min(pixels, c.height - first), args.channels = c.channels;
     args.x = x.pixel(image, first, 0), args.x_row_stride = x.h_stride;
     if (!in_place) {
-      k_.load({x.pixel(image, first, 0), x.c_stride, x.h_stride, DataType::f32, c.channels, args.rows}, scratch, row_bytes);
+      k_.load({x.pixel(image, first, 0), x.c_stride, x.h_stride, type_, c.channels, args.rows}, scratch, row_bytes);
       args.x = scratch, args.x_row_stride = row_bytes;
+      if (widened) {  // to floats, as the set's tiles are: back again
+        char* const rows = scratch + pixels * row_bytes;
+        std::memset(rows, 0, size_t(args.rows * row_bytes));
+        k_.add_rows(rows, row_bytes, type_, scratch, row_bytes, k_.tile_type, args.rows, c.channels);
+        args.x = rows;
+      }
     }
-    args.scale = other_ ? reinterpret_cast<const float*>(other_) + image * c.channels : static_cast<const float*>(layer.weight);
-    args.shift = static_cast<const float*>(layer.bias);
+    args.scale = other_ ? other_ + image * c.channels * size_ : static_cast<const char*>(layer.weight);
+    args.shift = static_cast<const char*>(layer.bias);
     args.activation = Activation(layer.activation);
     args.normalizes = normalizes, args.epsilon = float(c.norm_epsilon);
     args.y = y.pixel(image, first, 0), args.y_row_stride = y.h_stride;
@@ -144,7 +155,7 @@ struct PoolRange {
 
 void Step::pool_line(int64_t image, int64_t line, bool largest, const char** pixels) const {
   const nin_chain& c = *step_.chain;
-  const ImageView x = image_view(x_, c.x_stride, 4), y = image_view(y_, c.y_stride, 4);
+  const ImageView x = image_view(x_, c.x_stride, size_), y = image_view(y_, c.y_stride, size_);
   const PoolRange rows(c, 0, c.height, line);
   for (int64_t column = 0; column < c.out_width; ++column) {
     const PoolRange columns(c, 1, c.width, column);
@@ -153,18 +164,18 @@ void Step::pool_line(int64_t image, int64_t line, bool largest, const char** pix
       for (int64_t j = columns.first; j < columns.last; j += columns.step) pixels[count++] = x.pixel(image, i, j);
     }
     const int64_t divisor = step_.count ? step_.count : step_.option ? count : rows.padded * columns.padded;
-    k_.pool(y.pixel(image, line, column), pixels, count, c.channels, largest, float(divisor));
+    k_.pool(y.pixel(image, line, column), pixels, count, c.channels, largest, float(divisor),
+            type_);
   }
 }
 
 }  // namespace
 }  // namespace nin
 
-int32_t nin_run_steps(const void* kernels, const nin_step* steps, int64_t count, char* const* memory,
+int32_t nin_run_steps(const void* const* kernels, const nin_step* steps, int64_t count, char* const* memory,
                       const nin_thread_pool* pool) {
-  const auto& k = *static_cast<const nin::Kernels*>(kernels);
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t status = nin::Step(k, steps[i], memory, *pool).run();
+    const int32_t status = nin::Step(kernels, steps[i], memory, *pool).run();
     if (status != nin_ok) return status;
   }
   return nin_ok;
