@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nin.fusion.node_roles import activation_inside
 from nin.ops.arguments import ChainArguments
 from nin.ops.checks import pair
 from nin.ops.cpu import dispatch, library
-from nin.ops.cpu.steps import KernelStep, add_step, convolution_step, linear_step, pool_step
+from nin.ops.cpu.steps import KernelStep, add_step, convolution_step, linear_step, pool_step, scale_shift_step
 from nin.ops.cpu.weight_cache import is_dense
 from nin.ops.reference import memory_format_of
 
@@ -42,9 +43,12 @@ def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     layers are right to rounding, as the operators around them are. In bfloat16 all compute in float32 and round once.
     """
     find = _FINDERS.get(type(function) if isinstance(function, nn.Module) else function)
-    if find is None or any(isinstance(value, Tensor) for value in kwargs.values()):
+    if isinstance(function, nn.BatchNorm2d):  # timm's too
+        find = _batch_norm_module
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    if find is None or not tensors.keys() <= {"weight", "bias"}:
         return None
-    if not _are_plain(*(value for value in args if isinstance(value, Tensor))):
+    if not _are_plain(*(value for value in (*args, *tensors.values()) if isinstance(value, Tensor))):
         return None
     options = (function,) if isinstance(function, nn.Module) else ()
     found: FoundStep | None = find(*options, *args, **kwargs)
@@ -174,9 +178,15 @@ def convolution(
 ) -> FoundStep | None:
     """Return the step of a convolution with zeros around the image, as PyTorch's arguments tell it; None if not."""
     weights = (weight,) if bias is None else (weight, bias)
-    if x.dim() != 4 or isinstance(padding, str) or not _are_plain(x, *weights):
+    if x.dim() != 4 or not _are_plain(x, *weights):
         return None
-    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    if isinstance(padding, str):
+        around = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+        if any(both % 2 for both in around):
+            return None
+        padding = tuple(both // 2 for both in around)
+    geometry = strides, pair("padding", padding, 0), dilations
     layer = ChainArguments((weight,), (bias,), *geometry, (activation,))
     size = layer.output_shape(x)
     if dispatch.KERNELS is None or min(size) < 1 or x.shape[1] != weight.shape[1] * groups:
@@ -203,9 +213,125 @@ def _nothing(module: nn.Module, x: Tensor) -> FoundStep | None:
     return FoundStep(x)
 
 
-# Whose result may be the same values in another shape.
-RESHAPES: set[Any] = {torch.flatten, torch.squeeze, torch.reshape}
-RESHAPES |= {Tensor.flatten, Tensor.squeeze, Tensor.reshape, Tensor.view, nn.Flatten}
+def _pixels(x: Tensor, axis: int) -> Tensor | None:
+    """Return images, or rows of any shape, as (N, C, P, 1) with their channels at an axis; None if it is no view."""
+    moved = x.movedim(axis, -1)
+    flat = moved[:, None] if x.dim() == 2 else moved.flatten(1, -2)
+    same = flat.untyped_storage()._cdata == x.untyped_storage()._cdata
+    return flat.movedim(-1, 1)[..., None] if same and 0 not in flat.stride() else None
+
+
+def _channel_axis(x: Tensor) -> int | None:
+    """Return the axis of contiguous channels of images or rows; None if there is none."""
+    return next((axis for axis in (1, -1) if 2 <= x.dim() <= 4 and x.stride(axis) == 1), None)
+
+
+def _pixelwise(
+    x: Tensor,
+    y: Tensor,
+    axis: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    other: Tensor | None = None,
+    activation: str = "none",
+    norm_eps: float | None = None,
+) -> FoundStep | None:
+    """Return the step of ``y = activation(x · scale + shift)``, see `scale_shift_step`."""
+    pixels, result = _pixels(x, axis), _pixels(y, axis)
+    if pixels is None or result is None or result.stride(1) != 1:
+        return None
+    if any(t is not None and not (_are_plain(x, t) and is_dense(t)) for t in (scale, shift, other)):
+        return None
+    per_image = other is not None and other.numel() > x.shape[axis]
+    step = scale_shift_step(pixels, result, scale, shift, activation, norm_eps, per_image=per_image)
+    return FoundStep(x, other, y, step)
+
+
+def _layer_norm(
+    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> FoundStep | None:
+    if not 2 <= x.dim() <= 4 or tuple(normalized_shape) != (x.shape[-1],):
+        return None
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _pixelwise(x, y, -1, weight, bias, norm_eps=eps)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+) -> FoundStep | None:
+    if training or running_mean is None or running_var is None or _channel_axis(x) != 1:
+        return None
+    if x.dtype != torch.float32:  # scale and shift would be rounded
+        return None
+    scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    y = torch.empty_like(x)
+    return _pixelwise(x, y, 1, scale, shift, activation=activation)
+
+
+def _batch_norm_module(m: nn.BatchNorm2d, x: Tensor) -> FoundStep | None:
+    """Return the step of a BatchNorm, with the activation that timm's has inside."""
+    activation = activation_inside(m)
+    if activation is None or m.training or x.dim() != 4 or x.shape[1] != m.num_features:
+        return None
+    return _batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps, activation=activation)
+
+
+def _product(x: Any, other: Any) -> FoundStep | None:
+    """Return the step of images times a factor for each channel, or for each channel of each image."""
+    if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+        return None
+    if x.numel() < other.numel():
+        x, other = other, x
+    axis = _channel_axis(x)
+    if axis is None or x.dim() < 3 or other.dim() > x.dim():
+        return None
+    axis %= x.dim()
+    factors = other[(None,) * (x.dim() - other.dim())]
+    of_channels = tuple(size if i == axis else 1 for i, size in enumerate(x.shape))
+    if tuple(factors.shape) not in (of_channels, (x.shape[0], *of_channels[1:])):
+        return None
+    return _pixelwise(x, torch.empty_like(x), axis, other=other)
+
+
+def concatenation(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, list[FoundStep]] | None:
+    """Return the result of a call that joins images along their channels, and a step for each; None if it is none."""
+    if function not in (torch.cat, torch.concat) or "out" in kwargs:
+        return None
+    names: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
+    tensors, axis = names.get("tensors"), names.get("dim", 0)
+    if not tensors or not all(isinstance(t, Tensor) and 2 <= t.dim() <= 4 for t in tensors):
+        return None
+    if not _are_plain(*tensors):
+        return None
+    if any(axis % t.dim() != (_channel_axis(t) or 0) % t.dim() for t in tensors):
+        return None
+    y: Tensor = function(*args, **kwargs)
+    parts = y.split([t.shape[axis] for t in tensors], axis)
+    steps = [_pixelwise(t, part, axis) for t, part in zip(tensors, parts, strict=True)]
+    return None if None in steps else (y, [step for step in steps if step is not None])
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> FoundStep | None:
+    return FoundStep(x) if p == 0 or not training else None
+
+
+# Whose result may be the memory of their first argument in other shapes.
+VIEWS: set[Any] = {torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape, torch.permute, torch.transpose}
+VIEWS |= {torch.chunk, torch.split, torch.narrow, torch.movedim, operator.getitem, nn.Flatten}
+VIEWS |= {Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.reshape, Tensor.view, Tensor.permute}
+VIEWS |= {Tensor.transpose, Tensor.chunk, Tensor.split, Tensor.narrow, Tensor.movedim, Tensor.contiguous}
 
 _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _activation("relu")),
@@ -238,6 +364,11 @@ _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     nn.AdaptiveAvgPool2d: lambda module, x: _adaptive_pool(x, module.output_size),
     nn.Linear: lambda module, x: _linear(x, module.weight, module.bias),
     nn.AvgPool2d: _average_pool_module,
+    **dict.fromkeys((operator.mul, torch.mul, Tensor.mul), _product),
+    F.layer_norm: _layer_norm,
+    nn.LayerNorm: lambda module, x: _layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps),
+    F.batch_norm: _batch_norm,
+    F.dropout: _dropout,
     # in evaluation
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), _nothing),
 }

@@ -42,7 +42,9 @@ class Slot:
         stride: of the tensor.
         dtype: of the tensor.
         owned: whether a kernel wrote it first, so that the plan chooses its memory; it is dense then.
-        constant: a parameter or buffer, which is the same in every call.
+        constant: a parameter or buffer, or a view of one, which is the same in every call.
+        base: the slot whose memory it is a view of; -1: it is none.
+        offset: of a view in its base, in bytes.
     """
 
     size: tuple[int, ...]
@@ -50,10 +52,17 @@ class Slot:
     dtype: torch.dtype
     owned: bool = False
     constant: Tensor | None = None
+    base: int = -1
+    offset: int = 0
 
     def empty(self) -> Tensor:
         """Return a tensor like it, of any values."""
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="cpu")
+
+
+def base_of(slots: Sequence[Slot], slot: int) -> int:
+    """Return the slot that holds the memory of a slot: itself, unless it is a view."""
+    return slot if slots[slot].base < 0 else slots[slot].base
 
 
 @dataclasses.dataclass
@@ -120,14 +129,15 @@ class _Stretch:
         def operand(slot: int) -> Operand:
             if slot < 0:
                 return NO_OPERAND
+            slot, offset = base_of(slots, slot), slots[slot].offset
             if slot in places:
-                return 0, places[slot]
+                return 0, places[slot] + offset
             if slots[slot].owned and slot not in made:
                 self._new.append((slot, slots[slot]))
                 made.add(slot)
             if slot not in self._tensors:
                 self._tensors.append(slot)
-            return self._tensors.index(slot) + 1, 0
+            return self._tensors.index(slot) + 1, offset
 
         steps = [(a.step, tuple(map(operand, (a.x, a.other, a.y)))) for a in actions]
         self._packed = PackedSteps(kernels, steps)
@@ -168,7 +178,8 @@ class Plan:
         shown = {leaf.slot for leaf in pytree.tree_leaves(output, is_leaf=is_ref) if is_ref(leaf)}
         # what PyTorch reads, or the caller gets: tensors of their own
         visible = shown.union(*(action.slots() for action in actions if isinstance(action, TorchAction)))
-        merged = _merge(actions, visible)
+        visible = {base_of(slots, slot) for slot in visible}
+        merged = _merge(actions, slots, visible)
         places, self.memory_bytes = _place(merged, slots, visible)
         self.parts: list[_Stretch | TorchAction] = []
         made: set[int] = set()
@@ -223,9 +234,11 @@ def _last_uses(parts: Sequence[_Stretch | TorchAction], kept: set[int]) -> list[
     return drops
 
 
-def _merge(actions: Sequence[KernelAction | TorchAction], visible: set[int]) -> list[KernelAction | TorchAction]:
+def _merge(
+    actions: Sequence[KernelAction | TorchAction], slots: list[Slot], visible: set[int]
+) -> list[KernelAction | TorchAction]:
     """Join sums with what comes before them where one kernel does both."""
-    uses = Counter(slot for action in actions for slot in action.slots())
+    uses = Counter(base_of(slots, slot) for action in actions for slot in action.slots())
     merged: list[KernelAction | TorchAction] = []
     for action in actions:
         before = merged[-1] if merged else None
@@ -257,7 +270,8 @@ def _place(
     """Return the offsets of the tensors in the memory that they share one after the other, and its bytes."""
     lives: dict[int, tuple[int, int]] = {}
     for i, action in enumerate(actions):
-        for slot in action.slots() if isinstance(action, KernelAction) else ():
+        for view in action.slots() if isinstance(action, KernelAction) else ():
+            slot = base_of(slots, view)
             if slots[slot].owned and slot not in visible:
                 lives[slot] = lives.get(slot, (i, i))[0], i
     places: dict[int, int] = {}

@@ -1,5 +1,8 @@
 """Record a network's forward as a plan: every step is run once, and what it was kept."""
 
+import dataclasses
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,8 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nin.fusion.compiled_graph import Layers, NetworkGraph, held_tensor
-from nin.fusion.compiled_kernels import RESHAPES, FoundStep, convolution, find_step
-from nin.fusion.compiled_plan import KernelAction, Plan, Ref, Slot, TorchAction, tensors_in
+from nin.fusion.compiled_kernels import VIEWS, FoundStep, concatenation, convolution, find_step
+from nin.fusion.compiled_plan import KernelAction, Plan, Ref, Slot, TorchAction, base_of, is_ref, tensors_in
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.cpu import call_cache
 from nin.ops.cpu.library import Kernels
@@ -67,6 +70,7 @@ class Recorder:
         self._tensors: dict[int, tuple[int, Tensor]] = {}  # by id: slot and tensor, of those that are alive
         self._values: dict[fx.Node, Any] = {}
         self._actions: list[KernelAction | TorchAction] = []
+        self._made_views: set[int] = set()  # slots of views that are tensors
         self._weights = [*module.parameters(), *module.buffers()]
 
     def record(self, inputs: Sequence[Tensor]) -> tuple[Any, Plan]:
@@ -83,7 +87,7 @@ class Recorder:
         for node in self._network.graph.nodes:
             if node.op == "output":
                 result = _plain_containers(self._fill(node.args[0]))
-                output = pytree.tree_map_only(Tensor, lambda t: Ref(self._slot_of(t)), result)
+                output = pytree.tree_map_only(Tensor, lambda t: Ref(self._shown(t)), result)
                 return result, Plan(self._kernels, self._slots, self._actions, slots, output)
             done += last_uses.get(node, ())
             if node in self._network.inside:
@@ -112,8 +116,6 @@ class Recorder:
             layers = self._network.chains[node]
             return self._run_layers(layers, self._fill(layers.x))
         args, kwargs = self._fill(node.args), self._fill(node.kwargs)
-        if (reshaped := self._reshape(node, args, kwargs)) is not None:
-            return reshaped
         if node.op == "call_module":
             return self._run_module(self._module.get_submodule(str(node.target)), args, kwargs)
         if node.op == "call_method":
@@ -123,28 +125,40 @@ class Recorder:
             return self._run_function(getattr(type(args[0]), name), args, kwargs)
         if node.target is getattr and args[1] in _ATTRIBUTES:
             return getattr(*args)
+        if node.target is operator.getitem and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
         return self._run_function(node.target, args, kwargs)  # type: ignore[arg-type]
 
-    def _reshape(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Return the result of a kernel in another shape, if that is all that is read of it; None if not."""
-        function: Any = node.target
-        if node.op == "call_module":
-            function = self._module.get_submodule(function)
-        elif node.op == "call_method":
-            function = getattr(Tensor, function, None)
-        kind = type(function) if isinstance(function, nn.Module) else function
+    def _view(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of a function, if it is the memory of its first argument in other shapes; None if not."""
         x = args[0] if args else None
-        if kind not in RESHAPES or not isinstance(x, Tensor) or len(node.all_input_nodes[0].users) > 1:
+        kind = type(function) if isinstance(function, nn.Module) else function
+        if kind not in VIEWS or not isinstance(x, Tensor):
             return None
-        if sum(value is x for value in pytree.tree_leaves(list(self._values.values()))) > 1:  # what changed it in place
+        result = function(*args, **kwargs)
+        views, base = tensors_in(result), self._slot_of(x)
+        memory = x.untyped_storage()._cdata
+        if not views or any(y.untyped_storage()._cdata != memory or y.dtype != x.dtype for y in views):
             return None
-        slot = self._slots[self._slot_of(x)]
-        y: Tensor = function(*args, **kwargs)
-        if not slot.owned or y.data_ptr() != x.data_ptr() or not is_dense(y):
-            return None
-        slot.size, slot.stride = tuple(y.shape), y.stride()
-        self._tensors[id(y)] = self._slot_of(x), y
-        return y
+        for y in views:
+            self._keep_view(y, x, base)
+        return result
+
+    def _keep_view(self, y: Tensor, x: Tensor, slot: int) -> None:
+        """Give a tensor that lies in another's memory its slot."""
+        if id(y) in self._tensors:
+            return
+        of = self._slots[slot]
+        if of.constant is not None:
+            self._constant(y)
+            return
+        offset, base = of.offset + y.data_ptr() - x.data_ptr(), base_of(self._slots, slot)
+        whole = self._slots[base]
+        if offset == 0 and (tuple(y.shape), y.stride()) == (whole.size, whole.stride):
+            self._tensors[id(y)] = base, y
+            return
+        slot = self._slot_of(y, owned=of.owned)
+        self._slots[slot] = dataclasses.replace(self._slots[slot], base=base, offset=offset)
 
     def _run_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if type(module) in (MLPConv, Conv1x1, InvertedBottleneck) and len(args) == 1 and not kwargs:
@@ -174,7 +188,7 @@ class Recorder:
         if len(seen) == 1 and _same_memory(seen[0].x, x) and _same_memory(seen[0].y, y) and is_dense(y):
             step = step_of_call(seen[0])
             if step is not None:
-                self._actions.append(KernelAction(step, self._slot_of(x), -1, self._slot_of(y, owned=True)))
+                self._actions.append(KernelAction(step, self._memory_of(x), -1, self._memory_of(y, owned=True)))
                 return y
         return self._keep_call(function, (x,), {}, y)
 
@@ -182,6 +196,16 @@ class Recorder:
         if not tensors_in((args, kwargs)):
             result = function(*args, **kwargs)
             return self._keep_call(function, args, kwargs, result) if tensors_in(result) else result
+        if (view := self._view(function, args, kwargs)) is not None:
+            return view
+        if (joined := concatenation(function, args, kwargs)) is not None:
+            y, parts = joined
+            whole = self._slot_of(y, owned=True)
+            for part in parts:
+                assert part.y is not None
+                self._keep_view(part.y, y, whole)
+                self._run_step(part)
+            return y
         found = find_step(function, args, kwargs)
         if found is not None:
             owned = self._slots[self._slot_of(found.x)].owned
@@ -200,15 +224,15 @@ class Recorder:
         assert found.step is not None
         y = found.x if found.y is None else found.y
         run_step(self._kernels, found.step, found.x, found.other, y)
-        other = -1 if found.other is None else self._slot_of(found.other)
-        slots = self._slot_of(found.x), other, self._slot_of(y, owned=True)
+        other = -1 if found.other is None else self._memory_of(found.other)
+        slots = self._memory_of(found.x), other, self._memory_of(y, owned=True)
         self._actions.append(KernelAction(found.step, *slots))
         return y
 
     def _keep_call(self, function: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> Any:
         """Add a call of a function that is no step of the library, and return its result."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        leaves = [Ref(self._slot_of(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = [Ref(self._shown(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         slots = [self._slot_of(t) for t in tensors_in(result)]
         self._actions.append(TorchAction(function, leaves, spec, slots))
         return result
@@ -222,6 +246,24 @@ class Recorder:
         self._tensors[id(tensor)] = len(self._slots) - 1, tensor
         return len(self._slots) - 1
 
+    def _memory_of(self, tensor: Tensor, *, owned: bool = False) -> int:
+        """Return the slot of a tensor for a kernel, for which a view of the whole memory is the memory itself."""
+        slot = self._slot_of(tensor, owned=owned)
+        base = base_of(self._slots, slot)
+        whole = self._slots[slot].offset == 0 and tensor.numel() == math.prod(self._slots[base].size)
+        return base if whole and is_dense(tensor) else slot
+
+    def _shown(self, tensor: Tensor) -> int:
+        """Return the slot of a tensor for PyTorch or the caller, where a view has to be a tensor."""
+        slot = self._slot_of(tensor)
+        made = self._slots[slot]
+        if made.base >= 0 and slot not in self._made_views:
+            self._made_views.add(slot)
+            args = Ref(made.base), made.size, made.stride, made.offset // tensor.element_size()
+            leaves, spec = pytree.tree_flatten((args, {}), is_leaf=is_ref)
+            self._actions.append(TorchAction(_view_of, leaves, spec, [slot]))
+        return slot
+
     def _constant(self, tensor: Tensor) -> Tensor:
         self._slots[self._slot_of(tensor)].constant = tensor
         return tensor
@@ -229,6 +271,11 @@ class Recorder:
     def _fill(self, value: Any) -> Any:
         """Return a node's argument with values in the place of nodes."""
         return fx.node.map_arg(value, self._values.__getitem__)
+
+
+def _view_of(base: Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """Return a view of a tensor, whatever it is a view of."""
+    return base.as_strided(size, stride, base.storage_offset() + offset)
 
 
 def _plain_containers(value: Any) -> Any:

@@ -40,7 +40,7 @@ class KernelStep:
         layers: the structs ``nin_layer`` of convolutions.
         option: the groups of a convolution, the residual of a bottleneck, the activation of a sum, the padding of a
             pooling (see ``c_api.hpp``).
-        count: the values of a sum; the divisor of a pooling.
+        count: the values of a sum; the divisor of a pooling; the factors of an image.
         kept: what the structs point to.
     """
 
@@ -176,23 +176,26 @@ def scale_shift_step(
     shift: Tensor | None,
     activation: str = "none",
     norm_eps: float | None = None,
+    *,
+    per_image: bool = False,
 ) -> KernelStep:
     """Return ``y = activation(x · scale + shift)`` of each channel, which reads both where they lie.
 
     Args:
         x: (N, C, P, 1), P pixels.
         y: the result, of the same shape, whose channels are contiguous.
-        scale: (C,), contiguous, or None; the step's other operand, (N, C), may stand in its place.
+        scale: (C,), contiguous, or None; the step's other operand may stand in its place.
         shift: (C,), contiguous, or None.
         activation: its name.
         norm_eps: epsilon of a LayerNorm of x over the channels, which comes first; None: without.
+        per_image: the other operand is (N, C), else (C,).
     """
     one = 1, 1
     window = abi.pack_window(x, y, one, one, (0, 0), one, 1, norm_eps)
     scale_address, shift_address = (0 if t is None else t.data_ptr() for t in (scale, shift))
     layer = struct.pack("4q", scale_address, shift_address, x.shape[1], abi.ACTIVATION_CODES[activation])
     kind = StepKind.SCALE_SHIFT if norm_eps is None else StepKind.LAYER_NORM
-    return KernelStep(kind, x.dtype, window, layer, kept=(scale, shift))
+    return KernelStep(kind, x.dtype, window, layer, count=x.shape[1] if per_image else 0, kept=(scale, shift))
 
 
 class PackedSteps:

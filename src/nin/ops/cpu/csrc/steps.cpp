@@ -117,7 +117,7 @@ nin_status Step::scale_and_shift(bool normalizes) const {
         args.x = rows;
       }
     }
-    args.scale = other_ ? other_ + image * c.channels * size_ : static_cast<const char*>(layer.weight);
+    args.scale = other_ ? other_ + image * step_.count * size_ : static_cast<const char*>(layer.weight);
     args.shift = static_cast<const char*>(layer.bias);
     args.activation = Activation(layer.activation);
     args.normalizes = normalizes, args.epsilon = float(c.norm_epsilon);
