@@ -243,7 +243,8 @@ void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRang
     args.panel = layer.weight;
     args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
     args.epilogue.out_type = DataType::f32;
-    const bool in_registers = layer.activation <= Activation::relu;
+    const bool in_registers = layer.activation <= Activation::relu ||
+                              (layer.activation == Activation::relu6 && k_.tile_type == DataType::bf16);
     args.epilogue.activation = in_registers ? layer.activation : Activation::none;
     args.epilogue.zero_tail = true;
     Panels part = hidden_panels_;
