@@ -75,7 +75,8 @@ def images(batch, height, width, layout, dtype=torch.bfloat16):
 
 
 def exact(model, x):
-    return copy.deepcopy(model).double()(x.double()).detach()
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(x.double())
 
 
 def error(y, exact):
@@ -159,6 +160,63 @@ def test_fully_connected_layers_round_once(isa, bias):
             wanted = copy.deepcopy(layer).double()(x.double())
         torch.testing.assert_close(found.y.double(), wanted, rtol=1.01 * ROUNDING, atol=1e-5)
         assert torch.equal(alone.y[0], found.y[-1])  # whatever the batch
+
+
+def in_double(function):
+    return copy.deepcopy(function).double() if isinstance(function, nn.Module) else function
+
+
+@pytest.mark.parametrize("channels", [2, 37, 64])
+def test_norms_products_and_depthwise_layers_round_once(isa, channels):
+    x = (3 * torch.randn(2, channels, 6, 5)).bfloat16()
+    last = x.to(memory_format=torch.channels_last)
+    norm, batch_norm = nn.LayerNorm(channels, eps=1e-3), nn.BatchNorm2d(channels).eval()
+    for t in (*norm.parameters(), *batch_norm.parameters(), *batch_norm.buffers()):
+        t.requires_grad_(False)
+        if t.is_floating_point():
+            t.uniform_(0.5, 2)
+    depthwise = nn.Conv2d(channels, channels, (3, 5), (2, 1), 2, groups=channels)
+    each, all_images = torch.randn(2, channels, 1, 1).bfloat16(), torch.randn(channels, 1, 1).bfloat16()
+    calls = [(norm.bfloat16(), (last.permute(0, 2, 3, 1),)), (norm, (x.permute(0, 2, 3, 1),)), (norm, (x[:, :, 0, 0],))]
+    calls += [(batch_norm.bfloat16(), (last,)), (copy.deepcopy(batch_norm).float(), (last,))]
+    calls += [(torch.mul, (last, each)), (torch.mul, (all_images, last))]
+    calls += [(depthwise.bfloat16(), (last,)), (depthwise, (x,))]
+    kinds = set()
+    with torch.no_grad():
+        for function, args in calls:
+            found = find_step(function, args, {})
+            kinds.add(found.step.kind)
+            run_step(dispatch.KERNELS, found.step, found.x, found.other, found.y.fill_(7))
+            wanted = in_double(function)(*(t.double() for t in args))
+            torch.testing.assert_close(found.y.double(), wanted, rtol=1.01 * ROUNDING, atol=1e-5)
+    assert kinds == {StepKind.LAYER_NORM, StepKind.SCALE_SHIFT, StepKind.DEPTHWISE}
+
+
+class Views(nn.Module):
+    """Channels that are joined, divided and moved, and layers of two dtypes in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(12, 6, 3, padding=1, groups=3)
+        self.norm = nn.LayerNorm(9)
+
+    def forward(self, x):
+        a = F.relu(self.first(x))
+        b, c = self.second(torch.cat((a, a.sigmoid()), 1)).chunk(2, 1)
+        c = torch.cat((b, a), 1).permute(0, 2, 3, 1)
+        return self.norm(c).permute(0, 3, 1, 2), b
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_views_in_bfloat16(layout):
+    model, x = network(kind=Views), images(2, 7, 9, layout)
+    net = nin.fuse(model).compile()
+    with torch.no_grad():
+        for _ in range(2):
+            for y, wanted in zip(net(x), exact(model, x), strict=True):
+                assert y.dtype == torch.bfloat16
+                assert error(y, wanted) < 3 * ROUNDING
+    assert net.reason == ""
 
 
 def test_tensors_of_two_dtypes_have_no_step():

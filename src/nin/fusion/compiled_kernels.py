@@ -241,7 +241,7 @@ def _pixelwise(
     pixels, result = _pixels(x, axis), _pixels(y, axis)
     if pixels is None or result is None or result.stride(1) != 1:
         return None
-    if any(t is not None and not (_are_plain(x, t) and is_dense(t)) for t in (scale, shift, other)):
+    if other is not None and not (_are_plain(x, other) and is_dense(other)):
         return None
     per_image = other is not None and other.numel() > x.shape[axis]
     step = scale_shift_step(pixels, result, scale, shift, activation, norm_eps, per_image=per_image)
@@ -270,10 +270,8 @@ def _batch_norm(
 ) -> FoundStep | None:
     if training or running_mean is None or running_var is None or _channel_axis(x) != 1:
         return None
-    if x.dtype != torch.float32:  # scale and shift would be rounded
-        return None
-    scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    scale = torch.rsqrt(running_var.double() + eps) * (1 if weight is None else weight)
+    shift = -running_mean * scale + (0 if bias is None else bias)
     y = torch.empty_like(x)
     return _pixelwise(x, y, 1, scale, shift, activation=activation)
 

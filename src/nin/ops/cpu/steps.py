@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nin.ops.arguments import ChainArguments
@@ -81,6 +82,7 @@ NO_OPERAND: Operand = -1, 0
 _STEP = struct.Struct("12q")
 _CODE = struct.Struct("q")  # of an activation: the last field of nin_layer
 _LAYER_BYTES = 32
+_MOST_LANES = 16  # floats in a vector
 
 
 def step_of_call(seen: SeenCall) -> KernelStep | None:
@@ -179,23 +181,25 @@ def scale_shift_step(
     *,
     per_image: bool = False,
 ) -> KernelStep:
-    """Return ``y = activation(x · scale + shift)`` of each channel, which reads both where they lie.
+    """Return ``y = activation(x · scale + shift)`` of each channel, of which it keeps copies in float32.
 
     Args:
         x: (N, C, P, 1), P pixels.
         y: the result, of the same shape, whose channels are contiguous.
-        scale: (C,), contiguous, or None; the step's other operand may stand in its place.
-        shift: (C,), contiguous, or None.
+        scale: (C,), or None; x is multiplied by the step's other operand besides, if it has one.
+        shift: (C,), or None.
         activation: its name.
         norm_eps: epsilon of a LayerNorm of x over the channels, which comes first; None: without.
         per_image: the other operand is (N, C), else (C,).
     """
     one = 1, 1
     window = abi.pack_window(x, y, one, one, (0, 0), one, 1, norm_eps)
-    scale_address, shift_address = (0 if t is None else t.data_ptr() for t in (scale, shift))
-    layer = struct.pack("4q", scale_address, shift_address, x.shape[1], abi.ACTIVATION_CODES[activation])
+    # to whole vectors
+    copies = [None if t is None else F.pad(t.detach().float(), (0, -x.shape[1] % _MOST_LANES)) for t in (scale, shift)]
+    addresses = [0 if t is None else t.data_ptr() for t in copies]
+    layer = struct.pack("4q", *addresses, x.shape[1], abi.ACTIVATION_CODES[activation])
     kind = StepKind.SCALE_SHIFT if norm_eps is None else StepKind.LAYER_NORM
-    return KernelStep(kind, x.dtype, window, layer, count=x.shape[1] if per_image else 0, kept=(scale, shift))
+    return KernelStep(kind, x.dtype, window, layer, count=x.shape[1] if per_image else 0, kept=tuple(copies))
 
 
 class PackedSteps:

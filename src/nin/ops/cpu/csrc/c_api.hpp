@@ -100,8 +100,8 @@ enum nin_step_kind : int64_t {
                                 // with the kernels for float32
   nin_step_scale_shift = 7,     // y = activation(x · weight + bias) of each channel. chain: batch, channels, height, the
                                 // pixels of an image, and the strides of N, C and H, of which y's channels are
-                                // contiguous; layers: one, of the same type or null; other: if there, factors in the place
-                                // of the weight, those of an image `count` behind those of the one before
+                                // contiguous; layers: one, floats to a multiple of 16, or null; other: if there, factors
+                                // of x, those of an image `count` behind those of the one before
   nin_step_layer_norm = 8,      // the same with x normalized over the channels; chain: norm_epsilon too
 };
 struct nin_step {

@@ -117,8 +117,8 @@ nin_status Step::scale_and_shift(bool normalizes) const {
         args.x = rows;
       }
     }
-    args.scale = other_ ? other_ + image * step_.count * size_ : static_cast<const char*>(layer.weight);
-    args.shift = static_cast<const char*>(layer.bias);
+    args.factors = other_ ? other_ + image * step_.count * size_ : nullptr;
+    args.scale = static_cast<const float*>(layer.weight), args.shift = static_cast<const float*>(layer.bias);
     args.activation = Activation(layer.activation);
     args.normalizes = normalizes, args.epsilon = float(c.norm_epsilon);
     args.y = y.pixel(image, first, 0), args.y_row_stride = y.h_stride;
