@@ -116,6 +116,15 @@ def test_values(isa, chain, layout, dtype):
         assert_within_bound(*chain.tensors(dtype, layout, size=(13, 17)), activation, chain.geometry)
 
 
+@each_layout
+@each_dtype
+def test_values_for_any_number_of_channels_and_pixels(isa, layout, dtype):
+    """Up to two vectors of columns, of which the second may be half empty, and odd numbers of rows."""
+    for columns in range(1, 41):
+        chain = Chain((3, columns, 70 - columns))
+        assert_within_bound(*chain.tensors(dtype, layout, images=1, size=(1, columns)), "relu", chain.geometry)
+
+
 @each_chain
 @each_layout
 @each_dtype
@@ -262,6 +271,11 @@ def test_nan_and_infinity_stay_where_they_belong(isa, dtype, layout, width):
 
 def test_nan_of_a_neighbour_stays_outside(isa):
     for dtype in DTYPES.values():
+        x, weights, biases = Chain((30, 24)).tensors(dtype, torch.channels_last)  # 24: pairs of pixels share a register
+        x[0, 7, 2, 3] = float("nan")
+        result = nin.mlpconv(x, weights, biases)
+        assert result[0, :, 2, 3].isnan().all()
+        assert result.isnan().sum() == 24
         x, weights, biases = Chain((3, 4), (3, 3), padding=(1, 1)).tensors(dtype)
         x[0, 2, 4, 4] = float("nan")
         result = nin.mlpconv(x, weights, biases, padding=1, activation=None)

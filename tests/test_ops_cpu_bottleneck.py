@@ -18,10 +18,13 @@ from support.chains import LAYOUTS, each_layout
 LARGE = {
     "one chunk": Block(24, 144, 24, (14, 14), residual=True),
     "lines kept from chunk to chunk": Block(8, 160, 12, (70, 61)),
-    "the same with stride 2": Block(8, 160, 12, (71, 61), stride=(2, 2)),
-    "the same with a gap between taps": Block(8, 160, 12, (72, 61), (3, 3), (5, 4), (2, 1)),
-    "the same dilated": Block(8, 160, 12, (70, 50), (5, 3), padding=(6, 2), dilation=(3, 2)),
+    "lines kept with stride 2": Block(8, 160, 12, (71, 61), stride=(2, 2)),
+    "lines kept with a gap between taps": Block(8, 160, 12, (72, 61), (3, 3), (5, 4), (2, 1)),
+    "lines kept, dilated": Block(8, 160, 12, (70, 50), (5, 3), padding=(6, 2), dilation=(3, 2)),
     "no first layer": Block(150, None, 16, (60, 66), activation=("none", "relu6", "none")),
+    "groups of lines in chunks": Block(24, 1030, 24, (29, 20), residual=True, images=1),
+    "the same with stride 2": Block(9, 1030, 8, (61, 15), (5, 3), (2, 1), (2, 1), images=1),
+    "the same with skipped lines": Block(9, 1030, 8, (61, 15), (2, 3), (3, 1), (0, 1), images=1),
     "squeezed, several images a round": Block(24, 144, 24, (7, 7), residual=True, images=9, squeezed=36),
     "squeezed, many lines": Block(8, 70, 12, (70, 61), residual=False, squeezed=20, stride=(2, 1)),
     "normed, lines kept from chunk to chunk": Block(
@@ -77,6 +80,15 @@ def test_gates(isa, name):
     x, weights, biases = block.tensors(torch.float32)
     weights[2] *= 9  # factors over the whole range
     assert errors(block, x, weights, biases) <= 4e-6
+
+
+@each_isa
+@each_layout
+def test_any_number_of_channels_and_columns(isa, layout):
+    """Half vectors share registers in pairs of pixels; a depthwise line is cut into blocks of several widths."""
+    for channels in range(1, 41):
+        block = Block(channels, channels + 24, channels, (3, channels), residual=True, images=1)
+        assert errors(block, *block.tensors(torch.float32, layout)) <= 2e-6, channels
 
 
 @pytest.mark.parametrize("isa", BF16_ISAS, indirect=True)
@@ -140,9 +152,9 @@ def test_random_blocks(data):
 @pytest.mark.parametrize(
     "name",
     [
-        *("3x3", "one chunk", "lines kept from chunk to chunk", "the same dilated", "no first layer"),
-        *("squeezed", "squeezed, several images a round", "squeezed, many lines", "squeezed, no first layer"),
-        *("normed, 7x7", "normed, lines kept from chunk to chunk"),
+        *("3x3", "one chunk", "lines kept from chunk to chunk", "lines kept, dilated", "groups of lines in chunks"),
+        *("no first layer", "squeezed", "squeezed, several images a round", "squeezed, many lines"),
+        *("squeezed, no first layer", "normed, 7x7", "normed, lines kept from chunk to chunk"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

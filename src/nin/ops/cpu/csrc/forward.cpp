@@ -98,8 +98,7 @@ Forward::Forward(const Kernels& k, const nin_chain& chain, const nin_layer* laye
   choose_tiles(threads);
   if (!winograd_) compute_tap_offsets();
   const Layer& layer = layers_.back();
-  activates_rows_ = (layer.activation == Activation::relu6 || layer.activation == Activation::hardswish) &&
-                    writes_in_place_ && type_ == DataType::f32 && layer.channels % k_.lanes == 0;
+  activates_rows_ = layer.activation == Activation::hardswish && writes_in_place_ && type_ == DataType::f32 && layer.channels % k_.lanes == 0;
   non_temporal_ = writes_in_place_ && !splits_columns_ && !activates_rows_ && output_exceeds_caches();
 }
 

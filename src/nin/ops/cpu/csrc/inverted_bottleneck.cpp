@@ -3,10 +3,10 @@
 // scratch memory that fits the L2 cache.
 //
 // A task takes a strip of output lines through the layers, some lines (a chunk) at a time. For each panel of hidden
-// channels the GEMM writes the lines of the hidden tensor that the chunk needs and that the chunk before has not left,
-// and the depthwise kernel reads them while they are in the L1 cache; its results, for all panels, are the operand of
-// the last GEMM. So no line is computed twice within a strip, and no sum is divided. With a LayerNorm the panels are
-// those of x, and each chunk's pixels go through the norm and two GEMMs.
+// channels, and again some lines (a group) at a time, the GEMM writes the lines of the hidden tensor that the group needs
+// and that the group before has not left, and the depthwise kernel reads them while they are in the L1 cache; its
+// results, for all panels, are the operand of the last GEMM. So no line is computed twice within a strip, and no sum is
+// divided. With a LayerNorm the panels are those of x, and each chunk's pixels go through the norm and two GEMMs.
 //
 // The hidden tensor is of floats. In bfloat16 its GEMMs' operands, x and the depthwise layer's result, are in the type of
 // the instruction set's tiles, and sums, activations, means and the norm are of floats.
@@ -27,6 +27,8 @@ namespace {
 // Scratch of a chunk of lines: what stays in the L2 cache beside the weights. Where a whole strip is one chunk its lines
 // need not be kept for the next, and reading the hidden tensor once from the cache behind costs less than to cut it.
 constexpr int64_t max_chunk_bytes = 256 << 10, max_strip_bytes = 768 << 10;
+// Hidden lines of a panel that output lines of a group read: what stays in the L1 cache beside the weights.
+constexpr int64_t max_group_bytes = 16 << 10;
 // The two GEMMs behind a LayerNorm have large weights: those that no L2 cache holds are read once for each chunk.
 constexpr int64_t large_weights_bytes = 1 << 20, large_weights_max_chunk_bytes = 2 << 20;
 
@@ -56,6 +58,18 @@ class InvertedBottleneck {
     char *input, *hidden, *product, *wide, *out, *residual;
   };
 
+  // A chunk's way through a panel of hidden channels.
+  struct PanelPass {
+    int64_t panel;
+    int vectors;
+    char* hidden;                // the panel's lines
+    const char** taps = nullptr; // room for the lines that a line of the result reads
+    GemmArguments up = {};
+    DepthwiseArguments filter = {};
+    Prefetch prefetch = {};  // of the weights that are read behind the panel's: the next panel's, or the last layer's
+    int64_t pixels = 0;      // that the first layer has computed
+  };
+
   bool normalizes() const { return chain_.norm_epsilon >= 0; }
   bool expands() const { return layers_.size() % 2 == 1 && !normalizes(); }
   bool squeezes() const { return layers_.size() >= 4; }
@@ -69,15 +83,15 @@ class InvertedBottleneck {
   }
   void choose_chunks(int64_t strip);
   int64_t chunk_bytes(int64_t lines, bool shares_panels) const;
+  int64_t input_bytes(int64_t lines) const {
+    return round_up(window(lines) * used_columns_ * in_row_bytes_, 64);
+  }
   Buffers buffers(char* scratch) const;
   int64_t scratch_bytes() const { return chunk_bytes(chunk_lines_, shares_panels_); }
   LineRange strip(int64_t index) const {
     return {chain_.out_height * index / strips_, chain_.out_height * (index + 1) / strips_};
   }
   LineRange hidden_lines(const LineRange& out) const;
-  char* hidden_line(const Buffers& to, int64_t panel, int64_t line) const {
-    return to.hidden + (shares_panels_ ? 0 : panel) * panel_bytes_ + line % window_lines_ * line_bytes_;
-  }
   // The most that a chunk, or a strip that is one, may take.
   int64_t limit(int64_t bytes) const {
     const bool large = normalizes() && wide_panels_.bytes(k_) + out_panels_.bytes(k_) >= large_weights_bytes;
@@ -85,8 +99,13 @@ class InvertedBottleneck {
   }
   void clear_borders(const Buffers& to) const;
   void load_input(const Buffers& to, int64_t image, const LineRange& lines) const;
-  void expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const;
-  void convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product, float* line_sums) const;
+  void set_arguments();
+  PanelPass panel_pass(const Buffers& to, int64_t panel, int64_t pixels, const char** taps) const;
+  void expand(PanelPass& p, const PixelGrid& from, const LineRange& lines) const;
+  void load_hidden(const PanelPass& p, int64_t image, const LineRange& lines) const;
+  void convolve(PanelPass& p, int64_t line, char* product) const;
+  void run_panel(PanelPass p, const Buffers& to, int64_t image, const LineRange& out, const LineRange& missing,
+                 char* product, float* line_sums) const;
   PixelGrid normalize_and_expand(const Buffers& to, int64_t lines, const PixelGrid& product) const;
   void project(const Buffers& to, int64_t image, const LineRange& out, PixelGrid product, const Panels& panels,
                const void* weight) const;
@@ -116,9 +135,15 @@ class InvertedBottleneck {
   bool shares_panels_ = false;  // the panels' hidden lines lie in the same memory, one after the other
   int64_t strips_ = 1;          // of an image
   int64_t chunk_lines_ = 0;     // output lines of the largest chunk
-  int64_t window_lines_ = 0;    // hidden lines that it needs
+  int64_t group_lines_ = 0;     // output lines that go through a panel together
+  int64_t window_lines_ = 0;    // hidden lines that they need
+  std::vector<int64_t> hidden_offsets_;  // of each hidden line, in the memory of window_lines_, one after the other
+  std::vector<int64_t> call_columns_;    // of a hidden line, where the GEMM's calls begin, and the end
+  GemmArguments up_arguments_;
+  DepthwiseArguments depthwise_arguments_;
+  bool activates_hidden_rows_ = false;  // behind the first GEMM
   int64_t line_pixels_, border_, used_columns_;  // of a hidden line: all, before the image's first, of the image
-  int64_t line_bytes_, panel_bytes_ = 0;         // of a panel's hidden line and lines
+  int64_t pixel_bytes_, line_bytes_, panel_bytes_ = 0;  // of a panel's hidden pixel, line and lines
   int64_t in_row_bytes_, product_row_bytes_, wide_row_bytes_ = 0, sums_row_bytes_, squeezed_row_bytes_;
   int64_t out_row_bytes_, residual_row_bytes_;
   int64_t product_bytes_, image_bytes_;  // of an image: the depthwise layer's result, and with the sums of its lines
@@ -144,7 +169,8 @@ InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain,
   line_pixels_ = (chain_.out_width - 1) * chain_.stride[1] + chain_.dilation[1] * (chain_.kernel[1] - 1) + 1;
   border_ = std::min(chain_.padding[1], line_pixels_);
   used_columns_ = std::min(chain_.width, line_pixels_ - border_);
-  line_bytes_ = line_pixels_ * max_vectors * k_.lanes * 4;
+  pixel_bytes_ = max_vectors * k_.lanes * 4;
+  line_bytes_ = line_pixels_ * pixel_bytes_;
   in_row_bytes_ = reads_in_place_ ? 0 : tile_row_bytes(k_, chain_.channels);
   // sums, factors and what is normalized are floats
   sums_row_bytes_ = tile_row_bytes(*k_.float_kernels, hidden_channels());
@@ -165,30 +191,33 @@ InvertedBottleneck::InvertedBottleneck(const Kernels& k, const nin_chain& chain,
   scales_weights_ = squeezes() && k_.scale_panel && chain_.out_height * chain_.out_width > out_channels();
   keeps_product_ = splits_panels_ || squeezes();
   choose_chunks(splits_panels_ ? chain_.out_height : ceil_div(chain_.out_height, strips_));
+  set_arguments();
 }
 
 int64_t InvertedBottleneck::chunk_bytes(int64_t lines, bool shares_panels) const {
   const int64_t panels = shares_panels ? 1 : hidden_panels_.count, pixels = lines * chain_.out_width;
-  return round_up(window(lines) * used_columns_ * in_row_bytes_, 64) + panels * window(lines) * line_bytes_ +
+  return input_bytes(lines) + panels * panel_bytes_ +
          pixels * (product_row_bytes_ + wide_row_bytes_ + out_row_bytes_ + residual_row_bytes_);
 }
 
 void InvertedBottleneck::choose_chunks(int64_t strip) {
+  group_lines_ = 1;
+  while (group_lines_ < strip && window(group_lines_ + 1) * line_bytes_ <= max_group_bytes) ++group_lines_;
+  window_lines_ = window(group_lines_);
+  panel_bytes_ = window_lines_ * line_bytes_;
   shares_panels_ = splits_panels_ || chunk_bytes(strip, true) <= limit(max_strip_bytes);
   chunk_lines_ = strip;
   if (!shares_panels_) {
     while (chunk_lines_ > 1 && chunk_bytes(chunk_lines_, false) > limit(max_chunk_bytes)) --chunk_lines_;
     chunk_lines_ = ceil_div(strip, ceil_div(strip, chunk_lines_));
   }
-  window_lines_ = window(chunk_lines_);
-  panel_bytes_ = window_lines_ * line_bytes_;
 }
 
 InvertedBottleneck::Buffers InvertedBottleneck::buffers(char* scratch) const {
   const int64_t pixels = chunk_lines_ * chain_.out_width;
   Buffers b;
   b.input = scratch;
-  b.hidden = b.input + round_up(window_lines_ * used_columns_ * in_row_bytes_, 64);
+  b.hidden = b.input + input_bytes(chunk_lines_);
   b.product = b.hidden + (shares_panels_ ? 1 : hidden_panels_.count) * panel_bytes_;
   b.wide = b.product + (keeps_product_ ? 0 : pixels * product_row_bytes_);
   b.out = b.wide + pixels * wide_row_bytes_;
@@ -205,7 +234,7 @@ LineRange InvertedBottleneck::hidden_lines(const LineRange& out) const {
 
 // The padding at the sides of the hidden lines: nothing else writes there.
 void InvertedBottleneck::clear_borders(const Buffers& to) const {
-  const int64_t pixel = max_vectors * k_.lanes * 4, right = border_ + used_columns_;
+  const int64_t pixel = pixel_bytes_, right = border_ + used_columns_;
   for (int64_t i = 0; i < (shares_panels_ ? 1 : hidden_panels_.count) * window_lines_; ++i) {
     std::memset(to.hidden + i * line_bytes_, 0, border_ * pixel);
     std::memset(to.hidden + i * line_bytes_ + right * pixel, 0, (line_pixels_ - right) * pixel);
@@ -223,69 +252,126 @@ void InvertedBottleneck::load_input(const Buffers& to, int64_t image, const Line
   }
 }
 
-// Writes a panel of the depthwise layer's input.
-void InvertedBottleneck::expand(const Buffers& to, int64_t image, const LineRange& lines, int64_t panel) const {
-  const int64_t pixel = max_vectors * k_.lanes * 4, from = panel * hidden_panels_.width;
-  if (used_columns_ <= 0) return;
-  for (int64_t line = lines.first; line < lines.last; ++line) {
-    char* out = hidden_line(to, panel, line) + border_ * pixel;
-    if (!expands()) {
-      const int64_t channels = std::min(hidden_panels_.width, hidden_channels() - from);
-      k_.float_kernels->load({x_.pixel(image, line, 0) + from * x_.c_stride, x_.c_stride, x_.w_stride, type_, channels,
-                              used_columns_},
-                             out, pixel);
-      continue;
-    }
-    static constexpr int64_t no_offset = 0;
-    const Layer& layer = layers_[0];
-    GemmArguments args;
-    args.tap_offsets = &no_offset, args.tap_count = 1, args.k_steps = k_steps_of(k_, chain_.channels);
-    args.panel = layer.weight;
-    args.epilogue.bias = layer.bias.empty() ? nullptr : layer.bias.data();
-    args.epilogue.out_type = DataType::f32;
-    const bool in_registers = layer.activation <= Activation::relu ||
-                              (layer.activation == Activation::relu6 && k_.tile_type == DataType::bf16);
-    args.epilogue.activation = in_registers ? layer.activation : Activation::none;
-    args.epilogue.zero_tail = true;
-    Panels part = hidden_panels_;
-    part.begin = panel, part.end = panel + 1;
-    PixelGrid in{x_.pixel(image, line, 0), x_.w_stride, 0};
-    if (!reads_in_place_) in = {to.input + (line - lines.first) * used_columns_ * in_row_bytes_, in_row_bytes_, 0};
-    gemm_tile(k_, args, in, {out - from * 4, pixel, 0}, {}, {}, 1, used_columns_, part);
-    if (!in_registers) k_.activate_rows(out, pixel, used_columns_, part.vectors(k_, panel), layer.activation);
+// What all calls of the first layer's and of the depthwise layer's kernels have in common.
+void InvertedBottleneck::set_arguments() {
+  static constexpr int64_t no_offset = 0;
+  GemmArguments& up = up_arguments_;
+  const Layer& first = layers_[0];
+  up.tap_offsets = &no_offset, up.tap_count = 1, up.k_steps = k_steps_of(k_, chain_.channels);
+  up.a_row_stride = reads_in_place_ ? x_.w_stride : in_row_bytes_;
+  up.epilogue.out_row_stride = pixel_bytes_;
+  up.epilogue.out_type = DataType::f32;
+  up.epilogue.zero_tail = true;
+  activates_hidden_rows_ = !is_fast_in_epilogue(first.activation);
+  up.epilogue.activation = activates_hidden_rows_ ? Activation::none : first.activation;
+  const int64_t calls = ceil_div(used_columns_, k_.max_rows);
+  call_columns_.push_back(0);
+  for (int64_t i = 1; i <= calls; ++i) call_columns_.push_back(used_columns_ * i / calls);
+  DepthwiseArguments& filter = depthwise_arguments_;
+  filter.activation = depthwise().activation;
+  filter.taps = chain_.kernel[1], filter.stride = chain_.stride[1], filter.dilation = chain_.dilation[1];
+  filter.columns = chain_.out_width;
+  filter.out_row_stride = product_row_bytes_;
+  filter.out_type = normalizes() ? DataType::f32 : k_.tile_type;
+  for (int64_t line = 0, slot = 0; line < chain_.height; ++line) {
+    hidden_offsets_.push_back(slot * line_bytes_);
+    if (++slot == window_lines_) slot = 0;
   }
 }
 
-// The depthwise layer on a panel, for lines of the output. `line_sums`: where their sums go, a row for each, or null.
-void InvertedBottleneck::convolve(const Buffers& from, const LineRange& out, int64_t panel, char* product,
-                                  float* line_sums) const {
-  const Layer& layer = depthwise();
-  const int64_t channel = panel * hidden_panels_.width, taps = chain_.kernel[0] * chain_.kernel[1];
-  const int vectors = hidden_panels_.vectors(k_, panel);
-  const auto* weights = static_cast<const float*>(layer.weight) + panel * taps * hidden_panels_.width;
-  std::vector<const char*> lines(size_t(chain_.kernel[0]), nullptr);
-  DepthwiseArguments args;
-  args.lines = lines.data();
-  args.bias = layer.bias.empty() ? nullptr : layer.bias.data() + channel;
-  args.activation = layer.activation;
-  args.taps = chain_.kernel[1], args.stride = chain_.stride[1], args.dilation = chain_.dilation[1];
-  args.columns = chain_.out_width;
-  args.out_row_stride = product_row_bytes_;
-  args.out_type = normalizes() ? DataType::f32 : k_.tile_type;
-  const int64_t out_size = element_size(args.out_type);
-  for (int64_t line = out.first; line < out.last; ++line) {
-    const TapRange inside = line_taps_[size_t(line)];
-    const int64_t top = line * chain_.stride[0] - chain_.padding[0];
-    for (int64_t tap = inside.first; tap < inside.last; ++tap) {
-      lines[size_t(tap - inside.first)] = hidden_line(from, panel, top + tap * chain_.dilation[0]);
+InvertedBottleneck::PanelPass InvertedBottleneck::panel_pass(const Buffers& to, int64_t panel, int64_t pixels,
+                                                             const char** taps) const {
+  const int64_t channel = panel * hidden_panels_.width;
+  PanelPass p{panel, hidden_panels_.vectors(k_, panel), to.hidden + (shares_panels_ ? 0 : panel) * panel_bytes_};
+  p.taps = taps;
+  p.filter = depthwise_arguments_;
+  p.filter.bias = depthwise().bias.empty() ? nullptr : depthwise().bias.data() + channel;
+  p.filter.lines = taps;
+  if (!expands()) return p;
+  const Layer& first = layers_.front();
+  p.up = up_arguments_;
+  p.up.columns = hidden_channels() - channel;
+  p.up.panel = static_cast<const char*>(first.weight) + panel * hidden_panels_.full_bytes;
+  p.up.epilogue.bias = first.bias.empty() ? nullptr : first.bias.data() + channel;
+  if (pixels <= 0) return p;
+  const bool last = panel + 1 == hidden_panels_.count;
+  const Panels& behind = last ? out_panels_ : hidden_panels_;
+  const int64_t next = last ? 0 : panel + 1;
+  const auto* weight = static_cast<const char*>((last ? layers_.back() : first).weight);
+  p.prefetch = Prefetch({weight + next * behind.full_bytes, behind.panel_bytes(k_, next)}, pixels);
+  p.prefetch.set_rate(p.up, call_columns_[1]);
+  return p;
+}
+
+// Writes lines of a panel of the first layer's result. `from`: the first of them.
+void InvertedBottleneck::expand(PanelPass& p, const PixelGrid& from, const LineRange& lines) const {
+  const size_t calls = call_columns_.size() - 1;
+  for (int64_t line = lines.first; line < lines.last; ++line) {
+    char* const out = p.hidden + hidden_offsets_[size_t(line)] + border_ * pixel_bytes_;
+    const char* const in = from.data + (line - lines.first) * from.line_stride;
+    for (size_t i = 0; i < calls; ++i) {
+      const int64_t column = call_columns_[i], rows = call_columns_[i + 1] - column;
+      p.up.a = in + column * from.pixel_stride;
+      p.up.epilogue.out = out + column * pixel_bytes_;
+      p.prefetch.set_address(p.up, p.pixels);
+      k_.gemm(p.up, int(rows), p.vectors);
+      p.pixels += rows;
     }
-    args.line_count = inside.count();
-    args.weights = weights + inside.first * chain_.kernel[1] * vectors * k_.lanes;
-    args.out = product + (line - out.first) * chain_.out_width * product_row_bytes_ + channel * out_size;
-    k_.depthwise(args, vectors);
-    if (line_sums) {
+    if (activates_hidden_rows_) k_.activate_rows(out, pixel_bytes_, used_columns_, p.vectors, layers_[0].activation);
+  }
+}
+
+// Without a first layer: copies lines of a panel of x.
+void InvertedBottleneck::load_hidden(const PanelPass& p, int64_t image, const LineRange& lines) const {
+  const int64_t from = p.panel * hidden_panels_.width;
+  const int64_t channels = std::min(hidden_panels_.width, hidden_channels() - from);
+  for (int64_t line = lines.first; line < lines.last; ++line) {
+    k_.float_kernels->load(
+        {x_.pixel(image, line, 0) + from * x_.c_stride, x_.c_stride, x_.w_stride, type_, channels, used_columns_},
+        p.hidden + hidden_offsets_[size_t(line)] + border_ * pixel_bytes_, pixel_bytes_);
+  }
+}
+
+// The depthwise layer on a panel, for a line of the output.
+void InvertedBottleneck::convolve(PanelPass& p, int64_t line, char* product) const {
+  const TapRange inside = line_taps_[size_t(line)];
+  const int64_t top = line * chain_.stride[0] - chain_.padding[0];
+  for (int64_t tap = inside.first; tap < inside.last; ++tap) {
+    p.taps[tap - inside.first] = p.hidden + hidden_offsets_[size_t(top + tap * chain_.dilation[0])];
+  }
+  const int64_t skipped = p.panel * chain_.kernel[0] * hidden_panels_.width + inside.first * p.vectors * k_.lanes;
+  p.filter.line_count = inside.count();
+  p.filter.weights = static_cast<const float*>(depthwise().weight) + skipped * chain_.kernel[1];
+  p.filter.out = product;
+  k_.depthwise(p.filter, p.vectors);
+}
+
+// The first layer and the depthwise layer on a panel, some lines at a time, so that these stay in the L1 cache between
+// them. `missing`: hidden lines that the chunk before has not left. `line_sums`: where the sums of the result's lines go,
+// a row for each, or null.
+void InvertedBottleneck::run_panel(PanelPass p, const Buffers& to, int64_t image, const LineRange& out,
+                                   const LineRange& missing, char* product, float* line_sums) const {
+  const int64_t channel = p.panel * hidden_panels_.width, loaded_line = used_columns_ * in_row_bytes_;
+  product += channel * element_size(p.filter.out_type);
+  int64_t next = missing.first;
+  for (LineRange group{out.first, out.first}; group.first < out.last; group.first = group.last) {
+    group.last = std::min(group.first + group_lines_, out.last);
+    LineRange lines = hidden_lines(group);
+    lines.first = std::min(std::max(lines.first, next), lines.last);
+    next = lines.last;
+    if (!expands()) {
+      load_hidden(p, image, lines);
+    } else if (reads_in_place_) {
+      expand(p, {x_.pixel(image, lines.first, 0), x_.w_stride, x_.h_stride}, lines);
+    } else {
+      expand(p, {to.input + (lines.first - missing.first) * loaded_line, in_row_bytes_, loaded_line}, lines);
+    }
+    for (int64_t line = group.first; line < group.last; ++line) {
+      char* const row = product + (line - out.first) * chain_.out_width * product_row_bytes_;
+      convolve(p, line, row);
+      if (!line_sums) continue;
       float* sums = line_sums + (line - out.first) * sums_row_bytes_ / 4 + channel;
-      k_.sum_rows(args.out, args.out_row_stride, args.columns, vectors, sums);
+      k_.sum_rows(row, product_row_bytes_, chain_.out_width, p.vectors, sums);
     }
   }
 }
@@ -358,6 +444,7 @@ void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_
                                    char* kept, char* scratch) const {
   const InstructionSetScope scope(k_);
   const Buffers to = buffers(scratch);
+  std::vector<const char*> taps(size_t(chain_.kernel[0]), nullptr);
   clear_borders(to);
   const int64_t chunks = ceil_div(lines.count(), chunk_lines_);
   int64_t next = 0;  // the first hidden line that is not there
@@ -365,14 +452,14 @@ void InvertedBottleneck::run_strip(int64_t image, const LineRange& lines, int64_
     const LineRange out{lines.first + lines.count() * i / chunks, lines.first + lines.count() * (i + 1) / chunks};
     LineRange missing = hidden_lines(out);
     missing.first = std::min(std::max(missing.first, next), missing.last);
-    next = missing.last;
     load_input(to, image, missing);
     char* const product = kept ? kept + out.first * chain_.out_width * product_row_bytes_ : to.product;
     float* const sums = squeezes() ? line_sums(kept) + out.first * sums_row_bytes_ / 4 : nullptr;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      expand(to, image, missing, panel);
-      convolve(to, out, panel, product, sums);
+      run_panel(panel_pass(to, panel, missing.count() * used_columns_, taps.data()), to, image, out, missing, product,
+                sums);
     }
+    next = missing.last;
     if (kept) continue;
     project(to, image, out, dense_grid(product, product_row_bytes_, chain_.out_width), out_panels_,
             layers_.back().weight);

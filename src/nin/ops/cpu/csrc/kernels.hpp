@@ -12,6 +12,9 @@ namespace nin {
 enum class DataType : int64_t { f32 = 0, bf16 = 1 };
 enum class Activation : int64_t { none = 0, relu = 1, gelu = 2, silu = 3, relu6 = 4, hardswish = 5, sigmoid = 6, hardsigmoid = 7 };
 
+// Whether a GEMM applies an activation to its sums in registers: the others go through memory.
+inline __attribute__((always_inline)) bool is_fast_in_epilogue(Activation a) { return a <= Activation::relu || a == Activation::relu6; }
+
 // What a GEMM applies to its sums before it stores them.
 struct Epilogue {
   const float* bias = nullptr;  // one for each column of the panel, or null

@@ -202,7 +202,8 @@ struct Panels {
   int vectors(const Kernels& k, int64_t panel) const {
     return int(std::min<int64_t>(max_vectors, ceil_div(columns - panel * width, k.lanes)));
   }
-  int64_t bytes(const Kernels& k) const { return (count - 1) * full_bytes + vectors(k, count - 1) * full_bytes / max_vectors; }
+  int64_t panel_bytes(const Kernels& k, int64_t panel) const { return vectors(k, panel) * full_bytes / max_vectors; }
+  int64_t bytes(const Kernels& k) const { return (count - 1) * full_bytes + panel_bytes(k, count - 1); }
 };
 
 // Weights of this size or more do not stay in the L2 cache beside a tile: the next panel is prefetched.
@@ -217,6 +218,7 @@ struct MemoryRange {
 // Spreads the prefetch of a memory range into the L2 cache over the GEMM calls of `pixels`.
 class Prefetch {
  public:
+  Prefetch() = default;
   Prefetch(const MemoryRange& region, int64_t pixels) : data_(region.data), bytes_per_pixel_(region.bytes / pixels) {}
   // for calls of `rows` pixels from now on
   void set_rate(GemmArguments& args, int64_t rows) const {
@@ -226,19 +228,22 @@ class Prefetch {
   void set_address(GemmArguments& args, int64_t pixel) const { args.prefetch = data_ + bytes_per_pixel_ * pixel; }
 
  private:
-  const char* data_;
-  int64_t bytes_per_pixel_;
+  const char* data_ = nullptr;
+  int64_t bytes_per_pixel_ = 0;
 };
 
-// What to prefetch while panel j is multiplied: the next panel if the weights do not stay in the L2 cache, else a part
-// of the next tile's input.
-inline MemoryRange prefetch_during_panel(const Panels& panels, const char* weight, int64_t j,
+// What to prefetch while panel j is multiplied: a part of the next tile's input, if it is known and the weights stay in
+// the L2 cache, else the next panel.
+inline MemoryRange prefetch_during_panel(const Kernels& k, const Panels& panels, const char* weight, int64_t j,
                                          const MemoryRange& next_input) {
-  if (panels.count * panels.full_bytes >= prefetched_weights_bytes) {
-    return {weight + (j + 1 < panels.end ? j + 1 : panels.begin) * panels.full_bytes, panels.full_bytes};
+  const bool large = panels.count * panels.full_bytes >= prefetched_weights_bytes;
+  if (!large && next_input.bytes > 0) {
+    const int64_t count = panels.end - panels.begin, bytes = next_input.bytes / count;
+    return {next_input.data + (j - panels.begin) * bytes, bytes};
   }
-  const int64_t count = panels.end - panels.begin, bytes = next_input.bytes / count;
-  return {next_input.data + (j - panels.begin) * bytes, bytes};
+  if (!large && j + 1 == panels.end) return {};
+  const int64_t next = j + 1 < panels.end ? j + 1 : panels.begin;  // from the first on for the next tile
+  return {weight + next * panels.full_bytes, panels.panel_bytes(k, next)};
 }
 
 // Holds the register state that an instruction set needs (AMX's tile configuration) during a thread's GEMMs.
@@ -281,7 +286,7 @@ inline void gemm_tile(const Kernels& k, GemmArguments args, const PixelGrid& a, 
     args.panel = panel + j * panels.full_bytes;
     args.columns = panels.columns - from;
     if (bias) args.epilogue.bias = bias + from;
-    const Prefetch prefetch(prefetch_during_panel(panels, panel, j, next_input), lines * columns);
+    const Prefetch prefetch(prefetch_during_panel(k, panels, panel, j, next_input), lines * columns);
     prefetch.set_rate(args, ceil_div(columns, groups));
     for (int64_t line = 0; line < lines; ++line) {
       for (int64_t g = 0; g < groups; ++g) {
