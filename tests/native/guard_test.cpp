@@ -536,6 +536,124 @@ bool run_steps(const char* isa, int64_t type, bool at_end) {
   return good;
 }
 
+// The steps of every pixel by itself: norms, factors, sums.
+bool run_pixelwise_steps(const char* isa, int64_t type, bool at_end) {
+  if (!nin_find_kernels(isa, type)) return true;
+  bool good = true;
+  struct Images {
+    int64_t channels, pixels;
+    bool channels_last;
+  };
+  const int64_t batch = 2;
+  for (const Images& s : {Images{1, 1, true}, Images{5, 7, true}, Images{33, 40, true}, Images{64, 9, true},
+                          Images{130, 700, true}, Images{5, 7, false}, Images{70, 33, false}}) {
+    const int64_t count = batch * s.channels * s.pixels;
+    nin_chain p{};
+    p.type = type, p.batch = batch, p.channels = s.channels, p.height = p.out_height = s.pixels;
+    p.width = p.out_width = p.layers = 1, p.norm_epsilon = 0.5;
+    set_strides(p.x_stride, s.channels, s.pixels, 1, s.channels_last);
+    set_strides(p.y_stride, s.channels, s.pixels, 1, true);
+    Buffer x(count, type, at_end), other(count, type, at_end), factors(batch * s.channels, type, at_end);
+    const int64_t whole = (s.channels + 15) / 16 * 16;
+    Buffer scale(whole, 0, at_end), shift(whole, 0, at_end);
+    x.fill(count, 3), other.fill(count, 2), factors.fill(batch * s.channels, 2);
+    scale.fill(whole, 2), shift.fill(whole, 2);
+    const nin_layer layer{scale.data, shift.data, s.channels, 1};  // relu
+    const auto value = [&](int64_t i, int64_t channel) {
+      const int64_t image = i / s.channels / s.pixels, pixel = i / s.channels % s.pixels;
+      return x.get(image * p.x_stride[0] + channel * p.x_stride[1] + pixel * p.x_stride[2]);
+    };
+    const auto check = [&](int64_t kind, int64_t option, int64_t stride, const Buffer* operand, const auto& compute) {
+      nin_step step{};
+      step.kind = kind, step.chain = &p, step.layers = &layer, step.option = option, step.count = stride;
+      good = good && run_step(isa, type, step, x, operand, count, at_end,
+                              [&](int64_t i) { return Sum{std::max(0.0, compute(i, i % s.channels)), 14}; });
+    };
+    check(nin_step_scale_shift, 0, 0, nullptr,
+          [&](int64_t i, int64_t c) { return value(i, c) * scale.get(c) + shift.get(c); });
+    check(nin_step_scale_shift, nin_other_scale, s.channels, &factors, [&](int64_t i, int64_t c) {
+      return value(i, c) * factors.get(i / s.channels / s.pixels * s.channels + c) * scale.get(c) + shift.get(c);
+    });
+    check(nin_step_scale_shift, nin_other_pixel_scale, s.channels, &other,
+          [&](int64_t i, int64_t c) { return value(i, c) * other.get(i) * scale.get(c) + shift.get(c); });
+    check(nin_step_scale_shift, nin_other_pixel_shift, s.channels, &other,
+          [&](int64_t i, int64_t c) { return value(i, c) * scale.get(c) + shift.get(c) + other.get(i); });
+    check(nin_step_layer_norm, 0, 0, nullptr, [&](int64_t i, int64_t c) {
+      double mean = 0, variance = 0;
+      for (int64_t k = 0; k < s.channels; ++k) mean += value(i, k) / double(s.channels);
+      for (int64_t k = 0; k < s.channels; ++k) variance += std::pow(value(i, k) - mean, 2) / double(s.channels);
+      return (value(i, c) - mean) / std::sqrt(variance + 0.5) * scale.get(c) + shift.get(c);
+    });
+  }
+  return good;
+}
+
+// Convolutions of groups of channels, and of single channels.
+bool run_grouped_steps(const char* isa, int64_t type, bool at_end) {
+  const void* kernels = nin_find_kernels(isa, type);
+  if (!kernels) return true;
+  bool good = true;
+  struct Grouped {
+    int64_t groups, channels, out, height, width, kernel, stride, padding, dilation;  // channels of a group
+    bool channels_last;
+  };
+  const int64_t batch = 2;
+  for (const Grouped& s : {Grouped{3, 4, 5, 7, 6, 3, 1, 1, 1, true}, Grouped{2, 17, 33, 5, 9, 2, 2, 0, 1, true},
+                           Grouped{4, 3, 2, 6, 7, 3, 1, 2, 2, false}, Grouped{33, 1, 1, 9, 8, 3, 1, 1, 1, true},
+                           Grouped{64, 1, 1, 60, 61, 5, 2, 2, 1, true}, Grouped{5, 1, 1, 1, 2, 3, 1, 2, 2, true},
+                           Grouped{35, 1, 1, 9, 13, 7, 1, 3, 1, false}}) {
+    const bool depthwise = s.channels == 1;
+    const int64_t channels = s.groups * s.channels, out = s.groups * s.out, taps = s.kernel * s.kernel;
+    nin_chain p{};
+    p.type = type, p.batch = batch, p.channels = depthwise ? channels : s.channels, p.height = s.height;
+    p.width = s.width, p.layers = 1;
+    for (int d = 0; d < 2; ++d) {
+      p.kernel[d] = s.kernel, p.stride[d] = s.stride, p.padding[d] = s.padding, p.dilation[d] = s.dilation;
+    }
+    p.out_height = (s.height + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+    p.out_width = (s.width + 2 * s.padding - s.dilation * (s.kernel - 1) - 1) / s.stride + 1;
+    set_strides(p.x_stride, channels, s.height, s.width, s.channels_last);
+    set_strides(p.y_stride, out, p.out_height, p.out_width, s.channels_last);
+    const int64_t in_count = batch * channels * s.height * s.width, fan = s.channels * taps;
+    Buffer x(in_count, type, at_end), weight(out * fan, type, at_end), bias(out, type, at_end);
+    x.fill(in_count, 1), weight.fill(out * fan, 1), bias.fill(out, 1);
+    std::vector<std::vector<char>> packed;
+    std::vector<nin_layer> layers;
+    for (int64_t g = 0; g < (depthwise ? 1 : s.groups); ++g) {
+      const int64_t columns = depthwise ? out : s.out;
+      const nin_weight_view view{type, columns, s.channels, s.kernel, s.kernel, fan, taps, s.kernel, 1};
+      const void* packer = depthwise ? nin_find_kernels(isa, 0) : kernels;
+      packed.emplace_back(size_t(nin_packed_bytes(packer, &view)));
+      nin_pack(packer, &view, weight.data + g * columns * fan * weight.size(), packed.back().data());
+      layers.push_back({packed.back().data(), bias.data + g * columns * bias.size(), columns, 1});
+    }
+    nin_step step{};
+    step.kind = depthwise ? nin_step_depthwise : nin_step_chain;
+    step.chain = &p, step.layers = layers.data(), step.option = depthwise ? 0 : s.groups;
+    const int64_t pixels = p.out_height * p.out_width;
+    good = good && run_step(isa, type, step, x, nullptr, batch * out * pixels, at_end, [&](int64_t i) {
+      const int64_t n = i / out / pixels, inside = i % (out * pixels);
+      const int64_t o = s.channels_last ? inside % out : inside / pixels;
+      const int64_t pixel = s.channels_last ? inside / out : inside % pixels;
+      Sum sum;
+      sum.add(bias.get(o));
+      for (int64_t ch = 0; ch < s.channels; ++ch) {
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t h = pixel / p.out_width * s.stride - s.padding + t / s.kernel * s.dilation;
+          const int64_t w = pixel % p.out_width * s.stride - s.padding + t % s.kernel * s.dilation;
+          if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+          const int64_t channel = o / s.out * s.channels + ch;
+          sum.add(weight.get(o * fan + ch * taps + t) *
+                  x.get(n * p.x_stride[0] + channel * p.x_stride[1] + h * p.x_stride[2] + w * p.x_stride[3]));
+        }
+      }
+      sum.value = std::max(0.0, sum.value);
+      return sum;
+    });
+  }
+  return good;
+}
+
 }  // namespace
 
 int main() {
@@ -599,7 +717,9 @@ int main() {
     for (const int64_t type : {0, 1}) {
       for (const bool at_end : {false, true}) {
         if (!run_steps(isa, type, at_end)) return 1;
-        ++runs;
+        if (!run_pixelwise_steps(isa, type, at_end)) return 1;
+        if (!run_grouped_steps(isa, type, at_end)) return 1;
+        runs += 3;
       }
     }
   }

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nin.fusion.compiled_graph import Layers, NetworkGraph, held_tensor
-from nin.fusion.compiled_kernels import VIEWS, FoundStep, concatenation, convolution, find_step
+from nin.fusion.compiled_kernels import VIEWS, WEIGHTED, find_step
+from nin.fusion.compiled_layers import FoundStep, concatenation, convolution
 from nin.fusion.compiled_plan import KernelAction, Plan, Ref, Slot, TorchAction, base_of, is_ref, tensors_in
 from nin.layers import Conv1x1, InvertedBottleneck, MLPConv
 from nin.ops.cpu import call_cache
@@ -50,6 +52,23 @@ class _SameShapes(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class _Functions(TorchFunctionMode):
+    """Let PyTorch's functions that compute tensors of tensors be run by something else.
+
+    Args:
+        run: gets the function, its arguments and its keyword arguments.
+    """
+
+    def __init__(self, run: Callable[[Callable[..., Any], Any, Any], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        asks = getattr(func, "__name__", "") in ("__get__", *_QUESTIONS)
+        return func(*args, **kwargs) if asks else self._run(func, args, kwargs)
+
+
 # What tells shapes and dtypes of tensors, which are the same in every call of a plan.
 _QUESTIONS = {"size", "dim", "stride", "numel", "ndimension", "is_floating_point", "is_contiguous", "element_size"}
 _ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad", "is_cpu"}
@@ -72,6 +91,8 @@ class Recorder:
         self._actions: list[KernelAction | TorchAction] = []
         self._made_views: set[int] = set()  # slots of views that are tensors
         self._weights = [*module.parameters(), *module.buffers()]
+        for weight in self._weights:
+            self._constant(weight)
 
     def record(self, inputs: Sequence[Tensor]) -> tuple[Any, Plan]:
         """Run the network step by step, which may change the inputs, and return the result and the plan.
@@ -206,7 +227,11 @@ class Recorder:
                 self._keep_view(part.y, y, whole)
                 self._run_step(part)
             return y
-        found = find_step(function, args, kwargs)
+        weights = tensors_in((args[1:], kwargs)) if function in WEIGHTED else []
+        found = find_step(function, args, kwargs) if all(map(self._is_constant, weights)) else None
+        if found is None and isinstance(function, nn.Conv2d):  # of a class with a forward of its own
+            with _Functions(self._run_function):
+                return function(*args, **kwargs)
         if found is not None:
             owned = self._slots[self._slot_of(found.x)].owned
             if found.step is None:
@@ -263,6 +288,10 @@ class Recorder:
             leaves, spec = pytree.tree_flatten((args, {}), is_leaf=is_ref)
             self._actions.append(TorchAction(_view_of, leaves, spec, [slot]))
         return slot
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        known = self._tensors.get(id(tensor))
+        return known is not None and self._slots[known[0]].constant is not None
 
     def _constant(self, tensor: Tensor) -> Tensor:
         self._slots[self._slot_of(tensor)].constant = tensor

@@ -20,7 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WEIGHTS_CHANGED = 3
 
 # nin_interface of the library that this package calls
-INTERFACE = 9
+INTERFACE = 10
 
 
 def find_library() -> Path | None:

@@ -41,7 +41,7 @@ class KernelStep:
         layers: the structs ``nin_layer`` of convolutions.
         option: the groups of a convolution, the residual of a bottleneck, the activation of a sum, the padding of a
             pooling (see ``c_api.hpp``).
-        count: the values of a sum; the divisor of a pooling; the factors of an image.
+        count: the values of a sum, the divisor of a pooling, the stride of a pixelwise step's other operand.
         kept: what the structs point to.
     """
 
@@ -171,26 +171,35 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Ke
     return KernelStep(StepKind.LINEAR, x.dtype, window, layer, kept=(weight, bias))
 
 
+class Other(enum.IntEnum):
+    """What the other operand of `scale_shift_step` is: ``nin_other`` of the C interface."""
+
+    SCALE = 0
+    PIXEL_SCALE = 1
+    PIXEL_SHIFT = 2
+
+
 def scale_shift_step(
     x: Tensor,
     y: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
     activation: str = "none",
     norm_eps: float | None = None,
-    *,
-    per_image: bool = False,
+    other_is: tuple[Other, int] = (Other.SCALE, 0),
 ) -> KernelStep:
     """Return ``y = activation(x · scale + shift)`` of each channel, of which it keeps copies in float32.
 
     Args:
         x: (N, C, P, 1), P pixels.
         y: the result, of the same shape, whose channels are contiguous.
-        scale: (C,), or None; x is multiplied by the step's other operand besides, if it has one.
+        scale: (C,), or None.
         shift: (C,), or None.
         activation: its name.
         norm_eps: epsilon of a LayerNorm of x over the channels, which comes first; None: without.
-        per_image: the other operand is (N, C), else (C,).
+        other_is: what the step's other operand is, if it has one, and how many values lie from its first for an image,
+            or for a pixel, to that for the next.
     """
     one = 1, 1
     window = abi.pack_window(x, y, one, one, (0, 0), one, 1, norm_eps)
@@ -199,7 +208,7 @@ def scale_shift_step(
     addresses = [0 if t is None else t.data_ptr() for t in copies]
     layer = struct.pack("4q", *addresses, x.shape[1], abi.ACTIVATION_CODES[activation])
     kind = StepKind.SCALE_SHIFT if norm_eps is None else StepKind.LAYER_NORM
-    return KernelStep(kind, x.dtype, window, layer, count=x.shape[1] if per_image else 0, kept=tuple(copies))
+    return KernelStep(kind, x.dtype, window, layer, *other_is, kept=tuple(copies))
 
 
 class PackedSteps:

@@ -100,10 +100,13 @@ enum nin_step_kind : int64_t {
                                 // with the kernels for float32
   nin_step_scale_shift = 7,     // y = activation(x · weight + bias) of each channel. chain: batch, channels, height, the
                                 // pixels of an image, and the strides of N, C and H, of which y's channels are
-                                // contiguous; layers: one, floats to a multiple of 16, or null; other: if there, factors
-                                // of x, those of an image `count` behind those of the one before
+                                // contiguous; layers: one, floats to a multiple of 16, or null; other: if there, what
+                                // `option` says: nin_other, with `count` values from an image, or a pixel, to the next
   nin_step_layer_norm = 8,      // the same with x normalized over the channels; chain: norm_epsilon too
 };
+// The other operand of nin_step_scale_shift: factors of an image's channels, besides the weight, or of each of its
+// pixels', or what is added to each pixel, besides the bias.
+enum nin_other : int64_t { nin_other_scale = 0, nin_other_pixel_scale = 1, nin_other_pixel_shift = 2 };
 struct nin_step {
   int64_t kind;
   int64_t type;                  // data type of every tensor

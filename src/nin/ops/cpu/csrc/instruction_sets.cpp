@@ -110,7 +110,7 @@ const InstructionSet instruction_sets[] = {
 
 const char* nin_version() { return NIN_VERSION; }
 
-int64_t nin_interface() { return 9; }
+int64_t nin_interface() { return 10; }
 
 const void* nin_find_kernels(const char* name, int64_t type) {
   for (const nin::InstructionSet& set : nin::instruction_sets) {

@@ -108,14 +108,16 @@ struct LinearArguments {
   int64_t y_row_stride = 0;
 };
 
-// y[r][c] = activation(x[r][c] · factors[c] · scale[c] + shift[c]), whose channels are contiguous; x may be normalized
-// over the channels before: its mean subtracted, divided by the root of its variance plus epsilon.
+// y[r][c] = activation(x[r][c] · factors[r][c] · scale[c] + shift[c] + addends[r][c]), whose channels are contiguous; x
+// may be normalized over the channels before: its mean subtracted, divided by the root of its variance plus epsilon.
 struct RowArguments {
-  DataType type = DataType::f32;  // of x, the factors and y
+  DataType type = DataType::f32;  // of x, factors, addends and y
   const char* x = nullptr;
   int64_t x_row_stride = 0, rows = 0, channels = 0;
-  const char* factors = nullptr;  // or null, as scale and shift
-  const float* scale = nullptr;   // whole vectors
+  const char* factors = nullptr;  // or null, as the next three
+  const char* addends = nullptr;
+  int64_t factors_row_stride = 0, addends_row_stride = 0;
+  const float* scale = nullptr;  // whole vectors
   const float* shift = nullptr;
   Activation activation = Activation::none;
   bool normalizes = false;

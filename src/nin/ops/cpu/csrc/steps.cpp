@@ -117,8 +117,15 @@ nin_status Step::scale_and_shift(bool normalizes) const {
         args.x = rows;
       }
     }
-    args.factors = other_ ? other_ + image * step_.count * size_ : nullptr;
     args.scale = static_cast<const float*>(layer.weight), args.shift = static_cast<const float*>(layer.bias);
+    const int64_t other_stride = step_.count * size_;
+    if (other_ && step_.option == nin_other_scale) {
+      args.factors = other_ + image * other_stride;
+    } else if (other_) {
+      const bool scales = step_.option == nin_other_pixel_scale;
+      (scales ? args.factors : args.addends) = other_ + (image * c.height + first) * other_stride;
+      (scales ? args.factors_row_stride : args.addends_row_stride) = other_stride;
+    }
     args.activation = Activation(layer.activation);
     args.normalizes = normalizes, args.epsilon = float(c.norm_epsilon);
     args.y = y.pixel(image, first, 0), args.y_row_stride = y.h_stride;
