@@ -215,3 +215,49 @@ def test_views_are_the_memory_that_they_look_at(batch, dtype):
     (plan,) = net._plans.values()
     torchs = [part.function.__name__ for part in plan.parts if isinstance(part, TorchAction)]
     assert sorted(set(torchs)) == ["_view_of", "flip", "relu6"]  # of channels that lie apart
+
+
+@pytest.mark.parametrize("pad", [(0, 1, 2, 3), (1, 1, 0, 0), (0, 0, 0, 0)])
+def test_zeros_around_images(pad):
+    x = torch.randn(2, 19, 5, 4).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 1, 1] = float("nan")
+    torch.testing.assert_close(
+        results_of(find_step(F.pad, (x, pad), {}), x), F.pad(x, pad), rtol=0, atol=0, equal_nan=True
+    )
+    for args in [(x, (-1, 1, 0, 0)), (x, (1, 1)), (x, pad, "constant", 1.0), (x, pad, "reflect")]:
+        assert find_step(F.pad, args, {}) is None
+
+
+class PadsItself(nn.Conv2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        return F.conv2d(F.pad(x, (width % 2, 1, 0, height % 2)), self.weight, self.bias, self.stride)
+
+
+class WeightOfImages(nn.Module):
+    """A layer whose weight depends on the images, between two that are steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = PadsItself(3, 8, 3, 2), nn.Conv2d(8, 6, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(F.conv2d(x, self.weight * x.mean(), None, 1, 1))
+
+
+def test_layers_with_a_forward_of_their_own_and_weights_of_images():
+    torch.manual_seed(0)
+    model = WeightOfImages().eval()
+    net, exact = nin.fuse(model).compile(), copy.deepcopy(model).double()
+    with torch.no_grad():
+        for size in [(9, 12), (10, 7)]:
+            for _ in range(2):
+                x = torch.randn(2, 3, *size).contiguous(memory_format=torch.channels_last)
+                close(net(x), exact(x.double()))
+    assert net.reason == ""
+    torchs = [part.function.__name__ for part in next(iter(net._plans.values())).parts if isinstance(part, TorchAction)]
+    assert torchs == ["mean", "mul", "conv2d"]
