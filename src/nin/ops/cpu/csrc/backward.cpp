@@ -156,9 +156,6 @@ PixelGrid Backward::load(const ImageView& from, const Tile& t, bool strided, int
     char* at = from.pixel(t.image, (t.line + line) * down, t.column * across);
     k_.load({at, from.c_stride, from.w_stride * across, type_, channels, t.columns}, to + line * t.columns * row, row);
   }
-  if (padded_channels(k_, channels) != channels) {
-    for (int64_t i = 0; i < t.pixels(); ++i) std::memset(to + i * row + channels * 2, 0, 2);
-  }
   return dense_grid(to, row, t.columns);
 }
 

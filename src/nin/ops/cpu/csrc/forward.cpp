@@ -210,7 +210,6 @@ PixelGrid Forward::input(const Tile& t, char* scratch) const {
     k_.load({from, x_.c_stride, step, type_, chain_.channels, t.columns}, grid.data + line * grid.line_stride,
             in_row_bytes_);
   }
-  zero_odd_channel(k_, chain_.channels, grid.data, in_row_bytes_, t.pixels());
   return grid;
 }
 

@@ -248,7 +248,6 @@ void InvertedBottleneck::load_input(const Buffers& to, int64_t image, const Line
     char* const rows = to.input + (line - lines.first) * used_columns_ * in_row_bytes_;
     k_.load({x_.pixel(image, line, 0), x_.c_stride, x_.w_stride, type_, chain_.channels, used_columns_}, rows,
             in_row_bytes_);
-    zero_odd_channel(k_, chain_.channels, rows, in_row_bytes_, used_columns_);
   }
 }
 

@@ -156,6 +156,7 @@ struct Kernels {
   bool uses_amx;
   void (*gemm)(const GemmArguments&, int rows, int vectors);
   void (*outer_product)(const OuterProductArguments&, int rows, int vectors);
+  // where tiles are of bfloat16, with a zero behind an odd channel, if a row has room for it
   void (*load)(const StridedPixels&, void* tile, int64_t row_stride);
   void (*store)(const StridedPixels&, const void* tile, int64_t row_stride);
   // tile[p][c] *= gate[p][c], see Epilogue

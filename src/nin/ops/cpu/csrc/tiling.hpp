@@ -46,7 +46,7 @@ inline ImageView image_view(const void* at, const int64_t (&strides)[4], int64_t
           strides[3] * size};
 }
 
-// Clears the padding channel: its weights are zero, but a NaN or an infinity times zero would be NaN.
+// Clears the padding channel, as the kernels' `load` does.
 inline void zero_odd_channel(const Kernels& k, int64_t channels, char* at, int64_t row, int64_t pixels) {
   if (padded_channels(k, channels) == channels) return;
   for (int64_t i = 0; i < pixels; ++i) std::memset(at + i * row + channels * 2, 0, 2);
@@ -83,7 +83,6 @@ inline void copy_padded(const Kernels& k, const nin_chain& chain, const ImageVie
       k.load({x.pixel(w.image, w.top + i, w.left + first), x.c_stride, x.w_stride, DataType(chain.type), chain.channels,
               last - first},
              line + first * to.pixel_stride, to.pixel_stride);
-      zero_odd_channel(k, chain.channels, line + first * to.pixel_stride, to.pixel_stride, last - first);
     }
     std::memset(line + last * to.pixel_stride, 0, (w.columns - last) * to.pixel_stride);
   }
