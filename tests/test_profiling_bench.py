@@ -39,6 +39,15 @@ def test_the_plain_model_computes_the_same(make):
     torch.testing.assert_close(plain(x), model(x))
 
 
+def test_the_compiled_network_computes_the_same():
+    for case in (SMALL, SMALL_NETWORK):
+        plain = dataclasses.replace(case, training=False)
+        compiled, eager = (engines.prepare(name, plain, torch.float32)() for name in ("nin compiled", "eager"))
+        torch.testing.assert_close(compiled, eager)
+    with pytest.raises(engines.UnavailableError, match="for inference only"):
+        engines.prepare("nin compiled", SMALL_NETWORK, torch.float32)
+
+
 def test_cases_are_what_the_names_say():
     assert CASES["chain-192-160-96"].input_shape == (64, 192, 32, 32)
     for case in CASES.values():

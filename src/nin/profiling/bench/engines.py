@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nin import layers
 from nin.engines.sessions import onnxruntime_session, openvino_options
+from nin.fusion import fuse
 from nin.profiling.bench.cases import Case
 from nin.version import install_command
 
@@ -41,6 +42,13 @@ def to_torch_modules(model: nn.Module) -> nn.Module:
 def eager(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """Call the model as it is, for inference or for a training step."""
     return _training_step(case, model, x, dtype) if case.training else _inference(model, x)
+
+
+def nin_compiled(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
+    """Call the snapshot of the fused model, whose weights are constant as in the other engines that compile."""
+    if case.training:
+        raise UnavailableError("for inference only")
+    return _inference(fuse(model, x).compile(), x)
 
 
 def compiled(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
@@ -90,6 +98,7 @@ def openvino(case: Case, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Cal
 ENGINES: dict[str, tuple[Callable[[Case, nn.Module, Tensor, torch.dtype], Call], bool, bool]] = {
     "nin": (eager, True, True),
     "nin NCHW": (eager, False, True),
+    "nin compiled": (nin_compiled, True, True),
     "eager": (eager, True, False),
     "eager NCHW": (eager, False, False),
     "compile": (compiled, True, False),
