@@ -36,7 +36,9 @@ def markdown(result):
         "",
         "2 cores of an AMD EPYC (Zen 5) with AVX-512 and bf16, without AMX, shared with other work. Medians in ms, all "
         "engines of a row in turn within one process; `ratio` is the fastest other engine over `nin`, each in its "
-        "better layout. Percentiles, numbers of runs and shares of the machine's limits are in `results.json`.",
+        "better layout. Percentiles, numbers of runs and shares of the machine's limits are in `results.json`. Rows in "
+        "which another engine was faster on 2026-11-21, again on one core, and where their time goes: "
+        "[`one-core-behind.md`](one-core-behind.md).",
         "",
         "| case | dtype | " + " | ".join(ENGINES) + " | ratio |",
         "|---|---|" + "---:|" * (len(ENGINES) + 1),
