@@ -118,6 +118,22 @@ def digits():
     )
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-30, 1e-22, 1e-15, 1e15])
+@pytest.mark.parametrize("channels", [3, 16, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_any_size_gives_a_finite_step(size, channels, dtype):
+    layer = nn.Linear(32, channels, bias=False)
+    options = {"momentum": 0.9, "weight_decay": 0.0, "matrices": [layer.weight], "sgd_factor": 2.0, "dtype": dtype}
+    own = optim.muon(layer, learning_rate=0.1, **options)
+    before = layer.weight.detach() * (channels**0.5 / layer.weight.detach().norm())
+    layer.weight.grad = size * torch.randn(channels, 32, generator=torch.Generator().manual_seed(0))
+    own.step()
+    moved = float((layer.weight.detach() - before).norm() / before.norm())
+    assert layer.weight.norm().item() == pytest.approx(channels**0.5)
+    assert 0.05 < moved < 0.2 if size >= 1e-15 else moved < 0.2
+    assert moved < 1e-6 or size > 0
+
+
 def test_trains_and_keeps_the_length_of_its_weights(digits):
     result = training.train(digits, QUICK)
     layers = [module for module in result.model.modules() if isinstance(module, nn.Conv2d)]

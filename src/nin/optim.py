@@ -204,7 +204,8 @@ class Muon(torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"].mul_(momentum).add_(p.grad)
         rows = orthogonalise(p.grad.add(average, alpha=momentum).flatten(1), dtype=self.dtype)
-        length = math.sqrt(len(p)) / (rows.norm() + torch.finfo(rows.dtype).tiny)
+        # about 1 or more, and 0 where the layer has no gradient yet
+        length = math.sqrt(len(p)) / rows.norm().clamp(min=1e-6)
         return torch.empty_like(p).copy_((rows * length).view_as(p))
 
 
@@ -236,7 +237,8 @@ def orthogonalise(matrix: Tensor, *, steps: int = 5, dtype: torch.dtype | None =
     if len(matrix) > matrix.shape[1]:  # X Xᵀ of the shorter side
         return orthogonalise(matrix.T, steps=steps, dtype=dtype).T
     a, b, c = ORTHOGONALISING
-    x = (matrix / (matrix.norm() + torch.finfo(matrix.dtype).tiny)).to(dtype or matrix.dtype)
+    # of values below 1e-20 the norm has no digits left in float32, and they stay small
+    x = (matrix / (matrix.norm() + 1e-20)).to(dtype or matrix.dtype)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
