@@ -253,7 +253,7 @@ def test_shards_are_augmented_like_files(photos, tmp_path):
         for part in (files.train,)
         for index in (part.labels == label).nonzero().flatten().tolist()
     ), name
-    assert epoch(images, augment="strong")[0][0].shape == (8, 3, 96, 96)
+    assert epoch(images, augment="strong")[0][0].shape == (8, 3, 64, 64)
 
 
 def test_grey_photos(photos, tmp_path):
@@ -263,7 +263,7 @@ def test_grey_photos(photos, tmp_path):
         Image.open(path).convert("L").save(target)
     images = data.load(tmp_path, size=96)
     assert images.channels == 1
-    assert epoch(images, **STRONG)[0][0].shape == (8, 1, 96, 96)
+    assert epoch(images, **STRONG)[0][0].shape == (8, 1, 64, 64)
 
 
 # -- mixing -------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_weights_make_the_recipe_that_for_fine_tuning():
     assert (fine.recipe, fine.optimizer, fine.augment, fine.batch_size) == ("finetune", "adamw", "strong", 32)
     assert TrainConfig().resolve(images=660, image_size=224, flip=True, shift=9).recipe == "default"
     given = TrainConfig(weights="x", recipe="default").resolve(images=660, image_size=224, flip=True, shift=9)
-    assert (given.recipe, given.optimizer, given.augment) == ("default", "sgd", "light")
+    assert (given.recipe, given.optimizer, given.augment) == ("default", "muon", "strong")
     light = TrainConfig(weights="x", augment="light").resolve(images=660, image_size=224, flip=True, shift=9)
     assert (light.recipe, light.augment) == ("finetune", "light")
 
@@ -203,7 +203,7 @@ def test_a_few_steps_are_small_and_keep_the_moments_of_the_weights():
     assert resolve(epochs=1, images=9).learning_rate == pytest.approx(0.002 / 100)  # a batch that is not full
     for many in (resolve(epochs=50), resolve(epochs=25, batch_size=16), resolve(images=660)):
         assert (many.learning_rate, many.batch_norm) == (0.002, "train")
-    assert resolve(recipe="default", epochs=2).learning_rate == 0.035
+    assert resolve(recipe="default", epochs=2).learning_rate == 0.0088
     assert resolve(epochs=2, batch_size="auto").learning_rate == 0.002  # the steps are not known yet
 
 

@@ -223,6 +223,6 @@ def test_a_compiled_run_of_nin_is_one_call_of_the_library(run):
     scores = classifier.scores(images)
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-5)
     (plan,) = classifier.fastest._plans.values()
-    assert len(plan.parts) <= 2  # the conversion of the images' layout, and one call of the library
+    assert len(plan.parts) <= 3  # the conversion of the images' layout, one call of the library, a view of its result
     assert torch.equal(classifier.scores(images), scores)
     torch.testing.assert_close(classifier.confidence_maps(images).mean((2, 3)), scores, rtol=1e-4, atol=1e-5)

@@ -830,6 +830,13 @@ def test_the_curve_shares_what_was_measured(tmp_path):
         NarrowOptions(budgets=(0.5, 1.0))
 
 
+def test_few_steps_of_fine_tuning_are_small():
+    assert [FinetuneConfig().peak_learning_rate(steps) for steps in (30, 100, 5000)] == pytest.approx(
+        [3e-4, 1e-3, 1e-3]
+    )
+    assert FinetuneConfig(learning_rate=0.002).peak_learning_rate(3) == 0.002
+
+
 def test_finetuning_brings_a_factorised_network_back():
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
     model = nn.Sequential(

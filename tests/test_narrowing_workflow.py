@@ -314,7 +314,7 @@ def test_an_unfinished_one_is_not_gone_on_with_under_another_recipe(run, digits,
         narrow_run(run, digits, config, out=out, **Stopper("Fine-tuning").arguments())
     slower = functools.partial(FinetuneConfig, learning_rate=1e-4)
     monkeypatch.setattr(workflow, "FinetuneConfig", slower)
-    with pytest.raises(UserError, match=r"out was begun with learning_rate=0\.001, now 0\.0001: give the same"):
+    with pytest.raises(UserError, match=r"out was begun with learning_rate=None, now 0\.0001: give the same"):
         narrow_run(run, digits, config, out=out)
 
 

@@ -58,7 +58,7 @@ def test_what_a_cell_can_show_in_words():
     [(16, "nin_digits"), (17, "nin_cifar"), (64, "nin_cifar"), (71, "nin_imagenet"), (96, "nin_imagenet")],
 )
 def test_a_network_is_chosen_by_cost_too(size, model):
-    config = TrainConfig().resolve(images=100, image_size=size, flip=False, shift=0)
+    config = TrainConfig().resolve(images=5000, image_size=size, flip=False, shift=0)
     assert config.model == model
     network = nin.models.create(model, 2)
     limit = nin.cost(nin.models.nin_imagenet(2), (1, 3, 224, 224)).macs

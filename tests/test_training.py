@@ -143,7 +143,7 @@ def test_override_goes_on_and_is_recorded(digits, tmp_path):
     other = dataclasses.replace(QUICK, learning_rate=0.05)
     keeping = training.CheckpointOptions(resume=True, override=True)
     result = training.train(digits, other, out=tmp_path / "run", keeping=keeping)
-    assert result.info.recipe["overridden"] == ["learning_rate=0.071, now learning_rate=0.05"]
+    assert result.info.recipe["overridden"] == ["learning_rate=0.018, now learning_rate=0.05"]
 
 
 def test_resuming_what_is_finished_gives_its_result(digits, tmp_path):
@@ -234,7 +234,7 @@ def test_resume_refuses_other_settings_and_a_missing_folder(digits, tmp_path):
 
     with pytest.raises(StopHereError):
         training.train(digits, QUICK, out=tmp_path / "run", on_progress=stop)
-    with pytest.raises(UserError, match=r"--learning-rate 0\.071, now 0\.05: leave that away"):
+    with pytest.raises(UserError, match=r"--learning-rate 0\.018, now 0\.05: leave that away"):
         training.train(
             digits,
             dataclasses.replace(QUICK, learning_rate=0.05),
@@ -575,24 +575,46 @@ def test_the_speed_recipe_fills_in_what_was_left_alone():
 @pytest.mark.parametrize(
     ("settings", "images", "rate"),
     [
-        ({}, 60_000, 0.1),
-        ({}, 660, 0.05),
-        ({}, 100, 0.035),
-        ({}, 4, 0.018),  # a batch of four
-        ({"batch_size": 32}, 60_000, 0.05),
-        ({"batch_size": 4096}, 60_000, 0.2),
-        ({"batch_size": "auto"}, 60_000, 0.1),  # until it is found
+        ({"optimizer": "sgd"}, 60_000, 0.1),
+        ({"optimizer": "sgd"}, 660, 0.05),
+        ({"optimizer": "sgd"}, 100, 0.035),
+        ({"optimizer": "sgd"}, 4, 0.018),  # a batch of four
+        ({"optimizer": "sgd", "batch_size": 32}, 60_000, 0.05),
+        ({"optimizer": "sgd", "batch_size": 4096}, 60_000, 0.2),
+        ({"optimizer": "sgd", "batch_size": "auto"}, 60_000, 0.1),  # until it is found
+        ({"normalisation": "none"}, 60_000, 0.1),
+        ({"model": "googlenet"}, 60_000, 0.1),
         ({"learning_rate": 0.3}, 660, 0.3),
         ({"optimizer": "adamw"}, 660, 0.002),
-        ({"optimizer": "muon"}, 60_000, 0.05),
-        ({"optimizer": "muon", "batch_size": 32}, 60_000, 0.025),
-        ({"optimizer": "muon", "batch_size": 4096}, 60_000, 0.1),
+        ({}, 60_000, 0.025),
+        ({"batch_size": 32}, 60_000, 0.013),
+        ({"batch_size": 4096}, 60_000, 0.05),
         ({"recipe": "finetune"}, 660, 0.002),
     ],
 )
 def test_the_learning_rate_goes_with_the_root_of_the_batch(settings, images, rate):
     config = TrainConfig(**settings).resolve(images=images, image_size=32, flip=True, shift=2)
     assert config.learning_rate == rate
+
+
+def test_few_photos_are_learned_small_by_the_smaller_network():
+    def resolve(images=660, image_size=96, **settings):
+        return TrainConfig(**settings).resolve(images=images, image_size=image_size, flip=True, shift=2)
+
+    few = resolve()
+    assert (few.model, few.train_size, few.augment, few.epochs) == ("nin_cifar", 64, "strong", 100)
+    for config in (resolve(images=5000), resolve(image_size=224), resolve(model="nin_imagenet")):
+        assert (config.model, config.train_size) == ("nin_imagenet", None)
+    assert resolve(images=5000).augment == "light"
+    assert resolve(augment="none").train_size is None
+    assert resolve(augment="light").augment == "light"
+    assert resolve(image_size=128).train_size == 80
+    assert resolve(train_size=72).train_size == 72
+    small = resolve(image_size=64)
+    assert (small.model, small.augment, small.train_size) == ("nin_cifar", "light", None)
+    assert resolve(weights="x", model="nin_imagenet").recipe == "finetune"
+    assert resolve(weights="x", model="nin_cifar").train_size is None
+    assert resolve(images=1346, image_size=8).epochs == 75
 
 
 def test_the_triangle_falls_in_a_straight_line():

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--tune", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--rates", type=float, nargs="+", default=[narrowing.FinetuneConfig().learning_rate])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.001])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 1 / 2.1])
     arguments = parser.parse_args()
     tensorly.set_backend("pytorch")

@@ -13,7 +13,7 @@ from nin.config import ResolvedConfig
 from nin.data.sampler import stream_key
 from nin.layers import MLPConv, StandardisedConv2d
 from nin.optim import muon, one_cycle_learning_rate
-from nin.recipes import LEARNING_RATES
+from nin.recipes import MUON_SGD_FACTOR
 from nin.training.step import TrainStep, make_model
 
 Batch = tuple[Tensor, Tensor]
@@ -132,7 +132,7 @@ class MuonOf1x1(TrainStep):
         rates |= {
             "momentum": config.momentum,
             "dtype": self.dtype,
-            "sgd_factor": LEARNING_RATES["sgd"] / LEARNING_RATES["muon"],
+            "sgd_factor": MUON_SGD_FACTOR,
         }
         self.optimizer.optimizer = muon(self.model, matrices=[layer.weight for layer in layers], **rates)
 
@@ -307,12 +307,13 @@ DOUBLE_BATCH = {"batch_size": 2, "learning_rate": 2**0.5, "ema": 0.5}
 VARIANTS: dict[str, Variant] = {
     "default": Variant("the recipe as it is"),
     # the optimiser
-    "muon": Variant("Muon, its rate half of SGD's", {"optimizer": "muon"}, cost=True),
-    "muon-half": Variant("Muon at half of that rate", {"optimizer": "muon"}, {"learning_rate": 0.5}, cost=True),
-    "muon-double": Variant("Muon at twice that rate", {"optimizer": "muon"}, {"learning_rate": 2}, cost=True),
-    "muon-1x1": Variant("Muon for the 1×1 layers alone", {"optimizer": "muon"}, step=MuonOf1x1, cost=True),
+    "sgd": Variant("SGD for all weights", {"optimizer": "sgd"}, cost=True),
+    "muon-1x1": Variant("SGD for the k×k layers, Muon for the 1×1 ones", step=MuonOf1x1, cost=True),
+    "rate-quarter": Variant("a quarter of the learning rate", times={"learning_rate": 0.25}),
     "rate-half": Variant("half of the learning rate", times={"learning_rate": 0.5}),
     "rate-double": Variant("twice the learning rate", times={"learning_rate": 2}),
+    "momentum-0.8": Variant("momentum 0.8 in place of 0.9", {"momentum": 0.8}),
+    "momentum-0.95": Variant("momentum 0.95 in place of 0.9", {"momentum": 0.95}),
     "clip-off": Variant("the gradient's norm clipped at 100 in place of 1", {"gradient_clip": 100.0}),
     "decay-0.1": Variant("a tenth of the weight decay", times={"weight_decay": 0.1}),
     "decay-4": Variant("four times the weight decay", times={"weight_decay": 4}),
@@ -349,11 +350,11 @@ VARIANTS: dict[str, Variant] = {
     "shift-2-reflect": Variant("shifts of up to 2 pixels, reflected", {"shift": 0}, batch=reflect_shift(2), cost=True),
     "progressive": Variant("images grow from 2/3 of the size until 70 %", batch=progressive(0.667, 0.7), cost=True),
     # the network
-    "batch-norm": Variant("BatchNorm in place of weight standardisation", network=batch_norm, cost=True),
+    "batch-norm": Variant("BatchNorm in place of weight standardisation, SGD", network=batch_norm, cost=True),
     "dirac": Variant("weights begin near the identity", network=dirac),
     "dropout-0.2": Variant("dropout 0.2 after each pooling", {"dropout": 0.2}),
     "stochastic-depth": Variant("1×1 layers left out with probability 0.1", network=stochastic_depth(0.1), cost=True),
-    "paper": Variant("the paper's network: dropout 0.5, no normalisation", network=paper, cost=True),
+    "paper": Variant("the paper's network: dropout 0.5, no normalisation, SGD", network=paper, cost=True),
     # apart: these have another network's knowledge
     "wider": Variant(
         "one and a half times as wide, no NiN of the paper: a teacher", network=wider, cost=True, length=3

@@ -8,12 +8,16 @@ from typing import Any, ClassVar, Literal
 from nin import given
 from nin.errors import UserError
 from nin.given import remembers_given
-from nin.recipes import FINETUNE_STEPS, RECIPES, learning_rate_by_batch
+from nin.recipes import FINETUNE_STEPS, RECIPES, learning_rate_by_batch, optimizer_by_network
 from nin.value_checks import check_value
 
 # Images of at least so many pixels a side are photos: they are augmented by random crops of the whole photo. Smaller
 # ones are moved by a pixel or two, as what they show fills them.
 PHOTO_SIZE = 96
+
+# Below so many photos a training from nothing learns them by heart before it knows enough: smaller images, a network of
+# fewer weights and stronger augmentation, see benchmarks/photos/README.md.
+FEW_PHOTOS = 5000
 
 # PyTorch's generators take 64 bits, of which `step_seed` needs the rest.
 LARGEST_SEED = 2**32 - 1
@@ -57,16 +61,16 @@ class TrainConfig:
         batch_size: images per step, of all processes together; if not given, 128, and less where there are few images;
             "auto" takes the largest power of two that fits into a GPU's memory and leaves 20 steps an epoch.
         learning_rate: at the peak of the one-cycle schedule; taken as it is given, whatever the batch size. If not
-            given, 0.1 for batches of 128 and more or less with the root of the batch, 0.2 at most (Muon: half of it;
-            AdamW: 0.002).
-            "auto" finds one by a range test of less than a minute (docs/finetuning.md).
+            given, 0.025 for batches of 128 and more or less with the root of the batch, 0.05 at most (SGD: 0.1 and
+            0.2; AdamW: 0.002). "auto" finds one by a range test of less than a minute (docs/finetuning.md).
         body_rate: factor of the learning rate for all layers before the class layer; 1 unless the recipe says another.
-        optimizer: "sgd" unless the recipe says another, "adamw", or "muon", whose steps are orthogonal matrices
-            (weights with weight standardisation; the others have SGD with twice the learning rate).
+        optimizer: "muon", whose steps are orthogonal matrices (for weights with weight standardisation; the others
+            have SGD with twice the learning rate), "sgd" or "adamw". Unless the recipe says another, Muon for networks
+            with weight standardisation and SGD for others.
         warmup: fraction of all steps in which the learning rate rises from zero; it falls to zero in the rest. 0.2
             unless the recipe says another.
         schedule: how it falls: "cosine" unless the recipe says another, or "triangle" (in a straight line).
-        momentum: of SGD, in Nesterov's form; of AdamW's gradients it is 0.9.
+        momentum: of Muon and SGD, in Nesterov's form; of AdamW's gradients it is 0.9.
         weight_decay: per step, on weights only (not on biases and gains); 0.0005 unless the recipe says another.
         batch_norm: "train", unless the recipe says another, takes the mean and variance of each batch; "frozen" takes
             the running ones that the weights came with, and leaves them. Scales and shifts are trained in either case.
@@ -86,10 +90,11 @@ class TrainConfig:
             image. Larger images are cropped at random instead.
         augment: "none"; "light", which mirrors (see flip) and crops or translates; or "strong", which also changes
             colours, turns, shears and erases parts (TrivialAugment, colour jitter, random erasing); if not given, the
-            recipe's, else "light".
-        train_size: height and width of the random crops of photos, in pixels; if not given, those of the images.
-            Smaller ones make an epoch shorter, and need cost no accuracy: objects look larger in a random crop than
-            in the whole photo that is tested. Touvron et al. 2019, arXiv 1906.06423.
+            recipe's, else "strong" for less than 5,000 photos and "light" for others.
+        train_size: height and width of the random crops of photos, in pixels; if not given, those of the images, or
+            two thirds of it where nin_cifar learns from less than 5,000. Smaller ones make an epoch shorter, and
+            need cost no accuracy: objects look larger in a random crop than in the whole photo that is tested. Touvron
+            et al. 2019, arXiv 1906.06423.
         mixup: alpha of the Beta distribution of the shares in which images are mixed in pairs, 0 for none; 0.2 and 0.8
             are usual. Zhang et al. 2018, arXiv 1710.09412.
         cutmix: likewise for a box of one image pasted into another, 0 for none; 1 is usual. With both, each step draws
@@ -223,29 +228,39 @@ class TrainConfig:
         if self.freeze:  # one fit, without steps: nothing of a step's is to be found by trying
             self = given.replace(self, epochs=1, learning_rate=None, batch_size=None)
         recipe = self.recipe or ("finetune" if self.pretrained or self.weights else "default")
-        # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 1,346 digits: 100); from weights
+        few_photos = recipe != "finetune" and image_size >= PHOTO_SIZE and images < FEW_PHOTOS
+        takes_crops = self.crops(image_size)
+        # about 400,000 images seen, at least 18 times each (60,000 images: 18 epochs; 660 photos: 100); from weights
         # about 26,000, at least 12 times each (660 photos: 40 epochs), as the features are there already
         seen, least = (26_000, 12) if recipe == "finetune" else (400_000, 18)
-        epochs = 1 if self.freeze else min(100, max(least, math.ceil(seen / images)))
+        # steps of the smallest network are so short that Muon's are a third longer than SGD's, which took 100 epochs
+        most = 75 if image_size <= 16 else 100
+        epochs = 1 if self.freeze else min(most, max(least, math.ceil(seen / images)))
         # at least 20 steps an epoch, so that a few hundred images still make a thousand steps
         batch_size = max(16, min(128, 2 ** int(math.log2(max(16, images / 20)))))
-        # nin_cifar up to the size at which it costs what nin_imagenet does at 224 pixels; at 96 it costs twice that
-        by_size = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= 70 else "nin_imagenet"
+        # nin_cifar up to the size at which it costs what nin_imagenet does at 224 pixels; at 96 it costs twice that.
+        # It has an eighth of the weights, which is worth more than the time where there are few photos
+        largest = 128 if few_photos else 70
+        by_size = "nin_digits" if image_size <= 16 else "nin_cifar" if image_size <= largest else "nin_imagenet"
         model = self.model or by_size
+        is_standardised = self.normalisation == "weight_standardisation" or (
+            self.normalisation is None and model.startswith("nin_")
+        )
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         defaults = {**RECIPES["default"], **RECIPES[recipe]}
         values |= {name: value for name, value in defaults.items() if values[name] is None}
         chosen = {
             "recipe": recipe,
             "body_rate": 1.0,
-            "optimizer": "sgd",
+            "optimizer": optimizer_by_network(is_standardised=is_standardised),
             "batch_norm": "train",
-            "augment": "light",
+            "augment": "strong" if few_photos else "light",
+            "train_size": image_size * 2 // 24 * 8 if few_photos and model == "nin_cifar" and takes_crops else None,
             "model": model,
             "epochs": epochs,
             "batch_size": batch_size,
             "dropout": 0.2 if model == "nin_digits" else 0.0,
-            "normalisation": "weight_standardisation" if model.startswith("nin_") else "none",
+            "normalisation": "weight_standardisation" if is_standardised else "none",
             "flip": flip and self.augment != "none",
             "shift": shift if self.augment != "none" else 0,
             # a step on such small images is shorter than what it takes two threads to wait for each other

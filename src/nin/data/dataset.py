@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nin.config import FEW_PHOTOS, PHOTO_SIZE
 from nin.data.decoder import DecodeError, DecodeOptions, decode_options, decode_photo, decode_pixels
 from nin.data.findings import Finding
 from nin.data.mirroring import FlipChoice, choose_flip
@@ -357,14 +358,21 @@ def channel_mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(means), tuple(stds)
 
 
-def default_size(widths: NDArray[np.int64], heights: NDArray[np.int64]) -> int:
-    """Return the size to train at: that of small square images, else one by the median shorter side."""
+def default_size(widths: NDArray[np.int64], heights: NDArray[np.int64], *, images: int) -> int:
+    """Return the size to train at: that of small square images, else one by the median shorter side.
+
+    Args:
+        widths: of the images, or of some of them, in pixels.
+        heights: of the same.
+        images: how many there are in all; a few photos are learned better when they are small.
+    """
     shorter = np.minimum(widths, heights)
     if shorter[0] <= 64 and (widths == shorter[0]).all() and (heights == shorter[0]).all():
         return int(shorter[0])
     middle = median(shorter.tolist())
     # up to 160 pixels the shorter side shrinks by a third at most; 224 is what networks for ImageNet take
-    return next((size for limit, size in ((48, 32), (96, 64), (160, 128)) if middle <= limit), 224)
+    size = next((size for limit, size in ((48, 32), (96, 64), (160, 128)) if middle <= limit), 224)
+    return min(size, PHOTO_SIZE) if images < FEW_PHOTOS else size
 
 
 def default_shift(size: int) -> int:

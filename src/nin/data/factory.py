@@ -52,7 +52,8 @@ def load(
         data_dir: where the files of mnist to svhn lie. The default is ~/.cache/nin, to which they are
             downloaded. A folder given here is only read.
         size: height and width in pixels that the images of a folder are brought to. The default keeps
-            square images of one size up to 64, else takes 32, 64, 128 or 224 by the median shorter side.
+            square images of one size up to 64, else takes 32, 64, 128 or 224 by the median shorter side, of less than
+            5,000 images 96 at most.
         test_fraction: fraction of each class that is held out where the source has no test set: 0.25 for
             digits and 0.2 for all others by default.
         seed: chooses which images are held out. The choice goes by name, not by position.

@@ -88,7 +88,7 @@ class ImageScan(ABC):
                 f"{listing.root}: none of {format_number_of(count, 'image')} can be read; the first is {name}: {reason}"
             )
         self.channels = 1 if readable["grey"].all() else 3
-        self.size = options.size or default_size(readable["width"], readable["height"])
+        self.size = options.size or default_size(readable["width"], readable["height"], images=len(readable))
         self.resize = options.resize
         self.value_range: ValueRange | None
         if options.value_range == "auto":

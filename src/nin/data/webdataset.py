@@ -275,7 +275,8 @@ def _preprocessing(shards: ShardSet, options: LoadOptions) -> tuple[int, int, Va
     if not headers:
         raise UserError(f"{shards.shards[0]}: none of the images looked at can be read")
     widths, heights = (np.array([getattr(h, side) for h in headers]) for side in ("width", "height"))
-    channels, size = 1 if all(h.grey for h in headers) else 3, options.size or default_size(widths, heights)
+    channels = 1 if all(h.grey for h in headers) else 3
+    size = options.size or default_size(widths, heights, images=len(shards))
     if options.value_range != "auto":
         return channels, size, options.value_range
     depths, lows, highs = (np.array([getattr(e, field) for e in extents]) for field in ("depth", "low", "high"))

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from nin.errors import UserError
 from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, one_cycle_learning_rate
+from nin.recipes import FINETUNE_STEPS
 from nin.runtime import device
 from nin.runtime.model_copy import copy_model
 from nin.runtime.single_value_norm import normalise_single_values
+
+LEARNING_RATE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class FinetuneConfig:
 
     Attributes:
         epochs: passes over the images.
-        learning_rate: at the peak of a linear warmup and a cosine decay to zero.
+        learning_rate: at the peak of a linear warmup and a cosine decay to zero; if None, 0.001, and below a hundred
+            steps less in proportion: AdamW's first steps are as long as all others, and in a few nothing settles again.
         warmup: fraction of all steps in which it rises.
         betas: decay per step of the averages of the gradient and of its square.
         weight_decay: times the learning rate per step, on weights of more than one dimension.
@@ -37,7 +41,7 @@ class FinetuneConfig:
     """
 
     epochs: int = 5
-    learning_rate: float = 0.001
+    learning_rate: float | None = None
     warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.05
@@ -46,6 +50,10 @@ class FinetuneConfig:
     gradient_clip: float = 1.0
     ema: float = 0.99
     precision: str = "auto"
+
+    def peak_learning_rate(self, steps: int) -> float:
+        """Return the learning rate at the peak of a training of so many steps."""
+        return LEARNING_RATE * min(1.0, steps / FINETUNE_STEPS) if self.learning_rate is None else self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -69,12 +77,10 @@ class DistillationStep:
 
     def __init__(self, model: nn.Module, teacher: nn.Module, config: FinetuneConfig, steps: int) -> None:
         self.model, self.teacher, self.config, self.steps = model, teacher.eval(), config, steps
-        self.step_number = 0
+        self.step_number, self.learning_rate = 0, config.peak_learning_rate(steps)
         self.device = next(model.parameters()).device
         self.dtype = device.choose_dtype(config.precision, self.device)
-        optimizer = adamw(
-            model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        optimizer = adamw(model, learning_rate=self.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self.optimizer = OptimizerWithEMA(model, copy_model(model), optimizer)
 
     def __call__(self, x: Tensor, labels: Tensor | None) -> float:
@@ -100,10 +106,10 @@ class DistillationStep:
             raise UserError(
                 f"the loss of the fine-tuning became {loss.item()} at step {self.step_number + 1} of {self.steps}. "
                 "Leave a larger share of the original, or, in Python, give FinetuneConfig a lower learning_rate than "
-                f"{self.config.learning_rate}"
+                f"{self.learning_rate:.2g}"
             )
         number, config = self.step_number, self.config
-        learning_rate = one_cycle_learning_rate(number, self.steps, peak=config.learning_rate, warmup=config.warmup)
+        learning_rate = one_cycle_learning_rate(number, self.steps, peak=self.learning_rate, warmup=config.warmup)
         ema_decay = ema_decay_at_step(config.ema, number)
         self.optimizer.step(loss, learning_rate=learning_rate, gradient_clip=config.gradient_clip, ema_decay=ema_decay)
         self.step_number += 1

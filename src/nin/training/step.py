@@ -17,7 +17,7 @@ from nin.layers import StandardisedConv2d
 from nin.models.factory import explain_refused_images
 from nin.models.initial_weights import InitialWeights
 from nin.optim import OptimizerWithEMA, adamw, ema_decay_at_step, muon, one_cycle_learning_rate, sgd
-from nin.recipes import LEARNING_RATES
+from nin.recipes import MUON_SGD_FACTOR
 from nin.runtime import distributed
 from nin.runtime.cuda_graph import CUDAGraphRunner
 from nin.runtime.device import choose_device, choose_dtype
@@ -194,8 +194,7 @@ def _make_optimizer(model: nn.Module, config: ResolvedConfig, dtype: torch.dtype
     if config.optimizer == "muon":
         layers = [module for module in model.modules() if isinstance(module, StandardisedConv2d)]
         matrices = [p for layer in layers for name, p in layer.named_parameters() if name == "weight"]
-        factor = LEARNING_RATES["sgd"] / LEARNING_RATES["muon"]
-        rates |= {"sgd_factor": factor, "dtype": dtype}
+        rates |= {"sgd_factor": MUON_SGD_FACTOR, "dtype": dtype}
         return muon(model, momentum=config.momentum, matrices=matrices, **rates)
     return sgd(model, momentum=config.momentum, **rates)
 

@@ -134,7 +134,7 @@ def prepare(engine: str, case: Case, dtype: torch.dtype, device: torch.device = 
     return call_and_wait
 
 
-def _inference(model: nn.Module, x: Tensor) -> Call:
+def _inference(model: Callable[[Tensor], Tensor], x: Tensor) -> Call:
     def call() -> Tensor:
         with torch.no_grad():
             y: Tensor = model(x)
