@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nin import ops
+from nin.errors import is_out_of_memory
 from nin.fusion.compiled_graph import NetworkGraph, trace_network
 from nin.fusion.compiled_plan import Plan
 from nin.fusion.compiled_recorder import NotRecordableError, Recorder
@@ -26,6 +27,8 @@ TOLERANCE = 1e-3
 # In bfloat16 it is what one rounding makes, and besides twice as far as the modules' own result moves when every input
 # is rounded otherwise: through the layers of MobileNetV3 that becomes 0.4 to 1.8 %, and so do other roundings within.
 BF16_ROUNDING = 2**-8
+# The check takes noise for inputs that have no finite value of this size: beside the biases they change too little.
+VISIBLE = 0.1
 
 
 class CompiledNetwork:
@@ -107,6 +110,14 @@ class CompiledNetwork:
             except NotRecordableError as error:
                 self.reason = str(error)
                 return None
+            except Exception as error:  # somebody's own forward may raise anything on other values, or in another order
+                if is_out_of_memory(error):
+                    raise
+                with unchanged_randomness():
+                    self.network(*(x.detach().clone() for x in args))  # raises what it says of inputs that are wrong
+                said = " ".join(str(error).split())[:160]
+                self.reason = f"recording its steps raised {type(error).__name__}: {said}"
+                return None
             self._plans[key] = plan
             return plan
 
@@ -117,7 +128,7 @@ class CompiledNetwork:
             NotRecordableError: the results, or what is left in the inputs, are not the same.
         """
         generator = torch.Generator().manual_seed(0)
-        values = [x.detach().flip(0) * (0.5 + torch.rand(x.shape, generator=generator).to(x.dtype)) for x in args]
+        values = [_other_values(x.detach(), generator) for x in args]
 
         def result(run: Callable[..., Any], values: list[Tensor]) -> tuple[Any, list[Tensor]]:
             inputs = [torch.empty_like(x).copy_(value) for x, value in zip(args, values, strict=True)]
@@ -130,6 +141,17 @@ class CompiledNetwork:
             rounded, tolerance = result(self.network, moved), BF16_ROUNDING
         if not _are_alike(steps, modules, rounded, tolerance):
             raise NotRecordableError("its steps give other values than its modules, or results of another type")
+
+
+def _other_values(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return values like a tensor's, of which errors show in a result: zeros, as in a first call, would hide them."""
+    factors = 0.5 + torch.rand(x.shape, generator=generator).to(x.dtype)
+    values = x.flip(0) * factors
+    if not x.is_floating_point():
+        return values
+    noise = torch.randn(x.shape, generator=generator).to(x.dtype)
+    finite = values.isfinite()
+    return torch.where(finite, values, noise) if (values[finite].abs() > VISIBLE).any() else noise
 
 
 def _round_otherwise(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from nin.fusion.chain import Chain, is_hooked
 from nin.fusion.link import After, Link, Norm
 from nin.fusion.match import ChainMatch
 from nin.fusion.matcher import Tracer, is_operator, match_chains, match_convolutions
-from nin.fusion.node_roles import activation_inside, activation_of
+from nin.fusion.node_roles import activation_inside, activation_of, input_of
 from nin.fusion.pending import conv_link
 from nin.runtime.fx_trace import TracingError, trace_forward, unchanged_randomness
 from nin.runtime.model_copy import copy_model
@@ -151,7 +151,7 @@ def _layers(match: ChainMatch, traced: nn.Module, root: nn.Module) -> Layers:
         elif step == "scale":
             roles[-1] = "excite"
     after = tuple(map(tuple, match.after)) or ((),) * len(parts)
-    return Layers(match.nodes[0].args[0], found, tuple(parts), tuple(roles), after)  # type: ignore[arg-type]
+    return Layers(input_of(match.nodes[0]), found, tuple(parts), tuple(roles), after)
 
 
 def held_tensor(root: nn.Module, path: str) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Which of PyTorch's functions the compiled library computes as a step."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,10 @@ def find_step(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if not are_plain(*(value for value in (*args, *tensors.values()) if isinstance(value, Tensor))):
         return None
     options = (function,) if isinstance(function, nn.Module) else ()
+    try:
+        inspect.signature(find).bind(*options, *args, **kwargs)
+    except TypeError:  # an argument that only PyTorch knows, such as NumPy's names, or out=None
+        return None
     found: FoundStep | None = find(*options, *args, **kwargs)
     return found
 
@@ -193,7 +198,7 @@ _FINDERS: dict[Any, Callable[..., FoundStep | None]] = {
     F.relu6: _activation("relu6"),
     F.hardtanh: _hardtanh,
     nn.ReLU: _activation_module("relu"),
-    nn.ReLU6: _activation_module("relu6"),
+    **dict.fromkeys((nn.ReLU6, nn.Hardtanh), lambda m, x: _hardtanh(x, m.min_val, m.max_val, m.inplace)),
     F.hardswish: _activation("hardswish"),
     F.silu: _activation("silu"),
     F.gelu: _gelu,

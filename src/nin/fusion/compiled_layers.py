@@ -181,7 +181,7 @@ def concatenation(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, list[FoundStep]] | None:
     """Return the result of a call that joins images along their channels, and a step for each; None if it is none."""
-    if function not in (torch.cat, torch.concat) or "out" in kwargs:
+    if function not in (torch.cat, torch.concat) or not kwargs.keys() <= {"tensors", "dim"}:
         return None
     names: dict[str, Any] = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
     tensors, axis = names.get("tensors"), names.get("dim", 0)

@@ -161,6 +161,8 @@ class Recorder:
         memory = x.untyped_storage()._cdata
         if not views or any(y.untyped_storage()._cdata != memory or y.dtype != x.dtype for y in views):
             return None
+        if not all(y.numel() for y in views):  # an empty one has no address
+            return None
         for y in views:
             self._keep_view(y, x, base)
         return result

@@ -48,6 +48,12 @@ def _unsupported_geometry(layer: nn.Conv2d, *, pointwise: bool) -> str | None:
     return None
 
 
+def input_of(node: fx.Node) -> fx.Node:
+    """Return the input of a layer's call, which may have been given by its name."""
+    (x,) = node.all_input_nodes
+    return x
+
+
 def has_role(layer: nn.Module, calls: int, role: str) -> bool:
     """Return whether a layer is one of an inverted bottleneck's: 1×1 on every pixel, or a filter for each channel."""
     if role == "pointwise":
@@ -107,8 +113,11 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 def _module_activation(module: nn.Module | None) -> str | None:
     """Return the name of an activation module; None for anything else, such as GELU's approximation with tanh."""
-    exact = not isinstance(module, nn.GELU) or module.approximate == "none"
-    return _MODULE_NAMES.get(type(module)) if exact else None
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    if isinstance(module, nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):  # somebody changed them
+        return None
+    return _MODULE_NAMES.get(type(module))
 
 
 def activation_inside(norm: nn.BatchNorm2d) -> str | None:

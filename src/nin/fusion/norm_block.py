@@ -22,7 +22,14 @@ from nin.fusion.link import (
     scales_channels,
 )
 from nin.fusion.match import ChainMatch
-from nin.fusion.node_roles import activation_of, does_nothing, has_role, is_stochastic_depth, unsupported_reason
+from nin.fusion.node_roles import (
+    activation_of,
+    does_nothing,
+    has_role,
+    input_of,
+    is_stochastic_depth,
+    unsupported_reason,
+)
 from nin.ops.reference import BOTTLENECK_ACTIVATIONS
 
 _VIEWS = {"reshape", "view", "unsqueeze"}
@@ -63,7 +70,7 @@ class _Block:
         self._modules, self._calls = modules, calls
         layer: Any = modules[name]
         self._channels: int = layer.out_channels
-        self._x = self._resolve(start.args[0])
+        self._x = self._resolve(input_of(start))
         self._is_last = False  # whether the channels are the last axis
 
     def copy(self) -> ChainMatch:

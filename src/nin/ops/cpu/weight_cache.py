@@ -33,8 +33,9 @@ class _Constant:
         self.stands = True
         self._owner, self._storage = _owner_of(weight), weakref.ref(weight.untyped_storage())
         with torch.inference_mode(False):
-            self._alias = weight.detach()  # shares the counter,
-            self._alias.data = torch.empty(0, dtype=weight.dtype)  # and no longer the memory, which it would keep alive
+            # shares the counter, and no longer the memory, which it would keep alive
+            self._alias = weight.detach()
+            self._alias.data = torch.empty(0, dtype=weight.dtype, device="cpu")
 
     @property
     def version(self) -> int:
