@@ -423,7 +423,7 @@ class Iterates(nn.Sequential):
 
 
 LEFT = [LooksAtValues, Counts, CountsInABuffer, WritesIntoAParameter, ReadsANumber, ReadsAnArray, Branches]
-LEFT += [AsksForATensor, AsksWhatItsInputIs, AddsInPlace, UsesAutocast, GivesAnObject, GivesAnOrderedDict]
+LEFT += [AsksForATensor, AsksWhatItsInputIs, UsesAutocast, GivesAnObject, GivesAnOrderedDict]
 
 
 class ChangesItsInput(nn.Sequential):
@@ -460,7 +460,7 @@ class ReadsABuffer(nn.Sequential):
         return super().forward(x * 2 if self.on else x) * self.settings.scale
 
 
-RECORDED = [ChangesItsInput, Structured, TwoInputs, ReadsNumbersOfShapes, ReadsABuffer]
+RECORDED = [AddsInPlace, ChangesItsInput, Structured, TwoInputs, ReadsNumbersOfShapes, ReadsABuffer]
 
 
 def chain():

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import gc
+import operator
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ def is_operator(module: nn.Module) -> bool:
     return is_block or isinstance(module, MLPConv | Conv1x1)
 
 
+class _Proxy(fx.Proxy):
+    """PyTorch's stand-in for a value, for which ``y += z`` would be ``y = y + z``, whatever else is called y."""
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class Tracer(fx.Tracer):
     """PyTorch's tracer, for which nin's own layers and every subclass of convolution and BatchNorm are leaves too."""
 
@@ -58,7 +71,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for a value while the forward runs."""
-        proxy = super().proxy(node)
+        proxy = _Proxy(node, self)
         self.modes.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         self._proxies.append((weakref.ref(proxy), node))
         return proxy
