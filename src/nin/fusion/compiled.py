@@ -110,14 +110,6 @@ class CompiledNetwork:
             except NotRecordableError as error:
                 self.reason = str(error)
                 return None
-            except Exception as error:  # somebody's own forward may raise anything on other values, or in another order
-                if is_out_of_memory(error):
-                    raise
-                with unchanged_randomness():
-                    self.network(*(x.detach().clone() for x in args))  # raises what it says of inputs that are wrong
-                said = " ".join(str(error).split())[:160]
-                self.reason = f"recording its steps raised {type(error).__name__}: {said}"
-                return None
             self._plans[key] = plan
             return plan
 
@@ -134,11 +126,18 @@ class CompiledNetwork:
             inputs = [torch.empty_like(x).copy_(value) for x, value in zip(args, values, strict=True)]
             return run(*inputs), inputs
 
-        steps, modules = result(lambda *inputs: plan.run(inputs), values), result(self.network, values)
-        rounded, tolerance = modules, TOLERANCE
-        if torch.bfloat16 in plan.dtypes:
-            moved = [_round_otherwise(value, generator) for value in values]
-            rounded, tolerance = result(self.network, moved), BF16_ROUNDING
+        is_bf16 = torch.bfloat16 in plan.dtypes
+        moved = [_round_otherwise(value, generator) for value in values] if is_bf16 else values
+        try:
+            modules = result(self.network, values)
+            rounded = result(self.network, moved) if is_bf16 else modules
+        except Exception as error:  # somebody's own forward may refuse values that nobody gave it
+            if is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split())[:160]
+            raise NotRecordableError(f"on other values its forward raised {type(error).__name__}: {said}") from error
+        steps = result(lambda *inputs: plan.run(inputs), values)
+        tolerance = BF16_ROUNDING if is_bf16 else TOLERANCE
         if not _are_alike(steps, modules, rounded, tolerance):
             raise NotRecordableError("its steps give other values than its modules, or results of another type")
 
